@@ -1,0 +1,518 @@
+"""The Swin Transformer V2 encoder (arXiv 2111.09883).
+
+Read it top down as the paper's section 3: log-spaced continuous position bias (3.3), scaled cosine attention and
+residual post-normalisation (3.2), stages and variants (3.5).
+
+Shape letters: B images, H W height and width of a feature map in tokens, C channels, h heads, D channels of a head,
+M windows of one image, N tokens of one window. Sizes are (height, width). Images are (B, channels, height, width);
+feature maps are (B, H, W, C) inside and (B, C, H, W) where they are returned.
+"""
+from __future__ import annotations
+
+import difflib
+import math
+from dataclasses import asdict, dataclass, fields, replace
+from functools import lru_cache
+from typing import NamedTuple
+
+import torch
+import torch.nn.functional as F
+from einops import rearrange
+from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
+
+Size = tuple[int, int]
+
+# Added to the logits of token pairs that the cyclic shift brought together; far below any cosine logit (at most 100 + 16
+# from a trained temperature and bias, 10 + 16 at the start), yet finite, as in the reference.
+MASKED_LOGIT = -100.0
+MAX_LOGIT_SCALE = math.log(100.0)  # temperature never below 0.01, section 3.2
+INITIAL_LOGIT_SCALE = math.log(10.0)
+CPB_HIDDEN = 512
+
+
+@dataclass(frozen=True)
+class SwinV2Config:
+    """Architecture of one encoder.
+
+    Args:
+        embed_dim: C, channels of the first stage; each further stage doubles it.
+        depths: blocks of each stage, 1 to 5 stages.
+        num_heads: attention heads of each stage; each divides its stage's channels.
+        window_size: side of the attention windows in tokens; shrinks to the feature map where that is smaller.
+        pretrained_window_sizes: for each stage the window its weights were pre-trained with, by which the position-bias
+            coordinates are scaled; None scales by the window in use, as in pre-training.
+        patch_size: side of a patch in pixels.
+        in_channels: channels of the images.
+        mlp_ratio: hidden channels of the block's MLP over its channels.
+        drop_path_rate: stochastic-depth probability of the last block; rises linearly from 0 at the first.
+        extra_norm_every: the paper's additional layer norm on the main path after every so many blocks of the third
+            stage (6 for huge and giants); 0 for none.
+
+    Raises:
+        ValueError: for a setting out of range, saying what was expected.
+    """
+
+    embed_dim: int = 96
+    depths: tuple[int, ...] = (2, 2, 6, 2)
+    num_heads: tuple[int, ...] = (3, 6, 12, 24)
+    window_size: int = 8
+    pretrained_window_sizes: tuple[int, ...] | None = None
+    patch_size: int = 4
+    in_channels: int = 3
+    mlp_ratio: float = 4.0
+    drop_path_rate: float = 0.0
+    extra_norm_every: int = 0
+
+    def __post_init__(self) -> None:
+        for name in ("depths", "num_heads", "pretrained_window_sizes"):  # lists arrive from YAML and JSON
+            if getattr(self, name) is not None:
+                object.__setattr__(self, name, tuple(getattr(self, name)))
+        if not 1 <= len(self.depths) <= 5 or min(self.depths) < 1:
+            raise ValueError(f"depths is {self.depths}: give 1 to 5 stages with at least one block each")
+        if len(self.num_heads) != len(self.depths):
+            raise ValueError(
+                f"num_heads {self.num_heads} has {len(self.num_heads)} stages and depths {self.depths} has "
+                f"{len(self.depths)}: give one number of heads a stage"
+            )
+        for dim, heads in zip(self.dims, self.num_heads):
+            if heads < 1 or dim % heads:
+                raise ValueError(f"{heads} heads do not divide a stage's {dim} channels: num_heads {self.num_heads}")
+        if self.pretrained_window_sizes is not None and (
+            len(self.pretrained_window_sizes) != len(self.depths) or min(self.pretrained_window_sizes) < 1
+        ):
+            raise ValueError(
+                f"pretrained_window_sizes is {self.pretrained_window_sizes}: give one positive size a stage, "
+                f"{len(self.depths)} in all"
+            )
+        for name in ("embed_dim", "window_size", "patch_size", "in_channels"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"{name} is {getattr(self, name)}: give a positive number")
+        if not 0.0 <= self.drop_path_rate < 1.0:
+            raise ValueError(f"drop_path_rate is {self.drop_path_rate}: give a probability in [0, 1)")
+        if self.mlp_ratio <= 0:
+            raise ValueError(f"mlp_ratio is {self.mlp_ratio}: give a positive number")
+        if self.extra_norm_every < 0:
+            raise ValueError(f"extra_norm_every is {self.extra_norm_every}: give 0 for none, or a number of blocks")
+
+    @property
+    def dims(self) -> tuple[int, ...]:
+        """Channels of each stage."""
+        return tuple(self.embed_dim * 2**stage for stage in range(len(self.depths)))
+
+    @property
+    def strides(self) -> tuple[int, ...]:
+        """Pixels of the image per token of each stage's feature map."""
+        return tuple(self.patch_size * 2**stage for stage in range(len(self.depths)))
+
+    def windows(self, image_size: Size) -> tuple[Size, ...]:
+        """The window each stage uses on images of `image_size`: `window_size`, or the feature map if smaller."""
+        height, width = (-(-side // self.patch_size) for side in image_size)
+        windows = []
+        for _ in self.depths:
+            windows.append((min(self.window_size, height), min(self.window_size, width)))
+            height, width = -(-height // 2), -(-width // 2)
+        return tuple(windows)
+
+    def as_dict(self) -> dict:
+        """Plain values for JSON and YAML."""
+        return {key: list(value) if isinstance(value, tuple) else value for key, value in asdict(self).items()}
+
+    @classmethod
+    def from_preset(cls, preset: str, **overrides) -> SwinV2Config:
+        """A row of `PRESETS` with some fields replaced.
+
+        Raises:
+            ValueError: for an unknown preset or field, naming the nearest known ones.
+        """
+        known = {field.name for field in fields(cls)}
+        for name in overrides:
+            if name not in known:
+                raise ValueError(f"unknown encoder setting {name!r}{nearest(name, known)}")
+        if preset not in PRESETS:
+            raise ValueError(f"unknown preset {preset!r}{nearest(preset, PRESETS)}")
+        return replace(PRESETS[preset], **overrides)
+
+
+def nearest(name: str, known) -> str:
+    """The tail of an error message: the nearest known name, and all of them."""
+    close = difflib.get_close_matches(str(name).lower(), known, n=1, cutoff=0.4)
+    return (f"; did you mean {close[0]!r}?" if close else ";") + f" known: {', '.join(sorted(known))}"
+
+
+# Tiny to large: Table 6 of arXiv 2103.14030, kept by Swin V2 (section 3.5). Huge and giant: section 3.5 of
+# arXiv 2111.09883, heads of 32 channels, one extra norm on the main path every 6 blocks. giant-1b: the 1-billion model
+# of arXiv 2206.04664. Nano and micro are ours, for small images and laptops: heads of 16 channels.
+PRESETS = {
+    "nano": SwinV2Config(48, (2, 2), (3, 6), window_size=4),
+    "micro": SwinV2Config(48, (2, 2, 6, 2), (3, 6, 12, 24)),
+    "tiny": SwinV2Config(96, (2, 2, 6, 2), (3, 6, 12, 24)),
+    "small": SwinV2Config(96, (2, 2, 18, 2), (3, 6, 12, 24)),
+    "base": SwinV2Config(128, (2, 2, 18, 2), (4, 8, 16, 32)),
+    "large": SwinV2Config(192, (2, 2, 18, 2), (6, 12, 24, 48)),
+    "huge": SwinV2Config(352, (2, 2, 18, 2), (11, 22, 44, 88), extra_norm_every=6),
+    "giant-1b": SwinV2Config(448, (2, 2, 18, 2), (14, 28, 56, 112), extra_norm_every=6),
+    "giant-3b": SwinV2Config(512, (2, 2, 42, 4), (16, 32, 64, 128), extra_norm_every=6),
+}
+
+
+# Coordinates, indices and masks depend on sizes alone. They are cached here and not in buffers, so that one model takes
+# any image size and a checkpoint holds nothing but learned weights. Built outside inference mode: a tensor made in an
+# evaluation may be needed by a backward pass later.
+
+
+@lru_cache(maxsize=256)
+def log_spaced_coords(window: Size, pretrained: Size, device: torch.device) -> Tensor:
+    """Log-spaced relative coordinates of all pairs of tokens in a window, equation 4 of the paper.
+
+    Offsets are scaled so that the pre-training window spans ±8, then sign(x) · log2(1 + |x|) / log2(8).
+
+    Returns:
+        ((2·height − 1) · (2·width − 1), 2) float32, rows first.
+    """
+    with torch.inference_mode(False), torch.no_grad():
+        axes = [
+            torch.arange(1 - side, side, dtype=torch.float32, device=device) * 8 / max(reference - 1, 1)
+            for side, reference in zip(window, pretrained)
+        ]
+        coords = torch.stack(torch.meshgrid(*axes, indexing="ij"), dim=-1).flatten(0, 1)
+        return torch.sign(coords) * torch.log2(1 + coords.abs()) / math.log2(8)
+
+
+@lru_cache(maxsize=256)
+def relative_position_index(window: Size, device: torch.device) -> Tensor:
+    """For each pair of a window's tokens the row of `log_spaced_coords` that holds their offset: (N · N,) int64."""
+    height, width = window
+    with torch.inference_mode(False), torch.no_grad():
+        rows = torch.arange(height, device=device).repeat_interleave(width)
+        columns = torch.arange(width, device=device).repeat(height)
+        row_offset = rows[:, None] - rows[None, :] + height - 1
+        column_offset = columns[:, None] - columns[None, :] + width - 1
+        return (row_offset * (2 * width - 1) + column_offset).flatten()
+
+
+@lru_cache(maxsize=64)
+def shift_mask(size: Size, window: Size, shift: Size, device: torch.device) -> Tensor:
+    """What keeps apart the tokens of a shifted window that are not neighbours in the image.
+
+    Args:
+        size: the feature map in tokens, a multiple of the window.
+
+    Returns:
+        (M, N, N) float32 to add to the logits: 0 inside one region, `MASKED_LOGIT` between regions.
+    """
+    with torch.inference_mode(False), torch.no_grad():
+        regions = []
+        for side, window_side, shift_side in zip(size, window, shift):
+            position = torch.arange(side, device=device)
+            wrapped = (position >= side - shift_side).long() if shift_side else torch.zeros_like(position)
+            regions.append((position >= side - window_side).long() + wrapped)
+        region = rearrange(
+            regions[0][:, None] * 3 + regions[1][None, :], "(m p) (n q) -> (m n) (p q)", p=window[0], q=window[1]
+        )
+        return (region[:, :, None] != region[:, None, :]).to(torch.float32) * MASKED_LOGIT
+
+
+class WindowAttention(nn.Module):
+    """Scaled cosine attention inside windows with log-spaced continuous position bias (sections 3.2 and 3.3).
+
+    similarity(i, j) = cos(q_i, k_j) / τ + B_ij, with 1 / τ = exp(logit_scale) per head, never above 100, and
+    B = 16 · sigmoid(MLP(log-spaced offset)). Queries and values have a bias, keys have none.
+    """
+
+    def __init__(self, dim: int, num_heads: int) -> None:
+        super().__init__()
+        self.num_heads = num_heads
+        self.qkv = nn.Linear(dim, 3 * dim, bias=False)
+        self.q_bias = nn.Parameter(torch.zeros(dim))
+        self.v_bias = nn.Parameter(torch.zeros(dim))
+        self.logit_scale = nn.Parameter(torch.full((num_heads, 1, 1), INITIAL_LOGIT_SCALE))
+        self.cpb_mlp = nn.Sequential(
+            nn.Linear(2, CPB_HIDDEN), nn.ReLU(), nn.Linear(CPB_HIDDEN, num_heads, bias=False)
+        )
+        self.proj = nn.Linear(dim, dim)
+
+    def position_bias(self, window: Size, pretrained: Size) -> Tensor:
+        """B of equation 3 for one window: (h, N, N), at least float32."""
+        weight = self.cpb_mlp[0].weight
+        coords = log_spaced_coords(window, pretrained, weight.device).to(weight.dtype)
+        table = self.cpb_mlp(coords)
+        bias = table.index_select(0, relative_position_index(window, weight.device))
+        tokens = window[0] * window[1]
+        return rearrange(16 * torch.sigmoid(at_least_float32(bias)), "(i j) h -> h i j", i=tokens)
+
+    def forward(self, x: Tensor, window: Size, pretrained: Size, mask: Tensor | None) -> Tensor:
+        """(B · M, N, C) to the same shape; `mask` as from `shift_mask`, None where windows are not shifted."""
+        qkv_bias = torch.cat((self.q_bias, torch.zeros_like(self.q_bias), self.v_bias))
+        qkv = F.linear(x, self.qkv.weight, qkv_bias)
+        q, k, v = rearrange(qkv, "b n (three h d) -> three b h n d", three=3, h=self.num_heads)
+
+        # Logits reach 100 + 16: bfloat16, with 8 bits, would round them to halves. Logits, bias and softmax are
+        # float32 under autocast; what they weigh may be bfloat16.
+        with torch.autocast(x.device.type, enabled=False):
+            q = F.normalize(at_least_float32(q), dim=-1)
+            k = F.normalize(at_least_float32(k), dim=-1)
+            scale = at_least_float32(self.logit_scale).clamp(max=MAX_LOGIT_SCALE).exp()
+            logits = (q * scale) @ k.transpose(-2, -1) + self.position_bias(window, pretrained)
+            if mask is not None:
+                logits = rearrange(logits, "(b m) h i j -> b m h i j", m=len(mask))
+                logits = (logits + mask.to(logits.dtype)[:, None]).flatten(0, 1)
+            attention = logits.softmax(dim=-1)
+        return self.proj(rearrange(attention.to(v.dtype) @ v, "b h n d -> b n (h d)"))
+
+
+def at_least_float32(x: Tensor) -> Tensor:
+    """Half precisions to float32; float32 and float64 as they are."""
+    return x.to(torch.promote_types(x.dtype, torch.float32))
+
+
+class Mlp(nn.Module):
+    """Two linear layers with GELU between them."""
+
+    def __init__(self, dim: int, hidden: int) -> None:
+        super().__init__()
+        self.fc1 = nn.Linear(dim, hidden)
+        self.act = nn.GELU()
+        self.fc2 = nn.Linear(hidden, dim)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.fc2(self.act(self.fc1(x)))
+
+
+class DropPath(nn.Module):
+    """Stochastic depth (arXiv 1603.09382): in training, drops a branch for a whole image with probability `rate`."""
+
+    def __init__(self, rate: float) -> None:
+        super().__init__()
+        self.rate = rate
+
+    def forward(self, x: Tensor) -> Tensor:
+        if not self.training or self.rate == 0.0:
+            return x
+        keep = x.new_empty((x.shape[0],) + (1,) * (x.ndim - 1)).bernoulli_(1 - self.rate)
+        return x * keep / (1 - self.rate)
+
+    def extra_repr(self) -> str:
+        return f"rate={self.rate:.3f}"
+
+
+class SwinV2Block(nn.Module):
+    """Shifted-window attention and MLP, each normalised before it joins the main path (residual post-norm).
+
+    Maps that the window does not divide are padded with zeros at the bottom and right before the shift and cropped
+    after; padded tokens are attended to like any other, as in the published dense-prediction code of Swin and in
+    transformers' Swinv2 (timm shifts first and pads then, and so differs at such sizes).
+    """
+
+    def __init__(
+        self,
+        dim: int,
+        num_heads: int,
+        window_size: int,
+        shifted: bool,
+        pretrained_window: int | None,
+        mlp_ratio: float,
+        drop_path: float,
+        extra_norm: bool,
+    ) -> None:
+        super().__init__()
+        self.window_size, self.shifted, self.pretrained_window = window_size, shifted, pretrained_window
+        self.attn = WindowAttention(dim, num_heads)
+        self.norm1 = nn.LayerNorm(dim)
+        self.mlp = Mlp(dim, int(dim * mlp_ratio))
+        self.norm2 = nn.LayerNorm(dim)
+        self.drop_path = DropPath(drop_path)
+        self.norm3 = nn.LayerNorm(dim) if extra_norm else nn.Identity()
+
+    def forward(self, x: Tensor) -> Tensor:
+        """(B, H, W, C) to the same shape."""
+        x = x + self.drop_path(self.norm1(self.windowed_attention(x)))
+        x = x + self.drop_path(self.norm2(self.mlp(x)))
+        return self.norm3(x)
+
+    def windowed_attention(self, x: Tensor) -> Tensor:
+        """Attention inside the block's windows: pad, shift, partition, attend, and back."""
+        size = x.shape[1:3]
+        window = tuple(min(self.window_size, side) for side in size)
+        # A map that one window covers has nothing to shift.
+        shift = tuple(w // 2 if self.shifted and side > w else 0 for side, w in zip(size, window))
+        pretrained = (self.pretrained_window,) * 2 if self.pretrained_window else window
+        padded = tuple(-(-side // w) * w for side, w in zip(size, window))
+
+        if padded != tuple(size):
+            x = F.pad(x, (0, 0, 0, padded[1] - size[1], 0, padded[0] - size[0]))
+        mask = None
+        if any(shift):
+            x = x.roll((-shift[0], -shift[1]), dims=(1, 2))
+            mask = shift_mask(padded, window, shift, x.device)
+        windows = rearrange(x, "b (m p) (n q) c -> (b m n) (p q) c", p=window[0], q=window[1])
+        windows = self.attn(windows, window, pretrained, mask)
+        rows, columns = padded[0] // window[0], padded[1] // window[1]
+        x = rearrange(windows, "(b m n) (p q) c -> b (m p) (n q) c", m=rows, n=columns, p=window[0])
+        if any(shift):
+            x = x.roll(shift, dims=(1, 2))
+        return x[:, : size[0], : size[1]]
+
+
+class PatchEmbed(nn.Module):
+    """Patches to tokens by one linear layer, then a norm. Images that the patch does not divide are padded with 0."""
+
+    def __init__(self, patch_size: int, in_channels: int, dim: int) -> None:
+        super().__init__()
+        self.patch_size = patch_size
+        self.proj = nn.Conv2d(in_channels, dim, patch_size, patch_size)
+        self.norm = nn.LayerNorm(dim)
+
+    def forward(self, images: Tensor) -> Tensor:
+        """(B, channels, height, width) to (B, H, W, C)."""
+        height, width = images.shape[-2:]
+        pad_bottom, pad_right = -height % self.patch_size, -width % self.patch_size
+        if pad_bottom or pad_right:
+            images = F.pad(images, (0, pad_right, 0, pad_bottom))
+        return self.norm(rearrange(self.proj(images), "b c h w -> b h w c"))
+
+
+class PatchMerging(nn.Module):
+    """Halves the map and doubles the channels: 2 × 2 neighbours joined, reduced, and, new in V2, normalised after."""
+
+    def __init__(self, dim: int) -> None:
+        super().__init__()
+        self.reduction = nn.Linear(4 * dim, 2 * dim, bias=False)
+        self.norm = nn.LayerNorm(2 * dim)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """(B, H, W, C) to (B, ⌈H/2⌉, ⌈W/2⌉, 2C); odd sides are padded with zeros."""
+        height, width = x.shape[1:3]
+        if height % 2 or width % 2:
+            x = F.pad(x, (0, 0, 0, width % 2, 0, height % 2))
+        # Column-major order of the four neighbours, as published weights expect it.
+        return self.norm(self.reduction(rearrange(x, "b (h p) (w q) c -> b h w (q p c)", p=2, q=2)))
+
+
+class Stage(nn.Module):
+    """Blocks at one resolution, every second with shifted windows, and the merging that leads to the next stage."""
+
+    def __init__(self, config: SwinV2Config, index: int, drop_paths: list[float]) -> None:
+        super().__init__()
+        depth, dim = config.depths[index], config.dims[index]
+        every = config.extra_norm_every if index == 2 else 0
+        pretrained = config.pretrained_window_sizes
+        self.blocks = nn.ModuleList(
+            SwinV2Block(
+                dim,
+                config.num_heads[index],
+                config.window_size,
+                shifted=block % 2 == 1,
+                pretrained_window=pretrained[index] if pretrained else None,
+                mlp_ratio=config.mlp_ratio,
+                drop_path=drop_paths[block],
+                extra_norm=bool(every) and (block + 1) % every == 0,
+            )
+            for block in range(depth)
+        )
+        last = index == len(config.depths) - 1
+        self.downsample = None if last else PatchMerging(dim)
+
+
+class EncoderOutput(NamedTuple):
+    """What the encoder returns.
+
+    Attributes:
+        features: (B, C, H, W), the last stage's map after the final norm.
+        pooled: (B, C), the mean of `features` over the map.
+        stages: on request each stage's map before merging and without the final norm, (B, C_i, H_i, W_i) at
+            `SwinV2Config.strides`; else None.
+    """
+
+    features: Tensor
+    pooled: Tensor
+    stages: tuple[Tensor, ...] | None
+
+
+class SwinV2(nn.Module):
+    """The Swin Transformer V2 encoder.
+
+    One model takes images of any height and width, from call to call. At sizes that need no padding the result is the
+    paper's.
+
+    Args:
+        config: the architecture, best from a preset: `SwinV2(SwinV2Config.from_preset("tiny", window_size=12))`.
+        checkpoint_activations: recompute each block in the backward pass instead of keeping its activations: less
+            memory, about a third more time, same outputs and gradients.
+    """
+
+    def __init__(self, config: SwinV2Config, checkpoint_activations: bool = False) -> None:
+        super().__init__()
+        self.config = config
+        self.checkpoint_activations = checkpoint_activations
+        self.patch_embed = PatchEmbed(config.patch_size, config.in_channels, config.embed_dim)
+        blocks = sum(config.depths)
+        rates = [config.drop_path_rate * block / max(blocks - 1, 1) for block in range(blocks)]
+        self.layers = nn.ModuleList()
+        for index, depth in enumerate(config.depths):
+            self.layers.append(Stage(config, index, rates[:depth]))
+            rates = rates[depth:]
+        self.norm = nn.LayerNorm(config.dims[-1])
+        self.reset_parameters()
+
+    @property
+    def stride(self) -> int:
+        """Pixels of the image per token of the last feature map."""
+        return self.config.strides[-1]
+
+    @property
+    def dim(self) -> int:
+        """Channels of the last feature map."""
+        return self.config.dims[-1]
+
+    def reset_parameters(self) -> None:
+        """Linear weights from a truncated normal of 0.02, and both norms of each block with zero gain, so that every
+        block starts as the identity. The patch projection keeps PyTorch's convolution default, as in the reference."""
+        for module in self.modules():
+            if isinstance(module, nn.Linear):
+                nn.init.trunc_normal_(module.weight, std=0.02)
+                if module.bias is not None:
+                    nn.init.zeros_(module.bias)
+        for module in self.modules():
+            if isinstance(module, SwinV2Block):
+                nn.init.zeros_(module.norm1.weight)
+                nn.init.zeros_(module.norm2.weight)
+
+    def forward(self, images: Tensor, return_stages: bool = False) -> EncoderOutput:
+        """Encode normalised images.
+
+        Args:
+            images: (B, channels, height, width), float.
+            return_stages: also return the map of every stage.
+
+        Raises:
+            ValueError: when the images have another number of channels or dimensions than the encoder takes.
+        """
+        return self.encode(self.embed(images), return_stages)
+
+    def embed(self, images: Tensor) -> Tensor:
+        """Images to the tokens of the first stage, (B, H, W, C)."""
+        if images.ndim != 4 or images.shape[1] != self.config.in_channels:
+            raise ValueError(
+                f"images have shape {tuple(images.shape)}: this encoder takes "
+                f"(batch, {self.config.in_channels}, height, width)"
+            )
+        return self.patch_embed(images)
+
+    def encode(self, x: Tensor, return_stages: bool = False) -> EncoderOutput:
+        """Tokens of the first stage, (B, H, W, C), through all stages and the final norm."""
+        stages = []
+        for stage in self.layers:
+            for block in stage.blocks:
+                if self.checkpoint_activations and self.training and torch.is_grad_enabled():
+                    x = checkpoint(block, x, use_reentrant=False)
+                else:
+                    x = block(x)
+            if return_stages:
+                stages.append(rearrange(x, "b h w c -> b c h w"))
+            if stage.downsample is not None:
+                x = stage.downsample(x)
+        x = self.norm(x)
+        return EncoderOutput(
+            rearrange(x, "b h w c -> b c h w"), x.mean(dim=(1, 2)), tuple(stages) if return_stages else None
+        )
