@@ -1,0 +1,53 @@
+"""What stage 1 shows while it runs: a fixed set of images, reconstructed again and again."""
+from __future__ import annotations
+
+from pathlib import Path
+
+import numpy as np
+import pytorch_lightning as pl
+import torch
+
+from pretrain.module import SimMIMPretraining
+from simmim.data import ImageSamples, collate
+from simmim.visualise import reconstruction_grid
+
+
+class Reconstructions(pl.Callback):
+    """A grid of original, masked, prediction pasted into the mask, and full prediction, of the same images and masks
+    each time, to RUN/reconstructions and to TensorBoard.
+
+    Args:
+        samples: evaluation views of the images; the first `count` that can be read, evenly spread, are shown.
+    """
+
+    def __init__(self, samples: ImageSamples, run: Path, every_steps: int, count: int = 8) -> None:
+        self.folder, self.every_steps = run / "reconstructions", every_steps
+        rows = np.unique(np.linspace(0, len(samples) - 1, min(count, len(samples))).round().astype(int))
+        self.batch = collate([samples[0, int(row)] for row in rows])
+
+    def on_train_batch_end(self, trainer: pl.Trainer, module: SimMIMPretraining, *_) -> None:
+        """Draw at every `every_steps`-th step."""
+        if trainer.global_step % self.every_steps == 0 and trainer.is_global_zero:
+            self.draw(trainer, module)
+
+    def on_train_end(self, trainer: pl.Trainer, module: SimMIMPretraining) -> None:
+        """Draw the end."""
+        if trainer.is_global_zero and trainer.global_step % self.every_steps:
+            self.draw(trainer, module)
+
+    def draw(self, trainer: pl.Trainer, module: SimMIMPretraining) -> None:
+        """Write one picture."""
+        model, training = module.model, module.model.training
+        with torch.random.fork_rng(devices=[]), torch.no_grad():
+            model.eval()
+            images, mask = module.inputs({**self.batch, "image": self.batch["image"].to(module.device)})
+            prediction = model.reconstruct(images, mask)
+            model.train(training)
+        picture = reconstruction_grid(images, mask, prediction, module.mean, module.std)
+        self.folder.mkdir(exist_ok=True)
+        picture.save(self.folder / f"step-{trainer.global_step:07d}.png")
+        for logger in trainer.loggers:
+            if isinstance(logger, pl.loggers.TensorBoardLogger):
+                logger.experiment.add_image(
+                    "reconstructions", np.asarray(picture), trainer.global_step, dataformats="HWC"
+                )

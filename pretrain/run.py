@@ -1,0 +1,185 @@
+"""A pre-training run put together: survey the images, settle what is open, train, leave an encoder behind."""
+from __future__ import annotations
+
+import math
+from dataclasses import replace
+from pathlib import Path
+
+import pytorch_lightning as pl
+import torch
+
+from pretrain.callbacks import Reconstructions
+from pretrain.module import SimMIMPretraining
+from pretrain.settings import DataSettings, ModelSettings, OptimSettings, PretrainSettings, resolve
+from simmim.checkpoint import Preprocessing, save_encoder
+from simmim.data import CentreView, ImageSamples, RandomView, find_images, image_dataset, survey, worker_count
+from simmim.model import SimMIM
+from simmim.run_folder import CONFIG, as_yaml, check_run_folder, last_checkpoint, take_run_folder
+from simmim.swinv2 import SwinV2
+from simmim.training import (
+    ProgressLine,
+    SaveRun,
+    SkippedImages,
+    StreamData,
+    Throughput,
+    build_trainer,
+    check_trainer_keys,
+    default_precision,
+    device_type,
+    per_device_batch,
+)
+
+KEEP_DECODED_MIB = 128  # sets that decode to less stay in memory, in each loading process
+
+
+def pretrain(settings: PretrainSettings) -> Path:
+    """Pre-train an encoder and return its run folder.
+
+    The folder holds config.yaml, checkpoints/last.ckpt, encoder/ (see `simmim.load_encoder`), tensorboard/,
+    metrics.csv, reconstructions/ and, where images were skipped, skipped-images.txt.
+
+    Raises:
+        ValueError: for settings or images that cannot work, before anything is written.
+    """
+    check_run_folder(settings.out, settings.resume, settings.overwrite)
+    check_trainer_keys(settings.trainer)
+    source = image_dataset(find_images(settings.data.path))
+    images = survey(source, settings.data.channels)
+    device = device_type()
+    kept = images.decoded_mib <= KEEP_DECODED_MIB
+    # Images that are in memory already are cropped faster than they could be sent between processes.
+    settings = resolve(settings, images, len(source), device, 0 if kept and device == "cpu" else worker_count(device))
+    settings = replace(settings, precision=settings.precision or default_precision(device))
+    data, accumulate = settings.data, settings.optim.accumulate
+
+    steps_per_epoch = len(source) / settings.batch_size
+    steps = max(1, round(settings.epochs * steps_per_epoch))
+    pl.seed_everything(settings.seed, workers=True, verbose=False)
+    model = build_model(settings)
+    masking = settings.masking()
+    schedule = settings.schedule().by_step(steps_per_epoch, settings.batch_size)
+    module = SimMIMPretraining(
+        model, masking, data.mean, data.std, schedule, settings.optim.weight_decay, settings.optim.clip
+    )
+    view = RandomView(settings.size, data.crop_scale, data.crop_ratio, data.flip)
+    samples = ImageSamples(source, view, data.channels, settings.seed, keep_decoded=kept)
+    shown = ImageSamples(source, CentreView(settings.size), data.channels, settings.seed)
+
+    run = Path(settings.out).expanduser()
+    preprocessing = Preprocessing(settings.size, data.mean, data.std)
+
+    def export(module: SimMIMPretraining) -> None:
+        save_encoder(run / "encoder", module.model.encoder, preprocessing, provenance(settings, module.global_step))
+
+    callbacks = [
+        Throughput(settings.batch_size),
+        ProgressLine("pre-training", settings.batch_size),
+        SkippedImages(run),
+        Reconstructions(shown, run, every_steps=max(1, round(settings.reconstruct_every_epochs * steps_per_epoch))),
+        SaveRun(run, settings.save_every_steps, also=export),
+    ]
+    trainer = build_trainer(
+        run,
+        steps,
+        devices=settings.devices,
+        precision=settings.precision,
+        accumulate=accumulate,
+        callbacks=callbacks,
+        log_every_steps=min(settings.log_every_steps, steps),
+        extra=settings.trainer,
+    )
+    per_device_batch(settings.batch_size, trainer.world_size, accumulate)
+    take_run_folder(settings)
+    checkpoint = last_checkpoint(run)
+    resumed = settings.resume and checkpoint.is_file()
+    if trainer.is_global_zero:
+        print(summary(settings, model, len(source), steps, trainer, checkpoint if resumed else None), flush=True)
+    stream = StreamData(samples, settings.batch_size, accumulate, settings.workers)
+    trainer.fit(module, datamodule=stream, ckpt_path=checkpoint if resumed else None, weights_only=True)
+    if trainer.is_global_zero:
+        print(f"encoder: {run / 'encoder'}\nlook at it: tensorboard --logdir {run / 'tensorboard'}")
+    return run
+
+
+def build_model(settings: PretrainSettings) -> SimMIM:
+    """Encoder and head of resolved settings, freshly initialised."""
+    encoder = SwinV2(settings.encoder_config(), settings.model.checkpoint_activations)
+    return SimMIM(encoder, settings.model.norm_target_patch)
+
+
+def provenance(settings: PretrainSettings, steps: int) -> dict:
+    """What an exported encoder says of where it comes from."""
+    from simmim import __version__
+
+    return {
+        "toolkit": f"simmim {__version__}",
+        "method": "SimMIM",
+        "preset": settings.preset,
+        "steps": steps,
+        "epochs": settings.epochs,
+        "batch_size": settings.batch_size,
+        "seed": settings.seed,
+        "mask_unit": settings.model.mask_unit,
+        "mask_ratio": settings.model.mask_ratio,
+        "norm_target_patch": settings.model.norm_target_patch,
+    }
+
+
+def summary(
+    settings: PretrainSettings, model: SimMIM, count: int, steps: int, trainer: pl.Trainer, resumed: Path | None
+) -> str:
+    """What is about to happen, and the resolved configuration."""
+    encoder = model.encoder
+    parameters = sum(parameter.numel() for parameter in encoder.parameters()) / 1e6
+    height, width = settings.size
+    units = math.prod(settings.masking().grid(settings.size))
+    hidden = settings.masking().masked_units(settings.size)
+    peak = settings.optim.lr * settings.batch_size / 512
+    lines = [
+        f"# {settings.out}/{CONFIG}",
+        as_yaml(settings).rstrip(),
+        "",
+        f"images   {count:,}, {'gray' if settings.data.channels == 1 else 'colour'}, as {height}×{width} px",
+        f"encoder  SwinV2 {settings.preset}, {parameters:.2f} M parameters, window {encoder.config.window_size}, "
+        f"patch {encoder.config.patch_size} px",
+        f"masking  {hidden} of {units} units of {settings.model.mask_unit} px",
+        f"training {settings.epochs:g} epochs, {steps:,} steps of {settings.batch_size} images, peak learning rate "
+        f"{peak:.3g}, {settings.precision} on {trainer.world_size} × {trainer.strategy.root_device.type}",
+    ]
+    if resumed:
+        lines.append(f"resuming from {resumed}")
+    return "\n".join(lines)
+
+
+def load_simmim(run: str | Path) -> tuple[SimMIM, PretrainSettings]:
+    """A run's whole model, with mask token and head, from its last checkpoint, and its settings.
+
+    Raises:
+        ValueError: when `run` holds no pre-training run or no checkpoint yet.
+    """
+    settings = read_settings(run)
+    checkpoint = last_checkpoint(Path(run).expanduser())
+    if not checkpoint.is_file():
+        raise ValueError(f"run {str(run)!r} has no checkpoint yet: expected {checkpoint}")
+    model = build_model(settings)
+    state = torch.load(checkpoint, map_location="cpu", weights_only=True)["state_dict"]
+    model.load_state_dict({name.removeprefix("model."): value for name, value in state.items()})
+    return model.eval(), settings
+
+
+def read_settings(run: str | Path) -> PretrainSettings:
+    """The settings a run was started with.
+
+    Raises:
+        ValueError: when `run` holds no pre-training run.
+    """
+    import yaml
+
+    path = Path(run).expanduser() / CONFIG
+    if not path.is_file():
+        raise ValueError(f"no run at {str(run)!r}: expected {path}")
+    values = yaml.safe_load(path.read_text(encoding="utf-8"))
+    if "model" not in values or "mask_ratio" not in values["model"]:
+        raise ValueError(f"run {str(run)!r} is no pre-training run")
+    groups = {"data": DataSettings, "model": ModelSettings, "optim": OptimSettings}
+    return PretrainSettings(**{**values, **{name: kind(**values[name]) for name, kind in groups.items()}})

@@ -1,0 +1,298 @@
+"""Settings of stage 1, and how what the user leaves open follows from the images and the machine."""
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass, field, replace
+from typing import Any
+
+from simmim.data import IMAGENET_MEAN, IMAGENET_STD, Survey
+from simmim.masking import BlockMasking
+from simmim.optim import Schedule
+from simmim.swinv2 import PRESETS, SwinV2Config
+
+
+@dataclass(frozen=True)
+class DataSettings:
+    """The unlabeled images and how they are cropped.
+
+    Args:
+        path: folder of images, nested as you like.
+        channels: 1 for gray, 3 for colour; found from the images by default.
+        mean: one a channel, of values in [0, 1]; ImageNet's for colour, the images' own for gray by default.
+        std: as mean.
+        crop_scale: range of the random crop's share of the image's area.
+        crop_ratio: range of the crop's width over height.
+        flip: probability of mirroring left and right.
+    """
+
+    path: str
+    channels: int | None = None
+    mean: tuple[float, ...] | None = None
+    std: tuple[float, ...] | None = None
+    crop_scale: tuple[float, float] = (0.67, 1.0)
+    crop_ratio: tuple[float, float] = (0.75, 1.3333333333333333)
+    flip: float = 0.5
+
+    def __post_init__(self) -> None:
+        for name in ("mean", "std", "crop_scale", "crop_ratio"):
+            if getattr(self, name) is not None:
+                object.__setattr__(self, name, tuple(getattr(self, name)))
+        if self.channels not in (None, 1, 3):
+            raise ValueError(f"data.channels is {self.channels}: give 1 for gray or 3 for colour")
+        low, high = self.crop_scale
+        if not 0 < low <= high <= 1:
+            raise ValueError(f"data.crop_scale is {self.crop_scale}: give shares of the area, 0 < low <= high <= 1")
+        if not 0 < self.crop_ratio[0] <= self.crop_ratio[1]:
+            raise ValueError(f"data.crop_ratio is {self.crop_ratio}: give width over height, 0 < low <= high")
+        if not 0 <= self.flip <= 1:
+            raise ValueError(f"data.flip is {self.flip}: give a probability")
+
+
+@dataclass(frozen=True)
+class ModelSettings:
+    """Masking, target, and changes to the preset's encoder.
+
+    Args:
+        mask_unit: side of a mask unit in pixels; by default the largest that leaves six units or more a side.
+        mask_ratio: share of the units that is masked.
+        norm_target_patch: side in pixels, odd, of the sliding patch that normalises the target (47 as published for
+            192 px); raw pixels by default.
+        encoder: settings of the encoder that replace the preset's, such as window_size, drop_path_rate or depths.
+        checkpoint_activations: recompute activations in the backward pass: less memory, a third more time.
+    """
+
+    mask_unit: int | None = None
+    mask_ratio: float = 0.6
+    norm_target_patch: int | None = None
+    encoder: dict[str, Any] = field(default_factory=dict)
+    checkpoint_activations: bool = False
+
+
+@dataclass(frozen=True)
+class OptimSettings:
+    """AdamW, its schedule, and gradient clipping. Learning rates are per 512 images of the global batch.
+
+    Args:
+        lr: peak learning rate; by default 1e-4 as published for tiny to giant, 2e-3 for nano and micro.
+        schedule: cosine or multistep.
+        warmup_epochs: by default 10, or a tenth of shorter runs.
+        warmup_lr: where the warm-up starts.
+        min_lr: where the cosine ends.
+        milestones: epochs at which multistep multiplies by gamma.
+        gamma: see milestones.
+        weight_decay: for matrices; never for biases, norms, mask token, temperatures and position MLPs.
+        clip: largest norm of the gradient.
+        accumulate: split each batch into so many forward passes, where memory is short.
+    """
+
+    lr: float | None = None
+    schedule: str = "cosine"
+    warmup_epochs: float | None = None
+    warmup_lr: float = 5e-7
+    min_lr: float = 0.0
+    milestones: tuple[float, ...] = ()
+    gamma: float = 0.1
+    weight_decay: float = 0.05
+    clip: float = 5.0
+    accumulate: int = 1
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "milestones", tuple(self.milestones))
+        if self.accumulate < 1:
+            raise ValueError(f"optim.accumulate is {self.accumulate}: give 1 or more")
+        if self.clip <= 0:
+            raise ValueError(f"optim.clip is {self.clip}: give a positive norm")
+
+
+@dataclass(frozen=True)
+class PretrainSettings:
+    """One pre-training run. Only the images and the run folder have no default.
+
+    Args:
+        data: the images; a path alone will do.
+        out: run folder to make.
+        preset: size of the encoder: nano, micro, tiny, small, base, large, huge, giant-1b, giant-3b.
+        image_size: pixels the crops are resized to, one number or height and width.
+        epochs: passes over the images.
+        batch_size: images an optimiser step, over all devices.
+        seed: of everything random.
+        workers: processes that load images, a device.
+        devices: how many, or auto for all.
+        precision: as Lightning names them, 32-true or bf16-mixed say.
+        resume: go on with the run in `out`, or start it if there is none.
+        overwrite: delete the run in `out` and start it anew.
+        reconstruct_every_epochs: a picture of reconstructions every so many epochs; by default twenty in all.
+        save_every_steps: a checkpoint every so many steps; by default an epoch's, within 50 to 1000.
+        log_every_steps: metrics every so many steps.
+        model: masking, target, encoder.
+        optim: optimiser and schedule.
+        trainer: further settings of Lightning's Trainer.
+    """
+
+    data: DataSettings
+    out: str
+    preset: str | None = None
+    image_size: int | tuple[int, int] | None = None
+    epochs: float | None = None
+    batch_size: int | None = None
+    seed: int = 0
+    workers: int | None = None
+    devices: str | int = "auto"
+    precision: str | None = None
+    resume: bool = False
+    overwrite: bool = False
+    reconstruct_every_epochs: float | None = None
+    save_every_steps: int | None = None
+    log_every_steps: int = 10
+    model: ModelSettings = ModelSettings()
+    optim: OptimSettings = OptimSettings()
+    trainer: dict[str, Any] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        if isinstance(self.data, str):
+            object.__setattr__(self, "data", DataSettings(self.data))
+        if isinstance(self.image_size, list):
+            object.__setattr__(self, "image_size", tuple(self.image_size))
+        for name in ("epochs", "batch_size", "log_every_steps", "save_every_steps", "reconstruct_every_epochs"):
+            if getattr(self, name) is not None and getattr(self, name) <= 0:
+                raise ValueError(f"{name} is {getattr(self, name)}: give a positive number")
+        if self.workers is not None and self.workers < 0:
+            raise ValueError(f"workers is {self.workers}: give 0 to load in the main process, or more")
+
+    @property
+    def size(self) -> tuple[int, int]:
+        """(height, width) of the crops, once resolved."""
+        return (self.image_size,) * 2 if isinstance(self.image_size, int) else self.image_size
+
+    def encoder_config(self) -> SwinV2Config:
+        """The architecture, once resolved."""
+        return SwinV2Config.from_preset(self.preset, **{"in_channels": self.data.channels, **self.model.encoder})
+
+    def masking(self) -> BlockMasking:
+        """How masks are drawn, once resolved."""
+        masking = BlockMasking(self.model.mask_unit, self.model.mask_ratio, self.encoder_config().patch_size)
+        masking.masked_units(self.size)
+        return masking
+
+    def schedule(self) -> Schedule:
+        """The learning rate's course, once resolved."""
+        optim = self.optim
+        return Schedule(
+            optim.lr,
+            self.epochs,
+            optim.warmup_epochs,
+            optim.warmup_lr,
+            optim.schedule,
+            optim.min_lr,
+            optim.milestones,
+            optim.gamma,
+        )
+
+
+def resolve(settings: PretrainSettings, images: Survey, count: int, device: str, workers: int) -> PretrainSettings:
+    """Fill in all that the user left open.
+
+    Args:
+        images: what a sample of the images looks like.
+        count: how many there are.
+        device: cuda, mps or cpu.
+        workers: loading processes that suit the machine.
+
+    Raises:
+        ValueError: when the result cannot work: an unknown preset, a mask unit that does not divide the image, ….
+    """
+    data, model, optim = settings.data, settings.model, settings.optim
+    channels = data.channels or images.channels
+    gray = channels == 1
+    data = replace(
+        data,
+        channels=channels,
+        mean=data.mean or (images.mean if gray else IMAGENET_MEAN),
+        std=data.std or (images.std if gray else IMAGENET_STD),
+    )
+    if len(data.mean) != channels or len(data.std) != channels:
+        raise ValueError(f"data.mean {data.mean} and data.std {data.std} need one number for each of {channels} channels")
+
+    image_size = settings.image_size or default_image_size(images.short_side_px)
+    size = (image_size,) * 2 if isinstance(image_size, int) else image_size
+    preset = settings.preset or default_preset(min(size), device)
+    encoder = dict(model.encoder)
+    if preset in PRESETS:
+        encoder.setdefault("window_size", default_window(min(size), encoder.get("patch_size", PRESETS[preset].patch_size)))
+    config = SwinV2Config.from_preset(preset, **encoder)
+    model = replace(model, encoder=encoder, mask_unit=model.mask_unit or default_mask_unit(size, config.patch_size))
+
+    epochs = settings.epochs or default_epochs(count)
+    small = preset in ("nano", "micro")
+    optim = replace(
+        optim,
+        lr=optim.lr if optim.lr is not None else (2e-3 if small else 1e-4),
+        warmup_epochs=optim.warmup_epochs if optim.warmup_epochs is not None else min(10, epochs / 10),
+    )
+    resolved = replace(
+        settings,
+        data=data,
+        model=model,
+        optim=optim,
+        image_size=image_size,
+        preset=preset,
+        epochs=epochs,
+        batch_size=settings.batch_size or default_batch_size(device, small),
+        workers=workers if settings.workers is None else settings.workers,
+        reconstruct_every_epochs=settings.reconstruct_every_epochs or max(epochs / 20, 1e-9),
+    )
+    resolved = replace(
+        resolved,
+        save_every_steps=settings.save_every_steps or min(max(math.ceil(count / resolved.batch_size), 50), 1000),
+    )
+    resolved.masking()
+    resolved.schedule()
+    return resolved
+
+
+def default_image_size(short_side_px: int) -> int:
+    """192 px as published, or the multiple of 32 that smaller images reach; never under 32."""
+    return min(max(short_side_px // 32 * 32, 32), 192)
+
+
+def default_preset(side_px: int, device: str) -> str:
+    """A model that the machine trains in hours: two stages for thumbnails, four for photographs, tiny on a GPU."""
+    if side_px <= 48:
+        return "nano"
+    return "micro" if device == "cpu" else "tiny"
+
+
+def default_window(side_px: int, patch_size: int) -> int:
+    """A quarter of the first stage's map as published (12 at 192 px, patch 4), at least 4."""
+    return max(side_px // patch_size // 4, 4)
+
+
+def default_mask_unit(size: tuple[int, int], patch_size: int) -> int:
+    """The largest unit up to 32 px that leaves at least six a side, as 32 does at 192 px; four where six cannot be.
+
+    Raises:
+        ValueError: when no multiple of the patch size divides the image.
+    """
+    fitting = [
+        unit for unit in range(patch_size, 33, patch_size) if size[0] % unit == 0 and size[1] % unit == 0
+    ]
+    for units_a_side in (6, 4, 2):
+        large_enough = [unit for unit in fitting if min(size) // unit >= units_a_side]
+        if large_enough:
+            return max(large_enough)
+    raise ValueError(
+        f"no mask unit fits images of {size[0]}×{size[1]} px with patches of {patch_size} px: "
+        f"give an image size that is a multiple of {patch_size}"
+    )
+
+
+def default_epochs(count: int) -> float:
+    """800 as published for small sets; from 25,000 images on as many as show 20 million crops, 100 at least."""
+    return float(min(max(math.ceil(20e6 / count), 100), 800))
+
+
+def default_batch_size(device: str, small: bool) -> int:
+    """Large enough for the hardware, small enough for its memory."""
+    if device == "cpu":
+        return 128 if small else 32
+    return 512 if small else 128

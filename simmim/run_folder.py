@@ -1,0 +1,100 @@
+"""The run folder: taken once, never overwritten by accident, its configuration written once."""
+from __future__ import annotations
+
+import shutil
+from dataclasses import fields, is_dataclass
+from pathlib import Path
+
+import yaml
+
+from simmim.checkpoint import whole_file
+
+CONFIG, CHECKPOINTS, LAST = "config.yaml", "checkpoints", "last.ckpt"
+# Not part of what a run is: a resumed run may have other workers or devices, and says --resume.
+CIRCUMSTANCES = ("resume", "overwrite", "out", "workers", "devices")
+
+
+def last_checkpoint(run: Path) -> Path:
+    """Where the run's newest checkpoint is or will be."""
+    return run / CHECKPOINTS / LAST
+
+
+def plain(value):
+    """Settings as plain values for YAML and JSON: dataclasses to dicts, tuples to lists, paths to text."""
+    if is_dataclass(value) and not isinstance(value, type):
+        return {field.name: plain(getattr(value, field.name)) for field in fields(value)}
+    if isinstance(value, dict):
+        return {str(key): plain(item) for key, item in value.items()}
+    if isinstance(value, list | tuple):
+        return [plain(item) for item in value]
+    return str(value) if isinstance(value, Path) else value
+
+
+def as_yaml(settings) -> str:
+    """Settings as the YAML that `--config` reads back."""
+    values = plain(settings)
+    for name in ("resume", "overwrite"):
+        values.pop(name, None)
+    return yaml.safe_dump(values, sort_keys=False, allow_unicode=True)
+
+
+def check_run_folder(out: str | Path, resume: bool, overwrite: bool) -> None:
+    """Refuse a run folder that is in use, before anything is computed or written.
+
+    Raises:
+        ValueError: when it holds something and neither `resume` nor `overwrite` says what is to become of that; when it
+            is to be overwritten and is no run; when both are given.
+    """
+    run = Path(out).expanduser()
+    if resume and overwrite:
+        raise ValueError("--resume and --overwrite exclude each other: go on with the run, or start it anew")
+    if run.exists() and not run.is_dir():
+        raise ValueError(f"run folder {str(run)!r} is a file: give a new folder")
+    if not run.is_dir() or not any(run.iterdir()):
+        return
+    if overwrite and not (run / CONFIG).is_file():
+        raise ValueError(f"folder {str(run)!r} holds no run ({CONFIG} is missing) and is left alone: give a new folder")
+    if resume and not last_checkpoint(run).is_file() and not (run / CONFIG).is_file():
+        raise ValueError(f"folder {str(run)!r} holds no run to resume: give a run's folder, or a new one")
+    if not resume and not overwrite:
+        raise ValueError(
+            f"run folder {str(run)!r} is not empty: --resume goes on with the run, --overwrite starts it anew"
+        )
+
+
+def take_run_folder(settings) -> Path:
+    """Make the run folder of `settings` (which has out, resume and overwrite) and write its configuration.
+
+    Raises:
+        ValueError: as `check_run_folder`; and when a run is resumed with other settings than it was started with, naming
+            them.
+    """
+    check_run_folder(settings.out, settings.resume, settings.overwrite)
+    run = Path(settings.out).expanduser()
+    if settings.overwrite and run.is_dir():
+        shutil.rmtree(run)
+    config = run / CONFIG
+    if config.is_file():
+        started = yaml.safe_load(config.read_text(encoding="utf-8"))
+        changed = differences(started, yaml.safe_load(as_yaml(settings)))
+        changed = [text for text in changed if text.split(" ")[0].split(".")[0] not in CIRCUMSTANCES]
+        if changed:
+            raise ValueError(
+                f"run {str(run)!r} was started with other settings: {'; '.join(changed)}. "
+                "Resume it with its own, or give a new run folder"
+            )
+    else:
+        with whole_file(config) as temporary:
+            temporary.write_text(as_yaml(settings), encoding="utf-8")
+    (run / CHECKPOINTS).mkdir(exist_ok=True)
+    return run
+
+
+def differences(old, new, prefix: str = "") -> list[str]:
+    """Dotted keys by which two nested dicts differ, as "key was OLD, is NEW"."""
+    if not isinstance(old, dict) or not isinstance(new, dict):
+        return [] if old == new else [f"{prefix} was {old}, is {new}"]
+    found = []
+    for key in sorted(old.keys() | new.keys()):
+        found += differences(old.get(key), new.get(key), f"{prefix}.{key}" if prefix else str(key))
+    return found

@@ -1,0 +1,121 @@
+"""Parameter rules, layer decay and schedules against the reference's tables; exactly one group a parameter."""
+import json
+from pathlib import Path
+
+import pytest
+import torch
+from torch import nn
+
+from simmim.model import SimMIM
+from simmim.optim import (
+    Schedule,
+    adamw,
+    parameter_groups,
+    parameter_rules,
+    scaled_lr,
+    warmup_cosine,
+    warmup_multistep,
+)
+from simmim.swinv2 import SwinV2, SwinV2Config
+
+GOLDEN = Path(__file__).parent / "golden"
+
+
+def micro_encoder():
+    return SwinV2(SwinV2Config(8, (2, 2, 2, 2), (1, 2, 4, 8)))
+
+
+class Classifier(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.encoder = micro_encoder()
+        self.head = nn.Linear(self.encoder.dim, 5)
+
+
+def test_layer_decay_table_is_the_reference_table():
+    expected = json.loads((GOLDEN / "layer_decay_0.75_swinv2_micro.json").read_text())
+    rules = parameter_rules(Classifier(), weight_decay=0.05, layer_decay=0.75, depths=(2, 2, 2, 2))
+    rules = {name.removeprefix("encoder."): rule for name, rule in rules.items()}
+    assert rules.keys() == expected.keys()
+    for name, rule in rules.items():
+        assert rule.lr_scale == pytest.approx(expected[name]["lr_scale"], abs=1e-9), name
+        assert rule.weight_decay == pytest.approx(expected[name]["weight_decay"], abs=1e-9), name
+
+
+def test_schedules_are_the_reference_schedules():
+    golden = json.loads((GOLDEN / "lr_schedules.json").read_text())
+    for kind, table in golden.items():
+        common = dict(
+            lr=table["base_lr"],
+            warmup_lr=table["warmup_lr"],
+            warmup_steps=table["warmup_epochs"] * table["steps_per_epoch"],
+        )
+        total = table["epochs"] * table["steps_per_epoch"]
+        for step, expected in enumerate(table["lr"]):
+            if kind == "multistep":
+                milestones = [epoch * table["steps_per_epoch"] for epoch in table["multisteps"]]
+                got = warmup_multistep(step, **common, milestones=milestones, gamma=table["gamma"])
+            else:
+                got = warmup_cosine(step, **common, total_steps=total, min_lr=table["min_lr"])
+            assert got == pytest.approx(expected, abs=1e-9), (kind, step)
+
+
+def test_schedule_in_epochs_is_the_schedule_in_steps_scaled_by_the_batch():
+    table = json.loads((GOLDEN / "lr_schedules.json").read_text())["multistep"]
+    schedule = Schedule(1e-4, 20, 2, 5e-7, "multistep", milestones=(15,)).by_step(5, global_batch=1024)
+    assert [schedule(step) for step in range(100)] == pytest.approx([2 * lr for lr in table["lr"]], abs=1e-9)
+
+
+def test_every_parameter_sits_in_exactly_one_group():
+    model = SimMIM(micro_encoder())
+    for decay, depths in ((1.0, ()), (0.75, (2, 2, 2, 2))):
+        groups = parameter_groups(model, 1e-3, 0.05, decay, depths)
+        placed = [id(parameter) for group in groups for parameter in group["params"]]
+        assert len(placed) == len(set(placed))
+        assert set(placed) == {id(parameter) for parameter in model.parameters()}
+
+
+def test_pretraining_decays_matrices_alone():
+    rules = parameter_rules(SimMIM(micro_encoder()), weight_decay=0.05)
+    for name, rule in rules.items():
+        matrix = name.endswith(("qkv.weight", "proj.weight", "fc1.weight", "fc2.weight", "reduction.weight"))
+        assert (rule.weight_decay == 0.05) == (matrix or name == "decoder.weight"), name
+
+
+def test_frozen_parameters_are_in_no_group():
+    model = Classifier()
+    model.encoder.requires_grad_(False)
+    groups = parameter_groups(model, 1e-3, 0.05)
+    assert sum(len(group["params"]) for group in groups) == 2
+
+
+def test_adamw_has_the_published_betas():
+    optimiser = adamw(parameter_groups(SimMIM(micro_encoder()), 1e-3, 0.05))
+    assert all(group["betas"] == (0.9, 0.999) for group in optimiser.param_groups)
+
+
+def test_linear_scaling():
+    assert scaled_lr(1e-4, 2048) == pytest.approx(4e-4)
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        (dict(kind="linear"), "'cosine' or 'multistep'"),
+        (dict(warmup_epochs=30), "warm-up of 30 epochs in a run of 20"),
+        (dict(lr=0.0), "positive"),
+    ],
+)
+def test_impossible_schedules_are_refused(settings, message):
+    with pytest.raises(ValueError, match=message):
+        Schedule(**{**dict(lr=1e-3, epochs=20, warmup_epochs=2, warmup_lr=0.0), **settings})
+
+
+def test_a_model_without_position_biases_is_refused():
+    with pytest.raises(AssertionError, match="cpb_mlp"):
+        parameter_rules(nn.Linear(2, 2), 0.05)
+
+
+def test_layer_decay_out_of_range_is_refused():
+    with pytest.raises(ValueError, match="layer decay is 1.5"):
+        parameter_rules(torch.nn.Module(), 0.05, layer_decay=1.5)
