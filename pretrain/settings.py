@@ -6,6 +6,14 @@ from dataclasses import dataclass, field, replace
 from typing import Any
 
 from simmim.data import IMAGENET_MEAN, IMAGENET_STD, Survey
+from simmim.defaults import (
+    default_batch_size,
+    default_image_size,
+    default_mask_unit,
+    default_preset,
+    default_pretraining_epochs,
+    default_window,
+)
 from simmim.masking import BlockMasking
 from simmim.optim import Schedule
 from simmim.swinv2 import PRESETS, SwinV2Config
@@ -222,7 +230,7 @@ def resolve(settings: PretrainSettings, images: Survey, count: int, device: str,
     config = SwinV2Config.from_preset(preset, **encoder)
     model = replace(model, encoder=encoder, mask_unit=model.mask_unit or default_mask_unit(size, config.patch_size))
 
-    epochs = settings.epochs or default_epochs(count)
+    epochs = settings.epochs or default_pretraining_epochs(count)
     small = preset in ("nano", "micro")
     optim = replace(
         optim,
@@ -248,51 +256,3 @@ def resolve(settings: PretrainSettings, images: Survey, count: int, device: str,
     resolved.masking()
     resolved.schedule()
     return resolved
-
-
-def default_image_size(short_side_px: int) -> int:
-    """192 px as published, or the multiple of 32 that smaller images reach; never under 32."""
-    return min(max(short_side_px // 32 * 32, 32), 192)
-
-
-def default_preset(side_px: int, device: str) -> str:
-    """A model that the machine trains in hours: two stages for thumbnails, four for photographs, tiny on a GPU."""
-    if side_px <= 48:
-        return "nano"
-    return "micro" if device == "cpu" else "tiny"
-
-
-def default_window(side_px: int, patch_size: int) -> int:
-    """A quarter of the first stage's map as published (12 at 192 px, patch 4), at least 4."""
-    return max(side_px // patch_size // 4, 4)
-
-
-def default_mask_unit(size: tuple[int, int], patch_size: int) -> int:
-    """The largest unit up to 32 px that leaves at least six a side, as 32 does at 192 px; four where six cannot be.
-
-    Raises:
-        ValueError: when no multiple of the patch size divides the image.
-    """
-    fitting = [
-        unit for unit in range(patch_size, 33, patch_size) if size[0] % unit == 0 and size[1] % unit == 0
-    ]
-    for units_a_side in (6, 4, 2):
-        large_enough = [unit for unit in fitting if min(size) // unit >= units_a_side]
-        if large_enough:
-            return max(large_enough)
-    raise ValueError(
-        f"no mask unit fits images of {size[0]}×{size[1]} px with patches of {patch_size} px: "
-        f"give an image size that is a multiple of {patch_size}"
-    )
-
-
-def default_epochs(count: int) -> float:
-    """800 as published for small sets; from 25,000 images on as many as show 20 million crops, 100 at least."""
-    return float(min(max(math.ceil(20e6 / count), 100), 800))
-
-
-def default_batch_size(device: str, small: bool) -> int:
-    """Large enough for the hardware, small enough for its memory."""
-    if device == "cpu":
-        return 128 if small else 32
-    return 512 if small else 128

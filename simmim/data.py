@@ -452,7 +452,11 @@ def batches(samples: ImageSamples, order: Sampler, workers: int) -> DataLoader:
     )
 
 
+def cores() -> int:
+    """Processor cores that this process may use."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+
+
 def worker_count(device: str) -> int:
     """Loading processes for this machine: all cores but one feed a GPU, up to 16; on a CPU, training needs them."""
-    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-    return max(1, min(cores - 1, 16)) if device != "cpu" else min(max(cores // 4, 1), 4)
+    return max(1, min(cores() - 1, 16)) if device != "cpu" else min(max(cores() // 4, 1), 4)

@@ -1,0 +1,22 @@
+"""Stage 2: transfer an encoder to labeled tasks."""
+from importlib import import_module
+
+_HOMES = {
+    "finetune": "finetune.run",
+    "predict": "finetune.prediction",
+    "load_classifier": "finetune.classification",
+    "FinetuneSettings": "finetune.settings",
+    "LabeledSettings": "finetune.settings",
+    "AffineSettings": "finetune.augment",
+    "EncoderSettings": "finetune.settings",
+    "OptimSettings": "finetune.settings",
+    "study": "finetune.label_study",
+    "Arm": "finetune.label_study",
+}
+__all__ = list(_HOMES)
+
+
+def __getattr__(name: str):
+    if name not in _HOMES:
+        raise AttributeError(f"module 'finetune' has no attribute {name!r}")
+    return getattr(import_module(_HOMES[name]), name)

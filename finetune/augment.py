@@ -1,0 +1,59 @@
+"""Small random affine changes of labeled images, drawn by sample and done by the batch on its device."""
+from __future__ import annotations
+
+import math
+import random
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+
+@dataclass(frozen=True)
+class AffineSettings:
+    """Ranges of the change; all zero for none.
+
+    Args:
+        degrees: largest rotation either way.
+        zoom: largest change of size either way, 0.1 for 0.9 to 1/0.9, drawn for each axis.
+        shear: largest tangent of the shear either way.
+        shift: largest shift either way, as a share of the side.
+    """
+
+    degrees: float = 0.0
+    zoom: float = 0.0
+    shear: float = 0.0
+    shift: float = 0.0
+
+    def __post_init__(self) -> None:
+        if min(self.degrees, self.zoom, self.shear, self.shift) < 0 or self.zoom >= 1:
+            raise ValueError(f"{self} is out of range: give numbers from 0 on, zoom below 1")
+
+    @property
+    def active(self) -> bool:
+        """Whether anything is changed at all."""
+        return any((self.degrees, self.zoom, self.shear, self.shift))
+
+    def matrices(self, seeds: list[int]) -> Tensor:
+        """For each seed a (2, 3) matrix from output to input coordinates, both from −1 to 1, as `affine_grid` takes."""
+        rows = []
+        for seed in seeds:
+            generator = random.Random(seed)
+            angle = math.radians(generator.uniform(-self.degrees, self.degrees))
+            limit = -math.log(1 - self.zoom)
+            zoom_x, zoom_y = (math.exp(generator.uniform(-limit, limit)) for _ in range(2))
+            shear = generator.uniform(-self.shear, self.shear)
+            shift_x, shift_y = (2 * generator.uniform(-self.shift, self.shift) for _ in range(2))
+            cos, sin = math.cos(angle), math.sin(angle)
+            # Rotation after shear after scale.
+            rows.append(
+                [[zoom_x * cos, zoom_y * (shear * cos - sin), shift_x], [zoom_x * sin, zoom_y * (shear * sin + cos), shift_y]]
+            )
+        return torch.tensor(rows)
+
+
+def warp(images: Tensor, matrices: Tensor) -> Tensor:
+    """Images, (B, channels, height, width) float, moved by `AffineSettings.matrices`; edges continue outwards."""
+    grid = F.affine_grid(matrices.to(images), list(images.shape), align_corners=False)
+    return F.grid_sample(images, grid, padding_mode="border", align_corners=False)

@@ -1,0 +1,261 @@
+"""A fine-tuning run put together: read the labels, load or make the encoder, train, keep the best."""
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+import pytorch_lightning as pl
+
+from finetune.classification import ClassificationFinetuning, Classifier, save_classifier
+from finetune.settings import FinetuneSettings, with_schedule
+from simmim.checkpoint import Preprocessing, read_encoder
+from simmim.data import (
+    IMAGENET_MEAN,
+    IMAGENET_STD,
+    CentreView,
+    ImageSamples,
+    LabeledImages,
+    RandomView,
+    labeled_images,
+    survey,
+    worker_count,
+)
+from simmim.defaults import (
+    default_batch_size,
+    default_finetuning_epochs,
+    default_image_size,
+    default_preset,
+    default_window,
+)
+from simmim.run_folder import CONFIG, as_yaml, check_run_folder, last_checkpoint, take_run_folder
+from simmim.swinv2 import PRESETS, SwinV2, SwinV2Config
+from simmim.training import (
+    ProgressLine,
+    SaveRun,
+    SkippedImages,
+    StreamData,
+    Throughput,
+    build_trainer,
+    check_trainer_keys,
+    default_precision,
+    device_type,
+    per_device_batch,
+)
+
+KEEP_DECODED_MIB = 128
+
+
+@dataclass(frozen=True)
+class FinetuneResult:
+    """A finished run: its folder, the accuracy of the last step and the best validated one, in [0, 1]."""
+
+    run: Path
+    accuracy: float
+    best_accuracy: float
+
+
+def finetune(settings: FinetuneSettings, quiet: bool = False) -> FinetuneResult:
+    """Fine-tune an encoder on class folders; the run folder's encoder/ holds the best classifier.
+
+    Args:
+        quiet: print nothing and show no progress, for runs in series.
+
+    Raises:
+        ValueError: for settings, labels or an encoder that cannot work, before anything is written.
+    """
+    check_run_folder(settings.out, settings.resume, settings.overwrite)
+    check_trainer_keys(settings.trainer)
+    labels = labeled_images(settings.data.path, settings.labels_per_class, settings.seed)
+    device = device_type()
+    images = survey(labels.train)
+    kept = images.decoded_mib <= KEEP_DECODED_MIB
+
+    pl.seed_everything(settings.seed, workers=True, verbose=False)
+    encoder, preprocessing, settings = starting_point(settings, images, device, say=None if quiet else print)
+    small = max(encoder.config.dims) <= 384 and encoder.config.embed_dim < 96
+    batch_size = settings.batch_size or min(default_batch_size(device, small), max(len(labels.train), 1))
+    settings = with_schedule(settings, default_finetuning_epochs(len(labels.train), batch_size), batch_size, small)
+    crop = settings.data.evaluation_crop or (1.0 if min(settings.size) <= 64 else 0.875)
+    settings = replace(
+        settings,
+        data=replace(settings.data, evaluation_crop=crop),
+        workers=settings.workers
+        if settings.workers is not None
+        else (0 if kept and device == "cpu" else worker_count(device)),
+        precision=settings.precision or default_precision(device),
+    )
+    accumulate = settings.optim.accumulate
+    steps_per_epoch = len(labels.train) / settings.batch_size
+    steps = max(1, round(settings.epochs * steps_per_epoch))
+    schedule = settings.schedule().by_step(steps_per_epoch, settings.batch_size)
+
+    model = Classifier(encoder, len(labels.classes))
+    module = ClassificationFinetuning(
+        model, preprocessing.mean, preprocessing.std, settings.data.affine, schedule, settings.optim, settings.freeze
+    )
+    channels = encoder.config.in_channels
+    view = RandomView(settings.size, settings.data.crop_scale, settings.data.crop_ratio, settings.data.flip)
+    train = ImageSamples(labels.train, view, channels, settings.seed, keep_decoded=kept)
+    validation = ImageSamples(
+        labels.validation, CentreView(settings.size, crop), channels, settings.seed, keep_decoded=kept
+    )
+
+    run = Path(settings.out).expanduser()
+    best = KeepBest(run, labels.classes, preprocessing, crop, provenance(settings))
+    callbacks = [
+        Throughput(settings.batch_size),
+        *([] if quiet else [ProgressLine("fine-tuning", settings.batch_size)]),
+        SkippedImages(run),
+        best,
+        SaveRun(run, every_steps=max(50, round(steps / settings.validations))),
+    ]
+    trainer = build_trainer(
+        run,
+        steps,
+        devices=settings.devices,
+        precision=settings.precision,
+        accumulate=accumulate,
+        callbacks=callbacks,
+        log_every_steps=min(settings.log_every_steps, steps),
+        extra=settings.trainer,
+        validate_every_steps=max(1, -(-steps // settings.validations)),
+    )
+    per_device_batch(settings.batch_size, trainer.world_size, accumulate)
+    take_run_folder(settings)
+    checkpoint = last_checkpoint(run)
+    resumed = settings.resume and checkpoint.is_file()
+    if trainer.is_global_zero and not quiet:
+        print(summary(settings, model, labels, steps, trainer, checkpoint if resumed else None), flush=True)
+    stream = StreamData(train, settings.batch_size, accumulate, settings.workers, validation)
+    trainer.fit(module, datamodule=stream, ckpt_path=checkpoint if resumed else None, weights_only=True)
+    # Steps rarely end on a validation: the last state is measured once more.
+    last = trainer.validate(module, datamodule=stream, verbose=False)[0]["accuracy"]
+    best.consider(module, last)
+    if trainer.is_global_zero and not quiet:
+        print(
+            f"accuracy {last:.1%} at the end, {best.accuracy:.1%} best, on {len(validation):,} validation images\n"
+            f"best classifier: {run / 'encoder'}\n"
+            f"use it: simmim predict --run {run} --images PATH --out predictions.csv"
+        )
+    return FinetuneResult(run, float(last), float(best.accuracy))
+
+
+def starting_point(
+    settings: FinetuneSettings, images, device: str, say
+) -> tuple[SwinV2, Preprocessing, FinetuneSettings]:
+    """The encoder to train, the preprocessing it goes with, and the settings with image size and window filled in.
+
+    Pre-trained weights, an architecture without its weights (`encoder.like`), or a preset from scratch.
+    """
+    source = settings.init if settings.init != "none" else settings.encoder.like
+    chosen = settings.encoder
+    if source is None:
+        size = settings.image_size or default_image_size(images.short_side_px)
+        side = size if isinstance(size, int) else min(size)
+        preset = chosen.preset or default_preset(side, device)
+        window = chosen.window_size or default_window(side, PRESETS[preset].patch_size if preset in PRESETS else 4)
+        config = SwinV2Config.from_preset(
+            preset, in_channels=images.channels, window_size=window, drop_path_rate=chosen.drop_path_rate
+        )
+        gray = images.channels == 1
+        mean, std = (images.mean, images.std) if gray else (IMAGENET_MEAN, IMAGENET_STD)
+        settings = replace(settings, image_size=size, encoder=replace(chosen, preset=preset, window_size=window))
+        preprocessing = Preprocessing(settings.size, mean, std)
+        return SwinV2(config, chosen.checkpoint_activations), preprocessing, settings
+
+    saved = read_encoder(source, drop_path_rate=chosen.drop_path_rate)
+    pretrained_size = saved.preprocessing.image_size
+    size = settings.image_size or (pretrained_size[0] if len(set(pretrained_size)) == 1 else pretrained_size)
+    settings = replace(settings, image_size=size)
+    # The window grows with the image, so that it sees the same share of it: 12 at 192 px, 14 at 224.
+    window = chosen.window_size or max(
+        1, round(saved.encoder.config.window_size * min(settings.size) / min(pretrained_size))
+    )
+    settings = replace(settings, encoder=replace(chosen, window_size=window))
+    config = replace(saved.encoder.config, window_size=window)
+    encoder = SwinV2(config, chosen.checkpoint_activations)
+    if settings.init == "none":
+        encoder = SwinV2(replace(config, pretrained_window_sizes=None), chosen.checkpoint_activations)
+    else:
+        encoder.load_state_dict(saved.encoder.state_dict())
+        if say:
+            say(f"encoder from {source}: all {len(encoder.state_dict())} tensors loaded")
+    return encoder, replace(saved.preprocessing, image_size=settings.size), settings
+
+
+class KeepBest(pl.Callback):
+    """Exports the classifier whenever its validation accuracy is the best so far; the first of equals stays."""
+
+    def __init__(
+        self, run: Path, classes: tuple[str, ...], preprocessing: Preprocessing, crop: float, provenance: dict
+    ) -> None:
+        self.run, self.classes, self.preprocessing = run, classes, preprocessing
+        self.crop, self.provenance = crop, provenance
+        self.accuracy = -1.0
+
+    def state_dict(self) -> dict:
+        """The best accuracy, for a resumed run."""
+        return {"accuracy": self.accuracy}
+
+    def load_state_dict(self, state: dict) -> None:
+        """Take up the best accuracy so far."""
+        self.accuracy = state["accuracy"]
+
+    def on_validation_end(self, trainer: pl.Trainer, module: ClassificationFinetuning) -> None:
+        """Consider what was just validated in the course of training."""
+        if trainer.state.fn == "fit":
+            self.consider(module, float(trainer.callback_metrics["accuracy"]))
+
+    def consider(self, module: ClassificationFinetuning, accuracy: float) -> None:
+        """Export if better than all before."""
+        if accuracy <= self.accuracy:
+            return
+        self.accuracy = accuracy
+        if module.trainer.is_global_zero:
+            provenance = {**self.provenance, "steps": module.trainer.global_step, "accuracy": accuracy}
+            save_classifier(
+                self.run / "encoder", module.model, self.classes, self.preprocessing, self.crop, provenance
+            )
+
+
+def provenance(settings: FinetuneSettings) -> dict:
+    """What an exported classifier says of where it comes from."""
+    from simmim import __version__
+
+    return {
+        "toolkit": f"simmim {__version__}",
+        "task": "classification",
+        "init": settings.init,
+        "labels_per_class": settings.labels_per_class,
+        "epochs": settings.epochs,
+        "seed": settings.seed,
+    }
+
+
+def summary(
+    settings: FinetuneSettings,
+    model: Classifier,
+    labels: LabeledImages,
+    steps: int,
+    trainer: pl.Trainer,
+    resumed: Path | None,
+) -> str:
+    """What is about to happen, and the resolved configuration."""
+    parameters = sum(parameter.numel() for parameter in model.parameters() if parameter.requires_grad) / 1e6
+    names = ", ".join(labels.classes[:8]) + (", …" if len(labels.classes) > 8 else "")
+    peak = settings.optim.lr * settings.batch_size / 512
+    lines = [
+        f"# {settings.out}/{CONFIG}",
+        as_yaml(settings).rstrip(),
+        "",
+        f"labels   {len(labels.train):,} images to train on, {len(labels.validation):,} to validate with, "
+        f"{len(labels.classes)} classes: {names}",
+        f"encoder  {'from scratch' if settings.init == 'none' else settings.init}"
+        f"{', frozen' if settings.freeze else ''}, {parameters:.2f} M parameters trained",
+        f"training {settings.epochs:g} epochs, {steps:,} steps of {settings.batch_size} images, peak learning rate "
+        f"{peak:.3g}, layer decay {settings.optim.layer_decay:g}, {settings.precision} on "
+        f"{trainer.world_size} × {trainer.strategy.root_device.type}",
+    ]
+    if resumed:
+        lines.append(f"resuming from {resumed}")
+    return "\n".join(lines)

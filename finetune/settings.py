@@ -1,0 +1,182 @@
+"""Settings of stage 2, and how what the user leaves open follows from the encoder, the labels and the machine."""
+from __future__ import annotations
+
+from dataclasses import dataclass, field, replace
+from typing import Any
+
+from finetune.augment import AffineSettings
+from simmim.optim import Schedule
+
+
+@dataclass(frozen=True)
+class LabeledSettings:
+    """The labeled images and how they are augmented.
+
+    Args:
+        path: folder with a folder for each class, or with train and val (or test) folders that have them.
+        crop_scale: range of the random crop's share of the image's area.
+        crop_ratio: range of the crop's width over height.
+        flip: probability of mirroring left and right.
+        affine: small random rotations, zooms, shears and shifts.
+        evaluation_crop: share of the sides that validation sees; by default 0.875, for images up to 64 px all.
+    """
+
+    path: str
+    crop_scale: tuple[float, float] = (0.5, 1.0)
+    crop_ratio: tuple[float, float] = (0.75, 1.3333333333333333)
+    flip: float = 0.5
+    affine: AffineSettings = AffineSettings(degrees=10, zoom=0.1, shear=0.1, shift=0.05)
+    evaluation_crop: float | None = None
+
+    def __post_init__(self) -> None:
+        for name in ("crop_scale", "crop_ratio"):
+            object.__setattr__(self, name, tuple(getattr(self, name)))
+        low, high = self.crop_scale
+        if not 0 < low <= high <= 1:
+            raise ValueError(f"data.crop_scale is {self.crop_scale}: give shares of the area, 0 < low <= high <= 1")
+        if not 0 < self.crop_ratio[0] <= self.crop_ratio[1]:
+            raise ValueError(f"data.crop_ratio is {self.crop_ratio}: give width over height, 0 < low <= high")
+        if not 0 <= self.flip <= 1:
+            raise ValueError(f"data.flip is {self.flip}: give a probability")
+        if self.evaluation_crop is not None and not 0 < self.evaluation_crop <= 1:
+            raise ValueError(f"data.evaluation_crop is {self.evaluation_crop}: give a share of the sides in (0, 1]")
+
+
+@dataclass(frozen=True)
+class EncoderSettings:
+    """The encoder where it is changed or trained from scratch.
+
+    Args:
+        preset: size of an encoder from scratch; with `--init none` alone.
+        like: run or encoder whose architecture and preprocessing an encoder from scratch takes; its weights stay behind.
+        drop_path_rate: stochastic depth.
+        window_size: other attention windows than the encoder was pre-trained with, whose position bias moves over; by
+            default it grows with the image size.
+        checkpoint_activations: recompute activations in the backward pass: less memory, a third more time.
+    """
+
+    preset: str | None = None
+    like: str | None = None
+    drop_path_rate: float = 0.1
+    window_size: int | None = None
+    checkpoint_activations: bool = False
+
+
+@dataclass(frozen=True)
+class OptimSettings:
+    """AdamW with layer-wise decayed learning rates, given per 512 images of the batch.
+
+    Args:
+        lr: peak learning rate of the head; by default 1.25e-3 as published, 8e-3 for nano and micro.
+        layer_decay: factor from each block to the one before it.
+        label_smoothing: share of the target spread over all classes.
+        warmup_epochs: by default 20, or a fifth of shorter runs.
+        warmup_lr: where the warm-up starts.
+        min_lr: where the cosine ends.
+        weight_decay: for matrices alone.
+        clip: largest norm of the gradient.
+        accumulate: split each batch into so many forward passes, where memory is short.
+    """
+
+    lr: float | None = None
+    layer_decay: float = 0.75
+    label_smoothing: float = 0.1
+    warmup_epochs: float | None = None
+    warmup_lr: float = 2.5e-7
+    min_lr: float = 2.5e-7
+    weight_decay: float = 0.05
+    clip: float = 5.0
+    accumulate: int = 1
+
+    def __post_init__(self) -> None:
+        if not 0 <= self.label_smoothing < 1:
+            raise ValueError(f"optim.label_smoothing is {self.label_smoothing}: give a share in [0, 1)")
+        if self.accumulate < 1:
+            raise ValueError(f"optim.accumulate is {self.accumulate}: give 1 or more")
+        if self.clip <= 0:
+            raise ValueError(f"optim.clip is {self.clip}: give a positive norm")
+
+
+@dataclass(frozen=True)
+class FinetuneSettings:
+    """One fine-tuning run for classification.
+
+    Args:
+        data: the labeled images; a path alone will do.
+        out: run folder to make.
+        init: pre-training run or exported encoder to start from, or none for the from-scratch twin.
+        labels_per_class: use so many training images of each class, drawn by the seed; all by default.
+        freeze: train the head alone.
+        image_size: pixels, one number or height and width; the encoder's own by default.
+        epochs: passes over the training images.
+        batch_size: images an optimiser step, over all devices.
+        seed: of everything random, the choice of labels included.
+        workers: processes that load images, a device.
+        devices: how many, or auto for all.
+        precision: as Lightning names them.
+        resume: go on with the run in `out`, or start it if there is none.
+        overwrite: delete the run in `out` and start it anew.
+        validations: how often the validation images are classified in the course of the run.
+        log_every_steps: metrics every so many steps.
+        encoder: changes to the encoder.
+        optim: optimiser and schedule.
+        trainer: further settings of Lightning's Trainer.
+    """
+
+    data: LabeledSettings
+    out: str
+    init: str = "none"
+    labels_per_class: int | None = None
+    freeze: bool = False
+    image_size: int | tuple[int, int] | None = None
+    epochs: float | None = None
+    batch_size: int | None = None
+    seed: int = 0
+    workers: int | None = None
+    devices: str | int = "auto"
+    precision: str | None = None
+    resume: bool = False
+    overwrite: bool = False
+    validations: int = 10
+    log_every_steps: int = 10
+    encoder: EncoderSettings = EncoderSettings()
+    optim: OptimSettings = OptimSettings()
+    trainer: dict[str, Any] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        if isinstance(self.data, str):
+            object.__setattr__(self, "data", LabeledSettings(self.data))
+        if isinstance(self.image_size, list):
+            object.__setattr__(self, "image_size", tuple(self.image_size))
+        for name in ("epochs", "batch_size", "log_every_steps", "validations"):
+            if getattr(self, name) is not None and getattr(self, name) <= 0:
+                raise ValueError(f"{name} is {getattr(self, name)}: give a positive number")
+        if self.workers is not None and self.workers < 0:
+            raise ValueError(f"workers is {self.workers}: give 0 to load in the main process, or more")
+        scratch = self.init == "none"
+        if not scratch and (self.encoder.like or self.encoder.preset):
+            raise ValueError("encoder.like and encoder.preset describe an encoder from scratch: use them with --init none")
+        if self.freeze and scratch:
+            raise ValueError("--freeze with --init none would train a head on random features: give an encoder by --init")
+
+    @property
+    def size(self) -> tuple[int, int]:
+        """(height, width) of the images, once resolved."""
+        return (self.image_size,) * 2 if isinstance(self.image_size, int) else self.image_size
+
+    def schedule(self) -> Schedule:
+        """The learning rate's course, once resolved."""
+        optim = self.optim
+        return Schedule(optim.lr, self.epochs, optim.warmup_epochs, optim.warmup_lr, min_lr=optim.min_lr)
+
+
+def with_schedule(settings: FinetuneSettings, epochs: float, batch_size: int, small: bool) -> FinetuneSettings:
+    """Settings with epochs, batch, peak learning rate and warm-up filled in where they are open."""
+    epochs = settings.epochs or epochs
+    optim = settings.optim
+    optim = replace(
+        optim,
+        lr=optim.lr if optim.lr is not None else (8e-3 if small else 1.25e-3),
+        warmup_epochs=optim.warmup_epochs if optim.warmup_epochs is not None else min(20, epochs / 5),
+    )
+    return replace(settings, epochs=epochs, batch_size=settings.batch_size or batch_size, optim=optim)

@@ -1,0 +1,360 @@
+"""The command `simmim`. The one place that knows all stages; each is imported when it is called."""
+from __future__ import annotations
+
+import re
+import sys
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, fields
+from pathlib import Path
+
+DESCRIPTION = "Pre-train a SwinV2 encoder on your own images with SimMIM, look at it, export it, fine-tune it."
+
+
+class UsageError(ValueError):
+    """What the user typed cannot work; the message says why and what would."""
+
+
+@dataclass(frozen=True)
+class Command:
+    """One call of the tool: its name, what it is for, and what runs it with the remaining words."""
+
+    name: str
+    purpose: str
+    run: Callable[[Sequence[str]], None]
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Run one command and return the exit code: 0 done, 2 wrong input, 130 interrupted."""
+    arguments = list(sys.argv[1:] if arguments is None else arguments)
+    try:
+        if not arguments or arguments[0] in ("-h", "--help"):
+            print(overview())
+        elif arguments[0] == "--version":
+            from simmim import __version__
+
+            print(f"simmim {__version__}")
+        else:
+            command_named(arguments[0]).run(arguments[1:])
+    except ValueError as error:
+        print(f"simmim: {error}", file=sys.stderr)
+        return 2
+    except KeyboardInterrupt:
+        print("simmim: interrupted", file=sys.stderr)
+        return 130
+    return 0
+
+
+def overview() -> str:
+    """What `simmim --help` prints; made without importing anything heavy."""
+    width = max(len(command.name) for command in COMMANDS)
+    lines = [f"  {command.name:<{width}}  {command.purpose}" for command in COMMANDS]
+    return "\n".join(
+        ["usage: simmim COMMAND [options]", "", DESCRIPTION, "", "commands:", *lines]
+        + ["", "simmim COMMAND --help lists the options of one. Start with: simmim demo"]
+    )
+
+
+def command_named(name: str) -> Command:
+    """The command of that name.
+
+    Raises:
+        UsageError: naming the nearest one.
+    """
+    for command in COMMANDS:
+        if command.name == name:
+            return command
+    raise UsageError(f"unknown command {name!r}{nearest(name, [command.name for command in COMMANDS])}")
+
+
+def nearest(name: str, known: Sequence[str]) -> str:
+    """The tail of a message: the nearest known name."""
+    import difflib
+
+    # A key may be a group's (model.mask_ration) or lack its group (mask_ratio).
+    endings = {key.rsplit(".", 1)[-1]: key for key in known} | {key: key for key in known}
+    close = difflib.get_close_matches(name, endings, n=1, cutoff=0.5)
+    if not close:
+        close = difflib.get_close_matches(name.rsplit(".", 1)[-1], endings, n=1, cutoff=0.5)
+    return f"; did you mean {endings[close[0]]!r}?" if close else f"; known: {', '.join(known)}"
+
+
+# --- Parsing -----------------------------------------------------------------------------------------------------------
+
+SHORT_FLAGS = {"--data": "--data.path"}
+SWITCHES = ("--resume", "--overwrite", "--freeze")
+
+
+def parse(name: str, settings_class: type, arguments: Sequence[str]):
+    """Parse the words after `simmim NAME` into a `settings_class`; prints and exits for --help and --print_config.
+
+    Every field is a flag and a YAML key; --config FILE gives many at once and later words win.
+
+    Raises:
+        UsageError: for unknown keys, naming the nearest, and for values of the wrong type.
+    """
+    from jsonargparse import ArgumentError, ArgumentParser
+
+    parser = ArgumentParser(
+        prog=f"simmim {name}",
+        exit_on_error=False,
+        description=settings_class.__doc__.splitlines()[0],
+        epilog="--data PATH is --data.path PATH; hyphens and underscores are alike: --image-size 192.",
+    )
+    parser.add_argument("--config", action="config", help="YAML file of settings, a recipe of configs/ for instance.")
+    parser.add_class_arguments(settings_class, None)
+    keys = [action.dest for action in parser._actions if action.dest not in ("help", "print_config")]
+    try:
+        values = parser.instantiate(parser.parse_args(canonical(arguments)))
+    except ArgumentError as error:
+        raise UsageError(explain(str(error), keys)) from None
+    return settings_class(**{field.name: getattr(values, field.name) for field in fields(settings_class)})
+
+
+def canonical(arguments: Sequence[str]) -> list[str]:
+    """Words as the parser knows them: short flags long, hyphens in names underscores, bare switches true."""
+    words = []
+    for position, word in enumerate(arguments):
+        flag, equals, value = word.partition("=")
+        if flag.startswith("--"):
+            flag = "--" + flag[2:].replace("-", "_")
+            flag = SHORT_FLAGS.get(flag, flag)
+            following = arguments[position + 1] if position + 1 < len(arguments) else "--"
+            if flag in SWITCHES and not equals and following.startswith("--"):
+                equals, value = "=", "true"
+            word = flag + equals + value
+        words.append(word)
+    return words
+
+
+def explain(message: str, keys: Sequence[str]) -> str:
+    """The parser's complaint in one line, with the nearest known key where one is unknown."""
+    unknown = re.search(r"[Uu]nrecognized arguments: (\S+)", message)
+    if unknown:
+        name = unknown[1].lstrip("-").partition("=")[0]
+        return f"unknown setting {name!r}{nearest(name, keys)}"
+    unknown = re.search(r"Group '([^']+)' does not accept (?:nested key|option) '([^']+)'", message)
+    if unknown:
+        name = f"{unknown[1]}.{unknown[2]}"
+        return f"unknown setting {name!r}{nearest(name, keys)}"
+    unknown = re.search(r"(?:Key|key|option) '([^']+)' is not (?:expected|accepted|defined)", message)
+    if unknown:
+        return f"unknown setting {unknown[1]!r}{nearest(unknown[1], keys)}"
+    required = re.search(r'Key "([^"]+)" is required|required: (\S+)', message)
+    if required:
+        name = (required[1] or required[2]).removeprefix("--")
+        return f"{name} is missing: give --{'data' if name == 'data.path' else name.replace('_', '-')}"
+    return " ".join(line.strip() for line in message.splitlines() if line.strip())
+
+
+def options(name: str, arguments: Sequence[str], purpose: str, **flags: tuple[type, object, str]):
+    """Parse a command of a few flags, each (type, default, help); a default of ... makes it required.
+
+    Raises:
+        UsageError: for unknown or missing flags and wrong values.
+    """
+    from jsonargparse import ArgumentError, ArgumentParser
+
+    parser = ArgumentParser(prog=f"simmim {name}", exit_on_error=False, description=purpose)
+    for flag, (kind, default, text) in flags.items():
+        required = {"required": True} if default is ... else {"default": default}
+        parser.add_argument(f"--{flag}", type=kind, help=text, **required)
+    try:
+        return parser.parse_args(canonical_plain(arguments))
+    except ArgumentError as error:
+        raise UsageError(explain(str(error), list(flags))) from None
+
+
+def canonical_plain(arguments: Sequence[str]) -> list[str]:
+    """As `canonical`, for commands without groups."""
+    return [word.replace("--data.path", "--data") for word in canonical(arguments)]
+
+
+# --- Commands ----------------------------------------------------------------------------------------------------------
+
+
+def run_pretrain(arguments: Sequence[str]) -> None:
+    """simmim pretrain"""
+    from pretrain.settings import PretrainSettings
+
+    settings = parse("pretrain", PretrainSettings, with_saved_config(arguments))
+    from pretrain import pretrain
+
+    run = pretrain(settings)
+    print(
+        f"next: simmim reconstruct --run {run} --images {settings.data.path} --out grid.png\n"
+        f"      simmim finetune classification --init {run} --data LABELED_FOLDER --out {run}-finetuned"
+    )
+
+
+def with_saved_config(arguments: Sequence[str]) -> list[str]:
+    """For --resume: the run's own configuration first, so that only --out need be said again."""
+    from simmim.run_folder import CONFIG
+
+    words = canonical(arguments)
+    if not any(word in ("--resume", "--resume=true") for word in words):
+        return list(arguments)
+    for position, word in enumerate(words):
+        flag, equals, value = word.partition("=")
+        if flag == "--out":
+            value = value if equals else (words[position + 1] if position + 1 < len(words) else "")
+            saved = Path(value).expanduser() / CONFIG
+            if saved.is_file():
+                return ["--config", str(saved), *arguments]
+    return list(arguments)
+
+
+def run_finetune(arguments: Sequence[str]) -> None:
+    """simmim finetune TASK"""
+    tasks = ("classification",)
+    if arguments and arguments[0] in ("-h", "--help"):
+        print(f"usage: simmim finetune TASK [options]\n\ntasks: {', '.join(tasks)}\n\n--help after a task lists its options")
+        return
+    if not arguments or arguments[0].startswith("-"):
+        raise UsageError(f"which task? give one of: simmim finetune {' | '.join(tasks)}")
+    if arguments[0] not in tasks:
+        raise UsageError(f"unknown task {arguments[0]!r}{nearest(arguments[0], tasks)}")
+    from finetune.settings import FinetuneSettings
+
+    settings = parse(f"finetune {arguments[0]}", FinetuneSettings, with_saved_config(arguments[1:]))
+    from finetune import finetune
+
+    finetune(settings)
+
+
+def run_reconstruct(arguments: Sequence[str]) -> None:
+    """simmim reconstruct"""
+    chosen = options(
+        "reconstruct",
+        arguments,
+        "Original, masked, prediction pasted and full prediction of some images, side by side.",
+        run=(str, ..., "run folder of simmim pretrain"),
+        images=(str, ..., "folder of images"),
+        out=(str, "reconstructions.png", "picture to write; must not exist yet"),
+        count=(int, 8, "images shown"),
+        seed=(int, 0, "of the choice of images and of the masks"),
+    )
+    from pretrain.reconstruct import reconstruct
+
+    path = reconstruct(chosen.run, chosen.images, chosen.out, chosen.count, chosen.seed)
+    print(f"reconstructions: {path}")
+
+
+def run_export(arguments: Sequence[str]) -> None:
+    """simmim export"""
+    chosen = options(
+        "export",
+        arguments,
+        "Copy a run's encoder out, ready to load.",
+        run=(str, ..., "run folder, or folder of an encoder"),
+        format=(str, "safetensors", "safetensors"),
+        out=(str, ..., "folder to make"),
+    )
+    if chosen.format != "safetensors":
+        raise UsageError(f"unknown format {chosen.format!r}; known: safetensors")
+    from simmim.checkpoint import loading_code, read_encoder, save_encoder
+
+    out = Path(chosen.out).expanduser()
+    if out.exists() and (not out.is_dir() or any(out.iterdir())):
+        raise UsageError(f"{chosen.out!r} exists and is not empty: give a new folder")
+    saved = read_encoder(chosen.run, report=print)
+    save_encoder(out, saved.encoder, saved.preprocessing, saved.provenance)
+    print(f"exported to {out}; load it with\n\n{loading_code(out)}")
+
+
+def run_predict(arguments: Sequence[str]) -> None:
+    """simmim predict"""
+    chosen = options(
+        "predict",
+        arguments,
+        "Classify a folder of images with a fine-tuned encoder.",
+        run=(str, ..., "run folder of simmim finetune"),
+        images=(str, ..., "folder of images"),
+        out=(str, "predictions.csv", "CSV file to write; must not exist yet"),
+        batch_size=(int, 64, "images at a time"),
+    )
+    from finetune import predict
+
+    count, unreadable = predict(chosen.run, chosen.images, chosen.out, chosen.batch_size)
+    for path, why in unreadable.items():
+        print(f"not read: {path}: {why}", file=sys.stderr)
+    print(f"{count:,} images classified, {len(unreadable):,} unreadable: {chosen.out}")
+
+
+def run_demo(arguments: Sequence[str]) -> None:
+    """simmim demo"""
+    chosen = options(
+        "demo",
+        arguments,
+        "Pre-train on 4,000 real digits, look at what is reconstructed, and see what it buys with few labels.",
+        out=(str, "demo-run", "folder to make"),
+        seeds=(int, 5, "fine-tuning runs of each kind, each with labels of its own"),
+        overwrite=(bool, False, "delete an earlier demo's folder first"),
+    )
+    import shutil
+    import time
+
+    from simmim.digits import write_digits
+
+    out, started = Path(chosen.out).expanduser(), time.monotonic()
+    if chosen.seeds < 2:
+        raise UsageError(f"seeds is {chosen.seeds}: give 2 or more, so that there is an error to the mean")
+    if out.exists() and chosen.overwrite and (out / "digits").is_dir():
+        shutil.rmtree(out)
+    if out.exists() and any(out.iterdir()):
+        raise UsageError(f"{chosen.out!r} exists: --overwrite starts the demo anew, --out gives it another folder")
+    print("1/4 writing 5,000 real handwritten digits", flush=True)
+    digits = write_digits(out / "digits")
+
+    from finetune import FinetuneSettings, study
+    from finetune.label_study import comparison_table, pretrained_and_scratch
+    from pretrain import PretrainSettings, pretrain
+    from pretrain.reconstruct import reconstruct
+    from simmim.data import cores
+
+    print("2/4 pre-training on 4,000 of them, without labels", flush=True)
+    recipe = ["--config", str(recipe_path("pretrain/demo.yaml"))]
+    words = [*recipe, "--data", str(digits.unlabeled), "--out", str(out / "pretrain")]
+    run = pretrain(parse("pretrain", PretrainSettings, words))
+
+    print("3/4 reconstructing digits it has never seen", flush=True)
+    picture = reconstruct(run, digits.labeled / "test", out / "reconstructions.png", count=16)
+
+    print("4/4 fine-tuning with 5 and 10 labels a class, and the same from scratch", flush=True)
+    recipe = ["--config", str(recipe_path("finetune/demo.yaml"))]
+    words = [*recipe, "--data", str(digits.labeled), "--out", str(out / "finetune"), "--init", str(run)]
+    arms = pretrained_and_scratch(parse("finetune", FinetuneSettings, words), **SCRATCH_TWIN)
+    trials = study(arms, (5, 10), range(chosen.seeds), out / "finetune", processes=min(cores(), 4))
+    table = comparison_table(trials, *(arm.name for arm in arms))
+    (out / "table.md").write_text(table + "\n", encoding="utf-8")
+    print(
+        f"\nTest accuracy in percent on 1,000 digits, mean ± standard error:\n\n{table}\n\n"
+        f"reconstructions  {picture}\n"
+        f"encoder          {run / 'encoder'}\n"
+        f"curves           tensorboard --logdir {out}\n"
+        f"your own images  simmim pretrain --data FOLDER --out runs/first\n\n"
+        f"took {(time.monotonic() - started) / 60:.1f} minutes"
+    )
+
+
+# The demo's from-scratch arm: the best of the grid that configs/finetune/demo.yaml names, searched for each arm alike.
+SCRATCH_TWIN = {"scratch_lr": 0.08192, "scratch_layer_decay": 1.0}
+
+
+def recipe_path(name: str) -> Path:
+    """A recipe of configs/, in a checkout or installed."""
+    here = Path(__file__).resolve().parent
+    return next(folder / name for folder in (here / "configs", here.parent / "configs") if (folder / name).is_file())
+
+
+COMMANDS = (
+    Command("demo", "the whole story on real digits, a few minutes on a laptop", run_demo),
+    Command("pretrain", "stage 1: SimMIM on a folder of unlabeled images", run_pretrain),
+    Command("reconstruct", "pictures of what a pre-trained model fills in", run_reconstruct),
+    Command("finetune", "stage 2: transfer the encoder to a labeled task (classification)", run_finetune),
+    Command("predict", "classify images with a fine-tuned encoder, to CSV", run_predict),
+    Command("export", "the encoder as safetensors and config.json, with the lines that load it", run_export),
+)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,55 @@
+"""What follows from the images and the machine where the user says nothing: sizes, model, batch."""
+from __future__ import annotations
+
+import math
+
+
+def default_image_size(short_side_px: int) -> int:
+    """192 px as published, or the multiple of 32 that smaller images reach; never under 32."""
+    return min(max(short_side_px // 32 * 32, 32), 192)
+
+
+def default_preset(side_px: int, device: str) -> str:
+    """A model that the machine trains in hours: two stages for thumbnails, four for photographs, tiny on a GPU."""
+    if side_px <= 48:
+        return "nano"
+    return "micro" if device == "cpu" else "tiny"
+
+
+def default_window(side_px: int, patch_size: int) -> int:
+    """A quarter of the first stage's map as published (12 at 192 px, patch 4), at least 4."""
+    return max(side_px // patch_size // 4, 4)
+
+
+def default_mask_unit(size: tuple[int, int], patch_size: int) -> int:
+    """The largest unit up to 32 px that leaves at least six a side, as 32 does at 192 px; four where six cannot be.
+
+    Raises:
+        ValueError: when no multiple of the patch size divides the image.
+    """
+    fitting = [unit for unit in range(patch_size, 33, patch_size) if size[0] % unit == 0 and size[1] % unit == 0]
+    for units_a_side in (6, 4, 2):
+        large_enough = [unit for unit in fitting if min(size) // unit >= units_a_side]
+        if large_enough:
+            return max(large_enough)
+    raise ValueError(
+        f"no mask unit fits images of {size[0]}×{size[1]} px with patches of {patch_size} px: "
+        f"give an image size that is a multiple of {patch_size}"
+    )
+
+
+def default_pretraining_epochs(count: int) -> float:
+    """800 as published for small sets; from 25,000 images on as many as show 20 million crops, 100 at least."""
+    return float(min(max(math.ceil(20e6 / count), 100), 800))
+
+
+def default_finetuning_epochs(count: int, batch_size: int) -> float:
+    """100 as published; for a few labels as many as make 500 steps, and no more than that makes of a large set."""
+    return float(max(math.ceil(500 * batch_size / count), 30 if count > 20_000 else 100))
+
+
+def default_batch_size(device: str, small: bool) -> int:
+    """Large enough for the hardware, small enough for its memory."""
+    if device == "cpu":
+        return 128 if small else 32
+    return 512 if small else 128
