@@ -33,8 +33,8 @@ from simmim.training import (
     ProgressLine,
     SaveRun,
     SkippedImages,
-    StreamData,
     Throughput,
+    ValidatedStreamData,
     build_trainer,
     check_trainer_keys,
     default_precision,
@@ -126,7 +126,7 @@ def finetune(settings: FinetuneSettings, quiet: bool = False) -> FinetuneResult:
     resumed = settings.resume and checkpoint.is_file()
     if trainer.is_global_zero and not quiet:
         print(summary(settings, model, labels, steps, trainer, checkpoint if resumed else None), flush=True)
-    stream = StreamData(train, settings.batch_size, accumulate, settings.workers, validation)
+    stream = ValidatedStreamData(train, settings.batch_size, accumulate, settings.workers, validation)
     trainer.fit(module, datamodule=stream, ckpt_path=checkpoint if resumed else None, weights_only=True)
     # Steps rarely end on a validation: the last state is measured once more.
     last = trainer.validate(module, datamodule=stream, verbose=False)[0]["accuracy"]

@@ -90,6 +90,8 @@ class BlockMasking:
         noise = torch.empty(batch_size, rows * columns, device=generator.device)
         if seeds is None:
             noise.uniform_(generator=generator)
+        elif len(seeds) != batch_size:
+            raise ValueError(f"{len(seeds)} seeds for {batch_size} images: give one an image")
         else:
             for row, seed in zip(noise, seeds, strict=True):
                 row.uniform_(generator=generator.manual_seed(seed))

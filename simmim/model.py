@@ -12,7 +12,7 @@ import torch.nn.functional as F
 from einops import rearrange
 from torch import Tensor, nn
 
-from simmim.swinv2 import SwinV2
+from simmim.swinv2 import SwinV2, at_least_float32
 
 
 class SimMIMOutput(NamedTuple):
@@ -98,6 +98,7 @@ def masked_l1(reconstruction: Tensor, target: Tensor, mask: Tensor, patch_size: 
         reconstruction: (B, channels, height, width), as `target`.
         mask: (B, H, W) bool at patch resolution, True = masked.
     """
+    target = at_least_float32(target)  # half precision cannot even count the pixels of a batch
     pixels = mask.repeat_interleave(patch_size, 1).repeat_interleave(patch_size, 2)[:, None]
     pixels = pixels[..., : target.shape[-2], : target.shape[-1]].to(target.dtype)
     error = (reconstruction.to(target.dtype) - target).abs() * pixels
@@ -117,13 +118,12 @@ def sliding_statistics(images: Tensor, patch_px: int) -> tuple[Tensor, Tensor]:
     Returns:
         Two tensors of the images' shape.
     """
-    # Variance is shift-invariant, and E[x²] − E[x]² loses fewer digits around zero.
-    centre = images.mean(dim=(-2, -1), keepdim=True)
-    centred = images - centre
-    mean = box_mean(centred, patch_px)
-    count = box_count(images.shape[-2:], patch_px, images)
-    variance = (box_mean(centred.square(), patch_px) - mean.square()) * count / (count - 1).clamp(min=1)
-    return mean + centre, (variance.clamp(min=0) + 1e-6).sqrt()
+    # E[x²] − E[x]² in float32 has no digits left for a flat area of a contrasting image. MPS has no float64.
+    pixels = images.float() if images.device.type == "mps" else images.double()
+    mean = box_mean(pixels, patch_px)
+    count = box_count(images.shape[-2:], patch_px, pixels)
+    variance = (box_mean(pixels.square(), patch_px) - mean.square()) * count / (count - 1).clamp(min=1)
+    return mean.to(images.dtype), (variance.clamp(min=0) + 1e-6).sqrt().to(images.dtype)
 
 
 def box_mean(images: Tensor, patch_px: int) -> Tensor:

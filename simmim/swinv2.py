@@ -23,8 +23,8 @@ from torch.utils.checkpoint import checkpoint
 
 Size = tuple[int, int]
 
-# Added to the logits of token pairs that the cyclic shift brought together; far below any cosine logit (at most 100 + 16
-# from a trained temperature and bias, 10 + 16 at the start), yet finite, as in the reference.
+# Added to the logits of token pairs that the cyclic shift brought together. The reference's value: below every logit at
+# the initial temperature (−10 to 26), though not below every one at the lowest (−100 to 116).
 MASKED_LOGIT = -100.0
 MAX_LOGIT_SCALE = math.log(100.0)  # temperature never below 0.01, section 3.2
 INITIAL_LOGIT_SCALE = math.log(10.0)
@@ -202,13 +202,10 @@ def shift_mask(size: Size, window: Size, shift: Size, device: torch.device) -> T
         (M, N, N) float32 to add to the logits: 0 inside one region, `MASKED_LOGIT` between regions.
     """
     with torch.inference_mode(False), torch.no_grad():
-        regions = []
-        for side, window_side, shift_side in zip(size, window, shift):
-            position = torch.arange(side, device=device)
-            wrapped = (position >= side - shift_side).long() if shift_side else torch.zeros_like(position)
-            regions.append((position >= side - window_side).long() + wrapped)
+        # The last `shift` rows and columns of the shifted map came from the image's other side.
+        rows, columns = (torch.arange(side, device=device) >= side - moved for side, moved in zip(size, shift))
         region = rearrange(
-            regions[0][:, None] * 3 + regions[1][None, :], "(m p) (n q) -> (m n) (p q)", p=window[0], q=window[1]
+            rows[:, None] * 2 + columns[None, :].long(), "(m p) (n q) -> (m n) (p q)", p=window[0], q=window[1]
         )
         return (region[:, :, None] != region[:, None, :]).to(torch.float32) * MASKED_LOGIT
 

@@ -112,24 +112,15 @@ def quieten() -> None:
 
 
 class StreamData(pl.LightningDataModule):
-    """The endless training stream, taken up where the trainer's step counter stands, and validation in order.
+    """The endless training stream, taken up where the trainer's step counter stands.
 
     Args:
         batch_size: images of one optimiser step over all devices and accumulated batches.
     """
 
-    def __init__(
-        self,
-        train: ImageSamples,
-        batch_size: int,
-        accumulate: int,
-        workers: int,
-        validation: ImageSamples | None = None,
-        validation_batch_size: int = 64,
-    ) -> None:
+    def __init__(self, train: ImageSamples, batch_size: int, accumulate: int, workers: int) -> None:
         super().__init__()
-        self.train, self.validation = train, validation
-        self.batch_size, self.validation_batch_size = batch_size, validation_batch_size
+        self.train, self.batch_size = train, batch_size
         self.accumulate, self.workers = accumulate, workers
 
     def train_dataloader(self):
@@ -137,15 +128,27 @@ class StreamData(pl.LightningDataModule):
         trainer = self.trainer
         share = per_device_batch(self.batch_size, trainer.world_size, self.accumulate)
         start = trainer.global_step * self.accumulate
-        order = SampleStream(
-            len(self.train), share, self.train.seed, trainer.global_rank, trainer.world_size, start
-        )
+        order = SampleStream(len(self.train), share, self.train.seed, trainer.global_rank, trainer.world_size, start)
         return batches(self.train, order, self.workers)
 
+
+class ValidatedStreamData(StreamData):
+    """The training stream, and validation samples in order."""
+
+    def __init__(
+        self,
+        train: ImageSamples,
+        batch_size: int,
+        accumulate: int,
+        workers: int,
+        validation: ImageSamples,
+        validation_batch_size: int = 64,
+    ) -> None:
+        super().__init__(train, batch_size, accumulate, workers)
+        self.validation, self.validation_batch_size = validation, validation_batch_size
+
     def val_dataloader(self):
-        """Every validation sample once; an empty list where there is no validation."""
-        if self.validation is None:
-            return []
+        """Every validation sample once."""
         trainer = self.trainer
         order = InOrder(len(self.validation), self.validation_batch_size, trainer.global_rank, trainer.world_size)
         return batches(self.validation, order, workers=self.workers)

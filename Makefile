@@ -1,0 +1,26 @@
+# Every target works in a fresh clone: it makes .venv from constraints.txt first, and again when what it needs changes.
+PYTHON ?= python3
+BIN := .venv/bin
+# Tests run in two processes of one thread each: small tensors gain nothing from more threads and lose much to contention.
+TEST_PROCESSES ?= 2
+
+.PHONY: install demo test lint clean
+
+install: .venv/installed
+
+.venv/installed: setup.cfg pyproject.toml constraints.txt
+	$(PYTHON) -m venv .venv
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check --constraint constraints.txt --editable '.[dev]'
+	touch $@
+
+demo: install
+	$(BIN)/simmim demo
+
+test: install
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest --numprocesses $(TEST_PROCESSES) $(TEST_ARGUMENTS)
+
+lint: install
+	$(BIN)/ruff check .
+
+clean:
+	rm -rf .venv build dist *.egg-info .pytest_cache .ruff_cache
