@@ -9,6 +9,7 @@ feature maps are (B, H, W, C) inside and (B, C, H, W) where they are returned.
 """
 from __future__ import annotations
 
+import contextlib
 import difflib
 import math
 from dataclasses import asdict, dataclass, fields, replace
@@ -246,7 +247,7 @@ class WindowAttention(nn.Module):
 
         # Logits reach 100 + 16: bfloat16, with 8 bits, would round them to halves. Logits, bias and softmax are
         # float32 under autocast; what they weigh may be bfloat16.
-        with torch.autocast(x.device.type, enabled=False):
+        with without_autocast(x.device):
             q = F.normalize(at_least_float32(q), dim=-1)
             k = F.normalize(at_least_float32(k), dim=-1)
             scale = at_least_float32(self.logit_scale).clamp(max=MAX_LOGIT_SCALE).exp()
@@ -256,6 +257,11 @@ class WindowAttention(nn.Module):
                 logits = (logits + mask.to(logits.dtype)[:, None]).flatten(0, 1)
             attention = logits.softmax(dim=-1)
         return self.proj(rearrange(attention.to(v.dtype) @ v, "b h n d -> b n (h d)"))
+
+
+def without_autocast(device: torch.device):
+    """A context in which nothing is cast down. The meta device knows no autocast."""
+    return contextlib.nullcontext() if device.type == "meta" else torch.autocast(device.type, enabled=False)
 
 
 def at_least_float32(x: Tensor) -> Tensor:

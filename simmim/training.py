@@ -173,8 +173,9 @@ class MetricsCsv(Logger):
 
     def __init__(self, path: Path) -> None:
         super().__init__()
-        self.path, self.columns, self.rows = path, ["step"], []
-        self.written = False
+        self.path, self.columns = path, ["step"]
+        self.rows: list[dict] = []  # not yet final: the last of them may still get columns after it was written
+        self.offset: int | None = None  # where in the file the first of them belongs
 
     @property
     def name(self) -> str:
@@ -200,28 +201,29 @@ class MetricsCsv(Logger):
 
     @rank_zero_only
     def save(self) -> None:
-        """Write what has come since the last call; rewrites the file only for a new column."""
+        """Write what has come since the last call; rewrites the file only for a new column or after a resume."""
         if not self.rows:
             return
-        old = []
-        if not self.written and self.path.is_file():
-            first = self.rows[0]["step"]
-            with self.path.open(newline="", encoding="utf-8") as file:
-                old = [row for row in csv.DictReader(file) if int(row["step"]) < first]
-            self.columns = list(dict.fromkeys([*self.columns, *(key for row in old for key in row)]))
-        columns = list(dict.fromkeys([*self.columns, *(key for row in self.rows for key in row)]))
-        if self.written and columns == self.columns:
-            with self.path.open("a", newline="", encoding="utf-8") as file:
-                csv.DictWriter(file, columns).writerows(self.rows)
-        else:
-            if self.written:
+        known = list(dict.fromkeys([*self.columns, *(key for row in self.rows for key in row)]))
+        if self.offset is None or known != self.columns:
+            old = []
+            if self.path.is_file():
                 with self.path.open(newline="", encoding="utf-8") as file:
-                    old = list(csv.DictReader(file))
+                    old = [row for row in csv.DictReader(file) if int(row["step"]) < self.rows[0]["step"]]
+            self.columns = list(dict.fromkeys([*known, *(key for row in old for key in row)]))
             with whole_file(self.path) as temporary, temporary.open("w", newline="", encoding="utf-8") as file:
-                writer = csv.DictWriter(file, columns)
+                writer = csv.DictWriter(file, self.columns)
                 writer.writeheader()
-                writer.writerows(old + self.rows)
-        self.columns, self.rows, self.written = columns, [], True
+                writer.writerows(old)
+            self.offset = self.path.stat().st_size
+        with self.path.open("r+", newline="", encoding="utf-8") as file:
+            file.truncate(self.offset)
+            file.seek(self.offset)
+            writer = csv.DictWriter(file, self.columns)
+            writer.writerows(self.rows[:-1])
+            self.offset = file.tell()
+            writer.writerow(self.rows[-1])
+        self.rows = self.rows[-1:]
 
     @rank_zero_only
     def finalize(self, status: str) -> None:

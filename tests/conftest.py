@@ -1,0 +1,17 @@
+"""Fixtures that several tests share."""
+import pytest
+import torch
+
+from simmim.digits import write_digits
+
+
+@pytest.fixture(scope="session", autouse=True)
+def _one_thread():
+    """Tests run in parallel processes; threads would only fight for cores. It also fixes the order of summation."""
+    torch.set_num_threads(1)
+
+
+@pytest.fixture(scope="session")
+def digits(tmp_path_factory):
+    """300 real digits: 240 unlabeled, the same in class folders, 60 for test."""
+    return write_digits(tmp_path_factory.mktemp("digits"), count=300)

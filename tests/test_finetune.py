@@ -1,0 +1,182 @@
+"""Stage 2 as a whole: starting points, what is trained, the best classifier, predictions, the label study."""
+import csv
+from dataclasses import replace
+
+import pytest
+import torch
+
+from finetune import EncoderSettings, FinetuneSettings, LabeledSettings, finetune, load_classifier, predict, study
+from finetune.classification import ClassificationFinetuning, Classifier
+from finetune.label_study import pretrained_and_scratch
+from finetune.settings import OptimSettings
+from simmim import load_encoder
+from simmim.checkpoint import Preprocessing, save_encoder
+from simmim.data import as_tensor, labeled_images, normalise, read_image
+from simmim.swinv2 import SwinV2, SwinV2Config
+from simmim.training import SaveRun
+
+CONFIG = SwinV2Config(16, (1, 1), (1, 2), window_size=4, in_channels=1)
+
+
+@pytest.fixture(scope="module")
+def encoder_folder(tmp_path_factory):
+    torch.manual_seed(0)
+    encoder = SwinV2(CONFIG)
+    for parameter in encoder.parameters():
+        parameter.data.add_(torch.randn_like(parameter) * 0.02)
+    preprocessing = Preprocessing((32, 32), (0.13,), (0.31,))
+    return save_encoder(tmp_path_factory.mktemp("encoder"), encoder, preprocessing, {"method": "test"})
+
+
+def settings(digits, encoder_folder, out, **more):
+    return FinetuneSettings(
+        **{
+            "data": LabeledSettings(str(digits.labeled), flip=0.0),
+            "out": str(out),
+            "init": str(encoder_folder),
+            "labels_per_class": 4,
+            "epochs": 5.0,
+            "batch_size": 20,
+            "validations": 3,
+            **more,
+        }
+    )
+
+
+@pytest.fixture(scope="module")
+def finished(digits, encoder_folder, tmp_path_factory):
+    return finetune(settings(digits, encoder_folder, tmp_path_factory.mktemp("finetune") / "run"))
+
+
+def test_the_best_classifier_is_kept(digits, finished):
+    saved = load_classifier(finished.run)
+    assert saved.classes == tuple("0123456789")
+    labels = labeled_images(digits.labeled, 4, seed=0)
+    pixels = torch.stack([as_tensor(read_image(row["image"], 1).resize((32, 32), 2)) for row in labels.validation])
+    with torch.no_grad():
+        logits = saved.model(normalise(pixels, saved.preprocessing.mean, saved.preprocessing.std))
+    accuracy = (logits.argmax(dim=1) == torch.tensor(labels.validation["label"])).float().mean()
+    assert accuracy.item() == pytest.approx(finished.best_accuracy)
+    assert finished.best_accuracy >= finished.accuracy
+
+
+def test_fine_tuning_learns_the_labels_it_is_given(digits, encoder_folder, tmp_path):
+    data = LabeledSettings(str(digits.labeled), crop_scale=(1.0, 1.0), flip=0.0)
+    run = settings(digits, encoder_folder, tmp_path / "run", data=data, epochs=60.0, optim=OptimSettings(lr=0.1))
+    assert finetune(run, quiet=True).accuracy > 0.3  # 40 labels, 1 in 10 by chance
+
+
+def test_one_seed_one_result(digits, encoder_folder, finished, tmp_path):
+    again = finetune(settings(digits, encoder_folder, tmp_path / "run"), quiet=True)
+    first, second = (torch.load(r.run / "checkpoints/last.ckpt", weights_only=True) for r in (finished, again))
+    assert all(torch.equal(value, second["state_dict"][name]) for name, value in first["state_dict"].items())
+    assert again == replace(finished, run=again.run)
+
+
+def test_resumed_equals_uninterrupted(digits, encoder_folder, tmp_path, monkeypatch):
+    plain = {"encoder": EncoderSettings(drop_path_rate=0.0), "epochs": 60.0}
+    whole = finetune(settings(digits, encoder_folder, tmp_path / "whole", **plain), quiet=True)
+    save = SaveRun.on_train_batch_end
+
+    def power_cut(self, trainer, module, *rest):
+        save(self, trainer, module, *rest)
+        if trainer.global_step == 70:
+            raise RuntimeError("power cut")
+
+    monkeypatch.setattr(SaveRun, "on_train_batch_end", power_cut)
+    with pytest.raises(RuntimeError, match="power cut"):
+        finetune(settings(digits, encoder_folder, tmp_path / "cut", **plain), quiet=True)
+    monkeypatch.setattr(SaveRun, "on_train_batch_end", save)
+    cut = finetune(settings(digits, encoder_folder, tmp_path / "cut", **plain, resume=True), quiet=True)
+    first, second = (torch.load(r.run / "checkpoints/last.ckpt", weights_only=True) for r in (whole, cut))
+    assert all(torch.equal(value, second["state_dict"][name]) for name, value in first["state_dict"].items())
+    assert cut == replace(whole, run=cut.run)
+
+
+def test_a_frozen_encoder_stays_bit_identical_and_its_head_learns(digits, encoder_folder, tmp_path):
+    run = finetune(settings(digits, encoder_folder, tmp_path / "run", freeze=True), quiet=True).run
+    state = torch.load(run / "checkpoints/last.ckpt", weights_only=True)["state_dict"]
+    for name, value in load_encoder(encoder_folder).state_dict().items():
+        assert torch.equal(state[f"model.encoder.{name}"], value), name
+    assert state["model.head.bias"].abs().max() > 0
+
+
+def test_training_starts_from_the_given_weights_and_scratch_from_none(digits, encoder_folder, monkeypatch, tmp_path):
+    seen = {}
+    setup = ClassificationFinetuning.configure_optimizers
+
+    def spy(self):
+        seen[len(seen)] = {name: value.clone() for name, value in self.model.encoder.state_dict().items()}
+        return setup(self)
+
+    monkeypatch.setattr(ClassificationFinetuning, "configure_optimizers", spy)
+    pretrained = settings(digits, encoder_folder, tmp_path / "a", epochs=1.0)
+    scratch = replace(pretrained, init="none", encoder=EncoderSettings(like=str(encoder_folder)), out=str(tmp_path / "b"))
+    finetune(pretrained, quiet=True)
+    finetune(scratch, quiet=True)
+    saved = load_encoder(encoder_folder).state_dict()
+    assert seen[0].keys() == seen[1].keys() == saved.keys()
+    assert all(torch.equal(seen[0][name], saved[name]) for name in saved)
+    assert not seen[1]["layers.0.blocks.0.norm1.weight"].any()  # zero gains: a fresh encoder
+
+
+def test_a_larger_image_gets_a_larger_window_scaled_by_the_pretrained_one(digits, encoder_folder, tmp_path):
+    run = finetune(settings(digits, encoder_folder, tmp_path / "run", image_size=64, epochs=1.0), quiet=True).run
+    config = load_encoder(run).config
+    assert config.window_size == 8
+    assert config.pretrained_window_sizes == (4, 4)
+
+
+def test_from_scratch_without_any_encoder(digits, tmp_path):
+    run = FinetuneSettings(str(digits.labeled), str(tmp_path / "run"), labels_per_class=2, epochs=1, batch_size=20)
+    finetune(run, quiet=True)
+    assert load_encoder(tmp_path / "run").config.depths == (2, 2)  # nano, for thumbnails
+
+
+def test_head_and_final_norm_learn_fastest():
+    model = Classifier(SwinV2(CONFIG), 3)
+    module = ClassificationFinetuning(
+        model, (0.5,), (0.5,), LabeledSettings("x").affine, lambda step: 0.1, OptimSettings(layer_decay=0.5), False
+    )
+    optimiser = module.configure_optimizers()["optimizer"]
+    rate_of = {name: group["lr"] for group in optimiser.param_groups for name in group["names"]}
+    assert rate_of["head.weight"] == rate_of["encoder.norm.weight"] == pytest.approx(0.1)
+    assert rate_of["encoder.layers.1.blocks.0.attn.qkv.weight"] == pytest.approx(0.05)
+    assert rate_of["encoder.layers.0.downsample.reduction.weight"] == pytest.approx(0.025)
+    assert rate_of["encoder.patch_embed.proj.weight"] == pytest.approx(0.0125)
+
+
+def test_predictions_are_the_classifier_s(digits, finished, tmp_path):
+    images = digits.labeled / "test"
+    (tmp_path / "images").mkdir()
+    for number, path in enumerate(sorted(images.rglob("*.png"))[:9]):
+        (tmp_path / "images" / f"{number}.png").write_bytes(path.read_bytes())
+    (tmp_path / "images" / "torn.png").write_bytes(path.read_bytes()[:60])
+    count, unreadable = predict(finished.run, tmp_path / "images", tmp_path / "out.csv", batch_size=4)
+    assert count == 9
+    assert list(unreadable) == [str(tmp_path / "images" / "torn.png")]
+    with (tmp_path / "out.csv").open(newline="") as file:
+        table = list(csv.DictReader(file))
+    saved = load_classifier(finished.run)
+    for row in table:
+        pixels = as_tensor(read_image({"path": row["path"], "bytes": None}, 1).resize((32, 32), 2))[None]
+        with torch.no_grad():
+            shares = saved.model(normalise(pixels, saved.preprocessing.mean, saved.preprocessing.std)).softmax(dim=1)[0]
+        assert row["class"] == saved.classes[shares.argmax()]
+        written = [float(row[f"probability {name}"]) for name in saved.classes]
+        assert written == pytest.approx(shares.tolist(), abs=2e-6)
+
+
+def test_the_study_pairs_its_arms(digits, encoder_folder, tmp_path):
+    base = settings(digits, encoder_folder, tmp_path / "unused", epochs=2.0)
+    arms = pretrained_and_scratch(base, scratch_lr=0.02, scratch_layer_decay=1.0)
+    trials = study(arms, (1, 2), (0, 1), tmp_path / "study", processes=2)
+    assert [(t.labels_per_class, t.seed, t.arm) for t in trials] == [
+        (labels, seed, arm) for labels in (1, 2) for seed in (0, 1) for arm in ("pre-trained", "from scratch")
+    ]
+    alone = finetune(replace(base, labels_per_class=2, seed=1, validations=1, out=str(tmp_path / "alone")), quiet=True)
+    assert alone.accuracy == pytest.approx(trials[6].accuracy)
+    with (tmp_path / "study/results.csv").open(newline="") as file:
+        assert [float(row["accuracy"]) for row in csv.DictReader(file)] == pytest.approx(
+            [trial.accuracy for trial in trials], abs=1e-4
+        )

@@ -1,0 +1,162 @@
+"""Stage 1 as a whole: determinism, resuming, logs, the run folder, bad images."""
+import csv
+import shutil
+
+import numpy as np
+import pytest
+import torch
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+from pretrain import DataSettings, ModelSettings, OptimSettings, PretrainSettings, load_simmim, pretrain
+from simmim import load_encoder
+from simmim.training import SaveRun
+
+SMALL = ModelSettings(mask_unit=8, encoder={"embed_dim": 16, "depths": [1, 1], "num_heads": [1, 2], "drop_path_rate": 0.2})
+
+
+def settings(digits, out, **more):
+    return PretrainSettings(
+        **{
+            "data": DataSettings(str(digits.unlabeled)),
+            "out": str(out),
+            "preset": "nano",
+            "epochs": 2.0,
+            "batch_size": 32,
+            "model": SMALL,
+            "save_every_steps": 5,
+            "log_every_steps": 2,
+            **more,
+        }
+    )
+
+
+def weights(run):
+    return load_simmim(run)[0].state_dict()
+
+
+def identical(first, second):
+    return first.keys() == second.keys() and all(torch.equal(first[name], second[name]) for name in first)
+
+
+@pytest.fixture(scope="module")
+def finished(digits, tmp_path_factory):
+    return pretrain(settings(digits, tmp_path_factory.mktemp("pretrain") / "run"))
+
+
+def test_the_run_folder_is_complete(finished):
+    for name in (
+        "config.yaml",
+        "checkpoints/last.ckpt",
+        "encoder/encoder.safetensors",
+        "encoder/config.json",
+        "metrics.csv",
+        "reconstructions/step-0000015.png",
+    ):
+        assert (finished / name).is_file(), name
+    assert not list(finished.rglob("*.part"))
+    assert not (finished / "skipped-images.txt").exists()
+
+
+def test_one_seed_one_result_and_another_seed_another(digits, finished, tmp_path):
+    assert identical(weights(finished), weights(pretrain(settings(digits, tmp_path / "same"))))
+    assert not identical(weights(finished), weights(pretrain(settings(digits, tmp_path / "other", seed=1))))
+
+
+def test_workers_change_nothing(digits, finished, tmp_path):
+    assert identical(weights(finished), weights(pretrain(settings(digits, tmp_path / "run", workers=2))))
+
+
+def test_resumed_in_mid_epoch_equals_uninterrupted(digits, tmp_path, monkeypatch):
+    plain = ModelSettings(mask_unit=8, encoder={**SMALL.encoder, "drop_path_rate": 0.0})
+    whole = pretrain(settings(digits, tmp_path / "whole", model=plain))
+    save = SaveRun.on_train_batch_end
+
+    def power_cut(self, trainer, module, *rest):
+        save(self, trainer, module, *rest)
+        if trainer.global_step == 7:
+            raise RuntimeError("power cut")
+
+    monkeypatch.setattr(SaveRun, "on_train_batch_end", power_cut)
+    with pytest.raises(RuntimeError, match="power cut"):
+        pretrain(settings(digits, tmp_path / "cut", model=plain))
+    monkeypatch.setattr(SaveRun, "on_train_batch_end", save)
+    cut = pretrain(settings(digits, tmp_path / "cut", model=plain, resume=True))
+    assert identical(weights(whole), weights(cut))
+    assert [row["step"] for row in rows(whole)] == [row["step"] for row in rows(cut)]
+    assert [row["loss"] for row in rows(whole)] == [row["loss"] for row in rows(cut)]
+
+
+def test_a_finished_run_resumes_to_itself(digits, finished, tmp_path):
+    shutil.copytree(finished, tmp_path / "run")
+    before = weights(tmp_path / "run")
+    pretrain(settings(digits, tmp_path / "run", resume=True))
+    assert identical(before, weights(tmp_path / "run"))
+
+
+def test_accumulated_batches_equal_one_batch(digits, tmp_path):
+    # Per batch the loss is the mean over masked pixels, of which every image has the same number.
+    plain = ModelSettings(mask_unit=8, encoder={**SMALL.encoder, "drop_path_rate": 0.0})
+    runs = [
+        pretrain(settings(digits, tmp_path / str(parts), model=plain, optim=OptimSettings(accumulate=parts), epochs=1))
+        for parts in (1, 2)
+    ]
+    for name, value in weights(runs[0]).items():
+        torch.testing.assert_close(value, weights(runs[1])[name], atol=2e-5, rtol=1e-3)
+
+
+def rows(run):
+    with (run / "metrics.csv").open(newline="") as file:
+        return list(csv.DictReader(file))
+
+
+def test_metrics_tell_loss_rate_gradient_and_throughput(finished):
+    table = rows(finished)
+    losses = [float(row["loss"]) for row in table if row["loss"]]
+    assert losses[-1] < losses[0]
+    assert all(0 < float(row["grad_norm"]) for row in table)
+    assert all(float(row["images_per_s"]) > 0 and 0 <= float(row["data_wait_share"]) < 1 for row in table)
+    # 240 images, 32 a step, 2 epochs: 15 steps, warm-up 0.2 epochs = 2 steps, peak 2e-3 · 32 / 512.
+    rates = {int(row["step"]): float(row["lr"]) for row in table}
+    peak = 2e-3 * 32 / 512
+    assert rates[3] == pytest.approx(0.5 * peak * (1 + np.cos(np.pi * 1 / 13)), rel=1e-5)
+    assert rates[13] == pytest.approx(0.5 * peak * (1 + np.cos(np.pi * 11 / 13)), rel=1e-5)
+
+
+def test_tensorboard_has_scalars_and_pictures(finished):
+    events = EventAccumulator(str(finished / "tensorboard"))
+    events.Reload()
+    assert {"loss", "lr", "grad_norm", "images_per_s", "data_wait_share"} <= set(events.Tags()["scalars"])
+    assert events.Tags()["images"] == ["reconstructions"]
+
+
+def test_the_exported_encoder_is_the_trained_one(finished):
+    model, resolved = load_simmim(finished)
+    images = torch.randn(3, 1, *resolved.size)
+    with torch.no_grad():
+        assert torch.equal(model.encoder(images).features, load_encoder(finished)(images).features)
+
+
+def test_bad_images_are_replaced_counted_and_listed(digits, tmp_path):
+    folder = tmp_path / "images"
+    shutil.copytree(digits.unlabeled, folder)
+    (folder / "broken.png").write_bytes(b"no picture at all")
+    (folder / "empty.png").write_bytes(b"")
+    run = pretrain(settings(digits, tmp_path / "run", data=DataSettings(str(folder)), epochs=1.0))
+    lines = sorted((run / "skipped-images.txt").read_text().splitlines())
+    assert [line.split("\t")[0] for line in lines] == [str(folder / "broken.png"), str(folder / "empty.png")]
+    assert lines[1].endswith("empty file")
+
+
+def test_normalised_target_trains_and_is_drawn(digits, tmp_path):
+    model = ModelSettings(mask_unit=8, norm_target_patch=9, encoder=SMALL.encoder)
+    run = pretrain(settings(digits, tmp_path / "run", model=model, epochs=1.0))
+    losses = [float(row["loss"]) for row in rows(run) if row["loss"]]
+    assert losses[-1] < losses[0]
+    assert list((run / "reconstructions").iterdir())
+
+
+def test_nothing_is_written_for_settings_that_cannot_work(digits, tmp_path):
+    for more in ({"model": ModelSettings(mask_unit=12)}, {"batch_size": 31, "optim": OptimSettings(accumulate=2)}):
+        with pytest.raises(ValueError, match=r"mask unit of 12 px does not divide|batch of 31 images does not divide"):
+            pretrain(settings(digits, tmp_path / "run", **more))
+        assert not (tmp_path / "run").exists()

@@ -1,0 +1,90 @@
+"""Every recipe of configs/ is read by the command, and its model, masking and schedule are built."""
+import math
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+
+from finetune.settings import FinetuneSettings, with_schedule
+from pretrain.run import build_model
+from pretrain.settings import PretrainSettings, resolve
+from simmim.cli import parse
+from simmim.data import Survey
+from simmim.optim import parameter_rules
+from simmim.swinv2 import SwinV2, SwinV2Config
+
+CONFIGS = Path(__file__).parents[1] / "configs"
+PRETRAIN = sorted((CONFIGS / "pretrain").glob("*.yaml"))
+FINETUNE = sorted((CONFIGS / "finetune").glob("*.yaml"))
+PHOTOS = Survey(short_side_px=400, channels=3, decoded_mib=1e5, mean=(0.5,) * 3, std=(0.2,) * 3)
+
+
+def pretrain_settings(path, count=1_281_167):
+    settings = parse("pretrain", PretrainSettings, ["--config", str(path), "--data", "images", "--out", "run"])
+    return resolve(settings, PHOTOS, count, device="cpu", workers=0)
+
+
+def finetune_settings(path):
+    return parse("finetune classification", FinetuneSettings, ["--config", str(path), "--data", "images", "--out", "run"])
+
+
+def test_there_are_recipes_for_each_stage():
+    assert {path.stem for path in PRETRAIN} == {"demo", "swinv2-base-192", "tiny-one-gpu", "micro-laptop"}
+    assert {path.stem for path in FINETUNE} == {"demo", "swinv2-base-224", "tiny-one-gpu", "micro-laptop"}
+
+
+@pytest.mark.parametrize("path", PRETRAIN, ids=lambda path: path.stem)
+def test_pretraining_recipe_builds(path):
+    settings = pretrain_settings(path)
+    with torch.device("meta"):
+        model = build_model(settings)
+        images = torch.empty(2, 3, *settings.size)
+        rows, columns = (side // settings.encoder_config().patch_size for side in settings.size)
+        assert model(images, torch.ones(2, rows, columns, dtype=torch.bool)).loss.shape == ()
+    assert settings.masking().masked_units(settings.size) > 0
+    rate = settings.schedule().by_step(1000, settings.batch_size)
+    rates = [rate(step) for step in range(0, round(1000 * settings.epochs), 500)]
+    assert math.isclose(max(rates), settings.optim.lr * settings.batch_size / 512)
+    assert min(rates) >= 0
+    assert rates[-1] < max(rates) / 5
+
+
+@pytest.mark.parametrize("path", FINETUNE, ids=lambda path: path.stem)
+def test_finetuning_recipe_builds(path):
+    settings = with_schedule(finetune_settings(path), epochs=100, batch_size=64, small=True)
+    rate = settings.schedule().by_step(100, settings.batch_size)
+    assert math.isclose(rate(round(100 * settings.optim.warmup_epochs)), settings.optim.lr * settings.batch_size / 512)
+    with torch.device("meta"):
+        window = settings.encoder.window_size or 8
+        encoder = SwinV2(SwinV2Config.from_preset("micro", window_size=window))
+        assert encoder(torch.empty(1, 3, *settings.size)).pooled.shape == (1, encoder.dim)
+    scales = {rule.lr_scale for rule in parameter_rules(encoder, 0.05, settings.optim.layer_decay, (2, 2, 6, 2)).values()}
+    assert len(scales) == 14  # patch embedding, twelve blocks, final norm
+
+
+def test_base_recipe_is_the_published_one():
+    settings = pretrain_settings(CONFIGS / "pretrain" / "swinv2-base-192.yaml")
+    assert settings.encoder_config() == SwinV2Config(
+        128, (2, 2, 18, 2), (4, 8, 16, 32), window_size=12, drop_path_rate=0.1
+    )
+    assert (settings.size, settings.model.mask_unit, settings.model.mask_ratio) == ((192, 192), 32, 0.6)
+    assert settings.masking().masked_units(settings.size) == 22
+    assert settings.model.norm_target_patch == 47
+    assert (settings.data.crop_scale, settings.data.crop_ratio) == ((0.67, 1.0), pytest.approx((3 / 4, 4 / 3)))
+    rate = settings.schedule().by_step(625, global_batch=2048)
+    assert rate(0) == pytest.approx(2e-6)
+    assert rate(10 * 625) == rate(700 * 625 - 1) == pytest.approx(4e-4)
+    assert rate(700 * 625) == rate(800 * 625 - 1) == pytest.approx(4e-5)
+    assert (settings.epochs, settings.optim.weight_decay, settings.optim.clip) == (800, 0.05, 5.0)
+
+
+def test_base_finetuning_recipe_is_the_published_one():
+    settings = finetune_settings(CONFIGS / "finetune" / "swinv2-base-224.yaml")
+    optim = settings.optim
+    assert (settings.size, settings.encoder.window_size, settings.encoder.drop_path_rate) == ((224, 224), 14, 0.1)
+    assert (settings.epochs, optim.warmup_epochs, optim.lr, optim.min_lr) == (100, 20, 1.25e-3, 2.5e-7)
+    assert (optim.layer_decay, optim.weight_decay, optim.label_smoothing) == (0.75, 0.05, 0.1)
+    # The windows that 192 px and window 12 leave in the encoder's config are the published 12-12-12-6.
+    pretrained = replace(SwinV2Config.from_preset("base"), window_size=12).windows((192, 192))
+    assert [max(window) for window in pretrained] == [12, 12, 12, 6]
