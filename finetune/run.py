@@ -33,6 +33,7 @@ from simmim.training import (
     ProgressLine,
     SaveRun,
     SkippedImages,
+    StepSeeds,
     Throughput,
     ValidatedStreamData,
     build_trainer,
@@ -103,6 +104,7 @@ def finetune(settings: FinetuneSettings, quiet: bool = False) -> FinetuneResult:
     run = Path(settings.out).expanduser()
     best = KeepBest(run, labels.classes, preprocessing, crop, provenance(settings))
     callbacks = [
+        StepSeeds(settings.seed),
         Throughput(settings.batch_size),
         *([] if quiet else [ProgressLine("fine-tuning", settings.batch_size)]),
         SkippedImages(run),

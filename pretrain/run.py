@@ -20,6 +20,7 @@ from simmim.training import (
     ProgressLine,
     SaveRun,
     SkippedImages,
+    StepSeeds,
     StreamData,
     Throughput,
     build_trainer,
@@ -72,6 +73,7 @@ def pretrain(settings: PretrainSettings) -> Path:
         save_encoder(run / "encoder", module.model.encoder, preprocessing, provenance(settings, module.global_step))
 
     callbacks = [
+        StepSeeds(settings.seed),
         Throughput(settings.batch_size),
         ProgressLine("pre-training", settings.batch_size),
         SkippedImages(run),

@@ -8,6 +8,7 @@ from __future__ import annotations
 import csv
 import inspect
 import logging
+import random
 import sys
 import time
 import warnings
@@ -231,6 +232,21 @@ class MetricsCsv(Logger):
         self.save()
 
 
+class StepSeeds(pl.Callback):
+    """Seeds torch anew at every batch from (seed, step, rank), so that stochastic depth in a resumed run is what it would
+    have been without the interruption."""
+
+    def __init__(self, seed: int) -> None:
+        self.seed, self.step, self.part = seed, -1, 0
+
+    def on_train_batch_start(self, trainer: pl.Trainer, *_) -> None:
+        """Seed this batch; of the batches accumulated in one step, each differently."""
+        self.part = self.part + 1 if trainer.global_step == self.step else 0
+        self.step = trainer.global_step
+        key = f"{self.seed}/{self.step}/{self.part}/{trainer.global_rank}"
+        torch.manual_seed(random.Random(key).getrandbits(62))
+
+
 class ProgressLine(pl.Callback):
     """One line: share done, time left, images a second, and the metrics that the module puts on the progress bar.
 
@@ -240,6 +256,7 @@ class ProgressLine(pl.Callback):
     def __init__(self, title: str, batch_size: int, quiet_s: float = 30.0) -> None:
         self.title, self.batch_size, self.quiet_s = title, batch_size, quiet_s
         self.bar: tqdm | None = None
+        self.told = 0.0
 
     def on_train_start(self, trainer: pl.Trainer, module: pl.LightningModule) -> None:
         """Open the line at the step where the run stands."""
@@ -264,16 +281,21 @@ class ProgressLine(pl.Callback):
         """Move on; the numbers beside the bar follow when it is redrawn."""
         if self.bar is None or trainer.global_step == self.bar.n:
             return
-        rate = self.bar.format_dict["rate"]
-        if rate and time.monotonic() - getattr(self, "told", 0.0) > self.bar.mininterval:
+        if time.monotonic() - self.told > self.bar.mininterval:
             self.told = time.monotonic()
-            shown = {name: f"{float(value):.4g}" for name, value in trainer.progress_bar_metrics.items()}
-            shown["images/s"] = f"{rate * self.batch_size:,.0f}"
-            self.bar.set_postfix(shown, refresh=False)
+            self.bar.set_postfix(self.numbers(trainer), refresh=False)
         self.bar.update(trainer.global_step - self.bar.n)
 
-    def on_train_end(self, *_) -> None:
+    def numbers(self, trainer: pl.Trainer) -> dict[str, str]:
+        """The metrics beside the bar, and the mean rate of this sitting."""
+        shown = {name: f"{float(value):.4g}" for name, value in trainer.progress_bar_metrics.items()}
+        steps, seconds = trainer.global_step - self.bar.initial, self.bar.format_dict["elapsed"]
+        return shown | {"images/s": f"{steps * self.batch_size / max(seconds, 1e-9):,.0f}"}
+
+    def on_train_end(self, trainer: pl.Trainer, *_) -> None:
         """Leave the finished line on the screen."""
+        if self.bar is not None:
+            self.bar.set_postfix(self.numbers(trainer))
         self.close()
 
     def on_exception(self, *_) -> None:

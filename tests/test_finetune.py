@@ -74,8 +74,8 @@ def test_one_seed_one_result(digits, encoder_folder, finished, tmp_path):
 
 
 def test_resumed_equals_uninterrupted(digits, encoder_folder, tmp_path, monkeypatch):
-    plain = {"encoder": EncoderSettings(drop_path_rate=0.0), "epochs": 60.0}
-    whole = finetune(settings(digits, encoder_folder, tmp_path / "whole", **plain), quiet=True)
+    longer = {"encoder": EncoderSettings(drop_path_rate=0.3), "epochs": 60.0}
+    whole = finetune(settings(digits, encoder_folder, tmp_path / "whole", **longer), quiet=True)
     save = SaveRun.on_train_batch_end
 
     def power_cut(self, trainer, module, *rest):
@@ -85,9 +85,9 @@ def test_resumed_equals_uninterrupted(digits, encoder_folder, tmp_path, monkeypa
 
     monkeypatch.setattr(SaveRun, "on_train_batch_end", power_cut)
     with pytest.raises(RuntimeError, match="power cut"):
-        finetune(settings(digits, encoder_folder, tmp_path / "cut", **plain), quiet=True)
+        finetune(settings(digits, encoder_folder, tmp_path / "cut", **longer), quiet=True)
     monkeypatch.setattr(SaveRun, "on_train_batch_end", save)
-    cut = finetune(settings(digits, encoder_folder, tmp_path / "cut", **plain, resume=True), quiet=True)
+    cut = finetune(settings(digits, encoder_folder, tmp_path / "cut", **longer, resume=True), quiet=True)
     first, second = (torch.load(r.run / "checkpoints/last.ckpt", weights_only=True) for r in (whole, cut))
     assert all(torch.equal(value, second["state_dict"][name]) for name, value in first["state_dict"].items())
     assert cut == replace(whole, run=cut.run)
