@@ -21,8 +21,6 @@ from simmim.data import (
     worker_count,
 )
 from simmim.defaults import (
-    default_batch_size,
-    default_finetuning_epochs,
     default_image_size,
     default_preset,
     default_window,
@@ -73,9 +71,8 @@ def finetune(settings: FinetuneSettings, quiet: bool = False) -> FinetuneResult:
 
     pl.seed_everything(settings.seed, workers=True, verbose=False)
     encoder, preprocessing, settings = starting_point(settings, images, device, say=None if quiet else print)
-    small = max(encoder.config.dims) <= 384 and encoder.config.embed_dim < 96
-    batch_size = settings.batch_size or min(default_batch_size(device, small), max(len(labels.train), 1))
-    settings = with_schedule(settings, default_finetuning_epochs(len(labels.train), batch_size), batch_size, small)
+    small = encoder.config.embed_dim < 96
+    settings = with_schedule(settings, len(labels.train), device, small)
     crop = settings.data.evaluation_crop or (1.0 if min(settings.size) <= 64 else 0.875)
     settings = replace(
         settings,

@@ -5,6 +5,7 @@ from dataclasses import dataclass, field, replace
 from typing import Any
 
 from finetune.augment import AffineSettings
+from simmim.defaults import default_batch_size, default_finetuning_epochs
 from simmim.optim import Schedule
 
 
@@ -108,7 +109,8 @@ class FinetuneSettings:
         labels_per_class: use so many training images of each class, drawn by the seed; all by default.
         freeze: train the head alone.
         image_size: pixels, one number or height and width; the encoder's own by default.
-        epochs: passes over the training images.
+        epochs: passes over the training images; by default 100, and for a few labels as many as make 500 steps.
+        steps: length in optimiser steps, in place of epochs.
         batch_size: images an optimiser step, over all devices.
         seed: of everything random, the choice of labels included.
         workers: processes that load images, a device.
@@ -130,6 +132,7 @@ class FinetuneSettings:
     freeze: bool = False
     image_size: int | tuple[int, int] | None = None
     epochs: float | None = None
+    steps: int | None = None
     batch_size: int | None = None
     seed: int = 0
     workers: int | None = None
@@ -148,7 +151,7 @@ class FinetuneSettings:
             object.__setattr__(self, "data", LabeledSettings(self.data))
         if isinstance(self.image_size, list):
             object.__setattr__(self, "image_size", tuple(self.image_size))
-        for name in ("epochs", "batch_size", "log_every_steps", "validations"):
+        for name in ("epochs", "steps", "batch_size", "log_every_steps", "validations"):
             if getattr(self, name) is not None and getattr(self, name) <= 0:
                 raise ValueError(f"{name} is {getattr(self, name)}: give a positive number")
         if self.workers is not None and self.workers < 0:
@@ -170,13 +173,28 @@ class FinetuneSettings:
         return Schedule(optim.lr, self.epochs, optim.warmup_epochs, optim.warmup_lr, min_lr=optim.min_lr)
 
 
-def with_schedule(settings: FinetuneSettings, epochs: float, batch_size: int, small: bool) -> FinetuneSettings:
-    """Settings with epochs, batch, peak learning rate and warm-up filled in where they are open."""
-    epochs = settings.epochs or epochs
+def with_schedule(settings: FinetuneSettings, count: int, device: str, small: bool) -> FinetuneSettings:
+    """Settings with length, batch, peak learning rate and warm-up filled in where they are open.
+
+    Args:
+        count: training images.
+        small: whether the encoder is of nano's or micro's width.
+
+    Raises:
+        ValueError: when both epochs and steps are given and differ.
+    """
+    batch_size = settings.batch_size or min(default_batch_size(device, small), count)
+    epochs = settings.epochs or default_finetuning_epochs(count, batch_size)
+    if settings.steps:
+        epochs = settings.steps * batch_size / count
+        if settings.epochs and round(settings.epochs * count / batch_size) != settings.steps:
+            raise ValueError(
+                f"both --epochs {settings.epochs:g} and --steps {settings.steps} are given and differ: give one of them"
+            )
     optim = settings.optim
     optim = replace(
         optim,
         lr=optim.lr if optim.lr is not None else (8e-3 if small else 1.25e-3),
         warmup_epochs=optim.warmup_epochs if optim.warmup_epochs is not None else min(20, epochs / 5),
     )
-    return replace(settings, epochs=epochs, batch_size=settings.batch_size or batch_size, optim=optim)
+    return replace(settings, epochs=epochs, batch_size=batch_size, optim=optim)

@@ -337,7 +337,7 @@ def run_demo(arguments: Sequence[str]) -> None:
 
 
 # The demo's from-scratch arm: the best of the grid that configs/finetune/demo.yaml names, searched for each arm alike.
-SCRATCH_TWIN = {"scratch_lr": 0.08192, "scratch_layer_decay": 1.0}
+SCRATCH_TWIN = {"scratch_lr": 0.32768, "scratch_layer_decay": 0.65}
 
 
 def recipe_path(name: str) -> Path:

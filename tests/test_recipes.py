@@ -52,7 +52,7 @@ def test_pretraining_recipe_builds(path):
 
 @pytest.mark.parametrize("path", FINETUNE, ids=lambda path: path.stem)
 def test_finetuning_recipe_builds(path):
-    settings = with_schedule(finetune_settings(path), epochs=100, batch_size=64, small=True)
+    settings = with_schedule(finetune_settings(path), count=1000, device="cpu", small=True)
     rate = settings.schedule().by_step(100, settings.batch_size)
     assert math.isclose(rate(round(100 * settings.optim.warmup_epochs)), settings.optim.lr * settings.batch_size / 512)
     with torch.device("meta"):

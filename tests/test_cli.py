@@ -1,0 +1,369 @@
+"""The command: what works, and wrong input refused in one line, with exit code 2 and nothing written."""
+import os
+import subprocess
+import sys
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import pytest
+import yaml
+from PIL import Image
+
+from finetune.settings import FinetuneSettings
+from pretrain.settings import PretrainSettings
+from simmim.checkpoint import Preprocessing, load_encoder, save_encoder
+from simmim.cli import COMMANDS, canonical, main, parse, with_saved_config
+from simmim.run_folder import as_yaml
+from simmim.swinv2 import SwinV2, SwinV2Config
+
+ROOT = Path(__file__).resolve().parent.parent
+
+
+def in_subprocess(*arguments, cwd):
+    """The command in a Python of its own, as a user runs it."""
+    return subprocess.run(
+        [sys.executable, "-m", "simmim.cli", *arguments],
+        capture_output=True,
+        text=True,
+        cwd=cwd,
+        env={**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1", "COLUMNS": "120"},
+    )
+
+
+def write_images(folder, count=8):
+    folder.mkdir(parents=True)
+    for seed in range(count):
+        pixels = np.random.default_rng(seed).integers(0, 256, (32, 32, 3), dtype=np.uint8)
+        Image.fromarray(pixels).save(folder / f"{seed}.png")
+
+
+@pytest.fixture(scope="module")
+def place(tmp_path_factory):
+    """A folder with one of everything that the refused calls below mention."""
+    here = tmp_path_factory.mktemp("cli")
+    write_images(here / "images")
+    for name in ("a", "b"):
+        write_images(here / "labeled" / name, 4)
+    write_images(here / "one" / "a", 2)
+    (here / "empty").mkdir()
+    (here / "full").mkdir()
+    (here / "full" / "thesis.txt").write_text("mine")
+    (here / "texts").mkdir()
+    (here / "texts" / "a.txt").write_text("no image")
+    (here / "model.pth").write_bytes(b"no encoder")
+    (here / "run").mkdir()
+    (here / "run" / "config.yaml").write_text("data: {path: images}\n")
+    (here / "top.yaml").write_text("data: {path: images}\nout: new\nepoch: 3\n")
+    (here / "nested.yaml").write_text("data: {path: images}\nout: new\nmodel: {mask_ration: 0.5}\n")
+    (here / "data.yaml").write_text("data: {path: images, flop: 0.5}\nout: new\n")
+    (here / "trainer.yaml").write_text("data: {path: images}\nout: new\ntrainer: {strateggy: ddp}\n")
+    (here / "type.yaml").write_text("data: {path: images}\nout: new\nmodel: {mask_ratio: most}\n")
+    (here / "broken.yaml").write_text("data: [\n")
+    encoder = SwinV2(SwinV2Config(16, (1, 1), (2, 2), window_size=4))
+    save_encoder(here / "encoder", encoder, Preprocessing((32, 32), (0.5,) * 3, (0.2,) * 3), {})
+    return here
+
+
+def listing(folder):
+    return {str(path): path.stat().st_mtime_ns for path in folder.rglob("*")}
+
+
+PRETRAIN = "pretrain --data images --out new"
+FINETUNE = "finetune classification --data labeled --out new"
+
+
+@pytest.mark.parametrize(
+    "words, said",
+    [
+        ("pretrian --data images", ["unknown command 'pretrian'", "did you mean 'pretrain'?"]),
+        ("--data images", ["unknown command '--data'", "known: demo, pretrain"]),
+        (f"{PRETRAIN} --model.mask_ration 0.5", ["unknown setting 'model.mask_ration'", "'model.mask_ratio'?"]),
+        (f"{PRETRAIN} --model.mask-ration=0.5", ["unknown setting 'model.mask_ration'", "'model.mask_ratio'?"]),
+        (f"{PRETRAIN} --mask-ratio 0.5", ["unknown setting 'mask_ratio'", "'model.mask_ratio'?"]),
+        (f"{PRETRAIN} --batchsize 8", ["unknown setting 'batchsize'", "'batch_size'?"]),
+        (f"{PRETRAIN} stray", ["unknown setting 'stray'"]),
+        ("pretrain --config top.yaml", ["epoch"]),
+        ("pretrain --config nested.yaml", ["unknown setting 'model.mask_ration'", "'model.mask_ratio'?"]),
+        ("pretrain --config data.yaml", ["unknown setting 'data.flop'", "'data.flip'?"]),
+        ("pretrain --config trainer.yaml", ["unknown setting 'trainer.strateggy'", "'strategy'?"]),
+        ("pretrain --config type.yaml", ["mask_ratio", "most"]),
+        ("pretrain --config broken.yaml", ["parsing config"]),
+        ("pretrain --config absent.yaml", ["absent.yaml", "not exist"]),
+        (f"{PRETRAIN} --preset tyni", ["unknown preset 'tyni'", "did you mean 'tiny'?"]),
+        (f"{PRETRAIN} --epochs many", ["epochs", "many", "float"]),
+        (f"{PRETRAIN} --batch-size 1.5", ["batch_size", "1.5", "int"]),
+        (f"{PRETRAIN} --epochs -1", ["epochs is -1.0: give a positive number"]),
+        (f"{PRETRAIN} --resume perhaps", ["resume", "perhaps", "bool"]),
+        (f"{PRETRAIN} --data.flip 2", ["data.flip is 2.0: give a probability"]),
+        (f"{PRETRAIN} --data.crop_scale [0.9,0.5]", ["data.crop_scale is (0.9, 0.5)"]),
+        ("pretrain --out new", ["data.path is missing: give --data"]),
+        ("pretrain --data images", ["out is missing: give --out"]),
+        ("pretrain --data absent --out new", ["image folder 'absent' does not exist: give a folder"]),
+        ("pretrain --data empty --out new", ["image folder 'empty' is empty: give one with images"]),
+        ("pretrain --data texts --out new", ["image folder 'texts' holds", "but no image"]),
+        ("pretrain --data images/0.png --out new", ["'images/0.png' is a file"]),
+        (f"{PRETRAIN} --model.mask_unit 12", ["does not divide an image of 32×32 px; units that do: 4, 8, 16"]),
+        (f"{PRETRAIN} --image-size 30", ["no mask unit fits images of 30×30 px"]),
+        (f"{PRETRAIN} --model.encoder.window_siz 4", ["unknown encoder setting 'window_siz'", "'window_size'?"]),
+        (f"{PRETRAIN} --trainer.strateggy fsdp", ["unknown setting 'trainer.strateggy'", "'strategy'?"]),
+        (f"{PRETRAIN} --optim.accumulate 3 --batch-size 8", ["does not divide", "give a multiple of 3"]),
+        ("pretrain --data images --out full", ["run folder 'full' is not empty: --resume", "--overwrite"]),
+        ("pretrain --data images --out full --overwrite", ["'full' holds no run", "left alone"]),
+        ("pretrain --data images --out full --resume", ["'full' holds no run to resume"]),
+        ("pretrain --data images --out run --resume --overwrite", ["--resume and --overwrite exclude each other"]),
+        ("pretrain --data images --out model.pth", ["run folder 'model.pth' is a file"]),
+        ("export --run absent --out new", ["no encoder at 'absent': there is no such file or folder"]),
+        ("export --run images --out new", ["no encoder in 'images': expected encoder.safetensors and config.json"]),
+        ("export --run model.pth --out new", ["'model.pth' is not an exported encoder"]),
+        ("export --run encoder --out full", ["'full' exists and is not empty: give a new folder"]),
+        ("export --run encoder --out model.pth", ["'model.pth' exists"]),
+        ("export --run encoder --out new --format onxx", ["unknown format 'onxx'", "known: safetensors"]),
+        ("export --rum encoder --out new", ["unknown setting 'rum'", "'run'?"]),
+        ("export --out new", ["run is missing: give --run"]),
+        ("predict --run absent --images images --out new", ["no encoder at 'absent'"]),
+        ("predict --run images --images images --out new", ["no encoder in 'images'"]),
+        ("predict --run encoder --images images --out new", ["holds an encoder but no classifier"]),
+        ("predict --run encoder --images images --out model.pth", ["'model.pth' exists: give a new file"]),
+        ("reconstruct --run absent --images images --out new.png", ["no run at 'absent': expected absent/config.yaml"]),
+        ("reconstruct --run images --images images --out new.png", ["no run at 'images'"]),
+        ("reconstruct --run run --images images --out new.png", ["run 'run' is no pre-training run"]),
+        ("reconstruct --run run --images images --out new.txt", ["'new.txt' is no picture's name: end it in .png"]),
+        ("reconstruct --run run --images images --out new.png --count many", ["count", "many", "int"]),
+        ("reconstruct --run run --images images --out new.png --count 0", ["count is 0: give 1 or more"]),
+        ("finetune", ["which task?", "classification"]),
+        ("finetune --data labeled", ["which task?"]),
+        ("finetune classifcation --data labeled --out new", ["unknown task 'classifcation'", "'classification'?"]),
+        ("finetune haiku --data labeled --out new", ["unknown task 'haiku'", "known: classification"]),
+        ("finetune classification --data one --out new", ["has 1 class folder: give at least two"]),
+        ("finetune classification --data absent --out new", ["labeled folder 'absent' does not exist"]),
+        (f"{FINETUNE} --labels-per-class 50", ["50 labels per class", "class 'a' has 3 training images: give 1 to 3"]),
+        (f"{FINETUNE} --init model.pth", ["'model.pth' is not an exported encoder"]),
+        (f"{FINETUNE} --init absent", ["no encoder at 'absent'"]),
+        (f"{FINETUNE} --init images", ["no encoder in 'images'"]),
+        (f"{FINETUNE} --freeze", ["--freeze with --init none"]),
+        (f"{FINETUNE} --init encoder --encoder.preset nano", ["use them with --init none"]),
+        (f"{FINETUNE} --encoder.preset tyni", ["unknown preset 'tyni'", "'tiny'?"]),
+        (f"{FINETUNE} --data.affine.degres 3", ["unknown setting 'data.affine.degres'", "'data.affine.degrees'?"]),
+        (f"{FINETUNE} --data.affine.degrees -3", ["out of range: give numbers from 0 on"]),
+        ("demo --out full", ["'full' exists", "--overwrite", "--out"]),
+        ("demo --out full --overwrite", ["'full' exists"]),
+        ("demo --seeds 1 --out new", ["seeds is 1: give 2 or more"]),
+        ("demo --sedes 3 --out new", ["unknown setting 'sedes'", "'seeds'?"]),
+    ],
+)
+def test_wrong_input(place, monkeypatch, capsys, words, said):
+    """Exit code 2; one line on stderr that says what is meant and nothing on stdout; no file made or changed."""
+    monkeypatch.chdir(place)
+    before = listing(place)
+    assert main(words.split()) == 2
+    out, err = capsys.readouterr()
+    assert out == "" and err.count("\n") == 1 and err.startswith("simmim: ") and err.endswith("\n")
+    assert all(text in err for text in said), err
+    assert listing(place) == before
+
+
+@pytest.mark.parametrize(
+    "words, said",
+    [
+        (f"{PRETRAIN} --model.mask_ration 0.5", "did you mean 'model.mask_ratio'?"),
+        ("export --run absent --out new", "no encoder at 'absent'"),
+        ("pretrain --data images --out full", "run folder 'full' is not empty"),
+    ],
+)
+def test_wrong_input_on_the_command_line(place, words, said):
+    """The same from outside: the exit code, and no warning or traceback around the line."""
+    done = in_subprocess(*words.split(), cwd=place)
+    assert (done.returncode, done.stdout) == (2, "")
+    assert done.stderr.count("\n") == 1 and done.stderr.startswith("simmim: ") and said in done.stderr
+    assert not (place / "new").exists()
+
+
+def test_interruption(monkeypatch, capsys):
+    def interrupted(run, **_):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("simmim.checkpoint.read_encoder", interrupted)
+    assert main(["export", "--run", "x", "--out", "new"]) == 130
+    assert capsys.readouterr().err == "simmim: interrupted\n"
+
+
+def test_errors_of_ours_are_not_hidden(monkeypatch):
+    def broken(run, **_):
+        raise RuntimeError("a bug")
+
+    monkeypatch.setattr("simmim.checkpoint.read_encoder", broken)
+    with pytest.raises(RuntimeError, match="a bug"):
+        main(["export", "--run", "x", "--out", "new"])
+
+
+# --- help ------------------------------------------------------------------------------------------------------------
+
+
+def test_overview_lists_the_commands(capsys):
+    for words in ([], ["-h"], ["--help"]):
+        assert main(words) == 0
+        out, err = capsys.readouterr()
+        assert err == "" and out.startswith("usage: simmim COMMAND")
+        assert all(f"  {command.name} " in out and command.purpose in out for command in COMMANDS)
+    assert main(["--version"]) == 0
+    assert capsys.readouterr().out.startswith("simmim 0.")
+
+
+@pytest.mark.parametrize("words", [["--help"], ["--version"], ["pretrian"]])
+def test_overview_loads_nothing_heavy(words, tmp_path):
+    code = (
+        "import sys; from simmim.cli import main; main(sys.argv[1:]); "
+        "print(sorted({'torch', 'numpy', 'PIL', 'datasets', 'jsonargparse', 'pytorch_lightning'} & set(sys.modules)))"
+    )
+    done = subprocess.run(
+        [sys.executable, "-c", code, *words], capture_output=True, text=True, cwd=ROOT, check=True, timeout=60
+    )
+    assert done.stdout.splitlines()[-1] == "[]"
+
+
+SHARED = [
+    *("--config", "--data.path", "--out", "--preset", "--image_size", "--epochs", "--batch_size", "--seed", "--workers"),
+    *("--devices", "--precision", "--resume", "--overwrite", "--print_config"),
+]
+
+
+@pytest.mark.parametrize(
+    "words, flags",
+    [
+        ("pretrain", [*SHARED, "--model.mask_unit", "--model.encoder", "--optim.lr", "--trainer"]),
+        (
+            "finetune classification",
+            [flag for flag in SHARED if flag != "--preset"]
+            + ["--init", "--labels_per_class", "--freeze", "--encoder.preset", "--optim.layer_decay", "--trainer"]
+            + ["--data.affine.degrees"],
+        ),
+        ("reconstruct", ["--run", "--images", "--out", "--count", "--seed"]),
+        ("export", ["--run", "--format", "--out"]),
+        ("predict", ["--run", "--images", "--out", "--batch_size"]),
+        ("demo", ["--out", "--seeds", "--overwrite"]),
+    ],
+)
+def test_help_of_each_command(words, flags, capsys):
+    with pytest.raises(SystemExit) as ended:
+        main([*words.split(), "--help"])
+    out, err = capsys.readouterr()
+    assert ended.value.code == 0 and err == ""
+    assert out.startswith(f"usage: simmim {words}")
+    named = set(out.replace("=", " ").replace("]", " ").replace(",", " ").split())
+    assert set(flags) <= named, set(flags) - named
+
+
+def test_every_command_has_its_help_tested(capsys):
+    tested = {words.split()[0] for words, _ in test_help_of_each_command.pytestmark[0].args[1]}
+    assert tested == {command.name for command in COMMANDS}
+    assert main(["finetune", "--help"]) == 0
+    assert "classification" in capsys.readouterr().out
+
+
+def test_help_explains_the_settings(capsys):
+    """Each setting's help is its docstring."""
+    with pytest.raises(SystemExit):
+        main(["pretrain", "--help"])
+    out = " ".join(capsys.readouterr().out.split())
+    assert "share of the units that is masked" in out and "passes over the images" in out
+    assert "split each batch into so many forward passes" in out
+
+
+# --- parsing ---------------------------------------------------------------------------------------------------------
+
+
+def parsed(*words):
+    return parse("pretrain", PretrainSettings, ["--data", "images", "--out", "new", *words])
+
+
+def test_short_and_long_words():
+    assert parsed() == PretrainSettings("images", "new")
+    assert parsed() == parse("pretrain", PretrainSettings, ["--data.path=images", "--out=new"])
+    for words in (["--image-size", "64"], ["--image_size", "64"], ["--image-size=64"], ["--image_size=64"]):
+        assert parsed(*words).image_size == 64
+    assert parsed("--image-size", "[64, 96]").size == (64, 96)
+    assert parsed("--model.mask-ratio", "0.5") == parsed("--model.mask_ratio=0.5")
+    assert parsed("--model.encoder.window-size", "5").model.encoder == {"window_size": 5}
+    assert parsed("--devices", "2").devices in (2, "2") and parsed("--devices", "auto").devices == "auto"
+
+
+def test_hyphens_in_values_stay():
+    settings = parse("pretrain", PretrainSettings, ["--data", "my-images", "--out=runs/a-b", "--preset", "giant-1b"])
+    assert (settings.data.path, settings.out, settings.preset) == ("my-images", "runs/a-b", "giant-1b")
+
+
+def test_switches():
+    """Bare, with a value, at the end or in the middle."""
+    assert parsed().resume is False
+    for words in (["--resume"], ["--resume", "--seed", "3"], ["--resume=true"], ["--resume", "true"]):
+        assert parsed(*words).resume is True
+    assert parsed("--resume", "false").resume is False and parsed("--overwrite", "--resume=false").overwrite is True
+    words = ["--data", "x", "--init", "enc", "--freeze", "--out", "new"]
+    assert parse("finetune classification", FinetuneSettings, words).freeze is True
+    assert canonical(["--resume", "--no-such", "a-b", "-x"]) == ["--resume=true", "--no_such", "a-b", "-x"]
+
+
+def test_values_keep_their_types():
+    words = ["--epochs", "3", "--optim.lr", "1e-3", "--seed", "7", "--trainer.benchmark", "true", "--out", "007"]
+    settings = parsed(*words)
+    assert (settings.epochs, settings.optim.lr, settings.seed, settings.trainer) == (3.0, 1e-3, 7, {"benchmark": True})
+    assert settings.out == "007" and isinstance(settings.epochs, float)
+    assert parsed("--preset", "null").preset is None
+    assert parsed("--data.mean", "[0.5]", "--data.std", "[0.25]").data.mean == (0.5,)
+
+
+def test_resuming_takes_the_runs_own_settings(tmp_path):
+    """`--out RUN --resume` is all that need be said; what else is said comes after and so wins."""
+    run = tmp_path / "run"
+    run.mkdir()
+    settings = PretrainSettings("images", str(run), epochs=3.0, preset="nano")
+    (run / "config.yaml").write_text(as_yaml(settings))
+    for words in (["--out", str(run), "--resume"], ["--resume", f"--out={run}"], ["--resume=true", "--out", str(run)]):
+        again = parse("pretrain", PretrainSettings, with_saved_config(words))
+        assert again == PretrainSettings("images", str(run), epochs=3.0, preset="nano", resume=True)
+    again = parse("pretrain", PretrainSettings, with_saved_config(["--out", str(run), "--resume", "--workers", "7"]))
+    assert (again.workers, again.epochs) == (7, 3.0)
+    for words in ([f"--out={run}"], [f"--out={run}", "--resume=false"], ["--resume", "--out", "absent"], ["--resume"]):
+        assert with_saved_config(words) == words
+
+
+@pytest.mark.parametrize(
+    "words, settings",
+    [
+        (f"{PRETRAIN} --epochs 3 --model.mask-ratio 0.5", PretrainSettings("images", "new", epochs=3.0)),
+        (f"{FINETUNE} --epochs 3", FinetuneSettings("labeled", "new", epochs=3.0)),
+    ],
+)
+def test_printed_config_reads_back(words, settings, capsys, tmp_path, place, monkeypatch):
+    """--print_config prints all settings as YAML, runs nothing, and what it printed is a --config."""
+    monkeypatch.chdir(place)
+    before = listing(place)
+    with pytest.raises(SystemExit) as ended:
+        main([*words.split(), "--print_config"])
+    out, err = capsys.readouterr()
+    assert ended.value.code == 0 and err == "" and listing(place) == before
+    values = yaml.safe_load(out)
+    assert values["epochs"] == 3.0 and values["data"]["path"] == settings.data.path
+    (tmp_path / "printed.yaml").write_text(out)
+    again = parse(words.partition(" --")[0], type(settings), ["--config", str(tmp_path / "printed.yaml")])
+    if isinstance(settings, PretrainSettings):
+        settings = replace(settings, model=replace(settings.model, mask_ratio=0.5))
+    assert again == settings
+
+
+# --- export ----------------------------------------------------------------------------------------------------------
+
+
+def test_export_copies_the_encoder(place, tmp_path, capsys):
+    """Into a new or an empty folder; what it prints names the place."""
+    before = listing(place / "encoder")
+    (tmp_path / "empty").mkdir()
+    for out in (tmp_path / "new" / "deep", tmp_path / "empty"):
+        assert main(["export", "--run", str(place / "encoder"), "--out", str(out)]) == 0
+        printed = capsys.readouterr().out
+        assert f"exported to {out}; load it with" in printed and f"read_encoder({str(out)!r})" in printed
+        assert sorted(path.name for path in out.iterdir()) == ["config.json", "encoder.safetensors"]
+        for name in ("config.json", "encoder.safetensors"):
+            assert (out / name).read_bytes() == (place / "encoder" / name).read_bytes()
+    assert load_encoder(out).config == load_encoder(place / "encoder").config and listing(place / "encoder") == before

@@ -1,0 +1,62 @@
+"""Every command and every piece of Python in the README runs as it stands there, in order, on real digits."""
+import os
+import re
+import shlex
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parents[1]
+README = (ROOT / "README.md").read_text(encoding="utf-8")
+# Only what takes long is shortened; everything else is the README's.
+SHORTER = {
+    "pretrain": ("--epochs", "1", "--batch-size", "48", "--model.encoder.embed_dim", "16", "--model.encoder.num_heads", "[1,2]"),
+    "finetune": ("--epochs", "1", "--batch-size", "40"),
+}
+
+
+def commands():
+    for block in re.findall(r"```console\n(.*?)```", README, re.S):
+        for line in block.splitlines():
+            words = shlex.split(line.removeprefix("$ "), comments=True)
+            if words[0].endswith("simmim"):
+                yield words[1:]
+
+
+@pytest.fixture(scope="module")
+def place(digits, tmp_path_factory):
+    folder = tmp_path_factory.mktemp("readme")
+    shutil.copytree(digits.unlabeled, folder / "photos")
+    shutil.copytree(digits.labeled, folder / "labeled")
+    (folder / "configs").symlink_to(ROOT / "configs")
+    return folder
+
+
+def run(words, place):
+    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+    done = subprocess.run(words, cwd=place, env=environment, capture_output=True, text=True, timeout=600, check=False)
+    assert done.returncode == 0, f"{words}: {done.stderr}"
+    return done
+
+
+def test_commands_then_python(place):
+    ran = 0
+    for words in commands():
+        short = () if "--print_config" in words else SHORTER.get(words[0], ())
+        run([sys.executable, "-m", "simmim.cli", *words, *short], place)
+        ran += 1
+    assert ran == 9
+    assert (place / "grid.png").is_file()
+    assert (place / "predictions.csv").is_file()
+    blocks = re.findall(r"```python\n(.*?)```", README, re.S)
+    assert len(blocks) == 2
+    # One process for all blocks: what one defines the next may use.
+    run([sys.executable, "-c", "\n".join(blocks)], place)
+
+
+def test_what_the_readme_links_to_is_there():
+    for link in re.findall(r"\]\((?!http)([^)#]+)\)", README):
+        assert (ROOT / link).exists(), link

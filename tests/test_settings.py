@@ -1,0 +1,303 @@
+"""What the user leaves open follows from the images and the machine; what cannot work is refused by name."""
+from dataclasses import fields, is_dataclass, replace
+
+import pytest
+import yaml
+
+from finetune.settings import EncoderSettings, FinetuneSettings, LabeledSettings
+from finetune.settings import OptimSettings as FinetuneOptimSettings
+from pretrain.settings import DataSettings, ModelSettings, OptimSettings, PretrainSettings, resolve
+from simmim.cli import parse
+from simmim.data import IMAGENET_MEAN, IMAGENET_STD, Survey
+from simmim.defaults import (
+    default_batch_size,
+    default_finetuning_epochs,
+    default_image_size,
+    default_mask_unit,
+    default_preset,
+    default_pretraining_epochs,
+    default_window,
+)
+from simmim.run_folder import as_yaml, differences, plain
+
+DIGITS = Survey(short_side_px=28, channels=1, decoded_mib=3.0, mean=(0.131,), std=(0.308,))
+PHOTOS = Survey(short_side_px=375, channels=3, decoded_mib=5e4, mean=(0.4, 0.4, 0.4), std=(0.2, 0.2, 0.2))
+THUMBNAILS = Survey(short_side_px=96, channels=3, decoded_mib=200.0, mean=(0.4, 0.4, 0.4), std=(0.2, 0.2, 0.2))
+
+
+def settings_for(**changes):
+    return PretrainSettings(**{"data": "images", "out": "run", **changes})
+
+
+def resolved(images=DIGITS, count=4000, device="cpu", workers=2, **changes):
+    return resolve(settings_for(**changes), images, count, device, workers)
+
+
+# --- pre-training ----------------------------------------------------------------------------------------------------
+
+
+def test_digits_on_a_laptop():
+    chosen = resolved()
+    assert (chosen.image_size, chosen.size, chosen.preset) == (32, (32, 32), "nano")
+    assert (chosen.model.mask_unit, chosen.model.encoder) == (4, {"window_size": 4})
+    assert (chosen.epochs, chosen.batch_size, chosen.workers) == (800.0, 128, 2)
+    assert (chosen.optim.lr, chosen.optim.warmup_epochs) == (2e-3, 10)
+    assert (chosen.data.channels, chosen.data.mean, chosen.data.std) == (1, (0.131,), (0.308,))
+    assert (chosen.save_every_steps, chosen.reconstruct_every_epochs) == (50, 40.0)
+    config = chosen.encoder_config()
+    assert (config.in_channels, config.window_size, config.depths, config.patch_size) == (1, 4, (2, 2), 4)
+    assert chosen.masking().masked_units(chosen.size) == 39, "0.6 of 8 × 8 units, rounded up"
+
+
+@pytest.mark.parametrize(
+    "device, preset, batch_size, lr",
+    [("cpu", "micro", 128, 2e-3), ("mps", "tiny", 128, 1e-4), ("cuda", "tiny", 128, 1e-4)],
+)
+def test_photos(device, preset, batch_size, lr):
+    """192 px, mask unit 32, window 12 as published, ImageNet's statistics whatever the images' own."""
+    chosen = resolved(PHOTOS, 1_281_167, device, 8)
+    assert (chosen.image_size, chosen.preset, chosen.batch_size, chosen.workers) == (192, preset, batch_size, 8)
+    assert (chosen.model.mask_unit, chosen.encoder_config().window_size) == (32, 12)
+    assert (chosen.data.mean, chosen.data.std) == (IMAGENET_MEAN, IMAGENET_STD)
+    assert (chosen.epochs, chosen.optim.lr, chosen.optim.warmup_epochs) == (100.0, lr, 10)
+    assert chosen.save_every_steps == 1000
+    assert chosen.masking().masked_units(chosen.size) == 22 and chosen.encoder_config().in_channels == 3
+
+
+def test_thumbnails():
+    chosen = resolved(THUMBNAILS, 50_000, "cuda")
+    assert (chosen.image_size, chosen.preset, chosen.model.mask_unit) == (96, "tiny", 16)
+    assert (chosen.encoder_config().window_size, chosen.epochs, chosen.save_every_steps) == (6, 400.0, 391)
+
+
+@pytest.mark.parametrize("images", [DIGITS, THUMBNAILS, PHOTOS])
+@pytest.mark.parametrize("device", ["cpu", "cuda"])
+def test_nothing_needed_stays_open(images, device):
+    chosen = resolved(images, device=device)
+    assert open_keys(chosen) == {"precision", "model.norm_target_patch"}, "the machine's, and none for raw pixels"
+    assert resolve(chosen, PHOTOS, 7, "cuda", 0) == chosen, "what is settled stays so"
+
+
+def open_keys(settings, prefix=""):
+    found = set()
+    for field in fields(settings):
+        value = getattr(settings, field.name)
+        if value is None:
+            found.add(prefix + field.name)
+        elif is_dataclass(value):
+            found |= open_keys(value, f"{prefix}{field.name}.")
+    return found
+
+
+def test_what_is_given_wins():
+    given = {
+        "data": DataSettings("images", channels=3, mean=[0.1, 0.2, 0.3], std=[1, 2, 3], crop_scale=[0.2, 1.0]),
+        "preset": "base",
+        "image_size": [96, 64],
+        "epochs": 3.0,
+        "batch_size": 7,
+        "workers": 0,
+        "reconstruct_every_epochs": 0.5,
+        "save_every_steps": 9,
+        "model": ModelSettings(mask_unit=8, mask_ratio=0.75, encoder={"window_size": 5, "depths": [1, 1, 1, 1]}),
+        "optim": OptimSettings(lr=0.5, warmup_epochs=0.0),
+    }
+    chosen = resolved(**given)
+    for key, value in given.items():
+        assert getattr(chosen, key) == (tuple(value) if isinstance(value, list) else value)
+    assert chosen.size == (96, 64) and chosen.encoder_config().depths == (1, 1, 1, 1)
+    assert chosen.schedule().warmup_epochs == 0.0
+    assert resolved(epochs=4.0).optim.warmup_epochs == 0.4, "a tenth of a short run"
+    as_colour = resolved(data=DataSettings("images", channels=3))
+    assert (as_colour.data.mean, as_colour.encoder_config().in_channels) == (IMAGENET_MEAN, 3)
+    assert resolved(model=ModelSettings(encoder={"patch_size": 2}), image_size=32).encoder_config().window_size == 4
+
+
+def test_resolving_changes_no_input():
+    encoder = {"depths": [1, 1]}
+    settings = settings_for(model=ModelSettings(encoder=encoder))
+    resolve(settings, DIGITS, 100, "cpu", 0)
+    assert encoder == {"depths": [1, 1]} and settings == settings_for(model=ModelSettings(encoder={"depths": [1, 1]}))
+
+
+@pytest.mark.parametrize(
+    "changes, message",
+    [
+        ({"model": ModelSettings(mask_unit=12)}, "unit of 12 px does not divide .* 32×32 px; units that do: 4, 8, 16$"),
+        ({"model": ModelSettings(mask_unit=32), "image_size": (96, 80)}, "96×80 px; units that do: 4, 8, 16$"),
+        ({"model": ModelSettings(mask_unit=6)}, "mask unit is 6 px and patches are 4 px: give a multiple"),
+        ({"model": ModelSettings(mask_ratio=1.5)}, "mask ratio is 1.5: give a share between 0 and 1"),
+        ({"image_size": 30}, "no mask unit fits images of 30×30 px with patches of 4 px: .* multiple of 4$"),
+        ({"preset": "tyni"}, "unknown preset 'tyni'; did you mean 'tiny'"),
+        ({"model": ModelSettings(encoder={"window": 7})}, "unknown encoder setting 'window'; did you mean 'window_s"),
+        ({"model": ModelSettings(encoder={"depth": [1]})}, "unknown encoder setting 'depth'; did you mean 'depths'"),
+        ({"model": ModelSettings(encoder={"depths": [1, 1, 1]})}, "give one number of heads a stage"),
+        ({"data": DataSettings("images", mean=(0.5, 0.5, 0.5))}, r"data.mean \(0.5, 0.5, 0.5\) .* each of 1 channels"),
+        ({"data": DataSettings("images", channels=3, std=(0.5,))}, r"std \(0.5,\) need one number for each of 3"),
+        ({"optim": OptimSettings(schedule="cosinus")}, "schedule is 'cosinus': give 'cosine' or 'multistep'"),
+        ({"optim": OptimSettings(warmup_epochs=30), "epochs": 20}, "warm-up of 30 epochs in a run of 20"),
+        ({"optim": OptimSettings(lr=-1.0)}, "learning rate -1.0 over 800.0 epochs: give positive numbers"),
+        ({"optim": OptimSettings(lr=0.0)}, "learning rate 0.0"),
+    ],
+)
+def test_settings_that_cannot_be_resolved(changes, message):
+    with pytest.raises(ValueError, match=message):
+        resolved(**changes)
+
+
+@pytest.mark.parametrize(
+    "build, message",
+    [
+        (lambda: DataSettings("x", crop_scale=(0.9, 0.5)), r"data.crop_scale is \(0.9, 0.5\): .* 0 < low <= high <= 1"),
+        (lambda: DataSettings("x", crop_scale=(0.0, 1.0)), "data.crop_scale"),
+        (lambda: DataSettings("x", crop_scale=(0.5, 1.1)), "data.crop_scale"),
+        (lambda: DataSettings("x", crop_ratio=(0.0, 1.0)), r"data.crop_ratio is \(0.0, 1.0\): give width over height"),
+        (lambda: DataSettings("x", crop_ratio=(2.0, 1.0)), "data.crop_ratio"),
+        (lambda: DataSettings("x", flip=1.5), "data.flip is 1.5: give a probability"),
+        (lambda: DataSettings("x", channels=4), "data.channels is 4: give 1 for gray or 3 for colour"),
+        (lambda: OptimSettings(accumulate=0), "optim.accumulate is 0: give 1 or more"),
+        (lambda: OptimSettings(clip=0.0), "optim.clip is 0.0: give a positive norm"),
+        (lambda: settings_for(epochs=0), "epochs is 0: give a positive number"),
+        (lambda: settings_for(batch_size=-8), "batch_size is -8"),
+        (lambda: settings_for(log_every_steps=0), "log_every_steps is 0"),
+        (lambda: settings_for(save_every_steps=0), "save_every_steps is 0"),
+        (lambda: settings_for(reconstruct_every_epochs=-1.0), "reconstruct_every_epochs is -1.0"),
+        (lambda: settings_for(workers=-1), "workers is -1: give 0 to load in the main process, or more"),
+        (lambda: LabeledSettings("x", crop_scale=(0.9, 0.5)), "data.crop_scale"),
+        (lambda: LabeledSettings("x", crop_ratio=(2.0, 1.0)), "data.crop_ratio"),
+        (lambda: LabeledSettings("x", flip=-0.1), "data.flip is -0.1: give a probability"),
+        (lambda: LabeledSettings("x", evaluation_crop=0.0), r"data.evaluation_crop is 0.0: give a share .* \(0, 1\]"),
+        (lambda: FinetuneOptimSettings(label_smoothing=1.0), "optim.label_smoothing is 1.0"),
+        (lambda: FinetuneOptimSettings(accumulate=0), "optim.accumulate is 0"),
+        (lambda: FinetuneOptimSettings(clip=-1.0), "optim.clip is -1.0"),
+        (lambda: FinetuneSettings("x", "run", validations=0), "validations is 0: give a positive number"),
+        (lambda: FinetuneSettings("x", "run", workers=-2), "workers is -2"),
+        (lambda: FinetuneSettings("x", "run", freeze=True), "--freeze with --init none would train a head on random"),
+        (lambda: FinetuneSettings("x", "run", "enc", encoder=EncoderSettings(like="a")), "use them with --init none"),
+        (lambda: FinetuneSettings("x", "run", "enc", encoder=EncoderSettings(preset="nano")), "with --init none"),
+    ],
+)
+def test_settings_out_of_range(build, message):
+    with pytest.raises(ValueError, match=message):
+        build()
+
+
+# --- round trips -----------------------------------------------------------------------------------------------------
+
+
+def read_back(command, settings, folder):
+    path = folder / "config.yaml"
+    path.write_text(as_yaml(settings), encoding="utf-8")
+    return parse(command, type(settings), ["--config", str(path)])
+
+
+@pytest.mark.parametrize(
+    "settings",
+    [
+        settings_for(),
+        resolved(),
+        resolved(PHOTOS, device="cuda", precision="bf16-mixed"),
+        resolved(
+            data=DataSettings("ein Ordner/ä: x", channels=3, mean=(0.1, 0.2, 0.3), std=(1.0, 2.0, 3.0), flip=0.0),
+            image_size=(64, 96),
+            devices=2,
+            seed=123456789,
+            epochs=0.25,
+            model=ModelSettings(norm_target_patch=47, encoder={"depths": [1, 1, 1, 1], "drop_path_rate": 0.1}),
+            optim=OptimSettings(schedule="multistep", milestones=(0.1, 0.2), warmup_lr=1e-10, accumulate=4),
+            trainer={"strategy": "ddp", "benchmark": True, "limit_train_batches": 0.5},
+        ),
+        resolved(devices="0,1", out="~/runs/1e3"),
+        settings_for(out="123", preset="nano"),
+    ],
+)
+def test_pretraining_settings_survive_yaml(settings, tmp_path):
+    """config.yaml, given to --config, is the same settings, types included."""
+    again = read_back("pretrain", settings, tmp_path)
+    assert again == settings and differences(plain(settings), plain(again)) == []
+    assert isinstance(again.data.crop_scale, tuple) and isinstance(again.optim.milestones, tuple)
+    assert yaml.safe_load(as_yaml(settings)).keys().isdisjoint(("resume", "overwrite"))
+
+
+@pytest.mark.parametrize(
+    "settings",
+    [
+        FinetuneSettings("images", "run"),
+        FinetuneSettings("images", "run", init="other/run", labels_per_class=5, freeze=True, image_size=(32, 64)),
+        FinetuneSettings(
+            LabeledSettings("x", crop_scale=(0.9, 1.0), evaluation_crop=0.875),
+            "run",
+            epochs=2.5,
+            encoder=EncoderSettings(preset="nano", drop_path_rate=0.0, window_size=5),
+            optim=FinetuneOptimSettings(lr=1e-5, layer_decay=1.0, warmup_epochs=0.0),
+            trainer={"deterministic": True},
+        ),
+    ],
+)
+def test_finetuning_settings_survive_yaml(settings, tmp_path):
+    again = read_back("finetune classification", settings, tmp_path)
+    assert again == settings and isinstance(again.data.affine.degrees, float | int)
+
+
+def test_later_words_win(tmp_path):
+    path = tmp_path / "config.yaml"
+    path.write_text(as_yaml(resolved(epochs=5.0)), encoding="utf-8")
+    words = ["--epochs", "7", "--config", str(path), "--epochs", "9", "--model.mask-ratio=0.5", "--data", "other"]
+    again = parse("pretrain", PretrainSettings, words)
+    expected = resolved(epochs=5.0)
+    expected = replace(expected, epochs=9.0, data=replace(expected.data, path="other"))
+    assert again == replace(expected, model=replace(expected.model, mask_ratio=0.5))
+
+
+# --- defaults --------------------------------------------------------------------------------------------------------
+
+
+def test_default_image_size():
+    sides = {1: 32, 28: 32, 32: 32, 63: 32, 64: 64, 100: 96, 191: 160, 192: 192, 375: 192, 4000: 192}
+    assert {side: default_image_size(side) for side in sides} == sides
+
+
+def test_default_preset_and_batch():
+    assert [default_preset(side, device) for side in (32, 48) for device in ("cpu", "cuda", "mps")] == ["nano"] * 6
+    assert [default_preset(64, device) for device in ("cpu", "cuda", "mps")] == ["micro", "tiny", "tiny"]
+    sizes = {("cpu", True): 128, ("cpu", False): 32, ("cuda", True): 512, ("cuda", False): 128}
+    assert {key: default_batch_size(*key) for key in sizes} == sizes
+
+
+def test_default_window():
+    assert default_window(192, 4) == 12 and default_window(32, 4) == 4 and default_window(96, 4) == 6
+    assert default_window(16, 4) == 4, "never under 4"
+
+
+@pytest.mark.parametrize(
+    "size, patch_size, unit",
+    [
+        ((192, 192), 4, 32),
+        ((224, 224), 4, 32),
+        ((32, 32), 4, 4),
+        ((96, 192), 4, 16),
+        ((48, 64), 4, 8),
+        ((36, 36), 4, 4),
+        ((20, 20), 4, 4),
+        ((8, 8), 4, 4),
+        ((32, 32), 2, 4),
+        ((192, 192), 16, 32),
+        ((160, 160), 4, 20),
+    ],
+)
+def test_default_mask_unit(size, patch_size, unit):
+    assert default_mask_unit(size, patch_size) == unit
+
+
+@pytest.mark.parametrize("size, patch_size", [((30, 30), 4), ((4, 4), 4), ((32, 33), 4), ((64, 64), 64)])
+def test_no_mask_unit_fits(size, patch_size):
+    message = f"no mask unit fits images of {size[0]}×{size[1]} px with patches of {patch_size} px: "
+    with pytest.raises(ValueError, match=message):
+        default_mask_unit(size, patch_size)
+
+
+def test_default_lengths():
+    counts = {10: 800, 25_000: 800, 40_000: 500, 100_000: 200, 200_000: 100, 10_000_000: 100}
+    assert {count: default_pretraining_epochs(count) for count in counts} == counts
+    lengths = {(50, 25): 250, (100, 100): 500, (1000, 64): 100, (320, 64): 100, (319, 64): 101, (20_001, 64): 30}
+    assert {key: default_finetuning_epochs(*key) for key in lengths} == lengths
