@@ -223,8 +223,8 @@ def test_overview_loads_nothing_heavy(words, tmp_path):
 
 
 SHARED = [
-    *("--config", "--data.path", "--out", "--preset", "--image_size", "--epochs", "--batch_size", "--seed", "--workers"),
-    *("--devices", "--precision", "--resume", "--overwrite", "--print_config"),
+    *("--config", "--data.path", "--out", "--preset", "--image_size", "--epochs", "--batch_size", "--seed"),
+    *("--workers", "--devices", "--precision", "--resume", "--overwrite", "--print_config"),
 ]
 
 

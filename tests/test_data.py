@@ -438,6 +438,13 @@ def test_random_crops_keep_to_their_ranges(image_size):
         assert abs(offset.mean() - 0.5) < 0.03 and offset.min() == 0 and offset.max() == 1
 
 
+def test_ratio_is_width_over_height():
+    view, generator = RandomView((32, 32), (0.1, 0.2), (2.0, 3.0)), random.Random(0)
+    boxes = np.array([view.crop_box((200, 200), generator) for _ in range(200)])
+    ratios = (boxes[:, 2] - boxes[:, 0]) / (boxes[:, 3] - boxes[:, 1])
+    assert ratios.min() > 1.95 and ratios.max() < 3.1
+
+
 def test_random_crop_of_extreme_shapes():
     """Where no crop fits: the largest that the ratios allow, centred; a lone row or pixel is a crop too."""
     view = RandomView((8, 8), crop_scale=(0.9, 1.0), crop_ratio=(0.5, 2.0))

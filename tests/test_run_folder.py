@@ -235,6 +235,14 @@ def test_metrics_of_one_step_share_a_row_across_saves(tmp_path):
     assert [(row["loss"], row["lr"]) for row in rows_of(path)] == [("10.0", "0.5"), ("11.0", "0.5"), ("12.0", "0.5")]
 
 
+def test_a_row_that_shrinks_leaves_nothing_behind(tmp_path):
+    log, path = MetricsCsv(tmp_path / "metrics.csv"), tmp_path / "metrics.csv"
+    for value in (0.123456789, 1.0):
+        log.log_metrics({"loss": value}, 5)
+        log.save()
+    assert rows_of(path) == [{"step": "5", "loss": "1.0"}]
+
+
 def test_many_metrics_reach_the_file_unasked(tmp_path):
     log, path = MetricsCsv(tmp_path / "metrics.csv"), tmp_path / "metrics.csv"
     for step in range(250):
