@@ -27,8 +27,10 @@ class AffineSettings:
     shift: float = 0.0
 
     def __post_init__(self) -> None:
-        if min(self.degrees, self.zoom, self.shear, self.shift) < 0 or self.zoom >= 1:
-            raise ValueError(f"{self} is out of range: give numbers from 0 on, zoom below 1")
+        for name in ("degrees", "zoom", "shear", "shift"):
+            if getattr(self, name) < 0 or (name == "zoom" and self.zoom >= 1):
+                limit = " and below 1" if name == "zoom" else ""
+                raise ValueError(f"data.affine.{name} is {getattr(self, name)}: give a number from 0 on{limit}")
 
     @property
     def active(self) -> bool:
@@ -36,7 +38,7 @@ class AffineSettings:
         return any((self.degrees, self.zoom, self.shear, self.shift))
 
     def matrices(self, seeds: list[int]) -> Tensor:
-        """For each seed a (2, 3) matrix from output to input coordinates, both from −1 to 1, as `affine_grid` takes."""
+        """For each seed a (2, 3) matrix from output to input coordinates, both from −1 to 1 over a square image."""
         rows = []
         for seed in seeds:
             generator = random.Random(seed)
@@ -47,13 +49,16 @@ class AffineSettings:
             shift_x, shift_y = (2 * generator.uniform(-self.shift, self.shift) for _ in range(2))
             cos, sin = math.cos(angle), math.sin(angle)
             # Rotation after shear after scale.
-            rows.append(
-                [[zoom_x * cos, zoom_y * (shear * cos - sin), shift_x], [zoom_x * sin, zoom_y * (shear * sin + cos), shift_y]]
-            )
+            x_row = [zoom_x * cos, zoom_y * (shear * cos - sin), shift_x]
+            y_row = [zoom_x * sin, zoom_y * (shear * sin + cos), shift_y]
+            rows.append([x_row, y_row])
         return torch.tensor(rows)
 
 
 def warp(images: Tensor, matrices: Tensor) -> Tensor:
     """Images, (B, channels, height, width) float, moved by `AffineSettings.matrices`; edges continue outwards."""
-    grid = F.affine_grid(matrices.to(images), list(images.shape), align_corners=False)
+    height, width = images.shape[-2:]
+    # affine_grid measures each axis by its own side; a rotation there would be a shear of an oblong image.
+    aspect = matrices.new_tensor([[1, height / width, 1], [width / height, 1, 1]])
+    grid = F.affine_grid((matrices * aspect).to(images), list(images.shape), align_corners=False)
     return F.grid_sample(images, grid, padding_mode="border", align_corners=False)

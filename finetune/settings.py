@@ -5,7 +5,7 @@ from dataclasses import dataclass, field, replace
 from typing import Any
 
 from finetune.augment import AffineSettings
-from simmim.defaults import default_batch_size, default_finetuning_epochs
+from simmim.defaults import check_common, default_batch_size, default_finetuning_epochs
 from simmim.optim import Schedule
 
 
@@ -103,7 +103,7 @@ class FinetuneSettings:
     """One fine-tuning run for classification.
 
     Args:
-        data: the labeled images; a path alone will do.
+        data: the labeled images; in Python a path alone will do.
         out: run folder to make.
         init: pre-training run or exported encoder to start from, or none for the from-scratch twin.
         labels_per_class: use so many training images of each class, drawn by the seed; all by default.
@@ -154,8 +154,7 @@ class FinetuneSettings:
         for name in ("epochs", "steps", "batch_size", "log_every_steps", "validations"):
             if getattr(self, name) is not None and getattr(self, name) <= 0:
                 raise ValueError(f"{name} is {getattr(self, name)}: give a positive number")
-        if self.workers is not None and self.workers < 0:
-            raise ValueError(f"workers is {self.workers}: give 0 to load in the main process, or more")
+        check_common(self)
         scratch = self.init == "none"
         if not scratch and (self.encoder.like or self.encoder.preset):
             raise ValueError("encoder.like and encoder.preset describe an encoder from scratch: use them with --init none")

@@ -7,6 +7,7 @@ from typing import Any
 
 from simmim.data import IMAGENET_MEAN, IMAGENET_STD, Survey
 from simmim.defaults import (
+    check_common,
     default_batch_size,
     default_image_size,
     default_mask_unit,
@@ -54,6 +55,8 @@ class DataSettings:
             raise ValueError(f"data.crop_ratio is {self.crop_ratio}: give width over height, 0 < low <= high")
         if not 0 <= self.flip <= 1:
             raise ValueError(f"data.flip is {self.flip}: give a probability")
+        if self.std is not None and min(self.std) <= 0:
+            raise ValueError(f"data.std is {self.std}: give positive numbers")
 
 
 @dataclass(frozen=True)
@@ -117,7 +120,7 @@ class PretrainSettings:
     """One pre-training run. Only the images and the run folder have no default.
 
     Args:
-        data: the images; a path alone will do.
+        data: the images; in Python a path alone will do.
         out: run folder to make.
         preset: size of the encoder: nano, micro, tiny, small, base, large, huge, giant-1b, giant-3b.
         image_size: pixels the crops are resized to, one number or height and width.
@@ -164,8 +167,7 @@ class PretrainSettings:
         for name in ("epochs", "batch_size", "log_every_steps", "save_every_steps", "reconstruct_every_epochs"):
             if getattr(self, name) is not None and getattr(self, name) <= 0:
                 raise ValueError(f"{name} is {getattr(self, name)}: give a positive number")
-        if self.workers is not None and self.workers < 0:
-            raise ValueError(f"workers is {self.workers}: give 0 to load in the main process, or more")
+        check_common(self)
 
     @property
     def size(self) -> tuple[int, int]:
@@ -221,6 +223,10 @@ def resolve(settings: PretrainSettings, images: Survey, count: int, device: str,
     if len(data.mean) != channels or len(data.std) != channels:
         raise ValueError(f"data.mean {data.mean} and data.std {data.std} need one number for each of {channels} channels")
 
+    if model.encoder.get("in_channels", channels) != channels:
+        raise ValueError(
+            f"model.encoder.in_channels is {model.encoder['in_channels']} and the images have {channels}: give data.channels"
+        )
     image_size = settings.image_size or default_image_size(images.short_side_px)
     size = (image_size,) * 2 if isinstance(image_size, int) else image_size
     preset = settings.preset or default_preset(min(size), device)
@@ -228,7 +234,8 @@ def resolve(settings: PretrainSettings, images: Survey, count: int, device: str,
     if preset in PRESETS:
         encoder.setdefault("window_size", default_window(min(size), encoder.get("patch_size", PRESETS[preset].patch_size)))
     config = SwinV2Config.from_preset(preset, **encoder)
-    model = replace(model, encoder=encoder, mask_unit=model.mask_unit or default_mask_unit(size, config.patch_size))
+    mask_unit = default_mask_unit(size, config.patch_size) if model.mask_unit is None else model.mask_unit
+    model = replace(model, encoder=encoder, mask_unit=mask_unit)
 
     epochs = settings.epochs or default_pretraining_epochs(count)
     small = preset in ("nano", "micro")

@@ -9,14 +9,14 @@ import json
 import os
 import tempfile
 from collections.abc import Callable, Iterator
-from dataclasses import asdict, dataclass, field, replace
+from dataclasses import asdict, dataclass, field, fields, replace
 from pathlib import Path
 
 import torch
-from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
 
-from simmim.swinv2 import SwinV2, SwinV2Config
+from simmim.swinv2 import SwinV2, SwinV2Config, nearest
 
 WEIGHTS, CONFIG = "encoder.safetensors", "config.json"
 FORMAT = "simmim-swinv2-encoder"
@@ -78,7 +78,8 @@ def save_encoder(folder: str | Path, encoder: SwinV2, preprocessing: Preprocessi
     config = encoder.config
     if config.pretrained_window_sizes is None:
         windows = config.windows(preprocessing.image_size)
-        config = replace(config, pretrained_window_sizes=tuple(max(window) for window in windows))
+        sizes = tuple(height if height == width else (height, width) for height, width in windows)
+        config = replace(config, pretrained_window_sizes=sizes)
     state = {name: value.detach().cpu().contiguous() for name, value in encoder.state_dict().items()}
     with whole_file(folder / WEIGHTS) as temporary:
         save_file(state, temporary, metadata={"format": "pt"})
@@ -118,7 +119,16 @@ def read_encoder(path: str | Path, report: Callable[[str], None] | None = None, 
     """
     folder = encoder_folder(path)
     description = read_description(folder / CONFIG)
-    config = SwinV2Config(**{**description["architecture"], **overrides})
+    known = {field.name for field in fields(SwinV2Config)}
+    for name in overrides:
+        if name not in known:
+            raise ValueError(f"unknown encoder setting {name!r}{nearest(name, known)}")
+    try:
+        config = SwinV2Config(**description["architecture"])
+        preprocessing = Preprocessing(**description["preprocessing"])
+    except (KeyError, TypeError) as error:
+        raise ValueError(f"{folder / CONFIG} is damaged ({error}): export the encoder again") from error
+    config = replace(config, **overrides)
     state = read_weights(folder / WEIGHTS)
     encoder = SwinV2(config)
     check_state(encoder, state, folder / WEIGHTS)
@@ -126,7 +136,6 @@ def read_encoder(path: str | Path, report: Callable[[str], None] | None = None, 
     if report:
         values = sum(value.numel() for value in state.values())
         report(f"loaded {len(state)} of {len(state)} tensors, {values / 1e6:.2f} M values, from {folder / WEIGHTS}")
-    preprocessing = Preprocessing(**description["preprocessing"])
     return SavedEncoder(encoder.eval(), preprocessing, description.get("provenance", {}))
 
 
@@ -172,8 +181,7 @@ def read_weights(path: Path) -> dict[str, torch.Tensor]:
         ValueError: when the file is torn or not safetensors.
     """
     try:
-        with safe_open(path, "pt") as file:
-            return {name: file.get_tensor(name) for name in file.keys()}
+        return load_file(path)
     except SafetensorError as error:
         raise ValueError(f"{path} is not a whole safetensors file ({error}): export the encoder again") from error
 
@@ -208,6 +216,7 @@ def loading_code(folder: Path) -> str:
         "from simmim.checkpoint import read_encoder\n\n"
         f"saved = read_encoder({str(folder.resolve())!r})\n"
         "height, width = saved.preprocessing.image_size\n"
-        "images = torch.randn(1, saved.encoder.config.in_channels, height, width)  # yours, normalised by saved.preprocessing\n"
+        "# Yours, normalised by saved.preprocessing:\n"
+        "images = torch.randn(1, saved.encoder.config.in_channels, height, width)\n"
         "features = saved.encoder(images).pooled  # (batch, channels)"
     )

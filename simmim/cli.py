@@ -35,8 +35,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
             print(f"simmim {__version__}")
         else:
             command_named(arguments[0]).run(arguments[1:])
-    except ValueError as error:
-        print(f"simmim: {error}", file=sys.stderr)
+    except (ValueError, OSError) as error:
+        print(f"simmim: {' '.join(str(error).split())}", file=sys.stderr)
         return 2
     except KeyboardInterrupt:
         print("simmim: interrupted", file=sys.stderr)
@@ -48,9 +48,10 @@ def overview() -> str:
     """What `simmim --help` prints; made without importing anything heavy."""
     width = max(len(command.name) for command in COMMANDS)
     lines = [f"  {command.name:<{width}}  {command.purpose}" for command in COMMANDS]
-    return "\n".join(
-        ["usage: simmim COMMAND [options]", "", DESCRIPTION, "", "commands:", *lines]
-        + ["", "simmim COMMAND --help lists the options of one. Start with: simmim demo"]
+    listed = "\n".join(lines)
+    return (
+        f"usage: simmim COMMAND [options]\n\n{DESCRIPTION}\n\ncommands:\n{listed}\n\n"
+        "simmim COMMAND --help lists the options of one. Start with: simmim demo"
     )
 
 
@@ -97,6 +98,7 @@ def parse(name: str, settings_class: type, arguments: Sequence[str]):
     parser = ArgumentParser(
         prog=f"simmim {name}",
         exit_on_error=False,
+        allow_abbrev=False,
         description=settings_class.__doc__.splitlines()[0],
         epilog="--data PATH is --data.path PATH; hyphens and underscores are alike: --image-size 192.",
     )
@@ -130,19 +132,31 @@ def explain(message: str, keys: Sequence[str]) -> str:
     """The parser's complaint in one line, with the nearest known key where one is unknown."""
     unknown = re.search(r"[Uu]nrecognized arguments: (\S+)", message)
     if unknown:
+        if not unknown[1].startswith("--"):
+            return f"unexpected word {unknown[1]!r}: every setting has a name, --data PATH for instance"
         name = unknown[1].lstrip("-").partition("=")[0]
         return f"unknown setting {name!r}{nearest(name, keys)}"
     unknown = re.search(r"Group '([^']+)' does not accept (?:nested key|option) '([^']+)'", message)
     if unknown:
         name = f"{unknown[1]}.{unknown[2]}"
         return f"unknown setting {name!r}{nearest(name, keys)}"
-    unknown = re.search(r"(?:Key|key|option) '([^']+)' is not (?:expected|accepted|defined)", message)
+    unknown = re.search(r"(?:[Kk]ey|[Oo]ption) '([^']+)' is not (?:expected|accepted|defined)", message)
     if unknown:
         return f"unknown setting {unknown[1]!r}{nearest(unknown[1], keys)}"
-    required = re.search(r'Key "([^"]+)" is required|required: (\S+)', message)
+    required = re.search(r'Key "([^"]+)" is required|required: (.+)', message)
     if required:
-        name = (required[1] or required[2]).removeprefix("--")
-        return f"{name} is missing: give --{'data' if name == 'data.path' else name.replace('_', '-')}"
+        names = re.split(r"[,\s]+", (required[1] or required[2]).strip())
+        flags = ["--data" if name == "data.path" else "--" + name.lstrip("-").replace("_", "-") for name in names if name]
+        return f"missing: give {' and '.join(flags)}"
+    wrong = re.search(r'key "([^"]+)":.*?(?:[Gg]iven|Got) value(?: type: [^\n]+?\s+Given value)?: (.+)', message, re.S)
+    expected = list(dict.fromkeys(re.findall(r"Expected an? (?:<class ')?([\w. \[\], ]+)", message)))
+    if wrong and expected:
+        kinds = {"int": "a whole number", "float": "a number", "bool": "true or false", "str": "text", "NoneType": ""}
+        wanted = " or ".join(filter(None, (kinds.get(kind, kind.strip()) for kind in expected)))
+        return f"{wrong[1]} is {' '.join(wrong[2].split())!r}: give {wanted}"
+    group = re.search(r'key "([^"]+)": Unable to load config', message)
+    if group:
+        return f"{group[1]} is a group of settings: give its keys, {group[1]}.path for instance"
     return " ".join(line.strip() for line in message.splitlines() if line.strip())
 
 
@@ -154,7 +168,9 @@ def options(name: str, arguments: Sequence[str], purpose: str, **flags: tuple[ty
     """
     from jsonargparse import ArgumentError, ArgumentParser
 
-    parser = ArgumentParser(prog=f"simmim {name}", exit_on_error=False, description=purpose)
+    parser = ArgumentParser(
+        prog=f"simmim {name}", exit_on_error=False, allow_abbrev=False, description=purpose
+    )
     for flag, (kind, default, text) in flags.items():
         required = {"required": True} if default is ... else {"default": default}
         parser.add_argument(f"--{flag}", type=kind, help=text, **required)

@@ -43,6 +43,8 @@ def find_images(folder: str | Path) -> list[str]:
     Raises:
         ValueError: when there is no such folder, it is empty, or it holds no file with an image's extension.
     """
+    if not str(folder):
+        raise ValueError("image folder '' is no folder: give a folder that holds images")
     folder = Path(folder).expanduser()
     if not folder.is_dir():
         what = "is a file" if folder.is_file() else "does not exist"
@@ -66,7 +68,7 @@ def find_images(folder: str | Path) -> list[str]:
                     others += 1
     if not found:
         kinds = ", ".join(sorted(extension[1:] for extension in EXTENSIONS))
-        what = f"holds {others} files but no image" if others else "is empty"
+        what = f"holds {others} file{'s' * (others != 1)} but no image" if others else "is empty"
         raise ValueError(f"image folder {str(folder)!r} {what}: give one with images ({kinds}), nested as you like")
     return sorted(found)
 

@@ -72,7 +72,8 @@ def take_run_folder(settings) -> Path:
     check_run_folder(settings.out, settings.resume, settings.overwrite)
     run = Path(settings.out).expanduser()
     if settings.overwrite and run.is_dir():
-        shutil.rmtree(run)
+        for entry in run.iterdir():  # the entries and not the folder, which may be a link
+            shutil.rmtree(entry) if entry.is_dir() and not entry.is_symlink() else entry.unlink()
     config = run / CONFIG
     if config.is_file():
         started = yaml.safe_load(config.read_text(encoding="utf-8"))

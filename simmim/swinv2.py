@@ -41,8 +41,9 @@ class SwinV2Config:
         depths: blocks of each stage, 1 to 5 stages.
         num_heads: attention heads of each stage; each divides its stage's channels.
         window_size: side of the attention windows in tokens; shrinks to the feature map where that is smaller.
-        pretrained_window_sizes: for each stage the window its weights were pre-trained with, by which the position-bias
-            coordinates are scaled; None scales by the window in use, as in pre-training.
+        pretrained_window_sizes: for each stage the window its weights were pre-trained with, a number or height and
+            width, by which the position-bias coordinates are scaled; None scales by the window in use, as in
+            pre-training.
         patch_size: side of a patch in pixels.
         in_channels: channels of the images.
         mlp_ratio: hidden channels of the block's MLP over its channels.
@@ -58,7 +59,7 @@ class SwinV2Config:
     depths: tuple[int, ...] = (2, 2, 6, 2)
     num_heads: tuple[int, ...] = (3, 6, 12, 24)
     window_size: int = 8
-    pretrained_window_sizes: tuple[int, ...] | None = None
+    pretrained_window_sizes: tuple[int | Size, ...] | None = None
     patch_size: int = 4
     in_channels: int = 3
     mlp_ratio: float = 4.0
@@ -66,9 +67,22 @@ class SwinV2Config:
     extra_norm_every: int = 0
 
     def __post_init__(self) -> None:
-        for name in ("depths", "num_heads", "pretrained_window_sizes"):  # lists arrive from YAML and JSON
-            if getattr(self, name) is not None:
-                object.__setattr__(self, name, tuple(getattr(self, name)))
+        for name in ("embed_dim", "window_size", "patch_size", "in_channels", "extra_norm_every"):
+            if not isinstance(getattr(self, name), int):
+                raise ValueError(f"{name} is {getattr(self, name)!r}: give a whole number")
+        for name in ("mlp_ratio", "drop_path_rate"):
+            if not isinstance(getattr(self, name), int | float):
+                raise ValueError(f"{name} is {getattr(self, name)!r}: give a number")
+        for name in ("depths", "num_heads"):  # lists arrive from YAML and JSON
+            values = getattr(self, name)
+            if not isinstance(values, list | tuple) or not all(isinstance(value, int) for value in values):
+                raise ValueError(f"{name} is {values!r}: give a list with one whole number a stage")
+            object.__setattr__(self, name, tuple(values))
+        if self.pretrained_window_sizes is not None:
+            if not isinstance(self.pretrained_window_sizes, list | tuple):
+                raise ValueError(f"pretrained_window_sizes is {self.pretrained_window_sizes!r}: give a list, one a stage")
+            sizes = tuple(tuple(size) if isinstance(size, list) else size for size in self.pretrained_window_sizes)
+            object.__setattr__(self, "pretrained_window_sizes", sizes)
         if not 1 <= len(self.depths) <= 5 or min(self.depths) < 1:
             raise ValueError(f"depths is {self.depths}: give 1 to 5 stages with at least one block each")
         if len(self.num_heads) != len(self.depths):
@@ -79,13 +93,14 @@ class SwinV2Config:
         for dim, heads in zip(self.dims, self.num_heads):
             if heads < 1 or dim % heads:
                 raise ValueError(f"{heads} heads do not divide a stage's {dim} channels: num_heads {self.num_heads}")
-        if self.pretrained_window_sizes is not None and (
-            len(self.pretrained_window_sizes) != len(self.depths) or min(self.pretrained_window_sizes) < 1
-        ):
-            raise ValueError(
-                f"pretrained_window_sizes is {self.pretrained_window_sizes}: give one positive size a stage, "
-                f"{len(self.depths)} in all"
-            )
+        if self.pretrained_window_sizes is not None:
+            sides = [side for window in map(as_pair, self.pretrained_window_sizes) for side in window]
+            whole = all(isinstance(side, int) and side > 0 for side in sides)
+            if len(sides) != 2 * len(self.depths) or not whole:
+                raise ValueError(
+                    f"pretrained_window_sizes is {self.pretrained_window_sizes}: give one positive size a stage, "
+                    f"{len(self.depths)} in all"
+                )
         for name in ("embed_dim", "window_size", "patch_size", "in_channels"):
             if getattr(self, name) < 1:
                 raise ValueError(f"{name} is {getattr(self, name)}: give a positive number")
@@ -117,7 +132,11 @@ class SwinV2Config:
 
     def as_dict(self) -> dict:
         """Plain values for JSON and YAML."""
-        return {key: list(value) if isinstance(value, tuple) else value for key, value in asdict(self).items()}
+
+        def plain(value):
+            return [plain(item) for item in value] if isinstance(value, tuple) else value
+
+        return {key: plain(value) for key, value in asdict(self).items()}
 
     @classmethod
     def from_preset(cls, preset: str, **overrides) -> SwinV2Config:
@@ -133,6 +152,11 @@ class SwinV2Config:
         if preset not in PRESETS:
             raise ValueError(f"unknown preset {preset!r}{nearest(preset, PRESETS)}")
         return replace(PRESETS[preset], **overrides)
+
+
+def as_pair(size: int | Size) -> Size:
+    """One number for both sides, or height and width as they are."""
+    return (size, size) if isinstance(size, int) else size
 
 
 def nearest(name: str, known) -> str:
@@ -313,7 +337,7 @@ class SwinV2Block(nn.Module):
         num_heads: int,
         window_size: int,
         shifted: bool,
-        pretrained_window: int | None,
+        pretrained_window: int | Size | None,
         mlp_ratio: float,
         drop_path: float,
         extra_norm: bool,
@@ -339,7 +363,7 @@ class SwinV2Block(nn.Module):
         window = tuple(min(self.window_size, side) for side in size)
         # A map that one window covers has nothing to shift.
         shift = tuple(w // 2 if self.shifted and side > w else 0 for side, w in zip(size, window))
-        pretrained = (self.pretrained_window,) * 2 if self.pretrained_window else window
+        pretrained = as_pair(self.pretrained_window) if self.pretrained_window else window
         padded = tuple(-(-side // w) * w for side, w in zip(size, window))
 
         if padded != tuple(size):

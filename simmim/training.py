@@ -20,6 +20,7 @@ import pytorch_lightning as pl
 import torch
 from pytorch_lightning.loggers import Logger, TensorBoardLogger
 from pytorch_lightning.utilities import rank_zero_only
+from pytorch_lightning.utilities.exceptions import MisconfigurationException
 from tqdm import tqdm
 
 from simmim.checkpoint import whole_file
@@ -29,11 +30,13 @@ from simmim.swinv2 import nearest
 
 # What the run itself decides; everything else of the Trainer is open to the user as --trainer.KEY.
 OWN_TRAINER_KEYS = frozenset(
-    "self devices precision logger callbacks max_epochs min_epochs max_steps min_steps accumulate_grad_batches "
-    "gradient_clip_val gradient_clip_algorithm use_distributed_sampler default_root_dir enable_checkpointing "
-    "enable_progress_bar enable_model_summary val_check_interval check_val_every_n_epoch "
-    "num_sanity_val_steps reload_dataloaders_every_n_epochs log_every_n_steps".split()
-)
+    (
+        "self", "devices", "precision", "logger", "callbacks", "max_epochs", "min_epochs", "max_steps", "min_steps",
+        "accumulate_grad_batches", "gradient_clip_val", "gradient_clip_algorithm", "use_distributed_sampler",
+        "default_root_dir", "enable_checkpointing", "enable_progress_bar", "enable_model_summary", "val_check_interval",
+        "check_val_every_n_epoch", "num_sanity_val_steps", "reload_dataloaders_every_n_epochs", "log_every_n_steps",
+    )
+)  # fmt: skip
 
 
 def check_trainer_keys(extra: Mapping[str, Any]) -> None:
@@ -44,8 +47,11 @@ def check_trainer_keys(extra: Mapping[str, Any]) -> None:
     """
     known = set(inspect.signature(pl.Trainer.__init__).parameters) - OWN_TRAINER_KEYS
     for key in extra:
+        if key in OWN_TRAINER_KEYS:
+            raise ValueError(f"setting 'trainer.{key}' belongs to the run: see its own settings by --help")
         if key not in known:
-            raise ValueError(f"unknown setting 'trainer.{key}'{nearest(key, known)}")
+            names = [f"trainer.{name}" for name in known]
+            raise ValueError(f"unknown setting 'trainer.{key}'{nearest(f'trainer.{key}', names)}")
 
 
 def device_type() -> str:
@@ -73,33 +79,41 @@ def build_trainer(
     extra: Mapping[str, Any],
     validate_every_steps: int | None = None,
 ) -> pl.Trainer:
-    """A Lightning Trainer that runs `steps` optimiser steps and logs to TensorBoard and metrics.csv in `run`."""
+    """A Lightning Trainer that runs `steps` optimiser steps and logs to TensorBoard and metrics.csv in `run`.
+
+    Raises:
+        ValueError: when Lightning refuses the devices, precision or one of the `extra` settings.
+    """
     quieten()
-    return pl.Trainer(
-        **{
-            "accelerator": "auto",
-            **extra,
-            "devices": devices,
-            "precision": precision,
-            "max_steps": steps,
-            "max_epochs": -1,
-            "accumulate_grad_batches": accumulate,
-            "logger": [TensorBoardLogger(run, name="tensorboard", version=""), MetricsCsv(run / "metrics.csv")],
-            "callbacks": callbacks,
-            "log_every_n_steps": log_every_steps,
-            "use_distributed_sampler": False,
-            "default_root_dir": run,
-            "enable_checkpointing": False,
-            "enable_progress_bar": False,
-            "enable_model_summary": False,
-            "num_sanity_val_steps": 0,
-            **(
-                {"check_val_every_n_epoch": None, "val_check_interval": validate_every_steps * accumulate}
-                if validate_every_steps
-                else {"limit_val_batches": 0}
-            ),
-        }
-    )
+    settings = {
+        "accelerator": "auto",
+        **extra,
+        "devices": devices,
+        "precision": precision,
+        "max_steps": steps,
+        "max_epochs": -1,
+        "accumulate_grad_batches": accumulate,
+        "logger": [TensorBoardLogger(run, name="tensorboard", version=""), MetricsCsv(run / "metrics.csv")],
+        "callbacks": callbacks,
+        "log_every_n_steps": log_every_steps,
+        "use_distributed_sampler": False,
+        "default_root_dir": run,
+        "enable_checkpointing": False,
+        "enable_progress_bar": False,
+        "enable_model_summary": False,
+        "num_sanity_val_steps": 0,
+        **(
+            {"check_val_every_n_epoch": None, "val_check_interval": validate_every_steps * accumulate}
+            if validate_every_steps
+            else {"limit_val_batches": 0}
+        ),
+    }
+    try:
+        return pl.Trainer(**settings)
+    except (MisconfigurationException, TypeError, ValueError, RuntimeError) as error:
+        first = str(error).strip().splitlines()[0]
+        what = f"devices {devices!r}, precision {precision!r}" + (f", trainer {dict(extra)}" if extra else "")
+        raise ValueError(f"{what} does not work here: {first}") from error
 
 
 def quieten() -> None:
@@ -163,8 +177,8 @@ def per_device_batch(batch_size: int, world: int, accumulate: int) -> int:
     """
     if batch_size % (world * accumulate):
         raise ValueError(
-            f"a batch of {batch_size} images does not divide into {world} devices × {accumulate} accumulated batches: "
-            f"give a multiple of {world * accumulate}"
+            f"a batch of {batch_size} images does not divide into {world} device{'s' * (world != 1)} × "
+            f"{accumulate} accumulated batches: give a multiple of {world * accumulate}"
         )
     return batch_size // (world * accumulate)
 

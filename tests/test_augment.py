@@ -130,7 +130,7 @@ def test_each_image_has_its_own_matrix():
 
 @pytest.mark.parametrize("values", [{"degrees": -1}, {"zoom": 1.0}, {"zoom": -0.1}, {"shear": -0.1}, {"shift": -0.01}])
 def test_settings_out_of_range(values):
-    with pytest.raises(ValueError, match="out of range: give numbers from 0 on, zoom below 1"):
+    with pytest.raises(ValueError, match=r"data\.affine\.\w+ is .+: give a number from 0 on"):
         AffineSettings(**values)
 
 
@@ -189,3 +189,12 @@ def test_twin_from_scratch():
         optim=OptimSettings(lr=0.2, layer_decay=0.9),
         epochs=3.0,
     )
+
+
+def test_a_rotation_of_an_oblong_image_is_a_rotation(largest):
+    """A horizontal line turned by 45° has as many rows as columns, whatever the image's sides."""
+    image = torch.zeros(1, 1, 33, 65)
+    image[0, 0, 16, 22:43] = 1
+    turned = warp(image, AffineSettings(degrees=45).matrices([0]))[0, 0]
+    rows, columns = torch.nonzero(turned > 0.3, as_tuple=True)
+    assert abs((rows.max() - rows.min()) - (columns.max() - columns.min())) <= 1

@@ -95,7 +95,7 @@ def test_recorded_windows_are_those_in_effect(tmp_path):
     folder = save_encoder(tmp_path, SwinV2(config), COLOUR, {})
     assert json.loads((folder / CONFIG).read_text())["architecture"]["pretrained_window_sizes"] == [6, 4, 2]
     wide = save_encoder(tmp_path / "wide", SwinV2(config), replace(COLOUR, image_size=(64, 96)), {})
-    assert load_encoder(wide).config.pretrained_window_sizes == (6, 6, 6)
+    assert load_encoder(wide).config.pretrained_window_sizes == (6, 6, (4, 6))
 
 
 def test_saving_again_keeps_the_windows_of_pretraining(saved, tmp_path):
@@ -315,3 +315,29 @@ def test_printed_code_runs(tmp_path, name):
     )
     assert (done.returncode, done.stderr) == (0, "")
     assert done.stdout == "(1, 32) 1.0\n"
+
+
+def test_oblong_pretraining_loads_bit_identical(tmp_path):
+    """Where a map is lower than the window, height and width were scaled apart, and so they are after loading."""
+    encoder = SwinV2(SwinV2Config(16, (1, 1, 1), (2, 2, 2), window_size=8)).eval()
+    for parameter in encoder.parameters():
+        parameter.data.normal_(0, 0.3)
+    images = torch.randn(1, 3, 64, 128)
+    folder = save_encoder(tmp_path, encoder, replace(COLOUR, image_size=(64, 128)), {})
+    with torch.no_grad():
+        assert torch.equal(load_encoder(folder)(images).features, encoder(images).features)
+
+
+@pytest.mark.parametrize("damage", [{"architecture": None}, {"preprocessing": None}, {"architecture": {"embed_dim": "x"}}])
+def test_a_damaged_description_is_refused(tmp_path, damage):
+    folder = save_encoder(tmp_path, SwinV2(SwinV2Config(16, (1,), (2,))), COLOUR, {})
+    description = json.loads((folder / CONFIG).read_text())
+    (folder / CONFIG).write_text(json.dumps({**description, **damage}))
+    with pytest.raises(ValueError, match=r"damaged|whole number"):
+        load_encoder(folder)
+
+
+def test_a_misspelt_override_is_refused(tmp_path):
+    folder = save_encoder(tmp_path, SwinV2(SwinV2Config(16, (1,), (2,))), COLOUR, {})
+    with pytest.raises(ValueError, match="did you mean 'window_size'"):
+        load_encoder(folder, window=3)

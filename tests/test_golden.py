@@ -15,7 +15,7 @@ GOLDEN = Path(__file__).parent / "golden"
 def read(name):
     with safe_open(GOLDEN / name, "pt") as file:
         metadata = {key: json.loads(value) for key, value in file.metadata().items()}
-        return metadata, {key: file.get_tensor(key) for key in file.keys()}
+        return metadata, {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118
 
 
 def to_our_names(tensors, prefix):

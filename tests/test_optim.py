@@ -117,5 +117,5 @@ def test_a_model_without_position_biases_is_refused():
 
 
 def test_layer_decay_out_of_range_is_refused():
-    with pytest.raises(ValueError, match="layer decay is 1.5"):
+    with pytest.raises(ValueError, match=r"layer decay is 1\.5"):
         parameter_rules(torch.nn.Module(), 0.05, layer_decay=1.5)

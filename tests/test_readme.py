@@ -13,8 +13,8 @@ ROOT = Path(__file__).parents[1]
 README = (ROOT / "README.md").read_text(encoding="utf-8")
 # Only what takes long is shortened; everything else is the README's.
 SHORTER = {
-    "pretrain": ("--epochs", "1", "--batch-size", "48", "--model.encoder.embed_dim", "16", "--model.encoder.num_heads", "[1,2]"),
-    "finetune": ("--epochs", "1", "--batch-size", "40"),
+    "pretrain": shlex.split("--epochs 1 --batch-size 48 --model.encoder.embed_dim 16 --model.encoder.num_heads [1,2]"),
+    "finetune": shlex.split("--epochs 1 --batch-size 40"),
 }
 
 
