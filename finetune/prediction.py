@@ -9,7 +9,7 @@ from tqdm import tqdm
 
 from finetune.classification import load_classifier
 from simmim.checkpoint import whole_file
-from simmim.data import UNREADABLE, CentreView, as_tensor, find_images, image_dataset, normalise, read_image, reason
+from simmim.data import UNREADABLE, CentreView, find_images, image_dataset, normalise, open_picture, reason
 from simmim.training import device_type
 
 
@@ -49,7 +49,7 @@ def predict(run: str | Path, images: str | Path, out: str | Path, batch_size: in
     for row in tqdm(range(len(source)), desc="predicting", unit="image"):
         record = source[row]["image"]
         try:
-            waiting.append((record["path"], as_tensor(view(read_image(record, channels)))))
+            waiting.append((record["path"], view(open_picture(record, channels))))
         except UNREADABLE as error:
             unreadable[record["path"]] = reason(error)
         if len(waiting) == batch_size:

@@ -8,7 +8,7 @@ import torch
 
 from pretrain.run import load_simmim
 from simmim.checkpoint import whole_file
-from simmim.data import UNREADABLE, CentreView, as_tensor, find_images, image_dataset, normalise, read_image, reason
+from simmim.data import UNREADABLE, CentreView, find_images, image_dataset, normalise, open_picture, reason
 from simmim.visualise import reconstruction_grid
 
 
@@ -33,7 +33,7 @@ def reconstruct(run: str | Path, images: str | Path, out: str | Path, count: int
     for row in order:
         record = source[row]["image"]
         try:
-            pixels.append(as_tensor(view(read_image(record, settings.data.channels))))
+            pixels.append(view(open_picture(record, settings.data.channels)))
         except UNREADABLE as error:
             first_error = first_error or f"{record['path']}: {reason(error)}"
         if len(pixels) == count:

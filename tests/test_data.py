@@ -15,9 +15,9 @@ from simmim.data import (
     CentreView,
     ImageSamples,
     InOrder,
+    Picture,
     RandomView,
     SampleStream,
-    as_tensor,
     batches,
     collate,
     find_images,
@@ -454,33 +454,39 @@ def test_random_crop_of_extreme_shapes():
     for size in ((300, 1), (1, 300)):
         left, top, right, bottom = view.crop_box(size, random.Random(0))
         assert 0 <= left < right <= size[0] and 0 <= top < bottom <= size[1]
-        assert view(Image.new("L", size), random.Random(0)).size == (8, 8)
+        assert view(Picture(Image.new("L", size)), random.Random(0)).shape == (1, 8, 8)
+
+
+def as_view(image):
+    """(channels, height, width), as a view gives it."""
+    return torch.from_numpy(np.atleast_3d(np.asarray(image)).copy()).permute(2, 0, 1)
 
 
 def test_random_view_is_the_crop_resized_and_sometimes_mirrored():
     image = Image.fromarray(random_pixels(40, 60, 3))
-    view = RandomView((16, 24))
+    picture, view = Picture(image), RandomView((16, 24))
     mirrored = 0
     for seed in range(200):
         box = view.crop_box(image.size, random.Random(seed))
         # Below a factor of 2 · reducing_gap this resizing is exact.
         plain = image.resize((24, 16), Image.Resampling.BILINEAR, box=box)
-        result = view(image, random.Random(seed))
-        if result.tobytes() != plain.tobytes():
-            assert result.tobytes() == ImageOps.mirror(plain).tobytes()
+        result = view(picture, random.Random(seed))
+        if not torch.equal(result, as_view(plain)):
+            assert torch.equal(result, as_view(ImageOps.mirror(plain)))
             mirrored += 1
     assert 70 < mirrored < 130
-    assert result.size == (24, 16) and view(image, random.Random(199)).tobytes() == result.tobytes()
+    assert torch.equal(view(picture, random.Random(199)), result)
     for flip in (0.0, 1.0):
-        views = [RandomView((16, 24), flip=flip)(image, random.Random(seed)).tobytes() for seed in range(5)]
-        crops = [image.resize((24, 16), 2, box=view.crop_box(image.size, random.Random(seed))) for seed in range(5)]
-        assert views == [(ImageOps.mirror(crop) if flip else crop).tobytes() for crop in crops]
+        for seed in range(5):
+            crop = image.resize((24, 16), 2, box=view.crop_box(image.size, random.Random(seed)))
+            expected = as_view(ImageOps.mirror(crop) if flip else crop)
+            assert torch.equal(RandomView((16, 24), flip=flip)(picture, random.Random(seed)), expected)
 
 
 def test_whole_image_crop_changes_nothing():
     image = Image.fromarray(random_pixels(24, 24, 3))
     view = RandomView((24, 24), crop_scale=(1.0, 1.0), crop_ratio=(1.0, 1.0), flip=0.0)
-    assert view(image, random.Random(0)).tobytes() == image.tobytes()
+    assert torch.equal(view(Picture(image), random.Random(0)), as_view(image))
 
 
 @pytest.mark.parametrize(
@@ -496,14 +502,14 @@ def test_whole_image_crop_changes_nothing():
 def test_centre_view(image_size, size, share, box):
     image = Image.fromarray(random_pixels(image_size[1], image_size[0], 3))
     expected = image.resize(size[::-1], Image.Resampling.BILINEAR, box=box)
-    result = CentreView(size, share)(image)
-    assert result.size == size[::-1] and result.tobytes() == expected.tobytes()
+    assert torch.equal(CentreView(size, share)(Picture(image)), as_view(expected))
 
 
 def test_tensors_and_normalising():
     rgb, gray = random_pixels(4, 6, 3), random_pixels(4, 6)
-    assert torch.equal(as_tensor(Image.fromarray(rgb)), torch.from_numpy(rgb).permute(2, 0, 1))
-    assert torch.equal(as_tensor(Image.fromarray(gray)), torch.from_numpy(gray)[None])
+    for pixels in (rgb, gray):
+        tensor = Picture(Image.fromarray(pixels)).crop((0, 0, 6, 4), (4, 6))
+        assert torch.equal(tensor, torch.from_numpy(np.atleast_3d(pixels)).permute(2, 0, 1))
     images, mean, std = random_pixels(5, 3, 4, 6), (0.1, 0.5, 0.9), (0.2, 1.0, 3.0)
     expected = (images / 255 - np.reshape(mean, (3, 1, 1))) / np.reshape(std, (3, 1, 1))
     result = normalise(torch.from_numpy(images), mean, std)
@@ -609,7 +615,7 @@ def test_kept_images_give_the_same_samples(damaged_folder):
         assert same_sample(kept[key], fresh[key])
     assert sorted(kept.kept) == [0, 1, 2, 5, 6, 7, 8, 9]
     folder_again = samples_of(damaged_folder, keep_decoded=True)
-    folder_again.kept[0] = (Image.new("RGB", (32, 32), "red"), None)
+    folder_again.kept[0] = (Picture(Image.new("RGB", (32, 32), "red")), None)
     assert (folder_again[5, 0]["image"][0] == 255).all(), "kept images are what is shown"
 
 

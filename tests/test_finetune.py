@@ -11,7 +11,7 @@ from finetune.label_study import pretrained_and_scratch
 from finetune.settings import OptimSettings
 from simmim import load_encoder
 from simmim.checkpoint import Preprocessing, save_encoder
-from simmim.data import as_tensor, labeled_images, normalise, read_image
+from simmim.data import labeled_images, normalise, open_picture
 from simmim.swinv2 import SwinV2, SwinV2Config
 from simmim.training import SaveRun
 
@@ -52,7 +52,7 @@ def test_the_best_classifier_is_kept(digits, finished):
     saved = load_classifier(finished.run)
     assert saved.classes == tuple("0123456789")
     labels = labeled_images(digits.labeled, 4, seed=0)
-    pixels = torch.stack([as_tensor(read_image(row["image"], 1).resize((32, 32), 2)) for row in labels.validation])
+    pixels = torch.stack([open_picture(row["image"], 1).crop((0, 0, 28, 28), (32, 32)) for row in labels.validation])
     with torch.no_grad():
         logits = saved.model(normalise(pixels, saved.preprocessing.mean, saved.preprocessing.std))
     accuracy = (logits.argmax(dim=1) == torch.tensor(labels.validation["label"])).float().mean()
@@ -159,7 +159,7 @@ def test_predictions_are_the_classifier_s(digits, finished, tmp_path):
         table = list(csv.DictReader(file))
     saved = load_classifier(finished.run)
     for row in table:
-        pixels = as_tensor(read_image({"path": row["path"], "bytes": None}, 1).resize((32, 32), 2))[None]
+        pixels = open_picture({"path": row["path"], "bytes": None}, 1).crop((0, 0, 28, 28), (32, 32))[None]
         with torch.no_grad():
             shares = saved.model(normalise(pixels, saved.preprocessing.mean, saved.preprocessing.std)).softmax(dim=1)[0]
         assert row["class"] == saved.classes[shares.argmax()]

@@ -1,0 +1,13 @@
+"""Images from anywhere to batches: sources, decoding, views, order."""
+from simmim.data.decode import UNREADABLE, Picture, open_picture, read_image, reason
+from simmim.data.labels import LabeledImages, labeled_images
+from simmim.data.samples import ImageSamples, InOrder, SampleStream, batches, collate, cores, worker_count
+from simmim.data.sources import EXTENSIONS, find_images, image_dataset
+from simmim.data.survey import IMAGENET_MEAN, IMAGENET_STD, Survey, survey
+from simmim.data.views import CentreView, RandomView, normalise
+
+__all__ = [
+    "EXTENSIONS", "IMAGENET_MEAN", "IMAGENET_STD", "UNREADABLE", "CentreView", "ImageSamples", "InOrder", "LabeledImages",
+    "Picture", "RandomView", "SampleStream", "Survey", "batches", "collate", "cores", "find_images", "image_dataset",
+    "labeled_images", "normalise", "open_picture", "read_image", "reason", "survey", "worker_count",
+]  # fmt: skip

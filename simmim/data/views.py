@@ -1,0 +1,78 @@
+"""Views: what part of an image a model sees, and at what size. Normalising is the device's work."""
+from __future__ import annotations
+
+import math
+import random
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from simmim.data.decode import Picture, Size
+
+
+@dataclass(frozen=True)
+class RandomView:
+    """Random resized crop and flip.
+
+    Args:
+        size: (height, width) of the result in pixels.
+        crop_scale: range of the crop's share of the image's area.
+        crop_ratio: range of the crop's width over height, drawn on a log scale.
+        flip: probability of mirroring left and right.
+    """
+
+    size: Size
+    crop_scale: tuple[float, float] = (0.67, 1.0)
+    crop_ratio: tuple[float, float] = (3 / 4, 4 / 3)
+    flip: float = 0.5
+
+    def __call__(self, picture: Picture, generator: random.Random) -> Tensor:
+        """A view drawn from `generator`: (channels, height, width) uint8."""
+        box = self.crop_box(picture.size, generator)
+        mirrored = generator.random() < self.flip
+        view = picture.crop(box, self.size)
+        return view.flip(-1) if mirrored else view
+
+    def crop_box(self, image_size: Size, generator: random.Random) -> tuple[int, int, int, int]:
+        """Left, top, right, bottom of the crop in an image of (width, height); after ten misses the largest centred
+        crop that the ratios allow, as is usual."""
+        width, height = image_size
+        for _ in range(10):
+            area = width * height * generator.uniform(*self.crop_scale)
+            ratio = math.exp(generator.uniform(*map(math.log, self.crop_ratio)))
+            crop_width, crop_height = round(math.sqrt(area * ratio)), round(math.sqrt(area / ratio))
+            if 0 < crop_width <= width and 0 < crop_height <= height:
+                left, top = generator.randint(0, width - crop_width), generator.randint(0, height - crop_height)
+                return left, top, left + crop_width, top + crop_height
+        ratio = min(max(width / height, self.crop_ratio[0]), self.crop_ratio[1])
+        crop_width, crop_height = min(width, round(height * ratio)), min(height, round(width / ratio))
+        left, top = (width - crop_width) // 2, (height - crop_height) // 2
+        return left, top, left + max(crop_width, 1), top + max(crop_height, 1)
+
+
+@dataclass(frozen=True)
+class CentreView:
+    """The view for evaluation: the central crop of the target's shape.
+
+    Args:
+        size: (height, width) of the result in pixels.
+        share: share of the largest possible crop's sides that is kept; 0.875 is usual for photographs.
+    """
+
+    size: Size
+    share: float = 1.0
+
+    def __call__(self, picture: Picture, generator: random.Random | None = None) -> Tensor:
+        """The central view, (channels, height, width) uint8; draws nothing."""
+        height, width = self.size
+        scale = min(picture.size[0] / width, picture.size[1] / height) * self.share
+        left, top = (picture.size[0] - width * scale) / 2, (picture.size[1] - height * scale) / 2
+        return picture.crop((left, top, left + width * scale, top + height * scale), self.size)
+
+
+def normalise(images: Tensor, mean: Sequence[float], std: Sequence[float]) -> Tensor:
+    """(B, channels, height, width) uint8 to float, zero mean and unit deviation by the given statistics of [0, 1]."""
+    mean, std = (images.new_tensor(values, dtype=torch.float32).view(-1, 1, 1) for values in (mean, std))
+    return (images.float() / 255 - mean) / std
