@@ -22,10 +22,9 @@ from simmim.checkpoint import (
     read_encoder,
     read_weights,
     save_encoder,
-    whole_file,
-    write_json,
 )
 from simmim.data import normalise
+from simmim.files import whole_file, write_json
 from simmim.optim import adamw, parameter_groups
 from simmim.swinv2 import SwinV2
 
@@ -85,7 +84,7 @@ class ClassificationFinetuning(pl.LightningModule):
             images = warp(images, self.affine.matrices(batch["seed"]))
         logits = self.model(images)
         loss = F.cross_entropy(logits.float(), batch["label"], label_smoothing=self.optim.label_smoothing)
-        self.log("loss", loss, prog_bar=True, batch_size=len(images))
+        self.log("loss", loss, prog_bar=True, batch_size=len(images), sync_dist=True)
         return loss
 
     def validation_step(self, batch: dict, batch_idx: int) -> None:

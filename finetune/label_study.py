@@ -17,7 +17,7 @@ from pathlib import Path
 from tqdm import tqdm
 
 from finetune.settings import EncoderSettings, FinetuneSettings
-from simmim.checkpoint import whole_file
+from simmim.files import whole_file
 
 
 @dataclass(frozen=True)

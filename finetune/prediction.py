@@ -8,8 +8,8 @@ import torch
 from tqdm import tqdm
 
 from finetune.classification import load_classifier
-from simmim.checkpoint import whole_file
-from simmim.data import UNREADABLE, CentreView, find_images, image_dataset, normalise, open_picture, reason
+from simmim.data import UNREADABLE, CentreView, normalise, open_images, open_picture, reason
+from simmim.files import whole_file
 from simmim.training import device_type
 
 
@@ -32,7 +32,7 @@ def predict(run: str | Path, images: str | Path, out: str | Path, batch_size: in
     saved = load_classifier(run)
     device = device_type()
     model = saved.model.to(device)
-    source = image_dataset(find_images(images))
+    source = open_images(images)
     view = CentreView(saved.preprocessing.image_size, saved.evaluation_crop)
     channels = model.encoder.config.in_channels
     rows, unreadable, waiting = [], {}, []

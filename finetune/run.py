@@ -38,6 +38,7 @@ from simmim.training import (
     check_trainer_keys,
     default_precision,
     device_type,
+    is_first_process,
     per_device_batch,
 )
 
@@ -62,9 +63,11 @@ def finetune(settings: FinetuneSettings, quiet: bool = False) -> FinetuneResult:
     Raises:
         ValueError: for settings, labels or an encoder that cannot work, before anything is written.
     """
-    check_run_folder(settings.out, settings.resume, settings.overwrite)
+    if is_first_process():
+        check_run_folder(settings.out, settings.resume, settings.overwrite)
     check_trainer_keys(settings.trainer)
-    labels = labeled_images(settings.data.path, settings.labels_per_class, settings.seed)
+    data = settings.data
+    labels = labeled_images(data.path, settings.labels_per_class, settings.seed, data.column, data.label_column)
     device = device_type()
     images = survey(labels.train)
     kept = images.decoded_mib <= KEEP_DECODED_MIB
@@ -80,7 +83,7 @@ def finetune(settings: FinetuneSettings, quiet: bool = False) -> FinetuneResult:
         workers=settings.workers
         if settings.workers is not None
         else (0 if kept and device == "cpu" else worker_count(device)),
-        precision=settings.precision or default_precision(device),
+        precision=settings.precision or default_precision(device, encoder.config),
     )
     accumulate = settings.optim.accumulate
     steps_per_epoch = len(labels.train) / settings.batch_size
@@ -104,7 +107,7 @@ def finetune(settings: FinetuneSettings, quiet: bool = False) -> FinetuneResult:
         StepSeeds(settings.seed),
         Throughput(settings.batch_size),
         *([] if quiet else [ProgressLine("fine-tuning", settings.batch_size)]),
-        SkippedImages(run),
+        SkippedImages(run, len(labels.train), 0.0 if data.strict else data.max_skipped_share),
         best,
         SaveRun(run, every_steps=max(50, round(steps / settings.validations))),
     ]
@@ -120,7 +123,8 @@ def finetune(settings: FinetuneSettings, quiet: bool = False) -> FinetuneResult:
         validate_every_steps=max(1, -(-steps // settings.validations)),
     )
     per_device_batch(settings.batch_size, trainer.world_size, accumulate)
-    take_run_folder(settings)
+    if is_first_process():
+        take_run_folder(settings)
     checkpoint = last_checkpoint(run)
     resumed = settings.resume and checkpoint.is_file()
     if trainer.is_global_zero and not quiet:

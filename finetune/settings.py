@@ -14,7 +14,12 @@ class LabeledSettings:
     """The labeled images and how they are augmented.
 
     Args:
-        path: folder with a folder for each class, or with train and val (or test) folders that have them.
+        path: folder with a folder for each class, or with train and val (or test) folders that have them; or a CSV file of
+            paths and labels, Parquet files, a saved datasets folder, a hub id.
+        column: which holds the images, in sources that have columns; found by default.
+        label_column: which holds the labels; found by default.
+        strict: stop at the first image that cannot be read.
+        max_skipped_share: stop when a larger share of the training images cannot be read.
         crop_scale: range of the random crop's share of the image's area.
         crop_ratio: range of the crop's width over height.
         flip: probability of mirroring left and right.
@@ -23,6 +28,10 @@ class LabeledSettings:
     """
 
     path: str
+    column: str | None = None
+    label_column: str | None = None
+    strict: bool = False
+    max_skipped_share: float = 0.05
     crop_scale: tuple[float, float] = (0.5, 1.0)
     crop_ratio: tuple[float, float] = (0.75, 1.3333333333333333)
     flip: float = 0.5

@@ -49,7 +49,7 @@ class SimMIMPretraining(pl.LightningModule):
         """The loss of one batch."""
         images, mask = self.inputs(batch)
         loss = self.model(images, mask).loss
-        self.log("loss", loss, prog_bar=True, batch_size=len(images))
+        self.log("loss", loss, prog_bar=True, batch_size=len(images), sync_dist=True)
         return loss
 
     def configure_optimizers(self):

@@ -7,8 +7,8 @@ from pathlib import Path
 import torch
 
 from pretrain.run import load_simmim
-from simmim.checkpoint import whole_file
-from simmim.data import UNREADABLE, CentreView, find_images, image_dataset, normalise, open_picture, reason
+from simmim.data import UNREADABLE, CentreView, normalise, open_images, open_picture, reason
+from simmim.files import whole_file
 from simmim.visualise import reconstruction_grid
 
 
@@ -26,7 +26,7 @@ def reconstruct(run: str | Path, images: str | Path, out: str | Path, count: int
     if count < 1:
         raise ValueError(f"count is {count}: give 1 or more")
     model, settings = load_simmim(run)
-    source = image_dataset(find_images(images))
+    source = open_images(images)
     view = CentreView(settings.size)
     order = random.Random(seed).sample(range(len(source)), len(source))
     pixels, first_error = [], None

@@ -12,11 +12,12 @@ from pretrain.callbacks import Reconstructions
 from pretrain.module import SimMIMPretraining
 from pretrain.settings import DataSettings, ModelSettings, OptimSettings, PretrainSettings, resolve
 from simmim.checkpoint import Preprocessing, save_encoder
-from simmim.data import CentreView, ImageSamples, RandomView, find_images, image_dataset, survey, worker_count
+from simmim.data import CentreView, ImageSamples, RandomView, StreamSamples, open_source, survey, worker_count
 from simmim.model import SimMIM
 from simmim.run_folder import CONFIG, as_yaml, check_run_folder, last_checkpoint, take_run_folder
 from simmim.swinv2 import SwinV2
 from simmim.training import (
+    NotePlaces,
     ProgressLine,
     SaveRun,
     SkippedImages,
@@ -27,6 +28,7 @@ from simmim.training import (
     check_trainer_keys,
     default_precision,
     device_type,
+    is_first_process,
     per_device_batch,
 )
 
@@ -42,18 +44,20 @@ def pretrain(settings: PretrainSettings) -> Path:
     Raises:
         ValueError: for settings or images that cannot work, before anything is written.
     """
-    check_run_folder(settings.out, settings.resume, settings.overwrite)
+    if is_first_process():
+        check_run_folder(settings.out, settings.resume, settings.overwrite)
     check_trainer_keys(settings.trainer)
-    source = image_dataset(find_images(settings.data.path))
-    images = survey(source, settings.data.channels)
+    data = settings.data
+    source = open_source(data.path, data.column, data.streaming, data.count)
+    images = survey(source.head, data.channels)
     device = device_type()
-    kept = images.decoded_mib <= KEEP_DECODED_MIB
+    kept = images.decoded_mib <= KEEP_DECODED_MIB and not source.streaming
     # Images that are in memory already are cropped faster than they could be sent between processes.
-    settings = resolve(settings, images, len(source), device, 0 if kept and device == "cpu" else worker_count(device))
-    settings = replace(settings, precision=settings.precision or default_precision(device))
+    settings = resolve(settings, images, source.count, device, 0 if kept and device == "cpu" else worker_count(device))
+    settings = replace(settings, precision=settings.precision or default_precision(device, settings.encoder_config()))
     data, accumulate = settings.data, settings.optim.accumulate
 
-    steps_per_epoch = len(source) / settings.batch_size
+    steps_per_epoch = source.count / settings.batch_size
     steps = max(1, round(settings.epochs * steps_per_epoch))
     pl.seed_everything(settings.seed, workers=True, verbose=False)
     model = build_model(settings)
@@ -63,8 +67,12 @@ def pretrain(settings: PretrainSettings) -> Path:
         model, masking, data.mean, data.std, schedule, settings.optim.weight_decay, settings.optim.clip
     )
     view = RandomView(settings.size, data.crop_scale, data.crop_ratio, data.flip)
-    samples = ImageSamples(source, view, data.channels, settings.seed, keep_decoded=kept)
-    shown = ImageSamples(source, CentreView(settings.size), data.channels, settings.seed)
+    how = (view, data.channels, settings.seed)
+    if source.streaming:
+        samples = StreamSamples(source.images, *how, data.shuffle_buffer, data.max_pixels)
+    else:
+        samples = ImageSamples(source.images, *how, kept, data.max_pixels)
+    shown = ImageSamples(source.head, CentreView(settings.size), data.channels, settings.seed)
 
     run = Path(settings.out).expanduser()
     preprocessing = Preprocessing(settings.size, data.mean, data.std)
@@ -76,7 +84,8 @@ def pretrain(settings: PretrainSettings) -> Path:
         StepSeeds(settings.seed),
         Throughput(settings.batch_size),
         ProgressLine("pre-training", settings.batch_size),
-        SkippedImages(run),
+        SkippedImages(run, source.count, 0.0 if data.strict else data.max_skipped_share),
+        NotePlaces(),
         Reconstructions(shown, run, every_steps=max(1, round(settings.reconstruct_every_epochs * steps_per_epoch))),
         SaveRun(run, settings.save_every_steps, also=export),
     ]
@@ -91,11 +100,12 @@ def pretrain(settings: PretrainSettings) -> Path:
         extra=settings.trainer,
     )
     per_device_batch(settings.batch_size, trainer.world_size, accumulate)
-    take_run_folder(settings)
+    if is_first_process():
+        take_run_folder(settings)
     checkpoint = last_checkpoint(run)
     resumed = settings.resume and checkpoint.is_file()
     if trainer.is_global_zero:
-        print(summary(settings, model, len(source), steps, trainer, checkpoint if resumed else None), flush=True)
+        print(summary(settings, model, source.count, steps, trainer, checkpoint if resumed else None), flush=True)
     stream = StreamData(samples, settings.batch_size, accumulate, settings.workers)
     trainer.fit(module, datamodule=stream, ckpt_path=checkpoint if resumed else None, weights_only=True)
     if trainer.is_global_zero:
@@ -137,11 +147,12 @@ def summary(
     units = math.prod(settings.masking().grid(settings.size))
     hidden = settings.masking().masked_units(settings.size)
     peak = settings.optim.lr * settings.batch_size / 512
+    kind = {1: "gray", 3: "colour"}.get(settings.data.channels, f"{settings.data.channels} channels")
     lines = [
         f"# {settings.out}/{CONFIG}",
         as_yaml(settings).rstrip(),
         "",
-        f"images   {count:,}, {'gray' if settings.data.channels == 1 else 'colour'}, as {height}×{width} px",
+        f"images   {count:,}, {kind}, as {height}×{width} px",
         f"encoder  SwinV2 {settings.preset}, {parameters:.2f} M parameters, window {encoder.config.window_size}, "
         f"patch {encoder.config.patch_size} px",
         f"masking  {hidden} of {units} units of {settings.model.mask_unit} px",

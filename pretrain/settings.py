@@ -25,16 +25,31 @@ class DataSettings:
     """The unlabeled images and how they are cropped.
 
     Args:
-        path: folder of images, nested as you like.
-        channels: 1 for gray, 3 for colour; found from the images by default.
-        mean: one a channel, of values in [0, 1]; ImageNet's for colour, the images' own for gray by default.
+        path: folder of images, nested as you like; or a glob, a text file of paths, Parquet or Arrow files, WebDataset
+            tar shards, a saved datasets folder, a hub id; or a list of several.
+        column: which holds the images, in sources that have columns; found by default.
+        streaming: read in order through a shuffle buffer, without an index or a local copy.
+        shuffle_buffer: images in that buffer, a loading process.
+        count: images in an epoch of a stream whose length cannot be told without reading it.
+        strict: stop at the first image that cannot be read.
+        max_skipped_share: stop when a larger share of the images seen cannot be read; others replace them until then.
+        max_pixels: larger images are not read, as a guard against decompression bombs.
+        channels: 1 for gray, 3 for colour, or as many as TIFF and .npy files have; found from the images by default.
+        mean: one a channel, of values in [0, 1]; ImageNet's for colour, the images' own else by default.
         std: as mean.
         crop_scale: range of the random crop's share of the image's area.
         crop_ratio: range of the crop's width over height.
         flip: probability of mirroring left and right.
     """
 
-    path: str
+    path: str | list[str]
+    column: str | None = None
+    streaming: bool = False
+    shuffle_buffer: int = 10_000
+    count: int | None = None
+    strict: bool = False
+    max_skipped_share: float = 0.05
+    max_pixels: int = 200_000_000
     channels: int | None = None
     mean: tuple[float, ...] | None = None
     std: tuple[float, ...] | None = None
@@ -46,8 +61,11 @@ class DataSettings:
         for name in ("mean", "std", "crop_scale", "crop_ratio"):
             if getattr(self, name) is not None:
                 object.__setattr__(self, name, tuple(getattr(self, name)))
-        if self.channels not in (None, 1, 3):
-            raise ValueError(f"data.channels is {self.channels}: give 1 for gray or 3 for colour")
+        for name in ("channels", "count", "shuffle_buffer", "max_pixels"):
+            if getattr(self, name) is not None and getattr(self, name) < 1:
+                raise ValueError(f"data.{name} is {getattr(self, name)}: give a positive number")
+        if not 0 <= self.max_skipped_share <= 1:
+            raise ValueError(f"data.max_skipped_share is {self.max_skipped_share}: give a share from 0 to 1")
         low, high = self.crop_scale
         if not 0 < low <= high <= 1:
             raise ValueError(f"data.crop_scale is {self.crop_scale}: give shares of the area, 0 < low <= high <= 1")
@@ -160,7 +178,7 @@ class PretrainSettings:
     trainer: dict[str, Any] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
-        if isinstance(self.data, str):
+        if isinstance(self.data, str | list):
             object.__setattr__(self, "data", DataSettings(self.data))
         if isinstance(self.image_size, list):
             object.__setattr__(self, "image_size", tuple(self.image_size))
@@ -213,12 +231,11 @@ def resolve(settings: PretrainSettings, images: Survey, count: int, device: str,
     """
     data, model, optim = settings.data, settings.model, settings.optim
     channels = data.channels or images.channels
-    gray = channels == 1
     data = replace(
         data,
         channels=channels,
-        mean=data.mean or (images.mean if gray else IMAGENET_MEAN),
-        std=data.std or (images.std if gray else IMAGENET_STD),
+        mean=data.mean or (IMAGENET_MEAN if channels == 3 else images.mean),
+        std=data.std or (IMAGENET_STD if channels == 3 else images.std),
     )
     if len(data.mean) != channels or len(data.std) != channels:
         raise ValueError(f"data.mean {data.mean} and data.std {data.std} need one number for each of {channels} channels")

@@ -4,11 +4,8 @@ Loading is strict: every weight arrives, or nothing does and the message says wh
 """
 from __future__ import annotations
 
-import contextlib
 import json
-import os
-import tempfile
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import asdict, dataclass, field, fields, replace
 from pathlib import Path
 
@@ -16,6 +13,7 @@ import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 
+from simmim.files import whole_file, write_json
 from simmim.swinv2 import SwinV2, SwinV2Config, nearest
 
 WEIGHTS, CONFIG = "encoder.safetensors", "config.json"
@@ -51,23 +49,6 @@ class SavedEncoder:
     provenance: dict = field(default_factory=dict)
 
 
-@contextlib.contextmanager
-def whole_file(path: Path) -> Iterator[Path]:
-    """A temporary path beside `path` that takes its place when the block ends well, and vanishes when it does not."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    handle, name = tempfile.mkstemp(prefix=f".{path.name}.", dir=path.parent)
-    os.close(handle)
-    temporary = Path(name)
-    try:
-        yield temporary
-        with temporary.open("rb+") as file:
-            os.fsync(file.fileno())
-        temporary.chmod(0o644)  # mkstemp's files are for their owner alone
-        temporary.replace(path)
-    finally:
-        temporary.unlink(missing_ok=True)
-
-
 def save_encoder(folder: str | Path, encoder: SwinV2, preprocessing: Preprocessing, provenance: dict) -> Path:
     """Write `encoder` into `folder`, each of the two files whole or not at all.
 
@@ -91,12 +72,6 @@ def save_encoder(folder: str | Path, encoder: SwinV2, preprocessing: Preprocessi
     }
     write_json(folder / CONFIG, description)
     return folder
-
-
-def write_json(path: Path, value: dict) -> None:
-    """`value` as indented JSON, whole or not at all."""
-    with whole_file(path) as temporary:
-        temporary.write_text(json.dumps(value, indent=2) + "\n", encoding="utf-8")
 
 
 def load_encoder(path: str | Path, **overrides) -> SwinV2:

@@ -196,6 +196,10 @@ def run_pretrain(arguments: Sequence[str]) -> None:
     from pretrain import pretrain
 
     run = pretrain(settings)
+    from simmim.training import is_first_process
+
+    if not is_first_process():
+        return
     print(
         f"next: simmim reconstruct --run {run} --images {settings.data.path} --out grid.png\n"
         f"      simmim finetune classification --init {run} --data LABELED_FOLDER --out {run}-finetuned"

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import yaml
 
-from simmim.checkpoint import whole_file
+from simmim.files import whole_file
 
 CONFIG, CHECKPOINTS, LAST = "config.yaml", "checkpoints", "last.ckpt"
 # Not part of what a run is: a resumed run may have other workers or devices, and says --resume.

@@ -23,10 +23,10 @@ from pytorch_lightning.utilities import rank_zero_only
 from pytorch_lightning.utilities.exceptions import MisconfigurationException
 from tqdm import tqdm
 
-from simmim.checkpoint import whole_file
-from simmim.data import ImageSamples, InOrder, SampleStream, batches
+from simmim.data import ImageSamples, InOrder, SampleStream, StreamSamples, batches
+from simmim.files import whole_file
 from simmim.run_folder import last_checkpoint
-from simmim.swinv2 import nearest
+from simmim.swinv2 import SwinV2Config, nearest
 
 # What the run itself decides; everything else of the Trainer is open to the user as --trainer.KEY.
 OWN_TRAINER_KEYS = frozenset(
@@ -54,6 +54,11 @@ def check_trainer_keys(extra: Mapping[str, Any]) -> None:
             raise ValueError(f"unknown setting 'trainer.{key}'{nearest(f'trainer.{key}', names)}")
 
 
+def is_first_process() -> bool:
+    """Whether this is the process that takes the run folder and speaks; of several, each of which runs the whole program."""
+    return not getattr(rank_zero_only, "rank", 0)
+
+
 def device_type() -> str:
     """The kind of device a run uses unless told otherwise: cuda, mps or cpu."""
     if torch.cuda.is_available():
@@ -61,10 +66,15 @@ def device_type() -> str:
     return "mps" if torch.backends.mps.is_available() else "cpu"
 
 
-def default_precision(device: str) -> str:
-    """bf16-mixed where the hardware has it, else full precision. On a CPU bfloat16 pays for wide models only; it is left
-    to the user."""
-    return "bf16-mixed" if device == "cuda" and torch.cuda.is_bf16_supported() else "32-true"
+def default_precision(device: str, encoder: SwinV2Config) -> str:
+    """bf16-mixed where the hardware has it, else full precision; and that for nano, which is too small to gain by it."""
+    small = max(encoder.dims) <= 96
+    if device == "cuda":
+        has_bf16 = torch.cuda.is_bf16_supported()
+    else:
+        has = torch.cpu.get_capabilities() if device == "cpu" and hasattr(torch.cpu, "get_capabilities") else {}
+        has_bf16 = (has.get("avx512_bf16") or has.get("amx_bf16")) and not small
+    return "bf16-mixed" if has_bf16 else "32-true"
 
 
 def build_trainer(
@@ -133,18 +143,71 @@ class StreamData(pl.LightningDataModule):
         batch_size: images of one optimiser step over all devices and accumulated batches.
     """
 
-    def __init__(self, train: ImageSamples, batch_size: int, accumulate: int, workers: int) -> None:
+    def __init__(self, train: ImageSamples | StreamSamples, batch_size: int, accumulate: int, workers: int) -> None:
         super().__init__()
         self.train, self.batch_size = train, batch_size
         self.accumulate, self.workers = accumulate, workers
+        self.places: dict[int, tuple[int, int]] = {}  # of a stream: how far each of this rank's workers is
+        self.resumed: dict | None = None
 
     def train_dataloader(self):
         """Batches of this rank, beginning after those of the steps already taken."""
         trainer = self.trainer
         share = per_device_batch(self.batch_size, trainer.world_size, self.accumulate)
         start = trainer.global_step * self.accumulate
+        if isinstance(self.train, StreamSamples):
+            self.places = self.resumed_places(start)
+            part = self.train.part(trainer.global_rank, trainer.world_size, start, self.places)
+            return batches(part, self.workers, batch_size=share)
         order = SampleStream(len(self.train), share, self.train.seed, trainer.global_rank, trainer.world_size, start)
-        return batches(self.train, order, self.workers)
+        return batches(self.train, self.workers, order)
+
+
+    def resumed_places(self, start: int) -> dict[int, tuple[int, int]]:
+        """Where this rank's workers go on; where that cannot be told, at the beginning of a fresh epoch.
+
+        Raises:
+            ValueError: when the run was stopped with other numbers of devices or workers, among which a stream is divided.
+        """
+        if not start or self.resumed is None:
+            return {}
+        now = [self.trainer.world_size, max(self.workers, 1)]
+        if self.resumed["divided"] != now:
+            devices, workers = self.resumed["divided"]
+            raise ValueError(
+                f"the stream was divided among {devices} devices × {workers} workers and would be among "
+                f"{now[0]} × {now[1]}: resume with --workers {workers} on as many devices"
+            )
+        places = self.resumed["places"][self.trainer.global_rank]
+        return {int(worker): tuple(place) for worker, place in places.items()}
+
+    def note_places(self, batch: dict) -> None:
+        """Take notice of how far the workers are with this batch."""
+        for worker, epoch, taken in batch.get("place", ()):
+            self.places[worker] = (epoch, taken)
+
+    def state_dict(self) -> dict:
+        """Every rank's places in its stream; nothing for images by number, whose order follows from the step."""
+        if not isinstance(self.train, StreamSamples):
+            return {}
+        places = [{str(worker): list(place) for worker, place in self.places.items()}]
+        if self.trainer.world_size > 1:
+            gathered = [None] * self.trainer.world_size
+            torch.distributed.all_gather_object(gathered, places[0])
+            places = gathered
+        return {"places": places, "divided": [self.trainer.world_size, max(self.workers, 1)]}
+
+    def load_state_dict(self, state: dict) -> None:
+        """Keep what a checkpoint says until the stream is opened."""
+        self.resumed = state or None
+
+
+class NotePlaces(pl.Callback):
+    """Tells the data of every batch that was trained on, so that a checkpoint knows the place in a stream."""
+
+    def on_train_batch_end(self, trainer: pl.Trainer, module: pl.LightningModule, outputs, batch: dict, *_) -> None:
+        """Before the callbacks that save."""
+        trainer.datamodule.note_places(batch)
 
 
 class ValidatedStreamData(StreamData):
@@ -166,7 +229,7 @@ class ValidatedStreamData(StreamData):
         """Every validation sample once."""
         trainer = self.trainer
         order = InOrder(len(self.validation), self.validation_batch_size, trainer.global_rank, trainer.world_size)
-        return batches(self.validation, order, workers=self.workers)
+        return batches(self.validation, self.workers, order)
 
 
 def per_device_batch(batch_size: int, world: int, accumulate: int) -> int:
@@ -349,12 +412,27 @@ class Throughput(pl.Callback):
             self.since, self.step, self.waited_s = now, trainer.global_step, 0.0
 
 
-class SkippedImages(pl.Callback):
-    """Counts images that could not be read and lists them with their reason in skipped-images.txt."""
+SEEN_AT_LEAST = 500
 
-    def __init__(self, run: Path) -> None:
-        self.path = run / "skipped-images.txt"
+
+class SkippedImages(pl.Callback):
+    """Counts images that could not be read and lists them with their reason in skipped-images.txt.
+
+    Args:
+        count: images of an epoch.
+        max_share: of the images seen so far; more of them unreadable stop the run. 0 stops at the first.
+    """
+
+    def __init__(self, run: Path, count: int, max_share: float) -> None:
+        self.path, self.count, self.max_share = run / "skipped-images.txt", count, max_share
         self.reasons: dict[str, str] = {}
+        self.seen = 0
+
+    def on_train_start(self, *_) -> None:
+        """A resumed run has its list already."""
+        if self.path.is_file():
+            lines = self.path.read_text(encoding="utf-8").splitlines()
+            self.reasons = dict(line.split("\t", 1) for line in lines if "\t" in line)
 
     def on_train_batch_end(self, trainer: pl.Trainer, module: pl.LightningModule, outputs, batch: dict, *_) -> None:
         """Note what this batch had to replace."""
@@ -363,8 +441,19 @@ class SkippedImages(pl.Callback):
                 self.reasons[path] = reason
                 with self.path.open("a", encoding="utf-8") as file:
                     file.write(f"{path}\t{reason}\n")
+        self.seen += len(batch["image"])
         if self.reasons:
             trainer.progress_bar_metrics["skipped images"] = len(self.reasons)
+        if not self.max_share and self.reasons:
+            path, reason = next(iter(self.reasons.items()))
+            raise ValueError(f"image {path} cannot be read ({reason}), and data.strict stops at the first such image")
+        # By chance alone the first few images may hold more bad ones than the whole.
+        seen = max(min(self.seen, self.count), min(SEEN_AT_LEAST, self.count))
+        if len(self.reasons) > self.max_share * seen:
+            raise ValueError(
+                f"{len(self.reasons)} of the first {seen:,} images cannot be read, more than data.max_skipped_share of "
+                f"{self.max_share:.0%}: see {self.path}, mend or remove them, or allow more"
+            )
 
     def on_train_end(self, trainer: pl.Trainer, *_) -> None:
         """Say so once more at the end."""

@@ -1,8 +1,15 @@
-"""Fixtures that several tests share."""
+"""Fixtures that several tests share, and caches that leave the user's alone."""
+import os
+import tempfile
+
 import pytest
 import torch
 
 from simmim.digits import write_digits
+
+# Before anything reads them; processes that tests start inherit them.
+_CACHES = tempfile.TemporaryDirectory(prefix="simmim-tests-")
+os.environ |= {"XDG_CACHE_HOME": _CACHES.name, "HF_HOME": os.path.join(_CACHES.name, "huggingface"), "HF_HUB_OFFLINE": "1"}
 
 
 @pytest.fixture(scope="session", autouse=True)

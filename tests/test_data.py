@@ -24,6 +24,7 @@ from simmim.data import (
     image_dataset,
     labeled_images,
     normalise,
+    open_picture,
     read_image,
     survey,
 )
@@ -179,7 +180,7 @@ def test_class_folders_that_cannot_work(tmp_path):
         "one/a": "a' has 0 class folders: give at least two",
         "single": "class 'a' has 1 image: give at least 2",
         "blank": "b' is empty",
-        "other": "classes differ between .*train and .*val: only in one of them: b, c",
+        "other": "classes differ between .*: only in one of them: b, c",
     }.items():
         with pytest.raises(ValueError, match=message):
             labeled_images(tmp_path / name, None, 0)
@@ -338,11 +339,10 @@ def test_broken_files_are_unreadable(tmp_path):
             read_image(record(path), 3)
 
 
-def test_decompression_bombs_are_unreadable(tmp_path, monkeypatch):
+def test_decompression_bombs_are_unreadable(tmp_path):
     Image.new("L", (100, 100)).save(tmp_path / "bomb.png")
-    monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 1000)
-    with pytest.raises(UNREADABLE):
-        read_image(record(tmp_path / "bomb.png"), 1)
+    with pytest.raises(UNREADABLE, match="10000 pixels, more than the limit of 9999"):
+        open_picture(record(tmp_path / "bomb.png"), 1, max_pixels=9999)
 
 
 # --- survey ----------------------------------------------------------------------------------------------------------
@@ -462,25 +462,29 @@ def as_view(image):
     return torch.from_numpy(np.atleast_3d(np.asarray(image)).copy()).permute(2, 0, 1)
 
 
+def within_1(view, expected):
+    """Torch and Pillow round their one filter differently in places."""
+    return view.shape == expected.shape and (view.int() - expected.int()).abs().max() <= 1
+
+
 def test_random_view_is_the_crop_resized_and_sometimes_mirrored():
     image = Image.fromarray(random_pixels(40, 60, 3))
     picture, view = Picture(image), RandomView((16, 24))
     mirrored = 0
     for seed in range(200):
         box = view.crop_box(image.size, random.Random(seed))
-        # Below a factor of 2 · reducing_gap this resizing is exact.
-        plain = image.resize((24, 16), Image.Resampling.BILINEAR, box=box)
+        plain = image.crop(box).resize((24, 16), Image.Resampling.BILINEAR)
         result = view(picture, random.Random(seed))
-        if not torch.equal(result, as_view(plain)):
-            assert torch.equal(result, as_view(ImageOps.mirror(plain)))
+        if not within_1(result, as_view(plain)):
+            assert within_1(result, as_view(ImageOps.mirror(plain)))
             mirrored += 1
     assert 70 < mirrored < 130
     assert torch.equal(view(picture, random.Random(199)), result)
     for flip in (0.0, 1.0):
         for seed in range(5):
-            crop = image.resize((24, 16), 2, box=view.crop_box(image.size, random.Random(seed)))
+            crop = image.crop(view.crop_box(image.size, random.Random(seed))).resize((24, 16), 2)
             expected = as_view(ImageOps.mirror(crop) if flip else crop)
-            assert torch.equal(RandomView((16, 24), flip=flip)(picture, random.Random(seed)), expected)
+            assert within_1(RandomView((16, 24), flip=flip)(picture, random.Random(seed)), expected)
 
 
 def test_whole_image_crop_changes_nothing():
@@ -501,8 +505,8 @@ def test_whole_image_crop_changes_nothing():
 )
 def test_centre_view(image_size, size, share, box):
     image = Image.fromarray(random_pixels(image_size[1], image_size[0], 3))
-    expected = image.resize(size[::-1], Image.Resampling.BILINEAR, box=box)
-    assert torch.equal(CentreView(size, share)(Picture(image)), as_view(expected))
+    expected = image.crop(box).resize(size[::-1], Image.Resampling.BILINEAR)
+    assert within_1(CentreView(size, share)(Picture(image)), as_view(expected))
 
 
 def test_tensors_and_normalising():
@@ -605,7 +609,7 @@ def test_a_set_of_unreadable_images_ends_with_an_error(tmp_path):
     paths = [tmp_path / f"{index}.png" for index in range(3)]
     for path in paths:
         path.write_text("no image")
-    with pytest.raises(ValueError, match=r"32 images in a row could not be read, the last .*\.png: cannot identify"):
+    with pytest.raises(ValueError, match=r"32 images in a row could not be read, the last .*\.png: not an image"):
         samples_of(tmp_path)[0, 0]
 
 
@@ -626,7 +630,7 @@ def test_workers_change_nothing(damaged_folder, keep_decoded):
     results = []
     for workers in (0, 1, 3):
         samples = samples_of(damaged_folder, seed=5, labels=range(10), keep_decoded=keep_decoded)
-        loader = batches(samples, SampleStream(10, 4, seed=5), workers)
+        loader = batches(samples, workers, SampleStream(10, 4, seed=5))
         results.append(list(itertools.islice(loader, 7)))
         del loader
     for batch, *others in zip(*results):

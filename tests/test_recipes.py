@@ -44,7 +44,7 @@ def test_pretraining_recipe_builds(path):
         assert model(images, torch.ones(2, rows, columns, dtype=torch.bool)).loss.shape == ()
     assert settings.masking().masked_units(settings.size) > 0
     rate = settings.schedule().by_step(1000, settings.batch_size)
-    rates = [rate(step) for step in range(0, round(1000 * settings.epochs), 500)]
+    rates = [rate(step) for step in range(0, round(1000 * settings.epochs), 100)]
     assert math.isclose(max(rates), settings.optim.lr * settings.batch_size / 512)
     assert min(rates) >= 0
     assert rates[-1] < max(rates) / 5

@@ -74,7 +74,7 @@ def test_thumbnails():
 @pytest.mark.parametrize("device", ["cpu", "cuda"])
 def test_nothing_needed_stays_open(images, device):
     chosen = resolved(images, device=device)
-    assert open_keys(chosen) == {"precision", "model.norm_target_patch"}, "the machine's, and none for raw pixels"
+    assert open_keys(chosen) == {"precision", "model.norm_target_patch", "data.column", "data.count"}, "what may stay so"
     assert resolve(chosen, PHOTOS, 7, "cuda", 0) == chosen, "what is settled stays so"
 
 
@@ -154,7 +154,7 @@ def test_settings_that_cannot_be_resolved(changes, message):
         (lambda: DataSettings("x", crop_ratio=(0.0, 1.0)), r"data.crop_ratio is \(0.0, 1.0\): give width over height"),
         (lambda: DataSettings("x", crop_ratio=(2.0, 1.0)), "data.crop_ratio"),
         (lambda: DataSettings("x", flip=1.5), "data.flip is 1.5: give a probability"),
-        (lambda: DataSettings("x", channels=4), "data.channels is 4: give 1 for gray or 3 for colour"),
+        (lambda: DataSettings("x", channels=0), "data.channels is 0: give a positive number"),
         (lambda: OptimSettings(accumulate=0), "optim.accumulate is 0: give 1 or more"),
         (lambda: OptimSettings(clip=0.0), "optim.clip is 0.0: give a positive norm"),
         (lambda: settings_for(epochs=0), "epochs is 0: give a positive number"),

@@ -6,6 +6,7 @@ had never stopped.
 """
 from __future__ import annotations
 
+import copy
 import os
 import random
 from collections.abc import Callable, Iterator
@@ -14,7 +15,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 import torch
 from torch import Tensor
-from torch.utils.data import DataLoader, Dataset, Sampler
+from torch.utils.data import DataLoader, Dataset, IterableDataset, Sampler, get_worker_info
 
 from simmim.data.decode import UNREADABLE, Picture, open_picture, reason
 
@@ -22,6 +23,7 @@ if TYPE_CHECKING:
     import datasets
 
 REPLACEMENTS_TRIED = 32
+MAX_PIXELS = 200_000_000
 
 
 class ImageSamples(Dataset):
@@ -42,7 +44,9 @@ class ImageSamples(Dataset):
         channels: int,
         seed: int,
         keep_decoded: bool = False,
+        max_pixels: int = MAX_PIXELS,
     ) -> None:
+        self.max_pixels = max_pixels
         self.source, self.view, self.channels, self.seed = source, view, channels, seed
         self.labelled = "label" in source.column_names
         self.kept: dict[int, tuple[Picture, int | None]] | None = {} if keep_decoded else None
@@ -74,7 +78,7 @@ class ImageSamples(Dataset):
         if self.kept is not None and index in self.kept:
             return self.kept[index]
         row = self.source[index]
-        picture = open_picture(row["image"], self.channels)
+        picture = open_picture(row["image"], self.channels, self.max_pixels)
         if self.kept is not None:
             self.kept[index] = picture.decoded(), row.get("label")
             return self.kept[index]
@@ -113,6 +117,88 @@ class SampleStream(Sampler):
             batch += 1
 
 
+class StreamSamples(IterableDataset):
+    """Samples of a stream, endless: epoch after epoch in a shuffled order of its shards and through a shuffle buffer.
+
+    Every (rank, worker) reads its own part of the stream, so that together they give each sample once an epoch. A worker
+    goes on to its next epoch when its part is through; parts differ in length by what does not divide evenly.
+
+    A sample is as from `ImageSamples`, and says by `place` which worker it comes from and how far that one is: (worker,
+    epoch, samples taken in it). Starting at such places goes on exactly where they were noted.
+
+    Args:
+        stream: rows `{"image": …}`.
+        buffer: samples that the shuffle buffer holds, undecoded.
+        batch_size: samples a batch; a worker makes whole batches.
+        places: of every worker (epoch, samples taken), to go on from.
+        batches_done: batches taken so far by this rank, by which workers take turns where they had stopped.
+    """
+
+    def __init__(
+        self,
+        stream: datasets.IterableDataset,
+        view: Callable[[Picture, random.Random], Tensor],
+        channels: int,
+        seed: int,
+        buffer: int,
+        max_pixels: int = MAX_PIXELS,
+    ) -> None:
+        self.stream, self.view, self.channels, self.seed = stream, view, channels, seed
+        self.buffer, self.max_pixels = buffer, max_pixels
+        self.rank, self.world, self.batches_done = 0, 1, 0
+        self.places: dict[int, tuple[int, int]] = {}
+
+    def part(self, rank: int, world: int, batches_done: int, places: dict[int, tuple[int, int]]) -> StreamSamples:
+        """This rank's part, from where it had stopped."""
+        part = copy.copy(self)
+        part.rank, part.world, part.batches_done, part.places = rank, world, batches_done, dict(places)
+        return part
+
+    def __iter__(self) -> Iterator[dict]:
+        info = get_worker_info()
+        workers, turn = (info.num_workers, info.id) if info else (1, 0)
+        worker = (turn + self.batches_done) % workers
+        node, nodes = self.rank * workers + worker, self.world * workers
+        epoch, taken = self.places.get(worker, (0, 0))
+        latest = None
+        while True:
+            empty = True
+            for position, row in enumerate(self.rows(epoch, node, nodes)):
+                empty = False
+                # The last row before the place is looked at again: an unreadable first one is replaced by it.
+                if position < taken - 1:
+                    continue
+                generator = random.Random(f"{self.seed}/{epoch}/{node}/{position}")
+                skipped = []
+                try:
+                    picture = open_picture(row["image"], self.channels, self.max_pixels)
+                    view = self.view(picture, generator)
+                    latest = row
+                except UNREADABLE as error:
+                    skipped.append((row["image"]["path"] or f"row {position} of part {node}", reason(error)))
+                    if latest is None:
+                        continue
+                    view = self.view(open_picture(latest["image"], self.channels, self.max_pixels), generator)
+                if position < taken:
+                    continue
+                seed, place = generator.getrandbits(62), (worker, epoch, position + 1)
+                yield {"image": view, "seed": seed, "skipped": skipped, "place": place}
+            if empty:
+                raise ValueError(f"a part of the stream (worker {node} of {nodes}) holds no images: use fewer workers")
+            epoch, taken = epoch + 1, 0
+
+    def rows(self, epoch: int, node: int, nodes: int) -> Iterator[dict]:
+        """One epoch's rows of one of `nodes` parts."""
+        from datasets.distributed import split_dataset_by_node
+
+        stream = self.stream.shuffle(seed=self.seed, buffer_size=self.buffer)
+        stream = split_dataset_by_node(stream, node, nodes)
+        stream.set_epoch(epoch)  # of the part: dividing forgets the epoch
+        # iter() and not a plain loop: that would divide the part once more, among the loading processes it finds.
+        for batch in stream.iter(batch_size=1):
+            yield {"image": batch["image"][0]}
+
+
 class InOrder(Sampler):
     """Batches of (0, index) in order, every sample once, the last batch as short as it comes out."""
 
@@ -134,16 +220,24 @@ def collate(samples: list[dict]) -> dict:
         "seed": [sample["seed"] for sample in samples],
         "skipped": [entry for sample in samples for entry in sample["skipped"]],
     }
+    if "place" in samples[0]:
+        batch["place"] = [sample["place"] for sample in samples]
     if "label" in samples[0]:
         batch["label"] = torch.tensor([sample["label"] for sample in samples])
     return batch
 
 
-def batches(samples: ImageSamples, order: Sampler, workers: int) -> DataLoader:
-    """A loader over `samples` in `order`, with `workers` processes, pinned where there is a GPU."""
+def batches(samples: Dataset, workers: int, order: Sampler | None = None, batch_size: int | None = None) -> DataLoader:
+    """A loader with `workers` processes, pinned where there is a GPU.
+
+    Args:
+        order: batches of keys, for `ImageSamples`.
+        batch_size: samples a batch, for `StreamSamples`, which have an order of their own.
+    """
+    how = {"batch_sampler": order} if order is not None else {"batch_size": batch_size}
     return DataLoader(
         samples,
-        batch_sampler=order,
+        **how,
         num_workers=workers,
         collate_fn=collate,
         pin_memory=torch.cuda.is_available(),

@@ -1,19 +1,19 @@
 """A look at a sample of a source's images, from which a run's defaults follow."""
 from __future__ import annotations
 
-import io
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 import numpy as np
-from PIL import Image
 
-from simmim.data.decode import UNREADABLE, read_image, reason
+from simmim.data.decode import UNREADABLE, Picture, Size, open_picture, reason
 
 if TYPE_CHECKING:
     import datasets
 
 IMAGENET_MEAN, IMAGENET_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
+
+THUMBNAIL_PX = 64  # longer side; enough for means and deviations, and a twelfth of a full decode for a large JPEG
 
 
 @dataclass(frozen=True)
@@ -22,9 +22,10 @@ class Survey:
 
     Attributes:
         short_side_px: median of the images' shorter sides.
-        channels: 1 where every sampled image is gray, else 3.
+        channels: 1 where every sampled image is gray, 3 for colour and for gray among colour, else the files' own count.
         decoded_mib: estimated size of all images decoded.
         mean, std: per channel, of values in [0, 1].
+        sizes: (width, height) in pixels, upright, of each sampled image that could be read.
     """
 
     short_side_px: int
@@ -32,38 +33,55 @@ class Survey:
     decoded_mib: float
     mean: tuple[float, ...]
     std: tuple[float, ...]
+    sizes: tuple[Size, ...] = ()
 
 
 def survey(source: datasets.Dataset, channels: int | None = None, sampled: int = 256) -> Survey:
     """Look at up to `sampled` images, evenly spread.
 
+    Args:
+        channels: that all images shall be seen in; None finds them.
+
     Raises:
-        ValueError: when none of them can be read, with the first one's reason.
+        ValueError: when none of them can be read, with the first one's reason; when they differ in channels other than
+            as gray and colour do, with two files' counts.
     """
     rows = np.unique(np.linspace(0, len(source) - 1, min(sampled, len(source))).round().astype(int))
-    images, first_error = [], None
+    thumbnails, sizes = [], []
+    paths: dict[int, str] = {}  # by channels, the first file with so many
+    first_error = None
     for row in rows:
         record = source[int(row)]["image"]
         try:
-            with Image.open(record["path"] if record["bytes"] is None else io.BytesIO(record["bytes"])) as image:
-                gray = image.mode in ("1", "L", "LA", "I", "F") or image.mode.startswith("I;")
-            images.append((read_image(record, 3), gray))
+            picture = open_picture(record, channels)
+            thumbnails.append(thumbnail(picture))
         except UNREADABLE as error:
             first_error = first_error or f"{record['path']}: {reason(error)}"
-    if not images:
+            continue
+        sizes.append(picture.size)
+        paths.setdefault(picture.channels, f"{record['path'] or f'image {row}'}")
+    if not sizes:
         raise ValueError(f"none of {len(rows)} sampled images can be read; the first, {first_error}")
-    channels = channels or (1 if all(gray for _, gray in images) else 3)
-    thumbnails = []
-    for image, _ in images:
-        small = image.convert("L" if channels == 1 else "RGB")
-        small.thumbnail((64, 64))
-        thumbnails.append(np.asarray(small, dtype=np.float64).reshape(-1, channels) / 255)
-    pixels = np.concatenate(thumbnails)
-    areas = [image.width * image.height for image, _ in images]
+    unlike = paths.keys() - {1, 3}
+    if unlike and len(paths) > 1:
+        one, other = min(unlike), min(paths.keys() - {min(unlike)})
+        raise ValueError(f"images differ in channels: {paths[one]} has {one}, {paths[other]} has {other}")
+    channels = max(paths)
+    # Gray among colour is seen as colour.
+    seen = [np.broadcast_to(small, (channels, *small.shape[1:])).reshape(channels, -1) for small in thumbnails]
+    values = np.concatenate(seen, axis=1) / 255
     return Survey(
-        short_side_px=int(np.median([min(image.size) for image, _ in images])),
+        short_side_px=int(np.median([min(size) for size in sizes])),
         channels=channels,
-        decoded_mib=float(np.mean(areas)) * channels * len(source) / 2**20,
-        mean=tuple(round(float(value), 3) for value in pixels.mean(axis=0)),
-        std=tuple(round(max(float(value), 0.01), 3) for value in pixels.std(axis=0)),
+        decoded_mib=float(np.mean([width * height for width, height in sizes])) * channels * len(source) / 2**20,
+        mean=tuple(round(float(value), 3) for value in values.mean(axis=1)),
+        std=tuple(round(max(float(value), 0.01), 3) for value in values.std(axis=1)),
+        sizes=tuple(sizes),
     )
+
+
+def thumbnail(picture: Picture) -> np.ndarray:
+    """All of a picture, no side longer than `THUMBNAIL_PX`: (channels, height, width) uint8."""
+    scale = min(1.0, THUMBNAIL_PX / max(picture.size))
+    width, height = (max(1, round(side * scale)) for side in picture.size)
+    return picture.crop((0, 0, *picture.size), (height, width)).numpy()

@@ -1,0 +1,239 @@
+"""Every kind of source gives the same images; indices notice changes; labels from folders, CSV, Parquet and datasets."""
+import io
+import os
+import tarfile
+from pathlib import Path
+
+import datasets
+import numpy as np
+import pytest
+from PIL import Image
+
+from simmim.data import find_images, index_folder, labeled_images, open_images, open_picture, open_source
+from simmim.data.index import Scan, cache_folder
+
+COUNT = 12
+
+
+@pytest.fixture(autouse=True)
+def _own_cache(tmp_path_factory, monkeypatch):
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path_factory.mktemp("cache")))
+
+
+def picture_bytes(value):
+    """A 6 × 4 px picture whose every pixel says which it is."""
+    buffer = io.BytesIO()
+    Image.fromarray(np.full((4, 6, 3), value, np.uint8)).save(buffer, "PNG")
+    return buffer.getvalue()
+
+
+@pytest.fixture
+def folder(tmp_path):
+    for value in range(COUNT):
+        path = tmp_path / "images" / f"part {value % 3}" / f"{value:02d}.png"
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_bytes(picture_bytes(value))
+    return tmp_path / "images"
+
+
+def values(images):
+    """The pictures' values, in order."""
+    return [int(open_picture(row["image"], 3).crop((0, 0, 6, 4), (4, 6))[0, 0, 0]) for row in images]
+
+
+IN_FOLDER_ORDER = [value for part in range(3) for value in range(part, COUNT, 3)]
+
+
+def as_parquet(path):
+    rows = [{"bytes": picture_bytes(value), "path": None} for value in range(COUNT)]
+    data = datasets.Dataset.from_dict({"number": list(range(COUNT)), "photo": rows})
+    data.cast_column("photo", datasets.Image()).to_parquet(path)
+
+
+def as_tars(home, shards=3):
+    home.mkdir()
+    for shard in range(shards):
+        with tarfile.open(home / f"shard-{shard}.tar", "w") as tar:
+            for value in range(shard * COUNT // shards, (shard + 1) * COUNT // shards):
+                for ending, data in (("png", picture_bytes(value)), ("cls", str(value % 2).encode())):
+                    member = tarfile.TarInfo(f"{value:03d}.{ending}")
+                    member.size = len(data)
+                    tar.addfile(member, io.BytesIO(data))
+
+
+def test_the_index_is_in_the_order_of_the_paths(folder):
+    assert values(index_folder(folder)) == IN_FOLDER_ORDER
+    paths = [row["image"]["path"] for row in index_folder(folder)]
+    assert paths == sorted(paths) == find_images(folder)
+
+
+def test_files_sort_with_folders_as_paths_do(tmp_path):
+    for name in ("a.png", "a/b.png", "a-.png", "B.png", "a/c/d.png", "ä.png"):
+        (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / name).write_bytes(b"x")
+    assert list(Scan(tmp_path)) == sorted(str(path) for path in tmp_path.rglob("*.png"))
+
+
+def age(folder, seconds=10):
+    """Make all folders look as if they had last changed some time ago; fresh ones are not trusted."""
+    for path in (folder, *(path for path in folder.rglob("*") if path.is_dir())):
+        status = path.stat()
+        os.utime(path, (status.st_atime - seconds, status.st_mtime - seconds))
+
+
+def test_a_kept_index_is_used_again_until_the_folder_changes(folder, monkeypatch):
+    age(folder)
+    first = index_folder(folder)
+    with monkeypatch.context() as patch:
+        patch.setattr(Scan, "__iter__", lambda self: pytest.fail("scanned again"))
+        assert values(index_folder(folder)) == values(first)
+    (folder / "part 1" / "new.png").write_bytes(picture_bytes(77))
+    assert sorted(values(index_folder(folder))) == [*range(COUNT), 77]
+    (folder / "part 0" / "00.png").unlink()
+    assert 0 not in values(index_folder(folder))
+    (folder / "new folder").mkdir()
+    (folder / "new folder" / "x.png").write_bytes(picture_bytes(88))
+    assert 88 in values(index_folder(folder))
+
+
+def test_a_folder_that_just_changed_is_scanned_again(folder):
+    """A file added in the same tick of the clock as the scan would not show in the folder's time stamp."""
+    index_folder(folder)
+    before = (folder / "part 0").stat()
+    (folder / "part 0" / "late.png").write_bytes(picture_bytes(99))
+    os.utime(folder / "part 0", ns=(before.st_atime_ns, before.st_mtime_ns))
+    assert 99 in values(index_folder(folder))
+
+
+def test_a_torn_index_is_made_anew(folder):
+    age(folder)
+    index_folder(folder)
+    [arrow] = cache_folder().glob("*.arrow")
+    arrow.write_bytes(arrow.read_bytes()[:100])
+    assert values(index_folder(folder)) == IN_FOLDER_ORDER
+
+
+def test_without_a_place_for_the_index_it_lives_in_memory(folder, tmp_path, monkeypatch):
+    (tmp_path / "file").write_text("")
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "file"))
+    assert values(index_folder(folder)) == IN_FOLDER_ORDER
+
+
+def test_a_loop_of_links_is_entered_once(folder):
+    (folder / "part 0" / "up").symlink_to(folder, target_is_directory=True)
+    assert sorted(values(index_folder(folder))) == list(range(COUNT))
+
+
+def test_every_kind_of_source_gives_the_same_images(folder, tmp_path, monkeypatch):
+    as_parquet(tmp_path / "set.parquet")
+    as_tars(tmp_path / "tars")
+    open_images(tmp_path / "set.parquet").save_to_disk(tmp_path / "saved")
+    listed = "\n".join(["# paths", *(os.path.relpath(path, tmp_path) for path in find_images(folder)), ""])
+    (tmp_path / "list.txt").write_text(listed)
+    everything = list(range(COUNT))
+    for source in (
+        folder,
+        tmp_path / "list.txt",
+        f"{folder}/*/*.png",
+        f"{folder}/**/*.png",
+        tmp_path / "set.parquet",
+        tmp_path / "tars",
+        f"{tmp_path}/tars/shard-?.tar",
+        tmp_path / "saved",
+        [f"{folder}/part 0", f"{folder}/part 1", f"{folder}/part 2"],
+    ):
+        source = source if isinstance(source, list) else str(source)
+        assert sorted(values(open_images(source))) == everything, source
+        stream = open_source(source, streaming=True)
+        assert stream.count == COUNT, source
+        assert sorted(values(stream.images)) == everything, source
+        assert sorted(values(stream.head)) == everything, source
+    monkeypatch.setattr(datasets, "load_dataset", lambda name, **_: datasets.load_from_disk(str(tmp_path / "saved")))
+    assert sorted(values(open_images("someone/their-pictures"))) == everything
+
+
+def test_columns_are_found_named_or_listed(tmp_path):
+    as_parquet(tmp_path / "set.parquet")
+    path = str(tmp_path / "set.parquet")
+    assert sorted(values(open_images(path, "photo"))) == list(range(COUNT))
+    with pytest.raises(ValueError, match="no column 'foto': its columns are number, photo"):
+        open_images(path, "foto")
+    datasets.Dataset.from_dict({"number": [1], "text": ["a"]}).to_parquet(tmp_path / "words.parquet")
+    with pytest.raises(ValueError, match="no column of images: its columns are number, text"):
+        open_images(str(tmp_path / "words.parquet"))
+
+
+def test_the_hub_without_network_says_so(monkeypatch):
+    def unreachable(*_, **__):
+        raise ConnectionError("Couldn't reach 'someone/pictures' on the Hub")
+
+    monkeypatch.setattr(datasets, "load_dataset", unreachable)
+    with pytest.raises(ValueError, match=r"someone/pictures.*Couldn't reach.*save_to_disk"):
+        open_images("someone/pictures")
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "message"),
+    [
+        ("gone", None, "does not exist: give a folder of images, a glob"),
+        ("*.png", None, "no file matches"),
+        ("notes.md", b"text", "nothing that images can be read from"),
+        ("list.txt", b"\n# nothing\n", "lists no images"),
+        ("list.txt", b"\xff\xfe\x00", "no text file of paths"),
+        ("torn.parquet", b"PAR1 and no more", "cannot be read as parquet"),
+        ("torn.tar", b"no tar", "cannot be read as"),
+    ],
+)
+def test_what_cannot_be_a_source(tmp_path, name, content, message):
+    if content is not None:
+        (tmp_path / name).write_bytes(content)
+    with pytest.raises(ValueError, match=message):
+        open_images(str(tmp_path / name))
+
+
+def test_labels_from_csv_parquet_and_splits_are_those_of_the_folders(tmp_path):
+    for value in range(20):
+        path = tmp_path / "folders" / ("odd" if value % 2 else "even") / f"{value:02d}.png"
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_bytes(picture_bytes(value))
+    rows = [(path, path.parent.name) for path in sorted((tmp_path / "folders").rglob("*.png"))]
+    lines = [f"{path.relative_to(tmp_path)},{label}" for path, label in rows]
+    (tmp_path / "labels.csv").write_text("\n".join(["file,class", *lines]))
+    data = datasets.Dataset.from_dict(
+        {
+            "image": [{"bytes": Path(path).read_bytes(), "path": None} for path, _ in rows],
+            "label": [["even", "odd"].index(label) for _, label in rows],
+        }
+    )
+    features = datasets.Features({"image": datasets.Image(), "label": datasets.ClassLabel(names=["even", "odd"])})
+    data = data.cast(features)
+    data.to_parquet(tmp_path / "labels.parquet")
+    data.save_to_disk(tmp_path / "saved")
+    expected = None
+    for source in ("folders", "labels.csv", "labels.parquet", "saved"):
+        labels = labeled_images(tmp_path / source, labels_per_class=3, seed=7)
+        assert labels.classes == ("even", "odd")
+        assert [value % 2 for value in values(labels.train)] == labels.train["label"]
+        assert [value % 2 for value in values(labels.validation)] == labels.validation["label"]
+        got = values(labels.train), values(labels.validation)
+        assert len(got[0]) == 6
+        assert len(got[1]) == 4
+        assert not set(got[0]) & set(got[1])
+        expected = expected or got
+        assert got == expected, "the same seed chooses the same images, wherever they come from"
+    datasets.DatasetDict(train=data.select(range(16)), test=data.select(range(16, 20))).save_to_disk(tmp_path / "splits")
+    with pytest.raises(ValueError, match="all images have the label 'odd'"):
+        labeled_images(tmp_path / "splits", None, seed=0)
+
+
+def test_labels_that_cannot_work(tmp_path):
+    (tmp_path / "x.png").write_bytes(picture_bytes(1))
+    for content, message in (
+        ("path,label\nx.png,a\nx.png,b\nx.png,b\n", "class 'a' has 1 image"),
+        ("path,label\nx.png,a\nx.png,a\n", "all images have the label 'a'"),
+        ("path,kind\nx.png,a\n", "its columns are path, kind; give data.label_column"),
+        ("path,label\nx.png,\n", "line 2 has no label"),
+    ):
+        (tmp_path / "labels.csv").write_text(content)
+        with pytest.raises(ValueError, match=message):
+            labeled_images(tmp_path / "labels.csv", None, seed=0)

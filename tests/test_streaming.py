@@ -1,0 +1,135 @@
+"""Streams: every sample once an epoch over ranks and workers, and on from any place as if nothing had happened."""
+import itertools
+from collections import Counter
+
+import datasets
+import numpy as np
+import pytest
+import torch
+
+from pretrain import DataSettings, ModelSettings, PretrainSettings, load_simmim, pretrain
+from simmim.data import ImageSamples, RandomView, SampleStream, StreamSamples, batches, open_source
+from simmim.training import SaveRun
+
+COUNT = 29  # divides among nothing
+
+
+@pytest.fixture(scope="module")
+def numbered(tmp_path_factory):
+    """Pictures whose pixels say their number, as a saved dataset."""
+    from PIL import Image
+
+    folder = tmp_path_factory.mktemp("numbered")
+    pictures = [Image.fromarray(np.full((8, 8, 3), number, np.uint8)) for number in range(COUNT)]
+    features = datasets.Features({"image": datasets.Image()})
+    datasets.Dataset.from_dict({"image": pictures}, features=features).save_to_disk(folder)
+    return str(folder)
+
+
+def stream_of(numbered, shards, buffer=7):
+    source = open_source(numbered).images.to_iterable_dataset(num_shards=shards)
+    return StreamSamples(source, RandomView((4, 4)), 3, seed=3, buffer=buffer)
+
+
+def numbers(batch):
+    return batch["image"][:, 0, 0, 0].tolist()
+
+
+@pytest.mark.filterwarnings("ignore:This DataLoader will create")
+@pytest.mark.parametrize(("ranks", "workers", "shards"), [(1, 0, 1), (1, 2, 4), (2, 2, 8), (2, 2, 3), (2, 2, 1)])
+def test_every_sample_once_an_epoch_in_a_stream(numbered, ranks, workers, shards):
+    """Also where there are fewer shards than readers, or shards do not divide among them."""
+    seen = {0: Counter(), 1: Counter()}
+    for rank in range(ranks):
+        loader = batches(stream_of(numbered, shards).part(rank, ranks, 0, {}), workers, batch_size=2)
+        # Enough for every worker to be through with two epochs.
+        for batch in itertools.islice(loader, 2 * COUNT + 4):
+            for number, (_, epoch, _) in zip(numbers(batch), batch["place"]):
+                if epoch in seen:
+                    seen[epoch][number] += 1
+    for epoch, counts in seen.items():
+        assert counts == Counter(range(COUNT)), epoch
+
+
+@pytest.mark.filterwarnings("ignore:This DataLoader will create")
+def test_every_sample_once_an_epoch_by_number(numbered):
+    """Two ranks with two workers each; the batch does not divide the epoch."""
+    images = open_source(numbered).images
+    samples = ImageSamples(images, RandomView((4, 4)), 3, seed=3)
+    parts = []
+    for rank in range(2):
+        loader = batches(samples, 2, SampleStream(COUNT, 4, seed=3, rank=rank, world=2))
+        parts.append([numbers(batch) for batch in itertools.islice(loader, 15)])
+    order = [number for pair in zip(*parts) for part in pair for number in part]
+    for epoch in range(4):
+        assert sorted(order[epoch * COUNT : (epoch + 1) * COUNT]) == list(range(COUNT))
+
+
+def test_epochs_and_seeds_have_orders_of_their_own(numbered):
+    def order(seed):
+        stream = stream_of(numbered, 4)
+        stream.seed = seed
+        taken = itertools.islice(stream, 2 * COUNT)
+        return [int(sample["image"][0, 0, 0]) for sample in taken]
+
+    first, again, other = order(0), order(0), order(1)
+    assert first == again
+    assert first != other
+    assert first[:COUNT] != first[COUNT:]
+    assert first[:COUNT] != sorted(first[:COUNT])
+
+
+@pytest.mark.filterwarnings("ignore:This DataLoader will create")
+@pytest.mark.parametrize("workers", [0, 2, 3])
+def test_going_on_from_a_place_is_exact(numbered, workers):
+    """After any number of batches, on to the next epoch and before it: same images, crops, mask seeds, in order."""
+    whole = list(itertools.islice(batches(stream_of(numbered, 4), workers, batch_size=3), 24))
+    for done in (1, 4, 11, 17):
+        places = {}
+        for batch in whole[:done]:
+            for worker, epoch, taken in batch["place"]:
+                places[worker] = (epoch, taken)
+        part = stream_of(numbered, 4).part(0, 1, done, places)
+        for expected, batch in zip(whole[done:], batches(part, workers, batch_size=3)):
+            assert torch.equal(batch["image"], expected["image"])
+            assert batch["seed"] == expected["seed"]
+            assert batch["place"] == expected["place"]
+
+
+def test_unreadable_rows_are_replaced_and_listed(tmp_path, numbered):
+    rows = [dict(row["image"]) for row in open_source(numbered).images]
+    rows[5] = {"bytes": b"no picture", "path": "five.jpg"}
+    rows[6] = {"bytes": b"", "path": "six.jpg"}
+    stream = datasets.Dataset.from_dict({"image": rows}).to_iterable_dataset(num_shards=2)
+    samples = StreamSamples(stream, RandomView((4, 4)), 3, seed=0, buffer=5)
+    epoch = list(itertools.islice(samples, 60))
+    listed = {path for sample in epoch for path, _ in sample["skipped"]}
+    assert listed == {"five.jpg", "six.jpg"}
+    shown = {int(sample["image"][0, 0, 0]) for sample in epoch}
+    assert shown == set(range(COUNT)) - {5, 6}
+
+
+MODEL = ModelSettings(mask_unit=8, encoder={"embed_dim": 16, "depths": [1, 1], "num_heads": [1, 2], "drop_path_rate": 0.1})
+
+
+@pytest.mark.parametrize("workers", [0, 2])
+def test_a_streaming_run_resumes_exactly(digits, tmp_path, monkeypatch, workers):
+    data = DataSettings(str(digits.unlabeled), streaming=True, shuffle_buffer=50)
+    common = {"data": data, "preset": "nano", "epochs": 2.0, "batch_size": 32, "model": MODEL, "save_every_steps": 5}
+    whole = pretrain(PretrainSettings(**common, workers=workers, out=str(tmp_path / "whole")))
+    save = SaveRun.on_train_batch_end
+
+    def power_cut(self, trainer, module, *rest):
+        save(self, trainer, module, *rest)
+        if trainer.global_step == 12:
+            raise RuntimeError("power cut")
+
+    monkeypatch.setattr(SaveRun, "on_train_batch_end", power_cut)
+    with pytest.raises(RuntimeError, match="power cut"):
+        pretrain(PretrainSettings(**common, workers=workers, out=str(tmp_path / "cut")))
+    monkeypatch.setattr(SaveRun, "on_train_batch_end", save)
+    with pytest.raises(ValueError, match=f"resume with --workers {max(workers, 1)}"):
+        pretrain(PretrainSettings(**common, workers=workers + 3, out=str(tmp_path / "cut"), resume=True))
+    cut = pretrain(PretrainSettings(**common, workers=workers, out=str(tmp_path / "cut"), resume=True))
+    first, second = (load_simmim(run)[0].state_dict() for run in (whole, cut))
+    assert all(torch.equal(value, second[name]) for name, value in first.items())
