@@ -28,11 +28,7 @@ from simmim.defaults import (
 from simmim.run_folder import CONFIG, as_yaml, check_run_folder, last_checkpoint, take_run_folder
 from simmim.swinv2 import PRESETS, SwinV2, SwinV2Config
 from simmim.training import (
-    ProgressLine,
     SaveRun,
-    SkippedImages,
-    StepSeeds,
-    Throughput,
     ValidatedStreamData,
     build_trainer,
     check_trainer_keys,
@@ -40,6 +36,7 @@ from simmim.training import (
     device_type,
     is_first_process,
     per_device_batch,
+    usual_callbacks,
 )
 
 KEEP_DECODED_MIB = 128
@@ -94,20 +91,12 @@ def finetune(settings: FinetuneSettings, quiet: bool = False) -> FinetuneResult:
     module = ClassificationFinetuning(
         model, preprocessing.mean, preprocessing.std, settings.data.affine, schedule, settings.optim, settings.freeze
     )
-    channels = encoder.config.in_channels
-    view = RandomView(settings.size, settings.data.crop_scale, settings.data.crop_ratio, settings.data.flip)
-    train = ImageSamples(labels.train, view, channels, settings.seed, keep_decoded=kept)
-    validation = ImageSamples(
-        labels.validation, CentreView(settings.size, crop), channels, settings.seed, keep_decoded=kept
-    )
+    train, validation = samples_of(labels, settings, encoder.config.in_channels, kept)
 
     run = Path(settings.out).expanduser()
     best = KeepBest(run, labels.classes, preprocessing, crop, provenance(settings))
     callbacks = [
-        StepSeeds(settings.seed),
-        Throughput(settings.batch_size),
-        *([] if quiet else [ProgressLine("fine-tuning", settings.batch_size)]),
-        SkippedImages(run, len(labels.train), 0.0 if data.strict else data.max_skipped_share),
+        *usual_callbacks(run, settings, "fine-tuning", len(labels.train), quiet),
         best,
         SaveRun(run, every_steps=max(50, round(steps / settings.validations))),
     ]
@@ -143,6 +132,20 @@ def finetune(settings: FinetuneSettings, quiet: bool = False) -> FinetuneResult:
     return FinetuneResult(run, float(last), float(best.accuracy))
 
 
+def samples_of(
+    labels: LabeledImages, settings: FinetuneSettings, channels: int, keep_decoded: bool
+) -> tuple[ImageSamples, ImageSamples]:
+    """Training samples, cropped and flipped at random, and validation samples, cropped in the centre."""
+    data = settings.data
+    views = (
+        RandomView(settings.size, data.crop_scale, data.crop_ratio, data.flip),
+        CentreView(settings.size, data.evaluation_crop),
+    )
+    parts = zip((labels.train, labels.validation), views)
+    train, validation = (ImageSamples(part, view, channels, settings.seed, keep_decoded) for part, view in parts)
+    return train, validation
+
+
 def starting_point(
     settings: FinetuneSettings, images, device: str, say
 ) -> tuple[SwinV2, Preprocessing, FinetuneSettings]:
@@ -160,8 +163,7 @@ def starting_point(
         config = SwinV2Config.from_preset(
             preset, in_channels=images.channels, window_size=window, drop_path_rate=chosen.drop_path_rate
         )
-        gray = images.channels == 1
-        mean, std = (images.mean, images.std) if gray else (IMAGENET_MEAN, IMAGENET_STD)
+        mean, std = (IMAGENET_MEAN, IMAGENET_STD) if images.channels == 3 else (images.mean, images.std)
         settings = replace(settings, image_size=size, encoder=replace(chosen, preset=preset, window_size=window))
         preprocessing = Preprocessing(settings.size, mean, std)
         return SwinV2(config, chosen.checkpoint_activations), preprocessing, settings

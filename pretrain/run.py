@@ -18,18 +18,15 @@ from simmim.run_folder import CONFIG, as_yaml, check_run_folder, last_checkpoint
 from simmim.swinv2 import SwinV2
 from simmim.training import (
     NotePlaces,
-    ProgressLine,
     SaveRun,
-    SkippedImages,
-    StepSeeds,
     StreamData,
-    Throughput,
     build_trainer,
     check_trainer_keys,
     default_precision,
     device_type,
     is_first_process,
     per_device_batch,
+    usual_callbacks,
 )
 
 KEEP_DECODED_MIB = 128  # sets that decode to less stay in memory, in each loading process
@@ -49,7 +46,7 @@ def pretrain(settings: PretrainSettings) -> Path:
     check_trainer_keys(settings.trainer)
     data = settings.data
     source = open_source(data.path, data.column, data.streaming, data.count)
-    images = survey(source.head, data.channels)
+    images = survey(source.head, data.channels, max_pixels=data.max_pixels)
     device = device_type()
     kept = images.decoded_mib <= KEEP_DECODED_MIB and not source.streaming
     # Images that are in memory already are cropped faster than they could be sent between processes.
@@ -81,10 +78,7 @@ def pretrain(settings: PretrainSettings) -> Path:
         save_encoder(run / "encoder", module.model.encoder, preprocessing, provenance(settings, module.global_step))
 
     callbacks = [
-        StepSeeds(settings.seed),
-        Throughput(settings.batch_size),
-        ProgressLine("pre-training", settings.batch_size),
-        SkippedImages(run, source.count, 0.0 if data.strict else data.max_skipped_share),
+        *usual_callbacks(run, settings, "pre-training", source.count),
         NotePlaces(),
         Reconstructions(shown, run, every_steps=max(1, round(settings.reconstruct_every_epochs * steps_per_epoch))),
         SaveRun(run, settings.save_every_steps, also=export),

@@ -309,6 +309,23 @@ class MetricsCsv(Logger):
         self.save()
 
 
+def usual_callbacks(run: Path, settings, title: str, count: int, quiet: bool = False) -> list[pl.Callback]:
+    """What both stages run with: seeds by step, throughput, the progress line, and account of unreadable images.
+
+    Args:
+        settings: of either stage, resolved.
+        title: of the progress line.
+        count: images of an epoch.
+        quiet: show no progress.
+    """
+    return [
+        StepSeeds(settings.seed),
+        Throughput(settings.batch_size),
+        *([] if quiet else [ProgressLine(title, settings.batch_size)]),
+        SkippedImages(run, count, 0.0 if settings.data.strict else settings.data.max_skipped_share),
+    ]
+
+
 class StepSeeds(pl.Callback):
     """Seeds torch anew at every batch from (seed, step, rank), so that stochastic depth in a resumed run is what it would
     have been without the interruption."""

@@ -145,6 +145,44 @@ def test_bad_images_are_replaced_counted_and_listed(digits, tmp_path):
     assert lines[1].endswith("empty file")
 
 
+def with_bad_images(digits, folder, bad):
+    shutil.copytree(digits.unlabeled, folder)
+    for number in range(bad):
+        (folder / f"bad {number:02d}.png").write_bytes(b"no picture")
+    return str(folder)
+
+
+def test_strict_stops_at_the_first_bad_image(digits, tmp_path):
+    data = DataSettings(with_bad_images(digits, tmp_path / "images", 2), strict=True)
+    with pytest.raises(ValueError, match=r"bad 0\d\.png cannot be read .* data\.strict stops at the first"):
+        pretrain(settings(digits, tmp_path / "run", data=data))
+
+
+def test_too_many_bad_images_stop_the_run_and_a_larger_share_lets_it_go_on(digits, tmp_path):
+    folder = with_bad_images(digits, tmp_path / "images", 20)  # 20 of 260, 7.7 %
+    with pytest.raises(ValueError, match=r"of the first 260 images cannot be read, more than .* 5%: see .*skipped-images"):
+        pretrain(settings(digits, tmp_path / "run", data=DataSettings(folder)))
+    run = pretrain(settings(digits, tmp_path / "more", data=DataSettings(folder, max_skipped_share=0.1)))
+    assert len((run / "skipped-images.txt").read_text().splitlines()) == 20
+
+
+def test_other_channel_counts_pretrain(tmp_path):
+    """Ten-channel tiles as .npy: channels, mean and deviation are found, and the encoder takes ten."""
+    generator = np.random.default_rng(0)
+    for number in range(24):
+        (tmp_path / "tiles").mkdir(exist_ok=True)
+        np.save(tmp_path / "tiles" / f"{number}.npy", generator.integers(0, 4000, (10, 40, 36), dtype=np.uint16))
+    encoder = {**SMALL.encoder, "drop_path_rate": 0.0}
+    common = {"preset": "nano", "epochs": 1.0, "batch_size": 8, "model": ModelSettings(mask_unit=8, encoder=encoder)}
+    run = pretrain(PretrainSettings(DataSettings(str(tmp_path / "tiles")), str(tmp_path / "run"), **common))
+    model, resolved = load_simmim(run)
+    assert resolved.data.channels == model.encoder.config.in_channels == 10
+    assert len(resolved.data.mean) == len(resolved.data.std) == 10
+    np.save(tmp_path / "tiles" / "odd.npy", np.zeros((4, 40, 36), np.uint16))
+    with pytest.raises(ValueError, match=r"odd\.npy"):
+        pretrain(PretrainSettings(DataSettings(str(tmp_path / "tiles")), str(tmp_path / "odd"), **common))
+
+
 def test_normalised_target_trains_and_is_drawn(digits, tmp_path):
     model = ModelSettings(mask_unit=8, norm_target_patch=9, encoder=SMALL.encoder)
     run = pretrain(settings(digits, tmp_path / "run", model=model, epochs=1.0))

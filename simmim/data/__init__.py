@@ -10,6 +10,6 @@ from simmim.data.views import CentreView, RandomView, normalise
 __all__ = [
     "EXTENSIONS", "IMAGENET_MEAN", "IMAGENET_STD", "UNREADABLE", "CentreView", "ImageSamples", "InOrder", "LabeledImages",
     "Picture", "RandomView", "SampleStream", "Source", "StreamSamples", "Survey", "batches", "collate", "cores",
-    "find_images", "image_dataset", "index_folder", "labeled_images", "normalise", "open_images", "open_picture", "open_source",
-    "read_image", "reason", "survey", "worker_count",
+    "find_images", "image_dataset", "index_folder", "labeled_images", "normalise", "open_images", "open_picture",
+    "open_source", "read_image", "reason", "survey", "worker_count",
 ]  # fmt: skip

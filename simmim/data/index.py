@@ -18,7 +18,7 @@ if TYPE_CHECKING:
     import datasets
 
 EXTENSIONS = frozenset(
-    (".jpg", ".jpeg", ".jfif", ".png", ".bmp", ".gif", ".webp", ".tif", ".tiff", ".ppm", ".pgm", ".npy")
+    (".jpg", ".jpeg", ".jfif", ".png", ".bmp", ".gif", ".webp", ".tif", ".tiff", ".ppm", ".pgm", ".jp2", ".avif", ".npy")
 )
 VERSION = 1
 ROWS_AT_ONCE = 100_000

@@ -6,14 +6,14 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from simmim.data.decode import UNREADABLE, Picture, Size, open_picture, reason
+from simmim.data.decode import MAX_PIXELS, UNREADABLE, Picture, Size, open_picture, reason
 
 if TYPE_CHECKING:
     import datasets
 
 IMAGENET_MEAN, IMAGENET_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
 
-THUMBNAIL_PX = 64  # longer side; enough for means and deviations, and a twelfth of a full decode for a large JPEG
+THUMBNAIL_PX = 64  # longer side; enough for means and deviations, and a large JPEG need not be decoded in full
 
 
 @dataclass(frozen=True)
@@ -22,7 +22,7 @@ class Survey:
 
     Attributes:
         short_side_px: median of the images' shorter sides.
-        channels: 1 where every sampled image is gray, 3 for colour and for gray among colour, else the files' own count.
+        channels: 1 where every sampled image is gray, 3 for colour, with gray among it or not, else the files' count.
         decoded_mib: estimated size of all images decoded.
         mean, std: per channel, of values in [0, 1].
         sizes: (width, height) in pixels, upright, of each sampled image that could be read.
@@ -36,11 +36,14 @@ class Survey:
     sizes: tuple[Size, ...] = ()
 
 
-def survey(source: datasets.Dataset, channels: int | None = None, sampled: int = 256) -> Survey:
+def survey(
+    source: datasets.Dataset, channels: int | None = None, sampled: int = 256, max_pixels: int = MAX_PIXELS
+) -> Survey:
     """Look at up to `sampled` images, evenly spread.
 
     Args:
         channels: that all images shall be seen in; None finds them.
+        max_pixels: larger images count as unreadable.
 
     Raises:
         ValueError: when none of them can be read, with the first one's reason; when they differ in channels other than
@@ -53,7 +56,7 @@ def survey(source: datasets.Dataset, channels: int | None = None, sampled: int =
     for row in rows:
         record = source[int(row)]["image"]
         try:
-            picture = open_picture(record, channels)
+            picture = open_picture(record, channels, max_pixels)
             thumbnails.append(thumbnail(picture))
         except UNREADABLE as error:
             first_error = first_error or f"{record['path']}: {reason(error)}"
