@@ -16,15 +16,17 @@ class UsageError(ValueError):
 
 @dataclass(frozen=True)
 class Command:
-    """One call of the tool: its name, what it is for, and what runs it with the remaining words."""
+    """One call of the tool: its name, what it is for, and what runs it with the remaining words and gives the exit code,
+    0 where it gives none."""
 
     name: str
     purpose: str
-    run: Callable[[Sequence[str]], None]
+    run: Callable[[Sequence[str]], int | None]
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Run one command and return the exit code: 0 done, 2 wrong input, 130 interrupted."""
+    """Run one command and return the exit code: 0 done, 1 something found wrong by check-data, 2 wrong input, 130
+    interrupted."""
     arguments = list(sys.argv[1:] if arguments is None else arguments)
     try:
         if not arguments or arguments[0] in ("-h", "--help"):
@@ -34,7 +36,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
             print(f"simmim {__version__}")
         else:
-            command_named(arguments[0]).run(arguments[1:])
+            return command_named(arguments[0]).run(arguments[1:]) or 0
     except (ValueError, OSError) as error:
         print(f"simmim: {' '.join(str(error).split())}", file=sys.stderr)
         return 2
@@ -300,6 +302,38 @@ def run_predict(arguments: Sequence[str]) -> None:
     print(f"{count:,} images classified, {len(unreadable):,} unreadable: {chosen.out}")
 
 
+def run_check_data(arguments: Sequence[str]) -> int:
+    """simmim check-data PATH"""
+    words = list(arguments)
+    if words and not words[0].startswith("-"):
+        words[0] = f"--path={words[0]}"
+    words = ["--json=true" if word == "--json" else word for word in words]
+    chosen = options(
+        "check-data",
+        words,
+        "Count, measure and try to read every image, before hours are spent. Exit code 1 when one cannot be read.",
+        path=(str, ..., "folder of images, or any other source that pretrain takes; the first word does without --path"),
+        column=(str, "", "which holds the images, in sources that have columns; found by default"),
+        images_per_second=(float, 0.0, "that the model takes, to say how many loading processes keep up"),
+        workers=(int, -1, "reading processes; by default one a core"),
+        json=(bool, False, "print JSON and nothing else"),
+    )
+    from simmim.data import cores, open_images
+    from simmim.data.check import as_json, check, render
+    from simmim.training import device_type
+
+    report = check(
+        open_images(chosen.path, chosen.column or None),
+        workers=cores() if chosen.workers == -1 else chosen.workers,
+        path=chosen.path,
+        device=device_type(),
+        images_per_second=chosen.images_per_second or None,
+        progress=not chosen.json,
+    )
+    print(as_json(report) if chosen.json else render(report))
+    return 0 if report.sound else 1
+
+
 def run_demo(arguments: Sequence[str]) -> None:
     """simmim demo"""
     chosen = options(
@@ -368,6 +402,7 @@ def recipe_path(name: str) -> Path:
 
 COMMANDS = (
     Command("demo", "the whole story on real digits, a few minutes on a laptop", run_demo),
+    Command("check-data", "what a folder holds, what cannot be read, and what to type next", run_check_data),
     Command("pretrain", "stage 1: SimMIM on a folder of unlabeled images", run_pretrain),
     Command("reconstruct", "pictures of what a pre-trained model fills in", run_reconstruct),
     Command("finetune", "stage 2: transfer the encoder to a labeled task (classification)", run_finetune),

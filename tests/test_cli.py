@@ -1,4 +1,5 @@
 """The command: what works, and wrong input refused in one line, with exit code 2 and nothing written."""
+import json
 import os
 import subprocess
 import sys
@@ -378,3 +379,21 @@ def test_export_copies_the_encoder(place, tmp_path, capsys):
         for name in ("config.json", "encoder.safetensors"):
             assert (out / name).read_bytes() == (place / "encoder" / name).read_bytes()
     assert load_encoder(out).config == load_encoder(place / "encoder").config and listing(place / "encoder") == before
+
+
+def test_check_data_tells_by_its_exit_code_what_it_found(place, monkeypatch, capsys):
+    monkeypatch.chdir(place)
+    assert main(["check-data", "images"]) == 0
+    assert "all readable" in capsys.readouterr().out
+    (place / "images" / "torn.png").write_bytes(b"\x89PNG\r\n\x1a\n torn")
+    try:
+        assert main(["check-data", "images", "--json"]) == 1
+        report = json.loads(capsys.readouterr().out)
+        assert [entry["path"] for entry in report["unreadable"]] == [str(place / "images" / "torn.png")]
+        assert main(["check-data", "--path", "images"]) == 1
+        assert "torn.png" in capsys.readouterr().out
+    finally:
+        (place / "images" / "torn.png").unlink()
+    for words, said in (([], "missing: give --path"), (["absent"], "does not exist"), (["images", "--jsn"], "'json'?")):
+        assert main(["check-data", *words]) == 2
+        assert said in capsys.readouterr().err
