@@ -254,6 +254,7 @@ SHARED = [
         ("export", ["--run", "--format", "--out"]),
         ("predict", ["--run", "--images", "--out", "--batch_size"]),
         ("demo", ["--out", "--seeds", "--overwrite"]),
+        ("check-data", ["--path", "--column", "--images_per_second", "--workers", "--json"]),
     ],
 )
 def test_help_of_each_command(words, flags, capsys):
