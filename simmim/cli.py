@@ -66,6 +66,8 @@ def command_named(name: str) -> Command:
     for command in COMMANDS:
         if command.name == name:
             return command
+    if name.startswith("-"):
+        raise UsageError(f"unknown command {name!r}; known: {', '.join(command.name for command in COMMANDS)}")
     raise UsageError(f"unknown command {name!r}{nearest(name, [command.name for command in COMMANDS])}")
 
 

@@ -301,9 +301,11 @@ def test_the_benchmark_runs(tmp_path):
         (width, workers) for width in (500, 1600, 4000) for workers in (1, 2)
     ]
     assert all(0 < share < 100 for row in results["waiting"] for share in row["waiting_percent"].values())
+    assert all(row["worker_cores"].keys() == {"usual", "ours"} for row in results["waiting"])
     assert min(results["indexing"]["files_per_second"].values()) > 0 and results["indexing"]["ratio_warm"] > 0
     memory = results["memory"]
-    assert memory["before_mib"].keys() == memory["after_mib"].keys() == memory["growth_percent"].keys()
-    assert min(memory["before_mib"].values()) > 0
+    assert memory["mib"].keys() == memory["growth_percent"].keys() == memory["growth_error_percent"].keys()
+    for looks in memory["mib"].values():
+        assert len(looks) == len(memory["samples"]) == 3 and min(looks) > 0
     lines = done.stdout.strip().splitlines()
     assert len(lines) == 2 + 6 + 6 + 2 + 3 and all(line.count("|") == 6 for line in lines), "a Markdown table"
