@@ -30,7 +30,7 @@ SIDE_PX = 192
 # Width and height, with the least ratio to the usual pipeline that is wanted.
 PHOTOS = {(500, 375): 1.0, (1600, 1200): 4.0, (4000, 3000): 10.0}
 CONTENTS = ("tiled", "resized")
-INDEXING_GOAL, GROWTH_GOAL_PERCENT = 50.0, 2.0
+INDEXING_GOAL, GROWTH_GOAL_PERCENT, GROWTH_SAMPLES = 50.0, 2.0, 20_000
 IMAGENET_MEAN, IMAGENET_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
 
 
@@ -46,8 +46,9 @@ class Scale:
         waiting_s: time for which each loop is watched, after as long as its queue takes to drain.
         tiny_files: indexed.
         memory_rows: rows of the index that the workers draw from.
-        warm_up, memory_samples: samples drawn before and between the two looks at the workers' memory.
-        settle_s: until the workers have filled their queue and hold no image half decoded, before each look.
+        warm_up, memory_samples: samples drawn before the first look at the workers' memory, and from it to the last.
+        looks: at their memory. One alone swings by 2.5 %, too much to tell a growth of 2 % by two of them.
+        settle_s: until the workers have filled their queue, before each look.
     """
 
     rounds: int = 5
@@ -59,13 +60,14 @@ class Scale:
     tiny_files: int = 20_000
     memory_rows: int = 1_000_000
     warm_up: int = 20_000
-    memory_samples: int = 20_000
+    memory_samples: int = 40_000
+    looks: int = 11
     settle_s: float = 3.0
 
 
 QUICK = Scale(
     rounds=2, photos=2, images=2, step_images=2, step_s=0.01, waiting_s=0.2, tiny_files=100, memory_rows=1_000,
-    warm_up=64, memory_samples=128, settle_s=0.2,
+    warm_up=64, memory_samples=256, looks=3, settle_s=0.2,
 )  # fmt: skip
 
 
@@ -274,35 +276,47 @@ def waiting(folder: Path, scale: Scale) -> list[dict]:
                 ),
                 "ours": batches(samples, workers=workers, order=SampleStream(len(samples), scale.step_images, seed=0)),
             }
-            shares = {name: waiting_share(loader, scale) for name, loader in loaders.items()}
+            watched = {name: waiting_share(loader, scale) for name, loader in loaders.items()}
             rows.append(
                 {
                     "width_px": size[0],
                     "height_px": size[1],
                     "workers": workers,
                     "step_images_per_second": scale.step_images / scale.step_s,
-                    "waiting_percent": {name: 100 * share for name, share in shares.items()},
+                    "waiting_percent": {name: 100 * share for name, (share, _) in watched.items()},
+                    "worker_cores": {name: had for name, (_, had) in watched.items()},
                 }
             )
     return rows
 
 
-def waiting_share(loader: Iterable, scale: Scale) -> float:
-    """Time waited for batches over all time, once the batches that were loaded ahead of the first step are used up."""
+def waiting_share(loader: Iterable, scale: Scale) -> tuple[float, float]:
+    """Time waited for batches over all time, once the batches that were loaded ahead of the first step are used up; and
+    the cores that the workers had meanwhile.
+
+    Waiting workers that had fewer cores than they are many shared them with others: then the machine was measured.
+    """
     stream = iter(loader)
     next(stream)
     ahead = loader.num_workers * loader.prefetch_factor
     for _ in range(ahead):
         next(stream)
         time.sleep(scale.step_s)
-    waited, started = 0.0, time.perf_counter()
+    pids = [worker.pid for worker in stream._workers]
+    waited, worked, started = 0.0, sum(map(processor_s, pids)), time.perf_counter()
     while (now := time.perf_counter()) - started < scale.waiting_s:
         next(stream)
         waited += time.perf_counter() - now
         time.sleep(scale.step_s)
-    share = waited / (time.perf_counter() - started)
+    lasted, worked = time.perf_counter() - started, sum(map(processor_s, pids)) - worked
     stop(stream)
-    return share
+    return waited / lasted, worked / lasted
+
+
+def processor_s(pid: int) -> float:
+    """Processor time of a process so far."""
+    after_name = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()
+    return (int(after_name[11]) + int(after_name[12])) / os.sysconf("SC_CLK_TCK")
 
 
 def stop(stream) -> None:
@@ -369,7 +383,7 @@ def indexing(folder: Path, scale: Scale) -> dict:
 
 
 def memory(folder: Path, scale: Scale) -> dict:
-    """Memory of four loading processes, before and after many samples from a large index.
+    """Memory of four loading processes that draw many samples from a large index, and by what it grows.
 
     The index is a memory-mapped Arrow file, as `index_folder` keeps it; its rows repeat a few real files. Three numbers
     of all processes together: resident (shared pages counted in each), proportional (shared pages divided among those
@@ -390,23 +404,34 @@ def memory(folder: Path, scale: Scale) -> dict:
     warnings.filterwarnings("ignore", message="This DataLoader will create 4 worker")  # on fewer cores: meant so
     loader = batches(samples, workers=workers, order=SampleStream(len(samples), batch, seed=0))
     stream = iter(loader)
-    looks = []
-    for count in (scale.warm_up, scale.memory_samples):
-        for _ in range(math.ceil(count / batch)):
+    counts, looks = [], []
+    between = math.ceil(scale.memory_samples / (scale.looks - 1) / batch)
+    for look in range(scale.looks):
+        for _ in range(between if look else math.ceil(scale.warm_up / batch)):
             next(stream)
         time.sleep(scale.settle_s)
+        counts.append(look * between * batch)
         looks.append(workers_mib(worker.pid for worker in stream._workers))
     stop(stream)
-    before, after = looks
+    growth = {name: slope(counts, [look[name] for look in looks]) for name in looks[0]}
+    of_mean = {name: 100 * GROWTH_SAMPLES / statistics.mean(look[name] for look in looks) for name in looks[0]}
     return {
         "workers": workers,
         "index_rows": scale.memory_rows,
-        "samples": scale.memory_samples,
-        "before_mib": before,
-        "after_mib": after,
-        "growth_percent": {name: 100 * (after[name] / before[name] - 1) for name in before},
+        "samples": counts,
+        "mib": {name: [look[name] for look in looks] for name in looks[0]},
+        "growth_percent": {name: value * of_mean[name] for name, (value, _) in growth.items()},
+        "growth_error_percent": {name: error * of_mean[name] for name, (_, error) in growth.items()},
+        "growth_samples": GROWTH_SAMPLES,
         "goal_percent": GROWTH_GOAL_PERCENT,
     }
+
+
+def slope(x: list[int], y: list[float]) -> tuple[float, float]:
+    """Of the line of least squares through the points, and its standard error."""
+    fit = statistics.linear_regression(x, y)
+    residual = sum((value - fit.slope * place - fit.intercept) ** 2 for place, value in zip(x, y))
+    return fit.slope, math.sqrt(residual / (len(x) - 2) / (statistics.pvariance(x) * len(x)))
 
 
 def workers_mib(pids: Iterable[int]) -> dict[str, float]:
@@ -439,13 +464,13 @@ def as_markdown(results: dict) -> str:
             )
         )
     for row in results.get("waiting", ()):
-        share = row["waiting_percent"]
+        share, had = row["waiting_percent"], row["worker_cores"]
         rows.append(
             (
                 f"waiting for data, {row['width_px']}×{row['height_px']}, {row['workers']} worker"
                 f"{'s' * (row['workers'] > 1)}, step of {row['step_images_per_second']:,.0f} images/s",
-                f"{share['usual']:.1f} %",
-                f"{share['ours']:.1f} %",
+                f"{share['usual']:.1f} % on {had['usual']:.1f} cores",
+                f"{share['ours']:.1f} % on {had['ours']:.1f} cores",
                 "",
                 "",
             )
@@ -468,11 +493,11 @@ def as_markdown(results: dict) -> str:
         for name, growth in row["growth_percent"].items():
             rows.append(
                 (
-                    f"{name} memory of {row['workers']} workers over {row['samples']:,} samples, index of "
-                    f"{row['index_rows']:,}, MiB",
+                    f"{name} memory of {row['workers']} workers, growth in {row['growth_samples']:,} samples, index of "
+                    f"{row['index_rows']:,}",
                     "",
-                    f"{row['before_mib'][name]:,.0f} → {row['after_mib'][name]:,.0f}",
-                    f"{growth:+.1f} %",
+                    f"{min(row['mib'][name]):,.0f} to {max(row['mib'][name]):,.0f} MiB",
+                    f"{growth:+.1f} ± {row['growth_error_percent'][name]:.1f} %",
                     f"< {row['goal_percent']:g} %",
                 )
             )

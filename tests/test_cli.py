@@ -78,7 +78,7 @@ FINETUNE = "finetune classification --data labeled --out new"
     "words, said",
     [
         ("pretrian --data images", ["unknown command 'pretrian'", "did you mean 'pretrain'?"]),
-        ("--data images", ["unknown command '--data'", "known: demo, pretrain"]),
+        ("--data images", ["unknown command '--data'", "known: demo, check-data, pretrain"]),
         (f"{PRETRAIN} --model.mask_ration 0.5", ["unknown setting 'model.mask_ration'", "'model.mask_ratio'?"]),
         (f"{PRETRAIN} --model.mask-ration=0.5", ["unknown setting 'model.mask_ration'", "'model.mask_ratio'?"]),
         (f"{PRETRAIN} --mask-ratio 0.5", ["unknown setting 'mask_ratio'", "'model.mask_ratio'?"]),

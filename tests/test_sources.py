@@ -191,6 +191,13 @@ def test_what_cannot_be_a_source(tmp_path, name, content, message):
         open_images(str(tmp_path / name))
 
 
+def test_a_file_name_that_is_no_text_is_named(tmp_path):
+    with open(os.fsencode(tmp_path) + b"/\xff.png", "wb") as file:
+        file.write(picture_bytes(1))
+    with pytest.raises(ValueError, match=r"udcff\.png' is not valid UTF-8: rename"):
+        index_folder(tmp_path)
+
+
 def test_labels_from_csv_parquet_and_splits_are_those_of_the_folders(tmp_path):
     for value in range(20):
         path = tmp_path / "folders" / ("odd" if value % 2 else "even") / f"{value:02d}.png"

@@ -69,6 +69,8 @@ class Scan:
             if is_folder:
                 yield from self._walk(path)
             elif os.path.splitext(name)[1].lower() in EXTENSIONS:
+                if not path.isprintable() and path != path.encode("utf-8", "ignore").decode("utf-8"):
+                    raise ValueError(f"file name {path!r} is not valid UTF-8: rename the file")
                 yield path
             else:
                 self.others += 1

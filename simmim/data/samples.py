@@ -17,13 +17,12 @@ import torch
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, IterableDataset, Sampler, get_worker_info
 
-from simmim.data.decode import UNREADABLE, Picture, open_picture, reason
+from simmim.data.decode import MAX_PIXELS, UNREADABLE, Picture, open_picture, reason
 
 if TYPE_CHECKING:
     import datasets
 
 REPLACEMENTS_TRIED = 32
-MAX_PIXELS = 200_000_000
 
 
 class ImageSamples(Dataset):
