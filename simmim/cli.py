@@ -392,7 +392,7 @@ def run_demo(arguments: Sequence[str]) -> None:
     )
 
 
-# The demo's from-scratch arm: the best of the grid that configs/finetune/demo.yaml names, searched for each arm alike.
+# The demo's from-scratch arm: the best of the search that configs/finetune/demo.yaml tells of.
 SCRATCH_TWIN = {"scratch_lr": 0.32768, "scratch_layer_decay": 0.65}
 
 
