@@ -50,6 +50,8 @@ class SwinV2Config:
         drop_path_rate: stochastic-depth probability of the last block; rises linearly from 0 at the first.
         extra_norm_every: the paper's additional layer norm on the main path after every so many blocks of the third
             stage (6 for huge and giants); 0 for none.
+        shift_before_padding: where windows do not divide the map, shift it first and pad then, as timm does; else the
+            other way round, as transformers and published dense-prediction code do.
 
     Raises:
         ValueError: for a setting out of range, saying what was expected.
@@ -65,6 +67,7 @@ class SwinV2Config:
     mlp_ratio: float = 4.0
     drop_path_rate: float = 0.0
     extra_norm_every: int = 0
+    shift_before_padding: bool = False
 
     def __post_init__(self) -> None:
         for name in ("embed_dim", "window_size", "patch_size", "in_channels", "extra_norm_every"):
@@ -326,9 +329,8 @@ class DropPath(nn.Module):
 class SwinV2Block(nn.Module):
     """Shifted-window attention and MLP, each normalised before it joins the main path (residual post-norm).
 
-    Maps that the window does not divide are padded with zeros at the bottom and right before the shift and cropped
-    after; padded tokens are attended to like any other, as in the published dense-prediction code of Swin and in
-    transformers' Swinv2 (timm shifts first and pads then, and so differs at such sizes).
+    Maps that the window does not divide are padded with zeros at the bottom and right and cropped after; padded tokens
+    are attended to like any other. `shift_before_padding` is as in `SwinV2Config`.
     """
 
     def __init__(
@@ -341,9 +343,11 @@ class SwinV2Block(nn.Module):
         mlp_ratio: float,
         drop_path: float,
         extra_norm: bool,
+        shift_before_padding: bool = False,
     ) -> None:
         super().__init__()
         self.window_size, self.shifted, self.pretrained_window = window_size, shifted, pretrained_window
+        self.shift_before_padding = shift_before_padding
         self.attn = WindowAttention(dim, num_heads)
         self.norm1 = nn.LayerNorm(dim)
         self.mlp = Mlp(dim, int(dim * mlp_ratio))
@@ -366,19 +370,29 @@ class SwinV2Block(nn.Module):
         pretrained = as_pair(self.pretrained_window) if self.pretrained_window else window
         padded = tuple(-(-side // w) * w for side, w in zip(size, window))
 
-        if padded != tuple(size):
-            x = F.pad(x, (0, 0, 0, padded[1] - size[1], 0, padded[0] - size[0]))
-        mask = None
-        if any(shift):
-            x = x.roll((-shift[0], -shift[1]), dims=(1, 2))
-            mask = shift_mask(padded, window, shift, x.device)
+        if self.shift_before_padding:
+            x = pad_to(roll(x, (-shift[0], -shift[1])), padded)
+        else:
+            x = roll(pad_to(x, padded), (-shift[0], -shift[1]))
+        mask = shift_mask(padded, window, shift, x.device) if any(shift) else None
         windows = rearrange(x, "b (m p) (n q) c -> (b m n) (p q) c", p=window[0], q=window[1])
         windows = self.attn(windows, window, pretrained, mask)
         rows, columns = padded[0] // window[0], padded[1] // window[1]
         x = rearrange(windows, "(b m n) (p q) c -> b (m p) (n q) c", m=rows, n=columns, p=window[0])
-        if any(shift):
-            x = x.roll(shift, dims=(1, 2))
-        return x[:, : size[0], : size[1]]
+        if self.shift_before_padding:
+            return roll(x[:, : size[0], : size[1]], shift)
+        return roll(x, shift)[:, : size[0], : size[1]]
+
+
+def roll(x: Tensor, shift: Size) -> Tensor:
+    """(B, H, W, C) moved cyclically down and right."""
+    return x.roll(shift, dims=(1, 2)) if any(shift) else x
+
+
+def pad_to(x: Tensor, size: Size) -> Tensor:
+    """(B, H, W, C) with zeros below and right of it."""
+    bottom, right = size[0] - x.shape[1], size[1] - x.shape[2]
+    return F.pad(x, (0, 0, 0, right, 0, bottom)) if bottom or right else x
 
 
 class PatchEmbed(nn.Module):
@@ -434,6 +448,7 @@ class Stage(nn.Module):
                 mlp_ratio=config.mlp_ratio,
                 drop_path=drop_paths[block],
                 extra_norm=bool(every) and (block + 1) % every == 0,
+                shift_before_padding=config.shift_before_padding,
             )
             for block in range(depth)
         )
@@ -492,6 +507,16 @@ class SwinV2(nn.Module):
         """Channels of the last feature map."""
         return self.config.dims[-1]
 
+    @property
+    def channels(self) -> tuple[int, ...]:
+        """Channels of each stage's map, for dense heads."""
+        return self.config.dims
+
+    @property
+    def strides(self) -> tuple[int, ...]:
+        """Pixels of the image per token of each stage's map, for dense heads."""
+        return self.config.strides
+
     def reset_parameters(self) -> None:
         """Linear weights from a truncated normal of 0.02, and both norms of each block with zero gain, so that every
         block starts as the identity. The patch projection keeps PyTorch's convolution default, as in the reference."""
@@ -516,6 +541,12 @@ class SwinV2(nn.Module):
             ValueError: when the images have another number of channels or dimensions than the encoder takes.
         """
         return self.encode(self.embed(images), return_stages)
+
+    def features(self, images: Tensor, per_stage: bool = False) -> Tensor | tuple[Tensor, ...]:
+        """What heads and indexes take: the pooled features, (B, C), or with `per_stage` each stage's map,
+        (B, channels[i], H_i, W_i) at strides[i], of normalised images of any size."""
+        output = self(images, return_stages=per_stage)
+        return output.stages if per_stage else output.pooled
 
     def embed(self, images: Tensor) -> Tensor:
         """Images to the tokens of the first stage, (B, H, W, C)."""
