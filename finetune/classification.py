@@ -1,7 +1,6 @@
 """Classification: mean-pooled features of the final norm, one linear layer, cross entropy, accuracy."""
 from __future__ import annotations
 
-import json
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -9,26 +8,16 @@ from pathlib import Path
 import pytorch_lightning as pl
 import torch
 import torch.nn.functional as F
-from safetensors.torch import save_file
 from torch import Tensor, nn
 from torchmetrics.classification import MulticlassAccuracy
 
 from finetune.augment import AffineSettings, warp
 from finetune.settings import OptimSettings
-from simmim.checkpoint import (
-    Preprocessing,
-    check_state,
-    encoder_folder,
-    read_encoder,
-    read_weights,
-    save_encoder,
-)
+from simmim.checkpoint import Preprocessing, save_encoder
+from simmim.convert import read_encoder
 from simmim.data import normalise
-from simmim.files import whole_file, write_json
 from simmim.optim import adamw, parameter_groups
 from simmim.swinv2 import SwinV2
-
-HEAD, HEAD_CONFIG = "head.safetensors", "head.json"
 
 
 class Classifier(nn.Module):
@@ -112,48 +101,31 @@ class ClassificationFinetuning(pl.LightningModule):
 
 @dataclass(frozen=True)
 class SavedClassifier:
-    """A classifier read: the model, its classes' names, how to feed it, and the crop it was validated with."""
+    """A classifier read: the model, its classes' names, and how to feed it."""
 
     model: Classifier
     classes: tuple[str, ...]
     preprocessing: Preprocessing
-    evaluation_crop: float
 
 
 def save_classifier(
-    folder: Path,
-    model: Classifier,
-    classes: tuple[str, ...],
-    preprocessing: Preprocessing,
-    evaluation_crop: float,
-    provenance: dict,
+    folder: Path, model: Classifier, classes: tuple[str, ...], preprocessing: Preprocessing, provenance: dict
 ) -> None:
     """Write encoder and head into `folder`; what loads the encoder alone takes no notice of the head's files."""
-    save_encoder(folder, model.encoder, preprocessing, provenance)
-    state = {name: value.detach().cpu().contiguous() for name, value in model.head.state_dict().items()}
-    with whole_file(folder / HEAD) as temporary:
-        save_file(state, temporary, metadata={"format": "pt"})
-    write_json(
-        folder / HEAD_CONFIG,
-        {"task": "classification", "classes": list(classes), "evaluation_crop": evaluation_crop},
-    )
+    save_encoder(folder, model.encoder, preprocessing, provenance, head=model.head.state_dict(), classes=classes)
 
 
 def load_classifier(path: str | Path) -> SavedClassifier:
-    """A fine-tuned classifier, in evaluation mode, from its run folder or its folder encoder/.
+    """A fine-tuned classifier, in evaluation mode, from its run folder or from a classifier in any format that
+    `simmim.load_encoder` reads.
 
     Raises:
         ValueError: when there is none, or its weights do not fit.
     """
-    folder = encoder_folder(path)
-    if not (folder / HEAD).is_file() or not (folder / HEAD_CONFIG).is_file():
+    saved = read_encoder(path)
+    head, classes = saved.checkpoint.head, saved.checkpoint.classes
+    if not head:
         raise ValueError(f"{str(path)!r} holds an encoder but no classifier: give a run of simmim finetune")
-    saved = read_encoder(folder)
-    described = json.loads((folder / HEAD_CONFIG).read_text(encoding="utf-8"))
-    model = Classifier(saved.encoder, len(described["classes"]))
-    state = read_weights(folder / HEAD)
-    check_state(model.head, state, folder / HEAD)
-    model.head.load_state_dict(state)
-    return SavedClassifier(
-        model.eval(), tuple(described["classes"]), saved.preprocessing, described["evaluation_crop"]
-    )
+    model = Classifier(saved.encoder, len(classes))
+    model.head.load_state_dict(head)
+    return SavedClassifier(model.eval(), classes, saved.preprocessing)

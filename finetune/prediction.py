@@ -17,7 +17,7 @@ def predict(run: str | Path, images: str | Path, out: str | Path, batch_size: in
     """Classify every image below `images` and write path, class and probabilities to `out`, a row an image.
 
     Args:
-        run: a run of `simmim finetune`, or its folder encoder/.
+        run: a run of `simmim finetune`, its folder encoder/, or a classifier in any format that `load_encoder` reads.
         out: CSV file to write, whole or not at all; must not exist yet.
 
     Returns:
@@ -33,14 +33,15 @@ def predict(run: str | Path, images: str | Path, out: str | Path, batch_size: in
     device = device_type()
     model = saved.model.to(device)
     source = open_images(images)
-    view = CentreView(saved.preprocessing.image_size, saved.evaluation_crop)
+    preprocessing = saved.preprocessing
+    view = CentreView(preprocessing.image_size, preprocessing.crop, preprocessing.interpolation, preprocessing.fit)
     channels = model.encoder.config.in_channels
     rows, unreadable, waiting = [], {}, []
 
     def classify() -> None:
         batch = torch.stack([pixels for _, pixels in waiting]).to(device)
         with torch.inference_mode():
-            logits = model(normalise(batch, saved.preprocessing.mean, saved.preprocessing.std))
+            logits = model(normalise(batch, preprocessing.mean, preprocessing.std))
         for (path, _), shares in zip(waiting, logits.float().softmax(dim=1).tolist()):
             best = max(range(len(shares)), key=shares.__getitem__)
             rows.append([path, saved.classes[best], *(f"{share:.6f}" for share in shares)])

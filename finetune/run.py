@@ -8,7 +8,8 @@ import pytorch_lightning as pl
 
 from finetune.classification import ClassificationFinetuning, Classifier, save_classifier
 from finetune.settings import FinetuneSettings, with_schedule
-from simmim.checkpoint import Preprocessing, read_encoder
+from simmim.checkpoint import Checkpoint, Preprocessing, build_encoder
+from simmim.convert import read
 from simmim.data import (
     IMAGENET_MEAN,
     IMAGENET_STD,
@@ -24,6 +25,8 @@ from simmim.defaults import (
     default_image_size,
     default_preset,
     default_window,
+    encoder_channels,
+    plain_size,
 )
 from simmim.run_folder import CONFIG, as_yaml, check_run_folder, last_checkpoint, take_run_folder
 from simmim.swinv2 import PRESETS, SwinV2, SwinV2Config
@@ -70,7 +73,7 @@ def finetune(settings: FinetuneSettings, quiet: bool = False) -> FinetuneResult:
     kept = images.decoded_mib <= KEEP_DECODED_MIB
 
     pl.seed_everything(settings.seed, workers=True, verbose=False)
-    encoder, preprocessing, settings = starting_point(settings, images, device, say=None if quiet else print)
+    encoder, preprocessing, settings, source = starting_point(settings, images, device, say=None if quiet else print)
     small = encoder.config.embed_dim < 96
     settings = with_schedule(settings, len(labels.train), device, small)
     crop = settings.data.evaluation_crop or (1.0 if min(settings.size) <= 64 else 0.875)
@@ -87,14 +90,16 @@ def finetune(settings: FinetuneSettings, quiet: bool = False) -> FinetuneResult:
     steps = max(1, round(settings.epochs * steps_per_epoch))
     schedule = settings.schedule().by_step(steps_per_epoch, settings.batch_size)
 
+    preprocessing = replace(preprocessing, crop=crop)
     model = Classifier(encoder, len(labels.classes))
+    take_head(model, source, labels.classes, settings, say=None if quiet else print)
     module = ClassificationFinetuning(
         model, preprocessing.mean, preprocessing.std, settings.data.affine, schedule, settings.optim, settings.freeze
     )
     train, validation = samples_of(labels, settings, encoder.config.in_channels, kept)
 
     run = Path(settings.out).expanduser()
-    best = KeepBest(run, labels.classes, preprocessing, crop, provenance(settings))
+    best = KeepBest(run, labels.classes, preprocessing, provenance(settings, len(labels.train), source))
     callbacks = [
         *usual_callbacks(run, settings, "fine-tuning", len(labels.train), quiet),
         best,
@@ -132,6 +137,19 @@ def finetune(settings: FinetuneSettings, quiet: bool = False) -> FinetuneResult:
     return FinetuneResult(run, float(last), float(best.accuracy))
 
 
+def take_head(model: Classifier, source: Checkpoint | None, classes: tuple[str, ...], settings, say) -> None:
+    """The source's head where it is for the same classes; else it is fresh, which is said."""
+    if source is None or settings.init == "none" or not source.head:
+        return
+    if source.classes == tuple(classes):
+        model.head.load_state_dict(source.head)
+        text = f"head of the same {len(classes)} classes taken over"
+    else:
+        text = f"head of {len(source.classes)} classes replaced by a fresh one of {len(classes)}"
+    if say:
+        say(f"adapted    {text}")
+
+
 def samples_of(
     labels: LabeledImages, settings: FinetuneSettings, channels: int, keep_decoded: bool
 ) -> tuple[ImageSamples, ImageSamples]:
@@ -148,8 +166,9 @@ def samples_of(
 
 def starting_point(
     settings: FinetuneSettings, images, device: str, say
-) -> tuple[SwinV2, Preprocessing, FinetuneSettings]:
-    """The encoder to train, the preprocessing it goes with, and the settings with image size and window filled in.
+) -> tuple[SwinV2, Preprocessing, FinetuneSettings, Checkpoint | None]:
+    """The encoder to train, the preprocessing it goes with, the settings with image size and window filled in, and what was
+    read.
 
     Pre-trained weights, an architecture without its weights (`encoder.like`), or a preset from scratch.
     """
@@ -166,36 +185,36 @@ def starting_point(
         mean, std = (IMAGENET_MEAN, IMAGENET_STD) if images.channels == 3 else (images.mean, images.std)
         settings = replace(settings, image_size=size, encoder=replace(chosen, preset=preset, window_size=window))
         preprocessing = Preprocessing(settings.size, mean, std)
-        return SwinV2(config, chosen.checkpoint_activations), preprocessing, settings
+        return SwinV2(config, chosen.checkpoint_activations), preprocessing, settings, None
 
-    saved = read_encoder(source, drop_path_rate=chosen.drop_path_rate)
-    pretrained_size = saved.preprocessing.image_size
-    size = settings.image_size or (pretrained_size[0] if len(set(pretrained_size)) == 1 else pretrained_size)
+    checkpoint = read(source, **({"window_size": chosen.window_size} if chosen.window_size else {}))
+    pretrained_size = checkpoint.preprocessing.image_size
+    size = settings.image_size or plain_size(pretrained_size)
     settings = replace(settings, image_size=size)
     # The window grows with the image, so that it sees the same share of it: 12 at 192 px, 14 at 224.
-    window = chosen.window_size or max(
-        1, round(saved.encoder.config.window_size * min(settings.size) / min(pretrained_size))
-    )
+    window = chosen.window_size or max(1, round(checkpoint.config.window_size * min(settings.size) / min(pretrained_size)))
     settings = replace(settings, encoder=replace(chosen, window_size=window))
-    config = replace(saved.encoder.config, window_size=window)
-    encoder = SwinV2(config, chosen.checkpoint_activations)
+    channels = encoder_channels(checkpoint.config.in_channels, images.channels)
+    overrides = {"window_size": window, "drop_path_rate": chosen.drop_path_rate, "in_channels": channels}
+    saved = build_encoder(checkpoint, **overrides)
+    encoder, preprocessing = saved.encoder, saved.preprocessing
     if settings.init == "none":
-        encoder = SwinV2(replace(config, pretrained_window_sizes=None), chosen.checkpoint_activations)
-    else:
-        encoder.load_state_dict(saved.encoder.state_dict())
-        if say:
-            say(f"encoder from {source}: all {len(encoder.state_dict())} tensors loaded")
-    return encoder, replace(saved.preprocessing, image_size=settings.size), settings
+        encoder = SwinV2(replace(encoder.config, pretrained_window_sizes=None))
+    elif say:
+        say(str(saved.report))
+    encoder.checkpoint_activations = chosen.checkpoint_activations
+    # Views of training are bilinear, whatever the encoder saw before; so is the view that evaluates them.
+    preprocessing = replace(preprocessing, image_size=settings.size, interpolation="bilinear", fit="crop")
+    return encoder, preprocessing, settings, checkpoint
 
 
 class KeepBest(pl.Callback):
     """Exports the classifier whenever its validation accuracy is the best so far; the first of equals stays."""
 
     def __init__(
-        self, run: Path, classes: tuple[str, ...], preprocessing: Preprocessing, crop: float, provenance: dict
+        self, run: Path, classes: tuple[str, ...], preprocessing: Preprocessing, provenance: dict
     ) -> None:
-        self.run, self.classes, self.preprocessing = run, classes, preprocessing
-        self.crop, self.provenance = crop, provenance
+        self.run, self.classes, self.preprocessing, self.provenance = run, classes, preprocessing, provenance
         self.accuracy = -1.0
 
     def state_dict(self) -> dict:
@@ -218,19 +237,19 @@ class KeepBest(pl.Callback):
         self.accuracy = accuracy
         if module.trainer.is_global_zero:
             provenance = {**self.provenance, "steps": module.trainer.global_step, "accuracy": accuracy}
-            save_classifier(
-                self.run / "encoder", module.model, self.classes, self.preprocessing, self.crop, provenance
-            )
+            save_classifier(self.run / "encoder", module.model, self.classes, self.preprocessing, provenance)
 
 
-def provenance(settings: FinetuneSettings) -> dict:
+def provenance(settings: FinetuneSettings, count: int, source: Checkpoint | None) -> dict:
     """What an exported classifier says of where it comes from."""
     from simmim import __version__
 
     return {
         "toolkit": f"simmim {__version__}",
-        "task": "classification",
-        "init": settings.init,
+        "method": "classification",
+        "data": Path(settings.data.path).name,
+        "images": count,
+        "encoder": "from scratch" if settings.init == "none" else (source.provenance or {"file": source.source.name}),
         "labels_per_class": settings.labels_per_class,
         "epochs": settings.epochs,
         "seed": settings.seed,

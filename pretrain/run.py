@@ -11,7 +11,8 @@ import torch
 from pretrain.callbacks import Reconstructions
 from pretrain.module import SimMIMPretraining
 from pretrain.settings import DataSettings, ModelSettings, OptimSettings, PretrainSettings, resolve
-from simmim.checkpoint import Preprocessing, save_encoder
+from simmim.checkpoint import Checkpoint, Preprocessing, build_encoder, preset_name, save_encoder
+from simmim.convert import read
 from simmim.data import CentreView, ImageSamples, RandomView, StreamSamples, open_source, survey, worker_count
 from simmim.model import SimMIM
 from simmim.run_folder import CONFIG, as_yaml, check_run_folder, last_checkpoint, take_run_folder
@@ -50,7 +51,9 @@ def pretrain(settings: PretrainSettings) -> Path:
     device = device_type()
     kept = images.decoded_mib <= KEEP_DECODED_MIB and not source.streaming
     # Images that are in memory already are cropped faster than they could be sent between processes.
-    settings = resolve(settings, images, source.count, device, 0 if kept and device == "cpu" else worker_count(device))
+    initial = read(settings.init) if settings.init != "none" else None
+    workers = 0 if kept and device == "cpu" else worker_count(device)
+    settings = resolve(settings, images, source.count, device, workers, initial)
     settings = replace(settings, precision=settings.precision or default_precision(device, settings.encoder_config()))
     data, accumulate = settings.data, settings.optim.accumulate
 
@@ -58,6 +61,8 @@ def pretrain(settings: PretrainSettings) -> Path:
     steps = max(1, round(settings.epochs * steps_per_epoch))
     pl.seed_everything(settings.seed, workers=True, verbose=False)
     model = build_model(settings)
+    if initial:
+        lines = take_weights(model, initial)
     masking = settings.masking()
     schedule = settings.schedule().by_step(steps_per_epoch, settings.batch_size)
     module = SimMIMPretraining(
@@ -75,7 +80,10 @@ def pretrain(settings: PretrainSettings) -> Path:
     preprocessing = Preprocessing(settings.size, data.mean, data.std)
 
     def export(module: SimMIMPretraining) -> None:
-        save_encoder(run / "encoder", module.model.encoder, preprocessing, provenance(settings, module.global_step))
+        said = provenance(settings, source.count, module.global_step)
+        if "loss" in module.trainer.callback_metrics:
+            said["loss"] = round(float(module.trainer.callback_metrics["loss"]), 5)
+        save_encoder(run / "encoder", module.model.encoder, preprocessing, said, module.model.own_state())
 
     callbacks = [
         *usual_callbacks(run, settings, "pre-training", source.count),
@@ -99,6 +107,8 @@ def pretrain(settings: PretrainSettings) -> Path:
     checkpoint = last_checkpoint(run)
     resumed = settings.resume and checkpoint.is_file()
     if trainer.is_global_zero:
+        if initial:
+            print(lines)
         print(summary(settings, model, source.count, steps, trainer, checkpoint if resumed else None), flush=True)
     stream = StreamData(samples, settings.batch_size, accumulate, settings.workers)
     trainer.fit(module, datamodule=stream, ckpt_path=checkpoint if resumed else None, weights_only=True)
@@ -113,14 +123,41 @@ def build_model(settings: PretrainSettings) -> SimMIM:
     return SimMIM(encoder, settings.model.norm_target_patch)
 
 
-def provenance(settings: PretrainSettings, steps: int) -> dict:
+def take_weights(model: SimMIM, source: Checkpoint) -> str:
+    """Give `model` the weights of `source`, mask token and decoder among them where it has them and they fit.
+
+    Returns:
+        The report, a line each of what was loaded, adapted, missing and unexpected.
+    """
+    config = model.encoder.config
+    saved = build_encoder(source, **{name: getattr(config, name) for name in vars(config)})
+    model.encoder.load_state_dict(saved.encoder.state_dict())
+    own = {name: tuple(value.shape) for name, value in model.own_state().items()}
+    fits = {name: tuple(value.shape) for name, value in source.pretraining.items()} == own
+    if fits:
+        model.load_state_dict(source.pretraining, strict=False)
+    report = str(saved.report)
+    if source.pretraining and not fits:
+        report += "\nadapted    mask token and decoder are fresh: those of the source are for other channels"
+    if fits:
+        report += "\nloaded     mask token and decoder"
+    patch = source.provenance.get("norm_target_patch")
+    if fits and patch and patch != model.norm_target_patch:
+        report += f"; they predict pixels normalised over {patch} px: --model.norm_target_patch {patch} goes on like that"
+    return report
+
+
+def provenance(settings: PretrainSettings, count: int, steps: int) -> dict:
     """What an exported encoder says of where it comes from."""
     from simmim import __version__
 
     return {
         "toolkit": f"simmim {__version__}",
         "method": "SimMIM",
-        "preset": settings.preset,
+        "data": data_name(settings.data.path),
+        "images": count,
+        "preset": preset_name(settings.encoder_config()),
+        **({"init": Path(settings.init).name} if settings.init != "none" else {}),
         "steps": steps,
         "epochs": settings.epochs,
         "batch_size": settings.batch_size,
@@ -129,6 +166,12 @@ def provenance(settings: PretrainSettings, steps: int) -> dict:
         "mask_ratio": settings.model.mask_ratio,
         "norm_target_patch": settings.model.norm_target_patch,
     }
+
+
+def data_name(path: str | list[str]) -> str:
+    """What a model card calls the images: their folders' names without the way there, which is nobody's business."""
+    paths = [path] if isinstance(path, str) else path
+    return ", ".join(Path(part).name for part in paths)
 
 
 def summary(
@@ -147,8 +190,8 @@ def summary(
         as_yaml(settings).rstrip(),
         "",
         f"images   {count:,}, {kind}, as {height}×{width} px",
-        f"encoder  SwinV2 {settings.preset}, {parameters:.2f} M parameters, window {encoder.config.window_size}, "
-        f"patch {encoder.config.patch_size} px",
+        f"encoder  SwinV2 {preset_name(encoder.config) or 'of its own size'}, {parameters:.2f} M parameters, "
+        f"window {encoder.config.window_size}, patch {encoder.config.patch_size} px",
         f"masking  {hidden} of {units} units of {settings.model.mask_unit} px",
         f"training {settings.epochs:g} epochs, {steps:,} steps of {settings.batch_size} images, peak learning rate "
         f"{peak:.3g}, {settings.precision} on {trainer.world_size} × {trainer.strategy.root_device.type}",

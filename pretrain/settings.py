@@ -5,6 +5,7 @@ import math
 from dataclasses import dataclass, field, replace
 from typing import Any
 
+from simmim.checkpoint import Checkpoint
 from simmim.data import IMAGENET_MEAN, IMAGENET_STD, Survey
 from simmim.defaults import (
     check_common,
@@ -14,6 +15,8 @@ from simmim.defaults import (
     default_preset,
     default_pretraining_epochs,
     default_window,
+    encoder_channels,
+    plain_size,
 )
 from simmim.masking import BlockMasking
 from simmim.optim import Schedule
@@ -140,7 +143,9 @@ class PretrainSettings:
     Args:
         data: the images; in Python a path alone will do.
         out: run folder to make.
-        preset: size of the encoder: nano, micro, tiny, small, base, large, huge, giant-1b, giant-3b.
+        init: encoder to go on from, in any format that `simmim.load_encoder` reads; its mask token and decoder come along
+            where it has them. With none the encoder starts fresh.
+        preset: size of a fresh encoder: nano, micro, tiny, small, base, large, huge, giant-1b, giant-3b.
         image_size: pixels the crops are resized to, one number or height and width.
         epochs: passes over the images.
         batch_size: images an optimiser step, over all devices.
@@ -160,6 +165,7 @@ class PretrainSettings:
 
     data: DataSettings
     out: str
+    init: str = "none"
     preset: str | None = None
     image_size: int | tuple[int, int] | None = None
     epochs: float | None = None
@@ -186,6 +192,8 @@ class PretrainSettings:
             if getattr(self, name) is not None and getattr(self, name) <= 0:
                 raise ValueError(f"{name} is {getattr(self, name)}: give a positive number")
         check_common(self)
+        if self.init != "none" and self.preset:
+            raise ValueError("--preset describes a fresh encoder, and --init brings its own: give one of them")
 
     @property
     def size(self) -> tuple[int, int]:
@@ -194,6 +202,8 @@ class PretrainSettings:
 
     def encoder_config(self) -> SwinV2Config:
         """The architecture, once resolved."""
+        if self.preset is None:
+            return SwinV2Config(**self.model.encoder)
         return SwinV2Config.from_preset(self.preset, **{"in_channels": self.data.channels, **self.model.encoder})
 
     def masking(self) -> BlockMasking:
@@ -217,10 +227,13 @@ class PretrainSettings:
         )
 
 
-def resolve(settings: PretrainSettings, images: Survey, count: int, device: str, workers: int) -> PretrainSettings:
+def resolve(
+    settings: PretrainSettings, images: Survey, count: int, device: str, workers: int, source: Checkpoint | None = None
+) -> PretrainSettings:
     """Fill in all that the user left open.
 
     Args:
+        source: what `settings.init` was read as.
         images: what a sample of the images looks like.
         count: how many there are.
         device: cuda, mps or cpu.
@@ -230,13 +243,11 @@ def resolve(settings: PretrainSettings, images: Survey, count: int, device: str,
         ValueError: when the result cannot work: an unknown preset, a mask unit that does not divide the image, ….
     """
     data, model, optim = settings.data, settings.model, settings.optim
-    channels = data.channels or images.channels
-    data = replace(
-        data,
-        channels=channels,
-        mean=data.mean or (IMAGENET_MEAN if channels == 3 else images.mean),
-        std=data.std or (IMAGENET_STD if channels == 3 else images.std),
-    )
+    channels = data.channels or (encoder_channels(source.config.in_channels, images.channels) if source else images.channels)
+    usual = (IMAGENET_MEAN, IMAGENET_STD) if channels == 3 else (images.mean, images.std)
+    if source and source.config.in_channels == channels:
+        usual = (source.preprocessing.mean, source.preprocessing.std)
+    data = replace(data, channels=channels, mean=data.mean or usual[0], std=data.std or usual[1])
     if len(data.mean) != channels or len(data.std) != channels:
         raise ValueError(f"data.mean {data.mean} and data.std {data.std} need one number for each of {channels} channels")
 
@@ -244,18 +255,30 @@ def resolve(settings: PretrainSettings, images: Survey, count: int, device: str,
         raise ValueError(
             f"model.encoder.in_channels is {model.encoder['in_channels']} and the images have {channels}: give data.channels"
         )
-    image_size = settings.image_size or default_image_size(images.short_side_px)
+    image_size = settings.image_size or (
+        plain_size(source.preprocessing.image_size) if source else default_image_size(images.short_side_px)
+    )
     size = (image_size,) * 2 if isinstance(image_size, int) else image_size
-    preset = settings.preset or default_preset(min(size), device)
     encoder = dict(model.encoder)
-    if preset in PRESETS:
-        encoder.setdefault("window_size", default_window(min(size), encoder.get("patch_size", PRESETS[preset].patch_size)))
-    config = SwinV2Config.from_preset(preset, **encoder)
+    if source:
+        preset, small = None, source.config.embed_dim < PRESETS["tiny"].embed_dim
+        encoder = {**source.config.as_dict(), "in_channels": channels, **encoder}
+        if "window_size" not in model.encoder:
+            # The window grows with the image, so that it sees the same share of it.
+            share = min(size) / min(source.preprocessing.image_size)
+            encoder["window_size"] = max(1, round(source.config.window_size * share))
+        config = SwinV2Config(**encoder)
+    else:
+        preset = settings.preset or default_preset(min(size), device)
+        small = preset in ("nano", "micro")
+        if preset in PRESETS:
+            patch_size = encoder.get("patch_size", PRESETS[preset].patch_size)
+            encoder.setdefault("window_size", default_window(min(size), patch_size))
+        config = SwinV2Config.from_preset(preset, **encoder)
     mask_unit = default_mask_unit(size, config.patch_size) if model.mask_unit is None else model.mask_unit
     model = replace(model, encoder=encoder, mask_unit=mask_unit)
 
     epochs = settings.epochs or default_pretraining_epochs(count)
-    small = preset in ("nano", "micro")
     optim = replace(
         optim,
         lr=optim.lr if optim.lr is not None else (2e-3 if small else 1e-4),

@@ -12,7 +12,7 @@ _HOMES = {
     "PRESETS": "simmim.swinv2",
     "BlockMasking": "simmim.masking",
     "SimMIM": "simmim.model",
-    "load_encoder": "simmim.checkpoint",
+    "load_encoder": "simmim.convert",
     "save_encoder": "simmim.checkpoint",
 }
 __all__ = [*_HOMES, "__version__"]

@@ -1,23 +1,29 @@
-"""Encoders on disk: `encoder.safetensors` beside a `config.json` that says what it takes to use it.
+"""Models on disk in this toolkit's own format, and what holds of every format: a whole architecture or an error.
 
-Loading is strict: every weight arrives, or nothing does and the message says why. Files appear whole or not at all.
+A folder holds `encoder.safetensors` beside a `config.json` that says what it takes to use it; `pretraining.safetensors`,
+mask token and decoder, where pre-training may go on; `head.safetensors` and `head.json` after fine-tuning. Files appear
+whole or not at all. Other formats are in `simmim.convert`.
 """
 from __future__ import annotations
 
 import json
-from collections.abc import Callable
+import re
+from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field, fields, replace
 from pathlib import Path
 
 import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
+from torch import Tensor, nn
 
 from simmim.files import whole_file, write_json
-from simmim.swinv2 import SwinV2, SwinV2Config, nearest
+from simmim.swinv2 import PRESETS, SwinV2, SwinV2Config, at_least_float32, nearest
 
 WEIGHTS, CONFIG = "encoder.safetensors", "config.json"
+PRETRAINING, HEAD, HEAD_CONFIG = "pretraining.safetensors", "head.safetensors", "head.json"
 FORMAT = "simmim-swinv2-encoder"
+State = dict[str, Tensor]
 
 
 @dataclass(frozen=True)
@@ -27,13 +33,17 @@ class Preprocessing:
     Args:
         image_size: (height, width) in pixels that it was trained at; others work.
         mean, std: one a channel, of values in [0, 1].
-        interpolation: how images were resized.
+        interpolation: how images are resized: nearest, bilinear, bicubic or lanczos, antialiased.
+        crop: share of the sides of the largest central crop that evaluation sees.
+        fit: crop, to keep the image's proportions; squash, to resize it whole to `image_size`.
     """
 
     image_size: tuple[int, int]
     mean: tuple[float, ...]
     std: tuple[float, ...]
     interpolation: str = "bilinear"
+    crop: float = 1.0
+    fit: str = "crop"
 
     def __post_init__(self) -> None:
         for name in ("image_size", "mean", "std"):
@@ -41,97 +51,192 @@ class Preprocessing:
 
 
 @dataclass(frozen=True)
+class Checkpoint:
+    """A model as it was read, under this toolkit's names, from whatever file.
+
+    Args:
+        config: the encoder's architecture.
+        encoder: its weights.
+        preprocessing: what its images must look like.
+        source: the file or folder it was read from.
+        format: simmim, official, timm or hf.
+        provenance: where it comes from, as far as the file tells.
+        pretraining: mask_token (C,), decoder.weight and decoder.bias; empty where the file holds none.
+        head: weight (classes, C) and bias (classes,) of a classifier; empty where the file holds none.
+        classes: the head's class names.
+        notes: what was concluded rather than read, a sentence each.
+    """
+
+    config: SwinV2Config
+    encoder: State
+    preprocessing: Preprocessing
+    source: Path
+    format: str = "simmim"
+    provenance: dict = field(default_factory=dict)
+    pretraining: State = field(default_factory=dict)
+    head: State = field(default_factory=dict)
+    classes: tuple[str, ...] = ()
+    notes: tuple[str, ...] = ()
+
+
+@dataclass(frozen=True)
+class LoadReport:
+    """What became of a file's tensors: of the encoder's all are loaded, or there is an error and no report.
+
+    Args:
+        source, format: where they are from.
+        tensors, values: how many make up the encoder.
+        adapted: what was changed to fit, a sentence each.
+        missing: parts that the file does not hold and that start anew where they are needed.
+        unexpected: parts that the file holds and the encoder has no use for.
+    """
+
+    source: Path
+    format: str
+    tensors: int
+    values: int
+    adapted: tuple[str, ...] = ()
+    missing: tuple[str, ...] = ()
+    unexpected: tuple[str, ...] = ()
+
+    def __str__(self) -> str:
+        lines = [
+            f"loaded     {self.tensors} of {self.tensors} tensors, {self.values / 1e6:.2f} M values, "
+            f"from {self.source} ({FORMAT_NAMES[self.format]})"
+        ]
+        for name in ("adapted", "missing", "unexpected"):
+            lines += [f"{name:<10} {text}" for text in getattr(self, name)]
+        return "\n".join(lines)
+
+
+FORMAT_NAMES = {"simmim": "this toolkit", "official": "the authors' code", "timm": "timm", "hf": "transformers"}
+
+
+@dataclass(frozen=True)
 class SavedEncoder:
-    """An encoder folder read: the model, how to feed it, and where it comes from."""
+    """An encoder ready for use, how to feed it, where it comes from, and what else the file held."""
 
     encoder: SwinV2
     preprocessing: Preprocessing
-    provenance: dict = field(default_factory=dict)
+    provenance: dict
+    checkpoint: Checkpoint
+    report: LoadReport
 
 
-def save_encoder(folder: str | Path, encoder: SwinV2, preprocessing: Preprocessing, provenance: dict) -> Path:
-    """Write `encoder` into `folder`, each of the two files whole or not at all.
+# --- Writing ---------------------------------------------------------------------------------------------------------
+
+
+def save_encoder(
+    folder: str | Path,
+    encoder: SwinV2,
+    preprocessing: Preprocessing,
+    provenance: dict,
+    pretraining: State | None = None,
+    head: State | None = None,
+    classes: tuple[str, ...] = (),
+) -> Path:
+    """Write `encoder` into `folder`, each file whole or not at all; `pretraining`, `head` and `classes` are as in
+    `Checkpoint`.
 
     The windows it was pre-trained with are recorded in the architecture, so that whoever loads it at another window or
     image size gets the position bias scaled as the weights expect it.
     """
+    config = with_pretrained_windows(encoder.config, preprocessing.image_size)
+    return save_checkpoint(
+        folder,
+        Checkpoint(
+            config,
+            encoder.state_dict(),
+            preprocessing,
+            Path(folder),
+            provenance=provenance,
+            pretraining=pretraining or {},
+            head=head or {},
+            classes=classes,
+        ),
+    )
+
+
+def save_checkpoint(folder: str | Path, checkpoint: Checkpoint) -> Path:
+    """As `save_encoder`, of what was read."""
     folder = Path(folder)
-    config = encoder.config
-    if config.pretrained_window_sizes is None:
-        windows = config.windows(preprocessing.image_size)
-        sizes = tuple(height if height == width else (height, width) for height, width in windows)
-        config = replace(config, pretrained_window_sizes=sizes)
-    state = {name: value.detach().cpu().contiguous() for name, value in encoder.state_dict().items()}
-    with whole_file(folder / WEIGHTS) as temporary:
-        save_file(state, temporary, metadata={"format": "pt"})
-    description = {
-        "format": FORMAT,
-        "architecture": config.as_dict(),
-        "preprocessing": asdict(preprocessing),
-        "provenance": provenance,
-    }
-    write_json(folder / CONFIG, description)
+    write_tensors(folder / WEIGHTS, checkpoint.encoder)
+    write_json(
+        folder / CONFIG,
+        {
+            "format": FORMAT,
+            "architecture": checkpoint.config.as_dict(),
+            "preprocessing": asdict(checkpoint.preprocessing),
+            "provenance": checkpoint.provenance,
+        },
+    )
+    if checkpoint.pretraining:
+        write_tensors(folder / PRETRAINING, checkpoint.pretraining)
+    if checkpoint.head:
+        write_tensors(folder / HEAD, checkpoint.head)
+        write_json(folder / HEAD_CONFIG, {"task": "classification", "classes": list(checkpoint.classes)})
     return folder
 
 
-def load_encoder(path: str | Path, **overrides) -> SwinV2:
-    """An encoder, in evaluation mode, from a run folder, an exported folder or its `encoder.safetensors`.
+def with_pretrained_windows(config: SwinV2Config, image_size: tuple[int, int]) -> SwinV2Config:
+    """`config` with the windows written down that it was pre-trained with at `image_size`, unless they already are."""
+    if config.pretrained_window_sizes is not None:
+        return config
+    windows = config.windows(image_size)
+    sizes = tuple(height if height == width else (height, width) for height, width in windows)
+    return replace(config, pretrained_window_sizes=sizes)
 
-    Args:
-        overrides: settings of `SwinV2Config` to change while loading: `window_size=14`, `drop_path_rate=0.1`.
+
+def filled_windows(config: SwinV2Config, sizes, image_size: tuple[int, int]) -> SwinV2Config:
+    """`config` with the pre-trained windows that another format states, where 0 and nothing stand for the window that the
+    stage uses at `image_size`."""
+    actual = with_pretrained_windows(replace(config, pretrained_window_sizes=None), image_size).pretrained_window_sizes
+    return replace(config, pretrained_window_sizes=tuple(side or own for side, own in zip(sizes or actual, actual)))
+
+
+def write_tensors(file: Path, state: Mapping[str, Tensor]) -> None:
+    """Tensors as a safetensors file, whole or not at all."""
+    state = {name: value.detach().cpu().contiguous() for name, value in state.items()}
+    with whole_file(file) as temporary:
+        save_file(state, temporary, metadata={"format": "pt"})
+
+
+# --- Reading ---------------------------------------------------------------------------------------------------------
+
+
+def read_checkpoint(folder: Path) -> Checkpoint:
+    """What `save_encoder` wrote.
 
     Raises:
-        ValueError: when there is no encoder at `path`, or not every weight fits.
+        ValueError: when a file is damaged or does not fit the others.
     """
-    return read_encoder(path, **overrides).encoder
-
-
-def read_encoder(path: str | Path, report: Callable[[str], None] | None = None, **overrides) -> SavedEncoder:
-    """As `load_encoder`, with the preprocessing and provenance; `report` is called with a line on what was loaded.
-
-    Raises:
-        ValueError: as `load_encoder`.
-    """
-    folder = encoder_folder(path)
+    if not (folder / CONFIG).is_file():
+        raise ValueError(f"no encoder in {str(folder)!r}: expected {WEIGHTS} and {CONFIG}")
     description = read_description(folder / CONFIG)
-    known = {field.name for field in fields(SwinV2Config)}
-    for name in overrides:
-        if name not in known:
-            raise ValueError(f"unknown encoder setting {name!r}{nearest(name, known)}")
     try:
         config = SwinV2Config(**description["architecture"])
         preprocessing = Preprocessing(**description["preprocessing"])
     except (KeyError, TypeError) as error:
         raise ValueError(f"{folder / CONFIG} is damaged ({error}): export the encoder again") from error
-    config = replace(config, **overrides)
-    state = read_weights(folder / WEIGHTS)
-    encoder = SwinV2(config)
-    check_state(encoder, state, folder / WEIGHTS)
-    encoder.load_state_dict(state, assign=False)
-    if report:
-        values = sum(value.numel() for value in state.values())
-        report(f"loaded {len(state)} of {len(state)} tensors, {values / 1e6:.2f} M values, from {folder / WEIGHTS}")
-    return SavedEncoder(encoder.eval(), preprocessing, description.get("provenance", {}))
-
-
-def encoder_folder(path: str | Path) -> Path:
-    """The folder that holds the encoder meant by `path`.
-
-    Raises:
-        ValueError: when `path` does not exist or holds none.
-    """
-    path = Path(path).expanduser()
-    if not path.exists():
-        raise ValueError(f"no encoder at {str(path)!r}: there is no such file or folder")
-    candidates = (path, path / "encoder") if path.is_dir() else (path.parent,)
-    if path.is_file() and path.name not in (WEIGHTS, CONFIG):
-        raise ValueError(
-            f"{str(path)!r} is not an exported encoder: give a run folder, an exported folder or its {WEIGHTS}"
-        )
-    for folder in candidates:
-        if (folder / WEIGHTS).is_file() and (folder / CONFIG).is_file():
-            return folder
-    raise ValueError(f"no encoder in {str(path)!r}: expected {WEIGHTS} and {CONFIG} there or in its folder encoder/")
+    encoder = read_tensors(folder / WEIGHTS)
+    check_state(config, encoder, folder / WEIGHTS)
+    pretraining = read_tensors(folder / PRETRAINING) if (folder / PRETRAINING).is_file() else {}
+    head, classes = {}, ()
+    if (folder / HEAD).is_file() and (folder / HEAD_CONFIG).is_file():
+        head = read_tensors(folder / HEAD)
+        classes = tuple(json.loads((folder / HEAD_CONFIG).read_text(encoding="utf-8"))["classes"])
+        check_head(head, classes, config, folder / HEAD)
+    check_pretraining(pretraining, config, folder / PRETRAINING)
+    return Checkpoint(
+        config,
+        encoder,
+        preprocessing,
+        folder / WEIGHTS,
+        provenance=description.get("provenance", {}),
+        pretraining=pretraining,
+        head=head,
+        classes=classes,
+    )
 
 
 def read_description(path: Path) -> dict:
@@ -140,33 +245,124 @@ def read_description(path: Path) -> dict:
     Raises:
         ValueError: when it is not one.
     """
-    try:
-        description = json.loads(path.read_text(encoding="utf-8"))
-    except (json.JSONDecodeError, UnicodeDecodeError) as error:
-        raise ValueError(f"{path} is not valid JSON: {error}") from error
-    if not isinstance(description, dict) or description.get("format") != FORMAT:
+    description = read_json(path)
+    if description.get("format") != FORMAT:
         raise ValueError(f"{path} does not describe an encoder of this toolkit: expected \"format\": \"{FORMAT}\"")
     return description
 
 
-def read_weights(path: Path) -> dict[str, torch.Tensor]:
-    """All tensors of a safetensors file.
+def read_json(path: Path) -> dict:
+    """A JSON object; an empty dict where the file holds other JSON.
+
+    Raises:
+        ValueError: when it is no JSON.
+    """
+    try:
+        value = json.loads(path.read_text(encoding="utf-8"))
+    except (json.JSONDecodeError, UnicodeDecodeError) as error:
+        raise ValueError(f"{path} is not valid JSON: {error}") from error
+    return value if isinstance(value, dict) else {}
+
+
+def read_tensors(path: Path) -> State:
+    """All tensors of a safetensors file, half precisions as float32.
 
     Raises:
         ValueError: when the file is torn or not safetensors.
     """
     try:
-        return load_file(path)
+        state = load_file(path)
     except SafetensorError as error:
         raise ValueError(f"{path} is not a whole safetensors file ({error}): export the encoder again") from error
+    return {name: in_full(value) for name, value in state.items()}
 
 
-def check_state(model: torch.nn.Module, state: dict[str, torch.Tensor], source: Path) -> None:
-    """Refuse weights that are not exactly the model's.
+def in_full(value: Tensor) -> Tensor:
+    """Half precisions as float32; everything else as it is."""
+    return at_least_float32(value) if value.is_floating_point() else value
+
+
+# --- Fitting ---------------------------------------------------------------------------------------------------------
+
+
+def build_encoder(checkpoint: Checkpoint, **overrides) -> SavedEncoder:
+    """The encoder of `checkpoint`, in evaluation mode, every weight in place.
+
+    Args:
+        overrides: settings of `SwinV2Config` to change: `window_size=14`, `drop_path_rate=0.1`, `in_channels=1`. With
+            other channels the patch projection is summed or repeated, so that a gray image, the same in all channels of
+            its normalised form, gives the same features.
 
     Raises:
-        ValueError: listing what is missing, unexpected or of another shape.
+        ValueError: when a setting is unknown, or the weights do not fit what it asks for.
     """
+    known = {field.name for field in fields(SwinV2Config)}
+    for name in overrides:
+        if name not in known:
+            raise ValueError(f"unknown encoder setting {name!r}{nearest(name, known)}")
+    config = replace(checkpoint.config, **overrides)
+    state, preprocessing, adapted = dict(checkpoint.encoder), checkpoint.preprocessing, list(checkpoint.notes)
+    if config.in_channels != checkpoint.config.in_channels:
+        name = "patch_embed.proj.weight"
+        state[name] = with_channels(state[name], config.in_channels)
+        preprocessing = gray_preprocessing(preprocessing, config.in_channels)
+        adapted.append(f"{checkpoint.config.in_channels} input channels to {config.in_channels}")
+    if config.window_size != checkpoint.config.window_size:
+        adapted.append(
+            f"window {checkpoint.config.window_size} to {config.window_size}, position bias scaled by the pre-trained "
+            f"windows {', '.join(map(str, config.pretrained_window_sizes or ('in use',)))}"
+        )
+    with torch.device("meta"):
+        encoder = SwinV2(config)
+    check_state(config, state, checkpoint.source)
+    # Copies, which are aligned as fresh tensors are and a file's mapped bytes need not be: sums come out the same bits.
+    encoder.load_state_dict({name: value.clone() for name, value in state.items()}, assign=True)
+    report = LoadReport(
+        checkpoint.source,
+        checkpoint.format,
+        len(state),
+        sum(value.numel() for value in state.values()),
+        adapted=tuple(adapted),
+        missing=() if checkpoint.pretraining else ("mask token and decoder: fresh where pre-training goes on",),
+        unexpected=(f"a head of {len(checkpoint.classes)} classes",) if checkpoint.head else (),
+    )
+    return SavedEncoder(encoder.eval(), preprocessing, checkpoint.provenance, checkpoint, report)
+
+
+def with_channels(weight: Tensor, channels: int) -> Tensor:
+    """A patch projection, (C, channels before, p, p), for other input channels: summed to one; else repeated in turn and
+    scaled, so that images alike in all channels are projected to the same tokens."""
+    before = weight.shape[1]
+    if channels == 1:
+        return weight.sum(dim=1, keepdim=True)
+    repeated = weight[:, torch.arange(channels) % before]
+    if channels % before == 0 or before == 1:
+        return repeated * (before / channels)
+    # Channels that do not come in whole turns: scaled as one sum, tap by tap, that keeps images alike in all channels.
+    return repeated + (weight.sum(dim=1, keepdim=True) - repeated.sum(dim=1, keepdim=True)) / channels
+
+
+def gray_preprocessing(preprocessing: Preprocessing, channels: int) -> Preprocessing:
+    """The mean over the former channels' statistics, for each of the new ones."""
+    mean, std = (sum(values) / len(values) for values in (preprocessing.mean, preprocessing.std))
+    return replace(preprocessing, mean=(mean,) * channels, std=(std,) * channels)
+
+
+def check_state(config: SwinV2Config, state: Mapping[str, Tensor], source: Path) -> None:
+    """Refuse weights that are not exactly the architecture's.
+
+    Raises:
+        ValueError: listing what is missing, unexpected or of another shape, both architectures, and the likely cause.
+    """
+    with torch.device("meta"):
+        model = SwinV2(config)
+    problems = mismatches(model, state)
+    if problems:
+        raise ValueError(f"{source} does not fit the architecture expected of it: {problems}{likely_cause(config, state)}")
+
+
+def mismatches(model: nn.Module, state: Mapping[str, Tensor]) -> str:
+    """What is missing, unexpected or of another shape in `state`; "" where all fits."""
     expected = {name: tuple(value.shape) for name, value in model.state_dict().items()}
     missing = [name for name in expected if name not in state]
     unexpected = [name for name in state if name not in expected]
@@ -175,23 +371,90 @@ def check_state(model: torch.nn.Module, state: dict[str, torch.Tensor], source: 
         for name, shape in expected.items()
         if name in state and tuple(state[name].shape) != shape
     ]
-    problems = [
+    return "; ".join(
         f"{len(names)} {what} ({', '.join(names[:3])}{', …' if len(names) > 3 else ''})"
         for what, names in (("missing", missing), ("unexpected", unexpected), ("of another shape", reshaped))
         if names
-    ]
-    if problems:
-        raise ValueError(f"{source} does not fit the architecture in its {CONFIG}: {'; '.join(problems)}")
-
-
-def loading_code(folder: Path) -> str:
-    """Lines of Python that load the encoder in `folder`, ready to paste."""
-    return (
-        "import torch\n"
-        "from simmim.checkpoint import read_encoder\n\n"
-        f"saved = read_encoder({str(folder.resolve())!r})\n"
-        "height, width = saved.preprocessing.image_size\n"
-        "# Yours, normalised by saved.preprocessing:\n"
-        "images = torch.randn(1, saved.encoder.config.in_channels, height, width)\n"
-        "features = saved.encoder(images).pooled  # (batch, channels)"
     )
+
+
+def likely_cause(config: SwinV2Config, state: Mapping[str, Tensor]) -> str:
+    """The tail of the message: what differs between the expected architecture and the file's, by name."""
+    try:
+        found = architecture_of(state)
+    except ValueError:
+        return ""
+    differing = [name for name, value in found.items() if getattr(config, name) != value]
+    if not differing:
+        return ""
+    preset = preset_name(replace(config, **found)) if {"embed_dim", "depths"} & set(differing) else None
+    sides = ", ".join(f"{name} {found[name]} for {getattr(config, name)}" for name in differing)
+    return f". The file holds {sides}" + (f", as the preset {preset} has" if preset else "")
+
+
+def check_pretraining(state: Mapping[str, Tensor], config: SwinV2Config, source: Path) -> None:
+    """Refuse a mask token and decoder that do not fit the encoder.
+
+    Raises:
+        ValueError: naming what does not.
+    """
+    if not state:
+        return
+    outputs = config.strides[-1] ** 2 * config.in_channels
+    expected = {
+        "mask_token": (config.embed_dim,),
+        "decoder.weight": (outputs, config.dims[-1]),
+        "decoder.bias": (outputs,),
+    }
+    found = {name: tuple(value.shape) for name, value in state.items()}
+    if found != expected:
+        raise ValueError(f"{source} holds {found}: expected of this encoder's mask token and decoder {expected}")
+
+
+def check_head(head: Mapping[str, Tensor], classes: tuple[str, ...], config: SwinV2Config, source: Path) -> None:
+    """Refuse a classifier's head that does not fit its classes or the encoder.
+
+    Raises:
+        ValueError: naming what does not.
+    """
+    expected = {"weight": (len(classes), config.dims[-1]), "bias": (len(classes),)}
+    found = {name: tuple(value.shape) for name, value in head.items()}
+    if found != expected:
+        raise ValueError(f"{source} holds {found}: expected for {len(classes)} classes {expected}")
+
+
+def architecture_of(state: Mapping[str, Tensor]) -> dict:
+    """What the names and shapes of an encoder's weights say of its architecture, as settings of `SwinV2Config`.
+
+    Raises:
+        ValueError: when these are not the weights of a Swin Transformer V2, saying what they look like.
+    """
+    projection = state.get("patch_embed.proj.weight")
+    blocks: dict[int, set[int]] = {}
+    for name in state:
+        found = re.match(r"layers\.(\d+)\.blocks\.(\d+)\.", name)
+        if found:
+            blocks.setdefault(int(found[1]), set()).add(int(found[2]))
+    scales = [state.get(f"layers.{stage}.blocks.0.attn.logit_scale") for stage in range(len(blocks))]
+    hidden = state.get("layers.0.blocks.0.mlp.fc1.weight")
+    if projection is None or not blocks or hidden is None or any(scale is None for scale in scales):
+        raise ValueError("these are not the weights of a Swin Transformer V2")
+    normed = sorted(int(name.split(".")[3]) for name in state if re.match(r"layers\.2\.blocks\.\d+\.norm3\.weight", name))
+    return {
+        "embed_dim": projection.shape[0],
+        "in_channels": projection.shape[1],
+        "patch_size": projection.shape[2],
+        "depths": tuple(len(blocks[stage]) for stage in sorted(blocks)),
+        "num_heads": tuple(scale.numel() for scale in scales),
+        "mlp_ratio": hidden.shape[0] / hidden.shape[1],
+        "extra_norm_every": normed[0] + 1 if normed else 0,
+    }
+
+
+def preset_name(config: SwinV2Config) -> str | None:
+    """The preset of this size, whatever the windows, channels and patches; None where there is none."""
+    own = ("embed_dim", "depths", "num_heads", "mlp_ratio", "extra_norm_every")
+    for name, preset in PRESETS.items():
+        if all(getattr(config, key) == getattr(preset, key) for key in own):
+            return name
+    return None

@@ -268,21 +268,89 @@ def run_export(arguments: Sequence[str]) -> None:
     chosen = options(
         "export",
         arguments,
-        "Copy a run's encoder out, ready to load.",
-        run=(str, ..., "run folder, or folder of an encoder"),
-        format=(str, "safetensors", "safetensors"),
+        "Write an encoder or a classifier in the format of another library, ready to load.",
+        run=(str, ..., "run folder, or an encoder in any format that is known"),
+        format=(str, "safetensors", "safetensors (this toolkit's), official, timm, hf or onnx"),
         out=(str, ..., "folder to make"),
+        form=(str, "", "encoder, simmim (with mask token and decoder) or classifier; what suits the format by default"),
+        image_size=(int, 0, "pixels a side that formats of a fixed size are made for; those of training by default"),
+        window_size=(int, 0, "of training, for files that do not tell theirs"),
+        features=(str, "pooled", "of onnx: pooled, or stages for every stage's map"),
+        dynamic_size=(bool, False, "of onnx: take images of any size"),
+        license=(str, "", "for the model card; unknown by default"),
     )
-    if chosen.format != "safetensors":
-        raise UsageError(f"unknown format {chosen.format!r}; known: safetensors")
-    from simmim.checkpoint import loading_code, read_encoder, save_encoder
+    from simmim.convert import read
+    from simmim.convert.export import export
 
-    out = Path(chosen.out).expanduser()
-    if out.exists() and (not out.is_dir() or any(out.iterdir())):
-        raise UsageError(f"{chosen.out!r} exists and is not empty: give a new folder")
-    saved = read_encoder(chosen.run, report=print)
-    save_encoder(out, saved.encoder, saved.preprocessing, saved.provenance)
-    print(f"exported to {out}; load it with\n\n{loading_code(out)}")
+    checkpoint = read(chosen.run, **({"window_size": chosen.window_size} if chosen.window_size else {}))
+    exported = export(
+        checkpoint,
+        chosen.format,
+        chosen.out,
+        chosen.form or None,
+        (chosen.image_size, chosen.image_size) if chosen.image_size else None,
+        chosen.license or None,
+        chosen.features,
+        chosen.dynamic_size,
+    )
+    for note in exported.notes:
+        print(f"note: {note}")
+    print(f"exported the {exported.form} to {exported.folder}; load it with\n\n{exported.code}")
+
+
+def run_inspect(arguments: Sequence[str]) -> None:
+    """simmim inspect FILE"""
+    chosen = options(
+        "inspect",
+        path_first(arguments),
+        "What a weight file or folder is: format, architecture, provenance, whether it loads, what it can be exported as.",
+        path=(str, ..., "weight file, exported folder or run; the first word does without --path"),
+        window_size=(int, 0, "of training, for files that do not tell theirs"),
+    )
+    from simmim.convert.inspect import inspect
+
+    print(inspect(chosen.path, **({"window_size": chosen.window_size} if chosen.window_size else {})))
+
+
+def path_first(arguments: Sequence[str]) -> list[str]:
+    """The words with a first one that has no name taken as --path."""
+    words = list(arguments)
+    if words and not words[0].startswith("-"):
+        words[0] = f"--path={words[0]}"
+    return words
+
+
+def run_embed(arguments: Sequence[str]) -> None:
+    """simmim embed"""
+    chosen = options(
+        "embed",
+        arguments,
+        "One vector for each image, to Parquet.",
+        run=(str, ..., "run folder, or an encoder in any format that is known"),
+        images=(str, ..., "folder of images, or any other source that pretrain takes"),
+        out=(str, "embeddings.parquet", "Parquet file to write, with columns path and vector; must not exist yet"),
+        stage=(int, -1, "whose map is pooled, from 0; by default the last one's after the final norm"),
+        pooling=(str, "mean", "mean of the map, or 2x2 for the means of its quarters"),
+        batch_size=(int, 64, "images at a time"),
+        workers=(int, -1, "processes that load images; what suits the machine by default"),
+    )
+    from simmim.convert import read_encoder
+    from simmim.evaluate import embed
+    from simmim.training import device_type
+
+    done = embed(
+        read_encoder(chosen.run),
+        chosen.images,
+        chosen.out,
+        stage=None if chosen.stage < 0 else chosen.stage,
+        pooling=chosen.pooling,
+        batch_size=chosen.batch_size,
+        workers=None if chosen.workers < 0 else chosen.workers,
+        device=device_type(),
+    )
+    for path, why in done.unreadable.items():
+        print(f"not read: {path}: {why}", file=sys.stderr)
+    print(f"{done.count:,} vectors of {done.dim:,} values, {len(done.unreadable):,} images unreadable: {chosen.out}")
 
 
 def run_predict(arguments: Sequence[str]) -> None:
@@ -306,10 +374,7 @@ def run_predict(arguments: Sequence[str]) -> None:
 
 def run_check_data(arguments: Sequence[str]) -> int:
     """simmim check-data PATH"""
-    words = list(arguments)
-    if words and not words[0].startswith("-"):
-        words[0] = f"--path={words[0]}"
-    words = ["--json=true" if word == "--json" else word for word in words]
+    words = ["--json=true" if word == "--json" else word for word in path_first(arguments)]
     chosen = options(
         "check-data",
         words,
@@ -409,7 +474,9 @@ COMMANDS = (
     Command("reconstruct", "pictures of what a pre-trained model fills in", run_reconstruct),
     Command("finetune", "stage 2: transfer the encoder to a labeled task (classification)", run_finetune),
     Command("predict", "classify images with a fine-tuned encoder, to CSV", run_predict),
-    Command("export", "the encoder as safetensors and config.json, with the lines that load it", run_export),
+    Command("export", "the encoder or classifier for timm, transformers, ONNX or the authors' code", run_export),
+    Command("inspect", "what a weight file is, whether it loads and what it can be exported as", run_inspect),
+    Command("embed", "one vector for each image, to Parquet", run_embed),
 )
 
 

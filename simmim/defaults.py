@@ -9,6 +9,17 @@ def default_image_size(short_side_px: int) -> int:
     return min(max(short_side_px // 32 * 32, 32), 192)
 
 
+def plain_size(size: tuple[int, int]) -> int | tuple[int, int]:
+    """One number for a square, as settings state it."""
+    return size[0] if size[0] == size[1] else size
+
+
+def encoder_channels(pretrained: int, images: int) -> int:
+    """The input channels to go on with: gray and colour images are read as the encoder takes them; any other number of
+    channels has no such reading, and the encoder is adapted to it."""
+    return pretrained if {pretrained, images} <= {1, 3} else images
+
+
 def default_preset(side_px: int, device: str) -> str:
     """A model that the machine trains in hours: two stages for thumbnails, four for photographs, tiny on a GPU."""
     if side_px <= 48:

@@ -41,6 +41,10 @@ class SimMIM(nn.Module):
         self.decoder = nn.Linear(encoder.dim, encoder.stride**2 * encoder.config.in_channels)
         nn.init.trunc_normal_(self.mask_token, std=0.02)
 
+    def own_state(self) -> dict[str, Tensor]:
+        """The weights that are not the encoder's: mask token and decoder."""
+        return {name: value for name, value in self.state_dict().items() if not name.startswith("encoder.")}
+
     def forward(self, images: Tensor, mask: Tensor, return_reconstruction: bool = False) -> SimMIMOutput:
         """Loss of predicting the masked pixels of `images` from the visible ones.
 

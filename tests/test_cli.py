@@ -13,7 +13,8 @@ from PIL import Image
 
 from finetune.settings import FinetuneSettings
 from pretrain.settings import PretrainSettings
-from simmim.checkpoint import Preprocessing, load_encoder, save_encoder
+from simmim.checkpoint import Preprocessing, save_encoder
+from simmim.convert import load_encoder
 from simmim.cli import COMMANDS, canonical, main, parse, with_saved_config
 from simmim.run_folder import as_yaml
 from simmim.swinv2 import SwinV2, SwinV2Config
@@ -127,7 +128,7 @@ FINETUNE = "finetune classification --data labeled --out new"
         ("pretrain --data images --out model.pth", ["run folder 'model.pth' is a file"]),
         ("export --run absent --out new", ["no encoder at 'absent': there is no such file or folder"]),
         ("export --run images --out new", ["no encoder in 'images': expected encoder.safetensors and config.json"]),
-        ("export --run model.pth --out new", ["'model.pth' is not an exported encoder"]),
+        ("export --run model.pth --out new", ["model.pth is no"]),
         ("export --run encoder --out full", ["'full' exists and is not empty: give a new folder"]),
         ("export --run encoder --out model.pth", ["'model.pth' exists"]),
         ("export --run encoder --out new --format onxx", ["unknown format 'onxx'", "known: safetensors"]),
@@ -150,7 +151,7 @@ FINETUNE = "finetune classification --data labeled --out new"
         ("finetune classification --data one --out new", ["has 1 class folder: give at least two"]),
         ("finetune classification --data absent --out new", ["labeled folder 'absent' does not exist"]),
         (f"{FINETUNE} --labels-per-class 50", ["50 labels per class", "class 'a' has 3 training images: give 1 to 3"]),
-        (f"{FINETUNE} --init model.pth", ["'model.pth' is not an exported encoder"]),
+        (f"{FINETUNE} --init model.pth", ["model.pth is no"]),
         (f"{FINETUNE} --init absent", ["no encoder at 'absent'"]),
         (f"{FINETUNE} --init images", ["no encoder in 'images'"]),
         (f"{FINETUNE} --freeze", ["--freeze with --init none"]),
@@ -195,7 +196,7 @@ def test_interruption(monkeypatch, capsys):
     def interrupted(run, **_):
         raise KeyboardInterrupt
 
-    monkeypatch.setattr("simmim.checkpoint.read_encoder", interrupted)
+    monkeypatch.setattr("simmim.convert.read", interrupted)
     assert main(["export", "--run", "x", "--out", "new"]) == 130
     assert capsys.readouterr().err == "simmim: interrupted\n"
 
@@ -204,7 +205,7 @@ def test_errors_of_ours_are_not_hidden(monkeypatch):
     def broken(run, **_):
         raise RuntimeError("a bug")
 
-    monkeypatch.setattr("simmim.checkpoint.read_encoder", broken)
+    monkeypatch.setattr("simmim.convert.read", broken)
     with pytest.raises(RuntimeError, match="a bug"):
         main(["export", "--run", "x", "--out", "new"])
 
@@ -251,7 +252,9 @@ SHARED = [
             + ["--data.affine.degrees"],
         ),
         ("reconstruct", ["--run", "--images", "--out", "--count", "--seed"]),
-        ("export", ["--run", "--format", "--out"]),
+        ("export", ["--run", "--format", "--out", "--form", "--license", "--dynamic_size"]),
+        ("inspect", ["--path", "--window_size"]),
+        ("embed", ["--run", "--images", "--out", "--stage", "--pooling"]),
         ("predict", ["--run", "--images", "--out", "--batch_size"]),
         ("demo", ["--out", "--seeds", "--overwrite"]),
         ("check-data", ["--path", "--column", "--images_per_second", "--workers", "--json"]),
@@ -375,8 +378,8 @@ def test_export_copies_the_encoder(place, tmp_path, capsys):
     for out in (tmp_path / "new" / "deep", tmp_path / "empty"):
         assert main(["export", "--run", str(place / "encoder"), "--out", str(out)]) == 0
         printed = capsys.readouterr().out
-        assert f"exported to {out}; load it with" in printed and f"read_encoder({str(out)!r})" in printed
-        assert sorted(path.name for path in out.iterdir()) == ["config.json", "encoder.safetensors"]
+        assert f"exported the encoder to {out}; load it with" in printed and f"read_encoder({str(out)!r})" in printed
+        assert sorted(path.name for path in out.iterdir()) == ["README.md", "config.json", "encoder.safetensors"]
         for name in ("config.json", "encoder.safetensors"):
             assert (out / name).read_bytes() == (place / "encoder" / name).read_bytes()
     assert load_encoder(out).config == load_encoder(place / "encoder").config and listing(place / "encoder") == before

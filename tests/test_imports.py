@@ -19,7 +19,10 @@ LEAVES = ("swinv2", "masking", "optim", "visualise", "defaults", "digits", "file
 ALLOWED = {
     "data": {"defaults", "files"},
     "model": {"swinv2", "masking"},
-    "checkpoint": {"files", "model", "swinv2"},
+    "checkpoint": {"files", "swinv2"},
+    "convert": {"checkpoint", "files", "swinv2"},
+    "evaluate": {"checkpoint", "data", "files", "swinv2"},
+    "plan": {"defaults", "masking", "model", "swinv2"},
     "run_folder": {"files"},
     "training": {"data", "files", "run_folder", "swinv2"},
 }

@@ -9,7 +9,9 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from simmim.data.decode import Picture, Size
+from simmim.data.decode import Picture, Size, known_interpolation
+
+FITS = ("crop", "squash")
 
 
 @dataclass(frozen=True)
@@ -54,22 +56,42 @@ class RandomView:
 
 @dataclass(frozen=True)
 class CentreView:
-    """The view for evaluation: the central crop of the target's shape.
+    """The view for evaluation: the central crop of the target's shape, or the whole image brought to that shape.
 
     Args:
         size: (height, width) of the result in pixels.
-        share: share of the largest possible crop's sides that is kept; 0.875 is usual for photographs.
+        share: share of the largest possible crop's sides that is kept, in (0, 1]; 0.875 is usual for photographs.
+        interpolation: nearest, bilinear, bicubic or lanczos.
+        fit: crop keeps the ratio of the image's sides and loses what is outside the target's shape; squash loses the
+            ratio and keeps the whole image, as transformers' `ViTImageProcessor` does.
+
+    Raises:
+        ValueError: for an interpolation or a fit that is none of these, and a share out of range.
     """
 
     size: Size
     share: float = 1.0
+    interpolation: str = "bilinear"
+    fit: str = "crop"
+
+    def __post_init__(self) -> None:
+        # Here: while images are read, a ValueError would be taken for the image's.
+        known_interpolation(self.interpolation)
+        if self.fit not in FITS:
+            raise ValueError(f"unknown fit {self.fit!r}: give one of {', '.join(FITS)}")
+        if not 0 < self.share <= 1:
+            raise ValueError(f"share of the image is {self.share}: give a number above 0, at most 1")
 
     def __call__(self, picture: Picture, generator: random.Random | None = None) -> Tensor:
         """The central view, (channels, height, width) uint8; draws nothing."""
-        height, width = self.size
-        scale = min(picture.size[0] / width, picture.size[1] / height) * self.share
-        left, top = (picture.size[0] - width * scale) / 2, (picture.size[1] - height * scale) / 2
-        return picture.crop((left, top, left + width * scale, top + height * scale), self.size)
+        if self.fit == "squash":
+            width, height = (side * self.share for side in picture.size)
+        else:
+            height, width = self.size
+            scale = min(picture.size[0] / width, picture.size[1] / height) * self.share
+            height, width = height * scale, width * scale
+        left, top = (picture.size[0] - width) / 2, (picture.size[1] - height) / 2
+        return picture.crop((left, top, left + width, top + height), self.size, self.interpolation)
 
 
 def normalise(images: Tensor, mean: Sequence[float], std: Sequence[float]) -> Tensor:
