@@ -11,6 +11,9 @@ install: .venv/installed
 .venv/installed: setup.cfg pyproject.toml constraints.txt
 	$(PYTHON) -m venv .venv
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check --constraint constraints.txt --editable '.[dev]'
+	@# For the tests alone. Without its torchvision, whose build must be of the same kind as torch's and breaks more than it
+	@# gives where it is not.
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check --constraint constraints.txt --no-deps timm
 	touch $@
 
 demo: install

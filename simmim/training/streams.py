@@ -1,0 +1,116 @@
+"""Training data as one endless stream, taken up at any step; validation data in order."""
+from __future__ import annotations
+
+import pytorch_lightning as pl
+import torch
+
+from simmim.data import ImageSamples, InOrder, SampleStream, StreamSamples, batches
+
+
+class StreamData(pl.LightningDataModule):
+    """The endless training stream, taken up where the trainer's step counter stands.
+
+    Args:
+        batch_size: images of one optimiser step over all devices and accumulated batches.
+    """
+
+    def __init__(self, train: ImageSamples | StreamSamples, batch_size: int, accumulate: int, workers: int) -> None:
+        super().__init__()
+        self.train, self.batch_size = train, batch_size
+        self.accumulate, self.workers = accumulate, workers
+        self.places: dict[int, tuple[int, int]] = {}  # of a stream: how far each of this rank's workers is
+        self.resumed: dict | None = None
+
+    def train_dataloader(self):
+        """Batches of this rank, beginning after those of the steps already taken."""
+        trainer = self.trainer
+        share = per_device_batch(self.batch_size, trainer.world_size, self.accumulate)
+        start = trainer.global_step * self.accumulate
+        if isinstance(self.train, StreamSamples):
+            self.places = self.resumed_places(start)
+            part = self.train.part(trainer.global_rank, trainer.world_size, start, self.places)
+            return batches(part, self.workers, batch_size=share)
+        order = SampleStream(len(self.train), share, self.train.seed, trainer.global_rank, trainer.world_size, start)
+        return batches(self.train, self.workers, order)
+
+    def resumed_places(self, start: int) -> dict[int, tuple[int, int]]:
+        """Where this rank's workers go on; where that cannot be told, at the beginning of a fresh epoch.
+
+        Raises:
+            ValueError: when the run was stopped with other numbers of devices or workers, among which a stream is divided.
+        """
+        if not start or self.resumed is None:
+            return {}
+        now = [self.trainer.world_size, max(self.workers, 1)]
+        if self.resumed["divided"] != now:
+            devices, workers = self.resumed["divided"]
+            raise ValueError(
+                f"the stream was divided among {devices} devices × {workers} workers and would be among "
+                f"{now[0]} × {now[1]}: resume with --workers {workers} on as many devices"
+            )
+        places = self.resumed["places"][self.trainer.global_rank]
+        return {int(worker): tuple(place) for worker, place in places.items()}
+
+    def note_places(self, batch: dict) -> None:
+        """Take notice of how far the workers are with this batch."""
+        for worker, epoch, taken in batch.get("place", ()):
+            self.places[worker] = (epoch, taken)
+
+    def state_dict(self) -> dict:
+        """Every rank's places in its stream; nothing for images by number, whose order follows from the step."""
+        if not isinstance(self.train, StreamSamples):
+            return {}
+        places = [{str(worker): list(place) for worker, place in self.places.items()}]
+        if self.trainer.world_size > 1:
+            gathered = [None] * self.trainer.world_size
+            torch.distributed.all_gather_object(gathered, places[0])
+            places = gathered
+        return {"places": places, "divided": [self.trainer.world_size, max(self.workers, 1)]}
+
+    def load_state_dict(self, state: dict) -> None:
+        """Keep what a checkpoint says until the stream is opened."""
+        self.resumed = state or None
+
+
+class NotePlaces(pl.Callback):
+    """Tells the data of every batch that was trained on, so that a checkpoint knows the place in a stream."""
+
+    def on_train_batch_end(self, trainer: pl.Trainer, module: pl.LightningModule, outputs, batch: dict, *_) -> None:
+        """Before the callbacks that save."""
+        trainer.datamodule.note_places(batch)
+
+
+class ValidatedStreamData(StreamData):
+    """The training stream, and validation samples in order."""
+
+    def __init__(
+        self,
+        train: ImageSamples,
+        batch_size: int,
+        accumulate: int,
+        workers: int,
+        validation: ImageSamples,
+        validation_batch_size: int = 64,
+    ) -> None:
+        super().__init__(train, batch_size, accumulate, workers)
+        self.validation, self.validation_batch_size = validation, validation_batch_size
+
+    def val_dataloader(self):
+        """Every validation sample once."""
+        trainer = self.trainer
+        order = InOrder(len(self.validation), self.validation_batch_size, trainer.global_rank, trainer.world_size)
+        return batches(self.validation, self.workers, order)
+
+
+def per_device_batch(batch_size: int, world: int, accumulate: int) -> int:
+    """Images of one forward pass.
+
+    Raises:
+        ValueError: when the global batch does not divide evenly.
+    """
+    if batch_size % (world * accumulate):
+        raise ValueError(
+            f"a batch of {batch_size} images does not divide into {world} device{'s' * (world != 1)} × "
+            f"{accumulate} accumulated batches: give a multiple of {world * accumulate}"
+        )
+    return batch_size // (world * accumulate)

@@ -1,0 +1,125 @@
+"""Lightning's Trainer as both stages use it, and what is asked of the machine before there is one."""
+from __future__ import annotations
+
+import inspect
+import logging
+import warnings
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import pytorch_lightning as pl
+import torch
+from pytorch_lightning.loggers import TensorBoardLogger
+from pytorch_lightning.utilities import rank_zero_only
+from pytorch_lightning.utilities.exceptions import MisconfigurationException
+
+from simmim.swinv2 import SwinV2Config, nearest
+from simmim.training.logs import MetricsCsv
+
+# What the run itself decides; everything else of the Trainer is open to the user as --trainer.KEY.
+OWN_TRAINER_KEYS = frozenset(
+    (
+        "self", "devices", "precision", "logger", "callbacks", "max_epochs", "min_epochs", "max_steps", "min_steps",
+        "accumulate_grad_batches", "gradient_clip_val", "gradient_clip_algorithm", "use_distributed_sampler",
+        "default_root_dir", "enable_checkpointing", "enable_progress_bar", "enable_model_summary", "val_check_interval",
+        "check_val_every_n_epoch", "num_sanity_val_steps", "reload_dataloaders_every_n_epochs", "log_every_n_steps",
+    )
+)  # fmt: skip
+
+
+def check_trainer_keys(extra: Mapping[str, Any]) -> None:
+    """Refuse keys that Lightning's Trainer does not have or that the run sets itself.
+
+    Raises:
+        ValueError: naming the nearest known key.
+    """
+    known = set(inspect.signature(pl.Trainer.__init__).parameters) - OWN_TRAINER_KEYS
+    for key in extra:
+        if key in OWN_TRAINER_KEYS:
+            raise ValueError(f"setting 'trainer.{key}' belongs to the run: see its own settings by --help")
+        if key not in known:
+            names = [f"trainer.{name}" for name in known]
+            raise ValueError(f"unknown setting 'trainer.{key}'{nearest(f'trainer.{key}', names)}")
+
+
+def is_first_process() -> bool:
+    """Whether this is the process that takes the run folder and speaks; of several, each of which runs the whole program."""
+    return not getattr(rank_zero_only, "rank", 0)
+
+
+def device_type() -> str:
+    """The kind of device a run uses unless told otherwise: cuda, mps or cpu."""
+    if torch.cuda.is_available():
+        return "cuda"
+    return "mps" if torch.backends.mps.is_available() else "cpu"
+
+
+def default_precision(device: str, encoder: SwinV2Config) -> str:
+    """bf16-mixed where the hardware has it, else full precision; and that for nano, which is too small to gain by it."""
+    small = max(encoder.dims) <= 96
+    if device == "cuda":
+        has_bf16 = torch.cuda.is_bf16_supported()
+    else:
+        has = torch.cpu.get_capabilities() if device == "cpu" and hasattr(torch.cpu, "get_capabilities") else {}
+        has_bf16 = (has.get("avx512_bf16") or has.get("amx_bf16")) and not small
+    return "bf16-mixed" if has_bf16 else "32-true"
+
+
+def build_trainer(
+    run: Path,
+    steps: int,
+    *,
+    devices: str | int,
+    precision: str,
+    accumulate: int,
+    callbacks: list[pl.Callback],
+    log_every_steps: int,
+    extra: Mapping[str, Any],
+    validate_every_steps: int | None = None,
+) -> pl.Trainer:
+    """A Lightning Trainer that runs `steps` optimiser steps and logs to TensorBoard and metrics.csv in `run`.
+
+    Raises:
+        ValueError: when Lightning refuses the devices, precision or one of the `extra` settings.
+    """
+    quieten()
+    settings = {
+        "accelerator": "auto",
+        **extra,
+        "devices": devices,
+        "precision": precision,
+        "max_steps": steps,
+        "max_epochs": -1,
+        "accumulate_grad_batches": accumulate,
+        "logger": [TensorBoardLogger(run, name="tensorboard", version=""), MetricsCsv(run / "metrics.csv")],
+        "callbacks": callbacks,
+        "log_every_n_steps": log_every_steps,
+        "use_distributed_sampler": False,
+        "default_root_dir": run,
+        "enable_checkpointing": False,
+        "enable_progress_bar": False,
+        "enable_model_summary": False,
+        "num_sanity_val_steps": 0,
+        **(
+            {"check_val_every_n_epoch": None, "val_check_interval": validate_every_steps * accumulate}
+            if validate_every_steps
+            else {"limit_val_batches": 0}
+        ),
+    }
+    try:
+        return pl.Trainer(**settings)
+    except (MisconfigurationException, TypeError, ValueError, RuntimeError) as error:
+        first = str(error).strip().splitlines()[0]
+        what = f"devices {devices!r}, precision {precision!r}" + (f", trainer {dict(extra)}" if extra else "")
+        raise ValueError(f"{what} does not work here: {first}") from error
+
+
+def quieten() -> None:
+    """Keep Lightning's advice on things that are decided here off the screen; errors and our own lines stay."""
+    for name in ("pytorch_lightning", "lightning.pytorch", "lightning_fabric"):
+        logging.getLogger(name).setLevel(logging.ERROR)
+    warnings.filterwarnings("ignore", message=".*does not have many workers.*")
+    warnings.filterwarnings("ignore", message=".*lr_scheduler.step.*before.*optimizer.step.*")
+    warnings.filterwarnings("ignore", message=".*is not a resumable dataloader.*|.*dataloader that is not resumable.*")
+    warnings.filterwarnings("ignore", message=".*found in the `src` dir.*|.*treespec.*")
