@@ -1,6 +1,7 @@
 """A fine-tuning run put together: read the labels, load or make the encoder, train, keep the best."""
 from __future__ import annotations
 
+import contextlib
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -28,10 +29,11 @@ from simmim.defaults import (
     encoder_channels,
     plain_size,
 )
-from simmim.run_folder import CONFIG, as_yaml, check_run_folder, last_checkpoint, take_run_folder
+from simmim.run_folder import CONFIG, as_yaml, check_run_folder, taken_run_folder
 from simmim.swinv2 import PRESETS, SwinV2, SwinV2Config
 from simmim.training import (
     SaveRun,
+    StopOnSignal,
     ValidatedStreamData,
     build_trainer,
     check_trainer_keys,
@@ -39,6 +41,7 @@ from simmim.training import (
     device_type,
     is_first_process,
     per_device_batch,
+    usable_checkpoint,
     usual_callbacks,
 )
 
@@ -100,10 +103,12 @@ def finetune(settings: FinetuneSettings, quiet: bool = False) -> FinetuneResult:
 
     run = Path(settings.out).expanduser()
     best = KeepBest(run, labels.classes, preprocessing, provenance(settings, len(labels.train), source))
+    save = SaveRun(run, every_steps=max(50, round(steps / settings.validations)), keep_best=False)
     callbacks = [
         *usual_callbacks(run, settings, "fine-tuning", len(labels.train), quiet),
         best,
-        SaveRun(run, every_steps=max(50, round(steps / settings.validations))),
+        save,
+        StopOnSignal(save),
     ]
     trainer = build_trainer(
         run,
@@ -117,17 +122,15 @@ def finetune(settings: FinetuneSettings, quiet: bool = False) -> FinetuneResult:
         validate_every_steps=max(1, -(-steps // settings.validations)),
     )
     per_device_batch(settings.batch_size, trainer.world_size, accumulate)
-    if is_first_process():
-        take_run_folder(settings)
-    checkpoint = last_checkpoint(run)
-    resumed = settings.resume and checkpoint.is_file()
-    if trainer.is_global_zero and not quiet:
-        print(summary(settings, model, labels, steps, trainer, checkpoint if resumed else None), flush=True)
-    stream = ValidatedStreamData(train, settings.batch_size, accumulate, settings.workers, validation)
-    trainer.fit(module, datamodule=stream, ckpt_path=checkpoint if resumed else None, weights_only=True)
-    # Steps rarely end on a validation: the last state is measured once more.
-    last = trainer.validate(module, datamodule=stream, verbose=False)[0]["accuracy"]
-    best.consider(module, last)
+    with taken_run_folder(settings) if is_first_process() else contextlib.nullcontext():
+        checkpoint = usable_checkpoint(run, say=print if is_first_process() else None) if settings.resume else None
+        if trainer.is_global_zero and not quiet:
+            print(summary(settings, model, labels, steps, trainer, checkpoint), flush=True)
+        stream = ValidatedStreamData(train, settings.batch_size, accumulate, settings.workers, validation)
+        trainer.fit(module, datamodule=stream, ckpt_path=checkpoint, weights_only=True)
+        # Steps rarely end on a validation: the last state is measured once more.
+        last = trainer.validate(module, datamodule=stream, verbose=False)[0]["accuracy"]
+        best.consider(module, last)
     if trainer.is_global_zero and not quiet:
         print(
             f"accuracy {last:.1%} at the end, {best.accuracy:.1%} best, on {len(validation):,} validation images\n"

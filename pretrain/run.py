@@ -1,25 +1,28 @@
 """A pre-training run put together: survey the images, settle what is open, train, leave an encoder behind."""
 from __future__ import annotations
 
+import contextlib
 import math
 from dataclasses import replace
 from pathlib import Path
 
 import pytorch_lightning as pl
-import torch
+from torch import Tensor
 
 from pretrain.callbacks import Reconstructions
 from pretrain.module import SimMIMPretraining
 from pretrain.settings import DataSettings, ModelSettings, OptimSettings, PretrainSettings, resolve
-from simmim.checkpoint import Checkpoint, Preprocessing, build_encoder, preset_name, save_encoder
+from simmim.checkpoint import Checkpoint, Preprocessing, build_encoder, preset_name, save_weights
 from simmim.convert import read
+from simmim.convert.files import unpickled
 from simmim.data import CentreView, ImageSamples, RandomView, StreamSamples, open_source, survey, worker_count
 from simmim.model import SimMIM
-from simmim.run_folder import CONFIG, as_yaml, check_run_folder, last_checkpoint, take_run_folder
+from simmim.run_folder import CONFIG, as_yaml, check_run_folder, checkpoints_folder, taken_run_folder
 from simmim.swinv2 import SwinV2
 from simmim.training import (
     NotePlaces,
     SaveRun,
+    StopOnSignal,
     StreamData,
     build_trainer,
     check_trainer_keys,
@@ -27,6 +30,7 @@ from simmim.training import (
     device_type,
     is_first_process,
     per_device_batch,
+    usable_checkpoint,
     usual_callbacks,
 )
 
@@ -79,17 +83,21 @@ def pretrain(settings: PretrainSettings) -> Path:
     run = Path(settings.out).expanduser()
     preprocessing = Preprocessing(settings.size, data.mean, data.std)
 
-    def export(module: SimMIMPretraining) -> None:
-        said = provenance(settings, source.count, module.global_step)
-        if "loss" in module.trainer.callback_metrics:
-            said["loss"] = round(float(module.trainer.callback_metrics["loss"]), 5)
-        save_encoder(run / "encoder", module.model.encoder, preprocessing, said, module.model.own_state())
+    def export(state: dict[str, Tensor], step: int) -> None:
+        state = {name.removeprefix("model."): value for name, value in state.items()}
+        parts = {name: value for name, value in state.items() if not name.startswith("encoder.")}
+        encoder = {name.removeprefix("encoder."): value for name, value in state.items() if name not in parts}
+        said = provenance(settings, source.count, step)
+        said |= {"loss": round(save.mean_loss, 5)} if save.mean_loss is not None else {}
+        save_weights(run / "encoder", model.encoder.config, encoder, preprocessing, said, pretraining=parts)
 
+    save = SaveRun(run, settings.save_every_steps, settings.save_every_minutes, settings.keep_checkpoints, export)
     callbacks = [
         *usual_callbacks(run, settings, "pre-training", source.count),
         NotePlaces(),
         Reconstructions(shown, run, every_steps=max(1, round(settings.reconstruct_every_epochs * steps_per_epoch))),
-        SaveRun(run, settings.save_every_steps, also=export),
+        save,
+        StopOnSignal(save),
     ]
     trainer = build_trainer(
         run,
@@ -102,16 +110,14 @@ def pretrain(settings: PretrainSettings) -> Path:
         extra=settings.trainer,
     )
     per_device_batch(settings.batch_size, trainer.world_size, accumulate)
-    if is_first_process():
-        take_run_folder(settings)
-    checkpoint = last_checkpoint(run)
-    resumed = settings.resume and checkpoint.is_file()
-    if trainer.is_global_zero:
-        if initial:
-            print(lines)
-        print(summary(settings, model, source.count, steps, trainer, checkpoint if resumed else None), flush=True)
-    stream = StreamData(samples, settings.batch_size, accumulate, settings.workers)
-    trainer.fit(module, datamodule=stream, ckpt_path=checkpoint if resumed else None, weights_only=True)
+    with taken_run_folder(settings) if is_first_process() else contextlib.nullcontext():
+        checkpoint = usable_checkpoint(run, say=print if is_first_process() else None) if settings.resume else None
+        if trainer.is_global_zero:
+            if initial:
+                print(lines)
+            print(summary(settings, model, source.count, steps, trainer, checkpoint), flush=True)
+        stream = StreamData(samples, settings.batch_size, accumulate, settings.workers)
+        trainer.fit(module, datamodule=stream, ckpt_path=checkpoint, weights_only=True)
     if trainer.is_global_zero:
         print(f"encoder: {run / 'encoder'}\nlook at it: tensorboard --logdir {run / 'tensorboard'}")
     return run
@@ -208,11 +214,11 @@ def load_simmim(run: str | Path) -> tuple[SimMIM, PretrainSettings]:
         ValueError: when `run` holds no pre-training run or no checkpoint yet.
     """
     settings = read_settings(run)
-    checkpoint = last_checkpoint(Path(run).expanduser())
-    if not checkpoint.is_file():
-        raise ValueError(f"run {str(run)!r} has no checkpoint yet: expected {checkpoint}")
+    checkpoint = usable_checkpoint(Path(run).expanduser())
+    if checkpoint is None:
+        raise ValueError(f"run {str(run)!r} has no checkpoint yet: expected some in {checkpoints_folder(Path(run))}")
     model = build_model(settings)
-    state = torch.load(checkpoint, map_location="cpu", weights_only=True)["state_dict"]
+    state = unpickled(checkpoint)["state_dict"]
     model.load_state_dict({name.removeprefix("model."): value for name, value in state.items()})
     return model.eval(), settings
 

@@ -157,6 +157,8 @@ class PretrainSettings:
         overwrite: delete the run in `out` and start it anew.
         reconstruct_every_epochs: a picture of reconstructions every so many epochs; by default twenty in all.
         save_every_steps: a checkpoint every so many steps; by default an epoch's, within 50 to 1000.
+        save_every_minutes: and every so many minutes.
+        keep_checkpoints: how many of the newest stay, beside the best.
         log_every_steps: metrics every so many steps.
         model: masking, target, encoder.
         optim: optimiser and schedule.
@@ -178,6 +180,8 @@ class PretrainSettings:
     overwrite: bool = False
     reconstruct_every_epochs: float | None = None
     save_every_steps: int | None = None
+    save_every_minutes: float = 15.0
+    keep_checkpoints: int = 2
     log_every_steps: int = 10
     model: ModelSettings = ModelSettings()
     optim: OptimSettings = OptimSettings()
@@ -188,7 +192,8 @@ class PretrainSettings:
             object.__setattr__(self, "data", DataSettings(self.data))
         if isinstance(self.image_size, list):
             object.__setattr__(self, "image_size", tuple(self.image_size))
-        for name in ("epochs", "batch_size", "log_every_steps", "save_every_steps", "reconstruct_every_epochs"):
+        for name in ("epochs", "batch_size", "log_every_steps", "save_every_steps", "save_every_minutes",
+                     "keep_checkpoints", "reconstruct_every_epochs"):
             if getattr(self, name) is not None and getattr(self, name) <= 0:
                 raise ValueError(f"{name} is {getattr(self, name)}: give a positive number")
         check_common(self)

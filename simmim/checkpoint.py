@@ -141,20 +141,25 @@ def save_encoder(
     The windows it was pre-trained with are recorded in the architecture, so that whoever loads it at another window or
     image size gets the position bias scaled as the weights expect it.
     """
-    config = with_pretrained_windows(encoder.config, preprocessing.image_size)
-    return save_checkpoint(
-        folder,
-        Checkpoint(
-            config,
-            encoder.state_dict(),
-            preprocessing,
-            Path(folder),
-            provenance=provenance,
-            pretraining=pretraining or {},
-            head=head or {},
-            classes=classes,
-        ),
+    return save_weights(
+        folder, encoder.config, encoder.state_dict(), preprocessing, provenance, pretraining, head, classes
     )
+
+
+def save_weights(
+    folder: str | Path,
+    config: SwinV2Config,
+    encoder: State,
+    preprocessing: Preprocessing,
+    provenance: dict,
+    pretraining: State | None = None,
+    head: State | None = None,
+    classes: tuple[str, ...] = (),
+) -> Path:
+    """As `save_encoder`, of an encoder's weights."""
+    config = with_pretrained_windows(config, preprocessing.image_size)
+    parts = {"provenance": provenance, "pretraining": pretraining or {}, "head": head or {}, "classes": classes}
+    return save_checkpoint(folder, Checkpoint(config, encoder, preprocessing, Path(folder), **parts))
 
 
 def save_checkpoint(folder: str | Path, checkpoint: Checkpoint) -> Path:
@@ -222,10 +227,12 @@ def read_checkpoint(folder: Path) -> Checkpoint:
     check_state(config, encoder, folder / WEIGHTS)
     pretraining = read_tensors(folder / PRETRAINING) if (folder / PRETRAINING).is_file() else {}
     head, classes = {}, ()
-    if (folder / HEAD).is_file() and (folder / HEAD_CONFIG).is_file():
+    if (folder / HEAD).is_file():
+        if not (folder / HEAD_CONFIG).is_file():
+            raise ValueError(f"{folder / HEAD} lies there without {HEAD_CONFIG}, the names of its classes: export it again")
         head = read_tensors(folder / HEAD)
-        classes = tuple(json.loads((folder / HEAD_CONFIG).read_text(encoding="utf-8"))["classes"])
-        check_head(head, classes, config, folder / HEAD)
+        classes = tuple(read_json(folder / HEAD_CONFIG).get("classes", ()))
+    check_head(head, classes, config, folder / HEAD)
     check_pretraining(pretraining, config, folder / PRETRAINING)
     return Checkpoint(
         config,
@@ -417,6 +424,8 @@ def check_head(head: Mapping[str, Tensor], classes: tuple[str, ...], config: Swi
     Raises:
         ValueError: naming what does not.
     """
+    if not head:
+        return
     expected = {"weight": (len(classes), config.dims[-1]), "bias": (len(classes),)}
     found = {name: tuple(value.shape) for name, value in head.items()}
     if found != expected:
@@ -427,18 +436,26 @@ def architecture_of(state: Mapping[str, Tensor]) -> dict:
     """What the names and shapes of an encoder's weights say of its architecture, as settings of `SwinV2Config`.
 
     Raises:
-        ValueError: when these are not the weights of a Swin Transformer V2, saying what they look like.
+        ValueError: when these are not the weights of a Swin Transformer V2, naming what it would have.
     """
-    projection = state.get("patch_embed.proj.weight")
     blocks: dict[int, set[int]] = {}
     for name in state:
         found = re.match(r"layers\.(\d+)\.blocks\.(\d+)\.", name)
         if found:
             blocks.setdefault(int(found[1]), set()).add(int(found[2]))
-    scales = [state.get(f"layers.{stage}.blocks.0.attn.logit_scale") for stage in range(len(blocks))]
-    hidden = state.get("layers.0.blocks.0.mlp.fc1.weight")
-    if projection is None or not blocks or hidden is None or any(scale is None for scale in scales):
-        raise ValueError("these are not the weights of a Swin Transformer V2")
+
+    def any_of(*names: str) -> Tensor:
+        for name in names:
+            if name in state:
+                return state[name]
+        raise ValueError(f"these are not the weights of a whole Swin Transformer V2: there is no {names[0]}")
+
+    def of_stage(stage: int, name: str) -> Tensor:
+        return any_of(*(f"layers.{stage}.blocks.{block}.{name}" for block in sorted(blocks.get(stage, {0}))))
+
+    projection = any_of("patch_embed.proj.weight")
+    hidden = of_stage(0, "mlp.fc1.weight")
+    scales = [of_stage(stage, "attn.logit_scale") for stage in range(len(blocks))]
     normed = sorted(int(name.split(".")[3]) for name in state if re.match(r"layers\.2\.blocks\.\d+\.norm3\.weight", name))
     return {
         "embed_dim": projection.shape[0],

@@ -25,8 +25,8 @@ class Command:
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Run one command and return the exit code: 0 done, 1 something found wrong by check-data, 2 wrong input, 130
-    interrupted."""
+    """Run one command and return the exit code: 0 done, 1 something found wrong by check-data, 2 wrong input or a full
+    disk, 130, 138 or 143 stopped by Ctrl-C, SIGUSR1 or SIGTERM with everything saved."""
     arguments = list(sys.argv[1:] if arguments is None else arguments)
     try:
         if not arguments or arguments[0] in ("-h", "--help"):
@@ -43,6 +43,11 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except KeyboardInterrupt:
         print("simmim: interrupted", file=sys.stderr)
         return 130
+    except Exception as error:
+        if not hasattr(error, "exit_code"):
+            raise
+        print(f"simmim: {error}", file=sys.stderr)
+        return error.exit_code
     return 0
 
 

@@ -1,22 +1,26 @@
 """The run folder: taken once, never overwritten by accident, its configuration written once."""
 from __future__ import annotations
 
+import contextlib
 import shutil
+from collections.abc import Iterator
 from dataclasses import fields, is_dataclass
 from pathlib import Path
 
 import yaml
+from filelock import FileLock, Timeout
 
 from simmim.files import whole_file
 
-CONFIG, CHECKPOINTS, LAST = "config.yaml", "checkpoints", "last.ckpt"
+CONFIG, CHECKPOINTS, LAST, BEST = "config.yaml", "checkpoints", "last.ckpt", "best.ckpt"
+LOCK = ".lock"
 # Not part of what a run is: a resumed run may have other workers or devices, and says --resume.
 CIRCUMSTANCES = ("resume", "overwrite", "out", "workers", "devices")
 
 
-def last_checkpoint(run: Path) -> Path:
-    """Where the run's newest checkpoint is or will be."""
-    return run / CHECKPOINTS / LAST
+def checkpoints_folder(run: Path) -> Path:
+    """Where a run's checkpoints are."""
+    return run / CHECKPOINTS
 
 
 def plain(value):
@@ -50,11 +54,11 @@ def check_run_folder(out: str | Path, resume: bool, overwrite: bool) -> None:
         raise ValueError("--resume and --overwrite exclude each other: go on with the run, or start it anew")
     if run.exists() and not run.is_dir():
         raise ValueError(f"run folder {str(run)!r} is a file: give a new folder")
-    if not run.is_dir() or not any(run.iterdir()):
+    if not run.is_dir() or not any(entry.name != LOCK for entry in run.iterdir()):
         return
     if overwrite and not (run / CONFIG).is_file():
         raise ValueError(f"folder {str(run)!r} holds no run ({CONFIG} is missing) and is left alone: give a new folder")
-    if resume and not last_checkpoint(run).is_file() and not (run / CONFIG).is_file():
+    if resume and not (run / CONFIG).is_file() and not any(checkpoints_folder(run).glob("*.ckpt")):
         raise ValueError(f"folder {str(run)!r} holds no run to resume: give a run's folder, or a new one")
     if not resume and not overwrite:
         raise ValueError(
@@ -62,17 +66,42 @@ def check_run_folder(out: str | Path, resume: bool, overwrite: bool) -> None:
         )
 
 
-def take_run_folder(settings) -> Path:
-    """Make the run folder of `settings` (which has out, resume and overwrite) and write its configuration.
+@contextlib.contextmanager
+def taken_run_folder(settings) -> Iterator[Path]:
+    """The run folder of `settings` (which has out, resume and overwrite), made or taken up, its configuration written, and
+    held against other processes until the block ends.
 
     Raises:
-        ValueError: as `check_run_folder`; and when a run is resumed with other settings than it was started with, naming
-            them.
+        ValueError: as `check_run_folder`; when another process holds it; when a run is resumed with other settings than it
+            was started with, naming them.
     """
     check_run_folder(settings.out, settings.resume, settings.overwrite)
     run = Path(settings.out).expanduser()
-    if settings.overwrite and run.is_dir():
+    run.mkdir(parents=True, exist_ok=True)
+    lock = FileLock(run / LOCK, timeout=0)
+    try:
+        lock.acquire()
+    except Timeout:
+        message = f"run folder {str(run)!r} is in use by another process: wait for it, or give a new folder"
+        raise ValueError(message) from None
+    try:
+        write_run_folder(run, settings)
+        yield run
+    finally:
+        lock.release()
+        (run / LOCK).unlink(missing_ok=True)
+
+
+def write_run_folder(run: Path, settings) -> None:
+    """Empty `run` where it is to be overwritten; write the configuration, or see that it is still the same.
+
+    Raises:
+        ValueError: when it is not.
+    """
+    if settings.overwrite:
         for entry in run.iterdir():  # the entries and not the folder, which may be a link
+            if entry.name == LOCK:
+                continue
             shutil.rmtree(entry) if entry.is_dir() and not entry.is_symlink() else entry.unlink()
     config = run / CONFIG
     if config.is_file():
@@ -87,8 +116,7 @@ def take_run_folder(settings) -> Path:
     else:
         with whole_file(config) as temporary:
             temporary.write_text(as_yaml(settings), encoding="utf-8")
-    (run / CHECKPOINTS).mkdir(exist_ok=True)
-    return run
+    checkpoints_folder(run).mkdir(exist_ok=True)
 
 
 def differences(old, new, prefix: str = "") -> list[str]:

@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 import yaml
 
-from simmim.run_folder import as_yaml, check_run_folder, differences, last_checkpoint, plain, take_run_folder
+from simmim.run_folder import as_yaml, check_run_folder, checkpoints_folder, differences, plain, taken_run_folder
 from simmim.training import MetricsCsv
 
 
@@ -33,6 +33,11 @@ class Settings:
     extra: dict = field(default_factory=lambda: {"a": {"b": (1, 2)}, "ä": None})
 
 
+def take_run_folder(settings):
+    with taken_run_folder(settings) as run:
+        return run
+
+
 def files_of(folder):
     """Relative paths and contents of all files, to see that nothing changed."""
     return {str(path.relative_to(folder)): path.read_bytes() for path in Path(folder).rglob("*") if path.is_file()}
@@ -40,7 +45,7 @@ def files_of(folder):
 
 def run_with_checkpoint(out):
     run = take_run_folder(Settings(str(out)))
-    last_checkpoint(run).write_bytes(b"weights")
+    (checkpoints_folder(run) / "last.ckpt").write_bytes(b"weights")
     return run
 
 

@@ -137,6 +137,11 @@ def limits(checkpoint: Checkpoint, format: str, form: str) -> tuple[str, ...]:
         obstacle = huggingface.obstacle(config, size)
         if obstacle:
             raise ValueError(f"{obstacle}: export as safetensors, timm or onnx, or at another image size")
+        if form == "simmim" and size[0] != size[1]:
+            raise ValueError(
+                f"transformers' masked image modelling takes square images, not {size[0]}×{size[1]} px: export the encoder "
+                "alone, or as official"
+            )
         if size[0] != size[1]:
             notes.append("transformers' processors have no central crop of an oblong shape: prepare images by yourself")
         if form == "simmim" and checkpoint.provenance.get("norm_target_patch"):

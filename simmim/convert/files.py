@@ -40,10 +40,7 @@ def read_weight_file(path: Path) -> WeightFile:
         ValueError: when the file is none of these, is torn, holds no tensors, or would run code.
     """
     if path.name.endswith(".index.json"):
-        tensors = {}
-        for shard in sorted(set(read_json(path).get("weight_map", {}).values())):
-            tensors |= read_weight_file(path.parent / shard).tensors
-        return WeightFile(path, tensors)
+        return WeightFile(path, sharded(path))
     with path.open("rb") as file:
         start = file.read(9)
     if zipfile.is_zipfile(path) or start[:2] == b"PK" or start[:1] == PICKLE_START:
@@ -55,23 +52,51 @@ def read_weight_file(path: Path) -> WeightFile:
     raise ValueError(f"{path} is no weight file: expected safetensors or a PyTorch checkpoint (.pth, .pt, .bin)")
 
 
+def sharded(index: Path) -> dict[str, Tensor]:
+    """The tensors that an index lists, each from the shard it names.
+
+    Raises:
+        ValueError: when the index lists none, or one is not where it should be.
+    """
+    places = read_json(index).get("weight_map")
+    if not isinstance(places, Mapping) or not places:
+        raise ValueError(f"{index} lists no weights: expected a weight_map of tensors' names and files")
+    tensors = {}
+    for shard in sorted(set(places.values())):
+        if not (index.parent / shard).is_file():
+            raise ValueError(f"{index} names {shard}, which is not beside it: fetch all files of the folder")
+        tensors |= read_weight_file(index.parent / shard).tensors
+    absent = [name for name in places if name not in tensors]
+    if absent:
+        raise ValueError(f"{index} promises {', '.join(absent[:3])}, which no shard holds: fetch the folder again")
+    return tensors
+
+
 def read_torch_file(path: Path) -> WeightFile:
-    """A file of `torch.save`, unpickled by an interpreter that knows tensors and containers only.
+    """A file of `torch.save`.
 
     Raises:
         ValueError: as `read_weight_file`.
+    """
+    return unpacked(unpickled(path), path)
+
+
+def unpickled(path: Path):
+    """The content of a file of `torch.save`, read by an interpreter that knows tensors and containers only.
+
+    Raises:
+        ValueError: when the file is torn, or asks for more than these.
     """
     try:
         with torch.serialization.safe_globals(HARMLESS):
             # Mapped, so that an optimiser's state, twice the size of the weights, is never read.
             mapped = zipfile.is_zipfile(path)
-            content = torch.load(path, map_location="cpu", weights_only=True, mmap=mapped)
+            return torch.load(path, map_location="cpu", weights_only=True, mmap=mapped)
     except pickle.UnpicklingError as error:
         raise ValueError(refusal(path, str(error))) from None
     except (RuntimeError, EOFError, OSError, ValueError, KeyError, IndexError, TypeError, AttributeError) as error:
         first = (str(error).splitlines() or [type(error).__name__])[0]
         raise ValueError(f"{path} is not a whole PyTorch file ({first[:120]}): fetch it again") from None
-    return unpacked(content, path)
 
 
 def refusal(path: Path, message: str) -> str:
@@ -111,9 +136,9 @@ def holds_tensors(content: Mapping) -> bool:
 def tensors_of(content: Mapping) -> dict[str, Tensor]:
     """Its tensors, half precisions as float32, without the prefix that data-parallel training or compiling leaves."""
     tensors = {str(name): in_full(value.detach()) for name, value in content.items() if isinstance(value, Tensor)}
-    for prefix in ("module.", "_orig_mod."):
-        if all(name.startswith(prefix) for name in tensors):
-            tensors = {name.removeprefix(prefix): value for name, value in tensors.items()}
+    wrappers = ("module.", "_orig_mod.")
+    while tensors and (prefix := next((one for one in wrappers if all(name.startswith(one) for name in tensors)), None)):
+        tensors = {name.removeprefix(prefix): value for name, value in tensors.items()}
     return tensors
 
 

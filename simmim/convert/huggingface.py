@@ -6,7 +6,7 @@ from pathlib import Path
 from simmim.checkpoint import Checkpoint, Preprocessing, State, check_state, filled_windows, read_json
 from simmim.convert import official
 from simmim.convert.files import WeightFile
-from simmim.convert.keys import KeyTable, with_suffixes
+from simmim.convert.keys import KeyTable, all_or_none, with_suffixes
 from simmim.swinv2 import SwinV2Config
 
 OURS, THEIRS = "layers.{i}.blocks.{j}.", "encoder.layers.{i}.blocks.{j}."
@@ -53,32 +53,35 @@ def read(file: WeightFile, description: dict, folder_config: dict, folder: Path)
     Raises:
         ValueError: when the configuration asks for what SwinV2 as published has not, or weights do not fit it.
     """
-    config, size = architecture(folder_config, description, folder)
+    config, size, notes = architecture(folder_config, description, folder)
     prefix = official.prefix_of(file.tensors, ANCHOR)
     state, left = TABLE.to_ours(file.tensors, config, prefix)
-    pretraining = {ours: file.tensors[theirs] for ours, theirs in TABLE.pretraining if theirs in file.tensors}
-    head = {ours.removeprefix("head."): file.tensors[theirs] for ours, theirs in TABLE.head if theirs in file.tensors}
     known = {theirs for _, theirs in (*TABLE.pretraining, *TABLE.head)} | {prefix + "embeddings.mask_token"}
     buffers = ("relative_coords_table", "relative_position_index")
     extra = [name for name in left if name not in known and not name.endswith(buffers)]
     check_state(config, state | {name: file.tensors[name] for name in extra}, file.source)
+    head = official.head_of(all_or_none(TABLE.head, file.tensors, file.source))
+    pretraining, more = official.pretraining_of(TABLE.pretraining, file.tensors, file)
     labels = folder_config.get("id2label") or {}
     names = [labels[key] for key in sorted(labels, key=int)]
     return Checkpoint(
         config,
         state,
-        preprocessing(folder, size, config.in_channels),
+        preprocessing(folder, size, config.in_channels, description),
         file.source,
         "hf",
-        description.get("provenance") or {"origin": "transformers", "architectures": folder_config.get("architectures")},
-        official.shaped_pretraining(pretraining),
-        head if len(head) == 2 else {},
+        description.get("provenance", {"origin": "transformers", "architectures": folder_config.get("architectures")}),
+        pretraining,
+        head,
         official.class_names({"classes": names}, head),
+        notes + more,
     )
 
 
-def architecture(folder_config: dict, description: dict, folder: Path) -> tuple[SwinV2Config, tuple[int, int]]:
-    """The encoder's settings, and the size of its images.
+def architecture(
+    folder_config: dict, description: dict, folder: Path
+) -> tuple[SwinV2Config, tuple[int, int], tuple[str, ...]]:
+    """The encoder's settings, the size of its images, and notes.
 
     Raises:
         ValueError: for settings outside the published architecture.
@@ -101,17 +104,27 @@ def architecture(folder_config: dict, description: dict, folder: Path) -> tuple[
         mlp_ratio=float(folder_config.get("mlp_ratio", 4.0)),
         drop_path_rate=folder_config.get("drop_path_rate", 0.1),
     )
-    config = filled_windows(config, folder_config.get("pretrained_window_sizes"), size)
+    stored = folder_config.get("pretrained_window_sizes") or (0,) * len(config.depths)
+    # Where 0 stands for the window in use it is transformers' own.
+    filled = [side or own for side, own in zip(stored, windows_of_theirs(config, size))]
+    config = filled_windows(config, filled, size)
     ours = SwinV2Config(**description["architecture"]) if description else None
     if ours and {**ours.as_dict(), "shift_before_padding": False} == {**config.as_dict(), "shift_before_padding": False}:
         config = ours
-    return config, size
+    difference = obstacle(config, size)
+    return config, size, (difference,) if difference else ()
 
 
-def preprocessing(folder: Path, size: tuple[int, int], channels: int) -> Preprocessing:
-    """From preprocessor_config.json; without one, as the published models': ImageNet's statistics, bicubic."""
+def preprocessing(folder: Path, size: tuple[int, int], channels: int, description: dict) -> Preprocessing:
+    """From preprocessor_config.json, by this toolkit's description of it where that still holds; without one, as the
+    published models': ImageNet's statistics, bicubic."""
     path = folder / "preprocessor_config.json"
     stored = read_json(path) if path.is_file() else {}
+    if description:
+        described = Preprocessing(**description["preprocessing"])
+        expected = processor_config(described)
+        if described.image_size == size and {name: stored.get(name) for name in expected} == expected:
+            return described
     default = (official.IMAGENET_MEAN, official.IMAGENET_STD) if channels == 3 else ((0.5,) * channels,) * 2
     mean, std = (stored.get(name) or value for name, value in zip(("image_mean", "image_std"), default))
     resample = {number: name for name, number in RESAMPLE.items()}.get(stored.get("resample", 3), "bicubic")
@@ -207,17 +220,31 @@ def loading_code(folder: str, form: str, channels: int) -> str:
     return f"from transformers import {names}\n\n{processor}model = {auto}.from_pretrained({folder!r}){backbone}"
 
 
+def windows_of_theirs(config: SwinV2Config, image_size: tuple[int, int]) -> list[int]:
+    """The window of each stage in transformers' Swinv2, which is fixed when it is built."""
+    height = image_size[0] // config.patch_size
+    return [min(config.window_size, height // 2**stage) for stage in range(len(config.depths))]
+
+
 def obstacle(config: SwinV2Config, image_size: tuple[int, int]) -> str | None:
     """Why transformers' Swinv2 would compute something else, or None.
 
     It fixes every stage's window when it is built, from a map size that it rounds down where merging rounds up, by the
     height alone.
     """
-    maps = [tuple(side // config.patch_size // 2**stage for side in image_size) for stage in range(len(config.depths))]
-    theirs = [min(config.window_size, height) for height, _ in maps]
-    ours = config.windows(image_size)
+    theirs, ours = windows_of_theirs(config, image_size), config.windows(image_size)
+    size = "×".join(map(str, image_size))
     if any(window != (side, side) for window, side in zip(ours, theirs)):
-        return f"transformers' Swinv2 would use windows {theirs} where this encoder at {image_size} px has {list(ours)}"
+        return f"transformers' Swinv2 uses windows {theirs} where this encoder at {size} px has {list(ours)}"
+    height, width = (-(-side // config.patch_size) for side in image_size)
+    for stage, (side, depth) in enumerate(zip(theirs, config.depths)):
+        shifted = image_size[0] // config.patch_size // 2**stage > side
+        if depth > 1 and ((height > side) != shifted or (width > side) != shifted):
+            return (
+                f"transformers' Swinv2 goes by the height alone and at {size} px {'shifts' if shifted else 'does not shift'} "
+                f"both sides of stage {stage + 1}'s map, {height}×{width} tokens with windows of {side}"
+            )
+        height, width = -(-height // 2), -(-width // 2)
     pairs = config.pretrained_window_sizes or ()
     if not all(isinstance(side, int) for side in pairs):
         return f"transformers' Swinv2 knows square windows only, and this encoder was pre-trained with {list(pairs)}"

@@ -4,6 +4,7 @@ from __future__ import annotations
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass
+from pathlib import Path
 
 import torch
 from torch import Tensor
@@ -59,6 +60,20 @@ class KeyTable:
                 used.update(names)
                 state[our_name] = tensors[names[0]] if len(names) == 1 else torch.cat([tensors[name] for name in names])
         return state, [name for name in tensors if name not in used]
+
+
+def all_or_none(rows: tuple[tuple[str, str], ...], tensors: Mapping[str, Tensor], source: Path) -> State:
+    """Tensors that are of use together, under our names; {} where a file holds none of them.
+
+    Raises:
+        ValueError: naming what is missing where it holds some.
+    """
+    found = {ours: tensors[theirs] for ours, theirs in rows if theirs in tensors}
+    missing = [theirs for ours, theirs in rows if ours not in found]
+    if found and missing:
+        beside = ", ".join(theirs for ours, theirs in rows if ours in found)
+        raise ValueError(f"{source} holds {beside} and no {', '.join(missing)}: expected all or none; fetch it again")
+    return found
 
 
 def choices(name: str) -> list[str]:

@@ -14,11 +14,13 @@ from simmim.checkpoint import (
     Checkpoint,
     SavedEncoder,
     build_encoder,
+    check_head,
+    check_pretraining,
     read_checkpoint,
     read_json,
 )
 from simmim.convert import huggingface, official, timm
-from simmim.convert.files import INDEX, read_weight_file
+from simmim.convert.files import INDEX, WeightFile, read_weight_file
 from simmim.swinv2 import SwinV2
 
 DESCRIPTION = "simmim"  # the key of a foreign config.json under which this toolkit leaves what the format has no place for
@@ -74,14 +76,34 @@ def read(path: str | Path, **overrides) -> Checkpoint:
         raise ValueError(f"no encoder in {str(folder)!r}: expected {WEIGHTS}, or one of {', '.join(WEIGHT_NAMES)}")
     weights = read_weight_file(file)
     description = config.get(DESCRIPTION) or {}
+    try:
+        checkpoint = understood(weights, description, config, folder, overrides)
+    except ValueError as error:
+        raise ValueError(str(error) if str(folder) in str(error) else f"{file}: {error}") from error
+    check_pretraining(checkpoint.pretraining, checkpoint.config, file)
+    check_head(checkpoint.head, checkpoint.classes, checkpoint.config, file)
+    return checkpoint
+
+
+def understood(weights: WeightFile, description: dict, config: dict, folder: Path, overrides: Mapping) -> Checkpoint:
+    """A foreign file by the reader of its format, which its names tell.
+
+    Args:
+        description: what this toolkit left in `config`, the folder's config.json.
+
+    Raises:
+        ValueError: as `read`.
+    """
+    file = weights.source
+    check_kind(weights.tensors, file)
     if any(name.endswith(huggingface.ANCHOR) for name in weights.tensors):
         if config.get("model_type") != "swinv2":
+            found = f"{CONFIG} beside it says model_type {config['model_type']!r}" if "model_type" in config else ""
             raise ValueError(
-                f"{file} holds a transformers model and no {CONFIG} with model_type swinv2 lies beside it: give the whole "
-                "folder"
+                f"{file} holds a model of transformers and {found or f'no {CONFIG} lies beside it'}: give a whole folder, "
+                "with model_type 'swinv2'"
             )
         return huggingface.read(weights, description, config, folder)
-    check_kind(weights.tensors, file)
     timm_like = any(re.search(r"(^|\.)head\.fc\.|layers[._][1-9]\d*\.downsample\.", name) for name in weights.tensors)
     # The authors' merging closes a stage, timm's opens the next; two stages have layers.0 or layers.1, never both.
     authors = any(re.search(r"layers\.0\.downsample\.", name) for name in weights.tensors)
@@ -122,8 +144,9 @@ def check_kind(tensors: Mapping[str, Tensor], file: Path) -> None:
     def some(pattern: str) -> bool:
         return any(re.search(pattern, name) for name in names)
 
-    swin = some(r"layers[._]0\.blocks\.0\.attn\.")
-    if swin and some("logit_scale$") and some(r"patch_embed\.proj\.weight$"):
+    swin = some(r"layers[._]0\.blocks\.0\.(attn|attention\.self)\.")
+    projection = some(r"patch_embed\.proj\.weight$") or some(re.escape(huggingface.ANCHOR))
+    if swin and some("logit_scale$") and projection:
         return
     if some("relative_position_bias_table$"):
         kind = "a Swin Transformer V1: its position bias is a table of one window, and it has no cosine attention"
@@ -134,7 +157,7 @@ def check_kind(tensors: Mapping[str, Tensor], file: Path) -> None:
     elif some(r"stages\.0\.(blocks\.)?0\.(dwconv|conv_dw)"):
         kind = "a ConvNeXt"
     elif swin:
-        kind = "an incomplete Swin Transformer V2"
+        kind = "no whole Swin Transformer V2: there is no " + ("logit_scale" if projection else "patch_embed.proj.weight")
     else:
         kind = f"something else, {len(names)} tensors: {', '.join(names[:3])}{', …' if len(names) > 3 else ''}"
     raise ValueError(f"{file} holds {kind}. Expected a Swin Transformer V2 of {', '.join(FORMAT_NAMES.values())}")

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from simmim.checkpoint import Checkpoint, Preprocessing, State, architecture_of, check_state, filled_windows
 from simmim.convert.files import WeightFile, plain
-from simmim.convert.keys import KeyTable, same, with_suffixes
+from simmim.convert.keys import KeyTable, all_or_none, same, with_suffixes
 from simmim.swinv2 import SwinV2Config, log_spaced_coords, relative_position_index, shift_mask
 
 IMAGENET_MEAN, IMAGENET_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
@@ -38,6 +38,8 @@ TABLE = KeyTable(
     ),
     head=with_suffixes("head", "head"),
 )  # fmt: skip
+# Our settings that the authors' configuration holds too.
+SIZES = {"embed_dim": "EMBED_DIM", "depths": "DEPTHS", "num_heads": "NUM_HEADS", "mlp_ratio": "MLP_RATIO"}
 # Derived from sizes: stored by the authors' modules, here a source of the sizes and nothing else.
 BUFFERS = re.compile(r"relative_coords_table$|relative_position_index$|attn_mask$|\.k_bias$")
 
@@ -60,22 +62,22 @@ def read(file: WeightFile, description: dict, overrides: Mapping) -> Checkpoint:
     config, preprocessing, notes = described_architecture(inside, buffers, settings, file, description, overrides)
     state, left = TABLE.to_ours({name: value for name, value in inside.items() if name not in buffers}, config)
     left += [name for name in tensors if not name.startswith(prefix)]
-    pretraining = {ours: tensors[theirs] for ours, theirs in TABLE.pretraining if theirs in tensors}
-    head = {ours.removeprefix("head."): inside[theirs] for ours, theirs in TABLE.head if theirs in inside}
-    known = {theirs.removeprefix(prefix) for _, theirs in (*TABLE.pretraining, *TABLE.head)}
+    known = {theirs.removeprefix(prefix) for _, theirs in (*TABLE.pretraining, *TABLE.head)} | {"mask_token"}
     extra = [name for name in left if name not in known]
     check_state(config, state | {name: tensors.get(name, inside.get(name)) for name in extra}, file.source)
+    head = head_of(all_or_none(TABLE.head, inside, file.source))
+    pretraining, more = pretraining_of(TABLE.pretraining, {prefix + name: inside[name] for name in inside} | tensors, file)
     return Checkpoint(
         config,
         state,
         preprocessing,
         file.source,
         "official",
-        description.get("provenance") or provenance(settings, bool(pretraining)),
-        shaped_pretraining(pretraining),
-        head if len(head) == 2 else {},
+        description["provenance"] if "provenance" in description else provenance(settings, bool(pretraining)),
+        pretraining,
+        head,
         class_names(description, head),
-        notes,
+        notes + more,
     )
 
 
@@ -84,10 +86,28 @@ def prefix_of(tensors: Mapping[str, Tensor], anchor: str = "patch_embed.proj.wei
     return next(name for name in tensors if name.endswith(anchor)).removesuffix(anchor)
 
 
+def head_of(parts: State) -> State:
+    """A classifier's weight and bias under the names of a linear layer."""
+    return {name.removeprefix("head."): value for name, value in parts.items()}
+
+
+def pretraining_of(
+    rows: tuple[tuple[str, str], ...], tensors: Mapping[str, Tensor], file: WeightFile
+) -> tuple[State, tuple[str, ...]]:
+    """Mask token and decoder in our shapes, and notes.
+
+    Raises:
+        ValueError: when a part of the decoder is there and another part is not.
+    """
+    names = dict(rows)
+    if not any(names[part] in tensors for part in ("decoder.weight", "decoder.bias")):
+        left_out = any(name.endswith("mask_token") for name in tensors)
+        return {}, ("mask token left out, which has no decoder beside it",) if left_out else ()
+    return shaped_pretraining(all_or_none(rows, tensors, file.source)), ()
+
+
 def shaped_pretraining(parts: State) -> State:
-    """Mask token and decoder in our shapes, (C,) and a linear layer's; {} unless all three are there."""
-    if len(parts) < 3:
-        return {}
+    """Mask token and decoder in our shapes, (C,) and a linear layer's."""
     return {
         "mask_token": parts["mask_token"].flatten(),
         "decoder.weight": parts["decoder.weight"].flatten(1),
@@ -129,12 +149,20 @@ def described_architecture(
         config = SwinV2Config(**description["architecture"])
         return config, Preprocessing(**description["preprocessing"]), ()
     stored = settings.get("MODEL", {}).get("SWINV2", {})
+    # Of what the configuration says too, the weights must be: a block that is missing would not be missed otherwise.
+    sizes = {ours: stored[theirs] for ours, theirs in SIZES.items() if theirs in stored}
+    shapes |= {name: tuple(value) if isinstance(value, list) else value for name, value in sizes.items()}
     notes = []
     windows, pretrained, image = sizes_in_buffers(buffers, shapes)
     window = max(windows) if windows else stored.get("WINDOW_SIZE")
     image = settings.get("DATA", {}).get("IMG_SIZE") or image
     pretrained = pretrained or stored.get("PRETRAINED_WINDOW_SIZES")
-    named = re.search(r"window(\d+)(?:to(\d+))?_(\d{2,4})(?:to(\d{2,4}))?", file.source.stem + file.source.parent.name)
+    if windows and stored.get("WINDOW_SIZE", 0) > window:
+        # Maps smaller than the window, which shows at larger images.
+        window = stored["WINDOW_SIZE"]
+    named = re.search(
+        r"window(\d+)(?:to(\d+))?_(\d{2,4})(?:to(\d{2,4}))?", f"{file.source.stem} {file.source.parent.name}"
+    )
     if window is None and named:
         window, image = int(named[2] or named[1]), image or int(named[4] or named[3])
         if named[2]:

@@ -7,8 +7,8 @@ from collections.abc import Mapping
 from simmim.checkpoint import Checkpoint, Preprocessing, State, architecture_of, check_state, filled_windows
 from simmim.convert import official
 from simmim.convert.files import WeightFile
-from simmim.convert.keys import KeyTable, with_suffixes
-from simmim.swinv2 import SwinV2Config
+from simmim.convert.keys import KeyTable, all_or_none, with_suffixes
+from simmim.swinv2 import PRESETS, SwinV2Config
 
 TABLE = KeyTable(
     encoder=tuple(
@@ -20,6 +20,9 @@ TABLE = KeyTable(
 )
 NAMES = {96: {6: "swinv2_tiny_window8_256", 18: "swinv2_small_window8_256"}, 128: {18: "swinv2_base_window8_256"},
          192: {18: "swinv2_large_window12_192"}}  # fmt: skip
+# Our settings that timm's arguments hold too; those of the images may be left out of them and differ from the name's.
+SIZES = {"embed_dim": "embed_dim", "depths": "depths", "num_heads": "num_heads", "mlp_ratio": "mlp_ratio"}
+IMAGES = {"in_channels": "in_chans", "patch_size": "patch_size"}
 # What timm's registered names mean, where a folder's config.json leaves it to them.
 PUBLISHED_WINDOWS = {"12to16_192to256": (16, (12, 12, 12, 6)), "12to24_192to384": (24, (12, 12, 12, 6))}
 
@@ -37,9 +40,10 @@ def read(file: WeightFile, description: dict, overrides: Mapping, folder_config:
     shapes = architecture_of(merged)
     config, preprocessing, notes = described_architecture(shapes, merged, file, description, overrides, folder_config)
     state, left = TABLE.to_ours({name: value for name, value in inside.items() if name not in buffers}, config)
-    head = {ours.removeprefix("head."): inside[theirs] for ours, theirs in TABLE.head if theirs in inside}
     extra = [name for name in left if name not in {theirs for _, theirs in TABLE.head}]
-    check_state(config, state | {name: inside[name] for name in extra}, file.source)
+    extra += [name for name in file.tensors if not name.startswith(prefix)]
+    check_state(config, state | {name: inside.get(name, file.tensors.get(name)) for name in extra}, file.source)
+    head = official.head_of(all_or_none(TABLE.head, inside, file.source))
     labels = folder_config.get("label_names") or folder_config.get("pretrained_cfg", {}).get("label_names")
     return Checkpoint(
         config,
@@ -47,9 +51,9 @@ def read(file: WeightFile, description: dict, overrides: Mapping, folder_config:
         preprocessing,
         file.source,
         "timm",
-        description.get("provenance") or {"origin": "timm", "architecture": folder_config.get("architecture", "unknown")},
+        description.get("provenance", {"origin": "timm", "architecture": folder_config.get("architecture", "unknown")}),
         {},
-        head if len(head) == 2 else {},
+        head,
         official.class_names({"classes": labels}, head),
         notes,
     )
@@ -74,17 +78,19 @@ def described_architecture(
     size = arguments.get("img_size") or tuple(trained.get("input_size", ())[1:]) or None
     if description and name:
         config = SwinV2Config(**description["architecture"])
-        same = all(getattr(config, key) == value for key, value in shapes.items())
-        if same and config.window_size == arguments.get("window_size", config.window_size):
+        if config.window_size == arguments.get("window_size", config.window_size):
             return config, Preprocessing(**description["preprocessing"]), ()
     published = next((value for key, value in PUBLISHED_WINDOWS.items() if key in name), None)
     found = re.search(r"window(\d+)_(\d+)", name)
-    window = arguments.get("window_size") or (published[0] if published else int(found[1]) if found else None)
+    given = arguments.get("window_size")
+    window = one_window(given, file) if given else published[0] if published else int(found[1]) if found else None
     if window is None or size is None:
         config, preprocessing, notes = official.described_architecture(state, {}, {}, file, {}, overrides)
         return timm_padding(config), preprocessing, notes
     pretrained = arguments.get("pretrained_window_sizes") or (published[1] if published else None)
     size = (size, size) if isinstance(size, int) else tuple(size)
+    # Of what the folder says too, the weights must be: a block that is missing would not be missed otherwise.
+    shapes |= stated_sizes(name, arguments)
     config = filled_windows(SwinV2Config(**shapes, window_size=window), pretrained, size)
     preprocessing = Preprocessing(
         size,
@@ -95,6 +101,28 @@ def described_architecture(
         "squash" if trained.get("crop_mode") == "squash" else "crop",
     )
     return timm_padding(config), preprocessing, ()
+
+
+def stated_sizes(name: str, arguments: Mapping) -> dict:
+    """Sizes that timm's name and arguments of a model state, as settings of `SwinV2Config`."""
+    preset = re.match(r"swinv2_(tiny|small|base|large)_", name)
+    stated = {size: getattr(PRESETS[preset[1]], size) for size in SIZES} if preset else {}
+    stated |= {size: arguments[theirs] for size, theirs in {**SIZES, **IMAGES}.items() if theirs in arguments}
+    return {size: tuple(value) if isinstance(value, list) else value for size, value in stated.items()}
+
+
+def one_window(stated: int | list, file: WeightFile) -> int:
+    """The window of all stages; timm also takes height and width, and one for each stage.
+
+    Raises:
+        ValueError: when they differ.
+    """
+    if isinstance(stated, int):
+        return stated
+    sides = {side for stage in stated for side in (stage if isinstance(stage, list) else [stage])}
+    if len(sides) != 1:
+        raise ValueError(f"{file.source.parent / 'config.json'} says window_size {stated}: expected one size for all stages")
+    return sides.pop()
 
 
 def timm_padding(config: SwinV2Config) -> SwinV2Config:

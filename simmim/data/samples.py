@@ -9,6 +9,7 @@ from __future__ import annotations
 import copy
 import os
 import random
+import signal
 from collections.abc import Callable, Iterator
 from typing import TYPE_CHECKING
 
@@ -242,7 +243,16 @@ def batches(samples: Dataset, workers: int, order: Sampler | None = None, batch_
         pin_memory=torch.cuda.is_available(),
         persistent_workers=workers > 0,
         prefetch_factor=4 if workers else None,
+        worker_init_fn=leave_signals,
     )
+
+
+def leave_signals(worker: int) -> None:
+    """In a loading process: what a terminal or a scheduler sends to the whole group is for the process that trains. SIGTERM
+    stays as it is, because that is how loading processes are ended."""
+    for name in ("SIGINT", "SIGUSR1"):
+        if hasattr(signal, name):
+            signal.signal(getattr(signal, name), signal.SIG_IGN)
 
 
 def cores() -> int:

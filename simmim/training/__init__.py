@@ -3,14 +3,15 @@
 Training is one loop over steps: batches come from one endless stream (`simmim.data.SampleStream`), an epoch is a number
 of samples, and a run resumes at any step by taking the stream from there.
 """
+from simmim.training.interruption import Interrupted, StopOnSignal
 from simmim.training.logs import MetricsCsv
 from simmim.training.progress import ProgressLine, SkippedImages, StepSeeds, Throughput, usual_callbacks
-from simmim.training.saving import SaveRun
+from simmim.training.saving import SaveRun, usable_checkpoint
 from simmim.training.streams import NotePlaces, StreamData, ValidatedStreamData, per_device_batch
 from simmim.training.trainer import build_trainer, check_trainer_keys, default_precision, device_type, is_first_process
 
 __all__ = [
-    "MetricsCsv", "NotePlaces", "ProgressLine", "SaveRun", "SkippedImages", "StepSeeds", "StreamData", "Throughput",
-    "ValidatedStreamData", "build_trainer", "check_trainer_keys", "default_precision", "device_type", "is_first_process",
-    "per_device_batch", "usual_callbacks",
+    "Interrupted", "MetricsCsv", "NotePlaces", "ProgressLine", "SaveRun", "SkippedImages", "StepSeeds", "StopOnSignal",
+    "StreamData", "Throughput", "ValidatedStreamData", "build_trainer", "check_trainer_keys", "default_precision",
+    "device_type", "is_first_process", "per_device_batch", "usable_checkpoint", "usual_callbacks",
 ]  # fmt: skip

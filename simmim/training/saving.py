@@ -1,49 +1,248 @@
-"""Checkpoints: whole or absent."""
+"""Checkpoints: written beside the training, whole or absent, the last few and the best kept, checked before they are used.
+
+RUN/checkpoints/ holds step-00001200.ckpt and the like; last.ckpt and best.ckpt are further names of two of them. A
+checkpoint is a zip archive, whose CRC-32 of every tensor tells a torn or altered file.
+"""
 from __future__ import annotations
 
+import contextlib
+import os
+import re
+import shutil
+import time
+import zipfile
 from collections.abc import Callable
+from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 
 import pytorch_lightning as pl
+import torch
+from lightning_utilities.core.apply_func import apply_to_collection
+from pytorch_lightning.plugins.io import TorchCheckpointIO
+from torch import Tensor
 
-from simmim.run_folder import last_checkpoint
+from simmim.convert.files import unpickled
+from simmim.files import whole_file
+from simmim.run_folder import BEST, CONFIG, LAST, checkpoints_folder
+
+STEP_FILE = re.compile(r"step-(\d+)\.ckpt$")
+
+
+def step_file(run: Path, step: int) -> Path:
+    """The checkpoint of one step."""
+    return checkpoints_folder(run) / f"step-{step:08d}.ckpt"
+
+
+def saved_steps(run: Path) -> dict[int, Path]:
+    """Every step that has a checkpoint, the newest first."""
+    paths = [path for path in checkpoints_folder(run).glob("step-*.ckpt") if STEP_FILE.search(path.name)]
+    return {int(STEP_FILE.search(path.name)[1]): path for path in sorted(paths, reverse=True)}
+
+
+def usable_checkpoint(run: Path, say: Callable[[str], None] | None = None) -> Path | None:
+    """The newest whole checkpoint of a run; None when it has none yet.
+
+    Args:
+        say: called with a line for every newer one that is torn.
+
+    Raises:
+        ValueError: when the run has checkpoints and none is whole; when one would run code as it is read, which none that
+            this toolkit writes does.
+    """
+    last = checkpoints_folder(run) / LAST
+    newest = list(saved_steps(run).values())
+    candidates = [*([last] if last.exists() else []), *newest]
+    torn = []
+    for path in candidates:
+        if any(path.samefile(other) for other in torn):
+            continue
+        problem = damage(path)
+        if problem is None:
+            if torn and say:
+                say(f"warning: {torn[0]} is torn ({damage(torn[0])}); going on from {path.name}")
+            return path
+        torn.append(path)
+    if torn:
+        raise ValueError(
+            f"run {str(run)!r} has no whole checkpoint: {torn[0].name} is torn ({damage(torn[0])}); "
+            "--overwrite starts the run anew"
+        )
+    return None
+
+
+def damage(path: Path) -> str | None:
+    """What is wrong with a checkpoint's bytes; None for a whole one.
+
+    Raises:
+        ValueError: when it would run code as it is read.
+    """
+    try:
+        with zipfile.ZipFile(path) as archive:
+            broken = archive.testzip()
+    except (zipfile.BadZipFile, EOFError, OSError, NotImplementedError) as error:
+        return str(error) or type(error).__name__
+    if broken:
+        return f"its part {broken} does not fit its checksum"
+    unpickled(path)
+    return None
+
+
+class CheckpointWriter(TorchCheckpointIO):
+    """Lightning's way of writing checkpoints, moved aside: a copy of the state is taken at once, which costs a fraction of
+    a step, and a thread writes it while training goes on.
+
+    Args:
+        run: the run folder.
+        keep: how many of the newest checkpoints stay.
+        export: called in the thread with the weights by their names in the module and the step, to refresh what is
+            exported beside the checkpoint.
+    """
+
+    def __init__(self, run: Path, keep: int, export: Callable[[dict[str, Tensor], int], None] | None = None) -> None:
+        self.run, self.keep, self.export = run, keep, export
+        self.pool = ThreadPoolExecutor(1, thread_name_prefix="checkpoint")
+        self.pending: Future | None = None
+        self.is_best = False
+
+    def save_checkpoint(self, checkpoint: dict, path, storage_options=None) -> None:
+        """Take a copy of `checkpoint` and begin to write it; waits for the one before."""
+        self.wait()
+        copied = apply_to_collection(checkpoint, Tensor, lambda value: value.detach().to("cpu", copy=True))
+        self.pending = self.pool.submit(self.write, copied, Path(path), self.is_best)
+
+    def write(self, checkpoint: dict, path: Path, is_best: bool) -> None:
+        """The file, its other names, and the end of those that are too old.
+
+        Raises:
+            OSError: when there is no room or no folder left; what was there before stays.
+        """
+        if not (self.run / CONFIG).is_file():
+            raise FileNotFoundError(f"run folder {str(self.run)!r} is gone")
+        with whole_file(path) as temporary:
+            torch.save(checkpoint, temporary)
+        also_name(path, path.with_name(LAST))
+        if is_best:
+            also_name(path, path.with_name(BEST))
+        for old in list(saved_steps(self.run).values())[self.keep :]:
+            old.unlink(missing_ok=True)
+        if self.export:
+            self.export(checkpoint["state_dict"], checkpoint["global_step"])
+
+    def wait(self) -> None:
+        """Until what was begun is on the disk.
+
+        Raises:
+            OSError: when it could not be written, saying which checkpoint stands.
+        """
+        pending, self.pending = self.pending, None
+        if pending is None:
+            return
+        try:
+            pending.result()
+        except (OSError, RuntimeError) as error:
+            standing = next(iter(saved_steps(self.run).values()), None)
+            stands = f"{standing} stands" if standing else "there is none before it"
+            raise OSError(
+                f"a checkpoint could not be written ({str(error).splitlines()[0]}): {stands}; make room or mend the folder, "
+                "and --resume goes on"
+            ) from error
+
+    def teardown(self) -> None:
+        """Let what was begun finish."""
+        if self.pending is not None:
+            with contextlib.suppress(Exception):
+                self.pending.result()
+
+
+def also_name(file: Path, name: Path) -> None:
+    """Give `file` a second name, in place of what bore it before: a link where the disk has them, else a copy."""
+    temporary = name.with_name(f".{name.name}.new")
+    temporary.unlink(missing_ok=True)
+    try:
+        os.link(file, temporary)
+    except OSError:
+        shutil.copyfile(file, temporary)
+    temporary.replace(name)
 
 
 class SaveRun(pl.Callback):
-    """Saves last.ckpt, whole or not at all, every so many steps, at the end, and when the run is interrupted.
+    """Saves the run every so many steps and minutes, at its end, and when it is asked to stop.
 
     Args:
-        also: called with the module after each save, to refresh what is exported beside the checkpoint.
+        every_steps, every_minutes: whichever comes first.
+        keep: how many checkpoints stay, beside the best.
+        export: as of `CheckpointWriter`.
+        keep_best: also keep, as best.ckpt, the one whose steps since the one before had the lowest mean loss.
     """
 
-    def __init__(self, run: Path, every_steps: int, also: Callable[[pl.LightningModule], None] | None = None) -> None:
-        self.path, self.every_steps, self.also = last_checkpoint(run), every_steps, also
-        self.saved_step = -1
+    def __init__(
+        self,
+        run: Path,
+        every_steps: int,
+        every_minutes: float = 15.0,
+        keep: int = 2,
+        export: Callable[[dict[str, Tensor], int], None] | None = None,
+        keep_best: bool = True,
+    ) -> None:
+        self.run, self.every_steps, self.every_s, self.keep_best = run, every_steps, every_minutes * 60, keep_best
+        self.writer = CheckpointWriter(run, keep, export)
+        self.saved_step, self.best = -1, float("inf")
+        self.mean_loss: float | None = None
+        self.losses: list[Tensor] = []
+        self.between_steps = True
 
-    def on_train_batch_end(self, trainer: pl.Trainer, module: pl.LightningModule, *_) -> None:
-        """Save at every `every_steps`-th step."""
-        if trainer.global_step % self.every_steps == 0:
-            self.save(trainer, module)
+    def state_dict(self) -> dict:
+        """The mean loss up to this checkpoint since the one before, and the lowest such mean."""
+        return {"best": self.best, "mean_loss": self.mean_loss}
+
+    def load_state_dict(self, state: dict) -> None:
+        """Go on from them."""
+        self.best, self.mean_loss = state["best"], state["mean_loss"]
+
+    def on_train_start(self, *_) -> None:
+        """Start the clock."""
+        self.saved_at = time.monotonic()
+
+    def on_train_batch_start(self, *_) -> None:
+        """From here to the batch's end there is no state to save."""
+        self.between_steps = False
+
+    def on_train_batch_end(self, trainer: pl.Trainer, module: pl.LightningModule, outputs, *_) -> None:
+        """Save if it is time to."""
+        self.between_steps = True
+        loss = outputs["loss"] if isinstance(outputs, dict) else outputs
+        if self.keep_best and isinstance(loss, Tensor):
+            self.losses.append(loss.detach())
+        due = trainer.global_step % self.every_steps == 0
+        if not due and self.every_s < float("inf"):
+            due = trainer.strategy.reduce_boolean_decision(time.monotonic() - self.saved_at > self.every_s, all=False)
+        if due:
+            self.save(trainer)
 
     def on_train_end(self, trainer: pl.Trainer, module: pl.LightningModule) -> None:
-        """Save the end."""
-        self.save(trainer, module)
+        """Save the end, and see it written."""
+        self.save(trainer)
+        self.writer.wait()
 
     def on_exception(self, trainer: pl.Trainer, module: pl.LightningModule, exception: BaseException) -> None:
-        """Save where Ctrl-C came; after an error the last whole save stands."""
-        if isinstance(exception, KeyboardInterrupt):
-            self.save(trainer, module)
+        """Where the data's processes died between two steps, the state is sound and is kept; after other errors the last
+        checkpoint stands."""
+        if self.between_steps and "DataLoader worker" in str(exception) and trainer.world_size == 1:
+            with contextlib.suppress(Exception):
+                self.save(trainer)
+                self.writer.wait()
 
-    def save(self, trainer: pl.Trainer, module: pl.LightningModule) -> None:
-        """Write the checkpoint aside and put it in place."""
+    def save(self, trainer: pl.Trainer) -> None:
+        """Begin to write the checkpoint of this step, unless it has one."""
         if trainer.global_step == self.saved_step:
             return
-        self.saved_step = trainer.global_step
-        aside = self.path.with_name(self.path.name + ".part")
-        trainer.save_checkpoint(aside)
-        if trainer.is_global_zero:
-            aside.replace(self.path)
-            for logger in trainer.loggers:
-                logger.save()
-            if self.also:
-                self.also(module)
+        self.saved_step, self.saved_at = trainer.global_step, time.monotonic()
+        if self.losses:
+            self.mean_loss = float(torch.stack(self.losses).float().mean())
+            self.losses.clear()
+            self.writer.is_best = self.mean_loss < self.best
+            self.best = min(self.mean_loss, self.best)
+        # First the metrics: a row of a step before the checkpoint would never be logged again.
+        for logger in trainer.loggers:
+            logger.save()
+        trainer.save_checkpoint(step_file(self.run, trainer.global_step))

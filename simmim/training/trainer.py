@@ -16,6 +16,7 @@ from pytorch_lightning.utilities.exceptions import MisconfigurationException
 
 from simmim.swinv2 import SwinV2Config, nearest
 from simmim.training.logs import MetricsCsv
+from simmim.training.saving import SaveRun
 
 # What the run itself decides; everything else of the Trainer is open to the user as --trainer.KEY.
 OWN_TRAINER_KEYS = frozenset(
@@ -94,6 +95,10 @@ def build_trainer(
         "accumulate_grad_batches": accumulate,
         "logger": [TensorBoardLogger(run, name="tensorboard", version=""), MetricsCsv(run / "metrics.csv")],
         "callbacks": callbacks,
+        "plugins": [
+            *(extra.get("plugins") or ()),
+            *(callback.writer for callback in callbacks if isinstance(callback, SaveRun)),
+        ],
         "log_every_n_steps": log_every_steps,
         "use_distributed_sampler": False,
         "default_root_dir": run,

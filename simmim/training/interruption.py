@@ -1,0 +1,110 @@
+"""Being asked to stop: signals are answered at the end of the step, with a checkpoint and an exit code of their own."""
+from __future__ import annotations
+
+import os
+import signal
+import subprocess
+import sys
+import threading
+
+import pytorch_lightning as pl
+from pytorch_lightning.plugins.environments import SLURMEnvironment
+
+from simmim.training.saving import SaveRun
+
+# What schedulers send before they take a machine away, and Ctrl-C.
+SIGNALS = tuple(getattr(signal, name) for name in ("SIGINT", "SIGTERM", "SIGUSR1") if hasattr(signal, name))
+
+
+class Interrupted(Exception):
+    """A run that was asked to stop and has saved its state.
+
+    Attributes:
+        exit_code: 128 and the signal's number, as shells report it: 130 for Ctrl-C, 143 for SIGTERM, 138 for SIGUSR1.
+    """
+
+    def __init__(self, number: int, step: int, requeued: bool) -> None:
+        self.exit_code = 128 + number
+        then = "SLURM starts it again" if requeued else "--resume goes on"
+        super().__init__(f"stopped by {signal.Signals(number).name} after step {step:,}, saved; {then}")
+
+
+class StopOnSignal(pl.Callback):
+    """Ends the run at the end of the step in which a signal came, after a checkpoint. A second Ctrl-C leaves at once.
+
+    Under SLURM, SIGUSR1 (`#SBATCH --signal=USR1@120`) also asks for the job to be queued again; the job's command says
+    --resume. This takes the place of Lightning's own requeueing, which saves in the middle of a step.
+    """
+
+    def __init__(self, save: SaveRun) -> None:
+        self.save = save
+        self.received: int | None = None
+        self.before: dict[int, object] = {}
+
+    def on_train_start(self, trainer: pl.Trainer, module: pl.LightningModule) -> None:
+        """Listen, after Lightning has set up handlers of its own."""
+        if threading.current_thread() is threading.main_thread():
+            self.before = {number: signal.signal(number, self.note) for number in SIGNALS}
+
+    def note(self, number: int, frame) -> None:
+        """Remember the signal until the step is over."""
+        if number == signal.SIGINT and self.received == signal.SIGINT:
+            print("\nsimmim: left at once; the last checkpoint stands", file=sys.stderr, flush=True)
+            os._exit(128 + number)
+        self.received = self.received or number
+
+    def on_train_batch_end(self, trainer: pl.Trainer, module: pl.LightningModule, *_) -> None:
+        """Stop if any process was asked to. The callbacks of this batch are done: this one comes last.
+
+        Raises:
+            Interrupted: after the checkpoint is on the disk.
+        """
+        if trainer.global_step >= trainer.max_steps:
+            return  # the end is saved anyway
+        if not trainer.strategy.reduce_boolean_decision(self.received is not None, all=False):
+            return
+        self.save.save(trainer)
+        self.save.writer.wait()
+        requeued = self.received == getattr(signal, "SIGUSR1", None) and trainer.is_global_zero and requeue(trainer)
+        raise Interrupted(self.received or signal.SIGTERM, trainer.global_step, requeued)
+
+    def on_train_end(self, *_) -> None:
+        """Listen no more."""
+        self.restore()
+
+    def on_exception(self, trainer: pl.Trainer, module: pl.LightningModule, exception: BaseException) -> None:
+        """Listen no more. When a process that loads data has died, `SaveRun` has saved: say so, or that the run was
+        stopped, where the same signal had gone to all.
+
+        Raises:
+            Interrupted, OSError: in these cases.
+        """
+        self.restore()
+        if "DataLoader worker" not in str(exception):
+            return
+        if self.received is not None:
+            raise Interrupted(self.received, trainer.global_step, False) from None
+        why = str(exception).splitlines()[0]
+        raise OSError(
+            f"a process that loads images died ({why}), for lack of memory perhaps: the run stands at step "
+            f"{trainer.global_step:,}; --resume goes on, with fewer --workers if it happens again"
+        ) from exception
+
+    def restore(self) -> None:
+        """The handlers that were there before."""
+        for number, handler in self.before.items():
+            signal.signal(number, handler)
+        self.before = {}
+
+
+def requeue(trainer: pl.Trainer) -> bool:
+    """Ask SLURM to queue this job again; False where it is no SLURM job or SLURM refuses."""
+    if not SLURMEnvironment.detect():
+        return False
+    job = os.environ.get("SLURM_JOB_ID", "")
+    if "SLURM_ARRAY_JOB_ID" in os.environ:
+        job = f"{os.environ['SLURM_ARRAY_JOB_ID']}_{os.environ['SLURM_ARRAY_TASK_ID']}"
+    try:
+        return subprocess.run(["scontrol", "requeue", job], capture_output=True, check=False).returncode == 0
+    except OSError:
+        return False
