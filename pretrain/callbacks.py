@@ -9,12 +9,13 @@ import torch
 
 from pretrain.module import SimMIMPretraining
 from simmim.data import ImageSamples, collate
-from simmim.visualise import reconstruction_grid
+from simmim.training.logs import log_picture
+from simmim.visualise import COLUMNS, reconstruction_grid
 
 
 class Reconstructions(pl.Callback):
     """A grid of original, masked, prediction pasted into the mask, and full prediction, of the same images and masks
-    each time, to RUN/reconstructions and to TensorBoard.
+    each time, to RUN/reconstructions and to the loggers that show pictures.
 
     Args:
         samples: evaluation views of the images; the first `count` that can be read, evenly spread, are shown.
@@ -24,10 +25,11 @@ class Reconstructions(pl.Callback):
         self.folder, self.every_steps = run / "reconstructions", every_steps
         rows = np.unique(np.linspace(0, len(samples) - 1, min(count, len(samples))).round().astype(int))
         self.batch = collate([samples[0, int(row)] for row in rows])
+        self.step = 0  # of the last picture; batches that are accumulated in one step end at the same one
 
     def on_train_batch_end(self, trainer: pl.Trainer, module: SimMIMPretraining, *_) -> None:
         """Draw at every `every_steps`-th step."""
-        if trainer.global_step % self.every_steps == 0 and trainer.is_global_zero:
+        if trainer.global_step % self.every_steps == 0 and trainer.is_global_zero and trainer.global_step != self.step:
             self.draw(trainer, module)
 
     def on_train_end(self, trainer: pl.Trainer, module: SimMIMPretraining) -> None:
@@ -37,17 +39,18 @@ class Reconstructions(pl.Callback):
 
     def draw(self, trainer: pl.Trainer, module: SimMIMPretraining) -> None:
         """Write one picture."""
+        self.step = trainer.global_step
         model, training = module.model, module.model.training
         with torch.random.fork_rng(devices=[]), torch.no_grad():
             model.eval()
             images, mask = module.inputs({**self.batch, "image": self.batch["image"].to(module.device)})
             prediction = model.reconstruct(images, mask)
             model.train(training)
-        picture = reconstruction_grid(images, mask, prediction, module.mean, module.std)
+        picture = reconstruction_grid(
+            images, mask, prediction, module.mean, module.std, across=2 if len(images) > 4 else 1
+        )
         self.folder.mkdir(exist_ok=True)
         picture.save(self.folder / f"step-{trainer.global_step:07d}.png")
-        for logger in trainer.loggers:
-            if isinstance(logger, pl.loggers.TensorBoardLogger):
-                logger.experiment.add_image(
-                    "reconstructions", np.asarray(picture), trainer.global_step, dataformats="HWC"
-                )
+        # Scalars of the n-th step stand at n - 1. There, a picture from right before a checkpoint is not taken back when the
+        # run resumes at n, where it would not be drawn again.
+        log_picture(trainer.loggers, "reconstructions", picture, trainer.global_step - 1, ", ".join(COLUMNS))

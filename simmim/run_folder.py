@@ -87,6 +87,10 @@ def taken_run_folder(settings) -> Iterator[Path]:
     try:
         write_run_folder(run, settings)
         yield run
+    except FileNotFoundError as error:
+        if (run / CONFIG).is_file():
+            raise
+        raise FileNotFoundError(f"run folder {str(run)!r} is gone, moved or deleted while it was in use") from error
     finally:
         lock.release()
         (run / LOCK).unlink(missing_ok=True)

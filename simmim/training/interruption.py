@@ -10,7 +10,7 @@ import threading
 import pytorch_lightning as pl
 from pytorch_lightning.plugins.environments import SLURMEnvironment
 
-from simmim.training.saving import SaveRun
+from simmim.training.saving import SaveRun, loading_died
 
 # What schedulers send before they take a machine away, and Ctrl-C.
 SIGNALS = tuple(getattr(signal, name) for name in ("SIGINT", "SIGTERM", "SIGUSR1") if hasattr(signal, name))
@@ -43,6 +43,7 @@ class StopOnSignal(pl.Callback):
 
     def on_train_start(self, trainer: pl.Trainer, module: pl.LightningModule) -> None:
         """Listen, after Lightning has set up handlers of its own."""
+        self.seen_step = trainer.global_step
         if threading.current_thread() is threading.main_thread():
             self.before = {number: signal.signal(number, self.note) for number in SIGNALS}
 
@@ -53,14 +54,15 @@ class StopOnSignal(pl.Callback):
             os._exit(128 + number)
         self.received = self.received or number
 
-    def on_train_batch_end(self, trainer: pl.Trainer, module: pl.LightningModule, *_) -> None:
-        """Stop if any process was asked to. The callbacks of this batch are done: this one comes last.
+    def on_train_batch_start(self, trainer: pl.Trainer, module: pl.LightningModule, *_) -> None:
+        """Stop after the step before this batch if any process was asked to.
 
         Raises:
             Interrupted: after the checkpoint is on the disk.
         """
-        if trainer.global_step >= trainer.max_steps:
-            return  # the end is saved anyway
+        if trainer.global_step == self.seen_step:
+            return  # in the middle of accumulated batches, or nothing new since the start
+        self.seen_step = trainer.global_step
         if not trainer.strategy.reduce_boolean_decision(self.received is not None, all=False):
             return
         self.save.save(trainer)
@@ -80,11 +82,11 @@ class StopOnSignal(pl.Callback):
             Interrupted, OSError: in these cases.
         """
         self.restore()
-        if "DataLoader worker" not in str(exception):
+        if not self.save.between_steps or not loading_died(exception):
             return
         if self.received is not None:
             raise Interrupted(self.received, trainer.global_step, False) from None
-        why = str(exception).splitlines()[0]
+        why = (str(exception).splitlines() or [type(exception).__name__])[0].rstrip(". ")
         raise OSError(
             f"a process that loads images died ({why}), for lack of memory perhaps: the run stands at step "
             f"{trainer.global_step:,}; --resume goes on, with fewer --workers if it happens again"

@@ -154,6 +154,11 @@ class CheckpointWriter(TorchCheckpointIO):
                 self.pending.result()
 
 
+def loading_died(exception: BaseException) -> bool:
+    """Whether this is how the death of a process that loads images is heard of."""
+    return "DataLoader worker" in str(exception) or isinstance(exception, ConnectionError | EOFError)
+
+
 def also_name(file: Path, name: Path) -> None:
     """Give `file` a second name, in place of what bore it before: a link where the disk has them, else a copy."""
     temporary = name.with_name(f".{name.name}.new")
@@ -199,25 +204,40 @@ class SaveRun(pl.Callback):
         """Go on from them."""
         self.best, self.mean_loss = state["best"], state["mean_loss"]
 
-    def on_train_start(self, *_) -> None:
+    def on_train_start(self, trainer: pl.Trainer, *_) -> None:
         """Start the clock."""
-        self.saved_at = time.monotonic()
+        self.saved_at, self.seen_step = time.monotonic(), trainer.global_step
 
-    def on_train_batch_start(self, *_) -> None:
-        """From here to the batch's end there is no state to save."""
+    def on_train_batch_start(self, trainer: pl.Trainer, *_) -> None:
+        """Save the step before this batch if it is time to. Not at that step's own end, where its metrics are not logged and
+        its validation has not run. From here to the batch's end there is no state to save."""
+        if trainer.global_step != self.seen_step:
+            self.seen_step = trainer.global_step
+            due = trainer.global_step % self.every_steps == 0
+            if not due and self.every_s < float("inf"):
+                late = time.monotonic() - self.saved_at > self.every_s
+                due = trainer.strategy.reduce_boolean_decision(late, all=False)
+            if due:
+                self.save(trainer)
         self.between_steps = False
 
     def on_train_batch_end(self, trainer: pl.Trainer, module: pl.LightningModule, outputs, *_) -> None:
-        """Save if it is time to."""
+        """Note the loss."""
         self.between_steps = True
         loss = outputs["loss"] if isinstance(outputs, dict) else outputs
         if self.keep_best and isinstance(loss, Tensor):
             self.losses.append(loss.detach())
-        due = trainer.global_step % self.every_steps == 0
-        if not due and self.every_s < float("inf"):
-            due = trainer.strategy.reduce_boolean_decision(time.monotonic() - self.saved_at > self.every_s, all=False)
-        if due:
-            self.save(trainer)
+
+    def on_save_checkpoint(self, trainer: pl.Trainer, module: pl.LightningModule, checkpoint: dict) -> None:
+        """Put the counters of Lightning's loops where it expects them in a checkpoint: at the end of the batch before, whose
+        validation it takes as done."""
+        if trainer.global_step >= trainer.max_steps:
+            return
+        loop = checkpoint["loops"]["fit_loop"]
+        loop["epoch_loop.state_dict"]["_batches_that_stepped"] -= 1
+        for counters in ("total", "current"):
+            for name in ("ready", "completed"):
+                loop["epoch_loop.batch_progress"][counters][name] -= 1
 
     def on_train_end(self, trainer: pl.Trainer, module: pl.LightningModule) -> None:
         """Save the end, and see it written."""
@@ -227,7 +247,7 @@ class SaveRun(pl.Callback):
     def on_exception(self, trainer: pl.Trainer, module: pl.LightningModule, exception: BaseException) -> None:
         """Where the data's processes died between two steps, the state is sound and is kept; after other errors the last
         checkpoint stands."""
-        if self.between_steps and "DataLoader worker" in str(exception) and trainer.world_size == 1:
+        if self.between_steps and loading_died(exception) and trainer.world_size == 1:
             with contextlib.suppress(Exception):
                 self.save(trainer)
                 self.writer.wait()

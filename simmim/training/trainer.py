@@ -3,19 +3,19 @@ from __future__ import annotations
 
 import inspect
 import logging
+import threading
 import warnings
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import pytorch_lightning as pl
 import torch
-from pytorch_lightning.loggers import TensorBoardLogger
 from pytorch_lightning.utilities import rank_zero_only
 from pytorch_lightning.utilities.exceptions import MisconfigurationException
 
 from simmim.swinv2 import SwinV2Config, nearest
-from simmim.training.logs import MetricsCsv
+from simmim.training.logs import DescribeRun, loggers_for
 from simmim.training.saving import SaveRun
 
 # What the run itself decides; everything else of the Trainer is open to the user as --trainer.KEY.
@@ -78,11 +78,18 @@ def build_trainer(
     log_every_steps: int,
     extra: Mapping[str, Any],
     validate_every_steps: int | None = None,
+    loggers: Sequence[str] = (),
+    loss: str = "training",
 ) -> pl.Trainer:
     """A Lightning Trainer that runs `steps` optimiser steps and logs to TensorBoard and metrics.csv in `run`.
 
+    Args:
+        loggers: services to log to besides, see `simmim.training.logs.loggers_for`.
+        loss: what the module's loss is, as it is to be called on the TensorBoard page: masked_l1, cross_entropy.
+
     Raises:
-        ValueError: when Lightning refuses the devices, precision or one of the `extra` settings.
+        ValueError: when Lightning refuses the devices, precision or one of the `extra` settings, and for a logger that is
+            not known or not installed.
     """
     quieten()
     settings = {
@@ -93,8 +100,8 @@ def build_trainer(
         "max_steps": steps,
         "max_epochs": -1,
         "accumulate_grad_batches": accumulate,
-        "logger": [TensorBoardLogger(run, name="tensorboard", version=""), MetricsCsv(run / "metrics.csv")],
-        "callbacks": callbacks,
+        "logger": loggers_for(run, loggers, loss),
+        "callbacks": [DescribeRun(run), *callbacks],
         "plugins": [
             *(extra.get("plugins") or ()),
             *(callback.writer for callback in callbacks if isinstance(callback, SaveRun)),
@@ -120,11 +127,19 @@ def build_trainer(
         raise ValueError(f"{what} does not work here: {first}") from error
 
 
+def thread_failed(failed, otherwise=threading.excepthook) -> None:
+    """A thread that could not write, TensorBoard's for instance, needs no traceback: the main thread hears of it and ends
+    the run with a line."""
+    if not issubclass(failed.exc_type, OSError):
+        otherwise(failed)
+
+
 def quieten() -> None:
     """Keep Lightning's advice on things that are decided here off the screen; errors and our own lines stay."""
     for name in ("pytorch_lightning", "lightning.pytorch", "lightning_fabric"):
         logging.getLogger(name).setLevel(logging.ERROR)
     warnings.filterwarnings("ignore", message=".*does not have many workers.*")
+    threading.excepthook = thread_failed
     warnings.filterwarnings("ignore", message=".*lr_scheduler.step.*before.*optimizer.step.*")
     warnings.filterwarnings("ignore", message=".*is not a resumable dataloader.*|.*dataloader that is not resumable.*")
     warnings.filterwarnings("ignore", message=".*found in the `src` dir.*|.*treespec.*")

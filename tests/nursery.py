@@ -1,0 +1,144 @@
+"""Runs of the command in processes of their own, without seconds of importing for each: a nursery imports once and forks.
+
+    nursery = Nursery(log_folder)
+    run = nursery.start("pretrain", "--data", ...)   # a process group of its own: run.kill(signal.SIGKILL)
+    code, output = run.wait()
+
+Run as a program, this file is the nursery itself.
+"""
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parent.parent
+
+
+class Run:
+    """One process that runs the command; `output` is what it wrote to stdout and stderr."""
+
+    def __init__(self, nursery, pid, log):
+        self.nursery, self.pid, self.log, self.code = nursery, pid, log, None
+
+    def kill(self, number=signal.SIGKILL, group=True):
+        """Send a signal to the process and, as a terminal or a dying machine does, to its children."""
+        try:
+            (os.killpg if group else os.kill)(self.pid, number)
+        except ProcessLookupError:
+            pass  # it has ended by itself
+
+    def wait(self):
+        """(exit code, output); the code is negative for a process that a signal ended."""
+        if self.code is None:
+            self.code = self.nursery.ask({"wait": self.pid})
+        return self.code, self.log.read_text(encoding="utf-8", errors="replace")
+
+    def until(self, condition, timeout_s=60.0):
+        """Wait for `condition()`; fails when the process ends or time runs out first."""
+        end = time.monotonic() + timeout_s
+        while not condition():
+            assert self.nursery.ask({"alive": self.pid}), f"ended before its time: {self.log.read_text()}"
+            assert time.monotonic() < end, f"nothing happened in {timeout_s} s: {self.log.read_text()}"
+            time.sleep(0.01)
+
+
+class Nursery:
+    """A process that has imported everything, from which runs are forked."""
+
+    def __init__(self, logs):
+        self.logs, self.count = Path(logs), 0
+        environment = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
+        self.process = subprocess.Popen(
+            [sys.executable, __file__], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, env=environment, cwd=ROOT
+        )
+
+    def start(self, *words, prelude="", env=None):
+        """Run `simmim WORDS`; `prelude` is Python that the process executes first."""
+        self.count += 1
+        log = self.logs / f"{self.count}.log"
+        pid = self.ask({"words": [str(word) for word in words], "prelude": prelude, "log": str(log), "env": env or {}})
+        return Run(self, pid, log)
+
+    def ask(self, request):
+        """One request and its answer."""
+        self.process.stdin.write(json.dumps(request) + "\n")
+        self.process.stdin.flush()
+        answer = self.process.stdout.readline()
+        assert answer, "the nursery has died"
+        return json.loads(answer)
+
+    def close(self):
+        """End the nursery."""
+        self.process.stdin.close()
+        self.process.wait(timeout=30)
+
+
+def serve():
+    """Answer requests until stdin ends."""
+    import pretrain.run  # noqa: F401
+    from simmim.cli import main
+
+    ended = {}
+    for line in sys.stdin:
+        request = json.loads(line)
+        if "words" in request:
+            pid = os.fork()
+            if not pid:
+                become(request, main)
+            os_setpgid(pid)
+            answer = pid
+        elif "wait" in request:
+            pid = request["wait"]
+            if pid not in ended:
+                ended[pid] = os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1])
+            answer = ended[pid]
+        else:
+            pid, answer = request["alive"], True
+            if pid in ended or os.waitpid(pid, os.WNOHANG) != (0, 0):
+                ended.setdefault(pid, 1)
+                answer = False
+        print(json.dumps(answer), flush=True)
+
+
+def os_setpgid(pid):
+    """Give the child a group of its own before anyone sends signals to it; it may have done so, or ended, already."""
+    try:
+        os.setpgid(pid, pid)
+    except OSError:
+        pass
+
+
+def become(request, main):
+    """In the child: the command, with its output in a file."""
+    os_setpgid(0)
+    log = os.open(request["log"], os.O_CREAT | os.O_WRONLY | os.O_TRUNC)
+    os.dup2(log, 1)
+    os.dup2(log, 2)
+    os.dup2(os.open(os.devnull, os.O_RDONLY), 0)
+    os.environ.update(request["env"])
+    code = 1
+    try:
+        exec(request["prelude"], {})
+        code = main(request["words"])
+    except SystemExit as ended:
+        code = ended.code or 0
+    except BaseException:
+        import traceback
+
+        traceback.print_exc()
+    sys.stdout.flush()
+    sys.stderr.flush()
+    # Not os._exit, where threads and loading processes would not be ended as they are at the end of a program.
+    os.environ["SIMMIM_TEST_ENDED"] = "1"
+    raise Ended(code)
+
+
+class Ended(SystemExit):
+    """Leaves the child through the interpreter's own end."""
+
+
+if __name__ == "__main__":
+    serve()
