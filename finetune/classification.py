@@ -18,6 +18,8 @@ from simmim.convert import read_encoder
 from simmim.data import normalise
 from simmim.optim import adamw, parameter_groups
 from simmim.swinv2 import SwinV2
+from simmim.training.sharding import clip_gradients, shard
+from simmim.training.watch import judge_step
 
 
 class Classifier(nn.Module):
@@ -84,6 +86,10 @@ class ClassificationFinetuning(pl.LightningModule):
         loss = F.cross_entropy(logits, batch["label"])
         self.log("validation_loss", loss, on_epoch=True, batch_size=len(logits), sync_dist=True)
 
+    def configure_model(self) -> None:
+        """Divide the model among the devices where the strategy is to."""
+        shard(self, self.model)
+
     def configure_optimizers(self):
         """AdamW with layer-wise learning rates, and the schedule, step by step."""
         depths = self.model.encoder.config.depths
@@ -94,8 +100,10 @@ class ClassificationFinetuning(pl.LightningModule):
         return {"optimizer": optimiser, "lr_scheduler": {"scheduler": schedule, "interval": "step"}}
 
     def configure_gradient_clipping(self, optimizer, gradient_clip_val=None, gradient_clip_algorithm=None) -> None:
-        """Clip by the norm over all parameters, and log that norm."""
-        self.log("grad_norm", torch.nn.utils.clip_grad_norm_(self.model.parameters(), self.optim.clip))
+        """Clip by the norm over all parameters, and log that norm; a step that is not finite is skipped."""
+        norm = clip_gradients(self.model.parameters(), self.optim.clip)
+        judge_step(self, optimizer, norm)
+        self.log("grad_norm", norm)
         self.log("lr", max(group["lr"] for group in optimizer.param_groups))
 
 

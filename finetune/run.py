@@ -94,7 +94,8 @@ def finetune(settings: FinetuneSettings, quiet: bool = False) -> FinetuneResult:
     schedule = settings.schedule().by_step(steps_per_epoch, settings.batch_size)
 
     preprocessing = replace(preprocessing, crop=crop)
-    model = Classifier(encoder, len(labels.classes))
+    # What was read is in evaluation mode, which Lightning would leave as it is: without stochastic depth.
+    model = Classifier(encoder, len(labels.classes)).train()
     take_head(model, source, labels.classes, settings, say=None if quiet else print)
     module = ClassificationFinetuning(
         model, preprocessing.mean, preprocessing.std, settings.data.affine, schedule, settings.optim, settings.freeze
@@ -120,6 +121,8 @@ def finetune(settings: FinetuneSettings, quiet: bool = False) -> FinetuneResult:
         log_every_steps=min(settings.log_every_steps, steps),
         extra=settings.trainer,
         validate_every_steps=max(1, -(-steps // settings.validations)),
+        loggers=settings.loggers,
+        loss="cross_entropy",
     )
     per_device_batch(settings.batch_size, trainer.world_size, accumulate)
     with taken_run_folder(settings) if is_first_process() else contextlib.nullcontext():
@@ -188,7 +191,8 @@ def starting_point(
         mean, std = (IMAGENET_MEAN, IMAGENET_STD) if images.channels == 3 else (images.mean, images.std)
         settings = replace(settings, image_size=size, encoder=replace(chosen, preset=preset, window_size=window))
         preprocessing = Preprocessing(settings.size, mean, std)
-        return SwinV2(config, chosen.checkpoint_activations), preprocessing, settings, None
+        encoder = SwinV2(config, chosen.checkpoint_activations, chosen.sequential_attention)
+        return encoder, preprocessing, settings, None
 
     checkpoint = read(source, **({"window_size": chosen.window_size} if chosen.window_size else {}))
     pretrained_size = checkpoint.preprocessing.image_size
@@ -205,7 +209,7 @@ def starting_point(
         encoder = SwinV2(replace(encoder.config, pretrained_window_sizes=None))
     elif say:
         say(str(saved.report))
-    encoder.checkpoint_activations = chosen.checkpoint_activations
+    encoder.checkpoint_activations, encoder.sequential_attention = chosen.checkpoint_activations, chosen.sequential_attention
     # Views of training are bilinear, whatever the encoder saw before; so is the view that evaluates them.
     preprocessing = replace(preprocessing, image_size=settings.size, interpolation="bilinear", fit="crop")
     return encoder, preprocessing, settings, checkpoint

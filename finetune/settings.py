@@ -63,6 +63,7 @@ class EncoderSettings:
         window_size: other attention windows than the encoder was pre-trained with, whose position bias moves over; by
             default it grows with the image size.
         checkpoint_activations: recompute activations in the backward pass: less memory, a third more time.
+        sequential_attention: attend to so many windows at a time: less memory where images or windows are large.
     """
 
     preset: str | None = None
@@ -70,6 +71,7 @@ class EncoderSettings:
     drop_path_rate: float = 0.1
     window_size: int | None = None
     checkpoint_activations: bool = False
+    sequential_attention: int | None = None
 
 
 @dataclass(frozen=True)
@@ -129,6 +131,7 @@ class FinetuneSettings:
         overwrite: delete the run in `out` and start it anew.
         validations: how often the validation images are classified in the course of the run.
         log_every_steps: metrics every so many steps.
+        loggers: services to log to beside TensorBoard and metrics.csv: wandb, mlflow.
         encoder: changes to the encoder.
         optim: optimiser and schedule.
         trainer: further settings of Lightning's Trainer.
@@ -151,6 +154,7 @@ class FinetuneSettings:
     overwrite: bool = False
     validations: int = 10
     log_every_steps: int = 10
+    loggers: tuple[str, ...] = ()
     encoder: EncoderSettings = EncoderSettings()
     optim: OptimSettings = OptimSettings()
     trainer: dict[str, Any] = field(default_factory=dict)
@@ -158,6 +162,7 @@ class FinetuneSettings:
     def __post_init__(self) -> None:
         if isinstance(self.data, str):
             object.__setattr__(self, "data", LabeledSettings(self.data))
+        object.__setattr__(self, "loggers", tuple(self.loggers))
         if isinstance(self.image_size, list):
             object.__setattr__(self, "image_size", tuple(self.image_size))
         for name in ("epochs", "steps", "batch_size", "log_every_steps", "validations"):

@@ -29,23 +29,27 @@ class Reconstructions(pl.Callback):
 
     def on_train_batch_end(self, trainer: pl.Trainer, module: SimMIMPretraining, *_) -> None:
         """Draw at every `every_steps`-th step."""
-        if trainer.global_step % self.every_steps == 0 and trainer.is_global_zero and trainer.global_step != self.step:
+        if trainer.global_step % self.every_steps == 0 and trainer.global_step != self.step:
             self.draw(trainer, module)
 
     def on_train_end(self, trainer: pl.Trainer, module: SimMIMPretraining) -> None:
         """Draw the end."""
-        if trainer.is_global_zero and trainer.global_step % self.every_steps:
+        if trainer.global_step % self.every_steps:
             self.draw(trainer, module)
 
     def draw(self, trainer: pl.Trainer, module: SimMIMPretraining) -> None:
-        """Write one picture."""
+        """Write one picture. A model that is divided among processes computes only when all of them do."""
         self.step = trainer.global_step
+        if not trainer.is_global_zero and module.device_mesh is None:
+            return
         model, training = module.model, module.model.training
         with torch.random.fork_rng(devices=[]), torch.no_grad():
             model.eval()
             images, mask = module.inputs({**self.batch, "image": self.batch["image"].to(module.device)})
             prediction = model.reconstruct(images, mask)
             model.train(training)
+        if not trainer.is_global_zero:
+            return
         picture = reconstruction_grid(
             images, mask, prediction, module.mean, module.std, across=2 if len(images) > 4 else 1
         )

@@ -11,6 +11,8 @@ from simmim.data import normalise
 from simmim.masking import BlockMasking
 from simmim.model import SimMIM
 from simmim.optim import adamw, parameter_groups
+from simmim.training.sharding import clip_gradients, shard
+from simmim.training.watch import judge_step
 
 
 class SimMIMPretraining(pl.LightningModule):
@@ -52,6 +54,10 @@ class SimMIMPretraining(pl.LightningModule):
         self.log("loss", loss, prog_bar=True, batch_size=len(images), sync_dist=True)
         return loss
 
+    def configure_model(self) -> None:
+        """Divide the model among the devices where the strategy is to."""
+        shard(self, self.model)
+
     def configure_optimizers(self):
         """AdamW with the papers' parameter groups, and the schedule, step by step."""
         optimiser = adamw(parameter_groups(self.model, lr=1.0, weight_decay=self.weight_decay))
@@ -60,7 +66,8 @@ class SimMIMPretraining(pl.LightningModule):
         return {"optimizer": optimiser, "lr_scheduler": {"scheduler": schedule, "interval": "step"}}
 
     def configure_gradient_clipping(self, optimizer, gradient_clip_val=None, gradient_clip_algorithm=None) -> None:
-        """Clip by the norm over all parameters, and log that norm."""
-        norm = torch.nn.utils.clip_grad_norm_(self.model.parameters(), self.clip)
+        """Clip by the norm over all parameters, and log that norm; a step that is not finite is skipped."""
+        norm = clip_gradients(self.model.parameters(), self.clip)
+        judge_step(self, optimizer, norm)
         self.log("grad_norm", norm)
         self.log("lr", optimizer.param_groups[0]["lr"])

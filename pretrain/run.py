@@ -20,6 +20,7 @@ from simmim.model import SimMIM
 from simmim.run_folder import CONFIG, as_yaml, check_run_folder, checkpoints_folder, taken_run_folder
 from simmim.swinv2 import SwinV2
 from simmim.training import (
+    ActivationMonitor,
     NotePlaces,
     SaveRun,
     StopOnSignal,
@@ -96,6 +97,7 @@ def pretrain(settings: PretrainSettings) -> Path:
         *usual_callbacks(run, settings, "pre-training", source.count),
         NotePlaces(),
         Reconstructions(shown, run, every_steps=max(1, round(settings.reconstruct_every_epochs * steps_per_epoch))),
+        ActivationMonitor(run, every_steps=max(1, round(settings.activations_every_epochs * steps_per_epoch))),
         save,
         StopOnSignal(save),
     ]
@@ -108,6 +110,8 @@ def pretrain(settings: PretrainSettings) -> Path:
         callbacks=callbacks,
         log_every_steps=min(settings.log_every_steps, steps),
         extra=settings.trainer,
+        loggers=settings.loggers,
+        loss="masked_l1",
     )
     per_device_batch(settings.batch_size, trainer.world_size, accumulate)
     with taken_run_folder(settings) if is_first_process() else contextlib.nullcontext():
@@ -125,7 +129,8 @@ def pretrain(settings: PretrainSettings) -> Path:
 
 def build_model(settings: PretrainSettings) -> SimMIM:
     """Encoder and head of resolved settings, freshly initialised."""
-    encoder = SwinV2(settings.encoder_config(), settings.model.checkpoint_activations)
+    model = settings.model
+    encoder = SwinV2(settings.encoder_config(), model.checkpoint_activations, model.sequential_attention)
     return SimMIM(encoder, settings.model.norm_target_patch)
 
 

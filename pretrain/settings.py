@@ -91,6 +91,8 @@ class ModelSettings:
             192 px); raw pixels by default.
         encoder: settings of the encoder that replace the preset's, such as window_size, drop_path_rate or depths.
         checkpoint_activations: recompute activations in the backward pass: less memory, a third more time.
+        sequential_attention: attend to so many windows at a time, and recompute each group's attention in the backward pass:
+            less memory where images or windows are large.
     """
 
     mask_unit: int | None = None
@@ -98,6 +100,7 @@ class ModelSettings:
     norm_target_patch: int | None = None
     encoder: dict[str, Any] = field(default_factory=dict)
     checkpoint_activations: bool = False
+    sequential_attention: int | None = None
 
 
 @dataclass(frozen=True)
@@ -136,6 +139,12 @@ class OptimSettings:
             raise ValueError(f"optim.clip is {self.clip}: give a positive norm")
 
 
+POSITIVE = (
+    "epochs", "batch_size", "log_every_steps", "save_every_steps", "save_every_minutes", "keep_checkpoints",
+    "reconstruct_every_epochs", "activations_every_epochs",
+)  # fmt: skip
+
+
 @dataclass(frozen=True)
 class PretrainSettings:
     """One pre-training run. Only the images and the run folder have no default.
@@ -159,7 +168,9 @@ class PretrainSettings:
         save_every_steps: a checkpoint every so many steps; by default an epoch's, within 50 to 1000.
         save_every_minutes: and every so many minutes.
         keep_checkpoints: how many of the newest stay, beside the best.
+        activations_every_epochs: measures of every block's output every so many epochs; by default as often as pictures.
         log_every_steps: metrics every so many steps.
+        loggers: services to log to beside TensorBoard and metrics.csv: wandb, mlflow.
         model: masking, target, encoder.
         optim: optimiser and schedule.
         trainer: further settings of Lightning's Trainer.
@@ -182,7 +193,9 @@ class PretrainSettings:
     save_every_steps: int | None = None
     save_every_minutes: float = 15.0
     keep_checkpoints: int = 2
+    activations_every_epochs: float | None = None
     log_every_steps: int = 10
+    loggers: tuple[str, ...] = ()
     model: ModelSettings = ModelSettings()
     optim: OptimSettings = OptimSettings()
     trainer: dict[str, Any] = field(default_factory=dict)
@@ -190,10 +203,10 @@ class PretrainSettings:
     def __post_init__(self) -> None:
         if isinstance(self.data, str | list):
             object.__setattr__(self, "data", DataSettings(self.data))
+        object.__setattr__(self, "loggers", tuple(self.loggers))
         if isinstance(self.image_size, list):
             object.__setattr__(self, "image_size", tuple(self.image_size))
-        for name in ("epochs", "batch_size", "log_every_steps", "save_every_steps", "save_every_minutes",
-                     "keep_checkpoints", "reconstruct_every_epochs"):
+        for name in POSITIVE:
             if getattr(self, name) is not None and getattr(self, name) <= 0:
                 raise ValueError(f"{name} is {getattr(self, name)}: give a positive number")
         check_common(self)
@@ -300,6 +313,7 @@ def resolve(
         batch_size=settings.batch_size or default_batch_size(device, small),
         workers=workers if settings.workers is None else settings.workers,
         reconstruct_every_epochs=settings.reconstruct_every_epochs or max(epochs / 20, 1e-9),
+        activations_every_epochs=settings.activations_every_epochs or max(epochs / 20, 1e-9),
     )
     resolved = replace(
         resolved,

@@ -10,12 +10,14 @@ import json
 import re
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field, fields, replace
+from functools import lru_cache
 from pathlib import Path
+from types import MappingProxyType
 
 import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
-from torch import Tensor, nn
+from torch import Tensor
 
 from simmim.files import whole_file, write_json
 from simmim.swinv2 import PRESETS, SwinV2, SwinV2Config, at_least_float32, nearest
@@ -53,6 +55,9 @@ class Preprocessing:
 @dataclass(frozen=True)
 class Checkpoint:
     """A model as it was read, under this toolkit's names, from whatever file.
+
+    Its tensors may be mapped from that file: while they are in use a new version takes its place by renaming, as all of this
+    toolkit's files do, and is not written into it. Those of an encoder that was built are its own.
 
     Args:
         config: the encoder's architecture.
@@ -361,16 +366,21 @@ def check_state(config: SwinV2Config, state: Mapping[str, Tensor], source: Path)
     Raises:
         ValueError: listing what is missing, unexpected or of another shape, both architectures, and the likely cause.
     """
-    with torch.device("meta"):
-        model = SwinV2(config)
-    problems = mismatches(model, state)
+    problems = mismatches(shapes_of(config), state)
     if problems:
         raise ValueError(f"{source} does not fit the architecture expected of it: {problems}{likely_cause(config, state)}")
 
 
-def mismatches(model: nn.Module, state: Mapping[str, Tensor]) -> str:
+@lru_cache(maxsize=32)
+def shapes_of(config: SwinV2Config) -> Mapping[str, tuple[int, ...]]:
+    """Every weight of an encoder by name, in order, and its shape."""
+    with torch.device("meta"):
+        model = SwinV2(config)
+    return MappingProxyType({name: tuple(value.shape) for name, value in model.state_dict().items()})
+
+
+def mismatches(expected: Mapping[str, tuple[int, ...]], state: Mapping[str, Tensor]) -> str:
     """What is missing, unexpected or of another shape in `state`; "" where all fits."""
-    expected = {name: tuple(value.shape) for name, value in model.state_dict().items()}
     missing = [name for name in expected if name not in state]
     unexpected = [name for name in state if name not in expected]
     reshaped = [

@@ -358,6 +358,34 @@ def run_embed(arguments: Sequence[str]) -> None:
     print(f"{done.count:,} vectors of {done.dim:,} values, {len(done.unreadable):,} images unreadable: {chosen.out}")
 
 
+def run_plan(arguments: Sequence[str]) -> None:
+    """simmim plan"""
+    chosen = options(
+        "plan",
+        arguments,
+        "What pre-training a model needs of each device, and which switches make it fit.",
+        preset=(str, ..., "size of the encoder"),
+        image=(int, ..., "pixels a side"),
+        devices=(int, 1, "how many"),
+        batch=(int, 0, "images an optimiser step over all devices; what pretrain would choose by default"),
+        window=(int, 0, "side in tokens; what pretrain would choose by default"),
+        precision=(str, "bf16-mixed", "bf16-mixed or 32-true"),
+        device_memory_gib=(float, 80.0, "of one device"),
+    )
+    from simmim.plan import plan_for, render
+
+    planned = plan_for(
+        chosen.preset,
+        chosen.image,
+        chosen.devices,
+        chosen.batch or None,
+        chosen.precision,
+        chosen.device_memory_gib,
+        chosen.window or None,
+    )
+    print(render(planned))
+
+
 def run_predict(arguments: Sequence[str]) -> None:
     """simmim predict"""
     chosen = options(
@@ -481,6 +509,7 @@ COMMANDS = (
     Command("predict", "classify images with a fine-tuned encoder, to CSV", run_predict),
     Command("export", "the encoder or classifier for timm, transformers, ONNX or the authors' code", run_export),
     Command("inspect", "what a weight file is, whether it loads and what it can be exported as", run_inspect),
+    Command("plan", "parameters, FLOPs and memory of a model on so many devices, before they are hired", run_plan),
     Command("embed", "one vector for each image, to Parquet", run_embed),
 )
 

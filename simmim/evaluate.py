@@ -467,7 +467,7 @@ def knn_predict(
         raise ValueError(f"temperature is {temperature}: give a positive number")
     if classes is not None and labels.max() >= classes:
         raise ValueError(f"a train label is {labels.max()}: with {classes} classes, give 0 to {classes - 1}")
-    classes, k = classes or int(labels.max()) + 1, min(k, len(train))
+    classes = classes or int(labels.max()) + 1
     of_train, predictions = torch.from_numpy(labels), []
     for first in range(0, len(test), TEST_ROWS):
         similarity, neighbour = nearest_vectors(test[first : first + TEST_ROWS], train, k, device)
@@ -481,8 +481,8 @@ def knn_predict(
 def nearest_vectors(
     queries: np.ndarray, vectors: np.ndarray, k: int, device: str | torch.device
 ) -> tuple[Tensor, Tensor]:
-    """Cosine similarity and row of each query's `k` most similar vectors, the nearest first: two times (N, k), on the CPU.
-    A vector of zeros is like none, similarity 0."""
+    """Cosine similarity and row of each query's `k` most similar vectors, or of all where they are fewer, the nearest first:
+    two times (N, k), on the CPU. A vector of zeros is like none, similarity 0."""
     unit = F.normalize(torch.from_numpy(queries).to(device), dim=1)
     similarity = unit.new_empty(len(unit), 0)
     rows = torch.empty(len(unit), 0, dtype=torch.int64, device=unit.device)

@@ -30,6 +30,8 @@ MASKED_LOGIT = -100.0
 MAX_LOGIT_SCALE = math.log(100.0)  # temperature never below 0.01, section 3.2
 INITIAL_LOGIT_SCALE = math.log(10.0)
 CPB_HIDDEN = 512
+# Sequential attention takes fewer heads at once where a piece of all heads would have more logits: 64 MiB in float32.
+PIECE_LOGITS = 2**24
 
 
 @dataclass(frozen=True)
@@ -220,22 +222,37 @@ def relative_position_index(window: Size, device: torch.device) -> Tensor:
 
 
 @lru_cache(maxsize=64)
-def shift_mask(size: Size, window: Size, shift: Size, device: torch.device) -> Tensor:
-    """What keeps apart the tokens of a shifted window that are not neighbours in the image.
+def shift_regions(size: Size, window: Size, shift: Size, device: torch.device) -> Tensor:
+    """Which tokens of the shifted windows are neighbours in the image: those of one window with the same label.
 
     Args:
         size: the feature map in tokens, a multiple of the window.
 
     Returns:
-        (M, N, N) float32 to add to the logits: 0 inside one region, `MASKED_LOGIT` between regions.
+        (M, N) int64 labels from 0 to 3.
     """
     with torch.inference_mode(False), torch.no_grad():
         # The last `shift` rows and columns of the shifted map came from the image's other side.
         rows, columns = (torch.arange(side, device=device) >= side - moved for side, moved in zip(size, shift))
-        region = rearrange(
+        return rearrange(
             rows[:, None] * 2 + columns[None, :].long(), "(m p) (n q) -> (m n) (p q)", p=window[0], q=window[1]
         )
-        return (region[:, :, None] != region[:, None, :]).to(torch.float32) * MASKED_LOGIT
+
+
+@lru_cache(maxsize=64)
+def shift_mask(size: Size, window: Size, shift: Size, device: torch.device) -> Tensor:
+    """What keeps apart the tokens of a shifted window that are not neighbours in the image, for all windows.
+
+    Returns:
+        (M, N, N) as from `keep_apart`.
+    """
+    with torch.inference_mode(False), torch.no_grad():
+        return keep_apart(shift_regions(size, window, shift, device))
+
+
+def keep_apart(regions: Tensor) -> Tensor:
+    """Labels, (M, N), to what is added to the logits, (M, N, N) float32: 0 inside a region, else `MASKED_LOGIT`."""
+    return (regions[:, :, None] != regions[:, None, :]).to(torch.float32) * MASKED_LOGIT
 
 
 class WindowAttention(nn.Module):
@@ -257,33 +274,99 @@ class WindowAttention(nn.Module):
         )
         self.proj = nn.Linear(dim, dim)
 
-    def position_bias(self, window: Size, pretrained: Size) -> Tensor:
-        """B of equation 3 for one window: (h, N, N), at least float32."""
+    def position_table(self, window: Size, pretrained: Size) -> Tensor:
+        """B of equation 3 for each offset between two tokens of a window, in the order of `log_spaced_coords`:
+        ((2·height − 1) · (2·width − 1), h), at least float32."""
         weight = self.cpb_mlp[0].weight
         coords = log_spaced_coords(window, pretrained, weight.device).to(weight.dtype)
-        table = self.cpb_mlp(coords)
-        bias = table.index_select(0, relative_position_index(window, weight.device))
-        tokens = window[0] * window[1]
-        return rearrange(16 * torch.sigmoid(at_least_float32(bias)), "(i j) h -> h i j", i=tokens)
+        return 16 * torch.sigmoid(at_least_float32(self.cpb_mlp(coords)))
 
-    def forward(self, x: Tensor, window: Size, pretrained: Size, mask: Tensor | None) -> Tensor:
-        """(B · M, N, C) to the same shape; `mask` as from `shift_mask`, None where windows are not shifted."""
+    def position_bias(self, window: Size, pretrained: Size) -> Tensor:
+        """B of equation 3 for one window: (h, N, N), at least float32."""
+        table = self.position_table(window, pretrained)
+        return bias_of_pairs(table, relative_position_index(window, table.device))
+
+    def forward(
+        self, x: Tensor, window: Size, pretrained: Size, mask: Tensor | None, windows_at_once: int | None = None
+    ) -> Tensor:
+        """(B · M, N, C) to the same shape.
+
+        Args:
+            mask: (M, N, N) as from `shift_mask`, or (M, N) as from `shift_regions`; None where windows are not shifted.
+            windows_at_once: attend piece by piece (`attend_in_pieces`); None to all windows together.
+        """
         qkv_bias = torch.cat((self.q_bias, torch.zeros_like(self.q_bias), self.v_bias))
-        qkv = F.linear(x, self.qkv.weight, qkv_bias)
-        q, k, v = rearrange(qkv, "b n (three h d) -> three b h n d", three=3, h=self.num_heads)
-
-        # Logits reach 100 + 16: bfloat16, with 8 bits, would round them to halves. Logits, bias and softmax are
-        # float32 under autocast; what they weigh may be bfloat16.
-        with without_autocast(x.device):
-            q = F.normalize(at_least_float32(q), dim=-1)
-            k = F.normalize(at_least_float32(k), dim=-1)
+        qkv = rearrange(F.linear(x, self.qkv.weight, qkv_bias), "b n (t h d) -> b n t h d", t=3, h=self.num_heads)
+        with without_autocast(x.device):  # see `attend`
             scale = at_least_float32(self.logit_scale).clamp(max=MAX_LOGIT_SCALE).exp()
-            logits = (q * scale) @ k.transpose(-2, -1) + self.position_bias(window, pretrained)
-            if mask is not None:
-                logits = rearrange(logits, "(b m) h i j -> b m h i j", m=len(mask))
-                logits = (logits + mask.to(logits.dtype)[:, None]).flatten(0, 1)
-            attention = logits.softmax(dim=-1)
-        return self.proj(rearrange(attention.to(v.dtype) @ v, "b h n d -> b n (h d)"))
+            table = self.position_table(window, pretrained)
+        index = relative_position_index(window, x.device)
+        if windows_at_once is None:
+            mixed = attend(qkv, scale, table, index, mask)
+        else:
+            mixed = attend_in_pieces(qkv, scale, table, index, mask, windows_at_once)
+        return self.proj(mixed.flatten(-2))
+
+
+def attend(qkv: Tensor, scale: Tensor, table: Tensor, index: Tensor, mask: Tensor | None) -> Tensor:
+    """Scaled cosine attention of each window to itself: (B · M, N, 3, h, D) to (B · M, N, h, D).
+
+    Args:
+        scale: (h, 1, 1), 1 / τ.
+        table: position bias of each offset, (offsets, h), and
+        index: the offset of each pair of tokens, (N · N,), as `relative_position_index`.
+        mask: as in `WindowAttention.forward`.
+    """
+    q, k, v = rearrange(qkv, "b n t h d -> t b h n d")
+    # Logits reach 100 + 16: bfloat16, with 8 bits, would round them to halves. Logits, bias and softmax are
+    # float32 under autocast; what they weigh may be bfloat16.
+    with without_autocast(qkv.device):
+        q = F.normalize(at_least_float32(q), dim=-1)
+        k = F.normalize(at_least_float32(k), dim=-1)
+        logits = (q * scale) @ k.transpose(-2, -1) + bias_of_pairs(table, index)
+        if mask is not None:
+            mask = keep_apart(mask) if mask.ndim == 2 else mask
+            logits = rearrange(logits, "(b m) h i j -> b m h i j", m=len(mask))
+            logits = (logits + mask.to(logits.dtype)[:, None]).flatten(0, 1)
+        attention = logits.softmax(dim=-1)
+    return rearrange(attention.to(v.dtype) @ v, "b h n d -> b n h d")
+
+
+def attend_in_pieces(
+    qkv: Tensor, scale: Tensor, table: Tensor, index: Tensor, regions: Tensor | None, windows_at_once: int
+) -> Tensor:
+    """`attend`, to so many windows and as many heads as `PIECE_LOGITS` allows, one piece after another: the paper's
+    sequential self-attention computation.
+
+    The backward pass computes each piece again, so neither pass holds the logits or biases of more than one.
+
+    Args:
+        regions: (M, N) as from `shift_regions`; None where windows are not shifted.
+    """
+    logits_a_head = min(windows_at_once, len(qkv)) * qkv.shape[1] ** 2
+    heads_at_once = max(PIECE_LOGITS // logits_a_head, 1)
+    # Splits and not slices: the gradient of every slice would be as large as the whole.
+    groups, scales, tables = qkv.split(windows_at_once), scale.split(heads_at_once), table.split(heads_at_once, dim=1)
+    labels = [None] * len(groups)
+    if regions is not None:
+        labels = regions.repeat(len(qkv) // len(regions), 1).split(windows_at_once)
+    mixed = []
+    for group, label in zip(groups, labels):
+        pieces = zip(group.split(heads_at_once, dim=3), scales, tables)
+        mixed.append(torch.cat([recomputed(attend, *piece, index, label) for piece in pieces], dim=2))
+    return torch.cat(mixed)
+
+
+def recomputed(function, *args):
+    """function(*args), computed again in the backward pass, which so keeps nothing but `args`. Nothing random."""
+    if not torch.is_grad_enabled():
+        return function(*args)
+    return checkpoint(function, *args, use_reentrant=False, preserve_rng_state=False)
+
+
+def bias_of_pairs(table: Tensor, index: Tensor) -> Tensor:
+    """A value for each offset, (offsets, h), to one for each pair of tokens, (h, N, N)."""
+    return rearrange(table.index_select(0, index), "(i j) h -> h i j", i=math.isqrt(len(index)))
 
 
 def without_autocast(device: torch.device):
@@ -355,13 +438,13 @@ class SwinV2Block(nn.Module):
         self.drop_path = DropPath(drop_path)
         self.norm3 = nn.LayerNorm(dim) if extra_norm else nn.Identity()
 
-    def forward(self, x: Tensor) -> Tensor:
-        """(B, H, W, C) to the same shape."""
-        x = x + self.drop_path(self.norm1(self.windowed_attention(x)))
+    def forward(self, x: Tensor, windows_at_once: int | None = None) -> Tensor:
+        """(B, H, W, C) to the same shape, attending to so many windows at once; None for all."""
+        x = x + self.drop_path(self.norm1(self.windowed_attention(x, windows_at_once)))
         x = x + self.drop_path(self.norm2(self.mlp(x)))
         return self.norm3(x)
 
-    def windowed_attention(self, x: Tensor) -> Tensor:
+    def windowed_attention(self, x: Tensor, windows_at_once: int | None = None) -> Tensor:
         """Attention inside the block's windows: pad, shift, partition, attend, and back."""
         size = x.shape[1:3]
         window = tuple(min(self.window_size, side) for side in size)
@@ -374,9 +457,11 @@ class SwinV2Block(nn.Module):
             x = pad_to(roll(x, (-shift[0], -shift[1])), padded)
         else:
             x = roll(pad_to(x, padded), (-shift[0], -shift[1]))
-        mask = shift_mask(padded, window, shift, x.device) if any(shift) else None
+        # The mask of all windows, N times their labels, would be the largest tensor left in sequential attention.
+        keep = shift_mask if windows_at_once is None else shift_regions
+        mask = keep(padded, window, shift, x.device) if any(shift) else None
         windows = rearrange(x, "b (m p) (n q) c -> (b m n) (p q) c", p=window[0], q=window[1])
-        windows = self.attn(windows, window, pretrained, mask)
+        windows = self.attn(windows, window, pretrained, mask, windows_at_once)
         rows, columns = padded[0] // window[0], padded[1] // window[1]
         x = rearrange(windows, "(b m n) (p q) c -> b (m p) (n q) c", m=rows, n=columns, p=window[0])
         if self.shift_before_padding:
@@ -481,12 +566,22 @@ class SwinV2(nn.Module):
         config: the architecture, best from a preset: `SwinV2(SwinV2Config.from_preset("tiny", window_size=12))`.
         checkpoint_activations: recompute each block in the backward pass instead of keeping its activations: less
             memory, about a third more time, same outputs and gradients.
+        sequential_attention: attend to so many windows at once, one group after another, and recompute each group's
+            attention in the backward pass, for images so large that attention fills the memory; None for all at once.
+            Same outputs and gradients.
+
+    Raises:
+        ValueError: when `sequential_attention` is not a positive number.
     """
 
-    def __init__(self, config: SwinV2Config, checkpoint_activations: bool = False) -> None:
+    def __init__(
+        self, config: SwinV2Config, checkpoint_activations: bool = False, sequential_attention: int | None = None
+    ) -> None:
         super().__init__()
+        if sequential_attention is not None and sequential_attention < 1:
+            raise ValueError(f"sequential_attention is {sequential_attention}: give 1 window at once or more, or none")
         self.config = config
-        self.checkpoint_activations = checkpoint_activations
+        self.checkpoint_activations, self.sequential_attention = checkpoint_activations, sequential_attention
         self.patch_embed = PatchEmbed(config.patch_size, config.in_channels, config.embed_dim)
         blocks = sum(config.depths)
         rates = [config.drop_path_rate * block / max(blocks - 1, 1) for block in range(blocks)]
@@ -563,9 +658,9 @@ class SwinV2(nn.Module):
         for stage in self.layers:
             for block in stage.blocks:
                 if self.checkpoint_activations and self.training and torch.is_grad_enabled():
-                    x = checkpoint(block, x, use_reentrant=False)
+                    x = checkpoint(block, x, self.sequential_attention, use_reentrant=False)
                 else:
-                    x = block(x)
+                    x = block(x, self.sequential_attention)
             if return_stages:
                 stages.append(rearrange(x, "b h w c -> b c h w"))
             if stage.downsample is not None:

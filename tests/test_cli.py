@@ -254,6 +254,7 @@ SHARED = [
         ("reconstruct", ["--run", "--images", "--out", "--count", "--seed"]),
         ("export", ["--run", "--format", "--out", "--form", "--license", "--dynamic_size"]),
         ("inspect", ["--path", "--window_size"]),
+        ("plan", ["--preset", "--image", "--devices", "--device_memory_gib"]),
         ("embed", ["--run", "--images", "--out", "--stage", "--pooling"]),
         ("predict", ["--run", "--images", "--out", "--batch_size"]),
         ("demo", ["--out", "--seeds", "--overwrite"]),

@@ -23,6 +23,7 @@ import torch
 import torch.nn.functional as F
 from torch.utils._python_dispatch import TorchDispatchMode
 
+from simmim.convert.huggingface import TABLE
 from simmim.swinv2 import (
     MAX_LOGIT_SCALE,
     PRESETS,
@@ -66,47 +67,10 @@ def random_encoder(config, **kwargs):
 
 # --- parity with transformers --------------------------------------------------------------------------------------
 
-# transformers' name of each parameter outside the blocks and, below, within a block; `{}` are stage and block.
-TRANSFORMERS_NAMES = {
-    "embeddings.patch_embeddings.projection": "patch_embed.proj",
-    "embeddings.norm": "patch_embed.norm",
-    "layernorm": "norm",
-}
-TRANSFORMERS_STAGE_NAMES = {"downsample.reduction": "downsample.reduction", "downsample.norm": "downsample.norm"}
-TRANSFORMERS_BLOCK_NAMES = {
-    "attention.self.logit_scale": "attn.logit_scale",
-    "attention.self.continuous_position_bias_mlp.0": "attn.cpb_mlp.0",
-    "attention.self.continuous_position_bias_mlp.2": "attn.cpb_mlp.2",
-    "attention.self.query.bias": "attn.q_bias",
-    "attention.self.value.bias": "attn.v_bias",
-    "attention.output.dense": "attn.proj",
-    "layernorm_before": "norm1",  # named for V1; both norms come after their branch in either code
-    "intermediate.dense": "mlp.fc1",
-    "output.dense": "mlp.fc2",
-    "layernorm_after": "norm2",
-}
-
-
-def from_transformers(state):
+def from_transformers(state, config):
     """transformers' state dict under our names: strict on both sides, query, key and value joined."""
-    ours = {}
-    for key in list(state):
-        if ".attention.self.query.weight" in key:
-            q, k, v = (state.pop(key.replace("query", part)) for part in ("query", "key", "value"))
-            ours[key.replace("encoder.", "").replace("attention.self.query", "attn.qkv")] = torch.cat((q, k, v))
-    for key, value in state.items():
-        name, prefix, table = key, "", TRANSFORMERS_NAMES
-        if key.startswith("encoder.layers."):
-            _, _, stage, name = key.split(".", 3)
-            prefix, table = f"layers.{stage}.", TRANSFORMERS_STAGE_NAMES
-            if name.startswith("blocks."):
-                _, block, name = name.split(".", 2)
-                prefix, table = f"{prefix}blocks.{block}.", TRANSFORMERS_BLOCK_NAMES
-        if name not in table:
-            name, _, leaf = name.rpartition(".")
-            ours[f"{prefix}{table[name]}.{leaf}"] = value
-        else:
-            ours[prefix + table[name]] = value
+    ours, left = TABLE.to_ours(state, config)
+    assert not left
     return ours
 
 
@@ -130,7 +94,7 @@ def transformers_twin(config, image_size, max_logit_scale=3.5):
     randomise(theirs, max_logit_scale=max_logit_scale).eval()
     with torch.device("meta"):
         ours = SwinV2(config)
-    ours.load_state_dict(from_transformers(theirs.state_dict()), assign=True)
+    ours.load_state_dict(from_transformers(theirs.state_dict(), config), assign=True)
     return theirs, ours.eval()
 
 

@@ -175,12 +175,7 @@ def write(
     checkpoint: Checkpoint, format: str, form: str, folder: Path, licence: str, features: str, dynamic_size: bool
 ) -> None:
     """The format's files."""
-    ours = {
-        "architecture": checkpoint.config.as_dict(),
-        "preprocessing": vars(checkpoint.preprocessing),
-        "provenance": checkpoint.provenance,
-        "classes": list(checkpoint.classes) if form == "classifier" else [],
-    }
+    ours = described(checkpoint, form)
     if format == "safetensors":
         save_checkpoint(folder, checkpoint)
     elif format == "official":
@@ -196,6 +191,16 @@ def write(
         write_json(folder / "preprocessor_config.json", huggingface.processor_config(checkpoint.preprocessing))
     else:
         write_onnx(checkpoint, form, folder, features, dynamic_size, ours)
+
+
+def described(checkpoint: Checkpoint, form: str) -> dict:
+    """What this toolkit leaves in a foreign config.json, from which `read` has back all that the format has no place for."""
+    return {
+        "architecture": checkpoint.config.as_dict(),
+        "preprocessing": vars(checkpoint.preprocessing),
+        "provenance": checkpoint.provenance,
+        "classes": list(checkpoint.classes) if form == "classifier" else [],
+    }
 
 
 def write_onnx(

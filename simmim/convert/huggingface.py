@@ -1,7 +1,12 @@
 """Hugging Face transformers' Swinv2: a folder of config.json, weights and, mostly, preprocessor_config.json."""
 from __future__ import annotations
 
+import re
+from collections import Counter
+from collections.abc import Mapping
 from pathlib import Path
+
+from torch import Tensor
 
 from simmim.checkpoint import Checkpoint, Preprocessing, State, check_state, filled_windows, read_json
 from simmim.convert import official
@@ -22,7 +27,7 @@ TABLE = KeyTable(
         *with_suffixes(OURS + "attn.cpb_mlp.0", SELF + "continuous_position_bias_mlp.0"),
         (OURS + "attn.cpb_mlp.2.weight", SELF + "continuous_position_bias_mlp.2.weight"),
         *with_suffixes(OURS + "attn.proj", THEIRS + "attention.output.dense"),
-        *with_suffixes(OURS + "norm1", THEIRS + "layernorm_before"),
+        *with_suffixes(OURS + "norm1", THEIRS + "layernorm_before"),  # named for V1: it comes after its branch
         *with_suffixes(OURS + "mlp.fc1", THEIRS + "intermediate.dense"),
         *with_suffixes(OURS + "mlp.fc2", THEIRS + "output.dense"),
         *with_suffixes(OURS + "norm2", THEIRS + "layernorm_after"),
@@ -55,7 +60,9 @@ def read(file: WeightFile, description: dict, folder_config: dict, folder: Path)
     """
     config, size, notes = architecture(folder_config, description, folder)
     prefix = official.prefix_of(file.tensors, ANCHOR)
-    state, left = TABLE.to_ours(file.tensors, config, prefix)
+    # By the blocks that there are and not by those that the configuration has, so that both can be compared.
+    depths = depths_of(file.tensors, prefix)
+    state, left = TABLE.to_ours(file.tensors, SwinV2Config(1, depths, (1,) * len(depths)), prefix)
     known = {theirs for _, theirs in (*TABLE.pretraining, *TABLE.head)} | {prefix + "embeddings.mask_token"}
     buffers = ("relative_coords_table", "relative_position_index")
     extra = [name for name in left if name not in known and not name.endswith(buffers)]
@@ -76,6 +83,13 @@ def read(file: WeightFile, description: dict, folder_config: dict, folder: Path)
         official.class_names({"classes": names}, head),
         notes + more,
     )
+
+
+def depths_of(tensors: Mapping[str, Tensor], prefix: str) -> tuple[int, ...]:
+    """How many blocks each stage has, by their names."""
+    block = re.compile(re.escape(prefix) + r"encoder\.layers\.(\d+)\.blocks\.(\d+)\.")
+    blocks = {(int(found[1]), int(found[2])) for name in tensors if (found := block.match(name))}
+    return tuple(Counter(stage for stage, _ in sorted(blocks)).values())
 
 
 def architecture(
@@ -195,9 +209,12 @@ def processor_config(preprocessing: Preprocessing) -> dict:
     }
     if preprocessing.fit == "squash":
         return {"image_processor_type": "ViTImageProcessor", "size": {"height": height, "width": width}, **shared}
+    side = min(height, width)
+    # As many pixels on both sides of the crop: half a pixel would move every edge.
+    margin = round((side / preprocessing.crop - side) / 2)
     return {
         "image_processor_type": "BitImageProcessor",
-        "size": {"shortest_edge": round(min(height, width) / preprocessing.crop)},
+        "size": {"shortest_edge": side + 2 * margin},
         "do_center_crop": True,
         "crop_size": {"height": height, "width": width},
         "do_convert_rgb": len(preprocessing.mean) == 3,
@@ -241,8 +258,8 @@ def obstacle(config: SwinV2Config, image_size: tuple[int, int]) -> str | None:
         shifted = image_size[0] // config.patch_size // 2**stage > side
         if depth > 1 and ((height > side) != shifted or (width > side) != shifted):
             return (
-                f"transformers' Swinv2 goes by the height alone and at {size} px {'shifts' if shifted else 'does not shift'} "
-                f"both sides of stage {stage + 1}'s map, {height}×{width} tokens with windows of {side}"
+                f"transformers' Swinv2 goes by the height alone and at {size} px {'shifts' if shifted else 'does not shift'}"
+                f" both sides of stage {stage + 1}'s map, {height}×{width} tokens with windows of {side}"
             )
         height, width = -(-height // 2), -(-width // 2)
     pairs = config.pretrained_window_sizes or ()

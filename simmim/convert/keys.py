@@ -9,8 +9,8 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from simmim.checkpoint import State
-from simmim.swinv2 import SwinV2, SwinV2Config
+from simmim.checkpoint import State, shapes_of
+from simmim.swinv2 import SwinV2Config
 
 
 @dataclass(frozen=True)
@@ -25,9 +25,7 @@ class KeyTable:
 
     def names(self, config: SwinV2Config) -> dict[str, tuple[str, ...]]:
         """Every tensor of an encoder: our name to theirs, one or several."""
-        with torch.device("meta"):
-            ours = list(SwinV2(config).state_dict())
-        theirs = {}
+        ours, theirs = list(shapes_of(config)), {}
         for our_name in ours:
             stage, block = (re.search(pattern, our_name) for pattern in (r"layers\.(\d+)", r"blocks\.(\d+)"))
             i, j = (int(found[1]) if found else -1 for found in (stage, block))
@@ -52,13 +50,21 @@ class KeyTable:
         return theirs
 
     def to_ours(self, tensors: Mapping[str, Tensor], config: SwinV2Config, prefix: str = "") -> tuple[State, list[str]]:
-        """As many of an encoder's weights as `tensors` has, under our names; and the names that nothing was made of."""
+        """As many of an encoder's weights as `tensors` has, under our names; and the names that nothing was made of.
+
+        Raises:
+            ValueError: when parts of one of our tensors do not go together.
+        """
         state, used = {}, set()
         for our_name, names in self.names(config).items():
             names = [prefix + name for name in names]
             if all(name in tensors for name in names):
                 used.update(names)
-                state[our_name] = tensors[names[0]] if len(names) == 1 else torch.cat([tensors[name] for name in names])
+                parts = [tensors[name] for name in names]
+                if any(part.shape != parts[0].shape for part in parts):
+                    shapes = ", ".join(f"{name} {tuple(part.shape)}" for name, part in zip(names, parts))
+                    raise ValueError(f"{shapes} are parts of {our_name} and differ in shape")
+                state[our_name] = parts[0] if len(parts) == 1 else torch.cat(parts)
         return state, [name for name in tensors if name not in used]
 
 

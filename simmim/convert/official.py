@@ -66,7 +66,9 @@ def read(file: WeightFile, description: dict, overrides: Mapping) -> Checkpoint:
     extra = [name for name in left if name not in known]
     check_state(config, state | {name: tensors.get(name, inside.get(name)) for name in extra}, file.source)
     head = head_of(all_or_none(TABLE.head, inside, file.source))
-    pretraining, more = pretraining_of(TABLE.pretraining, {prefix + name: inside[name] for name in inside} | tensors, file)
+    # The mask token is a part of the encoder, under whatever prefix.
+    mask_token = {"encoder.mask_token": inside["mask_token"]} if "mask_token" in inside else {}
+    pretraining, more = pretraining_of(TABLE.pretraining, tensors | mask_token, file)
     return Checkpoint(
         config,
         state,

@@ -9,9 +9,11 @@ from simmim.training.progress import ProgressLine, SkippedImages, StepSeeds, Thr
 from simmim.training.saving import SaveRun, usable_checkpoint
 from simmim.training.streams import NotePlaces, StreamData, ValidatedStreamData, per_device_batch
 from simmim.training.trainer import build_trainer, check_trainer_keys, default_precision, device_type, is_first_process
+from simmim.training.watch import ActivationMonitor, NumericalGuard
 
 __all__ = [
-    "Interrupted", "MetricsCsv", "NotePlaces", "ProgressLine", "SaveRun", "SkippedImages", "StepSeeds", "StopOnSignal",
-    "StreamData", "Throughput", "ValidatedStreamData", "build_trainer", "check_trainer_keys", "default_precision",
-    "device_type", "is_first_process", "per_device_batch", "usable_checkpoint", "usual_callbacks",
+    "ActivationMonitor", "Interrupted", "MetricsCsv", "NotePlaces", "NumericalGuard", "ProgressLine", "SaveRun",
+    "SkippedImages", "StepSeeds", "StopOnSignal", "StreamData", "Throughput", "ValidatedStreamData", "build_trainer",
+    "check_trainer_keys", "default_precision", "device_type", "is_first_process", "per_device_batch", "usable_checkpoint",
+    "usual_callbacks",
 ]  # fmt: skip

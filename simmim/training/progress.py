@@ -10,9 +10,12 @@ import pytorch_lightning as pl
 import torch
 from tqdm import tqdm
 
+from simmim.training.watch import NumericalGuard
+
 
 def usual_callbacks(run: Path, settings, title: str, count: int, quiet: bool = False) -> list[pl.Callback]:
-    """What both stages run with: seeds by step, throughput, the progress line, and account of unreadable images.
+    """What both stages run with: seeds by step, throughput, the progress line, account of unreadable images, and a guard
+    against numbers that are not finite.
 
     Args:
         settings: of either stage, resolved.
@@ -25,6 +28,7 @@ def usual_callbacks(run: Path, settings, title: str, count: int, quiet: bool = F
         Throughput(settings.batch_size),
         *([] if quiet else [ProgressLine(title, settings.batch_size)]),
         SkippedImages(run, count, 0.0 if settings.data.strict else settings.data.max_skipped_share),
+        NumericalGuard(run),
     ]
 
 

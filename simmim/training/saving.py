@@ -154,6 +154,20 @@ class CheckpointWriter(TorchCheckpointIO):
                 self.pending.result()
 
 
+def in_model_order(state: dict, optimizer: torch.optim.Optimizer, module: torch.nn.Module) -> dict:
+    """An optimiser's state with parameters numbered as `module.parameters()` gives them, which is how sharded strategies
+    number them, and not group after group. Loading goes by the groups' lists, so that either order will do there."""
+    position = {id(parameter): index for index, parameter in enumerate(module.parameters())}
+    parameters = [parameter for group in optimizer.param_groups for parameter in group["params"]]
+    number = [position[id(parameter)] for parameter in parameters]
+    return {
+        "state": {number[key]: value for key, value in state["state"].items()},
+        "param_groups": [
+            {**group, "params": [number[key] for key in group["params"]]} for group in state["param_groups"]
+        ],
+    }
+
+
 def loading_died(exception: BaseException) -> bool:
     """Whether this is how the death of a process that loads images is heard of."""
     return "DataLoader worker" in str(exception) or isinstance(exception, ConnectionError | EOFError)
@@ -229,8 +243,12 @@ class SaveRun(pl.Callback):
             self.losses.append(loss.detach())
 
     def on_save_checkpoint(self, trainer: pl.Trainer, module: pl.LightningModule, checkpoint: dict) -> None:
-        """Put the counters of Lightning's loops where it expects them in a checkpoint: at the end of the batch before, whose
-        validation it takes as done."""
+        """Make the checkpoint one that any strategy takes up: the optimiser's parameters numbered as in the model. And put
+        the counters of Lightning's loops where it expects them: at the end of the batch before, whose validation it takes
+        as done."""
+        if getattr(module, "device_mesh", None) is None:
+            states = zip(checkpoint.get("optimizer_states", ()), trainer.optimizers)
+            checkpoint["optimizer_states"] = [in_model_order(state, optimizer, module) for state, optimizer in states]
         if trainer.global_step >= trainer.max_steps:
             return
         loop = checkpoint["loops"]["fit_loop"]

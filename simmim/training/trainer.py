@@ -17,6 +17,7 @@ from pytorch_lightning.utilities.exceptions import MisconfigurationException
 from simmim.swinv2 import SwinV2Config, nearest
 from simmim.training.logs import DescribeRun, loggers_for
 from simmim.training.saving import SaveRun
+from simmim.training.sharding import strategy_named
 
 # What the run itself decides; everything else of the Trainer is open to the user as --trainer.KEY.
 OWN_TRAINER_KEYS = frozenset(
@@ -95,6 +96,7 @@ def build_trainer(
     settings = {
         "accelerator": "auto",
         **extra,
+        "strategy": strategy_named(extra.get("strategy", "auto"), devices, extra.get("num_nodes", 1)),
         "devices": devices,
         "precision": precision,
         "max_steps": steps,

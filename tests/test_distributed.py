@@ -1,0 +1,153 @@
+"""Two real processes over gloo, as torchrun starts them, against one: DDP and FSDP train the same, and their checkpoints
+are one another's."""
+import csv
+import signal
+import socket
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from simmim.training.saving import saved_steps, usable_checkpoint
+from tests.nursery import Nursery
+
+STEPS = 50
+RUN = (
+    "--preset=nano", "--epochs=6.6667", "--batch-size=32", "--seed=3", "--save_every_steps=10", "--log_every_steps=1",
+    "--model.mask_unit=8", "--model.encoder.embed_dim=16", "--model.encoder.depths=[1,2]",
+    "--model.encoder.num_heads=[1,2]", "--reconstruct_every_epochs=2", "--precision=32-true", "--workers=0",
+    "--trainer.accelerator=cpu",
+)  # fmt: skip
+# Lightning noted its rank when the nursery imported it.
+RANK = """
+import os
+from pytorch_lightning.utilities import rank_zero_only
+rank_zero_only.rank = int(os.environ["RANK"])
+"""
+
+
+@pytest.fixture(scope="module")
+def nursery(tmp_path_factory):
+    nursery = Nursery(tmp_path_factory.mktemp("logs"))
+    yield nursery
+    nursery.close()
+
+
+@pytest.fixture(scope="module")
+def start(nursery, digits):
+    """start(out, strategy or None for one process, *more words): its processes; resumed where the folder is there."""
+
+    def start(out, strategy, *more, resume=False):
+        words = ["pretrain", "--data", digits.unlabeled, "--out", out, *RUN, *more, *(["--resume"] if resume else [])]
+        if strategy is None:
+            return [nursery.start(*words, "--devices=1", "--trainer.strategy=auto")]
+        with socket.socket() as free:
+            free.bind(("127.0.0.1", 0))
+            port = free.getsockname()[1]
+        shared = {
+            "WORLD_SIZE": "2", "LOCAL_WORLD_SIZE": "2", "GROUP_RANK": "0", "MASTER_ADDR": "127.0.0.1",
+            "MASTER_PORT": str(port), "TORCHELASTIC_RUN_ID": "test", "GLOO_SOCKET_IFNAME": "lo",
+        }  # fmt: skip
+        return [
+            nursery.start(
+                *words, "--devices=2", f"--trainer.strategy={strategy}", prelude=RANK,
+                env={**shared, "RANK": str(rank), "LOCAL_RANK": str(rank)},
+            )
+            for rank in range(2)
+        ]  # fmt: skip
+
+    return start
+
+
+def finish(processes):
+    for process in processes:
+        code, output = process.wait()
+        assert code == 0, output
+    return processes[0].wait()[1]
+
+
+@pytest.fixture(scope="module")
+def alone(start, tmp_path_factory):
+    """The run of one process."""
+    run = tmp_path_factory.mktemp("alone") / "run"
+    finish(start(run, None))
+    return run
+
+
+def losses(run):
+    with (run / "metrics.csv").open(newline="") as file:
+        return torch.tensor([[float(row[name]) for name in ("loss", "lr", "grad_norm")] for row in csv.DictReader(file)])
+
+
+def assert_same(run, alone):
+    """Losses and rates within 1e-5; gradient norms, which feel the rounding of 50 steps first, within 1e-2; weights and the
+    exported encoder within 1e-4; the optimiser's second moments, tensor by tensor, within 1e-2 of their size."""
+    ours, theirs = losses(run), losses(alone)
+    torch.testing.assert_close(ours[:, :2], theirs[:, :2], rtol=1e-5, atol=1e-9)
+    torch.testing.assert_close(ours[:, 2], theirs[:, 2], rtol=1e-2, atol=0)
+    assert len(ours) == STEPS
+    ours, theirs = (torch.load(usable_checkpoint(path), weights_only=True) for path in (run, alone))
+    assert ours["global_step"] == theirs["global_step"] == STEPS
+    torch.testing.assert_close(ours["state_dict"], theirs["state_dict"], rtol=0, atol=1e-4)
+    moments = [
+        {key: value["exp_avg_sq"] for key, value in end["optimizer_states"][0]["state"].items()} for end in (ours, theirs)
+    ]
+    assert moments[0].keys() == moments[1].keys()
+    for key, moment in moments[0].items():
+        assert (moment - moments[1][key]).norm() <= 1e-2 * moments[1][key].norm() + 1e-12, key
+    pair = (load_file(path / "encoder" / "encoder.safetensors") for path in (run, alone))
+    torch.testing.assert_close(*pair, rtol=0, atol=1e-4)
+
+
+@pytest.mark.parametrize("strategy", ["ddp", "fsdp"])
+def test_two_processes_equal_one(start, alone, tmp_path, strategy):
+    """The same global batch: losses within 1e-5 relative over 50 steps, weights within 1e-4, and one plain encoder."""
+    output = finish(start(tmp_path / "run", strategy))
+    assert "on 2 × cpu" in output
+    assert_same(tmp_path / "run", alone)
+
+
+@pytest.mark.parametrize("first, second", [("ddp", None), ("fsdp", None), (None, "fsdp"), ("fsdp", "ddp")])
+def test_checkpoints_move_between_strategies_and_world_sizes(start, alone, tmp_path, first, second):
+    """Stopped by a signal to one process, which all obey; taken up by other processes in another way."""
+    run = tmp_path / "run"
+    processes = start(run, first)
+    processes[0].until(lambda: max(saved_steps(run), default=0) >= 10)
+    processes[-1].kill(signal.SIGTERM, group=False)
+    for process in processes:
+        code, output = process.wait()
+        assert code == 143, output
+    assert 10 <= max(saved_steps(run)) < STEPS
+    output = finish(start(run, second, resume=True))
+    assert "resuming from" in output
+    assert_same(run, alone)
+
+
+def test_sharded_parameters_are_divided(start, tmp_path, nursery, digits):
+    """Each of the two processes holds about half of the parameters and of the optimiser's state."""
+    counted = """
+import pretrain.run, simmim.training.progress as progress
+end = progress.Throughput.on_train_batch_end
+def count(self, trainer, module, *rest):
+    end(self, trainer, module, *rest)
+    if trainer.global_step == 2:
+        local = sum(p.to_local().numel() for p in module.parameters())
+        state = sum(v.to_local().numel() for s in trainer.optimizers[0].state.values() for v in s.values() if v.ndim)
+        whole = sum(p.numel() for p in module.parameters())
+        print(f"shares {local / whole:.3f} {state / whole:.3f}", flush=True)
+progress.Throughput.on_train_batch_end = count
+"""
+    before = RANK
+    try:
+        globals()["RANK"] = before + counted
+        output = finish(start(tmp_path / "run", "fsdp", "--epochs=0.5"))
+    finally:
+        globals()["RANK"] = before
+    shares = next(line for line in output.splitlines() if "shares" in line).split("shares ")[1].split()
+    assert abs(float(shares[0]) - 0.5) < 0.05 and abs(float(shares[1]) - 1.0) < 0.1
+
+
+def test_a_batch_that_does_not_divide_is_refused(start, tmp_path):
+    for process in start(tmp_path / "run", "ddp", "--batch-size=33"):
+        code, output = process.wait()
+        assert code == 2 and "a batch of 33 images does not divide into 2 devices" in output, output

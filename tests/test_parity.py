@@ -1,0 +1,454 @@
+"""The same features from the same file in other libraries: what timm and transformers save is read and computed as they
+do it, and what this toolkit exports they load whole and compute as it does. The authors' code stands in golden numbers
+(test_convert.py, test_golden.py)."""
+import fcntl
+import importlib.util
+import json
+import os
+import shutil
+import subprocess
+import sys
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+import matplotlib.cbook
+import pytest
+import torch
+from PIL import Image
+from safetensors.torch import load_file, save_file
+from test_convert import random_checkpoint
+from test_swinv2 import random_images, randomise, run_transformers
+
+from simmim import load_encoder
+from simmim.checkpoint import build_encoder
+from simmim.convert import read, read_encoder
+from simmim.convert.export import export
+from simmim.data import CentreView, normalise, open_picture
+from simmim.model import SimMIM
+from simmim.swinv2 import SwinV2, SwinV2Config
+
+TOLERANCE = {"float32": 1e-4, "float64": 1e-10}
+BOTH = ("float32", "float64")
+
+
+@dataclass(frozen=True)
+class Case:
+    """A model of another library's making: at a size, with a window, on images of so many channels."""
+
+    name: str
+    size: int
+    window: int
+    pretrained: tuple[int, ...] | None = None
+    preset: str = "tiny"
+    channels: int = 3
+    dtypes: tuple[str, ...] = BOTH
+
+    def config(self):
+        return SwinV2Config.from_preset(self.preset, in_channels=self.channels)
+
+
+MOVED = (12, 12, 12, 6)  # the windows of 12 at 192 px
+CASES = [
+    Case("256 px, window 8", 256, 8),
+    Case("256 px, window 16", 256, 16),
+    Case("192 px, window 12, to 384 px, window 24", 384, 24, MOVED),
+    Case("224 px, window 8", 224, 8),  # maps of 56, 28, 14 and 7 tokens: padded in the second and third stage
+    Case("256 px, window 8, gray", 256, 8, channels=1),
+    Case("256 px, window 16, gray", 256, 16, channels=1, dtypes=("float32",)),
+    Case("192 px, window 12, to 384 px, window 24, gray", 384, 24, MOVED, channels=1, dtypes=("float32",)),
+    Case("224 px, window 8, gray", 224, 8, channels=1, dtypes=("float32",)),
+    Case("base, 256 px, window 8", 256, 8, preset="base"),
+    Case("base, 192 px, window 12, to 384 px, window 24", 384, 24, MOVED, preset="base", dtypes=("float32",)),
+]
+TIMM_CASES = CASES[:-1]  # the last takes ten seconds, and the tiny model has shown the same
+
+
+@torch.inference_mode()
+def outputs(encoder, images):
+    """Pooled features and each stage's map, by name."""
+    output = encoder(images, return_stages=True)
+    return {"pooled": output.pooled} | {f"stage{i}": stage for i, stage in enumerate(output.stages)}
+
+
+def furthest(ours, theirs):
+    """The largest difference over all outputs, which are the same ones, of the same shapes, and no zeros."""
+    assert ours.keys() == theirs.keys()
+    assert all(ours[name].shape == theirs[name].shape for name in ours)
+    assert all(value.std() > (0.3 if name.startswith("stage") else 0.02) for name, value in ours.items())
+    return max((ours[name] - theirs[name]).abs().max().item() for name in ours)
+
+
+def assert_same(encoder, images, theirs, dtype="float32"):
+    encoder = encoder.to(getattr(torch, dtype))
+    difference = furthest(outputs(encoder, images.to(getattr(torch, dtype))), theirs)
+    print(f"{dtype}: furthest {difference:.1e}")
+    assert difference < TOLERANCE[dtype]
+
+
+# --- from transformers -----------------------------------------------------------------------------------------------
+
+
+def saved_by_transformers(config, size, folder):
+    """A random Swinv2Model built for `size`, saved by its own method."""
+    import transformers
+
+    model = transformers.Swinv2Model(
+        transformers.Swinv2Config(
+            image_size=size,
+            num_channels=config.in_channels,
+            embed_dim=config.embed_dim,
+            depths=config.depths,
+            num_heads=config.num_heads,
+            window_size=config.window_size,
+            pretrained_window_sizes=config.pretrained_window_sizes or (0,) * len(config.depths),
+        )
+    )
+    randomise(model).eval().save_pretrained(folder)
+    return model
+
+
+@pytest.mark.parametrize("case", CASES, ids=lambda case: case.name)
+def test_features_of_a_transformers_folder(case, tmp_path):
+    config = replace(case.config(), window_size=case.window, pretrained_window_sizes=case.pretrained)
+    theirs = saved_by_transformers(config, case.size, tmp_path)
+    encoder, images = load_encoder(tmp_path), random_images(1, case.channels, case.size, case.size)
+    assert encoder.config.pretrained_window_sizes == case.pretrained or not case.pretrained
+    for dtype in case.dtypes:
+        theirs, pixels = theirs.to(getattr(torch, dtype)), images.to(getattr(torch, dtype))
+        _, pooled, stages = run_transformers(theirs, pixels)
+        assert_same(encoder, images, {"pooled": pooled} | {f"stage{i}": map for i, map in enumerate(stages)}, dtype)
+
+
+def test_a_window_moved_while_loading_is_the_one_transformers_moves(tmp_path):
+    """Built and saved at 192 px with a window of 12; moved to 384 px and 24 by an argument in either library."""
+    import transformers
+
+    saved_by_transformers(SwinV2Config.from_preset("micro", window_size=12), 192, tmp_path)
+    moved = {"image_size": 384, "window_size": 24, "pretrained_window_sizes": MOVED}
+    theirs = transformers.Swinv2Model.from_pretrained(tmp_path, **moved).eval()
+    images, lines = random_images(1, 3, 384, 384), []
+    saved = read_encoder(tmp_path, report=lines.append, window_size=24)
+    _, pooled, stages = run_transformers(theirs, images)
+    assert_same(saved.encoder, images, {"pooled": pooled} | {f"stage{i}": map for i, map in enumerate(stages)})
+    assert "adapted    window 12 to 24, position bias scaled by the pre-trained windows 12, 12, 12, 6" in lines[0]
+
+
+def test_a_size_at_which_transformers_has_another_window(tmp_path):
+    """It halves 30 tokens to 15 and, downwards, to 7: the window its bias is scaled by. Computed elsewhere than at that
+    size the features are its own; that they are not there is said."""
+    import transformers
+
+    config = SwinV2Config(16, (2, 2, 2), (2, 2, 2), window_size=8)
+    saved_by_transformers(config, 120, tmp_path)
+    lines = []
+    encoder = read_encoder(tmp_path, report=lines.append).encoder
+    assert encoder.config.pretrained_window_sizes == (8, 8, 7)
+    assert "Swinv2 uses windows [8, 8, 7] where this encoder at 120×120 px has [(8, 8), (8, 8), (8, 8)]" in lines[0]
+    theirs = transformers.Swinv2Model.from_pretrained(tmp_path, image_size=128, pretrained_window_sizes=(8, 8, 7)).eval()
+    images = random_images(1, 3, 128, 128)
+    _, pooled, stages = run_transformers(theirs, images)
+    assert_same(encoder, images, {"pooled": pooled} | {f"stage{i}": map for i, map in enumerate(stages)})
+
+
+# --- to transformers -------------------------------------------------------------------------------------------------
+
+
+def loaded_whole(auto, folder, unexpected=()):
+    """A model of transformers in which no weight of the folder is missing or left over but those named."""
+    model, report = auto.from_pretrained(folder, output_loading_info=True)
+    assert not report["missing_keys"] and not report["mismatched_keys"] and not report["error_msgs"]
+    assert set(report["unexpected_keys"]) == set(unexpected)
+    return model.eval()
+
+
+@pytest.mark.parametrize(
+    "config, size",
+    [
+        (SwinV2Config.from_preset("micro"), (128, 128)),
+        (SwinV2Config.from_preset("micro", window_size=12, pretrained_window_sizes=(8, 8, 8, 4)), (192, 192)),
+        (SwinV2Config.from_preset("nano", in_channels=1, patch_size=2), (32, 32)),
+        (SwinV2Config.from_preset("nano"), (96, 160)),
+        (SwinV2Config(16, (1, 2, 1), (1, 2, 2), window_size=7, mlp_ratio=2.0, in_channels=5), (112, 112)),
+    ],
+    ids=["micro", "moved window", "gray, patch 2", "oblong", "five channels"],
+)
+@torch.inference_mode()
+def test_transformers_loads_an_exported_encoder(config, size, tmp_path):
+    """AutoModel's features; Swinv2Backbone's and AutoBackbone's maps. A backbone has no final norm, and says so."""
+    import transformers
+
+    checkpoint = random_checkpoint(config, size, ())
+    folder = export(checkpoint, "hf", tmp_path / "hf", "encoder").folder
+    images = random_images(2, config.in_channels, *size)
+    expected = outputs(build_encoder(checkpoint).encoder, images)
+    model = loaded_whole(transformers.AutoModel, folder)
+    assert (model(images).pooler_output - expected["pooled"]).abs().max() < 1e-4
+    backbone = loaded_whole(transformers.Swinv2Backbone, folder, {"layernorm.weight", "layernorm.bias"})
+    maps = {f"stage{i}": stage for i, stage in enumerate(backbone(images).feature_maps)}
+    assert furthest(expected, {"pooled": expected["pooled"], **maps}) < 1e-4
+    assert backbone.channels == list(config.dims)
+
+
+@torch.inference_mode()
+def test_auto_backbone_loads_an_exported_encoder(tmp_path, monkeypatch):
+    """In transformers 5 AutoBackbone asks the hub whether the repository exists, and so takes no local folder; what it
+    does once the hub has answered is tested here."""
+    import transformers
+
+    checkpoint = random_checkpoint(SwinV2Config.from_preset("nano"), (64, 64))
+    folder = export(checkpoint, "hf", tmp_path / "hf", "encoder").folder
+    monkeypatch.setattr("huggingface_hub.HfApi.repo_exists", lambda *_, **__: True)
+    backbone = transformers.AutoBackbone.from_pretrained(folder).eval()
+    images = random_images(1, 3, 64, 64)
+    maps = build_encoder(checkpoint).encoder.features(images, per_stage=True)
+    for ours, theirs in zip(maps, backbone(images).feature_maps, strict=True):
+        torch.testing.assert_close(ours, theirs, atol=1e-4, rtol=0)
+
+
+@torch.inference_mode()
+def test_transformers_loads_an_exported_classifier(tmp_path):
+    """The same logits, under the same names."""
+    import transformers
+
+    classes = ("cat", "dog", "hedgehog")
+    checkpoint = random_checkpoint(SwinV2Config.from_preset("micro"), (128, 128), classes)
+    folder = export(checkpoint, "hf", tmp_path / "hf").folder
+    model = loaded_whole(transformers.AutoModelForImageClassification, folder)
+    images = random_images(2, 3, 128, 128)
+    logits = torch.nn.functional.linear(build_encoder(checkpoint).encoder(images).pooled, *checkpoint.head.values())
+    torch.testing.assert_close(model(images).logits, logits, atol=1e-4, rtol=0)
+    assert model.config.id2label == dict(enumerate(classes)) and model.config.label2id["dog"] == 1
+
+
+@torch.inference_mode()
+def test_transformers_loads_an_exported_simmim_model(tmp_path):
+    """The same loss and the same prediction behind the same mask: mask token, decoder and its pixel order are in place."""
+    import transformers
+
+    checkpoint = random_checkpoint(SwinV2Config.from_preset("micro"), (128, 128))
+    folder = export(checkpoint, "hf", tmp_path / "hf", "simmim").folder
+    theirs = loaded_whole(transformers.AutoModelForMaskedImageModeling, folder)
+    ours = SimMIM(build_encoder(checkpoint).encoder).eval()
+    ours.load_state_dict(checkpoint.pretraining, strict=False)
+    images, mask = random_images(2, 3, 128, 128), torch.rand(2, 32, 32, generator=torch.Generator().manual_seed(0)) < 0.6
+    expected, output = ours(images, mask, return_reconstruction=True), theirs(images, bool_masked_pos=mask.flatten(1))
+    print(f"loss {expected.loss.item():.6f}, apart {abs(output.loss - expected.loss).item():.1e}")
+    assert abs(output.loss - expected.loss) < 1e-5
+    torch.testing.assert_close(output.reconstruction, expected.reconstruction, atol=1e-4, rtol=0)
+
+
+@pytest.mark.parametrize(
+    "side, crop, interpolation, fit, levels",
+    [
+        (224, 1.0, "bilinear", "crop", 1.5),
+        (224, 1.0, "bicubic", "crop", 1.5),
+        (224, 0.875, "bilinear", "crop", 0.1),
+        (224, 0.875, "bicubic", "crop", 0.1),
+        (256, 0.875, "bicubic", "crop", 3.0),
+        (224, 1.0, "bicubic", "squash", 0.1),
+    ],
+)
+def test_transformers_prepares_images_alike(side, crop, interpolation, fit, levels, tmp_path):
+    """A photograph of 512 × 600 px, apart by so many of 255 levels in the mean. Theirs is resized to whole pixels before it
+    is cropped, so the views may lie a quarter of a pixel apart; a whole pixel would be nine levels."""
+    import transformers
+
+    size = (side, side)
+    checkpoint = random_checkpoint(SwinV2Config.from_preset("nano"), size, interpolation=interpolation, crop=crop, fit=fit)
+    folder = export(checkpoint, "hf", tmp_path / "hf", "encoder").folder
+    preprocessing = read(folder).preprocessing
+    assert preprocessing == checkpoint.preprocessing
+    path = matplotlib.cbook.get_sample_data("grace_hopper.jpg", asfileobj=False)
+    processor = transformers.AutoImageProcessor.from_pretrained(folder)
+    theirs = processor(Image.open(path), return_tensors="pt")["pixel_values"]
+    view = CentreView(size, crop, interpolation, fit)(open_picture({"path": str(path), "bytes": None}, 3))
+    ours = normalise(view[None], preprocessing.mean, preprocessing.std)
+    assert theirs.shape == ours.shape
+    apart = (theirs - ours).abs() * torch.tensor(preprocessing.std).view(3, 1, 1) * 255
+    print(f"{apart.mean():.2f} levels in the mean, {apart.median():.2f} in the median")
+    assert apart.mean() < levels and apart.median() < 2
+
+
+def test_transformers_prepares_gray_images_alike(tmp_path):
+    import transformers
+
+    checkpoint = random_checkpoint(SwinV2Config.from_preset("nano", in_channels=1), (64, 64))
+    folder = export(checkpoint, "hf", tmp_path / "hf", "encoder").folder
+    pixels = torch.randint(0, 256, (64, 64), dtype=torch.uint8, generator=torch.Generator().manual_seed(0))
+    Image.fromarray(pixels.numpy()).save(tmp_path / "gray.png")
+    processor = transformers.AutoImageProcessor.from_pretrained(folder)
+    theirs = processor(Image.open(tmp_path / "gray.png"), return_tensors="pt")["pixel_values"]
+    ours = normalise(pixels[None, None], checkpoint.preprocessing.mean, checkpoint.preprocessing.std)
+    torch.testing.assert_close(theirs, ours, atol=1e-5, rtol=0)
+
+
+# --- timm, both ways -------------------------------------------------------------------------------------------------
+
+MICRO_MOVED = SwinV2Config.from_preset("micro", window_size=12, pretrained_window_sizes=(8, 8, 8, 4))
+PAD = {"shift_before_padding": True}
+EXPORTS = {
+    "encoder": (SwinV2Config.from_preset("nano"), (64, 64), ()),
+    "classifier": (SwinV2Config.from_preset("micro", in_channels=1), (128, 128), ("cat", "dog", "hedgehog")),
+    "oblong": (SwinV2Config.from_preset("micro", window_size=7, **PAD), (96, 160), ()),
+    "moved window": (MICRO_MOVED, (192, 192), ()),
+    "oblong past": (SwinV2Config(16, (2, 2), (2, 4), pretrained_window_sizes=(8, (4, 8)), mlp_ratio=2.0), (64, 64), ()),
+    "patch 2": (SwinV2Config(16, (1, 2, 1), (1, 2, 2), window_size=5, patch_size=2, **PAD), (44, 44), ("a", "b")),
+}
+# timm's file names, which tell the window where no config.json does.
+BARE = {
+    "swinv2_micro_window8_224.bin": Case("bare", 224, 8, preset="micro"),
+    "swinv2_micro_window12to24_192to384_ft.bin": Case("bare", 384, 24, MOVED, preset="micro", dtypes=("float32",)),
+}
+RESIZED = Case("resized", 128, 8, preset="micro")
+
+
+def timm_name(case):
+    """A registered name of the preset's size; micro is made of tiny's."""
+    return f"swinv2_{'tiny' if case.preset == 'micro' else case.preset}_window8_256"
+
+
+def timm_arguments(case):
+    arguments = {"img_size": case.size, "window_size": case.window, "in_chans": case.channels, "num_classes": 0}
+    if case.pretrained:
+        arguments["pretrained_window_sizes"] = case.pretrained
+    if case.preset == "micro":
+        arguments["embed_dim"] = case.config().embed_dim
+    return arguments
+
+
+def save_job(place, case, **more):
+    save_file({"images": random_images(1, case.channels, case.size, case.size)}, place / f"{case.name}.images")
+    return {
+        "do": "save",
+        "name": timm_name(case),
+        "arguments": timm_arguments(case),
+        "dtypes": case.dtypes,
+        "folder": str(place / case.name),
+        "images": str(place / f"{case.name}.images"),
+        "out": str(place / f"{case.name}.out"),
+        **more,
+    }
+
+
+def timm_jobs(place):
+    """What the one process of timm does: save every case, load every export, run every printed line."""
+    jobs = [save_job(place, case) for case in TIMM_CASES]
+    for name, case in BARE.items():
+        jobs.append(save_job(place, replace(case, name=name), file=str(place / name)))
+    larger = replace(RESIZED, size=192)
+    jobs.append({**save_job(place, larger, resized=[192, 192]), "arguments": timm_arguments(RESIZED)})
+    for name, (config, size, classes) in EXPORTS.items():
+        exported = export(random_checkpoint(config, size, classes), "timm", place / f"to {name}")
+        save_file({"images": random_images(2, config.in_channels, *size)}, place / f"to {name}.images")
+        shared = {"folder": str(exported.folder), "images": str(place / f"to {name}.images")}
+        jobs.append({"do": "load", "out": str(place / f"to {name}.out"), **shared})
+        jobs.append({"do": "run", "code": exported.code, "out": str(place / f"to {name}.run"), **shared})
+    return jobs
+
+
+@pytest.fixture(scope="module")
+def timm_place(tmp_path_factory):
+    """A folder with all that timm made, once for all test processes."""
+    if not importlib.util.find_spec("timm"):
+        pytest.skip("timm is not installed")
+    root = tmp_path_factory.getbasetemp()
+    root = root.parent if "PYTEST_XDIST_WORKER" in os.environ else root
+    place = root / "timm"
+    with (root / "timm.lock").open("w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        if not (place / "jobs.json").is_file():
+            shutil.rmtree(place, ignore_errors=True)
+            place.mkdir()
+            (place / "waiting.json").write_text(json.dumps(timm_jobs(place)))
+            script = [sys.executable, str(Path(__file__).parent / "timm_stub.py"), str(place / "waiting.json")]
+            done = subprocess.run(script, capture_output=True, text=True, timeout=400)
+            assert done.returncode == 0, done.stderr[-3000:]
+            (place / "waiting.json").rename(place / "jobs.json")
+    return place
+
+
+def from_timm(place, name, dtype="float32"):
+    """What timm computed in a job."""
+    found = load_file(place / f"{name}.out")
+    return {key.removeprefix(f"{dtype}."): value for key, value in found.items() if key.startswith(f"{dtype}.")}
+
+
+@pytest.mark.parametrize("case", TIMM_CASES, ids=lambda case: case.name)
+def test_features_of_a_timm_folder(case, timm_place):
+    saved = read_encoder(timm_place / case.name)
+    assert saved.checkpoint.format == "timm" and saved.encoder.config.shift_before_padding
+    assert saved.preprocessing.image_size == (case.size, case.size)
+    images = load_file(timm_place / f"{case.name}.images")["images"]
+    for dtype in case.dtypes:
+        assert_same(saved.encoder, images, from_timm(timm_place, case.name, dtype), dtype)
+
+
+@pytest.mark.parametrize("name", BARE)
+def test_features_of_a_bare_timm_file(name, timm_place, tmp_path):
+    """torch.save of the state dict: the published kind of name tells the window, else it is asked for."""
+    saved, images = read_encoder(timm_place / name), load_file(timm_place / f"{name}.images")["images"]
+    for dtype in BARE[name].dtypes:
+        assert_same(saved.encoder, images, from_timm(timm_place, name, dtype), dtype)
+    (tmp_path / "weights.bin").write_bytes((timm_place / name).read_bytes())
+    with pytest.raises(ValueError, match=r"weights\.bin does not tell its window.*window_size"):
+        load_encoder(tmp_path / "weights.bin")
+    sizes = saved.encoder.config.pretrained_window_sizes
+    encoder = load_encoder(tmp_path / "weights.bin", window_size=BARE[name].window, pretrained_window_sizes=sizes)
+    assert_same(encoder, images, from_timm(timm_place, name))
+
+
+def test_a_timm_model_resized_before_it_was_saved(timm_place):
+    """set_input_size leaves a window for each stage in timm's config.json."""
+    arguments = json.loads((timm_place / "resized" / "config.json").read_text())["model_args"]
+    assert arguments["img_size"] == [192, 192] and isinstance(arguments["window_size"], list)
+    images = load_file(timm_place / "resized.images")["images"]
+    encoder = load_encoder(timm_place / "resized")
+    assert encoder.config.window_size == 12
+    assert_same(encoder, images, from_timm(timm_place, "resized"))
+
+
+@pytest.mark.parametrize("name", EXPORTS)
+def test_timm_loads_an_export(name, timm_place):
+    """Strictly from the file by the arguments of config.json, from the folder by its path, as a feature pyramid, and by the
+    lines that `simmim export` prints: the same features, maps and logits, channels, strides and preprocessing."""
+    config, size, classes = EXPORTS[name]
+    checkpoint = random_checkpoint(config, size, classes)
+    images = load_file(timm_place / f"to {name}.images")["images"]
+    encoder, found = build_encoder(checkpoint).encoder, load_file(timm_place / f"to {name}.out")
+    expected = outputs(encoder, images)
+    if classes:
+        expected["logits"] = torch.nn.functional.linear(expected["pooled"], *checkpoint.head.values())
+    ways = {way: {key.removeprefix(way): found[key] for key in found if key.startswith(way)} for way in ("bare.", "whole.")}
+    for theirs in (*ways.values(), load_file(timm_place / f"to {name}.run")):
+        assert furthest(expected, theirs) < 1e-4
+    for stage in range(len(config.depths)):
+        torch.testing.assert_close(found[f"maps.stage{stage}"], expected[f"stage{stage}"], atol=1e-4, rtol=0)
+    assert tuple(found["channels"].tolist()) == encoder.channels and tuple(found["strides"].tolist()) == encoder.strides
+    assert found["size"].tolist() == [config.in_channels, *size]
+    torch.testing.assert_close(found["mean"], torch.tensor(checkpoint.preprocessing.mean))
+    torch.testing.assert_close(found["std"], torch.tensor(checkpoint.preprocessing.std))
+
+
+# --- dense heads -----------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("size", [(128, 128), (96, 150)])
+def test_a_head_of_another_library_trains_on_the_maps(size):
+    """transformers' UperNet head, built from the encoder's channels alone, takes its maps as they come; gradients reach the
+    patch projection. The strides are those of the maps."""
+    from transformers import UperNetConfig
+    from transformers.models.upernet.modeling_upernet import UperNetHead
+
+    encoder = randomise(SwinV2(SwinV2Config.from_preset("nano", depths=(1, 1, 1, 1), num_heads=(3, 6, 12, 24))))
+    head = UperNetHead(UperNetConfig(hidden_size=32, num_labels=6, pool_scales=(1, 2)), in_channels=list(encoder.channels))
+    images = random_images(2, 3, *size)
+    maps = encoder.features(images, per_stage=True)
+    for stage, channels, stride in zip(maps, encoder.channels, encoder.strides, strict=True):
+        assert stage.shape == (2, channels, *(-(-side // stride) for side in size))
+    logits = head(maps)
+    assert logits.shape == (2, 6, *maps[0].shape[2:])
+    logits.square().mean().backward()
+    gradients = {name: parameter.grad for name, parameter in encoder.named_parameters()}
+    assert gradients["patch_embed.proj.weight"].abs().max() > 0
+    # The heads of dense prediction norm the maps by themselves; the encoder's last norm is for pooled features.
+    assert {name for name, value in gradients.items() if value is None} == {"norm.weight", "norm.bias"}

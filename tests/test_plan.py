@@ -1,0 +1,320 @@
+"""The plan against what real steps do: FLOPs against torch's counter, memory against the bytes of live tensors."""
+import itertools
+import json
+import math
+import re
+import runpy
+import subprocess
+import sys
+import weakref
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
+from torch.utils.flop_counter import FlopCounterMode
+
+from simmim import swinv2
+from simmim.model import SimMIM
+from simmim.optim import adamw, parameter_groups
+from simmim.plan import GIB, USABLE_SHARE, Setup, cached_bytes, flops, memory, plan, plan_for, render
+from simmim.swinv2 import PRESETS, SwinV2, SwinV2Config
+
+ROOT = Path(__file__).parent.parent
+BENCHMARK = runpy.run_path(str(ROOT / "benchmarks/memory.py"))
+LiveBytes = BENCHMARK["LiveBytes"]
+SWITCHES = {"plain": (False, None), "checkpointed": (True, None), "sequential": (False, 8), "both": (True, 8)}
+ODD = SwinV2Config(
+    24, (1, 2, 3), (3, 3, 6), window_size=5, in_channels=2, patch_size=2, mlp_ratio=3.0, extra_norm_every=2
+)  # fmt: skip
+
+
+def make(config, size, batch, checkpointed, sequential, device="cpu"):
+    """A model in training mode, images, and masks."""
+    with torch.device(device):
+        model = SimMIM(SwinV2(config, checkpointed, sequential)).train()
+        images = torch.zeros(batch, config.in_channels, *size)
+        masks = torch.zeros(batch, *(-(-side // config.patch_size) for side in size), dtype=torch.bool)
+    return model, images, masks
+
+
+# --- FLOPs ---------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    "config, size, batch, switches",
+    [
+        (replace(PRESETS["tiny"], window_size=12), (192, 192), 2, "plain"),
+        (replace(PRESETS["micro"], window_size=7), (104, 72), 3, "checkpointed"),  # padded in every stage
+        (PRESETS["nano"], (32, 32), 1, "plain"),
+        (PRESETS["nano"], (32, 32), 5, "both"),
+        (ODD, (39, 47), 1, "plain"),
+        (ODD, (39, 47), 1, "sequential"),
+    ],
+)
+def test_flops(config, size, batch, switches):
+    """Forward within 0.1 %, a training step within 1 %."""
+    model, images, masks = make(config, size, batch, *SWITCHES[switches], device="meta")
+    with FlopCounterMode(display=False) as counter:
+        loss = model(images, masks).loss
+        forward = counter.get_total_flops()
+        loss.backward()
+    expected = flops(config, size, Setup(batch, 1, "32-true", "ddp", *SWITCHES[switches]))
+    assert expected[0] == pytest.approx(forward / batch, rel=1e-3)
+    assert expected[1] == pytest.approx(counter.get_total_flops() / batch, rel=0.01)
+
+
+# --- memory --------------------------------------------------------------------------------------------------------
+
+
+def measured(config, size, setup):
+    """Bytes of all tensors after the forward pass, and at most, in a whole step with AdamW, from its second on."""
+    switches = setup.checkpoint_activations, setup.sequential_attention
+    model, images, masks = make(config, size, setup.batch_per_device, *switches)
+    optimiser = adamw(parameter_groups(model, 1e-4, 0.05))
+
+    def take_step(around=None):
+        optimiser.zero_grad(set_to_none=True)
+        for cached in (swinv2.log_spaced_coords, swinv2.relative_position_index, swinv2.shift_mask, swinv2.shift_regions):
+            cached.cache_clear()
+        with torch.autocast("cpu", torch.bfloat16, enabled=setup.precision == "bf16-mixed"):
+            loss = model(images, masks).loss
+        kept = around.live if around else 0
+        loss.backward()
+        optimiser.step()
+        return kept
+
+    for parameter in model.parameters():  # the moments of step one, without its time
+        parameter.grad = torch.zeros_like(parameter)
+    optimiser.step()
+    state = [value for moments in optimiser.state.values() for value in moments.values()]
+    before = sum(tensor.nbytes for tensor in (*model.parameters(), *state, images))
+    with LiveBytes([*model.parameters(), *state, images, masks]) as live:
+        kept = take_step(live)
+    gradients = sum(parameter.grad.nbytes for parameter in model.parameters())
+    return {"state": before - images.nbytes + gradients, "activations": images.nbytes + kept, "peak": before + live.peak}
+
+
+HALF, FULL = ("bf16-mixed",), ("32-true",)
+CASES = {
+    "nano": (PRESETS["nano"], (32, 32), 32, FULL + HALF),
+    "nano, not square": (PRESETS["nano"], (48, 64), 4, HALF),
+    "micro": (replace(PRESETS["micro"], window_size=6), (96, 96), 4, FULL + HALF),
+    "micro, padded": (replace(PRESETS["micro"], window_size=7), (104, 72), 3, FULL),
+    "micro, one window from the second stage on": (replace(PRESETS["micro"], window_size=20), (160, 160), 1, FULL + HALF),
+    "tiny": (replace(PRESETS["tiny"], window_size=12), (192, 192), 1, FULL + HALF),
+    "odd": (ODD, (76, 88), 2, FULL),
+}
+
+
+@pytest.mark.parametrize("switches", SWITCHES)
+@pytest.mark.parametrize(
+    "config, size, batch, precision",
+    [pytest.param(*rest, precision, id=f"{name}, {precision}")
+     for name, (*rest, precisions) in CASES.items() for precision in precisions],
+)  # fmt: skip
+def test_memory(config, size, batch, switches, precision):
+    """Parameters, gradients and moments within 0.1 %; what is kept and the peak, without what all modes share, in 10 %."""
+    setup = Setup(batch, 1, precision, "ddp", *SWITCHES[switches], device="cpu")
+    predicted, real = memory(config, size, setup), measured(config, size, setup)
+    assert predicted.parameters + predicted.gradients + predicted.optimiser == pytest.approx(real["state"], rel=1e-3)
+    assert predicted.activations == pytest.approx(real["activations"], rel=0.1)
+    fixed = predicted.parameters + predicted.optimiser
+    assert predicted.peak - fixed == pytest.approx(real["peak"] - fixed, rel=0.1)
+    assert predicted.peak < fixed + predicted.gradients + predicted.activations + predicted.working
+
+
+@pytest.mark.parametrize("sequential", [None, 2])
+@pytest.mark.parametrize("case", ["nano", "micro, padded", "odd"])
+def test_cached_bytes(case, sequential):
+    """Of the tensors that the encoder's caches hold after a step, and nothing else of other windows."""
+    config, size, *_ = CASES[case]
+    model, images, masks = make(config, size, 1, False, sequential)
+    caches = (swinv2.log_spaced_coords, swinv2.relative_position_index, swinv2.shift_mask, swinv2.shift_regions)
+    for cached in caches:
+        cached.cache_clear()
+    with torch.no_grad(), LiveBytes([*model.parameters(), images, masks]) as live:
+        model(images, masks)
+    assert live.live == cached_bytes(config, size, Setup(1, 1, "32-true", sequential_attention=sequential))
+
+
+def test_devices_and_strategies():
+    """DDP holds a whole copy and buckets of gradients on each device; FSDP a share, and a few units whole."""
+    config, size = PRESETS["huge"], (192, 192)
+    one, ddp, fsdp = (memory(config, size, Setup(4, devices, strategy=strategy))
+                      for devices, strategy in ((1, "ddp"), (8, "ddp"), (8, "fsdp")))
+    with torch.device("meta"):
+        model = SimMIM(SwinV2(config))
+    count = sum(parameter.numel() for parameter in model.parameters())
+    assert one.parameters == ddp.parameters == ddp.gradients == ddp.exchange == 4 * count and one.exchange == 0
+    assert one.optimiser == 8 * count and ddp.peak == one.peak + ddp.exchange
+    assert fsdp.parameters == fsdp.gradients == math.ceil(4 * count / 8) and fsdp.optimiser == 2 * fsdp.parameters
+    assert fsdp.activations == ddp.activations
+    blocks = [sum(p.numel() for p in block.parameters()) for stage in model.encoder.layers for block in stage.blocks]
+    assert fsdp.exchange == 4 * (count - sum(blocks)) + 4 * 4 * max(blocks) < fsdp.peak < ddp.peak
+    assert memory(config, size, Setup(4, 1, strategy="fsdp")) == one  # one device has nobody to share with
+
+
+class ResidentBytes(TorchDispatchMode):
+    """As LiveBytes, but for storages that come and go under their tensors, as FSDP's do; slower."""
+
+    def __init__(self, known):
+        super().__init__()
+        self.known, self.storages, self.peak = {tensor.untyped_storage()._cdata for tensor in known}, {}, 0
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        out = func(*args, **(kwargs or {}))
+        for tensor in tree_leaves((out, args)):
+            if isinstance(tensor, torch.Tensor) and tensor.untyped_storage()._cdata not in self.known:
+                self.storages[tensor.untyped_storage()._cdata] = weakref.ref(tensor.untyped_storage())
+        alive = [storage for reference in self.storages.values() if (storage := reference()) is not None]
+        self.peak = max(self.peak, sum(storage.nbytes() for storage in alive))
+        return out
+
+
+@pytest.fixture
+def four_devices():
+    """A mesh of this process and three that are not there: what is sent arrives nowhere, but takes its memory here."""
+    fake = pytest.importorskip("torch.testing._internal.distributed.fake_pg")
+    torch.distributed.init_process_group("fake", store=fake.FakeStore(), rank=0, world_size=4)
+    yield torch.distributed.device_mesh.init_device_mesh("cpu", (4,))
+    torch.distributed.destroy_process_group()
+
+
+def test_memory_under_fsdp(four_devices):
+    """Of a model whose parameters are most of it, divided block by block by fully_shard: within 8 %."""
+    from torch.distributed.fsdp import fully_shard
+
+    config, size = SwinV2Config(96, (1, 1, 3), (3, 6, 12), window_size=6), (96, 96)
+    for precision, checkpointed in itertools.product(("32-true", "bf16-mixed"), (False, True)):
+        model, images, masks = make(config, size, 1, checkpointed, None)
+        for block in model.modules():
+            if isinstance(block, swinv2.SwinV2Block):
+                fully_shard(block, mesh=four_devices)
+        fully_shard(model, mesh=four_devices)
+
+        def take_step(model=model, images=images, masks=masks, half=precision == "bf16-mixed"):
+            with torch.autocast("cpu", torch.bfloat16, enabled=half):
+                loss = model(images, masks).loss
+            loss.backward()
+            model.zero_grad(set_to_none=True)
+
+        take_step()
+        with ResidentBytes([*(parameter.to_local() for parameter in model.parameters()), images, masks]) as resident:
+            take_step()
+        setup = Setup(1, 4, precision, "fsdp", checkpointed, device="cpu")
+        predicted = memory(config, size, setup)
+        above = predicted.peak - predicted.parameters - predicted.optimiser
+        assert above == pytest.approx(resident.peak + images.nbytes, rel=0.08), (precision, checkpointed)
+
+
+def test_norms_are_wider_on_gpus_under_autocast():
+    """CUDA's autocast normalises in float32, the processor's in bfloat16; without autocast there is no difference."""
+    config, size = replace(PRESETS["tiny"], window_size=12), (192, 192)
+    gpu, cpu = (memory(config, size, Setup(16, device=device)) for device in ("cuda", "cpu"))
+    assert 1.02 * cpu.activations < gpu.activations < 1.3 * cpu.activations
+    gpu, cpu = (memory(config, size, Setup(16, 1, "32-true", device=device)) for device in ("cuda", "cpu"))
+    assert gpu == cpu
+
+
+# --- what is recommended -------------------------------------------------------------------------------------------
+
+
+def fits(result, setup):
+    return memory(result.config, result.image_size, setup).peak <= result.device_memory_gib * USABLE_SHARE * GIB
+
+
+def test_switches_are_turned_on_in_order_until_it_fits():
+    """With ever less memory: nothing, checkpoints, FSDP too, sequential attention too, a smaller batch, nothing at all."""
+    config, seen = SwinV2Config.from_preset("large", window_size=32), []
+    for gib in (*range(120, 1, -1), 1.5, 1.0, 0.5):
+        result = plan(config, 512, devices=8, batch_per_device=8, device_memory_gib=gib)
+        setup = result.recommended
+        if setup is None:
+            seen.append(None)
+            assert result.largest_batch == 0 and not fits(result, replace(result.asked, batch_per_device=1))
+            continue
+        assert fits(result, setup) and result.recommended_memory == memory(config, (512, 512), setup)
+        assert fits(result, replace(setup, batch_per_device=result.largest_batch))
+        assert not fits(result, replace(setup, batch_per_device=result.largest_batch + 1))
+        sequential, smaller = setup.sequential_attention is not None, setup.batch_per_device < 8
+        seen.append((setup.checkpoint_activations, setup.strategy, sequential, smaller))
+    assert list(dict.fromkeys(seen)) == [
+        (False, "ddp", False, False),
+        (True, "ddp", False, False),
+        (True, "fsdp", False, False),
+        (True, "ddp", True, False),
+        (True, "fsdp", True, False),
+        (True, "fsdp", True, True),
+        None,
+    ]
+
+
+def test_giant_at_640_px_on_64_devices():
+    """What the paper's size needs; in a new process, so that what it takes itself is seen: seconds, and no memory."""
+    code = (
+        "import resource, sys, simmim.plan\n"
+        "before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss\n"
+        "print(simmim.plan.render(simmim.plan.plan_for('giant-3b', 640, 64)))\n"
+        "print('grown', (resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before) // 1024)\n"
+        "print('loaded', [name for name in ('pytorch_lightning', 'datasets') if name in sys.modules])\n"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=ROOT, timeout=100)
+    assert (done.returncode, done.stderr) == (0, "")
+    text = done.stdout
+    assert text.startswith("giant-3b, 640 × 640 px, window 40, bf16-mixed, 64 devices\n")
+    assert "2,997.8 M parameters in the encoder, 12.59 M in the head" in text
+    assert re.search(r"^strategy +ddp +fsdp$", text, re.M) and re.search(r"^checkpoint_activations +off +on$", text, re.M)
+    assert re.search(r"^  parameters +11\.2\d +0\.18$", text, re.M) and re.search(r"fits in 72\.0 of 80 +no +yes", text)
+    assert "To fit, use checkpoint_activations, fsdp." in text
+    assert int(re.search(r"grown (\d+)", text)[1]) < 150 and "loaded []" in text  # 12 GB of weights would show
+
+
+def test_defaults_are_those_of_pretraining():
+    result = plan_for("tiny", 192, device_memory_gib=24)
+    assert result.config == replace(PRESETS["tiny"], window_size=12) and result.image_size == (192, 192)
+    assert result.asked == result.recommended == Setup(128) and result.largest_batch >= 128
+    assert plan_for("tiny", (192, 256), 4, batch=130).asked.batch_per_device == 33  # the last device's is smaller
+    assert plan_for("tiny", 192, window=6, sequential_attention=3, strategy="fsdp").asked.sequential_attention == 3
+    text = render(result)
+    assert "recommended" not in text and "as asked" in text and "one device" in text
+    assert text.splitlines()[-1].startswith("It fits as asked. The largest batch that then fits: ")
+    assert max(map(len, text.splitlines())) <= 120
+    nothing = plan_for("giant-3b", 192, device_memory_gib=16)
+    assert nothing.recommended is None and render(nothing).splitlines()[-1].startswith("Not even one image a device fits")
+
+
+@pytest.mark.parametrize(
+    "settings, message",
+    [
+        ({"preset": "gaint-3b"}, "unknown preset 'gaint-3b'; did you mean 'giant-3b'"),
+        ({"image": 3}, "image size is 3×3 px: give at least a patch of 4 px"),
+        ({"devices": 0}, "devices is 0: give 1 or more"),
+        ({"batch": 0}, "batch_per_device is 0"),
+        ({"precision": "16"}, "precision is '16': give bf16-mixed or 32-true"),
+        ({"strategy": "deepspeed"}, "strategy is 'deepspeed': give ddp or fsdp"),
+        ({"sequential_attention": 0}, "sequential_attention is 0"),
+        ({"device_memory_gib": 0}, "0 GiB of memory: give positive numbers"),
+        ({"window": -1}, "window_size is -1"),
+    ],
+)
+def test_settings_out_of_range(settings, message):
+    with pytest.raises(ValueError, match=message):
+        plan_for(**{"preset": "tiny", "image": 192} | settings)
+
+
+# --- the benchmark -------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.skipif(not Path("/proc/self/clear_refs").exists(), reason="Linux only")
+def test_benchmark_measures_what_is_predicted(capsys):
+    """One mode, in this process, and the table of it."""
+    assert BENCHMARK["main"](["--preset", "nano", "--size", "32", "--batch", "64", "--child", "both"]) == 0
+    row = json.loads(capsys.readouterr().out)
+    assert row["predicted"] == pytest.approx(row["tensors"], rel=0.1) and row["seconds"] > 0
+    rows = {"plain": {**row, "peak": 50.0}, "both": {**row, "peak": 20.0}}
+    head, _, plain, both = BENCHMARK["as_markdown"](rows).splitlines()
+    assert head.startswith("| step | peak above start, MiB | share |") and plain.startswith("| plain | 50 | 100% |")
+    assert both.startswith(f"| both | 20 | 40% | {row['tensors']:,.0f} | {row['predicted']:,.0f} | ")

@@ -1,0 +1,228 @@
+"""Filters and fits of the evaluation view, against Pillow's own resize and transformers' processor."""
+import io
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+from simmim.data import CentreView, open_picture
+from simmim.data.decode import INTERPOLATIONS, JpegPicture, Picture
+
+PILLOW = {
+    "nearest": Image.Resampling.NEAREST,
+    "bilinear": Image.Resampling.BILINEAR,
+    "bicubic": Image.Resampling.BICUBIC,
+    "lanczos": Image.Resampling.LANCZOS,
+}
+TURNED = {
+    3: Image.Transpose.ROTATE_180,
+    5: Image.Transpose.TRANSPOSE,
+    6: Image.Transpose.ROTATE_270,
+    7: Image.Transpose.TRANSVERSE,
+    8: Image.Transpose.ROTATE_90,
+}
+
+
+def photo(width, height, seed=0):
+    """Smooth shading, hard edges and a little noise: where filters differ and overshoot."""
+    chance = np.random.default_rng(seed)
+    y, x = np.mgrid[:height, :width]
+    pixels = np.stack([128 + 60 * np.sin(x / (9 + c)) * np.cos(y / (13 - c)) for c in range(3)], axis=-1)
+    for _ in range(12):
+        top, left = chance.integers(0, height), chance.integers(0, width)
+        pixels[top : top + height // 4, left : left + width // 4] = chance.integers(0, 256, 3)
+    return np.clip(pixels + chance.normal(0, 3, pixels.shape), 0, 255).astype(np.uint8)
+
+
+def written(write):
+    """One row of a source, its bytes from `write(file)`."""
+    file = io.BytesIO()
+    write(file)
+    return {"path": None, "bytes": file.getvalue()}
+
+
+def saved(image, kind="PNG", **options):
+    return written(lambda file: image.save(file, kind, **options))
+
+
+def pillow(image, size, filter, box=None):
+    """Pillow's own resize: (channels, height, width)."""
+    pixels = np.asarray(image.resize(size[::-1], PILLOW[filter], box=box))
+    return pixels[None] if pixels.ndim == 2 else pixels.transpose(2, 0, 1)
+
+
+def levels_off(view, expected):
+    """Absolute differences in levels."""
+    assert view.dtype == torch.uint8 and view.shape == expected.shape
+    return np.abs(view.numpy().astype(int) - expected.astype(int))
+
+
+def is_pillows(view, expected, filter):
+    """Nearest to the pixel. The others within 1 level; of bicubic 1 pixel in 1,000 excepted, beside an edge: what
+    overshoots is cut after either axis, and torch and Pillow do not always begin with the same."""
+    off = levels_off(view, expected)
+    allowed = 0 if filter == "nearest" else 1
+    return (off > allowed).mean() <= (0.001 if filter == "bicubic" else 0) and off.max() <= 10
+
+
+def psnr(view, expected):
+    return 10 * np.log10(255**2 / max(np.mean(levels_off(view, expected).astype(float) ** 2), 1e-9))
+
+
+@pytest.mark.parametrize("filter", PILLOW)
+@pytest.mark.parametrize("mode", ["L", "RGB"])
+@pytest.mark.parametrize("image_size, size", [
+    ((28, 28), (32, 32)), ((28, 28), (13, 20)), ((400, 300), (96, 128)), ((400, 300), (500, 450)), ((300, 400), (64, 200)),
+])  # fmt: skip
+def test_crops_are_pillows(filter, mode, image_size, size):
+    """By torch or Pillow, smaller or larger, of whole pixels or parts of them."""
+    image = Image.fromarray(photo(*image_size)).convert(mode)
+    width, height = image_size
+    for box in ((0, 0, width, height), (3, 5, width - 4, height - 1)):
+        assert is_pillows(Picture(image).crop(box, size, filter), pillow(image.crop(box), size, filter), filter)
+    box = (2.25, 1.5, width - 0.75, height - 3.1)
+    view, expected = Picture(image).crop(box, size, filter), pillow(image, size, filter, box)
+    if filter == "bilinear" and height > 6 * size[0]:  # averages whole pixels first
+        assert psnr(view, expected) > 40
+    else:
+        assert np.array_equal(view.numpy(), expected)
+
+
+def test_filters_differ():
+    image = Picture(Image.fromarray(photo(400, 300)))
+    views = [image.crop((0, 0, 400, 300), (60, 80), filter) for filter in INTERPOLATIONS]
+    assert list(INTERPOLATIONS) == list(PILLOW)
+    assert all((one.int() - other.int()).abs().max() > 5 for i, one in enumerate(views) for other in views[:i])
+    assert torch.equal(image.crop((0, 0, 400, 300), (60, 80)), views[1]), "bilinear unless told otherwise"
+
+
+def test_far_smaller_images_take_no_shortcut():
+    """Bilinear averages whole pixels first, from 8 a target pixel on; the others are what they are called."""
+    image = Image.fromarray(photo(900, 700))
+    for filter in ("bicubic", "lanczos"):
+        view = Picture(image).crop((0, 0, 900, 700), (30, 40), filter)
+        assert is_pillows(view, pillow(image, (30, 40), filter), filter)
+
+
+@pytest.mark.parametrize("filter", ["bicubic", "lanczos"])
+def test_jpegs_are_decoded_as_coarsely_as_a_sharp_filter_allows(monkeypatch, filter):
+    """At least 2 decoded pixels a target pixel: 1 level off on average, 3 in all but 1 % of the pixels."""
+    record = saved(Image.fromarray(photo(1203, 901)), "JPEG", quality=92)
+    scales, load = [], JpegPicture._load
+    monkeypatch.setattr(JpegPicture, "_load", lambda *given: scales.append((result := load(*given))[1]) or result)
+    whole = Image.open(io.BytesIO(record["bytes"])).convert("RGB")
+    for size in ((224, 224), (96, 128), (60, 60), (400, 500), (901, 1203)):
+        view, expected = open_picture(record, 3).crop((0, 0, 1203, 901), size, filter), pillow(whole, size, filter)
+        off = levels_off(view, expected)
+        assert off.mean() < 1 and np.percentile(off, 99) <= 3 and psnr(view, expected) > 44
+        assert scales[-1] == 1 or min(1203 / size[1], 901 / size[0]) / scales[-1] >= 2 * 0.999
+    assert set(scales) == {1, 2, 4}
+
+
+@pytest.mark.parametrize("size", [(224, 224), (60, 60), (700, 400)])
+def test_nearest_takes_pixels_of_the_whole_jpeg(size):
+    record = saved(Image.fromarray(photo(640, 480)), "JPEG", quality=92)
+    whole = Image.open(io.BytesIO(record["bytes"])).convert("RGB")
+    view = open_picture(record, 3).crop((0, 0, 640, 480), size, "nearest")
+    assert np.array_equal(view.numpy(), pillow(whole, size, "nearest"))
+
+
+@pytest.mark.parametrize("kind", ["PNG", "JPEG"])
+@pytest.mark.parametrize("number", TURNED)
+def test_turned_pictures(kind, number):
+    """As the upright picture, decoded in full, is resized; also where two pixels are equally near."""
+    exif = Image.Exif()
+    exif[0x0112] = number
+    record = saved(Image.fromarray(photo(320, 240)), kind, exif=exif, **({"quality": 92} if kind == "JPEG" else {}))
+    upright = Image.open(io.BytesIO(record["bytes"])).convert("RGB").transpose(TURNED[number])
+    picture = open_picture(record, 3)
+    for filter in PILLOW:
+        for size in ((120, 160), (250, 230)):
+            if filter == "bilinear" and kind == "JPEG" and size == (120, 160):
+                continue  # decoded coarsely: tests/test_decode.py
+            view = picture.crop((0, 0, *picture.size), size, filter)
+            assert is_pillows(view, pillow(upright, size, filter), filter)
+
+
+@pytest.mark.parametrize("filter", PILLOW)
+@pytest.mark.parametrize("box", [(0, 0, 90, 70), (30, 25, 60, 44), (2.25, 1.5, 60.75, 69.9), (40, 40, 44, 43)])
+def test_bands_are_resized_as_colours_are(filter, box):
+    """Parts of six bands, read only as far as the filter reaches: bytes against Pillow's colours, other types against its
+    single bands of floats, both in full."""
+    pixels = photo(90, 70)
+    six = np.dstack([pixels, 255 - pixels])
+    low, high = float(six.min()), float(six.max())
+    stretched = ((pixels - low) * 255 / (high - low)).astype(np.float32)
+    # Even sides: no pixel's centre lies between two of the image's, where nearest depends on rounding.
+    for size in ((16, 24), (72, 88), (6, 4)):
+        floats = np.stack([pillow(Image.fromarray(band), size, filter, box)[0] for band in stretched.transpose(2, 0, 1)])
+        for values in (six, six.astype(np.float32) * 3 - 100, six.astype(np.uint16) * 200):
+            view = open_picture(written(lambda file, values=values: np.save(file, values)), 6).crop(box, size, filter)
+            expected = pillow(Image.fromarray(pixels), size, filter, box) if values is six else floats.round().clip(0, 255)
+            # Pillow's first axis follows from the size of what it is given, all of the picture or the part that was read.
+            assert view.shape == (6, *size) and levels_off(view[:3], expected).max() <= (2 if values is six else 1)
+
+
+def test_overshoot_ends_at_the_range():
+    """Beside an edge of floats from the lowest to the highest value, where Pillow does not cut."""
+    values = np.zeros((40, 40, 2), dtype=np.float32)
+    values[:, 20:] = 7.5
+    for filter in ("bicubic", "lanczos"):
+        view = open_picture(written(lambda file: np.save(file, values)), 2).crop((0, 0, 40, 40), (40, 90), filter)
+        dark, bright = view[..., :43].int(), view[..., 47:].int()
+        assert dark.max() < 40 and bright.min() > 215
+
+
+# --- fits ------------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("filter", PILLOW)
+@pytest.mark.parametrize("image_size, size, share, fit, box", [
+    ((60, 40), (32, 32), 1.0, "crop", (10, 0, 50, 40)),
+    ((40, 80), (32, 32), 0.5, "crop", (10, 30, 30, 50)),
+    ((60, 40), (32, 32), 1.0, "squash", (0, 0, 60, 40)),
+    ((40, 80), (32, 24), 0.5, "squash", (10, 20, 30, 60)),
+    ((300, 200), (96, 48), 1.0, "squash", (0, 0, 300, 200)),
+])  # fmt: skip
+def test_fits(filter, image_size, size, share, fit, box):
+    image = Image.fromarray(photo(*image_size))
+    view = CentreView(size, share, filter, fit)(Picture(image))
+    assert is_pillows(view, pillow(image.crop(box), size, filter), filter)
+
+
+def test_squashed_parts_of_pixels():
+    image = Image.fromarray(photo(75, 50))
+    view = CentreView((32, 32), 0.875, "bicubic", "squash")(Picture(image))
+    box = (75 / 16, 50 / 16, 75 - 75 / 16, 50 - 50 / 16)
+    assert np.array_equal(view.numpy(), pillow(image, (32, 32), "bicubic", box))
+
+
+@pytest.mark.parametrize("filter", PILLOW)
+@pytest.mark.parametrize("image_size", [(500, 375), (90, 160)])
+def test_squash_is_what_transformers_does(filter, image_size):
+    transformers = pytest.importorskip("transformers")
+    # From version 5 on the plain name wants torchvision.
+    processor_class = getattr(transformers, "ViTImageProcessorPil", None) or transformers.ViTImageProcessor
+    processor = processor_class(
+        size={"height": 224, "width": 192}, resample=PILLOW[filter], do_rescale=False, do_normalize=False
+    )
+    image = Image.fromarray(photo(*image_size))
+    expected = np.asarray(processor(image)["pixel_values"][0])
+    view = CentreView((224, 192), interpolation=filter, fit="squash")(open_picture(saved(image), 3))
+    assert is_pillows(view, expected, filter)
+
+
+def test_settings_that_are_none():
+    with pytest.raises(ValueError, match=r"unknown interpolation 'cubic': give one of nearest, bilinear, bicubic, lanczos$"):
+        CentreView((32, 32), interpolation="cubic")
+    with pytest.raises(ValueError, match=r"unknown fit 'pad': give one of crop, squash$"):
+        CentreView((32, 32), fit="pad")
+    for share in (0, -0.5, 1.01, float("nan")):
+        with pytest.raises(ValueError, match=r"share of the image is .+: give a number above 0, at most 1"):
+            CentreView((32, 32), share)
+    six = open_picture(written(lambda file: np.save(file, np.zeros((9, 9, 6), np.uint8))), 6)
+    jpeg = open_picture(saved(Image.new("RGB", (9, 9)), "JPEG"), 3)
+    for picture in (Picture(Image.new("L", (9, 9))), jpeg, six):
+        with pytest.raises(ValueError, match="unknown interpolation 'box': give one of nearest"):
+            picture.crop((0, 0, 9, 9), (4, 4), "box")

@@ -1,0 +1,128 @@
+"""timm in a process of its own: `python timm_stub.py JOBS.json` imports it without torchvision and does a list of jobs.
+
+timm asks torchvision, of which there may be no build beside torch's, for names that its swinv2 models never call; here
+they stand for nothing. Such a torchvision would break torchmetrics, hence the process.
+"""
+import enum
+import importlib.machinery
+import json
+import sys
+import types
+from pathlib import Path
+
+import torch
+from safetensors.torch import load_file, save_file
+
+
+class InterpolationMode(enum.Enum):
+    """torchvision's, which timm has tables of."""
+
+    NEAREST = "nearest"
+    NEAREST_EXACT = "nearest-exact"
+    BILINEAR = "bilinear"
+    BICUBIC = "bicubic"
+    BOX = "box"
+    HAMMING = "hamming"
+    LANCZOS = "lanczos"
+
+
+class Stub(types.ModuleType):
+    """A module in which every name is an empty class."""
+
+    def __getattr__(self, name):
+        if name.startswith("__"):
+            raise AttributeError(name)
+        return InterpolationMode if name == "InterpolationMode" else type(name, (), {})
+
+
+def stub_torchvision():
+    """Put the modules that timm imports from into sys.modules."""
+    for name in (
+        *("torchvision", "torchvision.transforms", "torchvision.transforms.functional", "torchvision.datasets"),
+        *("torchvision.ops", "torchvision.ops.misc", "torchvision.models", "torchvision.models.feature_extraction"),
+        "torchvision.utils",
+    ):
+        module = Stub(name)
+        module.__spec__, module.__path__ = importlib.machinery.ModuleSpec(name, None), []
+        parent, _, child = name.rpartition(".")
+        if parent:
+            setattr(sys.modules[parent], child, module)
+        sys.modules[name] = module
+
+
+def write(found, path):
+    """Tensors of storage of their own, as a file must have them."""
+    save_file({name: value.clone().contiguous() for name, value in found.items()}, path)
+
+
+@torch.inference_mode()
+def outputs(model, images):
+    """Pooled features, logits where there is a head, and each stage's map before merging, as the encoder returns them."""
+    maps = []
+    hooks = [layer.register_forward_hook(lambda *call: maps.append(call[2].movedim(-1, 1))) for layer in model.layers]
+    features = model.forward_features(images)
+    for hook in hooks:
+        hook.remove()
+    found = {f"stage{i}": stage for i, stage in enumerate(maps)} | {"pooled": model.forward_head(features, pre_logits=True)}
+    if model.num_classes:
+        found["logits"] = model.forward_head(features)
+    return found
+
+
+def save(timm, job):
+    """A random model, saved by timm as a folder or as a bare state dict; what it computes in float32 and float64."""
+    from test_swinv2 import randomise
+
+    model = randomise(timm.create_model(job["name"], **job["arguments"])).eval()
+    if "resized" in job:
+        model.set_input_size(job["resized"])
+    if "file" in job:
+        torch.save(model.state_dict(), job["file"])
+    else:
+        timm.models.save_for_hf(model, job["folder"], safe_serialization=True)
+    found = {}
+    for dtype in job["dtypes"]:
+        model = model.to(getattr(torch, dtype))
+        images = load_file(job["images"])["images"].to(getattr(torch, dtype))
+        found |= {f"{dtype}.{name}": value for name, value in outputs(model, images).items()}
+    write(found, job["out"])
+
+
+@torch.inference_mode()
+def load(timm, job):
+    """A folder of ours in timm's three ways: strictly from the file, from the folder, and as a feature pyramid."""
+    images, folder = load_file(job["images"])["images"], job["folder"]
+    description = json.loads((Path(folder) / "config.json").read_text())
+    classes = description["num_classes"]
+    bare = timm.create_model(
+        description["architecture"],
+        checkpoint_path=f"{folder}/model.safetensors",
+        num_classes=classes,
+        **description["model_args"],
+    )
+    whole = timm.create_model(f"local-dir:{folder}", pretrained=True)
+    maps = timm.create_model(f"local-dir:{folder}", pretrained=True, features_only=True)
+    found = {f"{way}.{name}": value for way, model in (("bare", bare), ("whole", whole))
+             for name, value in outputs(model.eval(), images).items()}  # fmt: skip
+    for stage, value in enumerate(maps.eval()(images)):
+        found[f"maps.stage{stage}"] = value.movedim(-1, 1)
+    found["channels"], found["strides"] = map(torch.tensor, (maps.feature_info.channels(), maps.feature_info.reduction()))
+    settings = timm.data.resolve_model_data_config(whole)
+    found["mean"], found["std"], found["size"] = (torch.tensor(settings[key]) for key in ("mean", "std", "input_size"))
+    write(found, job["out"])
+
+
+def run(timm, job):
+    """Lines of Python as they stand, and what the `model` they make computes."""
+    names = {}
+    exec(job["code"], names)
+    write(outputs(names["model"].eval(), load_file(job["images"])["images"]), job["out"])
+
+
+if __name__ == "__main__":
+    torch.set_num_threads(1)
+    stub_torchvision()
+    import timm
+
+    for job in json.loads(Path(sys.argv[1]).read_text()):
+        {"save": save, "load": load, "run": run}[job["do"]](timm, job)
