@@ -282,9 +282,10 @@ def test_equals_transformers():
     weights = theirs.state_dict()
     inner = {key.removeprefix("swinv2."): weights.pop(key) for key in list(weights) if key.startswith("swinv2.")}
     token = inner.pop("embeddings.mask_token").flatten()
-    encoder = {f"encoder.{key}": value for key, value in swinv2.from_transformers(inner).items()}
-    head = {"decoder.weight": weights["decoder.0.weight"].flatten(1), "decoder.bias": weights["decoder.0.bias"]}
     model = random_model(in_channels=2)
+    config = model.encoder.config
+    encoder = {f"encoder.{key}": value for key, value in swinv2.from_transformers(inner, config).items()}
+    head = {"decoder.weight": weights["decoder.0.weight"].flatten(1), "decoder.bias": weights["decoder.0.bias"]}
     model.load_state_dict({**encoder, **head, "mask_token": token})
     images, mask = random_batch(2, 2, 64, 64, unit_px=16)
     with torch.no_grad():

@@ -123,8 +123,9 @@ def test_metrics_tell_loss_rate_gradient_and_throughput(finished):
 def test_tensorboard_has_scalars_and_pictures(finished):
     events = EventAccumulator(str(finished / "tensorboard"))
     events.Reload()
-    assert {"loss", "lr", "grad_norm", "images_per_s", "data_wait_share"} <= set(events.Tags()["scalars"])
-    assert events.Tags()["images"] == ["reconstructions"]
+    scalars = {"loss/masked_l1", "optimiser/learning_rate", "optimiser/gradient_norm", "speed/images_per_s"}
+    assert scalars <= set(events.Tags()["scalars"])
+    assert [tag.partition(":")[0] for tag in events.Tags()["images"]] == ["images/reconstructions"]
 
 
 def test_the_exported_encoder_is_the_trained_one(finished):
