@@ -151,3 +151,16 @@ def test_a_batch_that_does_not_divide_is_refused(start, tmp_path):
     for process in start(tmp_path / "run", "ddp", "--batch-size=33"):
         code, output = process.wait()
         assert code == 2 and "a batch of 33 images does not divide into 2 devices" in output, output
+
+
+def test_a_giant_of_reduced_width_trains_sharded(start, tmp_path):
+    """All 50 blocks of giant-3b with their extra norms, under FSDP, activation checkpoints and sequential attention."""
+    words = (
+        "--preset=giant-3b", "--image-size=64", "--epochs=0.02", "--batch-size=4", "--model.mask_unit=32",
+        "--model.encoder.embed_dim=16", "--model.encoder.depths=[2,2,42,4]", "--model.encoder.num_heads=[1,2,4,8]",
+        "--model.checkpoint_activations=true", "--model.sequential_attention=2",
+    )  # fmt: skip
+    output = finish(start(tmp_path / "run", "fsdp", *words))
+    assert "1 steps of 4 images" in output
+    state = load_file(tmp_path / "run" / "encoder" / "encoder.safetensors")
+    assert sum(name.endswith("norm3.weight") for name in state) == 7

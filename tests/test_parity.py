@@ -60,7 +60,8 @@ CASES = [
     Case("base, 256 px, window 8", 256, 8, preset="base"),
     Case("base, 192 px, window 12, to 384 px, window 24", 384, 24, MOVED, preset="base", dtypes=("float32",)),
 ]
-TIMM_CASES = CASES[:-1]  # the last takes ten seconds, and the tiny model has shown the same
+# In timm the base model costs half a minute more; the tiny one has shown the same by then.
+TIMM_CASES = [*CASES[:-2], replace(CASES[-2], dtypes=("float32",))]
 
 
 @torch.inference_mode()

@@ -48,7 +48,7 @@ def test_commands_then_python(place):
         short = () if "--print_config" in words else SHORTER.get(words[0], ())
         run([sys.executable, "-m", "simmim.cli", *words, *short], place)
         ran += 1
-    assert ran == 10
+    assert ran == 15
     assert (place / "grid.png").is_file()
     assert (place / "predictions.csv").is_file()
     blocks = re.findall(r"```python\n(.*?)```", README, re.S)

@@ -1,0 +1,373 @@
+"""Weight files that must not be read as they are: those that would run code, those of which a tensor is missing, left over
+or of another size, and those that hold something else. Each is refused in one line, by name, with nothing written."""
+import contextlib
+import json
+import os
+import pickle
+import re
+import subprocess
+import sys
+import types
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import save_file
+from test_convert import (
+    CLASSES,
+    FORMATS,
+    SMALL,
+    forms_of,
+    random_checkpoint,
+    refused,
+    released,
+    rewritten,
+    same_tensors,
+    weights_file,
+)
+
+from simmim import load_encoder
+from simmim.checkpoint import HEAD_CONFIG, check_head, check_pretraining, save_checkpoint
+from simmim.cli import main
+from simmim.convert import huggingface, official, read, read_encoder, timm
+from simmim.convert.export import export
+from simmim.convert.files import WeightFile, read_weight_file
+from simmim.swinv2 import SwinV2Config
+
+# --- code in files ---------------------------------------------------------------------------------------------------
+
+
+class Payload:
+    """Unpickled, calls `function` with `arguments`."""
+
+    def __init__(self, function, *arguments):
+        self.call = (function, arguments)
+
+    def __reduce__(self):
+        return self.call
+
+
+@contextlib.contextmanager
+def a_yacs_module():
+    """A stand-in for yacs while a file is written, as the authors' programs have it."""
+    module, parent = types.ModuleType("yacs.config"), types.ModuleType("yacs")
+    module.CfgNode = type("CfgNode", (dict,), {"__module__": "yacs.config"})
+    parent.config = module
+    before = {name: sys.modules.get(name) for name in ("yacs", "yacs.config")}
+    sys.modules |= {"yacs": parent, "yacs.config": module}
+    try:
+        yield module.CfgNode
+    finally:
+        for name, value in before.items():
+            sys.modules.pop(name, None)
+            if value is not None:
+                sys.modules[name] = value
+
+
+CALLS = {
+    "os.system": ("system", lambda mark: Payload(os.system, f"touch {mark}")),
+    "exec": ("exec", lambda mark: Payload(exec, f"open({str(mark)!r}, 'w').close()")),
+    "subprocess": ("check_call", lambda mark: Payload(subprocess.check_call, ["touch", str(mark)])),
+}
+FILES = {
+    "zip": lambda content, path: torch.save(content, path),
+    "legacy": lambda content, path: torch.save(content, path, _use_new_zipfile_serialization=False),
+    "raw pickle": lambda content, path: path.write_bytes(pickle.dumps(content, protocol=2)),
+}
+
+
+def with_payload(place, payload, cfg_node):
+    """A checkpoint of the authors' kind that carries `payload` somewhere."""
+    content = {"model": released()["model"], "optimizer": {"state": {}}, "config": {"DATA": {"IMG_SIZE": 128}}}
+    if place == "whole file":
+        return payload
+    if place == "config":
+        content["config"]["TRAIN"] = payload
+    if place == "optimizer":
+        content["optimizer"]["state"][0] = [payload]
+    if place == "state of the CfgNode":
+        content["config"] = cfg_node(DATA={})
+        content["config"].__dict__["__immutable__"] = payload
+    return content
+
+
+@pytest.mark.parametrize("kind", FILES)
+@pytest.mark.parametrize("place", ["whole file", "config", "optimizer", "state of the CfgNode"])
+@pytest.mark.parametrize("call", CALLS)
+def test_no_file_gets_to_run_code(call, place, kind, tmp_path, monkeypatch):
+    """Each of these files does what it is made for when it is unpickled plainly, and is refused here without."""
+    monkeypatch.chdir(tmp_path)
+    path, mark = tmp_path / "model.pth", tmp_path / "was_run"
+    name, payload = CALLS[call]
+    with a_yacs_module() as cfg_node:
+        FILES[kind](with_payload(place, payload(mark.name), cfg_node), path)
+        with contextlib.suppress(RuntimeError):
+            torch.load(path, weights_only=False)
+    assert mark.exists()
+    mark.unlink()
+    for load in (read, load_encoder):
+        with pytest.raises(ValueError, match=r"model\.pth .*(refused|fetch it again)") as caught:
+            load(path)
+        assert "\n" not in str(caught.value) and not mark.exists()
+        if kind != "raw pickle":
+            assert name in str(caught.value), caught.value
+
+
+def test_the_command_refuses_a_file_that_would_run_code(digits, tmp_path, capsys):
+    """Whichever command is given it: exit code 2, one line, and no trace."""
+    path, mark = tmp_path / "model.pth", tmp_path / "was run"
+    torch.save({"model": released()["model"], "config": Payload(os.system, f"touch '{mark}'")}, path)
+    (tmp_path / "hf").mkdir()
+    (tmp_path / "hf" / "config.json").write_text('{"model_type": "swinv2"}')
+    (tmp_path / "hf" / "pytorch_model.bin").write_bytes(path.read_bytes())
+    out = str(tmp_path / "out")
+    for words in (
+        ["inspect", str(tmp_path / "hf")],
+        ["inspect", str(path)],
+        ["export", "--run", str(path), "--out", out, "--format", "hf"],
+        ["embed", "--run", str(path), "--images", str(digits.unlabeled), "--out", out],
+        ["pretrain", "--data", str(digits.unlabeled), "--out", out, "--init", str(path)],
+        ["finetune", "classification", "--data", str(digits.labeled), "--out", out, "--init", str(path)],
+    ):
+        assert main(words) == 2, words
+        printed, error = capsys.readouterr()
+        assert error.count("\n") == 1 and "system" in error and "refused" in error, error
+        assert printed == "" and not mark.exists() and not Path(out).exists()
+
+
+# --- strictness ------------------------------------------------------------------------------------------------------
+
+
+def rows_of(format):
+    return {"official": official, "timm": timm, "hf": huggingface}[format].TABLE
+
+
+def our_names(format, config, form):
+    """Their name of every tensor in a file to ours."""
+    if format == "safetensors":
+        return {name: name for name in random_checkpoint(config, (32, 32)).encoder}
+    table = rows_of(format)
+    prefix = {("official", "simmim"): "encoder.", ("hf", "simmim"): "swinv2.", ("hf", "classifier"): "swinv2."}
+    prefix = prefix.get((format, form), "")
+    names = {prefix + their: our for our, theirs in table.names(config).items() for their in theirs}
+    names |= {their: our for our, their in (table.pretraining if form == "simmim" else ())}
+    return names | {their: our for our, their in (table.head if form == "classifier" else ())}
+
+
+@pytest.mark.parametrize("format, form", [(format, form) for format in FORMATS for form in forms_of(format)])
+def test_every_tensor_counts(format, form, tmp_path):
+    """Each tensor of each format, left out, reshaped or brought along: an error that names it, and never a silent load."""
+    checkpoint = random_checkpoint(replace(SMALL, depths=(1, 1)), (32, 32))
+    folder = export(checkpoint, format, tmp_path / "out", form).folder
+    file = weights_file(folder)
+    whole, content = file.read_bytes(), read_weight_file(file)
+    names = our_names(format, checkpoint.config, form)
+    stored = {name for name in content.tensors if not official.BUFFERS.search(name)}
+    assert stored == names.keys()
+    for theirs, ours in names.items():
+        for change in ("missing", "reshaped"):
+            tensors = dict(content.tensors)
+            value = tensors.pop(theirs)
+            if change == "reshaped":
+                tensors[theirs] = torch.zeros(value.shape[0] + 1, *value.shape[1:])
+            if file.suffix == ".pth":
+                torch.save({**content.values, "model": tensors}, folder / "new")
+            else:
+                save_file(tensors, folder / "new")
+            (folder / "new").replace(file)
+            with pytest.raises(ValueError) as caught:
+                read(folder)
+            said = str(caught.value)
+            assert "\n" not in said and str(folder) in said
+            assert theirs in said or ours in said or ours.removeprefix("head.") in said, (theirs, change, said)
+            # Both sides, of the whole where a part of a joined tensor was reshaped.
+            assert change == "missing" or re.search(r" for \(|differ in shape|expected ", said), said
+    (folder / "new").write_bytes(whole)
+    (folder / "new").replace(file)
+    rewritten(folder, lambda state: {**state, f"{next(iter(stored)).rpartition('.')[0]}.extra": torch.zeros(3)})
+    with pytest.raises(ValueError, match=r"1 unexpected \(.*extra\)"):
+        read(folder)
+
+
+@pytest.mark.parametrize("format", FORMATS)
+def test_another_preset_or_depth_is_named(format, tmp_path):
+    """Weights of small, or of one block less, in a folder that says tiny: both sides and the preset."""
+    tiny = SwinV2Config(8, (2, 2, 6, 2), (1, 1, 2, 2), window_size=4)
+    folder, deeper = (
+        export(random_checkpoint(config, (32, 32), ()), format, tmp_path / str(config.depths), "encoder").folder
+        for config in (tiny, replace(tiny, depths=(2, 2, 18, 2)))
+    )
+    rewritten(folder, lambda state: {name: value for name, value in state.items() if "layers.2.blocks.5." not in name})
+    said = r"missing \(.*layers\.2\.blocks\.5\..*The file holds depths \(2, 2, 5, 2\) for \(2, 2, 6, 2\)"
+    with pytest.raises(ValueError, match=said):
+        read(folder)
+    weights_file(deeper).replace(weights_file(folder))
+    said = r"unexpected \(.*The file holds depths \(2, 2, 18, 2\) for \(2, 2, 6, 2\)"
+    with pytest.raises(ValueError, match=said) as caught:
+        read(folder)
+    assert "\n" not in str(caught.value)
+
+
+def test_sizes_that_the_files_own_configuration_contradicts(tmp_path):
+    """Without this toolkit's description: the authors' configuration, timm's arguments and timm's names count as well."""
+    tiny = random_checkpoint(SwinV2Config.from_preset("tiny"), (256, 256), (), meta=True)
+    small = random_checkpoint(SwinV2Config.from_preset("small"), (256, 256), (), meta=True)
+    said = r"The file holds depths \(2, 2, 18, 2\) for \(2, 2, 6, 2\), as the preset small has"
+    file = WeightFile(Path("model.pth"), official.state_for(small, "encoder"), {"config": official.settings_for(tiny)})
+    with pytest.raises(ValueError, match=said):
+        official.read(file, {}, {})
+    file = WeightFile(Path("model.bin"), timm.state_for(small, "encoder"))
+    described_so = timm.folder_config(tiny, "encoder", "mit")
+    with pytest.raises(ValueError, match=said):
+        timm.read(file, {}, {}, described_so)
+    del described_so["model_args"]
+    with pytest.raises(ValueError, match=said):
+        timm.read(file, {}, {}, described_so)
+    file = WeightFile(Path("model.bin"), huggingface.state_for(small, "encoder"))
+    with pytest.raises(ValueError, match=said):
+        huggingface.read(file, {}, huggingface.folder_config(tiny, "encoder"), tmp_path)
+
+
+def test_parts_of_another_size_are_refused(tmp_path):
+    checkpoint = random_checkpoint(SMALL, (32, 32))
+    for state, check, said in (
+        ({"weight": torch.zeros(2, 9), "bias": torch.zeros(2)}, check_head, r"\(2, 9\).*expected for 3 classes.*\(3, 16\)"),
+        ({"mask_token": torch.zeros(8)}, check_pretraining, r"mask_token.*expected of this encoder's mask token"),
+    ):
+        arguments = (CLASSES, SMALL) if check is check_head else (SMALL,)
+        with pytest.raises(ValueError, match=said):
+            check(state, *arguments, Path("file"))
+    folder = export(checkpoint, "hf", tmp_path / "hf", "encoder").folder
+    wider = "encoder.layers.0.blocks.0.attention.self.key.weight"
+    rewritten(folder, lambda state: {**state, wider: torch.zeros(8, 9)})
+    with pytest.raises(ValueError, match=r"key\.weight \(8, 9\).*are parts of layers\.0\.blocks\.0\.attn\.qkv\.weight"):
+        read(folder)
+    folder = save_checkpoint(tmp_path / "ours", checkpoint)
+    (folder / HEAD_CONFIG).unlink()
+    with pytest.raises(ValueError, match=r"head\.safetensors lies there without head\.json"):
+        read(folder)
+
+
+def test_a_mask_token_without_a_decoder_is_left_out_and_said(tmp_path):
+    """An encoder cut out of the authors' SimMIM model, and transformers' encoder with a mask token."""
+    checkpoint = random_checkpoint(SMALL, (32, 32), ())
+    for format, name in (("official", "mask_token"), ("hf", "embeddings.mask_token")):
+        folder = export(checkpoint, format, tmp_path / format, "encoder").folder
+        rewritten(folder, lambda state, name=name: {**state, name: torch.zeros(1, 1, 8)})
+        saved = read_encoder(folder)
+        assert same_tensors(saved.checkpoint.encoder, checkpoint.encoder) and not saved.checkpoint.pretraining
+        assert saved.report.adapted == ("mask token left out, which has no decoder beside it",)
+
+
+# --- wrong input through the command ---------------------------------------------------------------------------------
+
+
+def resnet():
+    shapes = {"conv1.weight": (8, 3, 7, 7), "layer1.0.conv1.weight": (8, 8, 3, 3), "fc.bias": (9,)}
+    return {name: torch.zeros(shape) for name, shape in shapes.items()}
+
+
+def swin_v1(prefix=""):
+    block = "layers.0.blocks.0.attn."
+    names = (block + "relative_position_bias_table", block + "qkv.weight", "patch_embed.proj.weight")
+    return {prefix + name: torch.zeros(4, 4) for name in names}
+
+
+def swin_v1_of_transformers():
+    block = "swin.encoder.layers.0.blocks.0.attention.self."
+    return {block + "relative_position_bias_table": torch.zeros(4, 4), f"swin.{huggingface.ANCHOR}": torch.zeros(4, 3, 4, 4)}
+
+
+@pytest.fixture(scope="module")
+def place(tmp_path_factory):
+    """A folder with one of everything that cannot be read, and some that can."""
+    here = tmp_path_factory.mktemp("wrong")
+    good = random_checkpoint(SMALL, (32, 32), ())
+    encoder = export(replace(good, pretraining={}), "safetensors", here / "encoder").folder
+    torch.save(resnet(), here / "resnet.pth")
+    torch.save({"model": swin_v1()}, here / "v1.pth")
+    torch.save({"model": swin_v1("encoder.")}, here / "v1_simmim.pth")
+    (here / "cut.safetensors").write_bytes((encoder / "encoder.safetensors").read_bytes()[:-100])
+    for name in ("text.pth", "text.txt"):
+        (here / name).write_text("These are no weights, whatever the file is called.\n" * 9)
+    (here / "empty.pth").write_bytes(b"")
+    torch.save(torch.zeros(3), here / "tensor.pth")
+    torch.save({"epoch": 3, "note": "no weights"}, here / "notes.pth")
+    optimizer = torch.optim.AdamW([torch.nn.Parameter(torch.zeros(3))])
+    torch.save(optimizer.state_dict(), here / "optimizer.pth")
+    torch.save({"optimizer": optimizer.state_dict(), "epoch": 3}, here / "optimizer_only.pth")
+    incomplete = {name: value for name, value in official.state_for(good, "encoder").items() if "logit_scale" not in name}
+    torch.save({"model": incomplete}, here / "incomplete.pth")
+    for name, change in (("relu", {"hidden_act": "relu"}), ("absolute", {"use_absolute_embeddings": True})):
+        folder = export(good, "hf", here / name, "encoder").folder
+        described_so = json.loads((folder / "config.json").read_text())
+        (folder / "config.json").write_text(json.dumps(described_so | change))
+    (export(good, "hf", here / "no config", "encoder").folder / "config.json").unlink()
+    weightless = export(good, "hf", here / "weightless", "encoder").folder
+    (weightless / "model.safetensors").unlink()
+    (here / "v1 hf").mkdir()
+    save_file(swin_v1_of_transformers(), here / "v1 hf" / "model.safetensors")
+    (here / "v1 hf" / "config.json").write_text('{"model_type": "swin"}')
+    (here / "full").mkdir()
+    (here / "full" / "thesis.txt").write_text("mine")
+    return here
+
+
+UNREADABLE = {
+    "resnet.pth": ["holds a ResNet", "Expected a Swin Transformer V2"],
+    "v1.pth": ["Swin Transformer V1"],
+    "v1_simmim.pth": ["Swin Transformer V1"],
+    "v1 hf": ["Swin Transformer V1"],
+    "cut.safetensors": ["is not a whole safetensors file"],
+    "text.pth": ["is not a whole weight file"],
+    "text.txt": ["is no weight file: expected safetensors or a PyTorch checkpoint"],
+    "empty.pth": ["is not a whole weight file"],
+    "tensor.pth": ["holds a Tensor: expected weights by name"],
+    "notes.pth": ["holds no weights", "found epoch, note"],
+    "optimizer.pth": ["holds the state of an optimizer and no model"],
+    "optimizer_only.pth": ["holds the state of an optimizer and no model"],
+    "incomplete.pth": ["holds no whole Swin Transformer V2: there is no logit_scale"],
+    "no config": ["holds a model of transformers and no config.json lies beside it"],
+    "weightless": ["no encoder in", "expected encoder.safetensors"],
+    "relu": ["hidden_act 'relu'", "has 'gelu'"],
+    "absolute": ["use_absolute_embeddings True", "has False"],
+    "absent.pth": ["there is no such file or folder"],
+}
+
+
+@pytest.mark.parametrize("name", UNREADABLE)
+def test_unreadable_files_are_refused_by_every_command(name, place, digits, monkeypatch, capsys):
+    monkeypatch.chdir(place)
+    for words in (
+        ["inspect", name],
+        ["export", "--run", name, "--out", "new", "--format", "timm"],
+        ["finetune", "classification", "--data", str(digits.labeled), "--out", "new", "--init", name],
+    ):
+        refused(words, [name, *UNREADABLE[name]], place, capsys)
+
+
+@pytest.mark.parametrize(
+    "words, said",
+    [
+        ("--out full", ["'full' exists and is not empty: give a new folder"]),
+        ("--out text.txt", ["'text.txt' exists"]),
+        ("--out new --format onxx", ["unknown format 'onxx'; known: safetensors, official, timm, hf, onnx"]),
+        ("--out new --form head", ["unknown form 'head'; known: encoder, simmim, classifier"]),
+        ("--out new --form classifier", ["has no head: it cannot be exported in the form classifier"]),
+        ("--out new --form simmim", ["has no mask token and decoder"]),
+        ("--out new --format timm --form simmim", ["has no mask token and decoder"]),
+        ("--out new --format hf --image-size 36", ["transformers' Swinv2", "export as safetensors, timm or onnx"]),
+    ],
+)
+def test_exports_that_cannot_be(words, said, place, monkeypatch, capsys):
+    monkeypatch.chdir(place)
+    refused(["export", "--run", "encoder", *words.split()], said, place, capsys)
+
+
+def test_a_form_the_format_has_not(tmp_path, monkeypatch, capsys):
+    save_checkpoint(tmp_path / "encoder", random_checkpoint(SMALL, (32, 32)))
+    monkeypatch.chdir(tmp_path)
+    for format in ("timm", "onnx"):
+        words = ["export", "--run", "encoder", "--out", "new", "--format", format, "--form", "simmim"]
+        refused(words, [f"{format} knows no SimMIM form"], tmp_path, capsys)
