@@ -154,7 +154,7 @@ class FinetuneSettings:
     overwrite: bool = False
     validations: int = 10
     log_every_steps: int = 10
-    loggers: tuple[str, ...] = ()
+    loggers: str | tuple[str, ...] = ()
     encoder: EncoderSettings = EncoderSettings()
     optim: OptimSettings = OptimSettings()
     trainer: dict[str, Any] = field(default_factory=dict)
@@ -162,7 +162,8 @@ class FinetuneSettings:
     def __post_init__(self) -> None:
         if isinstance(self.data, str):
             object.__setattr__(self, "data", LabeledSettings(self.data))
-        object.__setattr__(self, "loggers", tuple(self.loggers))
+        names = self.loggers.split(",") if isinstance(self.loggers, str) else self.loggers
+        object.__setattr__(self, "loggers", tuple(name.strip() for name in names if name.strip()))
         if isinstance(self.image_size, list):
             object.__setattr__(self, "image_size", tuple(self.image_size))
         for name in ("epochs", "steps", "batch_size", "log_every_steps", "validations"):

@@ -195,7 +195,7 @@ class PretrainSettings:
     keep_checkpoints: int = 2
     activations_every_epochs: float | None = None
     log_every_steps: int = 10
-    loggers: tuple[str, ...] = ()
+    loggers: str | tuple[str, ...] = ()
     model: ModelSettings = ModelSettings()
     optim: OptimSettings = OptimSettings()
     trainer: dict[str, Any] = field(default_factory=dict)
@@ -203,7 +203,8 @@ class PretrainSettings:
     def __post_init__(self) -> None:
         if isinstance(self.data, str | list):
             object.__setattr__(self, "data", DataSettings(self.data))
-        object.__setattr__(self, "loggers", tuple(self.loggers))
+        names = self.loggers.split(",") if isinstance(self.loggers, str) else self.loggers
+        object.__setattr__(self, "loggers", tuple(name.strip() for name in names if name.strip()))
         if isinstance(self.image_size, list):
             object.__setattr__(self, "image_size", tuple(self.image_size))
         for name in POSITIVE:

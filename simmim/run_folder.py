@@ -15,7 +15,9 @@ from simmim.files import whole_file
 CONFIG, CHECKPOINTS, LAST, BEST = "config.yaml", "checkpoints", "last.ckpt", "best.ckpt"
 LOCK = ".lock"
 # Not part of what a run is: a resumed run may have other workers, devices or strategies, and says --resume.
-CIRCUMSTANCES = ("resume", "overwrite", "out", "workers", "devices", "trainer", "save_every_minutes", "keep_checkpoints")
+CIRCUMSTANCES = (
+    "resume", "overwrite", "out", "workers", "devices", "trainer", "loggers", "save_every_minutes", "keep_checkpoints",
+)  # fmt: skip
 
 
 def checkpoints_folder(run: Path) -> Path:

@@ -6,6 +6,7 @@
 
 Run as a program, this file is the nursery itself.
 """
+import contextlib
 import json
 import os
 import signal
@@ -25,10 +26,8 @@ class Run:
 
     def kill(self, number=signal.SIGKILL, group=True):
         """Send a signal to the process and, as a terminal or a dying machine does, to its children."""
-        try:
+        with contextlib.suppress(ProcessLookupError):  # it has ended by itself
             (os.killpg if group else os.kill)(self.pid, number)
-        except ProcessLookupError:
-            pass  # it has ended by itself
 
     def wait(self):
         """(exit code, output); the code is negative for a process that a signal ended."""
@@ -105,10 +104,8 @@ def serve():
 
 def os_setpgid(pid):
     """Give the child a group of its own before anyone sends signals to it; it may have done so, or ended, already."""
-    try:
+    with contextlib.suppress(OSError):
         os.setpgid(pid, pid)
-    except OSError:
-        pass
 
 
 def become(request, main):
@@ -132,12 +129,7 @@ def become(request, main):
     sys.stdout.flush()
     sys.stderr.flush()
     # Not os._exit, where threads and loading processes would not be ended as they are at the end of a program.
-    os.environ["SIMMIM_TEST_ENDED"] = "1"
-    raise Ended(code)
-
-
-class Ended(SystemExit):
-    """Leaves the child through the interpreter's own end."""
+    raise SystemExit(code)
 
 
 if __name__ == "__main__":

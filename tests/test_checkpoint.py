@@ -2,8 +2,6 @@
 import json
 import os
 import stat
-import subprocess
-import sys
 from dataclasses import replace
 from pathlib import Path
 
@@ -215,13 +213,15 @@ def test_weights_of_another_architecture(saved):
     """Missing, unexpected and reshaped tensors are counted and the first ones named."""
     fits = "encoder.safetensors does not fit the architecture expected of it: "
     with_architecture(saved, depths=[1, 3])
-    with pytest.raises(ValueError, match=rf"{fits}17 missing \(layers\.1\.blocks\.2\.\S+, .*, …\)\. The .* \(1, 2\) for \(1, 3\)$"):
+    message = rf"{fits}17 missing \(layers\.1\.blocks\.2\.\S+, .*, …\)\. The .* \(1, 2\) for \(1, 3\)$"
+    with pytest.raises(ValueError, match=message):
         load_encoder(saved)
     with_architecture(saved, depths=[1, 1])
-    with pytest.raises(ValueError, match=rf"{fits}17 unexpected \(layers\.1\.blocks\.1\.\S+, .*, …\)\. The .* \(1, 2\) for \(1, 1\)$"):
+    message = rf"{fits}17 unexpected \(layers\.1\.blocks\.1\.\S+, .*, …\)\. The .* \(1, 2\) for \(1, 1\)$"
+    with pytest.raises(ValueError, match=message):
         load_encoder(saved)
     with_architecture(saved, depths=[1, 2], in_channels=1)
-    message = rf"{fits}1 of another shape \(patch_embed\.proj\.weight \(16, 3, 4, 4\) for \(16, 1, 4, 4\)\)\. The .* 3 for 1$"
+    message = rf"{fits}1 of another shape \(patch_embed\.proj\.weight \(16, 3, 4, 4\) for \(16, 1, 4, 4\)\)\. .* 3 for 1$"
     with pytest.raises(ValueError, match=message):
         load_encoder(saved)
     with_architecture(saved, depths=[2, 2], in_channels=3, num_heads=[4, 2])

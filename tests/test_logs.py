@@ -58,7 +58,7 @@ def test_names_are_grouped():
         "validation/masked_l1",
         "stability/skipped_steps",
     ]
-    assert names("activations/rms/stage0.block1") == "activations/rms/stage0.block1", "has a group already"
+    assert names("per_block/rms/stage0.block1") == "per_block/rms/stage0.block1", "has a group already"
     assert names("temperature") == "other/temperature"
     assert names.of({"loss": 1.0, "epoch": 0}) == {"loss/masked_l1": 1.0}
     assert len({names(name) for name in [*GROUPED, "loss", "validation_loss"]}) == len(GROUPED) + 2

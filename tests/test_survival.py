@@ -128,7 +128,8 @@ def test_asked_to_stop(start, uninterrupted, tmp_path, kind):
     run = tmp_path / "run"
     kill_often(start, run, kind, 2, signal.SIGTERM, 143, seed=1)
     process = start(run, kind)
-    process.until(lambda before=newest(run): newest(run) > before)
+    before = newest(run)
+    process.until(lambda: newest(run) > before)
     process.kill(signal.SIGUSR1, group=False)
     code, output = process.wait()
     assert code == 138 and output.strip().endswith("saved; --resume goes on") and "Traceback" not in output

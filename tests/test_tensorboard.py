@@ -129,7 +129,7 @@ def rows(run):
 
 def test_scalars_stand_in_groups_and_say_what_they_are(run, page):
     tags = page.get("scalars/tags")["."]
-    tags = {tag: about for tag, about in tags.items() if not tag.startswith("activations/")}  # many, and here alone
+    tags = {tag: about for tag, about in tags.items() if not tag.startswith("per_block/")}  # many, and here alone
     assert {
         "loss/masked_l1",
         "optimiser/learning_rate",

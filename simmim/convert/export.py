@@ -26,6 +26,7 @@ from simmim.convert.onnx import export_onnx
 from simmim.files import write_json
 
 FORMATS = ("safetensors", "official", "timm", "hf", "onnx")
+ONNX_BYTES = 2**31 - 2**24  # protobuf's limit, less room for the graph
 FORMS = ("encoder", "simmim", "classifier")
 
 
@@ -133,6 +134,8 @@ def limits(checkpoint: Checkpoint, format: str, form: str) -> tuple[str, ...]:
             f"{FORMAT_NAMES[format]} has no place for the extra norms of huge and giants: export as official, safetensors "
             "or onnx"
         )
+    if format == "onnx" and 4 * sum(value.numel() for value in checkpoint.encoder.values()) > ONNX_BYTES:
+        raise ValueError("an ONNX file holds at most 2 GiB, less than these weights: export as official or safetensors")
     if format == "hf":
         obstacle = huggingface.obstacle(config, size)
         if obstacle:

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from simmim.data.index import find_images, image_dataset
-from simmim.data.sources import HUB_ID, classify, found_column, image_column, load
+from simmim.data.sources import HUB_ID, classify, found_column, image_column, load, without_telemetry
 
 if TYPE_CHECKING:
     import datasets
@@ -128,7 +128,7 @@ def is_plain_folder(folder: Path) -> bool:
 
 def load_splits(kind: str, files: list[str]) -> dict:
     """A source's parts by name; a source without parts is all "train"."""
-    import datasets
+    datasets = without_telemetry()
 
     if kind == "saved":
         saved = datasets.load_from_disk(files[0])

@@ -176,13 +176,23 @@ def listed_paths(file: str) -> list[str]:
     return paths
 
 
+def without_telemetry():
+    """The datasets library, which by default tells a server of every call of load_dataset, even on local files."""
+    import datasets
+    import huggingface_hub
+
+    datasets.config.HF_UPDATE_DOWNLOAD_COUNTS = False
+    huggingface_hub.constants.HF_HUB_DISABLE_TELEMETRY = True
+    return datasets
+
+
 def load(kind: str, files: list[str], streaming: bool = False):
     """Read a source that has columns, as a dataset or a stream.
 
     Raises:
         ValueError: when it cannot be read, or the hub cannot be reached.
     """
-    import datasets
+    datasets = without_telemetry()
 
     try:
         if kind == "saved":

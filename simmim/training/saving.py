@@ -276,10 +276,14 @@ class SaveRun(pl.Callback):
             return
         self.saved_step, self.saved_at = trainer.global_step, time.monotonic()
         if self.losses:
-            self.mean_loss = float(torch.stack(self.losses).float().mean())
+            losses = torch.stack(self.losses).float()
+            finite = losses[torch.isfinite(losses)]  # others belong to steps that were skipped
             self.losses.clear()
-            self.writer.is_best = self.mean_loss < self.best
-            self.best = min(self.mean_loss, self.best)
+            self.writer.is_best = False
+            if len(finite):
+                self.mean_loss = float(finite.mean())
+                self.writer.is_best = self.mean_loss < self.best
+                self.best = min(self.mean_loss, self.best)
         # First the metrics: a row of a step before the checkpoint would never be logged again.
         for logger in trainer.loggers:
             logger.save()

@@ -240,7 +240,7 @@ class ActivationMonitor(pl.Callback):
 
     In a network that trains well the amplitude neither grows nor shrinks by orders of magnitude with depth; where it does,
     16-bit precision overflows first and the run then (arXiv 2111.09883, figure 2). Goes to TensorBoard as
-    `activations/rms/stage0.block1`, `activations/max/stage0.merging`, …, and to RUN/activations.png, the first measure
+    `per_block/rms/stage0.block1`, `per_block/max/stage0.merging`, …, and to RUN/activations.png, the first measure
     beside the latest. Results of training stay the same bit for bit. Between measures nothing is attached to the model.
 
     Args:
@@ -294,7 +294,7 @@ class ActivationMonitor(pl.Callback):
         for name, (rms, largest) in zip(names, values):
             self.latest["rms"][name], self.latest["max"][name] = rms, largest
         self.first = self.first or self.latest
-        scalars = {f"activations/{kind}/{name}": self.latest[kind][name] for kind in ("rms", "max") for name in names}
+        scalars = {f"per_block/{kind}/{name}": self.latest[kind][name] for kind in ("rms", "max") for name in names}
         for logger in trainer.loggers:
             if isinstance(logger, TensorBoardLogger):
                 logger.log_metrics(scalars, step=self.step)
