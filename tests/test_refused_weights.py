@@ -371,3 +371,10 @@ def test_a_form_the_format_has_not(tmp_path, monkeypatch, capsys):
     for format in ("timm", "onnx"):
         words = ["export", "--run", "encoder", "--out", "new", "--format", format, "--form", "simmim"]
         refused(words, [f"{format} knows no SimMIM form"], tmp_path, capsys)
+
+
+def test_an_onnx_export_says_that_it_is_one(tmp_path):
+    (tmp_path / "model.onnx").write_bytes(b"graph")
+    for path in (tmp_path, tmp_path / "model.onnx"):
+        with pytest.raises(ValueError, match="is an ONNX model, made to be run and not read back"):
+            read(path)

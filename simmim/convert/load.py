@@ -66,6 +66,8 @@ def read(path: str | Path, **overrides) -> Checkpoint:
     path = Path(path).expanduser()
     if not path.exists():
         raise ValueError(f"no encoder at {str(path)!r}: there is no such file or folder")
+    if path.suffix == ".onnx" or (path / "model.onnx").is_file():
+        raise ValueError(f"{str(path)!r} is an ONNX model, made to be run and not read back: give what it was exported from")
     folder, file = located(path)
     config = read_json(folder / CONFIG) if (folder / CONFIG).is_file() else {}
     if (folder / WEIGHTS).is_file() and (file is None or file.name in (WEIGHTS, CONFIG)):
