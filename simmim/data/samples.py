@@ -182,7 +182,8 @@ class StreamSamples(IterableDataset):
                 if position < taken:
                     continue
                 seed, place = generator.getrandbits(62), (worker, epoch, position + 1)
-                yield {"image": view, "seed": seed, "skipped": skipped, "place": place}
+                file = latest["image"]["path"]
+                yield {"image": view, "seed": seed, "skipped": skipped, "place": place, "file": file}
             if empty:
                 raise ValueError(f"a part of the stream (worker {node} of {nodes}) holds no images: use fewer workers")
             epoch, taken = epoch + 1, 0
@@ -220,8 +221,9 @@ def collate(samples: list[dict]) -> dict:
         "seed": [sample["seed"] for sample in samples],
         "skipped": [entry for sample in samples for entry in sample["skipped"]],
     }
-    if "place" in samples[0]:
-        batch["place"] = [sample["place"] for sample in samples]
+    for name in ("place", "file"):
+        if name in samples[0]:
+            batch[name] = [sample[name] for sample in samples]
     if "label" in samples[0]:
         batch["label"] = torch.tensor([sample["label"] for sample in samples])
     return batch
