@@ -132,9 +132,24 @@ def test_asked_to_stop(start, uninterrupted, tmp_path, kind):
     process.until(lambda: newest(run) > before)
     process.kill(signal.SIGUSR1, group=False)
     code, output = process.wait()
-    assert code == 138 and output.strip().endswith("saved; --resume goes on") and "Traceback" not in output
+    assert code == 138 and output.strip().endswith("; --resume goes on") and "Traceback" not in output
     assert start(run, kind).wait()[0] == 0
     assert_same_end(run, uninterrupted(kind))
+
+
+def test_everything_is_asked_to_stop(start, uninterrupted, tmp_path):
+    """SIGTERM to the loading processes too, as some schedulers send it: the run may not reach the end of its step, and still
+    ends with the signal's code and without a traceback."""
+    run = tmp_path / "run"
+    process = start(run, "workers", prelude=SLOW.replace("0.5", "0.05"))
+    process.until(lambda: newest(run) >= 2)
+    for number in (process.pid, *children(process.pid)):
+        os.kill(number, signal.SIGTERM)
+    code, output = process.wait()
+    assert code == 143 and "Traceback" not in output, output
+    assert "stopped by SIGTERM, saved up to step" in output.splitlines()[-1]
+    assert start(run, "workers").wait()[0] == 0
+    assert_same_end(run, uninterrupted("workers"))
 
 
 SLOW = """
@@ -156,10 +171,10 @@ def test_interrupted_from_the_keyboard(start, tmp_path):
     process.kill(signal.SIGINT)
     code, output = process.wait()
     assert code == 130 and "Traceback" not in output, output
-    assert output.splitlines()[-1] == f"simmim: stopped by SIGINT after step {newest(run)}, saved; --resume goes on"
+    assert output.splitlines()[-1] == f"simmim: stopped by SIGINT, saved up to step {newest(run)}; --resume goes on"
     step = newest(run)
     process = start(run, "workers", prelude=SLOW.replace("0.5", "5"))
-    process.until(lambda: "resuming from" in process.log.read_text())
+    process.until(lambda: process.log.is_file() and "resuming from" in process.log.read_text())
     time.sleep(2.0)  # in the first step
     began = time.monotonic()
     process.kill(signal.SIGINT)

@@ -250,8 +250,10 @@ def batches(samples: Dataset, workers: int, order: Sampler | None = None, batch_
 
 
 def leave_signals(worker: int) -> None:
-    """In a loading process: what a terminal or a scheduler sends to the whole group is for the process that trains. SIGTERM
-    stays as it is, because that is how loading processes are ended."""
+    """In a loading process: what a terminal or a scheduler sends is for the process that trains. It sends to a group of
+    processes, which this one leaves. SIGTERM stays as it is, because that is how loading processes are ended."""
+    if hasattr(os, "setpgrp"):
+        os.setpgrp()
     for name in ("SIGINT", "SIGUSR1"):
         if hasattr(signal, name):
             signal.signal(getattr(signal, name), signal.SIG_IGN)

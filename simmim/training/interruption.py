@@ -10,7 +10,7 @@ import threading
 import pytorch_lightning as pl
 from pytorch_lightning.plugins.environments import SLURMEnvironment
 
-from simmim.training.saving import SaveRun, loading_died
+from simmim.training.saving import SaveRun, loading_died, saved_steps
 
 # What schedulers send before they take a machine away, and Ctrl-C.
 SIGNALS = tuple(getattr(signal, name) for name in ("SIGINT", "SIGTERM", "SIGUSR1") if hasattr(signal, name))
@@ -26,7 +26,7 @@ class Interrupted(Exception):
     def __init__(self, number: int, step: int, requeued: bool) -> None:
         self.exit_code = 128 + number
         then = "SLURM starts it again" if requeued else "--resume goes on"
-        super().__init__(f"stopped by {signal.Signals(number).name} after step {step:,}, saved; {then}")
+        super().__init__(f"stopped by {signal.Signals(number).name}, saved up to step {step:,}; {then}")
 
 
 class StopOnSignal(pl.Callback):
@@ -75,21 +75,23 @@ class StopOnSignal(pl.Callback):
         self.restore()
 
     def on_exception(self, trainer: pl.Trainer, module: pl.LightningModule, exception: BaseException) -> None:
-        """Listen no more. When a process that loads data has died, `SaveRun` has saved: say so, or that the run was
-        stopped, where the same signal had gone to all.
+        """Listen no more. When a process that loads images has died, which is heard of at any moment, say so, or that the
+        run was stopped, where the same signal had gone to all.
 
         Raises:
             Interrupted, OSError: in these cases.
         """
         self.restore()
-        if not self.save.between_steps or not loading_died(exception):
+        if not loading_died(exception):
             return
+        # Between two steps `SaveRun` has just saved.
+        step = max(saved_steps(self.save.run), default=0)
         if self.received is not None:
-            raise Interrupted(self.received, trainer.global_step, False) from None
+            raise Interrupted(self.received, step, False) from None
         why = (str(exception).splitlines() or [type(exception).__name__])[0].rstrip(". ")
         raise OSError(
-            f"a process that loads images died ({why}), for lack of memory perhaps: the run stands at step "
-            f"{trainer.global_step:,}; --resume goes on, with fewer --workers if it happens again"
+            f"a process that loads images died ({why}), for lack of memory perhaps: the run is saved up to step {step:,}; "
+            "--resume goes on, with fewer --workers if it happens again"
         ) from exception
 
     def restore(self) -> None:

@@ -137,9 +137,8 @@ class CheckpointWriter(TorchCheckpointIO):
         pending, self.pending = self.pending, None
         if pending is None:
             return
-        try:
-            pending.result()
-        except (OSError, RuntimeError) as error:
+        error = pending.exception()
+        if error is not None:
             standing = next(iter(saved_steps(self.run).values()), None)
             stands = f"{standing} stands" if standing else "there is none before it"
             raise OSError(
