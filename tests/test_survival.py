@@ -296,6 +296,29 @@ def test_a_full_disk(start, uninterrupted, stopped):
     assert_same_end(stopped, uninterrupted("in-memory"))
 
 
+READ_ONLY = """
+import errno, simmim.files as files
+from simmim.run_folder import checkpoints_folder
+from pathlib import Path
+make = files.tempfile.mkstemp
+def refuse(*given, **named):
+    if len(list(checkpoints_folder(Path({run!r})).glob("step-*.ckpt"))) >= 2:
+        raise OSError(errno.EROFS, "Read-only file system")
+    return make(*given, **named)
+files.tempfile.mkstemp = refuse
+"""
+
+
+def test_a_folder_that_becomes_read_only(start, uninterrupted, tmp_path):
+    run = tmp_path / "run"
+    code, output = start(run, prelude=READ_ONLY.format(run=str(run))).wait()
+    last = output.splitlines()[-1]
+    assert code == 2 and "Read-only file system" in last and " stands; make room or mend the folder" in last, output
+    assert "Traceback" not in output and damage(usable_checkpoint(run)) is None
+    assert start(run).wait()[0] == 0
+    assert_same_end(run, uninterrupted("in-memory"))
+
+
 def test_a_run_folder_that_vanishes(start, tmp_path):
     """One line and an end, and nothing is made in its place."""
     run = tmp_path / "run"
