@@ -12,7 +12,7 @@ from torch import Tensor
 from pretrain.callbacks import Reconstructions
 from pretrain.module import SimMIMPretraining
 from pretrain.settings import DataSettings, ModelSettings, OptimSettings, PretrainSettings, resolve
-from simmim.checkpoint import Checkpoint, Preprocessing, build_encoder, preset_name, save_weights
+from simmim.checkpoint import Checkpoint, Preprocessing, build_encoder, preset_name, save_checkpoint
 from simmim.convert import read
 from simmim.convert.files import unpickled
 from simmim.data import CentreView, ImageSamples, RandomView, StreamSamples, open_source, survey, worker_count
@@ -56,7 +56,9 @@ def pretrain(settings: PretrainSettings) -> Path:
     device = device_type()
     kept = images.decoded_mib <= KEEP_DECODED_MIB and not source.streaming
     # Images that are in memory already are cropped faster than they could be sent between processes.
-    initial = read(settings.init) if settings.init != "none" else None
+    # A run that is resumed no longer needs what it began from, which may be gone by then.
+    begun = settings.resume and any(checkpoints_folder(Path(settings.out).expanduser()).glob("*.ckpt"))
+    initial = read(settings.init) if settings.init != "none" and not begun else None
     workers = 0 if kept and device == "cpu" else worker_count(device)
     settings = resolve(settings, images, source.count, device, workers, initial)
     settings = replace(settings, precision=settings.precision or default_precision(device, settings.encoder_config()))
@@ -85,12 +87,16 @@ def pretrain(settings: PretrainSettings) -> Path:
     preprocessing = Preprocessing(settings.size, data.mean, data.std)
 
     def export(state: dict[str, Tensor], step: int) -> None:
+        """Refresh RUN/encoder from a checkpoint's weights, which are whole whatever the strategy."""
         state = {name.removeprefix("model."): value for name, value in state.items()}
         parts = {name: value for name, value in state.items() if not name.startswith("encoder.")}
         encoder = {name.removeprefix("encoder."): value for name, value in state.items() if name not in parts}
         said = provenance(settings, source.count, step)
         said |= {"loss": round(save.mean_loss, 5)} if save.mean_loss is not None else {}
-        save_weights(run / "encoder", model.encoder.config, encoder, preprocessing, said, pretraining=parts)
+        trained = Checkpoint(
+            model.encoder.config, encoder, preprocessing, run, provenance=said, pretraining=parts
+        )
+        save_checkpoint(run / "encoder", trained)
 
     save = SaveRun(run, settings.save_every_steps, settings.save_every_minutes, settings.keep_checkpoints, export)
     callbacks = [

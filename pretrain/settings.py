@@ -252,7 +252,7 @@ def resolve(
     """Fill in all that the user left open.
 
     Args:
-        source: what `settings.init` was read as.
+        source: what `settings.init` was read as; a run that is resumed has its architecture in the settings.
         images: what a sample of the images looks like.
         count: how many there are.
         device: cuda, mps or cpu.
@@ -279,17 +279,17 @@ def resolve(
     )
     size = (image_size,) * 2 if isinstance(image_size, int) else image_size
     encoder = dict(model.encoder)
-    if source:
-        preset, small = None, source.config.embed_dim < PRESETS["tiny"].embed_dim
-        encoder = {**source.config.as_dict(), "in_channels": channels, **encoder}
-        if "window_size" not in model.encoder:
-            # The window grows with the image, so that it sees the same share of it.
-            share = min(size) / min(source.preprocessing.image_size)
-            encoder["window_size"] = max(1, round(source.config.window_size * share))
+    if settings.init != "none":
+        preset = None
+        if source:
+            encoder = {**source.config.as_dict(), "in_channels": channels, **encoder}
+            if "window_size" not in model.encoder:
+                # The window grows with the image, so that it sees the same share of it.
+                share = min(size) / min(source.preprocessing.image_size)
+                encoder["window_size"] = max(1, round(source.config.window_size * share))
         config = SwinV2Config(**encoder)
     else:
         preset = settings.preset or default_preset(min(size), device)
-        small = preset in ("nano", "micro")
         if preset in PRESETS:
             patch_size = encoder.get("patch_size", PRESETS[preset].patch_size)
             encoder.setdefault("window_size", default_window(min(size), patch_size))
@@ -298,6 +298,7 @@ def resolve(
     model = replace(model, encoder=encoder, mask_unit=mask_unit)
 
     epochs = settings.epochs or default_pretraining_epochs(count)
+    small = config.embed_dim < PRESETS["tiny"].embed_dim
     optim = replace(
         optim,
         lr=optim.lr if optim.lr is not None else (2e-3 if small else 1e-4),

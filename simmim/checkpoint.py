@@ -146,36 +146,20 @@ def save_encoder(
     The windows it was pre-trained with are recorded in the architecture, so that whoever loads it at another window or
     image size gets the position bias scaled as the weights expect it.
     """
-    return save_weights(
-        folder, encoder.config, encoder.state_dict(), preprocessing, provenance, pretraining, head, classes
-    )
-
-
-def save_weights(
-    folder: str | Path,
-    config: SwinV2Config,
-    encoder: State,
-    preprocessing: Preprocessing,
-    provenance: dict,
-    pretraining: State | None = None,
-    head: State | None = None,
-    classes: tuple[str, ...] = (),
-) -> Path:
-    """As `save_encoder`, of an encoder's weights."""
-    config = with_pretrained_windows(config, preprocessing.image_size)
     parts = {"provenance": provenance, "pretraining": pretraining or {}, "head": head or {}, "classes": classes}
-    return save_checkpoint(folder, Checkpoint(config, encoder, preprocessing, Path(folder), **parts))
+    return save_checkpoint(folder, Checkpoint(encoder.config, encoder.state_dict(), preprocessing, Path(folder), **parts))
 
 
 def save_checkpoint(folder: str | Path, checkpoint: Checkpoint) -> Path:
-    """As `save_encoder`, of what was read."""
+    """As `save_encoder`, of what was read or put together."""
     folder = Path(folder)
+    config = with_pretrained_windows(checkpoint.config, checkpoint.preprocessing.image_size)
     write_tensors(folder / WEIGHTS, checkpoint.encoder)
     write_json(
         folder / CONFIG,
         {
             "format": FORMAT,
-            "architecture": checkpoint.config.as_dict(),
+            "architecture": config.as_dict(),
             "preprocessing": asdict(checkpoint.preprocessing),
             "provenance": checkpoint.provenance,
         },

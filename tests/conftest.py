@@ -18,6 +18,16 @@ def _one_thread():
     torch.set_num_threads(1)
 
 
+@pytest.fixture(scope="module")
+def nursery(tmp_path_factory):
+    """A process that has imported everything, to start runs of the command from."""
+    from tests.nursery import Nursery
+
+    nursery = Nursery(tmp_path_factory.mktemp("logs"))
+    yield nursery
+    nursery.close()
+
+
 @pytest.fixture(scope="session")
 def digits(tmp_path_factory):
     """300 real digits: 240 unlabeled, the same in class folders, 60 for test."""

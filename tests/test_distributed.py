@@ -9,7 +9,6 @@ import torch
 from safetensors.torch import load_file
 
 from simmim.training.saving import saved_steps, usable_checkpoint
-from tests.nursery import Nursery
 
 STEPS = 50
 RUN = (
@@ -24,13 +23,6 @@ import os
 from pytorch_lightning.utilities import rank_zero_only
 rank_zero_only.rank = int(os.environ["RANK"])
 """
-
-
-@pytest.fixture(scope="module")
-def nursery(tmp_path_factory):
-    nursery = Nursery(tmp_path_factory.mktemp("logs"))
-    yield nursery
-    nursery.close()
 
 
 @pytest.fixture(scope="module")

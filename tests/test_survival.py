@@ -14,7 +14,6 @@ from safetensors.torch import load_file
 
 from simmim.run_folder import checkpoints_folder
 from simmim.training.saving import damage, saved_steps, usable_checkpoint
-from tests.nursery import Nursery
 
 STEPS = 60
 SMALL = (
@@ -23,6 +22,8 @@ SMALL = (
     "--model.encoder.num_heads=[1,2]", "--model.encoder.drop_path_rate=0.2", "--reconstruct_every_epochs=4",
     "--precision=32-true",
 )  # fmt: skip
+# The same from an encoder that brings its size along.
+BEGIN = tuple(word for word in SMALL if not word.startswith(("--preset", "--model.encoder")))
 # Loading workers are processes of their own; a stream is read by them in parts.
 KINDS = {
     "in-memory": ("--workers=0",),
@@ -32,19 +33,12 @@ KINDS = {
 
 
 @pytest.fixture(scope="module")
-def nursery(tmp_path_factory):
-    nursery = Nursery(tmp_path_factory.mktemp("logs"))
-    yield nursery
-    nursery.close()
-
-
-@pytest.fixture(scope="module")
 def start(nursery, digits):
     """start(out, kind, *more words): a run of pretrain; with --resume where the folder is there."""
 
-    def start(out, kind="in-memory", *more, prelude="", env=None):
+    def start(out, kind="in-memory", *more, prelude="", env=None, begin=SMALL):
         resume = ("--resume",) if out.exists() else ()
-        words = ("pretrain", "--data", digits.unlabeled, "--out", out, *SMALL, *KINDS[kind], *more, *resume)
+        words = ("pretrain", "--data", digits.unlabeled, "--out", out, *begin, *KINDS[kind], *more, *resume)
         return nursery.start(*words, prelude=prelude, env=env)
 
     return start
@@ -204,6 +198,25 @@ def test_slurm_queues_the_job_again(start, tmp_path):
     assert (tools / "called").read_text() == "requeue 4711\n"
     code, output = start(run, "in-memory", env=job).wait()
     assert code == 0 and "resuming from" in output
+
+
+def test_a_continued_run_outlives_what_it_began_from(start, uninterrupted, tmp_path):
+    """--init is read once: a run that is resumed has its weights in the checkpoint and its architecture in its settings."""
+    words = ("--data.crop_scale=[0.6,1.0]",)
+    runs = []
+    for name, stop in (("whole", False), ("cut", True)):
+        begun = shutil.copytree(uninterrupted("in-memory") / "encoder", tmp_path / f"{name}-encoder")
+        process = start(tmp_path / name, "in-memory", *words, f"--init={begun}", begin=BEGIN)
+        if stop:
+            process.until(lambda run=tmp_path / name: newest(run) >= 3)
+            process.kill(signal.SIGTERM)
+            assert process.wait()[0] == 143
+            shutil.rmtree(begun)
+            process = start(tmp_path / name, "in-memory", *words, begin=BEGIN)
+        code, output = process.wait()
+        assert code == 0, output
+        runs.append(tmp_path / name)
+    assert_same_end(*runs)
 
 
 # --- Damage ----------------------------------------------------------------------------------------------------------

@@ -82,7 +82,7 @@ class StopOnSignal(pl.Callback):
             Interrupted, OSError: in these cases.
         """
         self.restore()
-        if not loading_died(exception):
+        if not loading_died(trainer, exception):
             return
         # Between two steps `SaveRun` has just saved.
         step = max(saved_steps(self.save.run), default=0)

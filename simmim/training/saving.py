@@ -52,20 +52,20 @@ def usable_checkpoint(run: Path, say: Callable[[str], None] | None = None) -> Pa
     last = checkpoints_folder(run) / LAST
     newest = list(saved_steps(run).values())
     candidates = [*([last] if last.exists() else []), *newest]
-    torn = []
+    torn: dict[Path, str] = {}
     for path in candidates:
         if any(path.samefile(other) for other in torn):
             continue
         problem = damage(path)
         if problem is None:
-            if torn and say:
-                say(f"warning: {torn[0]} is torn ({damage(torn[0])}); going on from {path.name}")
+            for broken, why in torn.items() if say else ():
+                say(f"warning: {broken} is torn ({why}); going on from {path.name}")
             return path
-        torn.append(path)
+        torn[path] = problem
     if torn:
+        first, why = next(iter(torn.items()))
         raise ValueError(
-            f"run {str(run)!r} has no whole checkpoint: {torn[0].name} is torn ({damage(torn[0])}); "
-            "--overwrite starts the run anew"
+            f"run {str(run)!r} has no whole checkpoint: {first.name} is torn ({why}); --overwrite starts the run anew"
         )
     return None
 
@@ -167,9 +167,10 @@ def in_model_order(state: dict, optimizer: torch.optim.Optimizer, module: torch.
     }
 
 
-def loading_died(exception: BaseException) -> bool:
-    """Whether this is how the death of a process that loads images is heard of."""
-    return "DataLoader worker" in str(exception) or isinstance(exception, ConnectionError | EOFError)
+def loading_died(trainer: pl.Trainer, exception: BaseException) -> bool:
+    """Whether this is how the death of a process that loads images is heard of, which is by a broken pipe at times."""
+    broken_pipe = isinstance(exception, ConnectionError | EOFError) and trainer.datamodule.workers > 0
+    return broken_pipe or "DataLoader worker" in str(exception)
 
 
 def also_name(file: Path, name: Path) -> None:
@@ -264,7 +265,7 @@ class SaveRun(pl.Callback):
     def on_exception(self, trainer: pl.Trainer, module: pl.LightningModule, exception: BaseException) -> None:
         """Where the data's processes died between two steps, the state is sound and is kept; after other errors the last
         checkpoint stands."""
-        if self.between_steps and loading_died(exception) and trainer.world_size == 1:
+        if self.between_steps and loading_died(trainer, exception) and trainer.world_size == 1:
             with contextlib.suppress(Exception):
                 self.save(trainer)
                 self.writer.wait()
