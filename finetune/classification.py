@@ -42,7 +42,7 @@ class ClassificationFinetuning(pl.LightningModule):
 
     Args:
         model: what is trained.
-        mean, std: by which images are normalised, of values in [0, 1].
+        preprocessing: by whose statistics images are normalised; saved with the model.
         affine: changes of the training images.
         learning_rate: as a function of the optimiser step, from 0.
         optim: decay, smoothing, clipping.
@@ -52,15 +52,14 @@ class ClassificationFinetuning(pl.LightningModule):
     def __init__(
         self,
         model: Classifier,
-        mean: tuple[float, ...],
-        std: tuple[float, ...],
+        preprocessing: Preprocessing,
         affine: AffineSettings,
         learning_rate: Callable[[int], float],
         optim: OptimSettings,
         freeze: bool,
     ) -> None:
         super().__init__()
-        self.model, self.mean, self.std, self.affine = model, mean, std, affine
+        self.model, self.preprocessing, self.affine = model, preprocessing, affine
         self.learning_rate, self.optim, self.freeze = learning_rate, optim, freeze
         self.accuracy = MulticlassAccuracy(model.head.out_features, average="micro")
         if freeze:
@@ -70,7 +69,7 @@ class ClassificationFinetuning(pl.LightningModule):
         """Cross entropy with smoothed labels on augmented images."""
         if self.freeze:
             self.model.encoder.eval()
-        images = normalise(batch["image"], self.mean, self.std)
+        images = normalise(batch["image"], self.preprocessing.mean, self.preprocessing.std)
         if self.affine.active:
             images = warp(images, self.affine.matrices(batch["seed"]))
         logits = self.model(images)
@@ -80,7 +79,7 @@ class ClassificationFinetuning(pl.LightningModule):
 
     def validation_step(self, batch: dict, batch_idx: int) -> None:
         """Accuracy and loss over all validation images."""
-        logits = self.model(normalise(batch["image"], self.mean, self.std)).float()
+        logits = self.model(normalise(batch["image"], self.preprocessing.mean, self.preprocessing.std)).float()
         self.accuracy(logits, batch["label"])
         self.log("accuracy", self.accuracy, on_epoch=True, prog_bar=True, batch_size=len(logits))
         loss = F.cross_entropy(logits, batch["label"])

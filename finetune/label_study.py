@@ -16,7 +16,8 @@ from pathlib import Path
 
 from tqdm import tqdm
 
-from finetune.settings import EncoderSettings, FinetuneSettings
+from finetune.classification_settings import FinetuneSettings
+from finetune.settings import EncoderSettings
 from simmim.files import whole_file
 
 

@@ -1,36 +1,20 @@
-"""A fine-tuning run put together: read the labels, load or make the encoder, train, keep the best."""
+"""A fine-tuned run put together: read the labels, load or make the encoder, train, keep the best."""
 from __future__ import annotations
 
 import contextlib
 from dataclasses import dataclass, replace
+from importlib import import_module
 from pathlib import Path
 
 import pytorch_lightning as pl
+from torch import nn
 
-from finetune.classification import ClassificationFinetuning, Classifier, save_classifier
-from finetune.settings import FinetuneSettings, with_schedule
-from simmim.checkpoint import Checkpoint, Preprocessing, build_encoder
-from simmim.convert import read
-from simmim.data import (
-    IMAGENET_MEAN,
-    IMAGENET_STD,
-    CentreView,
-    ImageSamples,
-    LabeledImages,
-    RandomView,
-    labeled_images,
-    survey,
-    worker_count,
-)
-from simmim.defaults import (
-    default_image_size,
-    default_preset,
-    default_window,
-    encoder_channels,
-    plain_size,
-)
+from finetune.settings import TransferSettings
+from finetune.start import starting_point
+from finetune.task import Labels, Task
+from simmim.checkpoint import Checkpoint, Preprocessing
+from simmim.data import survey, worker_count
 from simmim.run_folder import CONFIG, as_yaml, check_run_folder, taken_run_folder
-from simmim.swinv2 import PRESETS, SwinV2, SwinV2Config
 from simmim.training import (
     SaveRun,
     StopOnSignal,
@@ -46,19 +30,37 @@ from simmim.training import (
 )
 
 KEEP_DECODED_MIB = 128
+TASKS = {"classification": ("finetune.classification_task", "Classification")}
 
 
 @dataclass(frozen=True)
 class FinetuneResult:
-    """A finished run: its folder, the accuracy of the last step and the best validated one, in [0, 1]."""
+    """A finished run.
+
+    Attributes:
+        run: its folder.
+        metrics: of the validation images at the last step, by the names under which they are logged.
+        best: the best value of the metric by which the model in `run`/encoder was chosen, in [0, 1].
+    """
 
     run: Path
-    accuracy: float
-    best_accuracy: float
+    metrics: dict[str, float]
+    best: float
+
+    @property
+    def accuracy(self) -> float:
+        """Of the last step, in [0, 1]."""
+        return self.metrics["accuracy"]
 
 
-def finetune(settings: FinetuneSettings, quiet: bool = False) -> FinetuneResult:
-    """Fine-tune an encoder on class folders; the run folder's encoder/ holds the best classifier.
+def task_of(settings: TransferSettings) -> Task:
+    """The task that the settings are for; its libraries are loaded now."""
+    module, name = TASKS[settings.task]
+    return getattr(import_module(module), name)()
+
+
+def finetune(settings: TransferSettings, quiet: bool = False) -> FinetuneResult:
+    """Fine-tune an encoder on labeled images; the run folder's encoder/ holds the best model.
 
     Args:
         quiet: print nothing and show no progress, for runs in series.
@@ -69,44 +71,37 @@ def finetune(settings: FinetuneSettings, quiet: bool = False) -> FinetuneResult:
     if is_first_process():
         check_run_folder(settings.out, settings.resume, settings.overwrite)
     check_trainer_keys(settings.trainer)
-    data = settings.data
-    labels = labeled_images(data.path, settings.labels_per_class, settings.seed, data.column, data.label_column)
+    say = None if quiet else print
+    task = task_of(settings)
+    labels = task.read(settings)
     device = device_type()
     images = survey(labels.train)
     kept = images.decoded_mib <= KEEP_DECODED_MIB
 
     pl.seed_everything(settings.seed, workers=True, verbose=False)
-    encoder, preprocessing, settings, source = starting_point(settings, images, device, say=None if quiet else print)
-    small = encoder.config.embed_dim < 96
-    settings = with_schedule(settings, len(labels.train), device, small)
-    crop = settings.data.evaluation_crop or (1.0 if min(settings.size) <= 64 else 0.875)
+    start = starting_point(settings, images, device, say)
+    settings, reasons = task.completed(start.settings, labels, start.encoder.config, device)
     settings = replace(
         settings,
-        data=replace(settings.data, evaluation_crop=crop),
         workers=settings.workers
         if settings.workers is not None
         else (0 if kept and device == "cpu" else worker_count(device)),
-        precision=settings.precision or default_precision(device, encoder.config),
+        precision=settings.precision or default_precision(device, start.encoder.config),
     )
     accumulate = settings.optim.accumulate
     steps_per_epoch = len(labels.train) / settings.batch_size
     steps = max(1, round(settings.epochs * steps_per_epoch))
     schedule = settings.schedule().by_step(steps_per_epoch, settings.batch_size)
-
-    preprocessing = replace(preprocessing, crop=crop)
-    # What was read is in evaluation mode, which Lightning would leave as it is: without stochastic depth.
-    model = Classifier(encoder, len(labels.classes)).train()
-    take_head(model, source, labels.classes, settings, say=None if quiet else print)
-    module = ClassificationFinetuning(
-        model, preprocessing.mean, preprocessing.std, settings.data.affine, schedule, settings.optim, settings.freeze
-    )
-    train, validation = samples_of(labels, settings, encoder.config.in_channels, kept)
+    start = start._replace(settings=settings)
+    module = task.module(settings, start, labels, schedule, say)
+    train, validation = task.samples(settings, labels, start.encoder.config.in_channels, kept)
 
     run = Path(settings.out).expanduser()
-    best = KeepBest(run, labels.classes, preprocessing, provenance(settings, len(labels.train), source))
+    best = KeepBest(run, task, labels.classes, module.preprocessing, provenance(settings, len(labels.train), start.source))
     save = SaveRun(run, every_steps=max(50, round(steps / settings.validations)), keep_best=False)
     callbacks = [
         *usual_callbacks(run, settings, "fine-tuning", len(labels.train), quiet),
+        *task.callbacks(settings, run),
         best,
         save,
         StopOnSignal(save),
@@ -128,150 +123,80 @@ def finetune(settings: FinetuneSettings, quiet: bool = False) -> FinetuneResult:
     with taken_run_folder(settings) if is_first_process() else contextlib.nullcontext():
         checkpoint = usable_checkpoint(run, say=print if is_first_process() else None) if settings.resume else None
         if trainer.is_global_zero and not quiet:
-            print(summary(settings, model, labels, steps, trainer, checkpoint), flush=True)
+            print(summary(settings, module.model, labels, steps, reasons, trainer, checkpoint), flush=True)
         stream = ValidatedStreamData(train, settings.batch_size, accumulate, settings.workers, validation)
         trainer.fit(module, datamodule=stream, ckpt_path=checkpoint, weights_only=True)
         # Steps rarely end on a validation: the last state is measured once more.
-        last = trainer.validate(module, datamodule=stream, verbose=False)[0]["accuracy"]
-        best.consider(module, last)
+        metrics = trainer.validate(module, datamodule=stream, verbose=False)[0]
+        best.consider(module, metrics[task.monitor])
     if trainer.is_global_zero and not quiet:
         print(
-            f"accuracy {last:.1%} at the end, {best.accuracy:.1%} best, on {len(validation):,} validation images\n"
-            f"best classifier: {run / 'encoder'}\n"
-            f"use it: simmim predict --run {run} --images PATH --out predictions.csv"
+            f"{task.monitor} {metrics[task.monitor]:.1%} at the end, {best.value:.1%} best, on {len(validation):,} "
+            f"validation images\nbest model: {run / 'encoder'}\n"
+            f"use it: simmim predict --run {run} --images PATH --out PREDICTIONS"
         )
-    return FinetuneResult(run, float(last), float(best.accuracy))
-
-
-def take_head(model: Classifier, source: Checkpoint | None, classes: tuple[str, ...], settings, say) -> None:
-    """The source's head where it is for the same classes; else it is fresh, which is said."""
-    if source is None or settings.init == "none" or not source.head:
-        return
-    if source.classes == tuple(classes):
-        model.head.load_state_dict(source.head)
-        text = f"head of the same {len(classes)} classes taken over"
-    else:
-        text = f"head of {len(source.classes)} classes replaced by a fresh one of {len(classes)}"
-    if say:
-        say(f"adapted    {text}")
-
-
-def samples_of(
-    labels: LabeledImages, settings: FinetuneSettings, channels: int, keep_decoded: bool
-) -> tuple[ImageSamples, ImageSamples]:
-    """Training samples, cropped and flipped at random, and validation samples, cropped in the centre."""
-    data = settings.data
-    views = (
-        RandomView(settings.size, data.crop_scale, data.crop_ratio, data.flip),
-        CentreView(settings.size, data.evaluation_crop),
-    )
-    parts = zip((labels.train, labels.validation), views)
-    train, validation = (ImageSamples(part, view, channels, settings.seed, keep_decoded) for part, view in parts)
-    return train, validation
-
-
-def starting_point(
-    settings: FinetuneSettings, images, device: str, say
-) -> tuple[SwinV2, Preprocessing, FinetuneSettings, Checkpoint | None]:
-    """The encoder to train, the preprocessing it goes with, the settings with image size and window filled in, and what was
-    read.
-
-    Pre-trained weights, an architecture without its weights (`encoder.like`), or a preset from scratch.
-    """
-    source = settings.init if settings.init != "none" else settings.encoder.like
-    chosen = settings.encoder
-    if source is None:
-        size = settings.image_size or default_image_size(images.short_side_px)
-        side = size if isinstance(size, int) else min(size)
-        preset = chosen.preset or default_preset(side, device)
-        window = chosen.window_size or default_window(side, PRESETS[preset].patch_size if preset in PRESETS else 4)
-        config = SwinV2Config.from_preset(
-            preset, in_channels=images.channels, window_size=window, drop_path_rate=chosen.drop_path_rate
-        )
-        mean, std = (IMAGENET_MEAN, IMAGENET_STD) if images.channels == 3 else (images.mean, images.std)
-        settings = replace(settings, image_size=size, encoder=replace(chosen, preset=preset, window_size=window))
-        preprocessing = Preprocessing(settings.size, mean, std)
-        encoder = SwinV2(config, chosen.checkpoint_activations, chosen.sequential_attention)
-        return encoder, preprocessing, settings, None
-
-    checkpoint = read(source, **({"window_size": chosen.window_size} if chosen.window_size else {}))
-    pretrained_size = checkpoint.preprocessing.image_size
-    size = settings.image_size or plain_size(pretrained_size)
-    settings = replace(settings, image_size=size)
-    # The window grows with the image, so that it sees the same share of it: 12 at 192 px, 14 at 224.
-    window = chosen.window_size or max(1, round(checkpoint.config.window_size * min(settings.size) / min(pretrained_size)))
-    settings = replace(settings, encoder=replace(chosen, window_size=window))
-    channels = encoder_channels(checkpoint.config.in_channels, images.channels)
-    overrides = {"window_size": window, "drop_path_rate": chosen.drop_path_rate, "in_channels": channels}
-    saved = build_encoder(checkpoint, **overrides)
-    encoder, preprocessing = saved.encoder, saved.preprocessing
-    if settings.init == "none":
-        encoder = SwinV2(replace(encoder.config, pretrained_window_sizes=None))
-    elif say:
-        say(str(saved.report))
-    encoder.checkpoint_activations, encoder.sequential_attention = chosen.checkpoint_activations, chosen.sequential_attention
-    # Views of training are bilinear, whatever the encoder saw before; so is the view that evaluates them.
-    preprocessing = replace(preprocessing, image_size=settings.size, interpolation="bilinear", fit="crop")
-    return encoder, preprocessing, settings, checkpoint
+    return FinetuneResult(run, {name: float(value) for name, value in metrics.items()}, best.value)
 
 
 class KeepBest(pl.Callback):
-    """Exports the classifier whenever its validation accuracy is the best so far; the first of equals stays."""
+    """Exports the model whenever its validation metric is the best so far; the first of equals stays."""
 
     def __init__(
-        self, run: Path, classes: tuple[str, ...], preprocessing: Preprocessing, provenance: dict
+        self, run: Path, task: Task, classes: tuple[str, ...], preprocessing: Preprocessing, provenance: dict
     ) -> None:
-        self.run, self.classes, self.preprocessing, self.provenance = run, classes, preprocessing, provenance
-        self.accuracy = -1.0
+        self.run, self.task, self.classes = run, task, classes
+        self.preprocessing, self.provenance = preprocessing, provenance
+        self.value = -1.0
 
     def state_dict(self) -> dict:
-        """The best accuracy, for a resumed run."""
-        return {"accuracy": self.accuracy}
+        """The best value, for a resumed run."""
+        return {"value": self.value}
 
     def load_state_dict(self, state: dict) -> None:
-        """Take up the best accuracy so far."""
-        self.accuracy = state["accuracy"]
+        """Take up the best value so far."""
+        self.value = state["value"]
 
-    def on_validation_end(self, trainer: pl.Trainer, module: ClassificationFinetuning) -> None:
+    def on_validation_end(self, trainer: pl.Trainer, module: pl.LightningModule) -> None:
         """Consider what was just validated in the course of training."""
         if trainer.state.fn == "fit":
-            self.consider(module, float(trainer.callback_metrics["accuracy"]))
+            self.consider(module, float(trainer.callback_metrics[self.task.monitor]))
 
-    def consider(self, module: ClassificationFinetuning, accuracy: float) -> None:
+    def consider(self, module: pl.LightningModule, value: float) -> None:
         """Export if better than all before."""
-        if accuracy <= self.accuracy:
+        if value <= self.value:
             return
-        self.accuracy = accuracy
+        self.value = float(value)
         if module.trainer.is_global_zero:
-            provenance = {**self.provenance, "steps": module.trainer.global_step, "accuracy": accuracy}
-            save_classifier(self.run / "encoder", module.model, self.classes, self.preprocessing, provenance)
+            provenance = {**self.provenance, "steps": module.trainer.global_step, self.task.monitor: self.value}
+            self.task.save(self.run / "encoder", module.model, self.classes, self.preprocessing, provenance)
 
 
-def provenance(settings: FinetuneSettings, count: int, source: Checkpoint | None) -> dict:
-    """What an exported classifier says of where it comes from."""
+def provenance(settings: TransferSettings, count: int, source: Checkpoint | None) -> dict:
+    """What an exported model says of where it comes from."""
     from simmim import __version__
 
     return {
         "toolkit": f"simmim {__version__}",
-        "method": "classification",
+        "method": settings.task,
         "data": Path(settings.data.path).name,
         "images": count,
         "encoder": "from scratch" if settings.init == "none" else (source.provenance or {"file": source.source.name}),
-        "labels_per_class": settings.labels_per_class,
+        **settings.label_provenance(),
         "epochs": settings.epochs,
         "seed": settings.seed,
     }
 
 
 def summary(
-    settings: FinetuneSettings,
-    model: Classifier,
-    labels: LabeledImages,
+    settings: TransferSettings,
+    model: nn.Module,
+    labels: Labels,
     steps: int,
+    reasons: list[str],
     trainer: pl.Trainer,
     resumed: Path | None,
 ) -> str:
-    """What is about to happen, and the resolved configuration."""
+    """What is about to happen, why it was so chosen, and the resolved configuration."""
     parameters = sum(parameter.numel() for parameter in model.parameters() if parameter.requires_grad) / 1e6
     names = ", ".join(labels.classes[:8]) + (", …" if len(labels.classes) > 8 else "")
     peak = settings.optim.lr * settings.batch_size / 512
@@ -286,6 +211,7 @@ def summary(
         f"training {settings.epochs:g} epochs, {steps:,} steps of {settings.batch_size} images, peak learning rate "
         f"{peak:.3g}, layer decay {settings.optim.layer_decay:g}, {settings.precision} on "
         f"{trainer.world_size} × {trainer.strategy.root_device.type}",
+        *(f"chosen   {reason}" for reason in reasons),
     ]
     if resumed:
         lines.append(f"resuming from {resumed}")

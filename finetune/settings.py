@@ -1,55 +1,11 @@
-"""Settings of stage 2, and how what the user leaves open follows from the encoder, the labels and the machine."""
+"""Settings that every task of stage 2 shares, and how what the user leaves open follows from encoder, labels and machine."""
 from __future__ import annotations
 
 from dataclasses import dataclass, field, replace
-from typing import Any
+from typing import Any, ClassVar
 
-from finetune.augment import AffineSettings
 from simmim.defaults import check_common, default_batch_size, default_finetuning_epochs
 from simmim.optim import Schedule
-
-
-@dataclass(frozen=True)
-class LabeledSettings:
-    """The labeled images and how they are augmented.
-
-    Args:
-        path: folder with a folder for each class, or with train and val (or test) folders that have them; or a CSV file of
-            paths and labels, Parquet files, a saved datasets folder, a hub id.
-        column: which holds the images, in sources that have columns; found by default.
-        label_column: which holds the labels; found by default.
-        strict: stop at the first image that cannot be read.
-        max_skipped_share: stop when a larger share of the training images cannot be read.
-        crop_scale: range of the random crop's share of the image's area.
-        crop_ratio: range of the crop's width over height.
-        flip: probability of mirroring left and right.
-        affine: small random rotations, zooms, shears and shifts.
-        evaluation_crop: share of the sides that validation sees; by default 0.875, for images up to 64 px all.
-    """
-
-    path: str
-    column: str | None = None
-    label_column: str | None = None
-    strict: bool = False
-    max_skipped_share: float = 0.05
-    crop_scale: tuple[float, float] = (0.5, 1.0)
-    crop_ratio: tuple[float, float] = (0.75, 1.3333333333333333)
-    flip: float = 0.5
-    affine: AffineSettings = AffineSettings(degrees=10, zoom=0.1, shear=0.1, shift=0.05)
-    evaluation_crop: float | None = None
-
-    def __post_init__(self) -> None:
-        for name in ("crop_scale", "crop_ratio"):
-            object.__setattr__(self, name, tuple(getattr(self, name)))
-        low, high = self.crop_scale
-        if not 0 < low <= high <= 1:
-            raise ValueError(f"data.crop_scale is {self.crop_scale}: give shares of the area, 0 < low <= high <= 1")
-        if not 0 < self.crop_ratio[0] <= self.crop_ratio[1]:
-            raise ValueError(f"data.crop_ratio is {self.crop_ratio}: give width over height, 0 < low <= high")
-        if not 0 <= self.flip <= 1:
-            raise ValueError(f"data.flip is {self.flip}: give a probability")
-        if self.evaluation_crop is not None and not 0 < self.evaluation_crop <= 1:
-            raise ValueError(f"data.evaluation_crop is {self.evaluation_crop}: give a share of the sides in (0, 1]")
 
 
 @dataclass(frozen=True)
@@ -109,15 +65,13 @@ class OptimSettings:
             raise ValueError(f"optim.clip is {self.clip}: give a positive norm")
 
 
-@dataclass(frozen=True)
-class FinetuneSettings:
-    """One fine-tuning run for classification.
+@dataclass(frozen=True, kw_only=True)
+class TransferSettings:
+    """One fine-tuning run, whatever the task.
 
     Args:
-        data: the labeled images; in Python a path alone will do.
         out: run folder to make.
         init: pre-training run or exported encoder to start from, or none for the from-scratch twin.
-        labels_per_class: use so many training images of each class, drawn by the seed; all by default.
         freeze: train the head alone.
         image_size: pixels, one number or height and width; the encoder's own by default.
         epochs: passes over the training images; by default 100, and for a few labels as many as make 500 steps.
@@ -129,7 +83,7 @@ class FinetuneSettings:
         precision: as Lightning names them.
         resume: go on with the run in `out`, or start it if there is none.
         overwrite: delete the run in `out` and start it anew.
-        validations: how often the validation images are classified in the course of the run.
+        validations: how often the validation images are looked at in the course of the run.
         log_every_steps: metrics every so many steps.
         loggers: services to log to beside TensorBoard and metrics.csv: wandb, mlflow.
         encoder: changes to the encoder.
@@ -137,10 +91,10 @@ class FinetuneSettings:
         trainer: further settings of Lightning's Trainer.
     """
 
-    data: LabeledSettings
+    task: ClassVar[str]  # as it stands in the command, and where `finetune.run` finds it
+
     out: str
     init: str = "none"
-    labels_per_class: int | None = None
     freeze: bool = False
     image_size: int | tuple[int, int] | None = None
     epochs: float | None = None
@@ -160,8 +114,6 @@ class FinetuneSettings:
     trainer: dict[str, Any] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
-        if isinstance(self.data, str):
-            object.__setattr__(self, "data", LabeledSettings(self.data))
         names = self.loggers.split(",") if isinstance(self.loggers, str) else self.loggers
         object.__setattr__(self, "loggers", tuple(name.strip() for name in names if name.strip()))
         if isinstance(self.image_size, list):
@@ -181,13 +133,17 @@ class FinetuneSettings:
         """(height, width) of the images, once resolved."""
         return (self.image_size,) * 2 if isinstance(self.image_size, int) else self.image_size
 
+    def label_provenance(self) -> dict:
+        """What an exported model says of the choice of its labels."""
+        return {}
+
     def schedule(self) -> Schedule:
         """The learning rate's course, once resolved."""
         optim = self.optim
         return Schedule(optim.lr, self.epochs, optim.warmup_epochs, optim.warmup_lr, min_lr=optim.min_lr)
 
 
-def with_schedule(settings: FinetuneSettings, count: int, device: str, small: bool) -> FinetuneSettings:
+def with_schedule(settings: TransferSettings, count: int, device: str, small: bool) -> TransferSettings:
     """Settings with length, batch, peak learning rate and warm-up filled in where they are open.
 
     Args:

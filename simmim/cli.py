@@ -242,7 +242,7 @@ def run_finetune(arguments: Sequence[str]) -> None:
         raise UsageError(f"which task? give one of: simmim finetune {' | '.join(tasks)}")
     if arguments[0] not in tasks:
         raise UsageError(f"unknown task {arguments[0]!r}{nearest(arguments[0], tasks)}")
-    from finetune.settings import FinetuneSettings
+    from finetune.classification_settings import FinetuneSettings
 
     settings = parse(f"finetune {arguments[0]}", FinetuneSettings, with_saved_config(arguments[1:]))
     from finetune import finetune

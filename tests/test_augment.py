@@ -6,8 +6,9 @@ import pytest
 import torch
 
 from finetune.augment import AffineSettings, warp
+from finetune.classification_settings import FinetuneSettings
 from finetune.label_study import Arm, Trial, comparison_table, mean_and_error, pretrained_and_scratch
-from finetune.settings import EncoderSettings, FinetuneSettings, OptimSettings
+from finetune.settings import EncoderSettings, OptimSettings
 
 IDENTITY = torch.tensor([[[1.0, 0.0, 0.0], [0.0, 1.0, 0.0]]])
 SEEDS = list(range(2000))
@@ -179,12 +180,12 @@ def test_pairing_is_by_seed():
 
 def test_twin_from_scratch():
     """Everything alike but the weights, and the learning rate and layer decay that suit it."""
-    settings = FinetuneSettings("images", "run", init="enc", optim=OptimSettings(lr=0.1, layer_decay=0.7), epochs=3.0)
+    settings = FinetuneSettings(data="images", out="run", init="enc", optim=OptimSettings(lr=0.1, layer_decay=0.7), epochs=3.0)
     pretrained, scratch = pretrained_and_scratch(settings, scratch_lr=0.2, scratch_layer_decay=0.9)
     assert pretrained == Arm("pre-trained", settings)
     assert scratch.settings == FinetuneSettings(
-        "images",
-        "run",
+        data="images",
+        out="run",
         encoder=EncoderSettings(like="enc"),
         optim=OptimSettings(lr=0.2, layer_decay=0.9),
         epochs=3.0,

@@ -11,7 +11,7 @@ import pytest
 import yaml
 from PIL import Image
 
-from finetune.settings import FinetuneSettings
+from finetune.classification_settings import FinetuneSettings
 from pretrain.settings import PretrainSettings
 from simmim.checkpoint import Preprocessing, save_encoder
 from simmim.cli import COMMANDS, canonical, main, parse, with_saved_config
@@ -349,7 +349,7 @@ def test_resuming_takes_the_runs_own_settings(tmp_path):
     "words, settings",
     [
         (f"{PRETRAIN} --epochs 3 --model.mask-ratio 0.5", PretrainSettings("images", "new", epochs=3.0)),
-        (f"{FINETUNE} --epochs 3", FinetuneSettings("labeled", "new", epochs=3.0)),
+        (f"{FINETUNE} --epochs 3", FinetuneSettings(data="labeled", out="new", epochs=3.0)),
     ],
 )
 def test_printed_config_reads_back(words, settings, capsys, tmp_path, place, monkeypatch):

@@ -56,8 +56,8 @@ def test_the_best_classifier_is_kept(digits, finished):
     with torch.no_grad():
         logits = saved.model(normalise(pixels, saved.preprocessing.mean, saved.preprocessing.std))
     accuracy = (logits.argmax(dim=1) == torch.tensor(labels.validation["label"])).float().mean()
-    assert accuracy.item() == pytest.approx(finished.best_accuracy)
-    assert finished.best_accuracy >= finished.accuracy
+    assert accuracy.item() == pytest.approx(finished.best)
+    assert finished.best >= finished.accuracy
 
 
 def test_fine_tuning_learns_the_labels_it_is_given(digits, encoder_folder, tmp_path):
@@ -128,7 +128,7 @@ def test_a_larger_image_gets_a_larger_window_scaled_by_the_pretrained_one(digits
 
 
 def test_from_scratch_without_any_encoder(digits, tmp_path):
-    run = FinetuneSettings(str(digits.labeled), str(tmp_path / "run"), labels_per_class=2, epochs=1, batch_size=20)
+    run = FinetuneSettings(data=str(digits.labeled), out=str(tmp_path / "run"), labels_per_class=2, epochs=1, batch_size=20)
     finetune(run, quiet=True)
     assert load_encoder(tmp_path / "run").config.depths == (2, 2)  # nano, for thumbnails
 
@@ -136,7 +136,12 @@ def test_from_scratch_without_any_encoder(digits, tmp_path):
 def test_head_and_final_norm_learn_fastest():
     model = Classifier(SwinV2(CONFIG), 3)
     module = ClassificationFinetuning(
-        model, (0.5,), (0.5,), LabeledSettings("x").affine, lambda step: 0.1, OptimSettings(layer_decay=0.5), False
+        model,
+        Preprocessing((32, 32), (0.5,), (0.5,)),
+        LabeledSettings("x").affine,
+        lambda step: 0.1,
+        OptimSettings(layer_decay=0.5),
+        freeze=False,
     )
     optimiser = module.configure_optimizers()["optimizer"]
     rate_of = {name: group["lr"] for group in optimiser.param_groups for name in group["names"]}

@@ -103,7 +103,7 @@ def test_loggers_that_are_not_installed_are_refused(tmp_path, monkeypatch, name)
 def test_loggers_as_they_are_typed():
     for given in ("wandb,mlflow", "wandb, mlflow", ["wandb", "mlflow"], ("wandb", "mlflow")):
         assert settings("images", "run", loggers=given).loggers == ("wandb", "mlflow")
-        assert FinetuneSettings(LabeledSettings("images"), "run", loggers=given).loggers == ("wandb", "mlflow")
+        assert FinetuneSettings(data=LabeledSettings("images"), out="run", loggers=given).loggers == ("wandb", "mlflow")
     assert settings("images", "run").loggers == ()
 
 
@@ -298,8 +298,8 @@ def test_finetuning_logs_validation_and_training_in_one_chart(digits, tmp_path):
     """Every number of metrics.csv is on the page, under a group that the table knows, and nothing else is."""
     run = finetune(
         FinetuneSettings(
-            LabeledSettings(str(digits.labeled)),
-            str(tmp_path / "run"),
+            data=LabeledSettings(str(digits.labeled)),
+            out=str(tmp_path / "run"),
             encoder=EncoderSettings(preset="nano"),
             labels_per_class=2,
             steps=4,

@@ -6,7 +6,8 @@ from pathlib import Path
 import pytest
 import torch
 
-from finetune.settings import FinetuneSettings, with_schedule
+from finetune.classification_settings import FinetuneSettings
+from finetune.settings import with_schedule
 from pretrain.run import build_model
 from pretrain.settings import PretrainSettings, resolve
 from simmim.cli import parse

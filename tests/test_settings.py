@@ -4,7 +4,8 @@ from dataclasses import fields, is_dataclass, replace
 import pytest
 import yaml
 
-from finetune.settings import EncoderSettings, FinetuneSettings, LabeledSettings
+from finetune.classification_settings import FinetuneSettings, LabeledSettings
+from finetune.settings import EncoderSettings
 from finetune.settings import OptimSettings as FinetuneOptimSettings
 from pretrain.settings import DataSettings, ModelSettings, OptimSettings, PretrainSettings, resolve
 from simmim.cli import parse
@@ -171,11 +172,11 @@ def test_settings_that_cannot_be_resolved(changes, message):
         (lambda: FinetuneOptimSettings(label_smoothing=1.0), "optim.label_smoothing is 1.0"),
         (lambda: FinetuneOptimSettings(accumulate=0), "optim.accumulate is 0"),
         (lambda: FinetuneOptimSettings(clip=-1.0), "optim.clip is -1.0"),
-        (lambda: FinetuneSettings("x", "run", validations=0), "validations is 0: give a positive number"),
-        (lambda: FinetuneSettings("x", "run", workers=-2), "workers is -2"),
-        (lambda: FinetuneSettings("x", "run", freeze=True), "--freeze with --init none would train a head on random"),
-        (lambda: FinetuneSettings("x", "run", "enc", encoder=EncoderSettings(like="a")), "use them with --init none"),
-        (lambda: FinetuneSettings("x", "run", "enc", encoder=EncoderSettings(preset="nano")), "with --init none"),
+        (lambda: FinetuneSettings(data="x", out="run", validations=0), "validations is 0: give a positive number"),
+        (lambda: FinetuneSettings(data="x", out="run", workers=-2), "workers is -2"),
+        (lambda: FinetuneSettings(data="x", out="run", freeze=True), "--freeze with --init none would train a head on random"),
+        (lambda: FinetuneSettings(data="x", out="run", init="enc", encoder=EncoderSettings(like="a")), "use them with --init none"),
+        (lambda: FinetuneSettings(data="x", out="run", init="enc", encoder=EncoderSettings(preset="nano")), "with --init none"),
     ],
 )
 def test_settings_out_of_range(build, message):
@@ -223,11 +224,11 @@ def test_pretraining_settings_survive_yaml(settings, tmp_path):
 @pytest.mark.parametrize(
     "settings",
     [
-        FinetuneSettings("images", "run"),
-        FinetuneSettings("images", "run", init="other/run", labels_per_class=5, freeze=True, image_size=(32, 64)),
+        FinetuneSettings(data="images", out="run"),
+        FinetuneSettings(data="images", out="run", init="other/run", labels_per_class=5, freeze=True, image_size=(32, 64)),
         FinetuneSettings(
-            LabeledSettings("x", crop_scale=(0.9, 1.0), evaluation_crop=0.875),
-            "run",
+            data=LabeledSettings("x", crop_scale=(0.9, 1.0), evaluation_crop=0.875),
+            out="run",
             epochs=2.5,
             encoder=EncoderSettings(preset="nano", drop_path_rate=0.0, window_size=5),
             optim=FinetuneOptimSettings(lr=1e-5, layer_decay=1.0, warmup_epochs=0.0),
