@@ -8,6 +8,7 @@ _HOMES = {
     "DataSettings": "pretrain.settings",
     "ModelSettings": "pretrain.settings",
     "OptimSettings": "pretrain.settings",
+    "ProbeSettings": "pretrain.settings",
 }
 __all__ = list(_HOMES)
 

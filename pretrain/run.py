@@ -7,11 +7,12 @@ from dataclasses import replace
 from pathlib import Path
 
 import pytorch_lightning as pl
+from pytorch_lightning.strategies import ModelParallelStrategy
 from torch import Tensor
 
-from pretrain.callbacks import Reconstructions
+from pretrain.callbacks import LabeledProbe, Reconstructions
 from pretrain.module import SimMIMPretraining
-from pretrain.settings import DataSettings, ModelSettings, OptimSettings, PretrainSettings, resolve
+from pretrain.settings import DataSettings, ModelSettings, OptimSettings, PretrainSettings, ProbeSettings, resolve
 from simmim.checkpoint import Checkpoint, Preprocessing, build_encoder, preset_name, save_checkpoint
 from simmim.convert import read
 from simmim.convert.files import unpickled
@@ -85,6 +86,7 @@ def pretrain(settings: PretrainSettings) -> Path:
 
     run = Path(settings.out).expanduser()
     preprocessing = Preprocessing(settings.size, data.mean, data.std)
+    probe = labeled_probe(settings, preprocessing, steps_per_epoch)
 
     def export(state: dict[str, Tensor], step: int) -> None:
         """Refresh RUN/encoder from a checkpoint's weights, which are whole whatever the strategy."""
@@ -104,6 +106,7 @@ def pretrain(settings: PretrainSettings) -> Path:
         NotePlaces(),
         Reconstructions(shown, run, every_steps=max(1, round(settings.reconstruct_every_epochs * steps_per_epoch))),
         ActivationMonitor(run, every_steps=max(1, round(settings.activations_every_epochs * steps_per_epoch))),
+        *([probe] if probe else []),
         save,
         StopOnSignal(save),
     ]
@@ -120,17 +123,30 @@ def pretrain(settings: PretrainSettings) -> Path:
         loss="masked_l1",
     )
     per_device_batch(settings.batch_size, trainer.world_size, accumulate)
+    if probe and (trainer.is_global_zero or isinstance(trainer.strategy, ModelParallelStrategy)):
+        probe.read()
     with taken_run_folder(settings) if is_first_process() else contextlib.nullcontext():
         checkpoint = usable_checkpoint(run, say=print if is_first_process() else None) if settings.resume else None
         if trainer.is_global_zero:
             if initial:
                 print(lines)
-            print(summary(settings, model, source.count, steps, trainer, checkpoint), flush=True)
+            print(summary(settings, model, source.count, steps, trainer, checkpoint, probe), flush=True)
         stream = StreamData(samples, settings.batch_size, accumulate, settings.workers)
         trainer.fit(module, datamodule=stream, ckpt_path=checkpoint, weights_only=True)
     if trainer.is_global_zero:
         print(f"encoder: {run / 'encoder'}\nlook at it: tensorboard --logdir {run / 'tensorboard'}")
     return run
+
+
+def labeled_probe(
+    settings: PretrainSettings, preprocessing: Preprocessing, steps_per_epoch: float
+) -> LabeledProbe | None:
+    """The look at labeled images that resolved settings ask for; None where they do not."""
+    if settings.probe.data is None:
+        return None
+    every_steps = max(1, round(settings.probe.every_epochs * steps_per_epoch))
+    config = settings.encoder_config()
+    return LabeledProbe(settings.probe, settings.seed, preprocessing, config, every_steps, settings.workers)
 
 
 def build_model(settings: PretrainSettings) -> SimMIM:
@@ -192,7 +208,13 @@ def data_name(path: str | list[str]) -> str:
 
 
 def summary(
-    settings: PretrainSettings, model: SimMIM, count: int, steps: int, trainer: pl.Trainer, resumed: Path | None
+    settings: PretrainSettings,
+    model: SimMIM,
+    count: int,
+    steps: int,
+    trainer: pl.Trainer,
+    resumed: Path | None,
+    probe: LabeledProbe | None = None,
 ) -> str:
     """What is about to happen, and the resolved configuration."""
     encoder = model.encoder
@@ -213,6 +235,8 @@ def summary(
         f"training {settings.epochs:g} epochs, {steps:,} steps of {settings.batch_size} images, peak learning rate "
         f"{peak:.3g}, {settings.precision} on {trainer.world_size} × {trainer.strategy.root_device.type}",
     ]
+    if probe:
+        lines.append(f"probe    {probe}")
     if resumed:
         lines.append(f"resuming from {resumed}")
     return "\n".join(lines)
@@ -248,5 +272,5 @@ def read_settings(run: str | Path) -> PretrainSettings:
     values = yaml.safe_load(path.read_text(encoding="utf-8"))
     if "model" not in values or "mask_ratio" not in values["model"]:
         raise ValueError(f"run {str(run)!r} is no pre-training run")
-    groups = {"data": DataSettings, "model": ModelSettings, "optim": OptimSettings}
-    return PretrainSettings(**{**values, **{name: kind(**values[name]) for name, kind in groups.items()}})
+    groups = {"data": DataSettings, "model": ModelSettings, "optim": OptimSettings, "probe": ProbeSettings}
+    return PretrainSettings(**{**values, **{name: kind(**values.get(name, {})) for name, kind in groups.items()}})

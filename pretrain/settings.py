@@ -20,7 +20,7 @@ from simmim.defaults import (
 )
 from simmim.masking import BlockMasking
 from simmim.optim import Schedule
-from simmim.swinv2 import PRESETS, SwinV2Config
+from simmim.swinv2 import PRESETS, SwinV2Config, nearest
 
 
 @dataclass(frozen=True)
@@ -139,6 +139,40 @@ class OptimSettings:
             raise ValueError(f"optim.clip is {self.clip}: give a positive norm")
 
 
+@dataclass(frozen=True)
+class ProbeSettings:
+    """A look at what the features are worth while they are learned, on a small labeled set; training is not touched by it.
+    Off unless data is given.
+
+    Args:
+        data: labeled images, as fine-tuning takes them.
+        every_epochs: every so many epochs, and at the end; by default ten times in all.
+        labels_per_class: training images of each class; all by default.
+        method: knn, or probe for logistic regression, which takes longer.
+        k: neighbours that vote.
+        max_images: no more than so many of the training and of the test images, evenly over the classes.
+        column: which holds the images, in sources that have columns; found by default.
+        label_column: which holds the labels; found by default.
+    """
+
+    data: str | None = None
+    every_epochs: float | None = None
+    labels_per_class: int | None = None
+    method: str = "knn"
+    k: int = 20
+    max_images: int = 2000
+    column: str | None = None
+    label_column: str | None = None
+
+    def __post_init__(self) -> None:
+        if self.method not in PROBE_METHODS:
+            raise ValueError(f"unknown probe.method {self.method!r}{nearest(self.method, PROBE_METHODS)}")
+        for name in ("every_epochs", "labels_per_class", "k", "max_images"):
+            if getattr(self, name) is not None and getattr(self, name) <= 0:
+                raise ValueError(f"probe.{name} is {getattr(self, name)}: give a positive number")
+
+
+PROBE_METHODS = ("knn", "probe")
 POSITIVE = (
     "epochs", "batch_size", "log_every_steps", "save_every_steps", "save_every_minutes", "keep_checkpoints",
     "reconstruct_every_epochs", "activations_every_epochs",
@@ -173,6 +207,7 @@ class PretrainSettings:
         loggers: services to log to beside TensorBoard and metrics.csv: wandb, mlflow.
         model: masking, target, encoder.
         optim: optimiser and schedule.
+        probe: what the features are worth on a small labeled set, logged beside the loss.
         trainer: further settings of Lightning's Trainer.
     """
 
@@ -198,6 +233,7 @@ class PretrainSettings:
     loggers: str | tuple[str, ...] = ()
     model: ModelSettings = ModelSettings()
     optim: OptimSettings = OptimSettings()
+    probe: ProbeSettings = ProbeSettings()
     trainer: dict[str, Any] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
@@ -316,6 +352,7 @@ def resolve(
         workers=workers if settings.workers is None else settings.workers,
         reconstruct_every_epochs=settings.reconstruct_every_epochs or max(epochs / 20, 1e-9),
         activations_every_epochs=settings.activations_every_epochs or max(epochs / 20, 1e-9),
+        probe=replace(settings.probe, every_epochs=settings.probe.every_epochs or max(epochs / 10, 1e-9)),
     )
     resolved = replace(
         resolved,

@@ -234,20 +234,37 @@ def with_saved_config(arguments: Sequence[str]) -> list[str]:
 
 def run_finetune(arguments: Sequence[str]) -> None:
     """simmim finetune TASK"""
-    tasks = ("classification",)
+    tasks = {  # where the settings of each are
+        "classification": ("finetune.classification_settings", "FinetuneSettings"),
+        "segmentation": ("finetune.segmentation_settings", "SegmentationSettings"),
+    }
     if arguments and arguments[0] in ("-h", "--help"):
         print(f"usage: simmim finetune TASK [options]\n\ntasks: {', '.join(tasks)}\n\n--help after a task lists its options")
         return
     if not arguments or arguments[0].startswith("-"):
         raise UsageError(f"which task? give one of: simmim finetune {' | '.join(tasks)}")
     if arguments[0] not in tasks:
-        raise UsageError(f"unknown task {arguments[0]!r}{nearest(arguments[0], tasks)}")
-    from finetune.classification_settings import FinetuneSettings
+        raise UsageError(f"unknown task {arguments[0]!r}{nearest(arguments[0], list(tasks))}")
+    from importlib import import_module
 
-    settings = parse(f"finetune {arguments[0]}", FinetuneSettings, with_saved_config(arguments[1:]))
+    module, name = tasks[arguments[0]]
+    settings_class = getattr(import_module(module), name)
+    settings = parse(f"finetune {arguments[0]}", settings_class, with_saved_config(arguments[1:]))
     from finetune import finetune
 
     finetune(settings)
+
+
+def run_study(arguments: Sequence[str]) -> None:
+    """simmim study"""
+    from finetune.study_settings import StudySettings
+
+    settings = parse("study", StudySettings, with_saved_config(arguments))
+    from finetune import study
+    from finetune.study_report import report
+
+    result = study(settings)
+    print(f"\n{report(result)}\n\nplot and numbers: {settings.out}")
 
 
 def run_reconstruct(arguments: Sequence[str]) -> None:
@@ -340,7 +357,7 @@ def run_embed(arguments: Sequence[str]) -> None:
         workers=(int, -1, "processes that load images; what suits the machine by default"),
     )
     from simmim.convert import read_encoder
-    from simmim.evaluate import embed
+    from simmim.evaluate import EncoderPass, embed
     from simmim.training import device_type
 
     done = embed(
@@ -349,13 +366,70 @@ def run_embed(arguments: Sequence[str]) -> None:
         chosen.out,
         stage=None if chosen.stage < 0 else chosen.stage,
         pooling=chosen.pooling,
-        batch_size=chosen.batch_size,
-        workers=None if chosen.workers < 0 else chosen.workers,
-        device=device_type(),
+        how=EncoderPass(chosen.batch_size, None if chosen.workers < 0 else chosen.workers, device_type()),
     )
     for path, why in done.unreadable.items():
         print(f"not read: {path}: {why}", file=sys.stderr)
     print(f"{done.count:,} vectors of {done.dim:,} values, {len(done.unreadable):,} images unreadable: {chosen.out}")
+
+
+def run_probe(arguments: Sequence[str]) -> None:
+    """simmim probe"""
+    compare_features("probe", arguments, "Linear probe and k-NN of every stage of a frozen encoder, and which to take.")
+
+
+def run_knn(arguments: Sequence[str]) -> None:
+    """simmim knn"""
+    compare_features("knn", arguments, "k-NN of every stage of a frozen encoder, and which to take; nothing is fitted.")
+
+
+def compare_features(method: str, arguments: Sequence[str], purpose: str) -> None:
+    """`simmim probe` and `simmim knn`."""
+    chosen = options(
+        method,
+        arguments,
+        purpose,
+        run=(str, ..., "run folder, or an encoder in any format that is known"),
+        data=(str, ..., "labeled images, as finetune takes them"),
+        labels_per_class=(int, 0, "training images of each class; all by default"),
+        seed=(int, 0, "of the draw of labels, which is finetune's of the same seed"),
+        seeds=(int, 1, "so many draws, from seed on; gives standard errors"),
+        stage=(str, "all", "one stage, from 0, or final: the last one's features after the norm"),
+        pooling=(str, "all", "of each map: mean, or 2x2 for the means of its quarters"),
+        k=(int, 20, "neighbours that vote"),
+        out=(str, "", "file for the results as well: .json, .csv or .md; must not exist yet"),
+        batch_size=(int, 64, "images at a time"),
+        workers=(int, -1, "processes that load images; what suits the machine by default"),
+        column=(str, "", "which holds the images, in sources that have columns; found by default"),
+        label_column=(str, "", "which holds the labels; found by default"),
+    )
+    from simmim.convert import read_encoder
+    from simmim.evaluate import Comparison, EncoderPass, check_out, compare, write_report
+    from simmim.training import device_type
+
+    asked = Comparison(
+        chosen.data,
+        method,
+        chosen.labels_per_class or None,
+        chosen.seed,
+        chosen.seeds,
+        chosen.stage,
+        chosen.pooling,
+        chosen.k,
+        column=chosen.column or None,
+        label_column=chosen.label_column or None,
+    )
+    if chosen.out:
+        check_out(chosen.out)
+    how = EncoderPass(chosen.batch_size, None if chosen.workers < 0 else chosen.workers, device_type())
+    report = compare(read_encoder(chosen.run), asked, how)
+    for path, why in report.unreadable.items():
+        print(f"not read: {path}: {why}", file=sys.stderr)
+    print(report.table())
+    if report.unreadable:
+        print(f"\n{len(report.unreadable):,} images unreadable and left out")
+    if chosen.out:
+        print(f"\nresults: {write_report(report, chosen.out)}")
 
 
 def run_plan(arguments: Sequence[str]) -> None:
@@ -391,18 +465,39 @@ def run_predict(arguments: Sequence[str]) -> None:
     chosen = options(
         "predict",
         arguments,
-        "Classify a folder of images with a fine-tuned encoder.",
+        "Classes or masks of a folder of images, by a fine-tuned encoder.",
         run=(str, ..., "run folder of simmim finetune"),
         images=(str, ..., "folder of images"),
-        out=(str, "predictions.csv", "CSV file to write; must not exist yet"),
+        out=(str, "", "CSV file to write, predictions.csv by default, or of segmentation a folder; must not exist yet"),
         batch_size=(int, 64, "images at a time"),
+        workers=(int, -1, "processes that load images, of classification; what suits the machine by default"),
+        overlays=(bool, True, "of segmentation: also write the masks' colours over the images"),
     )
+    from finetune.segmentation import holds_segmenter
+
+    if holds_segmenter(chosen.run):
+        return predict_masks(chosen)
+    chosen.out = chosen.out or "predictions.csv"
     from finetune import predict
 
-    count, unreadable = predict(chosen.run, chosen.images, chosen.out, chosen.batch_size)
+    workers = None if chosen.workers < 0 else chosen.workers
+    count, unreadable = predict(chosen.run, chosen.images, chosen.out, chosen.batch_size, workers)
     for path, why in unreadable.items():
         print(f"not read: {path}: {why}", file=sys.stderr)
     print(f"{count:,} images classified, {len(unreadable):,} unreadable: {chosen.out}")
+
+
+def predict_masks(chosen) -> None:
+    """`simmim predict` of a run of segmentation."""
+    from finetune.segmentation_prediction import segment
+
+    out = chosen.out or "predictions"
+    done = segment(chosen.run, chosen.images, out, chosen.batch_size, chosen.overlays)
+    for path, why in done.unreadable.items():
+        print(f"not read: {path}: {why}", file=sys.stderr)
+    total = sum(done.pixels.values())
+    shares = ", ".join(f"{name} {count / total:.1%}" for name, count in done.pixels.items() if count)
+    print(f"{done.count:,} images segmented, {len(done.unreadable):,} unreadable: {out}\npixels   {shares}")
 
 
 def run_check_data(arguments: Sequence[str]) -> int:
@@ -459,8 +554,9 @@ def run_demo(arguments: Sequence[str]) -> None:
     print("1/4 writing 5,000 real handwritten digits", flush=True)
     digits = write_digits(out / "digits")
 
-    from finetune import FinetuneSettings, study
-    from finetune.label_study import comparison_table, pretrained_and_scratch
+    from finetune import FinetuneSettings
+    from finetune.label_study import pretrained_and_scratch, run_arms
+    from finetune.study_report import comparison_table
     from pretrain import PretrainSettings, pretrain
     from pretrain.reconstruct import reconstruct
     from simmim.data import cores
@@ -477,8 +573,9 @@ def run_demo(arguments: Sequence[str]) -> None:
     recipe = ["--config", str(recipe_path("finetune/demo.yaml"))]
     words = [*recipe, "--data", str(digits.labeled), "--out", str(out / "finetune"), "--init", str(run)]
     arms = pretrained_and_scratch(parse("finetune", FinetuneSettings, words), **SCRATCH_TWIN)
-    trials = study(arms, (5, 10), range(chosen.seeds), out / "finetune", processes=min(cores(), 4))
-    table = comparison_table(trials, *(arm.name for arm in arms))
+    labels = {5: 5, 10: 10}
+    result = run_arms(arms, labels, range(chosen.seeds), out / "finetune", processes=min(cores(), 4))
+    table = comparison_table(result.trials, result.arms, tuple(labels))
     (out / "table.md").write_text(table + "\n", encoding="utf-8")
     print(
         f"\nTest accuracy in percent on 1,000 digits, mean ± standard error:\n\n{table}\n\n"
@@ -505,12 +602,15 @@ COMMANDS = (
     Command("check-data", "what a folder holds, what cannot be read, and what to type next", run_check_data),
     Command("pretrain", "stage 1: SimMIM on a folder of unlabeled images", run_pretrain),
     Command("reconstruct", "pictures of what a pre-trained model fills in", run_reconstruct),
-    Command("finetune", "stage 2: transfer the encoder to a labeled task (classification)", run_finetune),
-    Command("predict", "classify images with a fine-tuned encoder, to CSV", run_predict),
+    Command("finetune", "stage 2: transfer the encoder to a labeled task (classification, segmentation)", run_finetune),
+    Command("study", "accuracy against labels a class: pre-trained, from scratch, other encoders", run_study),
+    Command("predict", "classify or segment images with a fine-tuned encoder, to CSV or mask PNGs", run_predict),
     Command("export", "the encoder or classifier for timm, transformers, ONNX or the authors' code", run_export),
     Command("inspect", "what a weight file is, whether it loads and what it can be exported as", run_inspect),
     Command("plan", "parameters, FLOPs and memory of a model on so many devices, before they are hired", run_plan),
     Command("embed", "one vector for each image, to Parquet", run_embed),
+    Command("probe", "what a frozen encoder's stages are worth by logistic regression on few labels", run_probe),
+    Command("knn", "the same by nearest neighbours, with nothing fitted", run_knn),
 )
 
 

@@ -59,6 +59,19 @@ def default_finetuning_epochs(count: int, batch_size: int) -> float:
     return float(max(math.ceil(500 * batch_size / count), 30 if count > 20_000 else 100))
 
 
+def default_ema(steps: int) -> float:
+    """Decay of an average over the last twentieth of a run, in which the cosine has all but come down, so that the average
+    does not lag behind; at most 0.9999."""
+    return min(1 - 1 / max(steps / 20, 1), 0.9999)
+
+
+def default_drop_path(embed_dim: int, depths: tuple[int, ...]) -> float:
+    """Stochastic depth as published: 0.1, and 0.2 from large on; none for encoders so shallow that each block counts."""
+    if sum(depths) < 8:
+        return 0.0
+    return 0.2 if embed_dim >= 192 else 0.1
+
+
 def default_batch_size(device: str, small: bool) -> int:
     """Large enough for the hardware, small enough for its memory."""
     if device == "cpu":

@@ -14,9 +14,12 @@ from simmim.files import whole_file
 
 CONFIG, CHECKPOINTS, LAST, BEST = "config.yaml", "checkpoints", "last.ckpt", "best.ckpt"
 LOCK = ".lock"
-# Not part of what a run is: a resumed run may have other workers, devices or strategies, and says --resume.
+# Not part of what a run is: a resumed run may have other workers, devices or strategies, and says --resume; a study may
+# have grown.
 CIRCUMSTANCES = (
     "resume", "overwrite", "out", "workers", "devices", "trainer", "loggers", "save_every_minutes", "keep_checkpoints",
+    "labels", "seeds", "against", "processes", "keep_weights",
+    "probe",
 )  # fmt: skip
 
 

@@ -48,6 +48,14 @@ def place(tmp_path_factory):
     for name in ("a", "b"):
         write_images(here / "labeled" / name, 4)
     write_images(here / "one" / "a", 2)
+    for part in ("train", "test"):
+        for name in ("a", "b"):
+            write_images(here / "split" / part / name, 4)
+    for name in ("a", "b"):
+        (here / "torn" / name).mkdir(parents=True)
+        for number in range(2):
+            (here / "torn" / name / f"{number}.png").write_text("no image")
+    (here / "kept.csv").write_text("mine")
     (here / "empty").mkdir()
     (here / "full").mkdir()
     (here / "full" / "thesis.txt").write_text("mine")
@@ -73,6 +81,7 @@ def listing(folder):
 
 PRETRAIN = "pretrain --data images --out new"
 FINETUNE = "finetune classification --data labeled --out new"
+PROBE, KNN = "probe --run encoder --data split", "knn --run encoder --data split"
 
 
 @pytest.mark.parametrize(
@@ -159,6 +168,31 @@ FINETUNE = "finetune classification --data labeled --out new"
         (f"{FINETUNE} --encoder.preset tyni", ["unknown preset 'tyni'", "'tiny'?"]),
         (f"{FINETUNE} --data.affine.degres 3", ["unknown setting 'data.affine.degres'", "'data.affine.degrees'?"]),
         (f"{FINETUNE} --data.affine.degrees -3", ["data.affine.degrees is -3.0: give a number from 0 on"]),
+        (f"{PRETRAIN} --probe.data absent", ["labeled folder 'absent' does not exist"]),
+        (f"{PRETRAIN} --probe.data texts", ["labeled folder 'texts' has 0 class folders: give at least two"]),
+        (f"{PRETRAIN} --probe.data torn", ["none of 4 images can be read; the first, torn/a/0.png: not an image"]),
+        (f"{PRETRAIN} --probe.data labeled --probe.labels-per-class 9", ["9 labels per class", "has 3 training images"]),
+        (f"{PRETRAIN} --probe.data labeled --probe.method kn", ["unknown probe.method 'kn'", "'knn'?"]),
+        (f"{PRETRAIN} --probe.every-epochs 0", ["probe.every_epochs is 0.0: give a positive number"]),
+        (f"{PRETRAIN} --probe.dat labeled", ["unknown setting 'probe.dat'", "'probe.data'?"]),
+        ("probe --run absent --data labeled", ["no encoder at 'absent'"]),
+        ("probe --data labeled", ["missing: give --run"]),
+        ("knn --run encoder", ["missing: give --data"]),
+        (f"{KNN} --ot r.json", ["unknown setting 'ot'", "'out'?"]),
+        (f"{KNN} --out r.txt", ["'r.txt' is of no known kind: end it in .json, .csv, .md"]),
+        (f"{PROBE} --out kept.csv", ["'kept.csv' exists: give a new file"]),
+        (f"{PROBE} --stage 2 --out r.csv", ["stage is '2': give all, final, 0, 1"]),
+        (f"{KNN} --pooling max", ["unknown pooling 'max': give all, mean, 2x2"]),
+        (f"{KNN} --k 0", ["k is 0: give 1 or more neighbours"]),
+        (f"{PROBE} --seeds 0", ["seeds is 0: give 1 or more"]),
+        (f"{PROBE} --seed -1", ["seed is -1: give 0 or more"]),
+        (f"{PROBE} --labels-per-class -3", ["labels_per_class is -3: give 1 or more"]),
+        (f"{PROBE} --labels-per-class 50 --out r.md", ["50 labels per class", "has 4 training images: give 1 to 4"]),
+        (f"{PROBE} --seeds 3", ["are one draw and no more: give labels_per_class, or one seed"]),
+        (f"{PROBE} --batch-size 0", ["batch size is 0"]),
+        ("knn --run encoder --data one", ["has 1 class folder: give at least two"]),
+        ("knn --run encoder --data absent", ["labeled folder 'absent' does not exist"]),
+        ("knn --run encoder --data images", ["'images' has 0 class folders"]),
         ("demo --out full", ["'full' exists", "--overwrite", "--out"]),
         ("demo --out full --overwrite", ["'full' exists"]),
         ("demo --seeds 1 --out new", ["seeds is 1: give 2 or more"]),
@@ -256,6 +290,9 @@ SHARED = [
         ("inspect", ["--path", "--window_size"]),
         ("plan", ["--preset", "--image", "--devices", "--device_memory_gib"]),
         ("embed", ["--run", "--images", "--out", "--stage", "--pooling"]),
+        ("probe", ["--run", "--data", "--labels_per_class", "--seed", "--seeds", "--stage", "--pooling", "--k", "--out"]),
+        ("knn", ["--run", "--data", "--labels_per_class", "--seed", "--seeds", "--stage", "--pooling", "--k", "--out"]),
+        ("study", ["--data.path", "--init", "--labels", "--seeds", "--against", "--lr_factors", "--folds", "--processes"]),
         ("predict", ["--run", "--images", "--out", "--batch_size"]),
         ("demo", ["--out", "--seeds", "--overwrite"]),
         ("check-data", ["--path", "--column", "--images_per_second", "--workers", "--json"]),

@@ -21,7 +21,6 @@ from sklearn.neighbors import KNeighborsClassifier
 from sklearn.pipeline import make_pipeline
 from sklearn.preprocessing import StandardScaler
 
-from simmim import evaluate
 from simmim.checkpoint import Preprocessing, save_encoder
 from simmim.convert import read_encoder
 from simmim.data import labeled_images, open_images
@@ -29,6 +28,7 @@ from simmim.evaluate import (
     DEFAULT_STRENGTH,
     STRENGTHS,
     CrossValidated,
+    EncoderPass,
     Feature,
     StageScore,
     StageScores,
@@ -39,13 +39,18 @@ from simmim.evaluate import (
     knn,
     knn_predict,
     linear_probe,
+    neighbours,
+    parquet,
     probe_stages,
     stages_table,
+    vectors,
 )
+from simmim.evaluate import probe as probe_module
 from simmim.swinv2 import SwinV2, SwinV2Config
 
 CONFIG = SwinV2Config(16, (1, 2), (2, 2), window_size=4, in_channels=1, drop_path_rate=0.5)
 GRAY = Preprocessing((32, 32), (0.13,), (0.31,))
+HERE = EncoderPass(workers=0)
 CLOSE = {"rtol": 1e-6, "atol": 1e-6}
 
 pytestmark = pytest.mark.filterwarnings("ignore:This DataLoader will create")
@@ -83,7 +88,7 @@ def digit_vectors(digits, encoder):
     found = labeled_images(digits.labeled, None, seed=0)
     features, parts = all_features(encoder.config, GRAY.image_size), []
     for source in (found.train, found.validation):
-        part = embeddings(encoder, GRAY, source, features, workers=0)
+        part = embeddings(encoder, GRAY, source, features, how=HERE)
         parts += [part.vectors, np.asarray(source["label"])[part.rows]]
     return parts
 
@@ -150,7 +155,7 @@ def test_embeddings_are_the_encoders_features(encoder, digits):
 
 def test_final_features_are_the_default(encoder, digits):
     source = open_images(digits.unlabeled).select(range(5))
-    vectors = embeddings(encoder, GRAY, source, workers=0).vectors
+    vectors = embeddings(encoder, GRAY, source, how=HERE).vectors
     assert list(vectors) == ["final"] and vectors["final"].shape == (5, 32)
 
 
@@ -158,8 +163,8 @@ def test_final_features_are_the_default(encoder, digits):
 def test_workers_and_batches_change_nothing(encoder, damaged, workers, batch_size):
     """Unreadable images among them, at either end of a batch, filling one, and in the last."""
     source, features = open_images(damaged), (Feature(), Feature(0, "2x2"))
-    found = embeddings(encoder, GRAY, source, features, batch_size, workers)
-    expected = embeddings(encoder, GRAY, source, features, 5, 0)
+    found = embeddings(encoder, GRAY, source, features, EncoderPass(batch_size, workers))
+    expected = embeddings(encoder, GRAY, source, features, EncoderPass(5, 0))
     readable = [row for row in range(25) if row not in UNREADABLE]
     assert found.rows.tolist() == readable and found.rows.dtype == np.int64
     assert found.paths == tuple(str(damaged / f"{row:02d}.png") for row in readable)
@@ -171,16 +176,16 @@ def test_workers_and_batches_change_nothing(encoder, damaged, workers, batch_siz
 
 def test_reading_processes_by_default(encoder, digits, monkeypatch):
     """As many as the machine has for it, and no more than there are batches."""
-    source, started, load = open_images(digits.unlabeled), [], evaluate.DataLoader
+    source, started, load = open_images(digits.unlabeled), [], vectors.DataLoader
 
     def noted(*given, **how):
         started.append(how["num_workers"])
         return load(*given, **how)
 
-    monkeypatch.setattr(evaluate, "worker_count", lambda device: {"cpu": 3}[device])
-    monkeypatch.setattr(evaluate, "DataLoader", noted)
+    monkeypatch.setattr(vectors, "worker_count", lambda device: {"cpu": 3}[device])
+    monkeypatch.setattr(vectors, "DataLoader", noted)
     for batch_size, workers in ((64, None), (100, 2), (120, None), (240, 5), (64, 0)):
-        embedded_batches(encoder, GRAY, source, batch_size=batch_size, workers=workers)
+        embedded_batches(encoder, GRAY, source, how=EncoderPass(batch_size, workers))
     assert started == [3, 2, 2, 1, 0]
 
 
@@ -188,13 +193,13 @@ def test_batches_without_an_image_are_not_encoded(encoder, damaged, monkeypatch)
     """Not every device computes with nothing."""
     encode, sizes = SwinV2.encode, []
     monkeypatch.setattr(SwinV2, "encode", lambda model, x, *how: sizes.append(len(x)) or encode(model, x, *how))
-    batches = list(embedded_batches(encoder, GRAY, open_images(damaged), (Feature(0, "2x2"),), batch_size=1, workers=0))
+    batches = list(embedded_batches(encoder, GRAY, open_images(damaged), (Feature(0, "2x2"),), how=EncoderPass(1, 0)))
     assert sizes == [1] * 20 and len(batches) == 25
     assert batches[0].vectors["stage 0, 2x2"].shape == (0, 64) and batches[0].vectors["stage 0, 2x2"].dtype == np.float32
 
 
 def test_unreadable_images_are_named_with_their_reason(encoder, damaged):
-    found = embeddings(encoder, GRAY, open_images(damaged), workers=0)
+    found = embeddings(encoder, GRAY, open_images(damaged), how=HERE)
     assert list(found.unreadable) == [str(damaged / f"{row:02d}.{'jpg' if row == 24 else 'png'}") for row in UNREADABLE]
     reasons = list(found.unreadable.values())
     assert reasons[0] == "not an image" and reasons[1] == "empty file" and all(reasons)
@@ -205,7 +210,7 @@ def test_unreadable_images_are_named_with_their_reason(encoder, damaged):
 
 def test_labels_by_rows(encoder, damaged):
     source = open_images(damaged).add_column("label", [row % 3 for row in range(25)])
-    found = embeddings(encoder, GRAY, source, workers=0)
+    found = embeddings(encoder, GRAY, source, how=HERE)
     assert np.asarray(source["label"])[found.rows].tolist() == [row % 3 for row in range(25) if row not in UNREADABLE]
 
 
@@ -221,7 +226,7 @@ def test_images_without_a_path_or_of_one_name(encoder, some_digits):
         {"bytes": b"", "path": "a.png"},
     ]
     source = datasets.Dataset.from_dict({"image": rows}).cast_column("image", datasets.Image(decode=False))
-    found = embeddings(encoder, GRAY, source, workers=0, batch_size=2)
+    found = embeddings(encoder, GRAY, source, how=EncoderPass(2, 0))
     assert found.paths == ("row 0", "b.png") and found.rows.tolist() == [0, 3]
     assert list(found.unreadable) == ["row 1", "a.png", "a.png (2)", "a.png (3)"]
     assert np.array_equal(*found.vectors["final"])
@@ -229,7 +234,7 @@ def test_images_without_a_path_or_of_one_name(encoder, some_digits):
 
 def test_progress_counts_every_image(encoder, damaged):
     seen = []
-    embeddings(encoder, GRAY, open_images(damaged), batch_size=10, workers=0, progress=seen.append)
+    embeddings(encoder, GRAY, open_images(damaged), how=EncoderPass(10, 0), progress=seen.append)
     assert seen == [10, 10, 5]
 
 
@@ -237,15 +242,15 @@ def test_the_mode_of_the_encoder_and_of_torch(digits):
     """Evaluation mode during the pass and the former one after it; inference mode inside alone."""
     encoder = random_encoder().train()
     source = open_images(digits.unlabeled).select(range(12))
-    expected = embeddings(random_encoder(), GRAY, source, workers=0).vectors["final"]
+    expected = embeddings(random_encoder(), GRAY, source, how=HERE).vectors["final"]
     found = []
-    for batch in embedded_batches(encoder, GRAY, source, batch_size=5, workers=0):
+    for batch in embedded_batches(encoder, GRAY, source, how=EncoderPass(5, 0)):
         assert not torch.is_inference_mode_enabled()
         found.append(batch.vectors["final"])
     assert np.allclose(np.concatenate(found), expected, **CLOSE), "without drop path"
     assert encoder.training
     encoder(torch.zeros(1, 1, 32, 32)).pooled.sum().backward()
-    batches = embedded_batches(encoder, GRAY, source, batch_size=5, workers=0)
+    batches = embedded_batches(encoder, GRAY, source, how=EncoderPass(5, 0))
     next(batches)
     assert not encoder.training
     batches.close()
@@ -261,7 +266,7 @@ def test_preprocessing_is_followed(tmp_path, interpolation):
     for number, image in enumerate(pixels):
         Image.fromarray(image).save(tmp_path / f"{number}.png")
     features = (Feature(), Feature(1, "2x2"))
-    found = embeddings(encoder, preprocessing, open_images(tmp_path), features, workers=0)
+    found = embeddings(encoder, preprocessing, open_images(tmp_path), features, how=HERE)
     for row, path in enumerate(found.paths):
         output = by_hand(encoder, preprocessing, path)
         assert np.allclose(found.vectors["final"][row], output.pooled[0].numpy(), **CLOSE)
@@ -269,8 +274,8 @@ def test_preprocessing_is_followed(tmp_path, interpolation):
         corners = itertools.product((np.s_[:3], np.s_[2:]), (np.s_[:2], np.s_[1:]))
         expected = np.stack([stage[:, rows, columns].mean(axis=(1, 2)) for rows, columns in corners], axis=1)
         assert np.allclose(found.vectors["stage 1, 2x2"][row], expected.ravel(), **CLOSE)
-    cropped = embeddings(encoder, replace(preprocessing, fit="crop"), open_images(tmp_path), workers=0)
-    smaller = embeddings(encoder, replace(preprocessing, crop=0.5), open_images(tmp_path), workers=0)
+    cropped = embeddings(encoder, replace(preprocessing, fit="crop"), open_images(tmp_path), how=HERE)
+    smaller = embeddings(encoder, replace(preprocessing, crop=0.5), open_images(tmp_path), how=HERE)
     for other in (cropped, smaller):
         assert np.abs(other.vectors["final"] - found.vectors["final"]).max() > 0.01
 
@@ -278,8 +283,8 @@ def test_preprocessing_is_followed(tmp_path, interpolation):
 def test_autocast_is_near(encoder, digits):
     source = open_images(digits.unlabeled).select(range(20))
     features = (Feature(), Feature(0, "2x2"))
-    exact = embeddings(encoder, GRAY, source, features, workers=0).vectors
-    coarse = embeddings(encoder, GRAY, source, features, workers=0, autocast=torch.bfloat16).vectors
+    exact = embeddings(encoder, GRAY, source, features, how=HERE).vectors
+    coarse = embeddings(encoder, GRAY, source, features, EncoderPass(workers=0, autocast=torch.bfloat16)).vectors
     for name in exact:
         assert coarse[name].dtype == np.float32
         assert 1e-4 < np.abs(coarse[name] - exact[name]).max() < 0.1
@@ -297,8 +302,6 @@ def test_features_of_small_maps():
 def test_what_cannot_be_embedded(encoder, tmp_path, digits):
     source = open_images(digits.unlabeled)
     for settings, message in (
-        ({"batch_size": 0}, "batch size is 0: give 1 or more"),
-        ({"workers": -1}, "workers is -1: give 0"),
         ({"features": (Feature(2),)}, "stage is 2: this encoder has stages 0 to 1"),
         ({"source": source.select([])}, "the source holds no images"),
     ):
@@ -306,13 +309,17 @@ def test_what_cannot_be_embedded(encoder, tmp_path, digits):
             embeddings(encoder, GRAY, **{"source": source, **settings})
     with pytest.raises(ValueError, match="unknown pooling 'max': give one of mean, 2x2"):
         Feature(0, "max")
+    with pytest.raises(ValueError, match="batch size is 0: give 1 or more"):
+        EncoderPass(0)
+    with pytest.raises(ValueError, match="workers is -1: give 0"):
+        EncoderPass(workers=-1)
     for stage in (-1, 1.0, "last"):
         with pytest.raises(ValueError, match=f"stage is {stage!r}: give a number from 0, or None"):
             Feature(stage)
     for name in ("a.png", "b.png"):
         (tmp_path / name).write_text("no image")
     with pytest.raises(ValueError, match=r"none of 2 images can be read; the first, .+/a.png: not an image"):
-        embeddings(encoder, GRAY, open_images(tmp_path), workers=0)
+        embeddings(encoder, GRAY, open_images(tmp_path), how=HERE)
 
 
 # --- Parquet ---------------------------------------------------------------------------------------------------------
@@ -320,8 +327,8 @@ def test_what_cannot_be_embedded(encoder, tmp_path, digits):
 
 def test_parquet_is_read_by_everyone(saved, damaged, tmp_path):
     out = tmp_path / "new" / "vectors.parquet"
-    result = embed(saved, damaged, out, stage=1, pooling="2x2", batch_size=6, workers=2)
-    expected = embeddings(saved.encoder, GRAY, open_images(damaged), (Feature(1, "2x2"),), workers=0)
+    result = embed(saved, damaged, out, stage=1, pooling="2x2", how=EncoderPass(6, 2))
+    expected = embeddings(saved.encoder, GRAY, open_images(damaged), (Feature(1, "2x2"),), how=HERE)
     vectors = expected.vectors["stage 1, 2x2"]
     assert (result.count, result.dim, result.unreadable) == (20, 128, expected.unreadable)
 
@@ -358,7 +365,7 @@ def test_images_are_given_by_path_or_opened(saved, digits, some_digits, tmp_path
     listed.write_text("\n".join(some_digits))
     tables = []
     for number, images in enumerate((str(listed), [str(listed)], open_images(str(listed)))):
-        embed(saved, images, tmp_path / f"{number}.parquet", workers=0)
+        embed(saved, images, tmp_path / f"{number}.parquet", how=HERE)
         tables.append(pq.read_table(tmp_path / f"{number}.parquet"))
     assert tables[0].equals(tables[1]) and tables[0].equals(tables[2])
     assert tables[0]["path"].to_pylist() == some_digits and tables[0].schema.field("vector").type.list_size == 32
@@ -366,7 +373,7 @@ def test_images_are_given_by_path_or_opened(saved, digits, some_digits, tmp_path
 
 def test_row_groups_are_written_as_they_come(saved, digits, tmp_path, monkeypatch):
     """A group of 50 vectors of 32 values is due with each third batch of 20; the file grows before the images end."""
-    monkeypatch.setattr(evaluate, "ROW_GROUP_BYTES", 50 * 32 * 4)
+    monkeypatch.setattr(parquet, "ROW_GROUP_BYTES", 50 * 32 * 4)
     written, encoded = [], []
     write, encode = pq.ParquetWriter.write_table, SwinV2.encode
     monkeypatch.setattr(
@@ -374,12 +381,12 @@ def test_row_groups_are_written_as_they_come(saved, digits, tmp_path, monkeypatc
         lambda writer, table, **how: written.append((len(encoded), len(table))) or write(writer, table, **how),
     )  # fmt: skip
     monkeypatch.setattr(SwinV2, "encode", lambda *given, **how: encoded.append(1) or encode(*given, **how))
-    result = embed(saved, digits.unlabeled, tmp_path / "v.parquet", batch_size=20, workers=0)
+    result = embed(saved, digits.unlabeled, tmp_path / "v.parquet", how=EncoderPass(20, 0))
     assert written == [(3, 60), (6, 60), (9, 60), (12, 60)] and result.count == 240
     metadata = pq.ParquetFile(tmp_path / "v.parquet").metadata
     assert [metadata.row_group(group).num_rows for group in range(metadata.num_row_groups)] == [60] * 4
     vectors = np.stack(pandas.read_parquet(tmp_path / "v.parquet")["vector"])
-    expected = embeddings(saved.encoder, GRAY, open_images(digits.unlabeled), workers=0).vectors["final"]
+    expected = embeddings(saved.encoder, GRAY, open_images(digits.unlabeled), how=HERE).vectors["final"]
     assert np.allclose(vectors, expected, **CLOSE)
 
 
@@ -389,10 +396,10 @@ def test_whole_or_not_at_all(saved, digits, tmp_path, monkeypatch):
     out = folder / "v.parquet"
     (tmp_path / "a.png").write_text("no image")
     with pytest.raises(ValueError, match=r"none of 1 images can be read; the first, .+a\.png: not an image"):
-        embed(saved, str(tmp_path / "a.png"), out, workers=0)
-    for settings in ({"stage": 5}, {"pooling": "max"}, {"batch_size": 0}):
-        with pytest.raises(ValueError, match=r"stage is 5|unknown pooling|batch size"):
-            embed(saved, digits.unlabeled, out, workers=0, **settings)
+        embed(saved, str(tmp_path / "a.png"), out, how=HERE)
+    for settings in ({"stage": 5}, {"pooling": "max"}):
+        with pytest.raises(ValueError, match=r"stage is 5|unknown pooling"):
+            embed(saved, digits.unlabeled, out, **{"how": HERE, **settings})
     encode, calls = SwinV2.encode, []
 
     def fails(*given, **how):
@@ -402,13 +409,13 @@ def test_whole_or_not_at_all(saved, digits, tmp_path, monkeypatch):
         return encode(*given, **how)
 
     monkeypatch.setattr(SwinV2, "encode", fails)
-    monkeypatch.setattr(evaluate, "ROW_GROUP_BYTES", 1)
+    monkeypatch.setattr(parquet, "ROW_GROUP_BYTES", 1)
     with pytest.raises(RuntimeError, match="out of memory"):
-        embed(saved, digits.unlabeled, out, batch_size=20, workers=0)
+        embed(saved, digits.unlabeled, out, how=EncoderPass(20, 0))
     assert list(folder.iterdir()) == []
     out.write_text("mine")
     with pytest.raises(ValueError, match=r"v\.parquet' exists: give a new file"):
-        embed(saved, digits.unlabeled, out, workers=0)
+        embed(saved, digits.unlabeled, out, how=HERE)
     assert out.read_text() == "mine" and [path.name for path in folder.iterdir()] == ["v.parquet"]
 
 
@@ -432,8 +439,8 @@ def test_knn_is_scikit_learns(digit_vectors, k, temperature):
 @pytest.mark.parametrize("test_rows, train_rows", [(7, 13), (1, 1000), (64, 3), (1000, 1)])
 def test_knn_in_pieces(digit_vectors, monkeypatch, test_rows, train_rows):
     """However few similarities are held at a time, against a count in float64; k larger than a piece too."""
-    monkeypatch.setattr(evaluate, "TEST_ROWS", test_rows)
-    monkeypatch.setattr(evaluate, "TRAIN_ROWS", train_rows)
+    monkeypatch.setattr(neighbours, "TEST_ROWS", test_rows)
+    monkeypatch.setattr(neighbours, "TRAIN_ROWS", train_rows)
     train, train_labels, test, _ = digit_vectors
     for k, temperature in ((1, 0.07), (20, 0.07)):
         votes = np.zeros((len(test["stage 1"]), 10))
@@ -564,7 +571,7 @@ def test_equal_strengths_give_the_strongest_penalty():
 
 def test_fits_that_end_early_say_so(digit_vectors, monkeypatch):
     train, train_labels, test, test_labels = digit_vectors
-    monkeypatch.setattr(evaluate, "MAX_ITERATIONS", 2)
+    monkeypatch.setattr(probe_module, "MAX_ITERATIONS", 2)
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         assert not linear_probe(train["final"], train_labels, test["final"], test_labels).converged

@@ -1,7 +1,7 @@
 """Images from anywhere to batches: sources, decoding, views, order."""
 from simmim.data.decode import UNREADABLE, Picture, open_picture, read_image, reason
 from simmim.data.index import EXTENSIONS, find_images, image_dataset, index_folder
-from simmim.data.labels import LabeledImages, labeled_images
+from simmim.data.labels import LabeledImages, LabeledSource, labeled_images, labeled_source
 from simmim.data.samples import ImageSamples, InOrder, SampleStream, StreamSamples, batches, collate, cores, worker_count
 from simmim.data.sources import Source, open_images, open_source
 from simmim.data.survey import IMAGENET_MEAN, IMAGENET_STD, Survey, survey
@@ -9,7 +9,7 @@ from simmim.data.views import CentreView, RandomView, normalise
 
 __all__ = [
     "EXTENSIONS", "IMAGENET_MEAN", "IMAGENET_STD", "UNREADABLE", "CentreView", "ImageSamples", "InOrder", "LabeledImages",
-    "Picture", "RandomView", "SampleStream", "Source", "StreamSamples", "Survey", "batches", "collate", "cores",
-    "find_images", "image_dataset", "index_folder", "labeled_images", "normalise", "open_images", "open_picture",
-    "open_source", "read_image", "reason", "survey", "worker_count",
+    "LabeledSource", "Picture", "RandomView", "SampleStream", "Source", "StreamSamples", "Survey", "batches", "collate",
+    "cores", "find_images", "image_dataset", "index_folder", "labeled_images", "labeled_source", "normalise", "open_images",
+    "open_picture", "open_source", "read_image", "reason", "survey", "worker_count",
 ]  # fmt: skip

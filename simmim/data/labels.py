@@ -4,6 +4,7 @@ from __future__ import annotations
 import csv
 import os
 import random
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -28,6 +29,67 @@ class LabeledImages:
     classes: tuple[str, ...]
 
 
+@dataclass(frozen=True)
+class LabeledSource:
+    """All of a source's labeled images, before any are drawn.
+
+    Attributes:
+        path: where they come from.
+        classes: the classes' names, in order.
+        train: undecoded column `image`.
+        rows: of `train`, by class name.
+        validation: as `train`; None where the source has no such part, and a fifth of `train` is held out by seed.
+        validation_rows: of `validation`, by class name.
+    """
+
+    path: str
+    classes: tuple[str, ...]
+    train: datasets.Dataset
+    rows: Mapping[str, Sequence[int]]
+    validation: datasets.Dataset | None = None
+    validation_rows: Mapping[str, Sequence[int]] | None = None
+
+    def drawn_rows(self, labels_per_class: int | None, seed: int) -> tuple[dict[str, list[int]], dict[str, list[int]]]:
+        """Rows by class name, to train on and to validate with; the latter of `train` where there is no `validation`.
+
+        Args:
+            labels_per_class, seed: as of `labeled_images`, with the same choice for the same seed.
+
+        Raises:
+            ValueError: as `labeled_images`.
+        """
+        generator = random.Random(f"labels/{seed}")
+        rows = {name: list(self.rows[name]) for name in self.classes}
+        if self.validation_rows is not None:
+            held_out = {name: list(self.validation_rows[name]) for name in self.classes}
+        else:
+            held_out = {}
+            for name in self.classes:
+                if len(rows[name]) < 2:
+                    raise ValueError(
+                        f"class {name!r} has 1 image: give at least 2, one to train on and one to validate with"
+                    )
+                drawn = set(generator.sample(rows[name], max(1, len(rows[name]) // 5)))
+                held_out[name] = sorted(drawn)
+                rows[name] = [row for row in rows[name] if row not in drawn]
+        if labels_per_class is not None:
+            for name in self.classes:
+                if not 1 <= labels_per_class <= len(rows[name]):
+                    raise ValueError(
+                        f"{labels_per_class} labels per class asked for, class {name!r} has {len(rows[name])} training "
+                        f"images: give 1 to {min(len(rows[name]) for name in self.classes)}"
+                    )
+                rows[name] = sorted(generator.sample(rows[name], labels_per_class))
+        return rows, held_out
+
+    def drawn(self, labels_per_class: int | None, seed: int) -> LabeledImages:
+        """The images of `drawn_rows`."""
+        rows, held_out = self.drawn_rows(labels_per_class, seed)
+        validation = self.train if self.validation is None else self.validation
+        names = list(self.classes)
+        return LabeledImages(chosen(self.train, rows, names), chosen(validation, held_out, names), self.classes)
+
+
 def labeled_images(
     path: str | Path,
     labels_per_class: int | None,
@@ -49,33 +111,26 @@ def labeled_images(
         ValueError: when there are fewer than two classes, the two parts' classes differ, a class has a single image and
             has to be divided, or fewer training images than asked for.
     """
+    return labeled_source(path, column, label_column).drawn(labels_per_class, seed)
+
+
+def labeled_source(path: str | Path, column: str | None = None, label_column: str | None = None) -> LabeledSource:
+    """As `labeled_images`, without drawing: for those who draw more than once.
+
+    Raises:
+        ValueError: when there are fewer than two classes or the two parts' classes differ.
+    """
     parts = {name: by_class(*part) for name, part in read_parts(str(path), column, label_column).items()}
     data, rows, names = parts["train"]
-    generator = random.Random(f"labels/{seed}")
-    if "validation" in parts:
-        validation_data, held_out, validation_names = parts["validation"]
-        if set(names) != set(validation_names):
-            raise ValueError(
-                f"classes differ between the training and the validation images of {str(path)!r}: only in one of them: "
-                f"{', '.join(sorted(set(names) ^ set(validation_names)))}"
-            )
-    else:
-        validation_data, held_out = data, {}
-        for name in names:
-            if len(rows[name]) < 2:
-                raise ValueError(f"class {name!r} has 1 image: give at least 2, one to train on and one to validate with")
-            drawn = set(generator.sample(rows[name], max(1, len(rows[name]) // 5)))
-            held_out[name] = sorted(drawn)
-            rows[name] = [row for row in rows[name] if row not in drawn]
-    if labels_per_class is not None:
-        for name in names:
-            if not 1 <= labels_per_class <= len(rows[name]):
-                raise ValueError(
-                    f"{labels_per_class} labels per class asked for, class {name!r} has {len(rows[name])} training "
-                    f"images: give 1 to {min(len(rows[name]) for name in names)}"
-                )
-            rows[name] = sorted(generator.sample(rows[name], labels_per_class))
-    return LabeledImages(chosen(data, rows, names), chosen(validation_data, held_out, names), tuple(names))
+    if "validation" not in parts:
+        return LabeledSource(str(path), tuple(names), data, rows)
+    validation, held_out, validation_names = parts["validation"]
+    if set(names) != set(validation_names):
+        raise ValueError(
+            f"classes differ between the training and the validation images of {str(path)!r}: only in one of them: "
+            f"{', '.join(sorted(set(names) ^ set(validation_names)))}"
+        )
+    return LabeledSource(str(path), tuple(names), data, rows, validation, held_out)
 
 
 def by_class(data: datasets.Dataset, labels: list[str]) -> tuple[datasets.Dataset, dict[str, list[int]], list[str]]:

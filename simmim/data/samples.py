@@ -54,14 +54,17 @@ class ImageSamples(Dataset):
     def __len__(self) -> int:
         return len(self.source)
 
+    def row_of(self, key: tuple[int, int]) -> int:
+        """The source's row behind a key."""
+        return key[1]
+
     def __getitem__(self, key: tuple[int, int]) -> dict:
         epoch, index = key
         generator = random.Random(f"{self.seed}/{epoch}/{index}")
         skipped = []
         for _ in range(REPLACEMENTS_TRIED):
             try:
-                picture, label = self.opened(index)
-                image = self.view(picture, generator)
+                seen = self.seen(index, generator)
                 break
             except UNREADABLE as error:
                 skipped.append((self.source[index]["image"]["path"], reason(error)))
@@ -70,8 +73,12 @@ class ImageSamples(Dataset):
             raise ValueError(
                 f"{REPLACEMENTS_TRIED} images in a row could not be read, the last {skipped[-1][0]}: {skipped[-1][1]}"
             )
-        sample = {"image": image, "seed": generator.getrandbits(62), "skipped": skipped}
-        return sample | ({"label": label} if self.labelled else {})
+        return {**seen, "seed": generator.getrandbits(62), "skipped": skipped}
+
+    def seen(self, index: int, generator: random.Random) -> dict:
+        """The view of the image at `index`, with its label where there are labels."""
+        picture, label = self.opened(index)
+        return {"image": self.view(picture, generator)} | ({"label": label} if self.labelled else {})
 
     def opened(self, index: int) -> tuple[Picture, int | None]:
         """The image at `index` and its label."""
@@ -224,6 +231,8 @@ def collate(samples: list[dict]) -> dict:
     for name in ("place", "file"):
         if name in samples[0]:
             batch[name] = [sample[name] for sample in samples]
+    if "mask" in samples[0]:
+        batch["mask"] = torch.stack([sample["mask"] for sample in samples])
     if "label" in samples[0]:
         batch["label"] = torch.tensor([sample["label"] for sample in samples])
     return batch

@@ -48,8 +48,21 @@ GROUPED = {
     "images_per_s": ("speed/images_per_s", "over all devices, mean since the point before"),
     "data_wait_share": ("speed/data_wait_share", "share of the time that training waited for images, 0 to 1"),
     "accuracy": ("validation/accuracy", "share of the validation images, 0 to 1"),
+    "top5_accuracy": ("validation/top5_accuracy", "share whose class is among the five most likely, 0 to 1"),
+    "macro_f1": ("validation/macro_f1", "mean of the classes' F1, all classes alike, 0 to 1"),
+    "mean_iou": ("validation/mean_iou", "intersection over union of given and predicted masks, mean of the classes, 0 to 1"),
+    "pixel_accuracy": ("validation/pixel_accuracy", "share of the validation masks' pixels that count, 0 to 1"),
     "skipped_steps": ("stability/skipped_steps", "steps so far whose loss or gradient was not finite"),
     "loss_spikes": ("stability/loss_spikes", "steps so far whose loss jumped out of its past"),
+    "probe_s": ("speed/probe_s", "seconds that the last look at labeled images took, which images_per_s leaves out"),
+}
+# Scalars that have their group already, one of many in it: what the group's are.
+FAMILIES = {
+    "iou": "intersection over union of the class's given and predicted pixels in the validation masks, 0 to 1",
+    "knn": "share of labeled test images that their nearest labeled neighbours get right by these features, 0 to 1; chosen: "
+    "the features that training labels alone would choose, pixels: the plain images",
+    "probe": "share of labeled test images that logistic regression over these frozen features gets right, 0 to 1; chosen: "
+    "the features that training labels alone would choose, pixels: the plain images",
 }
 # Added by Lightning to whatever is logged. Batches come from one endless stream, so it is always 0.
 NOISE = ("epoch",)
@@ -105,7 +118,7 @@ class Names:
         """What stands beside the plot; empty for a scalar that is not in the tables."""
         if name in ("loss", "validation_loss"):
             return LOSSES.get(self.loss, "")
-        return GROUPED[name][1] if name in GROUPED else ""
+        return GROUPED[name][1] if name in GROUPED else FAMILIES.get(name.partition("/")[0], "")
 
     def of(self, metrics: Mapping[str, float]) -> dict[str, float]:
         """Metrics by grouped names, without noise."""

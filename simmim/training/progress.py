@@ -120,6 +120,11 @@ class Throughput(pl.Callback):
         self.since = self.ended = time.perf_counter()
         self.step, self.waited_s = trainer.global_step, 0.0
 
+    def leave_out(self, seconds: float) -> None:
+        """Count time that went into something else, between two batches, neither as training nor as waiting."""
+        self.since += seconds
+        self.ended += seconds
+
     def on_train_batch_start(self, *_) -> None:
         """What has passed since the last batch ended was spent fetching this one."""
         self.waited_s += time.perf_counter() - self.ended

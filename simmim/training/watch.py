@@ -228,7 +228,7 @@ def batch_files(trainer: pl.Trainer, batch: Mapping, number: int) -> list[str]:
     )
     unreadable = {path for path, _ in batch["skipped"]}
     files = []
-    for _, index in next(iter(order)):
+    for index in map(samples.row_of, next(iter(order))):
         path = samples.source[index]["image"]["path"] or f"image {index}"
         files.append(f"{path} (unreadable, another in its place)" if path in unreadable else path)
     return files
