@@ -5,13 +5,18 @@ _HOMES = {
     "finetune": "finetune.run",
     "predict": "finetune.prediction",
     "load_classifier": "finetune.classification",
+    "segment": "finetune.segmentation_prediction",
+    "load_segmenter": "finetune.segmentation",
+    "SegmentationSettings": "finetune.segmentation_settings",
+    "SceneSettings": "finetune.segmentation_settings",
+    "HeadSettings": "finetune.segmentation_settings",
     "FinetuneSettings": "finetune.classification_settings",
     "LabeledSettings": "finetune.classification_settings",
     "AffineSettings": "finetune.augment",
     "EncoderSettings": "finetune.settings",
     "OptimSettings": "finetune.settings",
     "study": "finetune.label_study",
-    "Arm": "finetune.label_study",
+    "StudySettings": "finetune.study_settings",
 }
 __all__ = list(_HOMES)
 

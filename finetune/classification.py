@@ -1,4 +1,4 @@
-"""Classification: mean-pooled features of the final norm, one linear layer, cross entropy, accuracy."""
+"""Classification: mean-pooled features of the final norm, one linear layer, cross entropy to mixed and smoothed targets."""
 from __future__ import annotations
 
 from collections.abc import Callable
@@ -9,9 +9,9 @@ import pytorch_lightning as pl
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from torchmetrics.classification import MulticlassAccuracy
 
-from finetune.augment import AffineSettings, warp
+from finetune.batch_changes import BatchChanges
+from finetune.class_metrics import ClassMetrics
 from finetune.settings import OptimSettings
 from simmim.checkpoint import Preprocessing, save_encoder
 from simmim.convert import read_encoder
@@ -38,52 +38,59 @@ class Classifier(nn.Module):
 
 
 class ClassificationFinetuning(pl.LightningModule):
-    """Trains a `Classifier`, the encoder layer-wise slower than the head or not at all.
+    """Trains a `Classifier`, the encoder layer-wise slower than the head; frozen parts not at all.
 
     Args:
         model: what is trained.
         preprocessing: by whose statistics images are normalised; saved with the model.
-        affine: changes of the training images.
+        changes: of the training images.
         learning_rate: as a function of the optimiser step, from 0.
         optim: decay, smoothing, clipping.
-        freeze: keep the encoder as it is.
+        class_weights: (classes,), what an image of each class counts in training; all 1 by default.
     """
 
     def __init__(
         self,
         model: Classifier,
         preprocessing: Preprocessing,
-        affine: AffineSettings,
+        changes: BatchChanges,
         learning_rate: Callable[[int], float],
         optim: OptimSettings,
-        freeze: bool,
+        class_weights: Tensor | None = None,
     ) -> None:
         super().__init__()
-        self.model, self.preprocessing, self.affine = model, preprocessing, affine
-        self.learning_rate, self.optim, self.freeze = learning_rate, optim, freeze
-        self.accuracy = MulticlassAccuracy(model.head.out_features, average="micro")
-        if freeze:
-            model.encoder.requires_grad_(False)
+        self.model, self.preprocessing, self.changes = model, preprocessing, changes
+        self.learning_rate, self.optim = learning_rate, optim
+        # Follows from the labels: a checkpoint need not hold it.
+        self.register_buffer("class_weights", class_weights, persistent=False)
+        self.metrics = ClassMetrics(model.head.out_features)
+        self.confusions: Tensor | None = None
 
     def training_step(self, batch: dict, batch_idx: int) -> Tensor:
-        """Cross entropy with smoothed labels on augmented images."""
-        if self.freeze:
-            self.model.encoder.eval()
-        images = normalise(batch["image"], self.preprocessing.mean, self.preprocessing.std)
-        if self.affine.active:
-            images = warp(images, self.affine.matrices(batch["seed"]))
-        logits = self.model(images)
-        loss = F.cross_entropy(logits.float(), batch["label"], label_smoothing=self.optim.label_smoothing)
+        """Cross entropy with smoothed labels on changed images, mixed ones towards both their classes."""
+        labels, seeds, smoothing = batch["label"], batch["seed"], self.optim.label_smoothing
+        images = self.changes.changed(batch["image"], seeds, self.preprocessing.mean, self.preprocessing.std)
+        if self.changes.mixing.active or self.class_weights is not None:
+            targets = F.one_hot(labels, self.model.head.out_features).float()
+            images, targets = self.changes.mixed(images, targets, seeds)
+            loss = shared_cross_entropy(self.model(images).float(), targets, smoothing, self.class_weights)
+        else:
+            loss = F.cross_entropy(self.model(images).float(), labels, label_smoothing=smoothing)
         self.log("loss", loss, prog_bar=True, batch_size=len(images), sync_dist=True)
         return loss
 
     def validation_step(self, batch: dict, batch_idx: int) -> None:
-        """Accuracy and loss over all validation images."""
+        """Loss over all validation images, and the rates of `ClassMetrics`."""
         logits = self.model(normalise(batch["image"], self.preprocessing.mean, self.preprocessing.std)).float()
-        self.accuracy(logits, batch["label"])
-        self.log("accuracy", self.accuracy, on_epoch=True, prog_bar=True, batch_size=len(logits))
+        self.metrics.update(logits, batch["label"])
+        for name, metric in self.metrics.rates.items():
+            self.log(name, metric, on_epoch=True, prog_bar=name == "accuracy", batch_size=len(logits))
         loss = F.cross_entropy(logits, batch["label"])
         self.log("validation_loss", loss, on_epoch=True, batch_size=len(logits), sync_dist=True)
+
+    def on_validation_epoch_end(self) -> None:
+        """Keep the table of confusions, a row a true class, until the next validation."""
+        self.confusions = self.metrics.confusion_table()
 
     def configure_model(self) -> None:
         """Divide the model among the devices where the strategy is to."""
@@ -104,6 +111,18 @@ class ClassificationFinetuning(pl.LightningModule):
         judge_step(self, optimizer, norm)
         self.log("grad_norm", norm)
         self.log("lr", max(group["lr"] for group in optimizer.param_groups))
+
+
+def shared_cross_entropy(logits: Tensor, targets: Tensor, smoothing: float, class_weights: Tensor | None = None) -> Tensor:
+    """Mean cross entropy towards several classes an image.
+
+    Args:
+        logits: (B, classes).
+        targets: (B, classes), shares of the classes; `smoothing` of each is then spread over all classes.
+        class_weights: (classes,); an image counts as its classes do, in their shares.
+    """
+    losses = F.cross_entropy(logits, targets, label_smoothing=smoothing, reduction="none")
+    return losses.mean() if class_weights is None else (losses * (targets @ class_weights)).mean()
 
 
 @dataclass(frozen=True)

@@ -5,7 +5,14 @@ from dataclasses import dataclass
 from typing import ClassVar
 
 from finetune.augment import AffineSettings
+from finetune.batch_changes import BatchChanges
+from finetune.colour import HIGHEST_MAGNITUDE, ColourSettings
+from finetune.mixing import MixSettings
 from finetune.settings import TransferSettings
+from simmim.swinv2 import nearest
+
+BALANCES = ("none", "weights", "sampling")
+MONITORS = ("accuracy", "macro_f1")
 
 
 @dataclass(frozen=True)
@@ -19,11 +26,24 @@ class LabeledSettings:
         label_column: which holds the labels; found by default.
         strict: stop at the first image that cannot be read.
         max_skipped_share: stop when a larger share of the training images cannot be read.
-        crop_scale: range of the random crop's share of the image's area.
+        balance: what is done about classes of different sizes: none; weights, to weigh each image by how rare its class is;
+            sampling, to show all classes equally often, images of rare classes again and again.
+        crop_scale: range of the random crop's share of the image's area; what suits image size and labels by default.
         crop_ratio: range of the crop's width over height.
-        flip: probability of mirroring left and right.
+        flip: probability of mirroring left and right; by default 0.5, for gray images up to 64 px, mostly signs, 0.
         affine: small random rotations, zooms, shears and shifts.
+        rand_augment: magnitude of RandAugment, 0 to 10, 0 for none; what suits image size and labels by default, as for the
+            next ones.
+        rand_augment_operations: so many an image.
+        rand_augment_spread: standard deviation of the magnitude.
+        colour_jitter: brightness, contrast and saturation are scaled by up to so much either way; 0 by default.
+        erasing: probability that a box is filled with noise.
+        mixup: α of Beta(α, α), from which the shares of two blended images are drawn; 0 for none.
+        cutmix: the same for a box of one image pasted into another.
+        mix_probability: share of the images that are mixed, where any are.
         evaluation_crop: share of the sides that validation sees; by default 0.875, for images up to 64 px all.
+        fold: cross-validation, as (part, parts): train on the labels of all parts but that one, counted from 0, and validate
+            with it; the validation images are not looked at.
     """
 
     path: str
@@ -31,24 +51,60 @@ class LabeledSettings:
     label_column: str | None = None
     strict: bool = False
     max_skipped_share: float = 0.05
-    crop_scale: tuple[float, float] = (0.5, 1.0)
+    balance: str = "none"
+    crop_scale: tuple[float, float] | None = None
     crop_ratio: tuple[float, float] = (0.75, 1.3333333333333333)
-    flip: float = 0.5
-    affine: AffineSettings = AffineSettings(degrees=10, zoom=0.1, shear=0.1, shift=0.05)
+    flip: float | None = None
+    affine: AffineSettings = AffineSettings(degrees=15, zoom=0.15, shear=0.2, shift=0.06)
+    rand_augment: float | None = None
+    rand_augment_operations: int = 2
+    rand_augment_spread: float = 0.5
+    colour_jitter: float | None = None
+    erasing: float | None = None
+    mixup: float | None = None
+    cutmix: float | None = None
+    mix_probability: float = 1.0
     evaluation_crop: float | None = None
+    fold: tuple[int, int] | None = None
 
     def __post_init__(self) -> None:
         for name in ("crop_scale", "crop_ratio"):
-            object.__setattr__(self, name, tuple(getattr(self, name)))
-        low, high = self.crop_scale
+            if getattr(self, name) is not None:
+                object.__setattr__(self, name, tuple(getattr(self, name)))
+        if self.fold is not None:
+            object.__setattr__(self, "fold", tuple(self.fold))
+            part, parts = self.fold
+            if not 0 <= part < parts or parts < 2:
+                raise ValueError(f"data.fold is {self.fold}: give (part, parts), 0 <= part < parts, two parts at least")
+        low, high = self.crop_scale or (1.0, 1.0)
         if not 0 < low <= high <= 1:
             raise ValueError(f"data.crop_scale is {self.crop_scale}: give shares of the area, 0 < low <= high <= 1")
         if not 0 < self.crop_ratio[0] <= self.crop_ratio[1]:
             raise ValueError(f"data.crop_ratio is {self.crop_ratio}: give width over height, 0 < low <= high")
-        if not 0 <= self.flip <= 1:
-            raise ValueError(f"data.flip is {self.flip}: give a probability")
+        for name in ("flip", "erasing", "mix_probability"):
+            if not 0 <= (getattr(self, name) or 0) <= 1:
+                raise ValueError(f"data.{name} is {getattr(self, name)}: give a probability")
+        for name, limit in (("rand_augment", HIGHEST_MAGNITUDE), ("colour_jitter", 1), ("mixup", 100), ("cutmix", 100)):
+            if not 0 <= (getattr(self, name) or 0) <= limit:
+                raise ValueError(f"data.{name} is {getattr(self, name)}: give a number from 0, for none, to {limit:g}")
+        if self.rand_augment_operations < 1 or self.rand_augment_spread < 0:
+            raise ValueError(
+                f"data.rand_augment_operations is {self.rand_augment_operations} and data.rand_augment_spread "
+                f"{self.rand_augment_spread}: give 1 operation or more, a deviation from 0 on"
+            )
+        if self.balance not in BALANCES:
+            raise ValueError(f"unknown data.balance {self.balance!r}{nearest(self.balance, BALANCES)}")
         if self.evaluation_crop is not None and not 0 < self.evaluation_crop <= 1:
             raise ValueError(f"data.evaluation_crop is {self.evaluation_crop}: give a share of the sides in (0, 1]")
+
+
+    def changes(self) -> BatchChanges:
+        """What is done to training batches, once resolved."""
+        colour = ColourSettings(
+            self.rand_augment or 0.0, self.rand_augment_operations, self.rand_augment_spread, self.colour_jitter or 0.0
+        )
+        mixing = MixSettings(self.mixup or 0.0, self.cutmix or 0.0, self.mix_probability)
+        return BatchChanges(self.affine, colour, self.erasing or 0.0, mixing)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -58,17 +114,21 @@ class FinetuneSettings(TransferSettings):
     Args:
         data: the labeled images; in Python a path alone will do.
         labels_per_class: use so many training images of each class, drawn by the seed; all by default.
+        monitor: by which the best model is chosen: accuracy, or macro_f1, for which all classes count alike.
     """
 
     task: ClassVar[str] = "classification"
 
     data: LabeledSettings
     labels_per_class: int | None = None
+    monitor: str = "accuracy"
 
     def __post_init__(self) -> None:
         if isinstance(self.data, str):
             object.__setattr__(self, "data", LabeledSettings(self.data))
         super().__post_init__()
+        if self.monitor not in MONITORS:
+            raise ValueError(f"unknown monitor {self.monitor!r}{nearest(self.monitor, MONITORS)}")
 
     def label_provenance(self) -> dict:
         """How many labels of each class."""

@@ -5,34 +5,34 @@ from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 
+from finetune.balance import BalancedSamples, class_weights
+from finetune.class_report import CAPTION, CLASSES, class_table, write_class_report
 from finetune.classification import ClassificationFinetuning, Classifier, save_classifier
+from finetune.classification_defaults import completed
 from finetune.classification_settings import FinetuneSettings
-from finetune.settings import with_schedule
+from finetune.folds import held_out_fold
 from finetune.start import Start
 from finetune.task import Task
 from simmim.checkpoint import Checkpoint, Preprocessing
 from simmim.data import CentreView, ImageSamples, LabeledImages, RandomView, labeled_images
-from simmim.swinv2 import PRESETS, SwinV2Config
+from simmim.swinv2 import SwinV2Config
+from simmim.training.logs import log_picture
 
 
 class Classification(Task):
     """One class an image."""
 
-    monitor = "accuracy"
-
     def read(self, settings: FinetuneSettings) -> LabeledImages:
         """Images by class."""
-        data = settings.data
-        return labeled_images(data.path, settings.labels_per_class, settings.seed, data.column, data.label_column)
+        self.monitor, data = settings.monitor, settings.data
+        labels = labeled_images(data.path, settings.labels_per_class, settings.seed, data.column, data.label_column)
+        return held_out_fold(labels, *data.fold, settings.seed) if data.fold else labels
 
     def completed(
         self, settings: FinetuneSettings, labels: LabeledImages, encoder: SwinV2Config, device: str
     ) -> tuple[FinetuneSettings, list[str]]:
-        """Length, batch, rates and evaluation crop."""
-        small = encoder.embed_dim < PRESETS["tiny"].embed_dim
-        settings = with_schedule(settings, len(labels.train), device, small)
-        crop = settings.data.evaluation_crop or (1.0 if min(settings.size) <= 64 else 0.875)
-        return replace(settings, data=replace(settings.data, evaluation_crop=crop)), []
+        """Length, batch, rates, augmentation and evaluation crop."""
+        return completed(settings, len(labels.train), len(labels.classes), encoder, device)
 
     def samples(
         self, settings: FinetuneSettings, labels: LabeledImages, channels: int, keep_decoded: bool
@@ -43,9 +43,11 @@ class Classification(Task):
             RandomView(settings.size, data.crop_scale, data.crop_ratio, data.flip),
             CentreView(settings.size, data.evaluation_crop),
         )
-        parts = zip((labels.train, labels.validation), views)
-        train, validation = (ImageSamples(part, view, channels, settings.seed, keep_decoded) for part, view in parts)
-        return train, validation
+        kind = BalancedSamples if data.balance == "sampling" else ImageSamples
+        return (
+            kind(labels.train, views[0], channels, settings.seed, keep_decoded),
+            ImageSamples(labels.validation, views[1], channels, settings.seed, keep_decoded),
+        )
 
     def module(
         self,
@@ -61,9 +63,23 @@ class Classification(Task):
         if settings.init != "none" and start.source.head:
             take_head(model, start.source, labels.classes, say)
         preprocessing = replace(start.preprocessing, crop=settings.data.evaluation_crop)
-        return ClassificationFinetuning(
-            model, preprocessing, settings.data.affine, learning_rate, settings.optim, settings.freeze
-        )
+        weights = None
+        if settings.data.balance == "weights":
+            weights = class_weights(labels.train["label"], len(labels.classes))
+        changes = settings.data.changes()
+        self.classes = labels.classes
+        return ClassificationFinetuning(model, preprocessing, changes, learning_rate, settings.optim, weights)
+
+    def report(self, run: Path, module: ClassificationFinetuning) -> None:
+        """classes.csv and confusions.png, which TensorBoard shows too."""
+        if module.confusions is not None:
+            picture = write_class_report(run, module.confusions, self.classes)
+            step = max(module.trainer.global_step - 1, 0)
+            log_picture(module.trainer.loggers, "confusions", picture, step, CAPTION)
+
+    def closing(self, run: Path) -> str:
+        """Precision, recall and F1 by class."""
+        return f"{class_table(run / CLASSES)}\n" if (run / CLASSES).is_file() else ""
 
     def save(
         self, folder: Path, model: Classifier, classes: tuple[str, ...], preprocessing: Preprocessing, provenance: dict

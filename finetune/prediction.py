@@ -2,23 +2,31 @@
 from __future__ import annotations
 
 import csv
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 import torch
+from torch import Tensor
 from tqdm import tqdm
 
-from finetune.classification import load_classifier
-from simmim.data import UNREADABLE, CentreView, normalise, open_images, open_picture, reason
+from finetune.classification import SavedClassifier, load_classifier
+from simmim.data import open_images
+from simmim.evaluate import EncoderPass, Feature, embedded_batches
 from simmim.files import whole_file
 from simmim.training import device_type
 
 
-def predict(run: str | Path, images: str | Path, out: str | Path, batch_size: int = 64) -> tuple[int, dict[str, str]]:
-    """Classify every image below `images` and write path, class and probabilities to `out`, a row an image.
+def predict(
+    run: str | Path, images: str | Path, out: str | Path, batch_size: int = 64, workers: int | None = None
+) -> tuple[int, dict[str, str]]:
+    """Classify every image of a source and write path, class and probabilities to `out`, a row an image, in its order.
 
     Args:
         run: a run of `simmim finetune`, its folder encoder/, or a classifier in any format that `load_encoder` reads.
+        images: a folder, or any other source of images that pre-training takes.
         out: CSV file to write, whole or not at all; must not exist yet.
+        batch_size: images at a time.
+        workers: processes that load images; what suits the machine by default.
 
     Returns:
         How many images were classified, and the reason of each that could not be read, by path.
@@ -29,39 +37,43 @@ def predict(run: str | Path, images: str | Path, out: str | Path, batch_size: in
     out = Path(out).expanduser()
     if out.exists():
         raise ValueError(f"{str(out)!r} exists: give a new file")
+    how = EncoderPass(batch_size, workers, device_type())
     saved = load_classifier(run)
-    device = device_type()
-    model = saved.model.to(device)
     source = open_images(images)
-    preprocessing = saved.preprocessing
-    view = CentreView(preprocessing.image_size, preprocessing.crop, preprocessing.interpolation, preprocessing.fit)
-    channels = model.encoder.config.in_channels
-    rows, unreadable, waiting = [], {}, []
+    count, unreadable = 0, {}
+    with whole_file(out) as temporary:
+        with (
+            temporary.open("w", newline="", encoding="utf-8") as file,
+            tqdm(total=len(source), desc="predicting", unit="image") as bar,
+        ):
+            writer = csv.writer(file)
+            writer.writerow(["path", "class", *(f"probability {name}" for name in saved.classes)])
+            for paths, shares, not_read in classified(saved, source, how):
+                writer.writerows(prediction_rows(paths, shares, saved.classes))
+                count += len(paths)
+                unreadable |= dict(not_read)
+                bar.update(len(paths) + len(not_read))
+        if not count:
+            path, why = next(iter(unreadable.items()))
+            raise ValueError(f"none of {len(unreadable)} images can be read; the first, {path}: {why}")
+    return count, unreadable
 
-    def classify() -> None:
-        batch = torch.stack([pixels for _, pixels in waiting]).to(device)
+
+def classified(
+    saved: SavedClassifier, source, how: EncoderPass
+) -> Iterator[tuple[list[str], Tensor, list[tuple[str, str]]]]:
+    """Batch by batch: paths, probabilities, (B, classes) float32 on the CPU, and (path, reason) of what could not be read.
+
+    The head goes over the vectors that `simmim embed` writes, so that both see images alike.
+    """
+    feature, head = Feature(), saved.model.head
+    for batch in embedded_batches(saved.model.encoder, saved.preprocessing, source, (feature,), how):
         with torch.inference_mode():
-            logits = model(normalise(batch, preprocessing.mean, preprocessing.std))
-        for (path, _), shares in zip(waiting, logits.float().softmax(dim=1).tolist()):
-            best = max(range(len(shares)), key=shares.__getitem__)
-            rows.append([path, saved.classes[best], *(f"{share:.6f}" for share in shares)])
-        waiting.clear()
+            shares = head(torch.from_numpy(batch.vectors[feature.name]).to(head.weight)).softmax(dim=1)
+        yield batch.paths, shares, batch.unreadable
 
-    for row in tqdm(range(len(source)), desc="predicting", unit="image"):
-        record = source[row]["image"]
-        try:
-            waiting.append((record["path"], view(open_picture(record, channels))))
-        except UNREADABLE as error:
-            unreadable[record["path"]] = reason(error)
-        if len(waiting) == batch_size:
-            classify()
-    if waiting:
-        classify()
-    if not rows:
-        path, why = next(iter(unreadable.items()))
-        raise ValueError(f"none of {len(unreadable)} images can be read; the first, {path}: {why}")
-    with whole_file(out) as temporary, temporary.open("w", newline="", encoding="utf-8") as file:
-        writer = csv.writer(file)
-        writer.writerow(["path", "class", *(f"probability {name}" for name in saved.classes)])
-        writer.writerows(rows)
-    return len(rows), unreadable
+
+def prediction_rows(paths: Sequence[str], shares: Tensor, classes: Sequence[str]) -> Iterator[list[str]]:
+    """Rows of the CSV file: path, most likely class, probabilities to six digits."""
+    for path, best, values in zip(paths, shares.argmax(dim=1).tolist(), shares.tolist()):
+        yield [path, classes[best], *(f"{value:.6f}" for value in values)]

@@ -2,16 +2,21 @@
 from __future__ import annotations
 
 import contextlib
+import copy
 from dataclasses import dataclass, replace
 from importlib import import_module
 from pathlib import Path
 
 import pytorch_lightning as pl
+from pytorch_lightning.strategies import ModelParallelStrategy
 from torch import nn
 
+from finetune.averaging import AverageWeights, whole
+from finetune.early_stop import StopEarly
 from finetune.settings import TransferSettings
 from finetune.start import starting_point
 from finetune.task import Labels, Task
+from finetune.trained_parts import KeepFrozen, frozen_parts
 from simmim.checkpoint import Checkpoint, Preprocessing
 from simmim.data import survey, worker_count
 from simmim.run_folder import CONFIG, as_yaml, check_run_folder, taken_run_folder
@@ -30,7 +35,10 @@ from simmim.training import (
 )
 
 KEEP_DECODED_MIB = 128
-TASKS = {"classification": ("finetune.classification_task", "Classification")}
+TASKS = {
+    "classification": ("finetune.classification_task", "Classification"),
+    "segmentation": ("finetune.segmentation_task", "Segmentation"),
+}
 
 
 @dataclass(frozen=True)
@@ -93,7 +101,9 @@ def finetune(settings: TransferSettings, quiet: bool = False) -> FinetuneResult:
     steps = max(1, round(settings.epochs * steps_per_epoch))
     schedule = settings.schedule().by_step(steps_per_epoch, settings.batch_size)
     start = start._replace(settings=settings)
+    frozen = frozen_parts(start.encoder, settings.freeze, settings.train_stages)
     module = task.module(settings, start, labels, schedule, say)
+    keep_frozen = KeepFrozen(frozen)
     train, validation = task.samples(settings, labels, start.encoder.config.in_channels, kept)
 
     run = Path(settings.out).expanduser()
@@ -101,8 +111,11 @@ def finetune(settings: TransferSettings, quiet: bool = False) -> FinetuneResult:
     save = SaveRun(run, every_steps=max(50, round(steps / settings.validations)), keep_best=False)
     callbacks = [
         *usual_callbacks(run, settings, "fine-tuning", len(labels.train), quiet),
+        keep_frozen,
         *task.callbacks(settings, run),
         best,
+        *([AverageWeights(settings.optim.ema)] if settings.optim.ema else []),
+        *([StopEarly(task.monitor, settings.patience)] if settings.patience else []),
         save,
         StopOnSignal(save),
     ]
@@ -124,7 +137,9 @@ def finetune(settings: TransferSettings, quiet: bool = False) -> FinetuneResult:
         checkpoint = usable_checkpoint(run, say=print if is_first_process() else None) if settings.resume else None
         if trainer.is_global_zero and not quiet:
             print(summary(settings, module.model, labels, steps, reasons, trainer, checkpoint), flush=True)
-        stream = ValidatedStreamData(train, settings.batch_size, accumulate, settings.workers, validation)
+        stream = ValidatedStreamData(
+            train, settings.batch_size, accumulate, settings.workers, validation, task.validation_batch
+        )
         trainer.fit(module, datamodule=stream, ckpt_path=checkpoint, weights_only=True)
         # Steps rarely end on a validation: the last state is measured once more.
         metrics = trainer.validate(module, datamodule=stream, verbose=False)[0]
@@ -132,7 +147,7 @@ def finetune(settings: TransferSettings, quiet: bool = False) -> FinetuneResult:
     if trainer.is_global_zero and not quiet:
         print(
             f"{task.monitor} {metrics[task.monitor]:.1%} at the end, {best.value:.1%} best, on {len(validation):,} "
-            f"validation images\nbest model: {run / 'encoder'}\n"
+            f"validation images\n{task.closing(run)}best model: {run / 'encoder'}\n"
             f"use it: simmim predict --run {run} --images PATH --out PREDICTIONS"
         )
     return FinetuneResult(run, {name: float(value) for name, value in metrics.items()}, best.value)
@@ -147,6 +162,12 @@ class KeepBest(pl.Callback):
         self.run, self.task, self.classes = run, task, classes
         self.preprocessing, self.provenance = preprocessing, provenance
         self.value = -1.0
+        self.twin: nn.Module | None = None  # takes the weights of a model that is divided among devices
+
+    def setup(self, trainer: pl.Trainer, module: pl.LightningModule, stage: str) -> None:
+        """Keep a copy of the model's structure while it is in one piece."""
+        if stage == "fit" and isinstance(trainer.strategy, ModelParallelStrategy):
+            self.twin = copy.deepcopy(module.model)
 
     def state_dict(self) -> dict:
         """The best value, for a resumed run."""
@@ -166,9 +187,15 @@ class KeepBest(pl.Callback):
         if value <= self.value:
             return
         self.value = float(value)
+        model = module.model
+        if self.twin is not None:
+            # On every process, as each has a part.
+            self.twin.load_state_dict({name: whole(part) for name, part in model.state_dict().items()})
+            model = self.twin
         if module.trainer.is_global_zero:
             provenance = {**self.provenance, "steps": module.trainer.global_step, self.task.monitor: self.value}
-            self.task.save(self.run / "encoder", module.model, self.classes, self.preprocessing, provenance)
+            self.task.save(self.run / "encoder", model, self.classes, self.preprocessing, provenance)
+            self.task.report(self.run, module)
 
 
 def provenance(settings: TransferSettings, count: int, source: Checkpoint | None) -> dict:
@@ -183,6 +210,7 @@ def provenance(settings: TransferSettings, count: int, source: Checkpoint | None
         "encoder": "from scratch" if settings.init == "none" else (source.provenance or {"file": source.source.name}),
         **settings.label_provenance(),
         "epochs": settings.epochs,
+        "weights": f"moving average of decay {settings.optim.ema:g}" if settings.optim.ema else "as trained",
         "seed": settings.seed,
     }
 
@@ -207,7 +235,9 @@ def summary(
         f"labels   {len(labels.train):,} images to train on, {len(labels.validation):,} to validate with, "
         f"{len(labels.classes)} classes: {names}",
         f"encoder  {'from scratch' if settings.init == 'none' else settings.init}"
-        f"{', frozen' if settings.freeze else ''}, {parameters:.2f} M parameters trained",
+        f"{', frozen' if settings.freeze else ''}"
+        f"{f', the last {settings.train_stages} stages trained' if settings.train_stages else ''}"
+        f", {parameters:.2f} M parameters trained",
         f"training {settings.epochs:g} epochs, {steps:,} steps of {settings.batch_size} images, peak learning rate "
         f"{peak:.3g}, layer decay {settings.optim.layer_decay:g}, {settings.precision} on "
         f"{trainer.world_size} × {trainer.strategy.root_device.type}",

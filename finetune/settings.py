@@ -4,7 +4,7 @@ from __future__ import annotations
 from dataclasses import dataclass, field, replace
 from typing import Any, ClassVar
 
-from simmim.defaults import check_common, default_batch_size, default_finetuning_epochs
+from simmim.defaults import check_common, default_batch_size, default_ema, default_finetuning_epochs
 from simmim.optim import Schedule
 
 
@@ -15,7 +15,7 @@ class EncoderSettings:
     Args:
         preset: size of an encoder from scratch; with `--init none` alone.
         like: run or encoder whose architecture and preprocessing an encoder from scratch takes; its weights stay behind.
-        drop_path_rate: stochastic depth.
+        drop_path_rate: stochastic depth; by default 0 for fewer than 8 blocks, 0.2 from large on, else 0.1, as published.
         window_size: other attention windows than the encoder was pre-trained with, whose position bias moves over; by
             default it grows with the image size.
         checkpoint_activations: recompute activations in the backward pass: less memory, a third more time.
@@ -24,7 +24,7 @@ class EncoderSettings:
 
     preset: str | None = None
     like: str | None = None
-    drop_path_rate: float = 0.1
+    drop_path_rate: float | None = None
     window_size: int | None = None
     checkpoint_activations: bool = False
     sequential_attention: int | None = None
@@ -44,6 +44,8 @@ class OptimSettings:
         weight_decay: for matrices alone.
         clip: largest norm of the gradient.
         accumulate: split each batch into so many forward passes, where memory is short.
+        ema: decay of the average of the weights by which a run is validated and exported, 0 for none; by default one over
+            the last twentieth of the steps, at most 0.9999.
     """
 
     lr: float | None = None
@@ -55,6 +57,7 @@ class OptimSettings:
     weight_decay: float = 0.05
     clip: float = 5.0
     accumulate: int = 1
+    ema: float | None = None
 
     def __post_init__(self) -> None:
         if not 0 <= self.label_smoothing < 1:
@@ -63,6 +66,8 @@ class OptimSettings:
             raise ValueError(f"optim.accumulate is {self.accumulate}: give 1 or more")
         if self.clip <= 0:
             raise ValueError(f"optim.clip is {self.clip}: give a positive norm")
+        if self.ema is not None and not 0 <= self.ema < 1:
+            raise ValueError(f"optim.ema is {self.ema}: give a decay in [0, 1), 0 for no average")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -73,6 +78,7 @@ class TransferSettings:
         out: run folder to make.
         init: pre-training run or exported encoder to start from, or none for the from-scratch twin.
         freeze: train the head alone.
+        train_stages: train the head, the final norm and so many of the encoder's last stages; all by default.
         image_size: pixels, one number or height and width; the encoder's own by default.
         epochs: passes over the training images; by default 100, and for a few labels as many as make 500 steps.
         steps: length in optimiser steps, in place of epochs.
@@ -84,6 +90,7 @@ class TransferSettings:
         resume: go on with the run in `out`, or start it if there is none.
         overwrite: delete the run in `out` and start it anew.
         validations: how often the validation images are looked at in the course of the run.
+        patience: stop when so many validations in a row brought nothing better; by default the run goes on to its end.
         log_every_steps: metrics every so many steps.
         loggers: services to log to beside TensorBoard and metrics.csv: wandb, mlflow.
         encoder: changes to the encoder.
@@ -96,6 +103,7 @@ class TransferSettings:
     out: str
     init: str = "none"
     freeze: bool = False
+    train_stages: int | None = None
     image_size: int | tuple[int, int] | None = None
     epochs: float | None = None
     steps: int | None = None
@@ -107,6 +115,7 @@ class TransferSettings:
     resume: bool = False
     overwrite: bool = False
     validations: int = 10
+    patience: int | None = None
     log_every_steps: int = 10
     loggers: str | tuple[str, ...] = ()
     encoder: EncoderSettings = EncoderSettings()
@@ -118,7 +127,7 @@ class TransferSettings:
         object.__setattr__(self, "loggers", tuple(name.strip() for name in names if name.strip()))
         if isinstance(self.image_size, list):
             object.__setattr__(self, "image_size", tuple(self.image_size))
-        for name in ("epochs", "steps", "batch_size", "log_every_steps", "validations"):
+        for name in ("epochs", "steps", "batch_size", "log_every_steps", "validations", "patience", "train_stages"):
             if getattr(self, name) is not None and getattr(self, name) <= 0:
                 raise ValueError(f"{name} is {getattr(self, name)}: give a positive number")
         check_common(self)
@@ -127,6 +136,10 @@ class TransferSettings:
             raise ValueError("encoder.like and encoder.preset describe an encoder from scratch: use them with --init none")
         if self.freeze and scratch:
             raise ValueError("--freeze with --init none would train a head on random features: give an encoder by --init")
+        if self.train_stages and scratch:
+            raise ValueError("--train-stages with --init none would keep random features: give an encoder by --init")
+        if self.train_stages and self.freeze:
+            raise ValueError("--freeze trains the head alone and --train-stages more than that: give one of them")
 
     @property
     def size(self) -> tuple[int, int]:
@@ -141,6 +154,11 @@ class TransferSettings:
         """The learning rate's course, once resolved."""
         optim = self.optim
         return Schedule(optim.lr, self.epochs, optim.warmup_epochs, optim.warmup_lr, min_lr=optim.min_lr)
+
+
+def default_lr(small: bool) -> float:
+    """Peak learning rate of the head per 512 images: 1.25e-3 as published, 8e-3 for encoders of nano's or micro's width."""
+    return 8e-3 if small else 1.25e-3
 
 
 def with_schedule(settings: TransferSettings, count: int, device: str, small: bool) -> TransferSettings:
@@ -164,7 +182,8 @@ def with_schedule(settings: TransferSettings, count: int, device: str, small: bo
     optim = settings.optim
     optim = replace(
         optim,
-        lr=optim.lr if optim.lr is not None else (8e-3 if small else 1.25e-3),
+        lr=optim.lr if optim.lr is not None else default_lr(small),
         warmup_epochs=optim.warmup_epochs if optim.warmup_epochs is not None else min(20, epochs / 5),
+        ema=optim.ema if optim.ema is not None else default_ema(round(epochs * count / batch_size)),
     )
     return replace(settings, epochs=epochs, batch_size=batch_size, optim=optim)

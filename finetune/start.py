@@ -5,11 +5,18 @@ from collections.abc import Callable
 from dataclasses import replace
 from typing import NamedTuple
 
-from finetune.settings import TransferSettings
+from finetune.settings import EncoderSettings, TransferSettings
 from simmim.checkpoint import Checkpoint, Preprocessing, build_encoder
 from simmim.convert import read
 from simmim.data import IMAGENET_MEAN, IMAGENET_STD, Survey
-from simmim.defaults import default_image_size, default_preset, default_window, encoder_channels, plain_size
+from simmim.defaults import (
+    default_drop_path,
+    default_image_size,
+    default_preset,
+    default_window,
+    encoder_channels,
+    plain_size,
+)
 from simmim.swinv2 import PRESETS, SwinV2, SwinV2Config
 
 
@@ -45,11 +52,11 @@ def starting_point(
         side = size if isinstance(size, int) else min(size)
         preset = chosen.preset or default_preset(side, device)
         window = chosen.window_size or default_window(side, PRESETS[preset].patch_size if preset in PRESETS else 4)
-        config = SwinV2Config.from_preset(
-            preset, in_channels=images.channels, window_size=window, drop_path_rate=chosen.drop_path_rate
-        )
+        config = SwinV2Config.from_preset(preset, in_channels=images.channels, window_size=window)
+        config = replace(config, drop_path_rate=drop_path_rate(chosen, config))
         mean, std = (IMAGENET_MEAN, IMAGENET_STD) if images.channels == 3 else (images.mean, images.std)
-        settings = replace(settings, image_size=size, encoder=replace(chosen, preset=preset, window_size=window))
+        resolved = replace(chosen, preset=preset, window_size=window, drop_path_rate=config.drop_path_rate)
+        settings = replace(settings, image_size=size, encoder=resolved)
         preprocessing = Preprocessing(settings.size, mean, std)
         encoder = SwinV2(config, chosen.checkpoint_activations, chosen.sequential_attention)
         return Start(encoder, preprocessing, settings, None)
@@ -60,9 +67,10 @@ def starting_point(
     settings = replace(settings, image_size=size)
     # The window grows with the image, so that it sees the same share of it: 12 at 192 px, 14 at 224.
     window = chosen.window_size or max(1, round(checkpoint.config.window_size * min(settings.size) / min(pretrained_size)))
-    settings = replace(settings, encoder=replace(chosen, window_size=window))
+    rate = drop_path_rate(chosen, checkpoint.config)
+    settings = replace(settings, encoder=replace(chosen, window_size=window, drop_path_rate=rate))
     channels = encoder_channels(checkpoint.config.in_channels, images.channels)
-    overrides = {"window_size": window, "drop_path_rate": chosen.drop_path_rate, "in_channels": channels}
+    overrides = {"window_size": window, "drop_path_rate": rate, "in_channels": channels}
     saved = build_encoder(checkpoint, **overrides)
     encoder, preprocessing = saved.encoder, saved.preprocessing
     if settings.init == "none":
@@ -73,3 +81,10 @@ def starting_point(
     # Views of training are bilinear, whatever the encoder saw before; so is the view that evaluates them.
     preprocessing = replace(preprocessing, image_size=settings.size, interpolation="bilinear", fit="crop")
     return Start(encoder, preprocessing, settings, checkpoint)
+
+
+def drop_path_rate(chosen: EncoderSettings, config: SwinV2Config) -> float:
+    """Stochastic depth as asked for, or what suits the depth."""
+    if chosen.drop_path_rate is not None:
+        return chosen.drop_path_rate
+    return default_drop_path(config.embed_dim, config.depths)

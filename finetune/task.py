@@ -29,9 +29,11 @@ class Task(ABC):
 
     Attributes:
         monitor: of the validation metrics the one by which the best model is chosen, as the module logs it, in [0, 1].
+        validation_batch: validation images at a time.
     """
 
     monitor: str
+    validation_batch: int = 64
 
     @abstractmethod
     def read(self, settings: TransferSettings) -> Labels:
@@ -48,12 +50,6 @@ class Task(ABC):
         """Settings with what the user left open filled in, and a line for each choice that needs a reason."""
 
     @abstractmethod
-    def samples(
-        self, settings: TransferSettings, labels: Labels, channels: int, keep_decoded: bool
-    ) -> tuple[Dataset, Dataset]:
-        """Samples to train on and to validate with, by (epoch, index)."""
-
-    @abstractmethod
     def module(
         self,
         settings: TransferSettings,
@@ -68,6 +64,20 @@ class Task(ABC):
             learning_rate: as a function of the optimiser step, from 0.
             say: is told what becomes of a head that came with the encoder.
         """
+
+    @abstractmethod
+    def samples(
+        self, settings: TransferSettings, labels: Labels, channels: int, keep_decoded: bool
+    ) -> tuple[Dataset, Dataset]:
+        """Samples to train on and to validate with, by (epoch, index)."""
+
+    def report(self, run: Path, module: pl.LightningModule) -> None:  # noqa: B027
+        """Write down what the validation that has just ended says of `module`'s model, the best so far. Called by the first
+        process alone."""
+
+    def closing(self, run: Path) -> str:
+        """What is said of the best model when the run is through; empty for nothing."""
+        return ""
 
     def callbacks(self, settings: TransferSettings, run: Path) -> list[pl.Callback]:
         """What else runs along."""

@@ -1,4 +1,4 @@
-"""Affine changes of labeled images by numbers known beforehand, and the label study's arithmetic by hand."""
+"""Affine changes of labeled images by numbers known beforehand."""
 import math
 
 import numpy as np
@@ -6,9 +6,6 @@ import pytest
 import torch
 
 from finetune.augment import AffineSettings, warp
-from finetune.classification_settings import FinetuneSettings
-from finetune.label_study import Arm, Trial, comparison_table, mean_and_error, pretrained_and_scratch
-from finetune.settings import EncoderSettings, OptimSettings
 
 IDENTITY = torch.tensor([[[1.0, 0.0, 0.0], [0.0, 1.0, 0.0]]])
 SEEDS = list(range(2000))
@@ -133,63 +130,6 @@ def test_each_image_has_its_own_matrix():
 def test_settings_out_of_range(values):
     with pytest.raises(ValueError, match=r"data\.affine\.\w+ is .+: give a number from 0 on"):
         AffineSettings(**values)
-
-
-# --- label study -----------------------------------------------------------------------------------------------------
-
-
-def test_mean_and_error():
-    """Of 1, 2, 3, 6: mean 3, squares 4 + 1 + 0 + 9 = 14, deviation sqrt(14 / 3), error of the mean half of it."""
-    mean, error = mean_and_error([1, 2, 3, 6])
-    assert mean == 3 and error == pytest.approx(math.sqrt(14 / 3) / 2)
-    assert mean_and_error([0.5, 0.5]) == (0.5, 0.0)
-    mean, error = mean_and_error([0.25])
-    assert mean == 0.25 and math.isnan(error)
-
-
-def test_comparison_table():
-    """5 labels: 60, 70, 80 against 50, 60, 40: gains 10, 10, 40, mean 20, error sqrt(300) / sqrt(3) = 10."""
-    accuracies = {
-        ("ours", 5): (0.6, 0.7, 0.8),
-        ("theirs", 5): (0.5, 0.6, 0.4),
-        ("ours", 10): (0.9, 0.9, 0.9),
-        ("theirs", 10): (0.91, 0.93, 0.92),
-    }
-    trials = [
-        Trial(arm, labels, seed, accuracy)
-        for (arm, labels), values in accuracies.items()
-        for seed, accuracy in zip((3, 1, 2), values)
-    ]
-    expected = [
-        "| labels a class | ours | theirs | paired gain | seeds |",
-        "| ---: | ---: | ---: | ---: | ---: |",
-        "| 5 | 70.0 ± 5.8 | 50.0 ± 5.8 | +20.0 ± 10.0 | 3 |",
-        "| 10 | 90.0 ± 0.0 | 92.0 ± 0.6 | -2.0 ± 0.6 | 3 |",
-    ]
-    assert comparison_table(trials, "ours", "theirs").splitlines() == expected
-    assert comparison_table(trials[::-1], "ours", "theirs").splitlines() == expected, "whatever finished first"
-    assert comparison_table(trials, "theirs", "ours").splitlines()[2].split("|")[4].strip() == "-20.0 ± 10.0"
-
-
-def test_pairing_is_by_seed():
-    """Two arms that differ by 10 points under every seed: an exact gain, however much the seeds differ."""
-    trials = [Trial("b", 1, seed, seed / 10) for seed in (5, 1, 3)]
-    trials += [Trial("a", 1, seed, seed / 10 + 0.1) for seed in (1, 3, 5)]
-    assert comparison_table(trials, "a", "b").splitlines()[2].split("|")[4].strip() == "+10.0 ± 0.0"
-
-
-def test_twin_from_scratch():
-    """Everything alike but the weights, and the learning rate and layer decay that suit it."""
-    settings = FinetuneSettings(data="images", out="run", init="enc", optim=OptimSettings(lr=0.1, layer_decay=0.7), epochs=3.0)
-    pretrained, scratch = pretrained_and_scratch(settings, scratch_lr=0.2, scratch_layer_decay=0.9)
-    assert pretrained == Arm("pre-trained", settings)
-    assert scratch.settings == FinetuneSettings(
-        data="images",
-        out="run",
-        encoder=EncoderSettings(like="enc"),
-        optim=OptimSettings(lr=0.2, layer_decay=0.9),
-        epochs=3.0,
-    )
 
 
 def test_a_rotation_of_an_oblong_image_is_a_rotation(largest):

@@ -1,13 +1,13 @@
-"""Stage 2 as a whole: starting points, what is trained, the best classifier, predictions, the label study."""
+"""Stage 2 as a whole: starting points, what is trained, the best classifier, predictions."""
 import csv
 from dataclasses import replace
 
 import pytest
 import torch
 
-from finetune import EncoderSettings, FinetuneSettings, LabeledSettings, finetune, load_classifier, predict, study
+from finetune import EncoderSettings, FinetuneSettings, LabeledSettings, finetune, load_classifier, predict
+from finetune.batch_changes import BatchChanges
 from finetune.classification import ClassificationFinetuning, Classifier
-from finetune.label_study import pretrained_and_scratch
 from finetune.settings import OptimSettings
 from simmim import load_encoder
 from simmim.checkpoint import Preprocessing, save_encoder
@@ -74,7 +74,14 @@ def test_one_seed_one_result(digits, encoder_folder, finished, tmp_path):
 
 
 def test_resumed_equals_uninterrupted(digits, encoder_folder, tmp_path, monkeypatch):
-    longer = {"encoder": EncoderSettings(drop_path_rate=0.3), "epochs": 60.0}
+    changes = {"rand_augment": 9.0, "colour_jitter": 0.4, "erasing": 0.25, "mixup": 0.8, "cutmix": 1.0}
+    longer = {
+        "encoder": EncoderSettings(drop_path_rate=0.3),
+        "epochs": 40.0,
+        "data": LabeledSettings(str(digits.labeled), balance="sampling", **changes),
+        "optim": OptimSettings(ema=0.9),
+        "patience": 100,
+    }
     whole = finetune(settings(digits, encoder_folder, tmp_path / "whole", **longer), quiet=True)
     save = SaveRun.on_train_batch_end
 
@@ -90,7 +97,10 @@ def test_resumed_equals_uninterrupted(digits, encoder_folder, tmp_path, monkeypa
     cut = finetune(settings(digits, encoder_folder, tmp_path / "cut", **longer, resume=True), quiet=True)
     first, second = (torch.load(r.run / "checkpoints/last.ckpt", weights_only=True) for r in (whole, cut))
     assert all(torch.equal(value, second["state_dict"][name]) for name, value in first["state_dict"].items())
+    torch.testing.assert_close(first["callbacks"]["AverageWeights"], second["callbacks"]["AverageWeights"], rtol=0, atol=0)
     assert cut == replace(whole, run=cut.run)
+    for name in ("encoder/encoder.safetensors", "encoder/head.safetensors", "classes.csv", "confusions.png"):
+        assert (cut.run / name).read_bytes() == (whole.run / name).read_bytes(), name
 
 
 def test_a_frozen_encoder_stays_bit_identical_and_its_head_learns(digits, encoder_folder, tmp_path):
@@ -138,10 +148,9 @@ def test_head_and_final_norm_learn_fastest():
     module = ClassificationFinetuning(
         model,
         Preprocessing((32, 32), (0.5,), (0.5,)),
-        LabeledSettings("x").affine,
+        BatchChanges(),
         lambda step: 0.1,
         OptimSettings(layer_decay=0.5),
-        freeze=False,
     )
     optimiser = module.configure_optimizers()["optimizer"]
     rate_of = {name: group["lr"] for group in optimiser.param_groups for name in group["names"]}
@@ -170,18 +179,3 @@ def test_predictions_are_the_classifier_s(digits, finished, tmp_path):
         assert row["class"] == saved.classes[shares.argmax()]
         written = [float(row[f"probability {name}"]) for name in saved.classes]
         assert written == pytest.approx(shares.tolist(), abs=2e-6)
-
-
-def test_the_study_pairs_its_arms(digits, encoder_folder, tmp_path):
-    base = settings(digits, encoder_folder, tmp_path / "unused", epochs=2.0)
-    arms = pretrained_and_scratch(base, scratch_lr=0.02, scratch_layer_decay=1.0)
-    trials = study(arms, (1, 2), (0, 1), tmp_path / "study", processes=2)
-    assert [(t.labels_per_class, t.seed, t.arm) for t in trials] == [
-        (labels, seed, arm) for labels in (1, 2) for seed in (0, 1) for arm in ("pre-trained", "from scratch")
-    ]
-    alone = finetune(replace(base, labels_per_class=2, seed=1, validations=1, out=str(tmp_path / "alone")), quiet=True)
-    assert alone.accuracy == pytest.approx(trials[6].accuracy)
-    with (tmp_path / "study/results.csv").open(newline="") as file:
-        assert [float(row["accuracy"]) for row in csv.DictReader(file)] == pytest.approx(
-            [trial.accuracy for trial in trials], abs=1e-4
-        )

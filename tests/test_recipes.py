@@ -7,6 +7,8 @@ import pytest
 import torch
 
 from finetune.classification_settings import FinetuneSettings
+from finetune.segmentation import HeadShape, Segmenter
+from finetune.segmentation_settings import SegmentationSettings
 from finetune.settings import with_schedule
 from pretrain.run import build_model
 from pretrain.settings import PretrainSettings, resolve
@@ -17,7 +19,8 @@ from simmim.swinv2 import SwinV2, SwinV2Config
 
 CONFIGS = Path(__file__).parents[1] / "configs"
 PRETRAIN = sorted((CONFIGS / "pretrain").glob("*.yaml"))
-FINETUNE = sorted((CONFIGS / "finetune").glob("*.yaml"))
+SEGMENTATION = sorted((CONFIGS / "finetune").glob("*-segmentation.yaml"))
+FINETUNE = sorted(set((CONFIGS / "finetune").glob("*.yaml")) - set(SEGMENTATION))
 PHOTOS = Survey(short_side_px=400, channels=3, decoded_mib=1e5, mean=(0.5,) * 3, std=(0.2,) * 3)
 
 
@@ -31,8 +34,9 @@ def finetune_settings(path):
 
 
 def test_there_are_recipes_for_each_stage():
-    assert {path.stem for path in PRETRAIN} == {"demo", "swinv2-base-192", "tiny-one-gpu", "micro-laptop"}
-    assert {path.stem for path in FINETUNE} == {"demo", "swinv2-base-224", "tiny-one-gpu", "micro-laptop"}
+    own = {"demo", "tiny-one-gpu", "micro-laptop", "fashion-mnist"}
+    assert {path.stem for path in PRETRAIN} == own | {"swinv2-base-192", "scenes"}
+    assert {path.stem for path in FINETUNE} == own | {"swinv2-base-224"}
 
 
 @pytest.mark.parametrize("path", PRETRAIN, ids=lambda path: path.stem)
@@ -64,6 +68,26 @@ def test_finetuning_recipe_builds(path):
     assert len(scales) == 14  # patch embedding, twelve blocks, final norm
 
 
+def test_there_are_recipes_for_segmentation():
+    assert {path.stem for path in SEGMENTATION} == {"scenes-segmentation", "tiny-segmentation"}
+
+
+@pytest.mark.parametrize("path", SEGMENTATION, ids=lambda path: path.stem)
+def test_segmentation_recipe_builds(path):
+    words = ["--config", str(path), "--data", "scenes", "--out", "run"]
+    settings = parse("finetune segmentation", SegmentationSettings, words)
+    settings = with_schedule(settings, count=1000, device="cpu", small=False)
+    rate = settings.schedule().by_step(1000 / settings.batch_size, settings.batch_size)
+    warm = round(1000 / settings.batch_size * settings.optim.warmup_epochs)
+    assert math.isclose(rate(warm), settings.optim.lr * settings.batch_size / 512, rel_tol=1e-3)
+    with torch.device("meta"):
+        encoder = SwinV2(SwinV2Config.from_preset("tiny", window_size=settings.encoder.window_size or 8))
+        model = Segmenter(encoder, 20, HeadShape(settings.head.width, settings.head.norm))
+        height, width = settings.size
+        assert model(torch.empty(1, 3, height, width)).shape == (1, 20, height // 4, width // 4)
+    parameter_rules(model, 0.05, settings.optim.layer_decay, (2, 2, 6, 2))  # every parameter has its place
+
+
 def test_base_recipe_is_the_published_one():
     settings = pretrain_settings(CONFIGS / "pretrain" / "swinv2-base-192.yaml")
     assert settings.encoder_config() == SwinV2Config(
@@ -86,6 +110,11 @@ def test_base_finetuning_recipe_is_the_published_one():
     assert (settings.size, settings.encoder.window_size, settings.encoder.drop_path_rate) == ((224, 224), 14, 0.1)
     assert (settings.epochs, optim.warmup_epochs, optim.lr, optim.min_lr) == (100, 20, 1.25e-3, 2.5e-7)
     assert (optim.layer_decay, optim.weight_decay, optim.label_smoothing) == (0.75, 0.05, 0.1)
+    data = settings.data
+    assert (data.rand_augment, data.rand_augment_operations, data.rand_augment_spread, data.colour_jitter) == (9, 2, 0.5, 0)
+    assert (data.mixup, data.cutmix, data.mix_probability, data.erasing) == (0.8, 1.0, 1.0, 0.25)
+    assert (data.crop_scale, data.flip, data.evaluation_crop, data.affine.active) == ((0.08, 1.0), 0.5, 0.875, False)
+    assert optim.ema == 0
     # The windows that 192 px and window 12 leave in the encoder's config are the published 12-12-12-6.
     pretrained = replace(SwinV2Config.from_preset("base"), window_size=12).windows((192, 192))
     assert [max(window) for window in pretrained] == [12, 12, 12, 6]

@@ -1,0 +1,108 @@
+"""What the user leaves open of a classification run, as it follows from images, labels, encoder and machine, and why."""
+from __future__ import annotations
+
+from dataclasses import replace
+
+from finetune.classification_settings import FinetuneSettings, LabeledSettings
+from finetune.colour import check_kornia, has_kornia
+from finetune.settings import with_schedule
+from simmim.swinv2 import PRESETS, SwinV2Config
+
+# A side in pixels up to which images are thumbnails, seen whole in evaluation.
+THUMBNAIL_PX = 64
+# From so many images a class on, sets are large enough for what the papers do to ImageNet's 1,300 a class.
+MANY_A_CLASS = 500
+
+
+def completed(
+    settings: FinetuneSettings, count: int, classes: int, encoder: SwinV2Config, device: str
+) -> tuple[FinetuneSettings, list[str]]:
+    """Settings with nothing left open, and a line for each choice: what was chosen, then why.
+
+    Args:
+        settings: with image size and what belongs to the encoder filled in.
+        count: training images.
+        encoder: as it is trained.
+
+    Raises:
+        ValueError: where augmentation is asked for whose library is missing; as `with_schedule`.
+    """
+    small = encoder.embed_dim < PRESETS["tiny"].embed_dim
+    given = settings
+    settings = with_schedule(settings, count, device, small)
+    reasons = schedule_reasons(given, settings, count, device, small)
+    data, more = with_augmentation(settings.data, min(settings.size), encoder.in_channels, count / classes)
+    check_kornia(data.changes().colour)
+    return replace(settings, data=data), [*reasons, *more]
+
+
+def schedule_reasons(
+    given: FinetuneSettings, settings: FinetuneSettings, count: int, device: str, small: bool
+) -> list[str]:
+    """Why length, batch, rate, averaging and stochastic depth are what they are, where they were open."""
+    steps = settings.epochs * count / settings.batch_size
+    reasons = []
+    if given.batch_size is None:
+        whole = settings.batch_size == count
+        why = "all training images" if whole else f"a {'small' if small else 'large'} encoder on {device}"
+        reasons.append(f"batch {settings.batch_size}: {why}")
+    if given.epochs is None and given.steps is None:
+        why = {100.0: "as published", 30.0: "for more than 20,000 images"}.get(settings.epochs, "which make 500 steps")
+        reasons.append(f"{settings.epochs:g} epochs: {why}")
+    if given.optim.lr is None:
+        why = "for nano and micro" if small else "as published"
+        reasons.append(f"learning rate {settings.optim.lr:g} per 512 images: {why}")
+    if given.optim.ema is None and settings.optim.ema:
+        over = 1 / (1 - settings.optim.ema)
+        reasons.append(f"averaged weights, decay {settings.optim.ema:.4g}: over about {over:,.0f} of {steps:,.0f} steps")
+    return reasons
+
+
+def with_augmentation(
+    data: LabeledSettings, side_px: int, channels: int, images_a_class: float
+) -> tuple[LabeledSettings, list[str]]:
+    """Data settings with augmentation and evaluation crop filled in, and the reasons.
+
+    Thumbnails have no room for boxes and remapped colours, and gray ones are mostly signs, which a mirror turns into others
+    and a crop cuts; rotations, shears and shifts serve them best.
+    Mixing images pays where there are many and the run is long; with few labels it keeps a short run from learning them.
+    """
+    thumbnail, many = side_px <= THUMBNAIL_PX, images_a_class >= MANY_A_CLASS
+    if thumbnail:
+        kind = f"{'gray' if channels == 1 else 'colour'} images of {side_px} px"
+        chosen = {
+            "crop_scale": (1.0, 1.0) if channels == 1 else (0.5, 1.0),
+            "flip": 0.0 if channels == 1 else 0.5,
+            "rand_augment": 0.0,
+            "erasing": 0.0,
+        }
+    else:
+        kind = f"images of {side_px} px"
+        chosen = {
+            "crop_scale": (0.08, 1.0) if many else (0.3, 1.0),
+            "flip": 0.5,
+            "rand_augment": 9.0 if channels == 3 else 5.0,
+            "erasing": 0.25 if many else 0.0,
+        }
+    mixed = many and not thumbnail
+    chosen |= {"colour_jitter": 0.0, "mixup": 0.8 if mixed else 0.0, "cutmix": 1.0 if mixed else 0.0}
+    chosen["evaluation_crop"] = 1.0 if thumbnail else 0.875
+    missing = chosen["rand_augment"] > 0 and data.rand_augment is None and not has_kornia()
+    if missing:
+        chosen["rand_augment"] = 0.0
+    filled = {name: value for name, value in chosen.items() if getattr(data, name) is None}
+    reasons = []
+    if filled:
+        labels = f"{images_a_class:,.0f} labels a class"
+        shown = ", ".join(f"{name} {described(value)}" for name, value in filled.items())
+        reasons.append(f"{shown}: for {kind} and {labels}")
+    if missing:
+        reasons.append("no RandAugment: kornia is not installed (pip install 'simmim-toolkit[finetune]')")
+    return replace(data, **filled), reasons
+
+
+def described(value: float | tuple[float, float]) -> str:
+    """A setting's value in words."""
+    if value == (1.0, 1.0):
+        return "1"
+    return f"{value[0]:g} to {value[1]:g}" if isinstance(value, tuple) else f"{value:g}"

@@ -1,0 +1,233 @@
+"""Random changes of labeled batches: against PIL, by draws known beforehand, shares of classes against shares of pixels."""
+import random
+from collections import Counter
+
+import numpy as np
+import pytest
+import torch
+import torch.nn.functional as F
+from PIL import Image, ImageEnhance, ImageOps
+
+from finetune.augment import AffineSettings
+from finetune.batch_changes import BatchChanges
+from finetune.classification import shared_cross_entropy
+from finetune.colour import MOVING, OPERATIONS, Change, ColourSettings, movements, operations_for, recolour
+from finetune.erasing import AREA, erase, erased_box
+from finetune.mixing import Mix, MixSettings, cut, mix
+from simmim.data import normalise
+
+SEEDS = list(range(3000))
+PLAIN = {"mean": (0.0,) * 3, "std": (1.0,) * 3}
+
+
+def photographs(size=48, channels=3):
+    """Crops of a real photograph, (8, channels, size, size) uint8."""
+    from sklearn.datasets import load_sample_image
+
+    pixels = torch.from_numpy(load_sample_image("flower.jpg").copy()).permute(2, 0, 1)
+    crops = [pixels[:, 30 * row : 30 * row + size, 60 * row : 60 * row + size] for row in range(8)]
+    return torch.stack(crops).repeat(1, 2, 1, 1)[:, :channels]
+
+
+# --- colours ---------------------------------------------------------------------------------------------------------
+
+
+def by_pil(name, level, sign, image):
+    """The operation as PIL does it."""
+    factor = 1 + sign * 0.9 * level
+    if name in ("brightness", "contrast", "saturation", "sharpness"):
+        kind = {"saturation": "Color"}.get(name, name.capitalize())
+        return getattr(ImageEnhance, kind)(image).enhance(factor)
+    if name == "solarize":
+        return ImageOps.solarize(image, round(255 * (1 - level) + 0.5))
+    if name == "posterize":
+        return ImageOps.posterize(image, max(4 - int(4 * level), 1))
+    if name == "solarize_add":
+        table = [min(value + round(0.43 * level * 255), 255) if value < 128 else value for value in range(256)]
+        return image.point(table * len(image.getbands()))
+    return {"auto_contrast": ImageOps.autocontrast, "equalize": ImageOps.equalize, "invert": ImageOps.invert}[name](image)
+
+
+@pytest.mark.parametrize("sign", [-1, 1])
+@pytest.mark.parametrize("name", sorted(OPERATIONS))
+def test_operations_are_pil_s(name, sign):
+    """Within two of 255 at all but a handful of pixels, as PIL rounds in between."""
+    images = photographs()
+    changed = recolour(images, range(8), [[Change(name, 0.9, sign)] for _ in images], ColourSettings(rand_augment=9))
+    for before, after in zip(images, changed):
+        expected = np.asarray(by_pil(name, 0.9, sign, Image.fromarray(before.permute(1, 2, 0).numpy())))
+        difference = np.abs(after.permute(1, 2, 0).numpy().astype(int) - expected.astype(int))
+        assert (difference > 2).mean() < 0.01, (difference.max(), difference.mean())
+    assert changed.dtype == torch.uint8
+
+
+def test_every_image_has_its_own_operations_in_their_order():
+    images = photographs()
+    first, second = Change("brightness", 0.5, 1), Change("invert", 0.0, 1)
+    changes = [[], [first], [second], [first, second], [second, first], [Change("rotate", 1.0, 1)], [], [second]]
+    changed = recolour(images, range(8), changes, ColourSettings(rand_augment=9))
+    alone = [recolour(images[row : row + 1], [row], [changes[row]], ColourSettings(rand_augment=9)) for row in range(8)]
+    assert torch.equal(changed, torch.cat(alone))
+    assert torch.equal(changed[[0, 5, 6]], images[[0, 5, 6]])
+    assert not torch.equal(changed[3], recolour(images[3:4], [3], [[second, first]], ColourSettings(rand_augment=9))[0])
+
+
+def test_draws_follow_from_seeds_alone():
+    settings = ColourSettings(rand_augment=9.0, operations=2, spread=0.5)
+    drawn = settings.drawn(SEEDS, 3)
+    torch.manual_seed(1), random.seed(1), np.random.seed(1)
+    assert settings.drawn([7, 3], 3) == [drawn[7], drawn[3]]
+    changes = [change for of_image in drawn for change in of_image]
+    assert abs(len(changes) / (2 * len(SEEDS)) - 0.5) < 4 * 0.5 / (2 * len(SEEDS)) ** 0.5, "each with probability one half"
+    counts = Counter(change.name for change in changes)
+    assert set(counts) == set(operations_for(3)) and len(counts) == 15
+    assert max(counts.values()) < 1.35 * min(counts.values())
+    levels = np.array([change.level for change in changes])
+    assert abs(levels.mean() - 0.9) < 0.01 and 0.03 < levels.std() < 0.06 and levels.max() <= 1
+    assert abs(sum(change.sign for change in changes)) < 4 * len(changes) ** 0.5
+
+
+def test_operations_that_make_no_sense_are_left_out():
+    assert "saturation" not in operations_for(1) and "invert" in operations_for(1)
+    assert set(operations_for(5)) == {*MOVING, "brightness", "contrast", "sharpness"}
+
+
+@pytest.mark.parametrize("channels", [1, 3, 5])
+def test_any_number_of_channels(channels):
+    changes = BatchChanges(AffineSettings(10, 0.1), ColourSettings(9.0, 2, 0.5, jitter=0.4), 0.5, MixSettings(0.8, 1.0))
+    images = photographs(channels=channels)
+    labels = F.one_hot(torch.arange(8), 8).float()
+    changed = changes.changed(images, SEEDS[:8], (0.5,) * channels, (0.5,) * channels)
+    mixed, targets = changes.mixed(changed, labels, SEEDS[:8])
+    assert mixed.shape == images.shape and mixed.dtype == torch.float32 and mixed.isfinite().all()
+    assert not torch.equal(changed, mixed) and torch.allclose(targets.sum(dim=1), torch.ones(8), atol=1e-6)
+
+
+def test_jitter_keeps_to_its_range():
+    factors = ColourSettings(jitter=0.4).jitters(SEEDS)
+    assert factors.shape == (3, len(SEEDS)) and factors.min() >= 0.6 and factors.max() <= 1.4
+    assert factors.min() < 0.602 and factors.max() > 1.398 and torch.corrcoef(factors).triu(1).abs().max() < 0.1
+    images = photographs()
+    jittered = recolour(images, range(8), [[] for _ in images], ColourSettings(jitter=0.4))
+    assert (jittered.flatten(1) != images.flatten(1)).any(dim=1).all()
+
+
+def test_movements_are_matrices_from_output_to_input():
+    """A whole level of translation is 0.45 of a side, which is 2 long in these coordinates; movements join."""
+    changes = [[Change("translate_x", 1.0, 1)], [Change("invert", 1.0, 1)], [Change("rotate", 1.0, 1)] * 3]
+    matrices = movements(changes)
+    assert torch.allclose(matrices[0], torch.tensor([[1, 0, 0.9], [0, 1, 0]]))
+    assert torch.allclose(matrices[1], torch.eye(3)[:2])
+    assert torch.allclose(matrices[2], torch.tensor([[0.0, -1, 0], [1, 0, 0]]), atol=1e-6), "three times 30°"
+    assert movements([[Change("invert", 1.0, 1)]]) is None
+
+
+def test_affine_changes_and_movements_are_one_warp():
+    """Shift by two columns, then by three: five."""
+    images = photographs()
+    both = BatchChanges(colour=ColourSettings(9.0))
+    first = torch.eye(3)[:2].repeat(8, 1, 1)
+    first[:, 0, 2] = 2 * 2 / 48
+    moved = first.clone()
+    moved[:, 0, 2] = 2 * 3 / 48
+
+    class Shift(AffineSettings):
+        active = True
+
+        def matrices(self, seeds):
+            return first
+
+    both = BatchChanges(affine=Shift())
+    assert torch.allclose(both.matrices(SEEDS[:8], moved)[:, 0, 2], torch.tensor(2 * 5 / 48))
+    assert torch.equal(both.matrices(SEEDS[:8], None), first)
+    assert torch.equal(BatchChanges().changed(images, SEEDS[:8], **PLAIN), normalise(images, **PLAIN)), "nothing asked for"
+
+
+# --- erasing ---------------------------------------------------------------------------------------------------------
+
+
+def test_boxes_that_are_erased():
+    boxes = [erased_box(seed, 0.25, 60, 90) for seed in SEEDS]
+    drawn = np.array([box for box in boxes if box is not None])
+    assert abs(len(drawn) / len(SEEDS) - 0.25) < 0.03
+    top, left, rows, columns = drawn.T
+    assert (top >= 0).all() and (left >= 0).all() and (top + rows <= 60).all() and (left + columns <= 90).all()
+    share, ratio = rows * columns / 5400, rows / columns
+    assert share.min() > AREA[0] * 0.8 and share.max() < AREA[1] * 1.1 and ratio.min() > 0.25 and ratio.max() < 4
+    assert [erased_box(seed, 0.0, 60, 90) for seed in SEEDS[:20]] == [None] * 20
+
+
+def test_noise_fills_the_box_and_nothing_else():
+    images = torch.full((40, 3, 32, 32), 7.0)
+    erased = erase(images, SEEDS[:40], 0.5)
+    for row, seed in enumerate(SEEDS[:40]):
+        changed = (erased[row] != 7).any(dim=0)
+        box = erased_box(seed, 0.5, 32, 32)
+        if box is None:
+            assert not changed.any()
+        else:
+            top, left, rows, columns = box
+            expected = torch.zeros(32, 32, dtype=torch.bool)
+            expected[top : top + rows, left : left + columns] = True
+            assert torch.equal(changed, expected)
+    noise = erased[erased != 7]
+    assert abs(noise.mean()) < 0.05 and abs(noise.std() - 1) < 0.05
+    assert torch.equal(erase(images[5:9], SEEDS[5:9], 0.5), erased[5:9]), "whatever the batch"
+    assert (images == 7).all(), "the batch itself is left alone"
+
+
+# --- mixing ----------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("size", [(7, 12), (32, 32), (6, 5)])
+@pytest.mark.parametrize("settings", [MixSettings(0.8, 0), MixSettings(0, 1.0), MixSettings(0.8, 1.0, 0.6)])
+def test_targets_match_the_share_of_the_pixels(settings, size):
+    """Of images of one value each, the mean over the pixels is the mix of the values in the targets' shares."""
+    count, values = 64, torch.arange(64.0)
+    images = values.view(-1, 1, 1, 1).expand(count, 2, *size).clone()
+    targets = torch.eye(count)
+    mixed, shared = mix(images, targets, [settings.drawn(seed, *size) for seed in SEEDS[:count]])
+    assert torch.allclose(shared.double().sum(dim=1), torch.ones(count).double(), atol=1e-6) and (shared >= 0).all()
+    assert torch.allclose(mixed.double().mean(dim=(1, 2, 3)), shared.double() @ values.double(), atol=1e-4)
+    assert ((shared > 0).sum(dim=1) <= 2).all() and (shared.diag() < 1).any()
+
+
+def test_boxes_are_clipped_at_the_edges():
+    """Every box that a share of one quarter can give, against a count of its pixels."""
+    clipped = 0
+    for seed in SEEDS[:300]:
+        one = cut(0.25, random.Random(seed), 20, 30)
+        top, left, bottom, right = one.box
+        assert 0 <= top <= bottom <= 20 and 0 <= left <= right <= 30
+        inside = np.zeros((20, 30), bool)
+        inside[top:bottom, left:right] = True
+        assert one.share == pytest.approx(1 - inside.mean(), abs=1e-12)
+        clipped += one.share > 0.26
+    assert clipped > 200
+
+
+def test_shares_are_beta_and_either_kind_falls_to_half():
+    drawn = [MixSettings(0.8, 1.0).drawn(seed, 200, 200) for seed in SEEDS]
+    blended = np.array([one.share for one in drawn if one.box is None])
+    assert abs(len(blended) / len(drawn) - 0.5) < 0.04
+    assert abs(blended.mean() - 0.5) < 0.02 and blended.var() == pytest.approx(1 / (4 * (2 * 0.8 + 1)), rel=0.06)
+    alone = [MixSettings(0.8, 0.0, 0.3).drawn(seed, 8, 8) for seed in SEEDS]
+    assert abs(np.mean([one == Mix(1.0) for one in alone]) - 0.7) < 0.03
+
+
+def test_loss_of_mixed_and_smoothed_targets():
+    """As by hand in float64: smoothed targets are (1 − s) of each share and s over all classes."""
+    generator = torch.Generator().manual_seed(0)
+    logits = torch.randn(6, 4, generator=generator)
+    shares = torch.rand(6, 4, generator=generator)
+    shares /= shares.sum(dim=1, keepdim=True)
+    weights = torch.tensor([0.5, 1.0, 1.0, 2.0])
+    soft = shares.double() * 0.9 + 0.1 / 4
+    losses = -(soft * logits.double().log_softmax(dim=1)).sum(dim=1)
+    assert torch.allclose(soft.sum(dim=1), torch.ones(6).double(), atol=1e-6)
+    assert shared_cross_entropy(logits, shares, 0.1).item() == pytest.approx(losses.mean().item(), abs=1e-6)
+    weighed = (losses * (shares.double() @ weights.double())).mean()
+    assert shared_cross_entropy(logits, shares, 0.1, weights).item() == pytest.approx(weighed.item(), abs=1e-6)
+    labels = torch.tensor([0, 1, 2, 3, 0, 1])
+    hard = F.cross_entropy(logits, labels, label_smoothing=0.1)
+    assert shared_cross_entropy(logits, F.one_hot(labels, 4).float(), 0.1).item() == pytest.approx(hard.item(), abs=1e-6)
