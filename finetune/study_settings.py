@@ -1,0 +1,95 @@
+"""Settings of the study: those of a classification run, and what is varied over them."""
+from __future__ import annotations
+
+from dataclasses import dataclass, fields
+from pathlib import Path
+from typing import Any, ClassVar
+
+from finetune.classification_settings import FinetuneSettings
+
+ALL = "all"
+
+
+@dataclass(frozen=True, kw_only=True)
+class StudySettings(FinetuneSettings):
+    """Accuracy against labels a class: pre-trained, from scratch and any other encoder, several seeds each.
+
+    Args:
+        labels: labels a class, separated by commas; all is every training image.
+        seeds: trials of each kind; every seed has labels, initial weights and an order of its own, the same for all arms.
+        against: further encoders to compare with, paths separated by commas.
+        scratch: compare with the same architecture from scratch.
+        lr_factors: learning rates that every arm tries at every number of labels, as multiples of optim.lr; by
+            cross-validation on the labels alone. One number tunes nothing.
+        layer_decays: layer decays tried together with them; by default that of optim.
+        folds: of the cross-validation; fewer where a class has fewer labels.
+        tuning_seeds: draws of labels that are cross-validated; the best rate over all serves every seed.
+        processes: trials at once; by default one a core for nano and micro on a CPU, else one.
+        keep_weights: keep every trial's checkpoints and encoder, and not its curves alone.
+    """
+
+    task: ClassVar[str] = "classification"
+
+    labels: str | int | tuple[Any, ...] = (1, 2, 5, 10, 20, 50)
+    seeds: int = 5
+    against: str | tuple[str, ...] = ()
+    scratch: bool = True
+    lr_factors: tuple[float, ...] = (0.3, 1.0, 3.0)
+    layer_decays: tuple[float, ...] = ()
+    folds: int = 3
+    tuning_seeds: int = 1
+    processes: int | None = None
+    keep_weights: bool = False
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.init == "none":
+            raise ValueError("a study compares an encoder with others: give it by --init")
+        if self.labels_per_class is not None:
+            raise ValueError("labels_per_class is of one run: give a study's as --labels 1,5,20")
+        if self.data.fold is not None:
+            raise ValueError("data.fold is the study's own: it cross-validates by --folds")
+        given = str(self.labels).split(",") if isinstance(self.labels, str | int) else self.labels
+        object.__setattr__(self, "labels", tuple(labels_of(value) for value in given))
+        against = self.against.split(",") if isinstance(self.against, str) else self.against
+        object.__setattr__(self, "against", tuple(path.strip() for path in against if path.strip()))
+        for name in ("lr_factors", "layer_decays"):
+            object.__setattr__(self, name, tuple(getattr(self, name)))
+        if not self.labels or len(set(self.labels)) < len(self.labels):
+            raise ValueError(f"labels are {self.labels}: give different numbers, 1,5,20 for instance")
+        if not self.lr_factors or min(self.lr_factors) <= 0:
+            raise ValueError(f"lr_factors are {self.lr_factors}: give positive multiples of optim.lr; 1 alone tunes nothing")
+        if any(not 0 < decay <= 1 for decay in self.layer_decays):
+            raise ValueError(f"layer_decays are {self.layer_decays}: give factors in (0, 1]")
+        if not self.scratch and not self.against:
+            raise ValueError("there is nothing to compare with: leave scratch true, or give an encoder by --against")
+        for name, least in (("seeds", 2), ("folds", 2), ("tuning_seeds", 1), ("processes", 1)):
+            value = getattr(self, name)
+            if value is not None and value < least:
+                raise ValueError(f"{name} is {value}: give {least} or more")
+
+    def run_settings(self) -> FinetuneSettings:
+        """Those of one run, of the arm that starts from `init`."""
+        return FinetuneSettings(**{field.name: getattr(self, field.name) for field in fields(FinetuneSettings)})
+
+    def arm_names(self) -> dict[str, str]:
+        """Encoder by arm: "pre-trained", and the others by their folders' names, numbered where two are alike."""
+        names = {"pre-trained": self.init}
+        for path in self.against:
+            name, number = Path(path).name, 2
+            while name in names:
+                name, number = f"{Path(path).name} {number}", number + 1
+            names[name] = path
+        return names
+
+
+def labels_of(value: Any) -> int | str:
+    """A number of labels a class, or all.
+
+    Raises:
+        ValueError: for anything else.
+    """
+    text = str(value).strip()
+    if text != ALL and not (text.isdecimal() and int(text) > 0):
+        raise ValueError(f"labels a class {text!r} is not a number from 1 on: give numbers or {ALL}, 1,5,20,{ALL}")
+    return ALL if text == ALL else int(text)

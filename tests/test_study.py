@@ -1,0 +1,359 @@
+"""Accuracy against labels: the arithmetic by hand, the fairness of the tuning, and a study as a user runs it."""
+import csv
+import json
+import math
+import statistics
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from scipy.stats import ttest_rel
+from sklearn.model_selection import StratifiedKFold
+
+from finetune import EncoderSettings, FinetuneSettings, LabeledSettings, StudySettings, finetune
+from finetune.folds import fold_of
+from finetune.label_study import Arm, Rates, StudyResult, Trial, best_rates, job_of, pretrained_and_scratch, run_arms
+from finetune.settings import OptimSettings
+from finetune.study_report import comparison_table, equivalent_labels, mean_and_error, paired, plot, sentences
+from simmim.checkpoint import Preprocessing, save_encoder
+from simmim.cli import main
+from simmim.data import labeled_images
+from simmim.swinv2 import SwinV2, SwinV2Config
+
+CONFIG = SwinV2Config(
+    embed_dim=16, depths=(1, 1), num_heads=(1, 2), patch_size=4, window_size=4, in_channels=1, drop_path_rate=0.0
+)
+
+
+def trial(arm, labels, seed, accuracy, lr=0.1, loss=1.0, fold=None):
+    return Trial(arm, labels, seed, Rates(lr, 0.75), accuracy, loss, fold)
+
+
+@pytest.fixture(scope="module")
+def encoder_folder(tmp_path_factory):
+    torch.manual_seed(0)
+    preprocessing = Preprocessing((32, 32), (0.13,), (0.31,))
+    return save_encoder(tmp_path_factory.mktemp("encoder"), SwinV2(CONFIG), preprocessing, {"method": "test"})
+
+
+# --- The arithmetic --------------------------------------------------------------------------------------------------
+
+
+def test_mean_and_error():
+    """Of 1, 2, 3, 6: mean 3, squares 4 + 1 + 0 + 9 = 14, deviation sqrt(14 / 3), error of the mean half of it."""
+    mean, error = mean_and_error([1, 2, 3, 6])
+    assert mean == 3 and error == pytest.approx(math.sqrt(14 / 3) / 2)
+    assert mean_and_error([0.5, 0.5]) == (0.5, 0.0)
+    mean, error = mean_and_error([0.25])
+    assert mean == 0.25 and math.isnan(error)
+
+
+def test_comparison_table():
+    """5 labels: 60, 70, 80 against 50, 60, 40: gains 10, 10, 40, mean 20, error sqrt(300) / sqrt(3) = 10."""
+    accuracies = {
+        ("ours", 5): (0.6, 0.7, 0.8),
+        ("theirs", 5): (0.5, 0.6, 0.4),
+        ("ours", "all"): (0.9, 0.9, 0.9),
+        ("theirs", "all"): (0.91, 0.93, 0.92),
+    }
+    trials = [
+        trial(arm, labels, seed, accuracy)
+        for (arm, labels), values in accuracies.items()
+        for seed, accuracy in zip((3, 1, 2), values)
+    ]
+    p = [ttest_rel(accuracies["ours", labels], accuracies["theirs", labels]).pvalue for labels in (5, "all")]
+    expected = [
+        "| labels a class | ours | theirs | paired gain | seeds |",
+        "| ---: | ---: | ---: | ---: | ---: |",
+        f"| 5 | 70.0 ± 5.8 | 50.0 ± 5.8 | +20.0 ± 10.0 (p = {p[0]:.2g}) | 3 |",
+        f"| all | 90.0 ± 0.0 | 92.0 ± 0.6 | -2.0 ± 0.6 (p = {p[1]:.2g}) | 3 |",
+    ]
+    assert comparison_table(trials, ("ours", "theirs"), (5, "all")).splitlines() == expected
+    assert comparison_table(trials[::-1], ("ours", "theirs"), (5, "all")).splitlines() == expected, "in any order"
+    swapped = comparison_table(trials, ("theirs", "ours"), (5, "all")).splitlines()[2]
+    assert swapped.split("|")[4].strip().startswith("-20.0 ± 10.0")
+
+
+def test_pairing_is_by_seed():
+    """Two arms that differ by 10 points under every seed: an exact gain, however much the seeds differ; of seeds that one
+    arm alone has nothing is said."""
+    trials = [trial("b", 1, seed, seed / 16) for seed in (5, 1, 3)]
+    trials += [trial("a", 1, seed, seed / 16 + 0.125) for seed in (1, 3, 5, 7)]
+    gain = paired(trials, "a", "b", 1)
+    assert (gain.mean, gain.error, gain.seeds) == (12.5, 0.0, 3) and math.isnan(gain.p)
+
+
+def test_p_is_the_paired_t_test_s():
+    generator = np.random.default_rng(0)
+    ours, theirs = generator.random((2, 7))
+    trials = [trial("a", 1, seed, value) for seed, value in enumerate(ours)]
+    trials += [trial("b", 1, seed, value) for seed, value in enumerate(theirs)]
+    assert paired(trials, "a", "b", 1).p == pytest.approx(ttest_rel(ours, theirs).pvalue, rel=1e-9)
+
+
+def test_labels_of_the_same_worth():
+    """Between 10 labels at 60 % and 40 at 80 %, 70 % are half-way by logarithm: 20 labels."""
+    trials = [trial("b", 10, 0, 0.6), trial("b", 40, 0, 0.8)]
+    places = {10: 10, 40: 40}
+    assert equivalent_labels(trials, "b", 70.0, places) == pytest.approx(20)
+    assert equivalent_labels(trials, "b", 80.0, places) == pytest.approx(40)
+    assert equivalent_labels(trials, "b", 80.1, places) == math.inf
+    assert equivalent_labels(trials, "b", 59.0, places) == 0.0
+
+
+def result_of(gains, scratch=(0.5, 0.6, 0.7)):
+    """A study of 10, 20 and 40 labels, three seeds, whose pre-trained arm gains what is given."""
+    trials, noise = [], (-0.01, 0.0, 0.01)
+    for labels, base, gain in zip((10, 20, 40), scratch, gains):
+        for seed in range(3):
+            trials.append(trial("from scratch", labels, seed, base + noise[seed]))
+            trials.append(trial("pre-trained", labels, seed, base + gain + noise[seed] / 2))
+    return StudyResult(("pre-trained", "from scratch"), tuple(trials), (), {10: 10, 20: 20, 40: 40})
+
+
+def test_sentences():
+    said = sentences(result_of((0.15, 0.05, 0.001)))
+    assert said[0].startswith("At 10 labels a class pre-training gains 15.0 ± 0.3 points over from scratch (p < 0.001, ")
+    assert said[0].endswith("over 3 seeds) and saves 18 labels a class: from scratch needs 28 to get there.")
+    assert said[1].endswith("and saves 8 labels a class: from scratch needs 28 to get there.")
+    assert said[2].endswith(", which may be chance.")
+
+
+def test_sentence_where_the_other_never_gets_there_and_where_it_is_better():
+    said = sentences(result_of((0.25, -0.1, 0.1)))
+    assert said[0].endswith("; from scratch does not get there with 40.")
+    assert "pre-training loses 10.0 ± 0.3 points over from scratch" in said[1] and "saves" not in said[1]
+    assert said[2].endswith("over 3 seeds)."), "no larger number of labels was tried"
+
+
+def test_the_plot_shows_every_number():
+    result = result_of((0.1, 0.1, 0.1))
+    axes = plot(result, "digits").axes[0]
+    assert [label.get_text() for label in axes.get_xticklabels()] == ["10", "20", "40"]
+    means = axes.containers[0].lines[0].get_ydata()
+    assert list(means) == pytest.approx([60, 70, 80]) and axes.get_xscale() == "log"
+    assert [text.get_text() for text in axes.get_legend().get_texts()] == ["pre-trained", "from scratch"]
+
+
+# --- Tuning ----------------------------------------------------------------------------------------------------------
+
+
+def test_folds_are_stratified_and_even():
+    """As scikit-learn divides: each class evenly, the parts' sizes too; every label in one part; by the seed alone."""
+    labels = np.repeat([0, 1, 2], [7, 5, 6])
+    parts = fold_of(labels, 3, seed=4)
+    for label in range(3):
+        counts = np.bincount(parts[labels == label], minlength=3)
+        assert counts.max() - counts.min() <= 1
+    sizes = sorted(np.bincount(parts))
+    reference = sorted(len(held) for _, held in StratifiedKFold(3, shuffle=True, random_state=0).split(labels, labels))
+    assert sizes == reference == [6, 6, 6]
+    assert (parts == fold_of(labels, 3, seed=4)).all() and (parts != fold_of(labels, 3, seed=5)).any()
+    with pytest.raises(ValueError, match="class 1 has 5 labels: 6 parts need as many"):
+        fold_of(labels, 6, seed=0)
+
+
+def test_a_fold_sees_none_of_the_validation_images(digits):
+    from finetune.classification_task import Classification
+
+    settings = FinetuneSettings(data=LabeledSettings(str(digits.labeled)), out="unused", labels_per_class=5, seed=3)
+    chosen = labeled_images(settings.data.path, 5, 3)
+    ours = {row["image"]["path"] for row in chosen.train}
+    held = []
+    for part in range(3):
+        fold = Classification().read(replace(settings, data=replace(settings.data, fold=(part, 3))))
+        train, validation = ({row["image"]["path"] for row in rows} for rows in (fold.train, fold.validation))
+        assert train | validation == ours and not train & validation
+        held += sorted(validation)
+    assert sorted(held) == sorted(ours)
+
+
+def test_the_rate_of_the_highest_held_out_accuracy_is_chosen():
+    trials = [
+        *(trial("a", 5, 0, accuracy, lr=0.1, fold=(part, 2)) for part, accuracy in enumerate((0.5, 0.7))),
+        *(trial("a", 5, 0, accuracy, lr=0.2, fold=(part, 2)) for part, accuracy in enumerate((0.6, 0.7))),
+        *(trial("a", 5, 0, accuracy, lr=0.3, loss=0.9, fold=(part, 2)) for part, accuracy in enumerate((0.8, 0.5))),
+    ]
+    assert best_rates(trials).lr == 0.3, "0.2 and 0.3 are alike in accuracy, 0.3 has the lower loss"
+    assert best_rates(trials[:4]).lr == 0.2
+
+
+def test_every_arm_is_tuned_on_the_same_grid_with_its_own_labels(tmp_path, monkeypatch):
+    """With the accuracy of each trial made up: which trials there are, and which rates the final ones have."""
+    base = FinetuneSettings(data="images", out="unused", init="enc", optim=OptimSettings(lr=0.1, layer_decay=0.7))
+    arms = [Arm("pre-trained", base), Arm("from scratch", replace(base, init="none"))]
+    best = {("enc", 5): 0.3, ("enc", 2): 0.1, ("none", 5): 0.1, ("none", 2): 0.03}
+    ran = []
+
+    def made_up(job, out, keep_weights):
+        settings = job.settings
+        ran.append(job)
+        wanted = best.get((settings.init, settings.labels_per_class))
+        return {"accuracy": 0.9 if settings.optim.lr == wanted else 0.5, "validation_loss": 1.0}
+
+    class Inline:
+        def __init__(self, *_, **__):
+            pass
+
+        def submit(self, function, *arguments):
+            from concurrent.futures import Future
+
+            future = Future()
+            future.set_result(function(*arguments))
+            return future
+
+        def shutdown(self, **_):
+            pass
+
+    monkeypatch.setattr("finetune.label_study.ProcessPoolExecutor", Inline)
+    monkeypatch.setattr("finetune.label_study.run_trial", made_up)
+    grid = [Rates(lr, 0.7) for lr in (0.03, 0.1, 0.3)]
+    result = run_arms(arms, {1: 1, 2: 2, 5: 5}, (0, 1), tmp_path, grid=grid, folds=3)
+    held_out = [job for job in ran if job.settings.data.fold]
+    assert len(held_out) == 2 * 3 * (2 + 3), "arms × rates × folds, no more folds than labels"
+    assert {job.settings.seed for job in held_out} == {0} and len({job.name for job in ran}) == len(ran)
+    rates = {(t.arm, t.labels): t.rates.lr for t in result.trials}
+    assert rates == {
+        ("pre-trained", 1): 0.1, ("pre-trained", 2): 0.1, ("pre-trained", 5): 0.3,
+        ("from scratch", 1): 0.03, ("from scratch", 2): 0.03, ("from scratch", 5): 0.1,
+    }, "one label cannot be held out: the rate at two serves"  # fmt: skip
+    assert len(result.trials) == 2 * 3 * 2 and len(result.tuning) == len(held_out)
+
+
+def test_a_job_is_known_by_all_it_depends_on():
+    base = FinetuneSettings(data="images", out="unused", init="enc")
+    job = job_of(Arm("a", base, 7), 5, 0, Rates(0.1, 0.7))
+    same = job_of(Arm("a", replace(base, out="elsewhere", workers=3), 7), 5, 0, Rates(0.1, 0.7))
+    assert job.identity == same.identity
+    for other in (
+        job_of(Arm("a", base, 8), 5, 0, Rates(0.1, 0.7)),
+        job_of(Arm("a", replace(base, steps=3), 7), 5, 0, Rates(0.1, 0.7)),
+        job_of(Arm("a", base, 7), 5, 1, Rates(0.1, 0.7)),
+        job_of(Arm("a", base, 7), 5, 0, Rates(0.2, 0.7)),
+        job_of(Arm("a", base, 7), 5, 0, Rates(0.1, 0.7), (0, 2)),
+    ):
+        assert other.identity != job.identity
+
+
+# --- As a whole ------------------------------------------------------------------------------------------------------
+
+
+def test_twin_from_scratch():
+    """Everything alike but the weights, and the learning rate and layer decay that suit it."""
+    optim = OptimSettings(lr=0.1, layer_decay=0.7)
+    settings = FinetuneSettings(data="images", out="run", init="enc", optim=optim, epochs=3.0)
+    pretrained, scratch = pretrained_and_scratch(settings, scratch_lr=0.2, scratch_layer_decay=0.9)
+    assert pretrained == Arm("pre-trained", settings)
+    assert scratch.settings == FinetuneSettings(
+        data="images",
+        out="run",
+        encoder=EncoderSettings(like="enc"),
+        optim=OptimSettings(lr=0.2, layer_decay=0.9),
+        epochs=3.0,
+    )
+
+
+def words(digits, encoder_folder, out, *more):
+    data = ["--data", str(digits.labeled), "--data.flip", "0", "--init", str(encoder_folder), "--out", str(out)]
+    short = ["--steps", "8", "--optim.lr", "0.3", "--batch-size", "10", "--seeds", "2", "--folds", "2", "--lr-factors", "[0.5,1]"]
+    return ["study", *data, *short, "--processes", "2", *more]
+
+
+@pytest.fixture(scope="module")
+def finished(digits, encoder_folder, tmp_path_factory):
+    out = tmp_path_factory.mktemp("study") / "run"
+    assert main(words(digits, encoder_folder, out, "--labels", "1,2,999", "--against", str(encoder_folder))) == 0
+    return out
+
+
+def rows(file):
+    with file.open(newline="", encoding="utf-8") as text:
+        return list(csv.DictReader(text))
+
+
+def test_a_study_by_the_command(finished, encoder_folder):
+    results, tuning = rows(finished / "results.csv"), rows(finished / "tuning.csv")
+    arms = ("pre-trained", encoder_folder.name, "from scratch")
+    kinds = [(row["labels_per_class"], row["seed"], row["arm"]) for row in results]
+    assert kinds == [(labels, seed, arm) for labels in "12" for seed in "01" for arm in arms]
+    assert len(tuning) == 3 * 2 * 2 and {row["fold"] for row in tuning} == {"1 of 2", "2 of 2"}
+    by_kind = dict(zip(kinds, results))
+    for labels in "12":
+        for seed in "01":
+            first, same = by_kind[labels, seed, "pre-trained"], by_kind[labels, seed, encoder_folder.name]
+            assert first["accuracy"] == same["accuracy"], "the same encoder under another name"
+    table = (finished / "table.md").read_text(encoding="utf-8")
+    mean = statistics.fmean(float(by_kind["2", seed, "from scratch"]["accuracy"]) for seed in "01")
+    assert f"| {100 * mean:.1f} ± " in table.splitlines()[3] and table.count("\n- At ") == 4
+    assert (finished / "study.png").read_bytes().startswith(b"\x89PNG")
+    kept = finished / "runs/2-labels/from-scratch-seed-1"
+    assert (kept / "metrics.csv").is_file() and not (kept / "checkpoints").exists() and not (kept / "encoder").exists()
+    assert not any((finished / "tuning-runs").rglob("*.yaml"))
+
+
+def test_a_trial_is_a_run_with_the_same_labels(finished, digits, encoder_folder, tmp_path):
+    row = next(row for row in rows(finished / "results.csv") if (row["labels_per_class"], row["seed"]) == ("2", "1"))
+    settings = FinetuneSettings(
+        data=LabeledSettings(str(digits.labeled), flip=0.0), out=str(tmp_path / "alone"), init=str(encoder_folder),
+        labels_per_class=2, seed=1, steps=8, batch_size=10, validations=1,
+        optim=OptimSettings(lr=float(row["lr"]), layer_decay=float(row["layer_decay"])),
+    )  # fmt: skip
+    assert finetune(settings, quiet=True).accuracy == pytest.approx(float(row["accuracy"]), abs=5e-5)
+
+
+def test_a_study_goes_on_and_grows(finished, digits, encoder_folder, capsys):
+    """What is there is not run again; what is missing or of other weights is; more seeds and labels may be asked."""
+    before = rows(finished / "results.csv")
+    written = {file: file.stat().st_mtime_ns for file in (finished / "trials").rglob("*.json")}
+    lost = finished / "trials/1-labels/pre-trained-seed-0.json"
+    lost.unlink()
+    stale = finished / "trials/1-labels/pre-trained-seed-1.json"
+    found = json.loads(stale.read_text())
+    stale.write_text(json.dumps({**found, "identity": {**found["identity"], "encoder": 1}}))
+    call = words(digits, encoder_folder, finished, "--labels", "1,2", "--against", str(encoder_folder), "--seeds", "3")
+    assert main([*call, "--resume"]) == 0
+    after = rows(finished / "results.csv")
+    assert [row for row in after if row["seed"] != "2"] == before
+    assert len(after) == 2 * 3 * 3
+    rewritten = {file for file, time in written.items() if file.stat().st_mtime_ns != time}
+    assert rewritten == {lost, stale}
+
+
+@pytest.mark.parametrize(
+    "more, said",
+    [
+        (("--labels", "999"), "999 labels a class asked for, class '0' has 24 training images: give up to 24, or all"),
+        (("--labels", "0"), "labels a class '0' is not a number from 1 on"),
+        (("--labels", "2,2"), "give different numbers"),
+        (("--labels", "few"), "labels a class 'few' is not a number"),
+        (("--seeds", "1"), "seeds is 1: give 2 or more"),
+        (("--lr-factors", "[0]"), "give positive multiples of optim.lr"),
+        (("--layer-decays", "[1.5]"), "layer_decays are (1.5,): give factors in (0, 1]"),
+        (("--scratch", "false"), "there is nothing to compare with"),
+        (("--init", "none"), "a study compares an encoder with others: give it by --init"),
+        (("--labels-per-class", "3"), "give a study's as --labels 1,5,20"),
+        (("--data.fold", "[0,2]"), "it cross-validates by --folds"),
+        (("--against", "no/such/encoder"), "no/such/encoder"),
+        (("--data", "no/such/folder"), "no/such/folder"),
+    ],
+)
+def test_refused(more, said, digits, encoder_folder, tmp_path, capsys):
+    out = tmp_path / "study"
+    assert main(words(digits, encoder_folder, out, *more)) == 2
+    lines = capsys.readouterr().err.strip().splitlines()
+    assert len(lines) == 1 and said in lines[0] and not out.exists()
+
+
+def test_a_study_that_exists_is_not_run_over(finished, digits, encoder_folder, capsys):
+    before = sorted(Path(finished).rglob("*"))
+    assert main(words(digits, encoder_folder, finished)) == 2
+    assert "--resume" in capsys.readouterr().err and sorted(Path(finished).rglob("*")) == before
+
+
+def test_settings_of_a_run():
+    settings = StudySettings(data="images", out="run", init="a/enc", against="b/enc,c/other", labels="1, all")
+    assert settings.labels == (1, "all")
+    assert settings.arm_names() == {"pre-trained": "a/enc", "enc": "b/enc", "other": "c/other"}
+    assert settings.run_settings() == FinetuneSettings(data="images", out="run", init="a/enc")
