@@ -5,11 +5,14 @@ from dataclasses import replace
 
 from finetune.classification_settings import FinetuneSettings, LabeledSettings
 from finetune.colour import check_kornia, has_kornia
-from finetune.settings import with_schedule
+from finetune.settings import PUBLISHED_LAYER_DECAY, with_schedule
 from simmim.swinv2 import PRESETS, SwinV2Config
 
 # A side in pixels up to which images are thumbnails, seen whole in evaluation.
 THUMBNAIL_PX = 64
+# Up to so many labels a class the first layers are kept nearer to what pre-training made of them: of 1 to 0.5, 0.65 was the
+# best at 5 and 10 labels a class of real digits (configs/finetune/demo.yaml).
+FEW_A_CLASS, LAYER_DECAY_OF_FEW = 20, 0.65
 # From so many images a class on, sets are large enough for what the papers do to ImageNet's 1,300 a class.
 MANY_A_CLASS = 500
 
@@ -29,8 +32,15 @@ def completed(
     """
     small = encoder.embed_dim < PRESETS["tiny"].embed_dim
     given = settings
+    if settings.optim.layer_decay is None:
+        few = count / classes <= FEW_A_CLASS
+        decay = LAYER_DECAY_OF_FEW if few else PUBLISHED_LAYER_DECAY
+        settings = replace(settings, optim=replace(settings.optim, layer_decay=decay))
     settings = with_schedule(settings, count, device, small)
     reasons = schedule_reasons(given, settings, count, device, small)
+    if given.optim.layer_decay is None:
+        why = f"for {count / classes:,.0f} labels a class" if few else "as published"
+        reasons.append(f"layer decay {decay:g}: {why}")
     data, more = with_augmentation(settings.data, min(settings.size), encoder.in_channels, count / classes)
     check_kornia(data.changes().colour)
     return replace(settings, data=data), [*reasons, *more]

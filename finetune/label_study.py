@@ -47,10 +47,14 @@ class Arm:
 
 
 class Rates(NamedTuple):
-    """What is tuned: peak learning rate per 512 images, and layer decay."""
+    """What is tuned: peak learning rate per 512 images, and layer decay; None is what a run would choose."""
 
     lr: float | None
-    layer_decay: float
+    layer_decay: float | None
+
+    def __str__(self) -> str:
+        """For a file's name; what is not given is a run's own default."""
+        return "-".join(f"{name}-{value:g}" for name, value in self._asdict().items() if value is not None)
 
 
 @dataclass(frozen=True)
@@ -258,7 +262,7 @@ def job_of(arm: Arm, labels: int | str, seed: int, rates: Rates, fold: tuple[int
     )
     name = f"{labels}-labels/{arm.name.replace(' ', '-')}-seed-{seed}"
     if fold is not None:
-        name += f"-fold-{fold[0] + 1}-of-{fold[1]}-lr-{rates.lr:g}-decay-{rates.layer_decay:g}"
+        name += f"-fold-{fold[0] + 1}-of-{fold[1]}-{rates}"
     return Job(arm, name, settings)
 
 

@@ -36,7 +36,8 @@ class OptimSettings:
 
     Args:
         lr: peak learning rate of the head; by default 1.25e-3 as published, 8e-3 for nano and micro.
-        layer_decay: factor from each block to the one before it.
+        layer_decay: factor from each block to the one before it; by default 0.75 as published, and 0.65 in classification
+            with up to 20 labels a class.
         label_smoothing: share of the target spread over all classes.
         warmup_epochs: by default 20, or a fifth of shorter runs.
         warmup_lr: where the warm-up starts.
@@ -49,7 +50,7 @@ class OptimSettings:
     """
 
     lr: float | None = None
-    layer_decay: float = 0.75
+    layer_decay: float | None = None
     label_smoothing: float = 0.1
     warmup_epochs: float | None = None
     warmup_lr: float = 2.5e-7
@@ -156,6 +157,9 @@ class TransferSettings:
         return Schedule(optim.lr, self.epochs, optim.warmup_epochs, optim.warmup_lr, min_lr=optim.min_lr)
 
 
+PUBLISHED_LAYER_DECAY = 0.75
+
+
 def default_lr(small: bool) -> float:
     """Peak learning rate of the head per 512 images: 1.25e-3 as published, 8e-3 for encoders of nano's or micro's width."""
     return 8e-3 if small else 1.25e-3
@@ -183,6 +187,7 @@ def with_schedule(settings: TransferSettings, count: int, device: str, small: bo
     optim = replace(
         optim,
         lr=optim.lr if optim.lr is not None else default_lr(small),
+        layer_decay=optim.layer_decay if optim.layer_decay is not None else PUBLISHED_LAYER_DECAY,
         warmup_epochs=optim.warmup_epochs if optim.warmup_epochs is not None else min(20, epochs / 5),
         ema=optim.ema if optim.ema is not None else default_ema(round(epochs * count / batch_size)),
     )

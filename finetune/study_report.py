@@ -204,6 +204,6 @@ def write_trials(file: Path, trials: Sequence[Trial]) -> None:
         writer.writerow(columns)
         for trial in trials:
             fold = "" if trial.fold is None else f"{trial.fold[0] + 1} of {trial.fold[1]}"
-            rate = "" if trial.rates.lr is None else f"{trial.rates.lr:g}"
-            row = [trial.arm, trial.labels, trial.seed, rate, f"{trial.rates.layer_decay:g}", fold]
+            rates = ["" if value is None else f"{value:g}" for value in trial.rates]
+            row = [trial.arm, trial.labels, trial.seed, *rates, fold]
             writer.writerow([*row, f"{trial.accuracy:.4f}", f"{trial.loss:.4f}"])

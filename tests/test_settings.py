@@ -1,5 +1,6 @@
 """What the user leaves open follows from the images and the machine; what cannot work is refused by name."""
 from dataclasses import fields, is_dataclass, replace
+from functools import partial
 
 import pytest
 import yaml
@@ -23,6 +24,7 @@ from simmim.run_folder import as_yaml, differences, plain
 
 DIGITS = Survey(short_side_px=28, channels=1, decoded_mib=3.0, mean=(0.131,), std=(0.308,))
 PHOTOS = Survey(short_side_px=375, channels=3, decoded_mib=5e4, mean=(0.4, 0.4, 0.4), std=(0.2, 0.2, 0.2))
+fine = partial(FinetuneSettings, data="x")
 THUMBNAILS = Survey(short_side_px=96, channels=3, decoded_mib=200.0, mean=(0.4, 0.4, 0.4), std=(0.2, 0.2, 0.2))
 
 
@@ -173,11 +175,11 @@ def test_settings_that_cannot_be_resolved(changes, message):
         (lambda: FinetuneOptimSettings(label_smoothing=1.0), "optim.label_smoothing is 1.0"),
         (lambda: FinetuneOptimSettings(accumulate=0), "optim.accumulate is 0"),
         (lambda: FinetuneOptimSettings(clip=-1.0), "optim.clip is -1.0"),
-        (lambda: FinetuneSettings(data="x", out="run", validations=0), "validations is 0: give a positive number"),
-        (lambda: FinetuneSettings(data="x", out="run", workers=-2), "workers is -2"),
-        (lambda: FinetuneSettings(data="x", out="run", freeze=True), "--freeze with --init none would train a head on random"),
-        (lambda: FinetuneSettings(data="x", out="run", init="enc", encoder=EncoderSettings(like="a")), "use them with --init none"),
-        (lambda: FinetuneSettings(data="x", out="run", init="enc", encoder=EncoderSettings(preset="nano")), "with --init none"),
+        (lambda: fine(out="run", validations=0), "validations is 0: give a positive number"),
+        (lambda: fine(out="run", workers=-2), "workers is -2"),
+        (lambda: fine(out="run", freeze=True), "--freeze with --init none would train a head on random"),
+        (lambda: fine(out="run", init="enc", encoder=EncoderSettings(like="a")), "use them with --init none"),
+        (lambda: fine(out="run", init="enc", encoder=EncoderSettings(preset="nano")), "with --init none"),
     ],
 )
 def test_settings_out_of_range(build, message):

@@ -257,8 +257,9 @@ def test_twin_from_scratch():
 
 def words(digits, encoder_folder, out, *more):
     data = ["--data", str(digits.labeled), "--data.flip", "0", "--init", str(encoder_folder), "--out", str(out)]
-    short = ["--steps", "8", "--optim.lr", "0.3", "--batch-size", "10", "--seeds", "2", "--folds", "2", "--lr-factors", "[0.5,1]"]
-    return ["study", *data, *short, "--processes", "2", *more]
+    rates = ["--optim.lr", "0.3", "--optim.layer_decay", "0.7", "--lr-factors", "[0.5,1]"]
+    short = ["--steps", "8", "--batch-size", "10", "--seeds", "2", "--folds", "2", "--processes", "2"]
+    return ["study", *data, *rates, *short, *more]
 
 
 @pytest.fixture(scope="module")

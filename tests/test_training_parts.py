@@ -16,7 +16,7 @@ from finetune.balance import BalancedSamples, balanced_order, class_weights
 from finetune.class_metrics import ClassMetrics, class_rows
 from finetune.class_report import class_table, confusion_picture, write_class_table
 from finetune.classification import ClassificationFinetuning
-from finetune.classification_defaults import with_augmentation
+from finetune.classification_defaults import completed, with_augmentation
 from finetune.early_stop import StopEarly
 from finetune.settings import EncoderSettings, OptimSettings
 from simmim import load_encoder
@@ -386,3 +386,13 @@ def test_an_encoder_of_another_channel_count_is_adapted_and_says_so(encoder_fold
 def test_settings_out_of_range(make, message):
     with pytest.raises(ValueError, match=message):
         make()
+
+
+@pytest.mark.parametrize("labels, decay, why", [(20, 0.65, "for 20 labels a class"), (21, 0.75, "as published")])
+def test_few_labels_keep_the_first_layers(labels, decay, why):
+    settings = FinetuneSettings(data="images", out="run", image_size=32)
+    chosen, reasons = completed(settings, 10 * labels, 10, CONFIG, "cpu")
+    assert chosen.optim.layer_decay == decay and f"layer decay {decay}: {why}" in reasons
+    given = replace(settings, optim=OptimSettings(layer_decay=0.9))
+    chosen, reasons = completed(given, 10 * labels, 10, CONFIG, "cpu")
+    assert chosen.optim.layer_decay == 0.9 and not any("layer decay" in reason for reason in reasons)

@@ -424,8 +424,8 @@ def test_fine_tuning_is_guarded_too(digits, tmp_path, monkeypatch):
     monkeypatch.setattr(ClassificationFinetuning, "training_step", training_step)
     monkeypatch.setattr("finetune.run.usual_callbacks", guarded)
     settings = FinetuneSettings(
-        data=LabeledSettings(str(digits.labeled), flip=0.0), out=str(tmp_path / "run"), labels_per_class=2, steps=4, batch_size=10,
-        encoder=EncoderSettings(preset="nano"), log_every_steps=1, validations=1,
+        data=LabeledSettings(str(digits.labeled), flip=0.0), out=str(tmp_path / "run"),
+        labels_per_class=2, steps=4, batch_size=10, encoder=EncoderSettings(preset="nano"), log_every_steps=1, validations=1,
     )  # fmt: skip
     result = finetune(settings, quiet=True)
     assert list(listed(result.run)) == [2]

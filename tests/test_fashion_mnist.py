@@ -1,0 +1,119 @@
+"""benchmarks/fashion_mnist.py: idx files in, what pre-training and fine-tuning read out."""
+import gzip
+import importlib.util
+import io
+import struct
+from pathlib import Path
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from simmim.data import open_images
+from simmim.data.decode import open_picture
+from simmim.data.labels import labeled_images
+
+FILE = Path(__file__).parents[1] / "benchmarks" / "fashion_mnist.py"
+EACH = {"train": 6, "t10k": 3}  # images of each class
+
+
+@pytest.fixture(scope="module")
+def fashion_mnist():
+    spec = importlib.util.spec_from_file_location("fashion_mnist", FILE)
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+@pytest.fixture
+def source(tmp_path):
+    """The data set's four files, small: pixels are drawn, labels go round."""
+    folder = tmp_path / "source"
+    folder.mkdir()
+    for name, each in EACH.items():
+        images, labels = drawn(name, each)
+        header = struct.pack(">4B3I", 0, 0, 8, 3, *images.shape)
+        (folder / f"{name}-images-idx3-ubyte.gz").write_bytes(gzip.compress(header + images.tobytes()))
+        header = struct.pack(">4BI", 0, 0, 8, 1, len(labels))
+        (folder / f"{name}-labels-idx1-ubyte.gz").write_bytes(gzip.compress(header + labels.tobytes()))
+    return folder
+
+
+def drawn(name, each):
+    images = np.random.default_rng(each).integers(0, 256, (10 * each, 28, 28), np.uint8)
+    return images, np.arange(10 * each, dtype=np.uint8) % 10
+
+
+def pixels(row):
+    return np.asarray(Image.open(io.BytesIO(row["image"]["bytes"])))
+
+
+def by_class(part, classes):
+    """Every image of a labeled part as bytes, by class name."""
+    found = {}
+    for row in part:
+        found.setdefault(classes[row["label"]], []).append(pixels(row).tobytes())
+    return found
+
+
+def test_images_and_classes_come_through_exactly(fashion_mnist, source, tmp_path):
+    out = tmp_path / "fm"
+    assert fashion_mnist.main(["--out", str(out), "--source", str(source), "--test", "20"]) == 0
+    images, labels = drawn("train", 6)
+    unlabeled = open_images(str(out / "unlabeled"))
+    assert [pixels(row).tobytes() for row in unlabeled] == [image.tobytes() for image in images]
+    picture = open_picture(unlabeled[0]["image"], channels=1)
+    assert picture.size == (28, 28)
+
+    read = labeled_images(str(out / "labeled"), None, seed=0)
+    assert set(read.classes) == set(fashion_mnist.CLASSES)
+    tested, tested_labels = drawn("t10k", 3)
+    for part, pictures, numbers, each in (
+        (read.train, images, labels, 6), (read.validation, tested, tested_labels, 2)
+    ):
+        found = by_class(part, read.classes)
+        for number, name in enumerate(fashion_mnist.CLASSES):
+            assert sorted(found[name]) == sorted(image.tobytes() for image in pictures[numbers == number][:each])
+
+
+def test_development_never_shows_a_test_image(fashion_mnist, source, tmp_path):
+    out = tmp_path / "fm"
+    counts = fashion_mnist.write_fashion_mnist(source, out, test=20, development=True)
+    assert counts == {"unlabeled": 60, "labeled/train": 40, "labeled/test": 20}
+    read = labeled_images(str(out / "labeled"), None, seed=0)
+    train, held_out = ({pixels(row).tobytes() for row in part} for part in (read.train, read.validation))
+    assert train | held_out == {image.tobytes() for image in drawn("train", 6)[0]}
+    assert not train & held_out
+
+
+@pytest.mark.parametrize("test", [0, 15, 40])
+def test_wrong_size_of_the_test_part(fashion_mnist, source, tmp_path, capsys, test):
+    assert fashion_mnist.main(["--out", str(tmp_path / "fm"), "--source", str(source), "--test", str(test)]) == 2
+    assert capsys.readouterr().err == f"fashion_mnist: --test is {test}: give a multiple of 10, 30 at most\n"
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["source"]
+
+
+def test_missing_torn_or_other_files(fashion_mnist, source, tmp_path, capsys):
+    words = ["--out", str(tmp_path / "fm"), "--source", str(source), "--test", "20"]
+    file = source / "t10k-labels-idx1-ubyte.gz"
+    whole = file.read_bytes()
+    for content, complaint in (
+        (whole[:-9], "cannot be read"),
+        (gzip.compress(gzip.decompress(whole)[:-1]), "no whole idx file"),
+        (gzip.compress(b"\0\0\x08"), "no whole idx file"),
+        (gzip.compress(struct.pack(">4BI", 0, 0, 8, 1, 2) + b"\0\1"), "expected 28 × 28 px, a label each"),
+    ):
+        file.write_bytes(content)
+        assert fashion_mnist.main(words) == 2
+        error = capsys.readouterr().err
+        assert complaint in error and error.count("\n") == 1
+    file.unlink()
+    assert fashion_mnist.main(words) == 2
+    assert "dataset-fashion-mnist" in capsys.readouterr().err
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["source"]
+
+
+def test_an_existing_folder_stays(fashion_mnist, source, tmp_path, capsys):
+    assert fashion_mnist.main(["--out", str(source), "--source", str(source), "--test", "20"]) == 2
+    assert "exists" in capsys.readouterr().err
+    assert len(list(source.iterdir())) == 4
