@@ -128,7 +128,8 @@ def finetune(settings: TransferSettings, quiet: bool = False) -> FinetuneResult:
         callbacks=callbacks,
         log_every_steps=min(settings.log_every_steps, steps),
         extra=settings.trainer,
-        validate_every_steps=max(1, -(-steps // settings.validations)),
+        # A single validation is the one after the last step, below.
+        validate_every_steps=-(-steps // settings.validations) if settings.validations > 1 else steps + 1,
         loggers=settings.loggers,
         loss="cross_entropy",
     )

@@ -82,9 +82,9 @@ def test_segmentation_recipe_builds(path):
     assert math.isclose(rate(warm), settings.optim.lr * settings.batch_size / 512, rel_tol=1e-3)
     with torch.device("meta"):
         encoder = SwinV2(SwinV2Config.from_preset("tiny", window_size=settings.encoder.window_size or 8))
-        model = Segmenter(encoder, 20, HeadShape(settings.head.width, settings.head.norm))
+        model = Segmenter(encoder, 20, HeadShape(settings.head.width, settings.head.norm or "batch"))
         height, width = settings.size
-        assert model(torch.empty(1, 3, height, width)).shape == (1, 20, height // 4, width // 4)
+        assert model(torch.empty(2, 3, height, width)).shape == (2, 20, height // 4, width // 4)
     parameter_rules(model, 0.05, settings.optim.layer_decay, (2, 2, 6, 2))  # every parameter has its place
 
 
