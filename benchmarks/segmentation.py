@@ -1,0 +1,175 @@
+"""Pre-trained against scratch at few labeled scenes, paired by seed: mean IoU over held-out scenes.
+
+    python benchmarks/scenes.py --out scenes
+    simmim pretrain --config configs/pretrain/scenes.yaml --data scenes/unlabeled --out scenes/pretrain
+    python benchmarks/segmentation.py --scenes scenes --init scenes/pretrain --out scenes/study
+
+Both arms have the same architecture, labels, views, steps and batches. Each arm's learning rate is the best of the same
+grid on scenes held out from the training part, with labels drawn by other seeds; the validation scenes serve the comparison
+alone, and what is compared is the last step, not the best one.
+
+Writes OUT/trials.csv, a row a fine-tuning, which a later call goes on from, and prints the table.
+"""
+from __future__ import annotations
+
+import argparse
+import csv
+import math
+import multiprocessing
+import os
+import statistics
+import sys
+from collections.abc import Sequence
+from concurrent.futures import ProcessPoolExecutor, as_completed
+from dataclasses import asdict, dataclass, fields, replace
+from pathlib import Path
+
+TUNING_SEED = 1000  # the first; the comparison's count from 0
+ARMS = ("pre-trained", "from scratch")
+
+
+@dataclass(frozen=True)
+class Trial:
+    """One fine-tuning. `lr` is per 512 images; `tuning` tells those that only choose it."""
+
+    arm: str
+    labels: int
+    seed: int
+    lr: float
+    tuning: bool
+
+    def folder(self, out: Path) -> Path:
+        """Where its run lies."""
+        kind = "tuning" if self.tuning else "trials"
+        return out / kind / f"{self.arm.replace(' ', '-')}-{self.labels}-labels-seed-{self.seed}-lr-{self.lr:g}"
+
+
+def measured(trial: Trial, scenes: Path, init: str, out: Path, config: Path, steps: int) -> dict[str, float]:
+    """Fine-tune and return the validation metrics of the last step."""
+    os.environ["OMP_NUM_THREADS"] = "1"
+    import torch
+
+    torch.set_num_threads(1)
+    from finetune.run import finetune
+    from finetune.segmentation_settings import SegmentationSettings
+    from simmim.cli import parse
+
+    labeled = scenes / "labeled"
+    names = (labeled / "classes.txt").read_text(encoding="utf-8").split("\n")
+    words = ["--config", str(config), "--data", str(labeled / "train" if trial.tuning else labeled)]
+    words += ["--out", str(trial.folder(out)), "--labels", str(trial.labels), "--seed", str(trial.seed), "--overwrite"]
+    words += ["--steps", str(steps), "--optim.lr", str(trial.lr), "--validations", "1"]
+    words += ["--init", init] if trial.arm == ARMS[0] else ["--init", "none", "--encoder.like", init]
+    settings = parse("finetune segmentation", SegmentationSettings, words)
+    settings = replace(settings, data=replace(settings.data, classes=tuple(filter(None, names))))
+    metrics = finetune(settings, quiet=True).metrics
+    return {name: metrics[name] for name in ("mean_iou", "pixel_accuracy")}
+
+
+def run_all(trials: Sequence[Trial], out: Path, processes: int, **how) -> dict[Trial, dict[str, float]]:
+    """Every trial's metrics; those that are in OUT/trials.csv already are not repeated."""
+    from tqdm import tqdm
+
+    done = read_trials(out / "trials.csv")
+    missing = [trial for trial in trials if trial not in done]
+    context = multiprocessing.get_context("spawn")
+    with ProcessPoolExecutor(processes, mp_context=context) as pool, tqdm(total=len(missing), unit="run") as bar:
+        futures = {pool.submit(measured, trial, out=out, **how): trial for trial in missing}
+        for future in as_completed(futures):
+            trial = futures[future]
+            done[trial] = future.result()
+            append_trial(out / "trials.csv", trial, done[trial])
+            bar.set_postfix_str(f"{trial.arm}, {trial.labels} labels: {done[trial]['mean_iou']:.1%}")
+            bar.update()
+    return {trial: done[trial] for trial in trials}
+
+
+def read_trials(file: Path) -> dict[Trial, dict[str, float]]:
+    """What earlier calls measured."""
+    found = {}
+    if file.is_file():
+        with file.open(newline="", encoding="utf-8") as text:
+            for row in csv.DictReader(text):
+                tuning = row["tuning"] == "True"
+                trial = Trial(row["arm"], int(row["labels"]), int(row["seed"]), float(row["lr"]), tuning)
+                found[trial] = {name: float(row[name]) for name in ("mean_iou", "pixel_accuracy")}
+    return found
+
+
+def append_trial(file: Path, trial: Trial, metrics: dict[str, float]) -> None:
+    """One more row."""
+    file.parent.mkdir(parents=True, exist_ok=True)
+    fresh = not file.is_file()
+    with file.open("a", newline="", encoding="utf-8") as text:
+        writer = csv.DictWriter(text, [*(field.name for field in fields(Trial)), *metrics])
+        if fresh:
+            writer.writeheader()
+        writer.writerow({**asdict(trial), **metrics})
+
+
+def table(results: dict[Trial, dict[str, float]]) -> str:
+    """A Markdown table, a row a number of labels: both arms' mean IoU ± standard error and the paired gain, in percent."""
+    lines = [
+        f"| labeled scenes | {ARMS[0]} | {ARMS[1]} | paired gain | seeds won |",
+        "| ---: | ---: | ---: | ---: | ---: |",
+    ]
+    for labels in sorted({trial.labels for trial in results}):
+        value = {(trial.arm, trial.seed): 100 * metrics["mean_iou"] for trial, metrics in results.items()
+                 if trial.labels == labels}  # fmt: skip
+        seeds = sorted({seed for _, seed in value})
+        columns = [[value[arm, seed] for seed in seeds] for arm in ARMS]
+        gains = [first - second for first, second in zip(*columns)]
+        cells = []
+        for values in (*columns, gains):
+            error = statistics.stdev(values) / math.sqrt(len(values)) if len(values) > 1 else math.nan
+            cells.append(f"{statistics.fmean(values):{'+' if values is gains else ''}.1f} ± {error:.1f}")
+        lines.append(f"| {labels} | {' | '.join(cells)} | {sum(gain > 0 for gain in gains)} of {len(seeds)} |")
+    return "\n".join(lines)
+
+
+def main() -> int:
+    """Tune, compare, print."""
+    root = Path(__file__).resolve().parents[1]
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--scenes", type=Path, required=True, help="what benchmarks/scenes.py wrote")
+    parser.add_argument("--init", required=True, help="pre-training run")
+    parser.add_argument("--out", type=Path, required=True, help="folder to make or go on in")
+    parser.add_argument("--config", type=Path, default=root / "configs/finetune/scenes-segmentation.yaml")
+    parser.add_argument("--labels", type=int, nargs="+", default=[20, 100])
+    parser.add_argument("--seeds", type=int, default=5)
+    parser.add_argument("--lrs", type=float, nargs="+", default=[0.32, 0.64, 1.28], help="grid, per 512 images")
+    parser.add_argument("--tuning-seeds", type=int, default=2)
+    parser.add_argument("--steps", type=int, default=300)
+    parser.add_argument("--processes", type=int, default=2)
+    chosen = parser.parse_args()
+    how = {"scenes": chosen.scenes, "init": chosen.init, "config": chosen.config, "steps": chosen.steps}
+    grid = [
+        Trial(arm, labels, TUNING_SEED + seed, lr, True)
+        for labels in chosen.labels
+        for arm in ARMS
+        for lr in chosen.lrs
+        for seed in range(chosen.tuning_seeds)
+    ]
+    tuned = run_all(grid, chosen.out, chosen.processes, **how) if len(chosen.lrs) > 1 else {}
+    trials = []
+    for labels in chosen.labels:
+        for arm in ARMS:
+            means = {
+                lr: statistics.fmean(
+                    metrics["mean_iou"]
+                    for trial, metrics in tuned.items()
+                    if (trial.arm, trial.labels, trial.lr) == (arm, labels, lr)
+                )
+                for lr in chosen.lrs
+                if tuned
+            } or {chosen.lrs[0]: math.nan}
+            best = max(means, key=means.__getitem__)
+            listed = ", ".join(f"{lr:g}: {mean:.1%}" for lr, mean in means.items())
+            print(f"{arm}, {labels} labels: learning rate {best:g} per 512 images, of {listed}", flush=True)
+            trials += [Trial(arm, labels, seed, best, False) for seed in range(chosen.seeds)]
+    print(f"\nmean IoU in percent, mean ± standard error\n\n{table(run_all(trials, chosen.out, chosen.processes, **how))}")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,58 @@
+"""How well predicted masks fit given ones: intersection over union by class, its mean, and pixel accuracy.
+
+Functions of a confusion matrix, (classes, classes), whose rows are the given classes and whose columns the predicted
+ones, in pixels; ignored pixels are not in it.
+"""
+from __future__ import annotations
+
+import csv
+import math
+from collections.abc import Sequence
+from pathlib import Path
+
+from torch import Tensor
+
+from simmim.files import whole_file
+
+COLUMNS = ("class", "IoU", "recall", "precision", "pixels")
+
+
+def iou_by_class(confusion: Tensor) -> Tensor:
+    """Intersection over union of each class, float64; nan for a class that is neither given nor predicted anywhere."""
+    confusion = confusion.double()
+    both = confusion.diagonal()
+    return both / (confusion.sum(dim=0) + confusion.sum(dim=1) - both)
+
+
+def mean_iou(confusion: Tensor) -> float:
+    """Mean over the classes that are given or predicted somewhere; nan where no pixel counts."""
+    return iou_by_class(confusion).nanmean().item()
+
+
+def pixel_accuracy(confusion: Tensor) -> float:
+    """Share of the pixels whose class is predicted; nan where no pixel counts."""
+    confusion = confusion.double()
+    return (confusion.diagonal().sum() / confusion.sum()).item()
+
+
+def write_class_rows(file: Path, confusion: Tensor, classes: Sequence[str]) -> None:
+    """A CSV file, a row a class: IoU, recall and precision, empty where a class is not given or not predicted, and the given
+    pixels' share."""
+    given, predicted = confusion.double().sum(dim=1), confusion.double().sum(dim=0)
+    both = confusion.double().diagonal()
+    columns = [iou_by_class(confusion), both / given, both / predicted, given / given.sum()]
+    with whole_file(file) as temporary, temporary.open("w", newline="", encoding="utf-8") as text:
+        writer = csv.writer(text)
+        writer.writerow(COLUMNS)
+        for name, *shares in zip(classes, *(column.tolist() for column in columns)):
+            writer.writerow([name, *("" if math.isnan(share) else f"{share:.4f}" for share in shares)])
+
+
+def class_table(file: Path) -> str:
+    """What `write_class_rows` wrote as a Markdown table, in percent."""
+    with file.open(newline="", encoding="utf-8") as text:
+        _, *rows = csv.reader(text)
+    lines = [f"| {' | '.join(COLUMNS)} |", "| --- | ---: | ---: | ---: | ---: |"]
+    for name, *shares in rows:
+        lines.append(f"| {name} | {' | '.join(f'{float(share):.1%}' if share else '–' for share in shares)} |")
+    return "\n".join(lines)

@@ -1,0 +1,125 @@
+"""Settings of semantic segmentation."""
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import ClassVar
+
+from finetune.settings import EncoderSettings, OptimSettings, TransferSettings
+from finetune.upernet import check_head
+
+INFERENCES = ("auto", "whole", "slide")
+
+
+@dataclass(frozen=True)
+class SceneSettings:
+    """The labeled images, the classes, and how training varies them.
+
+    Args:
+        path: folder with images/ and masks/ whose files have the same names, or with train/ and val/ (or test/) that have
+            these; or a CSV file of image and mask paths, Parquet files, a saved datasets folder, a hub id.
+        column: which holds the images, in sources that have columns; found by default.
+        mask_column: which holds the masks; found by default.
+        classes: names in the order of the masks' values; by default those in PATH/classes.txt, one a line, or else the
+            values that occur.
+        values: mask value of each class; 0, 1, … by default.
+        ignore_index: mask value of pixels that count for nothing; -1 for none.
+        strict: stop at the first image that cannot be read.
+        max_skipped_share: stop when a larger share of the training images cannot be read.
+        short_side: pixels to which images are brought before anything else; by default the shorter of image_size, so that a
+            crop sees about as much as in pre-training; 0 leaves them as they are.
+        scale: range of the random resizing in training, drawn on a log scale.
+        crop_class_share: crops of which one class takes a larger share are drawn again, up to ten times.
+        flip: probability of mirroring left and right.
+        colour_jitter: brightness, contrast and saturation are scaled by 1 − colour_jitter to 1 + colour_jitter; by default
+            0.25 where kornia is installed, else 0.
+        inference: whole, slide (windows of image_size that overlap by a third, logits averaged), or auto: whole up to four
+            times the area of image_size.
+    """
+
+    path: str
+    column: str | None = None
+    mask_column: str | None = None
+    classes: tuple[str, ...] = ()
+    values: tuple[int, ...] = ()
+    ignore_index: int = 255
+    strict: bool = False
+    max_skipped_share: float = 0.05
+    short_side: int | None = None
+    scale: tuple[float, float] = (0.5, 2.0)
+    crop_class_share: float = 0.75
+    flip: float = 0.5
+    colour_jitter: float | None = None
+    inference: str = "auto"
+
+    def __post_init__(self) -> None:
+        for name in ("classes", "values", "scale"):
+            object.__setattr__(self, name, tuple(getattr(self, name)))
+        if not 0 < self.scale[0] <= self.scale[1]:
+            raise ValueError(f"data.scale is {self.scale}: give factors, 0 < low <= high")
+        if not 0 <= self.flip <= 1:
+            raise ValueError(f"data.flip is {self.flip}: give a probability")
+        if not 0 < self.crop_class_share <= 1:
+            raise ValueError(f"data.crop_class_share is {self.crop_class_share}: give a share in (0, 1], 1 for any crop")
+        if self.colour_jitter is not None and not 0 <= self.colour_jitter < 1:
+            raise ValueError(f"data.colour_jitter is {self.colour_jitter}: give a share in [0, 1), 0 for none")
+        if self.short_side is not None and self.short_side < 0:
+            raise ValueError(f"data.short_side is {self.short_side}: give pixels, or 0 to leave images as they are")
+        if self.inference not in INFERENCES:
+            raise ValueError(f"data.inference is {self.inference!r}: give one of {', '.join(INFERENCES)}")
+
+
+@dataclass(frozen=True)
+class HeadSettings:
+    """The head, UPerNet, and what helps to train it.
+
+    Args:
+        width: channels of the head; by default 512 as published, 64 for nano and micro.
+        norm: batch, as published (over all devices with trainer.sync_batchnorm), or image, for batches of a few; by default
+            batch from 4 images a device and forward pass on.
+        dropout: share of the last channels that a training step leaves out.
+        auxiliary: weight of the loss of a second, small head on the last stage but one; 0 for no such head.
+    """
+
+    width: int | None = None
+    norm: str | None = None
+    dropout: float = 0.1
+    auxiliary: float = 0.4
+
+    def __post_init__(self) -> None:
+        check_head(self.width or 16, self.norm or "batch")
+        if not 0 <= self.dropout < 1:
+            raise ValueError(f"head.dropout is {self.dropout}: give a share in [0, 1)")
+        if self.auxiliary < 0:
+            raise ValueError(f"head.auxiliary is {self.auxiliary}: give a weight, 0 for none")
+
+
+@dataclass(frozen=True, kw_only=True)
+class SegmentationSettings(TransferSettings):
+    """One fine-tuning run for semantic segmentation.
+
+    Args:
+        data: the labeled images; in Python a path alone will do.
+        labels: use so many training scenes, drawn by the seed so that every class is among them; all by default.
+        class_weights: none, or balanced: pixels weigh by one over the root of their class's share.
+        head: the head.
+    """
+
+    task: ClassVar[str] = "segmentation"
+
+    data: SceneSettings
+    labels: int | None = None
+    class_weights: str = "none"
+    head: HeadSettings = HeadSettings()
+    encoder: EncoderSettings = EncoderSettings()
+    optim: OptimSettings = OptimSettings(label_smoothing=0.0)
+
+    def __post_init__(self) -> None:
+        if isinstance(self.data, str):
+            object.__setattr__(self, "data", SceneSettings(self.data))
+        if self.class_weights not in ("none", "balanced"):
+            raise ValueError(f"class_weights is {self.class_weights!r}: give none or balanced")
+        super().__post_init__()
+
+    def label_provenance(self) -> dict:
+        """How many labeled scenes."""
+        return {"labels": self.labels}

@@ -1,0 +1,229 @@
+"""Segmentation's numbers: mean IoU, losses, weights; what is saved and read; pictures and predicted masks."""
+import math
+
+import numpy as np
+import pytest
+import torch
+import torch.nn.functional as F
+from PIL import Image
+from torchmetrics.classification import MulticlassConfusionMatrix, MulticlassJaccardIndex
+
+from finetune.iou import class_table, iou_by_class, mean_iou, pixel_accuracy, write_class_rows
+from finetune.overlays import MIN_CELL_PX, overlay, overlay_grid, palette
+from finetune.segmentation import (
+    HeadShape,
+    SavedSegmenter,
+    Segmenter,
+    balanced_weights,
+    load_segmenter,
+    pixel_loss,
+    save_segmenter,
+)
+from finetune.segmentation_prediction import output_names, segment
+from simmim import load_encoder
+from simmim.checkpoint import Preprocessing, save_encoder
+from simmim.data import open_picture
+from simmim.data.masks import MaskScheme, read_mask
+from simmim.swinv2 import SwinV2, SwinV2Config
+
+
+def random_masks(classes=5, ignored=255, shape=(4, 30, 40), seed=0, present=None):
+    generator = np.random.default_rng(seed)
+    given, predicted = (torch.from_numpy(generator.integers(0, present or classes, size=shape)) for _ in range(2))
+    given[torch.from_numpy(generator.random(shape) < 0.2)] = ignored
+    return given, predicted
+
+
+def confusion_of(given, predicted, classes, ignored=255):
+    return MulticlassConfusionMatrix(classes, ignore_index=ignored)(predicted, given)
+
+
+@pytest.mark.parametrize("seed, present", [(0, None), (1, None), (2, 3)])
+def test_iou_is_a_count_and_torchmetrics(seed, present):
+    """Ignored pixels included, and classes that never occur."""
+    given, predicted = random_masks(seed=seed, present=present)
+    confusion = confusion_of(given, predicted, 5)
+    counted = given != 255
+    found = iou_by_class(confusion)
+    for number in range(5):
+        one, other = (given == number) & counted, (predicted == number) & counted
+        union = (one | other).sum().item()
+        expected = (one & other).sum().item() / union if union else math.nan
+        assert found[number].item() == pytest.approx(expected, nan_ok=True, abs=1e-12)
+    jaccard = MulticlassJaccardIndex(5, ignore_index=255)(predicted, given)
+    assert mean_iou(confusion) == pytest.approx(jaccard.item(), abs=1e-6)
+    assert pixel_accuracy(confusion) == pytest.approx((given == predicted)[counted].double().mean().item(), abs=1e-12)
+
+
+def test_counts_of_parts_add_up():
+    given, predicted = random_masks()
+    parts = sum(confusion_of(given[row : row + 1], predicted[row : row + 1], 5) for row in range(4))
+    assert torch.equal(parts, confusion_of(given, predicted, 5))
+
+
+def test_table_of_classes(tmp_path):
+    confusion = torch.tensor([[6, 2, 0], [1, 3, 0], [0, 0, 0]])
+    write_class_rows(tmp_path / "iou.csv", confusion, ("ground", "house", "tree, tall"))
+    lines = class_table(tmp_path / "iou.csv").splitlines()
+    assert lines[2] == "| ground | 66.7% | 75.0% | 85.7% | 66.7% |"
+    assert lines[3] == "| house | 50.0% | 75.0% | 60.0% | 33.3% |"
+    assert lines[4] == "| tree, tall | – | – | – | 0.0% |"
+
+
+@pytest.mark.parametrize("smoothing", [0.0, 0.1])
+@pytest.mark.parametrize("weights", [None, (0.5, 2.0, 1.0, 1.0, 3.0)])
+def test_loss_is_the_mean_over_pixels_that_count(weights, smoothing):
+    given, _ = random_masks()
+    logits = torch.randn(4, 5, 8, 10, generator=torch.Generator().manual_seed(0))
+    enlarged = F.interpolate(logits, (30, 40), mode="bilinear", align_corners=False).double()
+    weights = None if weights is None else torch.tensor(weights)
+    expected = F.cross_entropy(
+        enlarged, given, weight=None if weights is None else weights.double(), ignore_index=255, label_smoothing=smoothing
+    )
+    assert pixel_loss(logits, given, 255, weights, smoothing).item() == pytest.approx(expected.item(), rel=1e-5)
+
+
+def test_loss_of_nothing_that_counts_is_zero():
+    logits = torch.randn(1, 3, 4, 4, requires_grad=True)
+    loss = pixel_loss(logits, torch.full((1, 8, 8), 255), 255)
+    loss.backward()
+    assert loss.item() == 0 and not logits.grad.any()
+
+
+def test_balanced_weights():
+    weights = balanced_weights((900, 90, 10))
+    assert sum(weight * share for weight, share in zip(weights, (0.9, 0.09, 0.01))) == pytest.approx(1)
+    assert weights[2] / weights[0] == pytest.approx(math.sqrt(90))
+
+
+# --- pictures ----------------------------------------------------------------------------------------------------------
+
+
+def test_colours_differ():
+    for count, apart in ((21, 50), (40, 15)):
+        colours = palette(count).astype(int)
+        distances = np.abs(colours[:, None] - colours[None]).sum(axis=-1) + 1000 * np.eye(count)
+        assert distances.min() > apart
+    assert np.array_equal(palette(10), palette(40)[:10])
+
+
+def test_overlay_leaves_ignored_pixels():
+    image = np.full((2, 2, 3), 100, dtype=np.uint8)
+    mask = np.array([[0, 1], [255, 1]])
+    mixed = overlay(image, mask, palette(2))
+    assert mixed[1, 0].tolist() == [100, 100, 100]
+    assert mixed[0, 1].tolist() == (0.45 * 100 + 0.55 * palette(2)[1]).round().astype(int).tolist()
+
+
+def test_grid_shows_every_image_and_class():
+    images = [torch.zeros(1, 16, 16, dtype=torch.uint8), torch.zeros(5, 700, 300, dtype=torch.uint8)]
+    masks = [torch.ones(8, 8, dtype=torch.long), torch.full((9, 4), 255)]
+    picture = overlay_grid(images, masks, masks, tuple("abcdefghijklmnopqrstuvwxyz"))
+    pixels = np.array(picture)
+    assert picture.width >= 3 * MIN_CELL_PX
+    colours = {tuple(colour) for colour in palette(26).tolist()}
+    assert colours <= {tuple(colour) for colour in np.unique(pixels.reshape(-1, 3), axis=0).tolist()}, "the legend"
+
+
+# --- on disk -----------------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def saved():
+    torch.manual_seed(0)
+    model = Segmenter(SwinV2(SwinV2Config(16, (1, 1), (1, 2), window_size=4)), 3, HeadShape(width=16)).eval()
+    for parameter in model.parameters():
+        parameter.data.add_(torch.randn_like(parameter) * 0.2)
+    scheme = MaskScheme(("ground", "house", "tree"), (0, 4, 7), 255)
+    return SavedSegmenter(model, scheme, Preprocessing((32, 32), (0.4, 0.5, 0.6), (0.2, 0.2, 0.2)), 32, "auto")
+
+
+@pytest.fixture(scope="module")
+def folder(saved, tmp_path_factory):
+    path = tmp_path_factory.mktemp("run")
+    save_segmenter(path / "encoder", saved, {"method": "segmentation"})
+    return path
+
+
+def test_what_is_saved_is_read(saved, folder):
+    read = load_segmenter(folder)
+    assert (read.scheme, read.preprocessing, read.short_side, read.inference) == (
+        saved.scheme, saved.preprocessing, saved.short_side, saved.inference
+    )  # fmt: skip
+    images = torch.randint(0, 256, (2, 3, 40, 50), dtype=torch.uint8)
+    assert torch.equal(read.logits(images), saved.logits(images))
+    assert torch.equal(load_segmenter(folder / "encoder").logits(images), saved.logits(images))
+    torch.testing.assert_close(
+        load_encoder(folder)(torch.ones(1, 3, 32, 32)).pooled, saved.model.encoder(torch.ones(1, 3, 32, 32)).pooled
+    )
+
+
+def test_what_is_no_segmenter_is_refused(saved, folder, tmp_path):
+    save_encoder(tmp_path / "encoder", saved.model.encoder, saved.preprocessing, {})
+    with pytest.raises(ValueError, match="an encoder but no segmenter: give a run of simmim finetune segmentation"):
+        load_segmenter(tmp_path / "encoder")
+    with pytest.raises(ValueError, match="no encoder at"):
+        load_segmenter(folder / "typo")
+    save_segmenter(tmp_path / "torn", saved, {})
+    file = tmp_path / "torn" / "segmentation.json"
+    file.write_text(file.read_text().replace('"width": 16', '"width": 32'))
+    with pytest.raises(ValueError, match=r"segmentation\.safetensors does not fit its description: .*of another shape"):
+        load_segmenter(tmp_path / "torn")
+
+
+@pytest.fixture(scope="module")
+def photos(tmp_path_factory):
+    """Parts of real photographs, of several sizes and kinds."""
+    from sklearn.datasets import load_sample_images
+
+    folder = tmp_path_factory.mktemp("photos")
+    (folder / "inner").mkdir()
+    first, second = load_sample_images().images
+    Image.fromarray(first[:200, :300]).save(folder / "a.jpg", quality=95)
+    Image.fromarray(second[:200, :300]).convert("L").save(folder / "inner" / "b.png")
+    Image.fromarray(second[:90, :40]).save(folder / "c.webp", lossless=True)
+    Image.fromarray(first[100:220, :500]).save(folder / "c.png")
+    (folder / "torn.jpg").write_bytes((folder / "a.jpg").read_bytes()[:50])
+    return folder
+
+
+def test_predicted_masks_are_the_segmenter_s_at_the_images_sizes(saved, folder, photos, tmp_path):
+    done = segment(folder, photos, tmp_path / "out", batch_size=2)
+    assert done.count == 4 and list(done.unreadable) == [str(photos / "torn.jpg")]
+    files = {"a": "a.jpg", "inner/b": "inner/b.png", "c.webp": "c.webp", "c.png": "c.png"}
+    masks = sorted(str(path.relative_to(tmp_path / "out" / "masks")) for path in (tmp_path / "out" / "masks").rglob("*.png"))
+    assert masks == sorted(f"{name}.png" for name in files)
+    totals = np.zeros(3, dtype=int)
+    for name, file in files.items():
+        picture = open_picture({"bytes": None, "path": str(photos / file)}, 3)
+        height, width = picture.size[::-1]
+        factor = 32 / min(height, width)
+        pixels = picture.crop((0, 0, width, height), (round(height * factor), round(width * factor)))
+        logits = F.interpolate(saved.logits(pixels[None]), (height, width), mode="bilinear", align_corners=False)
+        mask = read_mask({"bytes": None, "path": str(tmp_path / "out" / "masks" / f"{name}.png")})
+        expected = np.array(saved.scheme.values)[logits[0].argmax(dim=0).numpy()]
+        assert mask.shape == (height, width) and (mask == expected).mean() > 0.9999, name
+        totals += [int((mask == value).sum()) for value in saved.scheme.values]
+        shown = Image.open(tmp_path / "out" / "overlays" / f"{name}.png")
+        assert shown.size == (width, height) and shown.mode == "RGB"
+    assert list(done.pixels.values()) == totals.tolist()
+    assert Image.open(tmp_path / "out" / "masks" / "a.png").mode == "P"
+    assert (tmp_path / "out" / "classes.txt").read_text().split() == ["ground", "house", "tree"]
+
+
+def test_prediction_refuses_what_it_cannot_do(folder, photos, tmp_path):
+    (tmp_path / "taken").mkdir()
+    (tmp_path / "taken" / "file").touch()
+    with pytest.raises(ValueError, match="exists: give a new folder"):
+        segment(folder, photos, tmp_path / "taken")
+    (tmp_path / "torn").mkdir()
+    (tmp_path / "torn" / "torn.jpg").write_bytes((photos / "torn.jpg").read_bytes())
+    with pytest.raises(ValueError, match="none of 1 images can be read"):
+        segment(folder, tmp_path / "torn", tmp_path / "none")
+    assert not (tmp_path / "none").exists()
+
+
+def test_names_of_predicted_masks(tmp_path):
+    inside = [str(tmp_path / name) for name in ("x/1.png", "y/1.png", "2.jpg", "2.png")]
+    assert output_names(inside, tmp_path) == ["x/1", "y/1", "2.jpg", "2.png"]
+    assert output_names([None, "a/1.png", "b/1.png"], tmp_path / "list.txt") == ["000000", "1.png", "1.png-000002"]

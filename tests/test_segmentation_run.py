@@ -1,0 +1,259 @@
+"""Segmentation as a whole: runs of the command on digits on photographs, what they write, what they refuse."""
+import csv
+import importlib.util
+import re
+import shutil
+import sys
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+from finetune import SegmentationSettings, finetune, load_segmenter
+from finetune.segmentation_settings import HeadSettings, SceneSettings
+from finetune.settings import EncoderSettings, OptimSettings
+from finetune.sliding import best_class
+from simmim import load_encoder
+from simmim.checkpoint import Preprocessing, save_encoder
+from simmim.cli import main
+from simmim.data import open_picture
+from simmim.data.masks import read_mask
+from simmim.swinv2 import SwinV2, SwinV2Config
+from simmim.training import SaveRun
+
+spec = importlib.util.spec_from_file_location("scenes", Path(__file__).parents[1] / "benchmarks" / "scenes.py")
+scenes = importlib.util.module_from_spec(spec)
+sys.modules["scenes"] = scenes  # dataclasses look themselves up
+spec.loader.exec_module(scenes)
+
+CONFIG = SwinV2Config(16, (1, 1), (1, 2), window_size=4, in_channels=1)
+
+
+@pytest.fixture(scope="session")
+def labeled(tmp_path_factory):
+    """30 + 10 real digits scenes on real photographs, gray, 40 px, two classes of digits and the background."""
+    folder = tmp_path_factory.mktemp("scenes")
+    digits = scenes.digits()
+    parts = [tuple(part[np.isin(labels, (0, 1))] for part in (images, labels)) for images, labels in
+             (digits.train, digits.validation)]  # fmt: skip
+    objects = scenes.Objects(*parts, ("zero", "one"))
+    kind = scenes.SceneKind(side_px=40, objects=(1, 2), object_px=(20, 26))
+    scenes.write_scenes(folder, objects, scenes.photographs("sklearn"), 0, 30, 10, kind)
+    return folder / "labeled"
+
+
+@pytest.fixture(scope="module")
+def encoder_folder(tmp_path_factory):
+    torch.manual_seed(0)
+    encoder = SwinV2(CONFIG)
+    for parameter in encoder.parameters():
+        parameter.data.add_(torch.randn_like(parameter) * 0.02)
+    return save_encoder(tmp_path_factory.mktemp("encoder"), encoder, Preprocessing((32, 32), (0.4,), (0.25,)), {})
+
+
+def settings(labeled, encoder_folder, out, **more):
+    how = {
+        "data": SceneSettings(str(labeled)),
+        "out": str(out),
+        "init": str(encoder_folder),
+        "labels": 12,
+        "steps": 12,
+        "batch_size": 6,
+        "validations": 3,
+        "head": HeadSettings(width=16),
+        **more,
+    }
+    return SegmentationSettings(**how)
+
+
+@pytest.fixture(scope="module")
+def run(labeled, encoder_folder, tmp_path_factory):
+    """One run of the command."""
+    out = tmp_path_factory.mktemp("segmentation") / "run"
+    words = f"finetune segmentation --init {encoder_folder} --data {labeled} --out {out} --labels 12 --steps 40 "
+    words += "--batch-size 6 --validations 4 --head.width 16 --optim.lr 0.2 --workers 0"
+    assert main(words.split()) == 0
+    return out
+
+
+def test_the_best_segmenter_is_kept(labeled, run):
+    """Its mean IoU over the validation masks, counted pixel by pixel, is the one that the run wrote down."""
+    saved = load_segmenter(run)
+    assert saved.scheme.classes == ("background", "zero", "one") and saved.short_side == 32
+    both, either = np.zeros(3), np.zeros(3)
+    for file in sorted((labeled / "val" / "images").iterdir()):
+        pixels = open_picture({"bytes": None, "path": str(file)}, 1).crop((0, 0, 40, 40), (32, 32))
+        predicted = best_class(saved.logits(pixels[None]), (40, 40))[0].numpy()
+        given = read_mask({"bytes": None, "path": str(labeled / "val" / "masks" / file.name)})
+        for number in range(3):
+            both[number] += ((given == number) & (predicted == number)).sum()
+            either[number] += ((given == number) | (predicted == number)).sum()
+    with (run / "iou.csv").open(newline="") as text:
+        written = [float(row["IoU"] or 0) for row in csv.DictReader(text)]
+    assert written == pytest.approx((both / np.maximum(either, 1)).tolist(), abs=1e-4)
+    with (run / "metrics.csv").open(newline="") as text:
+        rows = list(csv.DictReader(text))
+    assert max(float(row["mean_iou"]) for row in rows if row["mean_iou"]) <= np.mean(both / either) + 1e-6
+    assert written[0] > 0.5, "it has learned what background is"
+
+
+def test_what_a_run_shows(run):
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    events = EventAccumulator(str(run / "tensorboard"), size_guidance={"images": 0})
+    events.Reload()
+    tags = events.Tags()
+    assert any("masks: image, given, predicted" in tag for tag in tags["images"])
+    expected = {"validation/mean_iou", "validation/pixel_accuracy", "iou/zero", "validation/cross_entropy"}
+    assert expected <= set(tags["scalars"])
+    assert Image.open(run / "masks.png").width > 300
+
+
+def test_predict_writes_masks(labeled, run, tmp_path, capsys):
+    images = labeled / "val" / "images"
+    assert main(["predict", "--run", str(run), "--images", str(images), "--out", str(tmp_path / "out")]) == 0
+    said = capsys.readouterr()
+    assert "10 images segmented, 0 unreadable" in said.out and "background" in said.out
+    assert {path.name for path in (tmp_path / "out" / "masks").iterdir()} == {path.name for path in images.iterdir()}
+    assert {Image.open(path).size for path in (tmp_path / "out" / "masks").iterdir()} == {(40, 40)}
+    assert main(["predict", "--run", str(run), "--images", str(images), "--out", str(tmp_path / "out")]) == 2
+    assert main(
+        ["predict", "--run", str(run), "--images", str(images), "--out", str(tmp_path / "bare"), "--overlays", "false"]
+    ) == 0
+    assert not (tmp_path / "bare" / "overlays").exists()
+
+
+def test_resumed_equals_uninterrupted(labeled, encoder_folder, tmp_path, monkeypatch):
+    """With dropout, stochastic depth, random views and jitter, to the last bit."""
+    longer = {"encoder": EncoderSettings(drop_path_rate=0.3), "steps": 70}
+    whole = finetune(settings(labeled, encoder_folder, tmp_path / "whole", **longer), quiet=True)
+    save = SaveRun.on_train_batch_end
+
+    def power_cut(self, trainer, module, *rest):
+        save(self, trainer, module, *rest)
+        if trainer.global_step == 60:
+            raise RuntimeError("power cut")
+
+    monkeypatch.setattr(SaveRun, "on_train_batch_end", power_cut)
+    with pytest.raises(RuntimeError, match="power cut"):
+        finetune(settings(labeled, encoder_folder, tmp_path / "cut", **longer), quiet=True)
+    monkeypatch.setattr(SaveRun, "on_train_batch_end", save)
+    assert (tmp_path / "cut/checkpoints/step-00000050.ckpt").is_file()
+    cut = finetune(settings(labeled, encoder_folder, tmp_path / "cut", **longer, resume=True), quiet=True)
+    first, second = (torch.load(r.run / "checkpoints/last.ckpt", weights_only=True) for r in (whole, cut))
+    assert all(torch.equal(value, second["state_dict"][name]) for name, value in first["state_dict"].items())
+    assert cut == replace(whole, run=cut.run)
+
+
+def test_a_frozen_encoder_stays_and_the_heads_learn(labeled, encoder_folder, tmp_path):
+    result = finetune(settings(labeled, encoder_folder, tmp_path / "run", freeze=True, class_weights="balanced"), quiet=True)
+    state = torch.load(result.run / "checkpoints/last.ckpt", weights_only=True)["state_dict"]
+    for name, value in load_encoder(encoder_folder).state_dict().items():
+        assert torch.equal(state[f"model.encoder.{name}"], value), name
+    assert state["model.head.classify.bias"].abs().max() > 0
+    assert state["model.norms.0.bias"].abs().max() > 0
+
+
+def test_images_of_other_sizes_and_a_head_of_the_same_classes(labeled, run, tmp_path, capsys):
+    """Validation one by one, in windows; the heads of a run for the same classes go on."""
+    for part in ("train", "val"):
+        for kind in ("images", "masks"):
+            (tmp_path / "data" / part / kind).mkdir(parents=True)
+            for number, file in enumerate(sorted((labeled / part / kind).iterdir())):
+                image = Image.open(file).resize((40 + 8 * (number % 4), 60), Image.Resampling.NEAREST)
+                image.save(tmp_path / "data" / part / kind / file.name)
+    (tmp_path / "data" / "classes.txt").write_text("background\nzero\none\n")
+    words = f"finetune segmentation --init {run} --data {tmp_path / 'data'} --out {tmp_path / 'run'} --steps 4 "
+    words += "--batch-size 4 --optim.lr 1e-9 --head.width 16 --data.short_side 0 --data.inference slide --validations 1"
+    assert main(words.split()) == 0
+    said = capsys.readouterr().out
+    assert "heads of the same 3 classes taken over" in said
+    before, after = (dict(load_segmenter(place).model.named_parameters()) for place in (run, tmp_path / "run"))
+    for name, value in before.items():
+        torch.testing.assert_close(after[name], value, atol=1e-6, rtol=0)
+    assert re.search(r"mean_iou [\d.]+% at the end", said)
+    assert main([*words.replace(str(tmp_path / "run"), str(tmp_path / "other")).split(), "--head.width", "32"]) == 0
+    assert "heads of 3 classes replaced by fresh ones of 3" in capsys.readouterr().out
+
+
+def test_gray_scenes_take_a_colour_encoder(labeled, tmp_path, capsys):
+    torch.manual_seed(0)
+    encoder = SwinV2(replace(CONFIG, in_channels=3))
+    save_encoder(tmp_path / "encoder", encoder, Preprocessing((32, 32), (0.4,) * 3, (0.2,) * 3), {})
+    words = f"finetune segmentation --init {tmp_path / 'encoder'} --data {labeled} --out {tmp_path / 'run'} --steps 2 "
+    words += "--batch-size 4 --head.width 16 --validations 1"
+    assert main(words.split()) == 0
+    assert load_segmenter(tmp_path / "run").model.encoder.config.in_channels == 3
+
+
+def test_an_encoder_of_many_channels_is_adapted_and_it_is_said(labeled, tmp_path, capsys):
+    encoder = SwinV2(replace(CONFIG, in_channels=5))
+    save_encoder(tmp_path / "encoder", encoder, Preprocessing((32, 32), (0.4,) * 5, (0.2,) * 5), {})
+    words = f"finetune segmentation --init {tmp_path / 'encoder'} --data {labeled} --out {tmp_path / 'run'} --steps 2 "
+    words += "--batch-size 4 --head.width 16 --validations 1"
+    assert main(words.split()) == 0
+    assert "5 input channels to 1" in capsys.readouterr().out
+
+
+def copy_of(labeled, folder):
+    shutil.copytree(labeled, folder)
+    return folder
+
+
+@pytest.mark.parametrize(
+    "how, said",
+    [
+        ("unknown value", r"mask .*00003\.png holds the value 9, expected 0 to 2"),
+        ("size", r"mask .*00003\.png is 41x40 pixels and its image .*00003\.png 40x40"),
+        ("no mask", r"image .*00003\.png has no mask"),
+        ("classes", r"holds the value 2, expected 0 to 1"),
+        ("empty", "images' is empty"),
+        ("labels", "31 labeled scenes asked for, there are 30"),
+        ("stage", "unknown setting"),
+        ("width", "head.width is 17: give a positive multiple of 16"),
+    ],
+)
+def test_wrong_input_ends_in_one_line(labeled, tmp_path, capsys, how, said):
+    data = copy_of(labeled, tmp_path / "data")
+    mask, more = data / "train" / "masks" / "00003.png", []
+    if how == "unknown value":
+        values = np.array(Image.open(mask))
+        values[0, 0] = 9
+        Image.fromarray(values).save(mask)
+    elif how == "size":
+        Image.new("L", (41, 40)).save(mask)
+    elif how == "no mask":
+        mask.unlink()
+    elif how == "classes":
+        (data / "classes.txt").write_text("background\nzero\n")
+    elif how == "empty":
+        for file in (data / "train" / "images").iterdir():
+            file.unlink()
+    else:
+        more = {"labels": ["--labels", "31"], "stage": ["--lables", "3"], "width": ["--head.width", "17"]}[how]
+    words = ["finetune", "segmentation", "--data", str(data), "--out", str(tmp_path / "run"), "--steps", "1", *more]
+    assert main(words) == 2
+    error = capsys.readouterr().err
+    assert re.search(said, error) and len(error.strip().splitlines()) == 1
+    assert not (tmp_path / "run").exists()
+
+
+def test_settings_out_of_range_are_refused():
+    for wrong, said in (
+        ({"scale": (0.0, 1.0)}, "data.scale"),
+        ({"flip": 2.0}, "data.flip"),
+        ({"inference": "windows"}, "whole, slide"),
+        ({"short_side": -1}, "data.short_side"),
+        ({"crop_class_share": 0.0}, "crop_class_share"),
+        ({"colour_jitter": 1.0}, "colour_jitter"),
+    ):
+        with pytest.raises(ValueError, match=said):
+            SceneSettings("x", **wrong)
+    with pytest.raises(ValueError, match="none or balanced"):
+        SegmentationSettings(data="x", out="y", class_weights="some")
+    assert SegmentationSettings(data="x", out="y").optim == OptimSettings(label_smoothing=0.0)
+
+

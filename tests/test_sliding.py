@@ -1,0 +1,91 @@
+"""Images of any size: windows that cover, averages, one window as the whole, classes of enlarged logits."""
+import itertools
+
+import pytest
+import torch
+import torch.nn.functional as F
+
+import finetune.sliding as sliding
+from finetune.segmentation import HeadShape, Segmenter
+from finetune.sliding import OVERLAP, best_class, dense_logits, filled_up, sliding_logits, window_starts
+from simmim.swinv2 import SwinV2, SwinV2Config
+
+
+@pytest.fixture(scope="module")
+def model():
+    torch.manual_seed(0)
+    encoder = SwinV2(SwinV2Config(16, (1, 1), (1, 2), window_size=4))
+    for parameter in encoder.parameters():
+        parameter.data.add_(torch.randn_like(parameter) * 0.1)
+    return Segmenter(encoder, 3, HeadShape(width=16)).eval()
+
+
+@pytest.mark.parametrize("side, window", [(10, 16), (16, 16), (17, 16), (40, 16), (64, 64), (1000, 97), (3, 1), (50, 2)])
+def test_windows_cover_a_side_and_overlap(side, window):
+    starts = window_starts(side, window)
+    assert starts[0] == 0
+    assert side <= window or starts[-1] == side - window
+    for before, after in itertools.pairwise(starts):
+        assert 0 < after - before <= max(1, window * (1 - OVERLAP))
+
+
+@pytest.mark.parametrize("size", [(32, 32), (20, 32), (32, 9), (7, 13)])
+def test_one_window_is_the_whole_image(model, size):
+    images = torch.randn(2, 3, *size)
+    with torch.no_grad():
+        whole, slid = (dense_logits(model, images, (32, 32), how) for how in ("whole", "slide"))
+    assert whole.shape == (2, 3, *size)
+    assert torch.equal(whole, slid)
+
+
+def test_overlapping_windows_are_averaged(model):
+    """Against a plain loop over windows and pixels."""
+    images = torch.randn(2, 3, 45, 70)
+    with torch.no_grad():
+        found = dense_logits(model, images, (32, 32), "slide")
+        total, seen = torch.zeros(2, 3, 45, 70, dtype=torch.float64), torch.zeros(45, 70)
+        for top in (0, 13):
+            for left in (0, 19, 38):
+                logits = model(images[:, :, top : top + 32, left : left + 32])
+                logits = F.interpolate(logits, (32, 32), mode="bilinear", align_corners=False)
+                total[:, :, top : top + 32, left : left + 32] += logits
+                seen[top : top + 32, left : left + 32] += 1
+    assert window_starts(45, 32) == [0, 13] and window_starts(70, 32) == [0, 19, 38]
+    torch.testing.assert_close(found, (total / seen).float(), atol=1e-6, rtol=1e-5)
+
+
+def test_windows_at_once_do_not_matter(model, monkeypatch):
+    images = torch.randn(1, 3, 50, 80)
+    with torch.no_grad():
+        found = sliding_logits(model, images, (32, 32))
+        monkeypatch.setattr(sliding, "WINDOWS_AT_ONCE", 1)
+        torch.testing.assert_close(sliding_logits(model, images, (32, 32)), found, atol=1e-6, rtol=1e-5)
+
+
+def test_auto_sees_images_whole_up_to_four_windows():
+    calls = []
+
+    def model(images):
+        calls.append(tuple(images.shape[2:]))
+        return images[:, :2, ::4, ::4]
+
+    dense_logits(model, torch.zeros(1, 3, 64, 64), (32, 32))
+    assert calls == [(64, 64)]
+    dense_logits(model, torch.zeros(1, 3, 64, 65), (32, 32))
+    assert set(calls[1:]) == {(32, 32)}
+
+
+def test_small_images_are_filled_with_the_mean():
+    images = torch.ones(1, 2, 3, 5)
+    filled = filled_up(images, (4, 4))
+    assert filled.shape == (1, 2, 4, 5)
+    assert torch.equal(filled[:, :, :3], images) and not filled[:, :, 3:].any()
+
+
+@pytest.mark.parametrize("at_once", [2**26, 100, 1])
+def test_classes_are_those_of_the_enlarged_logits(monkeypatch, at_once):
+    monkeypatch.setattr(sliding, "SCORES_AT_ONCE", at_once)
+    logits = torch.randn(2, 7, 5, 6)
+    expected = F.interpolate(logits, (13, 17), mode="bilinear", align_corners=False).argmax(dim=1)
+    assert torch.equal(best_class(logits, (13, 17)), expected)
+    assert torch.equal(best_class(logits, (5, 6)), logits.argmax(dim=1))
