@@ -15,6 +15,7 @@ README = (ROOT / "README.md").read_text(encoding="utf-8")
 SHORTER = {
     "pretrain": shlex.split("--epochs 1 --batch-size 48 --model.encoder.embed_dim 16 --model.encoder.num_heads [1,2]"),
     "finetune": shlex.split("--epochs 1 --batch-size 40"),
+    "study": shlex.split("--labels 1,2 --seeds 2 --folds 2 --steps 2 --batch-size 20"),
 }
 
 
@@ -48,7 +49,7 @@ def test_commands_then_python(place):
         short = () if "--print_config" in words else SHORTER.get(words[0], ())
         run([sys.executable, "-m", "simmim.cli", *words, *short], place)
         ran += 1
-    assert ran == 15
+    assert ran == 19
     assert (place / "grid.png").is_file()
     assert (place / "predictions.csv").is_file()
     blocks = re.findall(r"```python\n(.*?)```", README, re.S)
