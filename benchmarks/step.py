@@ -1,0 +1,378 @@
+"""The training step against transformers' and timm's: same machine, images, masks and weights, interleaved.
+
+    .venv/bin/python benchmarks/step.py --precision float32 bf16 --json step.json
+
+Every contender is a process of its own that waits until it is asked for some steps, so that no two compute at once and each
+round asks all of them in turn. A step is forward, backward, and fused AdamW. Beside them the rate of a plain matrix product
+(2048³ on a CPU, 8192³ on CUDA) is measured in every round; the share is what of that rate a step's own products reach.
+Peers that are not installed are left out by name. Prints Markdown; --json writes every figure.
+"""
+from __future__ import annotations
+
+import argparse
+import contextlib
+import importlib.util
+import json
+import os
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from torch import Tensor, nn
+
+ROOT = Path(__file__).resolve().parents[1]
+PEERS = ("transformers", "timm")
+MIB = 2**20
+LOSS_TOLERANCE = 2e-3  # of one another at the first step; bfloat16 rounds each network differently
+
+
+@dataclass(frozen=True)
+class Work:
+    """What every contender does.
+
+    Args:
+        preset, size, window: of the encoder; size in pixels.
+        batch: images a step.
+        precision: float32 or bf16 (autocast).
+        device: cpu or cuda.
+        weights: folder with the contenders' initial weights.
+        threads: of a CPU; 0 leaves torch's choice.
+    """
+
+    preset: str
+    size: int
+    window: int
+    batch: int
+    precision: str
+    device: str
+    weights: str
+    threads: int
+
+
+def main(arguments: list[str] | None = None) -> int:
+    """Compare, and print."""
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--preset", default="tiny")
+    parser.add_argument("--size", type=int, default=192, help="pixels")
+    parser.add_argument("--window", type=int, default=12, help="tokens a side")
+    parser.add_argument("--batch", type=int, default=16, help="images a step")
+    parser.add_argument("--precision", nargs="+", choices=("float32", "bf16"), default=["float32", "bf16"])
+    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
+    parser.add_argument("--contenders", nargs="+", default=["ours", *PEERS], help="with +compile for torch.compile")
+    parser.add_argument("--rounds", type=int, default=7)
+    parser.add_argument("--steps", type=int, default=1, help="steps of each contender in a round")
+    parser.add_argument("--threads", type=int, default=0)
+    parser.add_argument("--cold", action="store_true", help="compile with an empty cache")
+    parser.add_argument("--json", type=Path, help="file for all figures")
+    parser.add_argument("--serve", help=argparse.SUPPRESS)
+    chosen = parser.parse_args(arguments)
+    if chosen.serve:
+        serve(chosen.serve, Work(**json.loads(sys.stdin.readline())))
+        return 0
+    missing = [name for name in PEERS if importlib.util.find_spec(name) is None]
+    for name in missing:
+        print(f"{name} is not installed: left out", file=sys.stderr)
+    names = [name for name in chosen.contenders if name.partition("+")[0] not in missing]
+    found = {}
+    with tempfile.TemporaryDirectory() as folder:
+        write_weights(Path(folder), chosen.preset, chosen.size, chosen.window)
+        for precision in chosen.precision:
+            work = Work(
+                chosen.preset, chosen.size, chosen.window, chosen.batch, precision, chosen.device, folder, chosen.threads
+            )
+            found[precision] = compare(names, work, chosen.rounds, chosen.steps, chosen.cold)
+            print(f"\n{title(work)}\n\n{as_markdown(found[precision], work)}", flush=True)
+    if chosen.json:
+        chosen.json.write_text(json.dumps(found, indent=1), encoding="utf-8")
+    return 0
+
+
+def write_weights(folder: Path, preset: str, size: int, window: int) -> None:
+    """One random model, as each contender reads it."""
+    from safetensors.torch import save_file
+
+    from simmim.checkpoint import Checkpoint, Preprocessing, with_pretrained_windows
+    from simmim.convert.huggingface import folder_config, state_for
+    from simmim.convert.timm import state_for as state_for_timm
+    from simmim.model import SimMIM
+    from simmim.swinv2 import SwinV2, SwinV2Config
+
+    torch.manual_seed(0)
+    config = SwinV2Config.from_preset(preset, window_size=window)
+    model = SimMIM(SwinV2(config))
+    for name, parameter in model.named_parameters():
+        if "norm" in name and name.endswith("weight"):  # gains of 0 would hide every difference between the contenders
+            nn.init.constant_(parameter, 0.5)
+    save_file(model.state_dict(), folder / "ours.safetensors")
+    checkpoint = Checkpoint(
+        config=with_pretrained_windows(config, (size, size)),
+        encoder=model.encoder.state_dict(),
+        preprocessing=Preprocessing((size, size), (0.5,) * 3, (0.2,) * 3),
+        source=folder,
+        pretraining=model.own_state(),
+    )
+    save_file(state_for_timm(checkpoint, "encoder"), folder / "timm.safetensors")
+    hf = folder / "transformers"
+    hf.mkdir()
+    save_file(state_for(checkpoint, "simmim"), hf / "model.safetensors", metadata={"format": "pt"})
+    (hf / "config.json").write_text(json.dumps(folder_config(checkpoint, "simmim")), encoding="utf-8")
+
+
+# --- The contenders, each in its process ------------------------------------------------------------------------------
+
+
+class TimmSimMIM(nn.Module):
+    """SimMIM around timm's encoder, as one would write it: mask token, encoder, 1 × 1 convolution, pixel shuffle, L1."""
+
+    def __init__(self, encoder: nn.Module, dim: int) -> None:
+        super().__init__()
+        self.encoder = encoder
+        self.mask_token = nn.Parameter(torch.zeros(1, 1, 1, encoder.embed_dim))
+        self.decoder = nn.Sequential(nn.Conv2d(dim, 32 * 32 * 3, 1), nn.PixelShuffle(32))
+
+    def forward(self, images: Tensor, mask: Tensor) -> Tensor:
+        """The loss; `mask` (B, H, W) bool."""
+        x = self.encoder.patch_embed(images)
+        share = mask[..., None].to(x.dtype)
+        x = x * (1 - share) + self.mask_token * share
+        x = self.encoder.norm(self.encoder.layers(x)).permute(0, 3, 1, 2)
+        pixels = mask.repeat_interleave(4, 1).repeat_interleave(4, 2)[:, None]
+        error = nn.functional.l1_loss(self.decoder(x), images, reduction="none")
+        return (error * pixels).sum() / (pixels.sum() + 1e-5) / images.shape[1]
+
+
+def make_contender(name: str, work: Work) -> nn.Module:
+    """A model that takes images and masks and gives the loss, with the weights that all share."""
+    from safetensors.torch import load_file
+
+    from simmim.swinv2 import SwinV2Config
+
+    folder = Path(work.weights)
+    config = SwinV2Config.from_preset(work.preset, window_size=work.window)
+    if name == "ours":
+        from simmim.model import SimMIM
+        from simmim.swinv2 import SwinV2
+
+        model = SimMIM(SwinV2(config))
+        model.load_state_dict(load_file(folder / "ours.safetensors"))
+        return Loss(model)
+    if name == "transformers":
+        from transformers import Swinv2ForMaskedImageModeling
+        from transformers.utils import logging
+
+        logging.disable_progress_bar()
+        return Loss(Swinv2ForMaskedImageModeling.from_pretrained(folder / "transformers"), flat_masks=True)
+    import timm
+
+    encoder = timm.models.swin_transformer_v2.SwinTransformerV2(
+        img_size=work.size, window_size=work.window, embed_dim=config.embed_dim, depths=config.depths,
+        num_heads=config.num_heads, num_classes=0, drop_path_rate=0.0,
+    )  # fmt: skip
+    encoder.load_state_dict(load_file(folder / "timm.safetensors"), strict=False)
+    model = TimmSimMIM(encoder, config.dims[-1])
+    ours = load_file(folder / "ours.safetensors")
+    # Decoder columns are (channel, row, column) in the order of a pixel shuffle, as ours are after one permutation.
+    model.mask_token.data.copy_(ours["mask_token"])
+    weight, bias = ours["decoder.weight"], ours["decoder.bias"]
+    model.decoder[0].weight.data.copy_(weight[:, :, None, None])
+    model.decoder[0].bias.data.copy_(bias)
+    return model
+
+
+class Loss(nn.Module):
+    """A model whose output has a `loss`; transformers' takes masks as rows of tokens."""
+
+    def __init__(self, model: nn.Module, flat_masks: bool = False) -> None:
+        super().__init__()
+        self.model, self.flat_masks = model, flat_masks
+
+    def forward(self, images: Tensor, mask: Tensor) -> Tensor:
+        """The loss."""
+        return self.model(images, mask.flatten(1) if self.flat_masks else mask).loss
+
+
+def serve(name: str, work: Work) -> None:
+    """Be one contender: read "steps N" lines and answer each with a line of JSON, until the input ends."""
+    library, _, compiled = name.partition("+")
+    if work.threads:
+        torch.set_num_threads(work.threads)
+    if library == "timm":
+        sys.path.insert(0, str(ROOT / "tests"))
+        from timm_stub import stub_torchvision
+
+        stub_torchvision()
+    torch.mm(torch.ones(64, 64, device=work.device), torch.ones(64, 64, device=work.device))
+    memory = memory_above(work.device)
+    model = make_contender(library, work).train().to(work.device)
+    images, mask = batch_of(work)
+    optimiser = torch.optim.AdamW(model.parameters(), lr=1e-4, weight_decay=0.05, fused=True)
+    run = torch.compile(model) if compiled else model
+
+    def step() -> float:
+        """One optimiser step; its loss."""
+        with torch.autocast(work.device, torch.bfloat16, enabled=work.precision == "bf16"):
+            loss = run(images, mask)
+        loss.backward()
+        optimiser.step()
+        optimiser.zero_grad(set_to_none=True)
+        return loss.item()  # waits for the device
+
+    started = time.perf_counter()
+    first_loss = step()
+    answer({"first_step_s": time.perf_counter() - started, "loss": first_loss})
+    for _ in range(2):
+        step()
+    answer({"peak_mib": memory()})
+    for line in sys.stdin:
+        count = int(line.split()[1])
+        started = time.perf_counter()
+        for _ in range(count):
+            step()
+        answer({"seconds": (time.perf_counter() - started) / count})
+
+
+def answer(found: dict) -> None:
+    """One line to whoever asked."""
+    print(json.dumps(found), flush=True)
+
+
+def batch_of(work: Work) -> tuple[Tensor, Tensor]:
+    """Images, (B, 3, size, size), and masks, (B, H, W) bool, the same for every contender."""
+    from simmim.masking import BlockMasking
+
+    images = torch.randn(work.batch, 3, work.size, work.size, generator=torch.Generator().manual_seed(1))
+    masking = BlockMasking()
+    mask = masking.draw(work.batch, (work.size, work.size), torch.Generator(), list(range(work.batch)))
+    return images.to(work.device), mask.to(work.device)
+
+
+def memory_above(device: str):
+    """Start measuring; what is returned gives the peak above now, in MiB."""
+    if device == "cuda":
+        torch.cuda.reset_peak_memory_stats()
+        return lambda: torch.cuda.max_memory_allocated() / MIB
+    if not Path("/proc/self/clear_refs").exists():
+        return lambda: float("nan")
+    Path("/proc/self/clear_refs").write_text("5", encoding="ascii")
+    before = resident_mib("VmRSS")
+    return lambda: resident_mib("VmHWM") - before
+
+
+def resident_mib(field: str) -> float:
+    """The process's resident set, VmRSS, or its high-water mark, VmHWM, in MiB."""
+    status = Path("/proc/self/status").read_text(encoding="ascii")
+    return next(int(line.split()[1]) / 1024 for line in status.splitlines() if line.startswith(field))
+
+
+# --- The comparison ---------------------------------------------------------------------------------------------------
+
+
+def compare(names: list[str], work: Work, rounds: int, steps: int, cold: bool) -> dict[str, dict]:
+    """All contenders' figures by name, and under "gemm" the rates of a matrix product, in GFLOP/s."""
+    found: dict[str, dict] = {"gemm": {"gflops": []}}
+    servers = {}
+    with contextlib.ExitStack() as stack:
+        for name in names:
+            print(f"{name}, {work.precision}: first step", file=sys.stderr, flush=True)
+            environment = dict(os.environ)
+            if "+" in name and cold:
+                environment["TORCHINDUCTOR_CACHE_DIR"] = stack.enter_context(tempfile.TemporaryDirectory())
+            server = subprocess.Popen(
+                [sys.executable, __file__, "--serve", name], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True,
+                env=environment,
+            )  # fmt: skip
+            stack.callback(server.kill)
+            found[name] = {**ask(server, json.dumps(vars(work))), **listen(server), "seconds": []}
+            servers[name] = server
+        check_losses({name: found[name]["loss"] for name in names}, work.precision)
+        for number in range(rounds):
+            print(f"round {number + 1} of {rounds}", file=sys.stderr, flush=True)
+            found["gemm"]["gflops"].append(gemm_gflops(work))
+            order = names[number % len(names) :] + names[: number % len(names)]
+            for name in order:
+                found[name]["seconds"].append(ask(servers[name], f"steps {steps}")["seconds"])
+    return found
+
+
+def ask(server: subprocess.Popen, line: str) -> dict:
+    """Send a line, and what comes back."""
+    server.stdin.write(line + "\n")
+    server.stdin.flush()
+    return listen(server)
+
+
+def listen(server: subprocess.Popen) -> dict:
+    """The next answer; what libraries print between is skipped."""
+    for line in server.stdout:
+        if line.startswith("{"):
+            return json.loads(line)
+    raise SystemExit(f"a contender ended with code {server.wait()}")
+
+
+def check_losses(losses: dict[str, float], precision: str) -> None:
+    """All contenders compute the same, or the comparison is void."""
+    low, high = min(losses.values()), max(losses.values())
+    if high - low > LOSS_TOLERANCE * (10 if precision == "bf16" else 1):
+        raise SystemExit(f"the contenders' first losses differ: {losses}")
+
+
+def gemm_gflops(work: Work) -> float:
+    """The rate of one matrix product, best of three."""
+    if work.threads:
+        torch.set_num_threads(work.threads)
+    side = 2048 if work.device == "cpu" else 8192
+    kind = torch.bfloat16 if work.precision == "bf16" else torch.float32
+    a, b = (torch.randn(side, side, device=work.device, dtype=kind) for _ in range(2))
+    best = float("inf")
+    for _ in range(3):
+        started = time.perf_counter()
+        a @ b
+        if work.device == "cuda":
+            torch.cuda.synchronize()
+        best = min(best, time.perf_counter() - started)
+    return 2 * side**3 / best / 1e9
+
+
+def title(work: Work) -> str:
+    """What was compared."""
+    return (
+        f"{work.preset}, {work.size} px, window {work.window}, batch {work.batch}, {work.precision}, {work.device}, "
+        f"torch {torch.__version__.partition('+')[0]}"
+    )
+
+
+def as_markdown(found: dict[str, dict], work: Work) -> str:
+    """A row a contender: medians over the rounds, and ratios of what was measured in the same round."""
+    from simmim.plan import Setup, flops
+    from simmim.swinv2 import SwinV2Config
+
+    config = SwinV2Config.from_preset(work.preset, window_size=work.window)
+    setup = Setup(work.batch, 1, "32-true", "ddp", False, None, device=work.device)
+    _, a_image = flops(config, (work.size, work.size), setup)
+    gemm = found["gemm"]["gflops"]
+    names = [name for name in found if name != "gemm"]
+    ours = next((name for name in reversed(names) if name.startswith("ours")), names[0])
+    lines = [
+        f"matrix product {statistics.median(gemm):,.0f} GFLOP/s, {a_image / 1e9:.1f} GFLOP an image",
+        "",
+        f"| | images/s | share of the product's rate | {ours} against it | peak memory, MiB | first step, s |",
+        "| --- | ---: | ---: | ---: | ---: | ---: |",
+    ]
+    for name in names:
+        rates = [work.batch / seconds for seconds in found[name]["seconds"]]
+        shares = [rate * a_image / 1e9 / gflops for rate, gflops in zip(rates, gemm)]
+        ratios = [theirs / mine for theirs, mine in zip(found[name]["seconds"], found[ours]["seconds"])]
+        lines.append(
+            f"| {name} | {statistics.median(rates):.2f} | {statistics.median(shares):.0%} | "
+            f"{statistics.median(ratios):.2f} × | {found[name]['peak_mib']:,.0f} | {found[name]['first_step_s']:.1f} |"
+        )
+    return "\n".join(lines)
+
+
+if __name__ == "__main__":
+    sys.exit(main())
