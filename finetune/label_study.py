@@ -11,6 +11,7 @@ import multiprocessing
 import os
 import shutil
 import statistics
+import threading
 import zlib
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor, as_completed
@@ -47,14 +48,15 @@ class Arm:
 
 
 class Rates(NamedTuple):
-    """What is tuned: peak learning rate per 512 images, and layer decay; None is what a run would choose."""
+    """What is tuned: a factor to the peak learning rate, and layer decay; None is what a run would choose."""
 
-    lr: float | None
+    lr_factor: float
     layer_decay: float | None
 
     def __str__(self) -> str:
         """For a file's name; what is not given is a run's own default."""
-        return "-".join(f"{name}-{value:g}" for name, value in self._asdict().items() if value is not None)
+        decay = "" if self.layer_decay is None else f"-decay-{self.layer_decay:g}"
+        return f"lr-times-{self.lr_factor:g}{decay}"
 
 
 @dataclass(frozen=True)
@@ -95,7 +97,7 @@ class Job(NamedTuple):
         """Its result."""
         settings = self.settings
         labels = ALL if settings.labels_per_class is None else settings.labels_per_class
-        rates = Rates(settings.optim.lr, settings.optim.layer_decay)
+        rates = Rates(settings.optim.lr_factor, settings.optim.layer_decay)
         fold = settings.data.fold
         return Trial(self.arm.name, labels, settings.seed, rates, metrics["accuracy"], metrics["validation_loss"], fold)
 
@@ -136,13 +138,12 @@ def study(settings: StudySettings) -> StudyResult:
 
 
 def prepared(settings: StudySettings) -> tuple[StudySettings, list[Arm], dict[int | str, float]]:
-    """Settings with peak learning rate and processes filled in, the arms, and the numbers of labels that there are images
+    """Settings with the number of processes filled in, the arms, and the numbers of labels that there are images
     for; those that there are not are said.
 
     Raises:
         ValueError: when the labels cannot be read, no number of labels is left, or an encoder cannot be read.
     """
-    from finetune.settings import default_lr
     from simmim.convert import read
     from simmim.data import cores, labeled_images
     from simmim.swinv2 import PRESETS
@@ -164,9 +165,8 @@ def prepared(settings: StudySettings) -> tuple[StudySettings, list[Arm], dict[in
         )
     checkpoints = {name: read(path) for name, path in settings.arm_names().items()}
     small = checkpoints["pre-trained"].config.embed_dim < PRESETS["tiny"].embed_dim
-    lr = settings.optim.lr if settings.optim.lr is not None else default_lr(small)
     processes = settings.processes or (cores() if small and device_type() == "cpu" else 1)
-    settings = replace(settings, optim=replace(settings.optim, lr=lr), processes=processes)
+    settings = replace(settings, processes=processes)
     one = settings.run_settings()
     arms = [
         Arm(name, replace(one, init=path), fingerprint_of(checkpoints[name].encoder))
@@ -193,9 +193,9 @@ def fingerprint_of(tensors: dict) -> int:
 
 
 def grid_of(settings: StudySettings) -> list[Rates]:
-    """The rates that every arm tries, the settings' own in the middle of the learning rates."""
+    """The rates that every arm tries."""
     decays = settings.layer_decays or (settings.optim.layer_decay,)
-    return [Rates(settings.optim.lr * factor, decay) for factor, decay in product(sorted(settings.lr_factors), decays)]
+    return [Rates(factor, decay) for factor, decay in product(sorted(settings.lr_factors), decays)]
 
 
 def run_arms(
@@ -214,7 +214,7 @@ def run_arms(
     Args:
         labels: as of `StudyResult`.
         processes: trials run at once, each on one core. For small models two single-core trials beat one on two cores.
-        grid: rates to choose from; with fewer than two an arm's own settings stand.
+        grid: rates to choose from; a single one serves all, and with none an arm's own settings stand.
         folds, tuning_seeds: as of `StudySettings`.
 
     Raises:
@@ -240,7 +240,7 @@ def run_arms(
         for value, seed, arm in product(labels, seeds, arms):
             # A single label cannot be held out: the nearest larger number's rate serves, for every arm alike.
             of_arm = (chosen[arm.name, other] for other in labels if labels[other] >= labels[value] and other in tuned)
-            own = Rates(arm.settings.optim.lr, arm.settings.optim.layer_decay)
+            own = grid[0] if len(grid) == 1 else Rates(arm.settings.optim.lr_factor, arm.settings.optim.layer_decay)
             jobs.append(job_of(arm, value, seed, next(of_arm, own)))
         done = run_jobs(jobs, out, pool, bar, keep_weights)
     return StudyResult(
@@ -255,7 +255,7 @@ def job_of(arm: Arm, labels: int | str, seed: int, rates: Rates, fold: tuple[int
         labels_per_class=None if labels == ALL else labels,
         seed=seed,
         data=replace(arm.settings.data, fold=fold),
-        optim=replace(arm.settings.optim, lr=rates.lr, layer_decay=rates.layer_decay),
+        optim=replace(arm.settings.optim, lr_factor=rates.lr_factor, layer_decay=rates.layer_decay),
         validations=1,
         resume=False,
         overwrite=True,  # what a trial that was interrupted has left
@@ -284,7 +284,7 @@ def best_rates(trials: Sequence[Trial]) -> Rates:
 def trial_pool(processes: int) -> Iterator[ProcessPoolExecutor]:
     """Processes for trials, each on one core where there are several; what has not begun is given up on an error."""
     context = multiprocessing.get_context("spawn")
-    pool = ProcessPoolExecutor(processes, mp_context=context, initializer=use_one_core if processes > 1 else None)
+    pool = ProcessPoolExecutor(processes, mp_context=context, initializer=prepare_process, initargs=(processes > 1,))
     try:
         yield pool
         pool.shutdown()
@@ -293,12 +293,21 @@ def trial_pool(processes: int) -> Iterator[ProcessPoolExecutor]:
         raise
 
 
-def use_one_core() -> None:
-    """Set up a process for trials: one thread, so that processes do not fight for cores."""
-    os.environ["OMP_NUM_THREADS"] = "1"
-    import torch
+def prepare_process(one_core: bool) -> None:
+    """Set up a process for trials: it ends with the study, however that ends, and has one thread where there are several
+    processes, which would fight for cores."""
+    threading.Thread(target=end_with_parent, daemon=True).start()
+    if one_core:
+        os.environ["OMP_NUM_THREADS"] = "1"
+        import torch
 
-    torch.set_num_threads(1)
+        torch.set_num_threads(1)
+
+
+def end_with_parent() -> None:
+    """Wait until the process that started this one is gone, and end; a killed study leaves nothing running."""
+    multiprocessing.parent_process().join()
+    os._exit(1)
 
 
 def run_jobs(

@@ -198,7 +198,7 @@ def write_report(result: StudyResult, folder: Path) -> None:
 
 def write_trials(file: Path, trials: Sequence[Trial]) -> None:
     """A row a trial."""
-    columns = ["arm", "labels_per_class", "seed", "lr", "layer_decay", "fold", "accuracy", "cross_entropy"]
+    columns = ["arm", "labels_per_class", "seed", "lr_factor", "layer_decay", "fold", "accuracy", "cross_entropy"]
     with whole_file(file) as temporary, temporary.open("w", newline="", encoding="utf-8") as text:
         writer = csv.writer(text)
         writer.writerow(columns)

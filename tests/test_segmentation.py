@@ -13,6 +13,7 @@ from finetune.overlays import MIN_CELL_PX, overlay, overlay_grid, palette
 from finetune.segmentation import (
     HeadShape,
     SavedSegmenter,
+    SegmentationFinetuning,
     Segmenter,
     balanced_weights,
     load_segmenter,
@@ -20,6 +21,8 @@ from finetune.segmentation import (
     save_segmenter,
 )
 from finetune.segmentation_prediction import output_names, segment
+from finetune.settings import OptimSettings
+from finetune.sliding import best_class
 from simmim import load_encoder
 from simmim.checkpoint import Preprocessing, save_encoder
 from simmim.data import open_picture
@@ -94,6 +97,28 @@ def test_balanced_weights():
     weights = balanced_weights((900, 90, 10))
     assert sum(weight * share for weight, share in zip(weights, (0.9, 0.09, 0.01))) == pytest.approx(1)
     assert weights[2] / weights[0] == pytest.approx(math.sqrt(90))
+
+
+def test_every_validation_counts_anew(saved):
+    """All pixels that count, once, and the logged mean is that of the count."""
+    module = SegmentationFinetuning(
+        saved.model, saved.preprocessing, saved.scheme, "auto", lambda step: 0.1, OptimSettings(label_smoothing=0.0)
+    )
+    logged = {}
+    module.log, module.log_dict = (lambda *_, **__: None), (lambda values, **_: logged.update(values))
+    given, _ = random_masks(classes=3, shape=(8, 32, 32))
+    images = torch.randint(0, 256, (8, 3, 32, 32), dtype=torch.uint8)
+    expected = confusion_of(given, best_class(saved.logits(images), (32, 32)), 3)
+    for _ in range(2):
+        module.on_validation_epoch_start()
+        for first in (0, 4):
+            batch = {"image": images[first : first + 4], "mask": given[first : first + 4].to(torch.uint8)}
+            with torch.no_grad():
+                module.validation_step(batch, 0)
+        module.on_validation_epoch_end()
+        assert torch.equal(module.confusion, expected)
+        assert logged["mean_iou"] == pytest.approx(mean_iou(expected))
+        assert len(module.shown) == 6 and torch.equal(module.shown[5].image, images[5])
 
 
 # --- pictures ----------------------------------------------------------------------------------------------------------

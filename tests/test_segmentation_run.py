@@ -157,6 +157,16 @@ def test_a_frozen_encoder_stays_and_the_heads_learn(labeled, encoder_folder, tmp
     assert state["model.norms.0.bias"].abs().max() > 0
 
 
+def test_norms_follow_from_the_images_of_a_forward_pass(labeled, encoder_folder, run, tmp_path):
+    assert load_segmenter(run).model.shape.norm == "batch"  # 6 images
+    small = settings(labeled, encoder_folder, tmp_path / "run", batch_size=6, optim=OptimSettings(accumulate=3), steps=2)
+    assert load_segmenter(finetune(small, quiet=True).run).model.shape.norm == "image"
+    alone = settings(labeled, encoder_folder, tmp_path / "alone", batch_size=1, head=HeadSettings(width=16, norm="batch"))
+    with pytest.raises(ValueError, match=r"head\.norm is batch, with 1 image a device"):
+        finetune(alone, quiet=True)
+    assert not (tmp_path / "alone").exists()
+
+
 def test_images_of_other_sizes_and_a_head_of_the_same_classes(labeled, run, tmp_path, capsys):
     """Validation one by one, in windows; the heads of a run for the same classes go on."""
     for part in ("train", "val"):

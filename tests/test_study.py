@@ -3,6 +3,9 @@ import csv
 import json
 import math
 import statistics
+import subprocess
+import sys
+import time
 from dataclasses import replace
 from pathlib import Path
 
@@ -176,8 +179,8 @@ def test_the_rate_of_the_highest_held_out_accuracy_is_chosen():
         *(trial("a", 5, 0, accuracy, lr=0.2, fold=(part, 2)) for part, accuracy in enumerate((0.6, 0.7))),
         *(trial("a", 5, 0, accuracy, lr=0.3, loss=0.9, fold=(part, 2)) for part, accuracy in enumerate((0.8, 0.5))),
     ]
-    assert best_rates(trials).lr == 0.3, "0.2 and 0.3 are alike in accuracy, 0.3 has the lower loss"
-    assert best_rates(trials[:4]).lr == 0.2
+    assert best_rates(trials).lr_factor == 0.3, "0.2 and 0.3 are alike in accuracy, 0.3 has the lower loss"
+    assert best_rates(trials[:4]).lr_factor == 0.2
 
 
 def test_every_arm_is_tuned_on_the_same_grid_with_its_own_labels(tmp_path, monkeypatch):
@@ -191,7 +194,7 @@ def test_every_arm_is_tuned_on_the_same_grid_with_its_own_labels(tmp_path, monke
         settings = job.settings
         ran.append(job)
         wanted = best.get((settings.init, settings.labels_per_class))
-        return {"accuracy": 0.9 if settings.optim.lr == wanted else 0.5, "validation_loss": 1.0}
+        return {"accuracy": 0.9 if settings.optim.lr_factor == wanted else 0.5, "validation_loss": 1.0}
 
     class Inline:
         def __init__(self, *_, **__):
@@ -214,7 +217,7 @@ def test_every_arm_is_tuned_on_the_same_grid_with_its_own_labels(tmp_path, monke
     held_out = [job for job in ran if job.settings.data.fold]
     assert len(held_out) == 2 * 3 * (2 + 3), "arms × rates × folds, no more folds than labels"
     assert {job.settings.seed for job in held_out} == {0} and len({job.name for job in ran}) == len(ran)
-    rates = {(t.arm, t.labels): t.rates.lr for t in result.trials}
+    rates = {(t.arm, t.labels): t.rates.lr_factor for t in result.trials}
     assert rates == {
         ("pre-trained", 1): 0.1, ("pre-trained", 2): 0.1, ("pre-trained", 5): 0.3,
         ("from scratch", 1): 0.03, ("from scratch", 2): 0.03, ("from scratch", 5): 0.1,
@@ -235,6 +238,42 @@ def test_a_job_is_known_by_all_it_depends_on():
         job_of(Arm("a", base, 7), 5, 0, Rates(0.1, 0.7), (0, 2)),
     ):
         assert other.identity != job.identity
+
+
+@pytest.mark.skipif(not Path("/proc/self/status").exists(), reason="reads /proc")
+def test_a_killed_study_leaves_no_process(digits, encoder_folder, tmp_path):
+    """SIGKILL to the study alone; its trials' processes notice. What was finished is taken up when it goes on."""
+    call = words(digits, encoder_folder, tmp_path / "study", "--labels", "2", "--steps", "100000", "--lr-factors", "[1]")
+    with (tmp_path / "log").open("w") as log:
+        study = subprocess.Popen([sys.executable, "-m", "simmim.cli", *call], stdout=log, stderr=log, start_new_session=True)
+    begun = tmp_path / "study/runs/2-labels/pre-trained-seed-0/config.yaml"
+    wait_until(begun.is_file)
+    children = children_of(study.pid)
+    assert len(children) >= 2
+    study.kill()
+    study.wait()
+    wait_until(lambda: not any(alive(child) for child in children))
+
+
+def wait_until(done, seconds=90.0):
+    """Look ten times a second until it is so."""
+    end = time.monotonic() + seconds
+    while not done():
+        assert time.monotonic() < end, "waited too long"
+        time.sleep(0.1)
+
+
+def children_of(process):
+    """Process numbers of those that `process` has started."""
+    return [int(number) for number in Path(f"/proc/{process}/task/{process}/children").read_text().split()]
+
+
+def alive(process):
+    """Whether it runs, and is not only left for somebody to take notice of its end."""
+    try:
+        return "Z" not in Path(f"/proc/{process}/status").read_text().split("State:")[1].split()[0]
+    except FileNotFoundError:
+        return False
 
 
 # --- As a whole ------------------------------------------------------------------------------------------------------
@@ -299,7 +338,7 @@ def test_a_trial_is_a_run_with_the_same_labels(finished, digits, encoder_folder,
     settings = FinetuneSettings(
         data=LabeledSettings(str(digits.labeled), flip=0.0), out=str(tmp_path / "alone"), init=str(encoder_folder),
         labels_per_class=2, seed=1, steps=8, batch_size=10, validations=1,
-        optim=OptimSettings(lr=float(row["lr"]), layer_decay=float(row["layer_decay"])),
+        optim=OptimSettings(lr=0.3 * float(row["lr_factor"]), layer_decay=float(row["layer_decay"])),
     )  # fmt: skip
     assert finetune(settings, quiet=True).accuracy == pytest.approx(float(row["accuracy"]), abs=5e-5)
 
