@@ -51,7 +51,7 @@ def measured(trial: Trial, scenes: Path, init: str, out: Path, config: Path, ste
 
     torch.set_num_threads(1)
     from finetune.run import finetune
-    from finetune.segmentation_settings import SegmentationSettings
+    from finetune.segmentation.settings import SegmentationSettings
     from simmim.cli import parse
 
     labeled = scenes / "labeled"

@@ -3,20 +3,20 @@ from importlib import import_module
 
 _HOMES = {
     "finetune": "finetune.run",
-    "predict": "finetune.prediction",
-    "load_classifier": "finetune.classification",
-    "segment": "finetune.segmentation_prediction",
-    "load_segmenter": "finetune.segmentation",
-    "SegmentationSettings": "finetune.segmentation_settings",
-    "SceneSettings": "finetune.segmentation_settings",
-    "HeadSettings": "finetune.segmentation_settings",
-    "FinetuneSettings": "finetune.classification_settings",
-    "LabeledSettings": "finetune.classification_settings",
-    "AffineSettings": "finetune.augment",
+    "predict": "finetune.classification.prediction",
+    "load_classifier": "finetune.classification.model",
+    "segment": "finetune.segmentation.prediction",
+    "load_segmenter": "finetune.segmentation.model",
+    "SegmentationSettings": "finetune.segmentation.settings",
+    "SceneSettings": "finetune.segmentation.settings",
+    "HeadSettings": "finetune.segmentation.settings",
+    "FinetuneSettings": "finetune.classification.settings",
+    "LabeledSettings": "finetune.classification.settings",
+    "AffineSettings": "finetune.augment.affine",
     "EncoderSettings": "finetune.settings",
     "OptimSettings": "finetune.settings",
-    "study": "finetune.label_study",
-    "StudySettings": "finetune.study_settings",
+    "study": "finetune.label_study.trials",
+    "StudySettings": "finetune.label_study.settings",
 }
 __all__ = list(_HOMES)
 

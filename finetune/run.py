@@ -36,8 +36,8 @@ from simmim.training import (
 
 KEEP_DECODED_MIB = 128
 TASKS = {
-    "classification": ("finetune.classification_task", "Classification"),
-    "segmentation": ("finetune.segmentation_task", "Segmentation"),
+    "classification": ("finetune.classification.task", "Classification"),
+    "segmentation": ("finetune.segmentation.task", "Segmentation"),
 }
 
 

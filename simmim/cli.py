@@ -235,8 +235,8 @@ def with_saved_config(arguments: Sequence[str]) -> list[str]:
 def run_finetune(arguments: Sequence[str]) -> None:
     """simmim finetune TASK"""
     tasks = {  # where the settings of each are
-        "classification": ("finetune.classification_settings", "FinetuneSettings"),
-        "segmentation": ("finetune.segmentation_settings", "SegmentationSettings"),
+        "classification": ("finetune.classification.settings", "FinetuneSettings"),
+        "segmentation": ("finetune.segmentation.settings", "SegmentationSettings"),
     }
     if arguments and arguments[0] in ("-h", "--help"):
         print(f"usage: simmim finetune TASK [options]\n\ntasks: {', '.join(tasks)}\n\n--help after a task lists its options")
@@ -257,11 +257,11 @@ def run_finetune(arguments: Sequence[str]) -> None:
 
 def run_study(arguments: Sequence[str]) -> None:
     """simmim study"""
-    from finetune.study_settings import StudySettings
+    from finetune.label_study.settings import StudySettings
 
     settings = parse("study", StudySettings, with_saved_config(arguments))
     from finetune import study
-    from finetune.study_report import report
+    from finetune.label_study.report import report
 
     result = study(settings)
     print(f"\n{report(result)}\n\nplot and numbers: {settings.out}")
@@ -473,7 +473,7 @@ def run_predict(arguments: Sequence[str]) -> None:
         workers=(int, -1, "processes that load images, of classification; what suits the machine by default"),
         overlays=(bool, True, "of segmentation: also write the masks' colours over the images"),
     )
-    from finetune.segmentation import holds_segmenter
+    from finetune.segmentation.model import holds_segmenter
 
     if holds_segmenter(chosen.run):
         return predict_masks(chosen)
@@ -489,7 +489,7 @@ def run_predict(arguments: Sequence[str]) -> None:
 
 def predict_masks(chosen) -> None:
     """`simmim predict` of a run of segmentation."""
-    from finetune.segmentation_prediction import segment
+    from finetune.segmentation.prediction import segment
 
     out = chosen.out or "predictions"
     done = segment(chosen.run, chosen.images, out, chosen.batch_size, chosen.overlays)
@@ -555,8 +555,8 @@ def run_demo(arguments: Sequence[str]) -> None:
     digits = write_digits(out / "digits")
 
     from finetune import FinetuneSettings
-    from finetune.label_study import pretrained_and_scratch, run_arms
-    from finetune.study_report import comparison_table
+    from finetune.label_study.report import comparison_table
+    from finetune.label_study.trials import pretrained_and_scratch, run_arms
     from pretrain import PretrainSettings, pretrain
     from pretrain.reconstruct import reconstruct
     from simmim.data import cores

@@ -5,7 +5,7 @@ import numpy as np
 import pytest
 import torch
 
-from finetune.augment import AffineSettings, warp
+from finetune.augment.affine import AffineSettings, warp
 
 IDENTITY = torch.tensor([[[1.0, 0.0, 0.0], [0.0, 1.0, 0.0]]])
 SEEDS = list(range(2000))
@@ -26,7 +26,7 @@ def largest(monkeypatch):
         def uniform(self, low, high):
             return high
 
-    monkeypatch.setattr("finetune.augment.random.Random", Upper)
+    monkeypatch.setattr("finetune.augment.affine.random.Random", Upper)
 
 
 # --- affine changes --------------------------------------------------------------------------------------------------

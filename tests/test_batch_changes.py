@@ -8,12 +8,12 @@ import torch
 import torch.nn.functional as F
 from PIL import Image, ImageEnhance, ImageOps
 
-from finetune.augment import AffineSettings
-from finetune.batch_changes import BatchChanges
-from finetune.classification import shared_cross_entropy
-from finetune.colour import MOVING, OPERATIONS, Change, ColourSettings, movements, operations_for, recolour
-from finetune.erasing import AREA, erase, erased_box
-from finetune.mixing import Mix, MixSettings, cut, mix
+from finetune.augment.affine import AffineSettings
+from finetune.augment.batch import BatchChanges
+from finetune.augment.colour import MOVING, OPERATIONS, Change, ColourSettings, movements, operations_for, recolour
+from finetune.augment.erasing import AREA, erase, erased_box
+from finetune.augment.mixing import Mix, MixSettings, cut, mix
+from finetune.classification.model import shared_cross_entropy
 from simmim.data import normalise
 
 SEEDS = list(range(3000))

@@ -11,7 +11,7 @@ import pytest
 import yaml
 from PIL import Image
 
-from finetune.classification_settings import FinetuneSettings
+from finetune.classification.settings import FinetuneSettings
 from pretrain.settings import PretrainSettings
 from simmim.checkpoint import Preprocessing, save_encoder
 from simmim.cli import COMMANDS, canonical, main, parse, with_saved_config

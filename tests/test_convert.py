@@ -668,7 +668,7 @@ def finetune_words(digits, out, init, *more):
     ],
 )
 def test_finetuning_keeps_the_head_of_the_same_classes(classes, said, digits, tmp_path, monkeypatch, capsys):
-    from finetune.classification import ClassificationFinetuning
+    from finetune.classification.model import ClassificationFinetuning
 
     checkpoint = random_checkpoint(replace(SMALL, in_channels=1), (32, 32), classes)
     folder = export(checkpoint, "timm", tmp_path / "source").folder
@@ -683,7 +683,7 @@ def test_finetuning_keeps_the_head_of_the_same_classes(classes, said, digits, tm
 
 def test_the_encoder_trains_in_training_mode(gray_checkpoint, digits, tmp_path, monkeypatch):
     """Stochastic depth acts on an encoder that was read, as on a fresh one."""
-    from finetune.classification import ClassificationFinetuning
+    from finetune.classification.model import ClassificationFinetuning
 
     modes, step = set(), ClassificationFinetuning.training_step
 

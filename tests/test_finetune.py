@@ -6,8 +6,8 @@ import pytest
 import torch
 
 from finetune import EncoderSettings, FinetuneSettings, LabeledSettings, finetune, load_classifier, predict
-from finetune.batch_changes import BatchChanges
-from finetune.classification import ClassificationFinetuning, Classifier
+from finetune.augment.batch import BatchChanges
+from finetune.classification.model import ClassificationFinetuning, Classifier
 from finetune.settings import OptimSettings
 from simmim import load_encoder
 from simmim.checkpoint import Preprocessing, save_encoder

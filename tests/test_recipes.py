@@ -6,9 +6,9 @@ from pathlib import Path
 import pytest
 import torch
 
-from finetune.classification_settings import FinetuneSettings
-from finetune.segmentation import HeadShape, Segmenter
-from finetune.segmentation_settings import SegmentationSettings
+from finetune.classification.settings import FinetuneSettings
+from finetune.segmentation.model import HeadShape, Segmenter
+from finetune.segmentation.settings import SegmentationSettings
 from finetune.settings import with_schedule
 from pretrain.run import build_model
 from pretrain.settings import PretrainSettings, resolve

@@ -7,7 +7,7 @@ import torch
 import torch.nn.functional as F
 from PIL import Image
 
-from finetune.scene_views import RandomScene, SceneSamples, WholeScene, largest_share, nearest_crop, scaled_size
+from finetune.segmentation.views import RandomScene, SceneSamples, WholeScene, largest_share, nearest_crop, scaled_size
 from simmim.data import Picture, collate
 from simmim.data.masks import MaskScheme, read_pairs
 

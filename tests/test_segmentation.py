@@ -8,9 +8,8 @@ import torch.nn.functional as F
 from PIL import Image
 from torchmetrics.classification import MulticlassConfusionMatrix, MulticlassJaccardIndex
 
-from finetune.iou import class_table, iou_by_class, mean_iou, pixel_accuracy, write_class_rows
-from finetune.overlays import MIN_CELL_PX, overlay, overlay_grid, palette
-from finetune.segmentation import (
+from finetune.segmentation.iou import class_table, iou_by_class, mean_iou, pixel_accuracy, write_class_rows
+from finetune.segmentation.model import (
     HeadShape,
     SavedSegmenter,
     SegmentationFinetuning,
@@ -20,9 +19,10 @@ from finetune.segmentation import (
     pixel_loss,
     save_segmenter,
 )
-from finetune.segmentation_prediction import output_names, segment
+from finetune.segmentation.overlays import MIN_CELL_PX, overlay, overlay_grid, palette
+from finetune.segmentation.prediction import output_names, segment
+from finetune.segmentation.sliding import best_class
 from finetune.settings import OptimSettings
-from finetune.sliding import best_class
 from simmim import load_encoder
 from simmim.checkpoint import Preprocessing, save_encoder
 from simmim.data import open_picture

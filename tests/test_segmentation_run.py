@@ -13,9 +13,9 @@ import torch
 from PIL import Image
 
 from finetune import SegmentationSettings, finetune, load_segmenter
-from finetune.segmentation_settings import HeadSettings, SceneSettings
+from finetune.segmentation.settings import HeadSettings, SceneSettings
+from finetune.segmentation.sliding import best_class
 from finetune.settings import EncoderSettings, OptimSettings
-from finetune.sliding import best_class
 from simmim import load_encoder
 from simmim.checkpoint import Preprocessing, save_encoder
 from simmim.cli import main

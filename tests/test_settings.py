@@ -5,7 +5,7 @@ from functools import partial
 import pytest
 import yaml
 
-from finetune.classification_settings import FinetuneSettings, LabeledSettings
+from finetune.classification.settings import FinetuneSettings, LabeledSettings
 from finetune.settings import EncoderSettings
 from finetune.settings import OptimSettings as FinetuneOptimSettings
 from pretrain.settings import DataSettings, ModelSettings, OptimSettings, PretrainSettings, resolve

@@ -5,9 +5,9 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-import finetune.sliding as sliding
-from finetune.segmentation import HeadShape, Segmenter
-from finetune.sliding import OVERLAP, best_class, dense_logits, filled_up, sliding_logits, window_starts
+import finetune.segmentation.sliding as sliding
+from finetune.segmentation.model import HeadShape, Segmenter
+from finetune.segmentation.sliding import OVERLAP, best_class, dense_logits, filled_up, sliding_logits, window_starts
 from simmim.swinv2 import SwinV2, SwinV2Config
 
 

@@ -16,10 +16,10 @@ from scipy.stats import ttest_rel
 from sklearn.model_selection import StratifiedKFold
 
 from finetune import EncoderSettings, FinetuneSettings, LabeledSettings, StudySettings, finetune
-from finetune.folds import fold_of
-from finetune.label_study import Arm, Rates, StudyResult, Trial, best_rates, job_of, pretrained_and_scratch, run_arms
+from finetune.classification.folds import fold_of
+from finetune.label_study.report import comparison_table, equivalent_labels, mean_and_error, paired, plot, sentences
+from finetune.label_study.trials import Arm, Rates, StudyResult, Trial, best_rates, job_of, pretrained_and_scratch, run_arms
 from finetune.settings import OptimSettings
-from finetune.study_report import comparison_table, equivalent_labels, mean_and_error, paired, plot, sentences
 from simmim.checkpoint import Preprocessing, save_encoder
 from simmim.cli import main
 from simmim.data import labeled_images
@@ -159,7 +159,7 @@ def test_folds_are_stratified_and_even():
 
 
 def test_a_fold_sees_none_of_the_validation_images(digits):
-    from finetune.classification_task import Classification
+    from finetune.classification.task import Classification
 
     settings = FinetuneSettings(data=LabeledSettings(str(digits.labeled)), out="unused", labels_per_class=5, seed=3)
     chosen = labeled_images(settings.data.path, 5, 3)
@@ -210,8 +210,8 @@ def test_every_arm_is_tuned_on_the_same_grid_with_its_own_labels(tmp_path, monke
         def shutdown(self, **_):
             pass
 
-    monkeypatch.setattr("finetune.label_study.ProcessPoolExecutor", Inline)
-    monkeypatch.setattr("finetune.label_study.run_trial", made_up)
+    monkeypatch.setattr("finetune.label_study.trials.ProcessPoolExecutor", Inline)
+    monkeypatch.setattr("finetune.label_study.trials.run_trial", made_up)
     grid = [Rates(lr, 0.7) for lr in (0.03, 0.1, 0.3)]
     result = run_arms(arms, {1: 1, 2: 2, 5: 5}, (0, 1), tmp_path, grid=grid, folds=3)
     held_out = [job for job in ran if job.settings.data.fold]

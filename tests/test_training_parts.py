@@ -12,11 +12,11 @@ from sklearn.metrics import confusion_matrix, f1_score, precision_recall_fscore_
 
 from finetune import FinetuneSettings, LabeledSettings, finetune, load_classifier
 from finetune.averaging import AverageWeights, decay_at
-from finetune.balance import BalancedSamples, balanced_order, class_weights
-from finetune.class_metrics import ClassMetrics, class_rows
-from finetune.class_report import class_table, confusion_picture, write_class_table
-from finetune.classification import ClassificationFinetuning
-from finetune.classification_defaults import completed, with_augmentation
+from finetune.classification.balance import BalancedSamples, balanced_order, class_weights
+from finetune.classification.defaults import completed, with_augmentation
+from finetune.classification.metrics import ClassMetrics, class_rows
+from finetune.classification.model import ClassificationFinetuning
+from finetune.classification.report import class_table, confusion_picture, write_class_table
 from finetune.early_stop import StopEarly
 from finetune.settings import EncoderSettings, OptimSettings
 from simmim import load_encoder
@@ -328,8 +328,8 @@ def test_augmentation_follows_from_size_and_labels(side, channels, a_class, expe
 
 
 def test_without_kornia(monkeypatch, digits, encoder_folder, tmp_path):
-    monkeypatch.setattr("finetune.colour.has_kornia", lambda: False)
-    monkeypatch.setattr("finetune.classification_defaults.has_kornia", lambda: False)
+    monkeypatch.setattr("finetune.augment.colour.has_kornia", lambda: False)
+    monkeypatch.setattr("finetune.classification.defaults.has_kornia", lambda: False)
     data, reasons = with_augmentation(LabeledSettings("x"), 224, 3, 10)
     assert data.rand_augment == 0 and "kornia is not installed" in reasons[-1]
     asked = LabeledSettings(str(digits.labeled), rand_augment=5.0)

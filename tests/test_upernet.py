@@ -3,8 +3,8 @@ import pytest
 import torch
 from torch import nn
 
-from finetune.segmentation import HeadShape, Segmenter
-from finetune.upernet import FCN, UPerNet
+from finetune.segmentation.model import HeadShape, Segmenter
+from finetune.segmentation.upernet import FCN, UPerNet
 from simmim.swinv2 import SwinV2, SwinV2Config
 
 CHANNELS = (16, 32, 64, 128)

@@ -407,7 +407,7 @@ def test_two_processes_decide_alike(tmp_path):
 
 def test_fine_tuning_is_guarded_too(digits, tmp_path, monkeypatch):
     from finetune import FinetuneSettings, LabeledSettings, finetune
-    from finetune.classification import ClassificationFinetuning
+    from finetune.classification.model import ClassificationFinetuning
     from finetune.settings import EncoderSettings
 
     whole = ClassificationFinetuning.training_step

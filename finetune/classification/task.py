@@ -5,12 +5,12 @@ from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 
-from finetune.balance import BalancedSamples, class_weights
-from finetune.class_report import CAPTION, CLASSES, class_table, write_class_report
-from finetune.classification import ClassificationFinetuning, Classifier, save_classifier
-from finetune.classification_defaults import completed
-from finetune.classification_settings import FinetuneSettings
-from finetune.folds import held_out_fold
+from finetune.classification.balance import BalancedSamples, class_weights
+from finetune.classification.defaults import completed
+from finetune.classification.folds import held_out_fold
+from finetune.classification.model import ClassificationFinetuning, Classifier, save_classifier
+from finetune.classification.report import CAPTION, CLASSES, class_table, write_class_report
+from finetune.classification.settings import FinetuneSettings
 from finetune.start import Start
 from finetune.task import Task
 from simmim.checkpoint import Checkpoint, Preprocessing

@@ -10,7 +10,7 @@ import numpy as np
 from PIL import Image, ImageDraw
 from torch import Tensor
 
-from finetune.class_metrics import ClassRow, class_rows
+from finetune.classification.metrics import ClassRow, class_rows
 from simmim.files import whole_file
 
 CLASSES, CONFUSIONS = "classes.csv", "confusions.png"

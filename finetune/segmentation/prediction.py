@@ -15,10 +15,10 @@ from PIL import Image
 from torch import Tensor
 from tqdm import tqdm
 
-from finetune.overlays import as_colour, overlay, palette
-from finetune.scene_views import whole_picture
-from finetune.segmentation import SavedSegmenter, load_segmenter
-from finetune.sliding import Size, best_class
+from finetune.segmentation.model import SavedSegmenter, load_segmenter
+from finetune.segmentation.overlays import as_colour, overlay, palette
+from finetune.segmentation.sliding import Size, best_class
+from finetune.segmentation.views import whole_picture
 from simmim.data import UNREADABLE, open_images, open_picture, reason
 from simmim.data.masks import CLASSES_FILE, MaskScheme
 from simmim.files import whole_file

@@ -13,11 +13,9 @@ import torch
 from PIL import Image
 from tqdm import tqdm
 
-from finetune.colour import ColourSettings, check_kornia, has_kornia
-from finetune.iou import class_table, write_class_rows
-from finetune.overlays import overlay_grid
-from finetune.scene_views import RandomScene, SceneSamples, WholeScene, scaled_size
-from finetune.segmentation import (
+from finetune.augment.colour import ColourSettings, check_kornia, has_kornia
+from finetune.segmentation.iou import class_table, write_class_rows
+from finetune.segmentation.model import (
     HeadShape,
     SavedSegmenter,
     SegmentationFinetuning,
@@ -29,7 +27,9 @@ from finetune.segmentation import (
     save_segmenter,
     segmenter_folder,
 )
-from finetune.segmentation_settings import SegmentationSettings
+from finetune.segmentation.overlays import overlay_grid
+from finetune.segmentation.settings import SegmentationSettings
+from finetune.segmentation.views import RandomScene, SceneSamples, WholeScene, scaled_size
 from finetune.settings import with_schedule
 from finetune.start import Start
 from finetune.task import Task

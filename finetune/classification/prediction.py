@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
-from finetune.classification import SavedClassifier, load_classifier
+from finetune.classification.model import SavedClassifier, load_classifier
 from simmim.data import open_images
 from simmim.evaluate import EncoderPass, Feature, embedded_batches
 from simmim.files import whole_file

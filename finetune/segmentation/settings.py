@@ -4,8 +4,8 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import ClassVar
 
+from finetune.segmentation.upernet import check_head
 from finetune.settings import EncoderSettings, OptimSettings, TransferSettings
-from finetune.upernet import check_head
 
 INFERENCES = ("auto", "whole", "slide")
 

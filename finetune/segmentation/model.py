@@ -14,11 +14,11 @@ from einops import rearrange
 from torch import Tensor, nn
 from torchmetrics.classification import MulticlassConfusionMatrix
 
-from finetune.colour import ColourSettings, recolour
-from finetune.iou import iou_by_class, mean_iou, pixel_accuracy
+from finetune.augment.colour import ColourSettings, recolour
+from finetune.segmentation.iou import iou_by_class, mean_iou, pixel_accuracy
+from finetune.segmentation.sliding import best_class, dense_logits, enlarged
+from finetune.segmentation.upernet import FCN, POOL_SCALES, UPerNet
 from finetune.settings import OptimSettings
-from finetune.sliding import best_class, dense_logits, enlarged
-from finetune.upernet import FCN, POOL_SCALES, UPerNet
 from simmim.checkpoint import Preprocessing, mismatches, read_json, read_tensors, save_encoder, write_tensors
 from simmim.convert import read_encoder
 from simmim.data import normalise

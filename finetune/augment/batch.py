@@ -11,10 +11,10 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from finetune.augment import AffineSettings, warp
-from finetune.colour import ColourSettings, movements, recolour
-from finetune.erasing import erase
-from finetune.mixing import MixSettings, mix
+from finetune.augment.affine import AffineSettings, warp
+from finetune.augment.colour import ColourSettings, movements, recolour
+from finetune.augment.erasing import erase
+from finetune.augment.mixing import MixSettings, mix
 from simmim.data import normalise
 
 

@@ -135,7 +135,7 @@ def jittered(values: Tensor, factors: Tensor) -> Tensor:
 
 
 def movements(changes: Sequence[Sequence[Change]]) -> Tensor | None:
-    """What the changes move, as matrices for `finetune.augment.warp`, (B, 2, 3); None where nothing moves.
+    """What the changes move, as matrices for `finetune.augment.affine.warp`, (B, 2, 3); None where nothing moves.
 
     At level 1: 30° of rotation, a shear of 0.3, a translation of 0.45 of the side.
     """

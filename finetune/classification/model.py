@@ -10,8 +10,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from finetune.batch_changes import BatchChanges
-from finetune.class_metrics import ClassMetrics
+from finetune.augment.batch import BatchChanges
+from finetune.classification.metrics import ClassMetrics
 from finetune.settings import OptimSettings
 from simmim.checkpoint import Preprocessing, save_encoder
 from simmim.convert import read_encoder

@@ -24,8 +24,8 @@ from typing import NamedTuple
 import numpy as np
 from tqdm import tqdm
 
-from finetune.classification_settings import FinetuneSettings
-from finetune.study_settings import ALL, StudySettings
+from finetune.classification.settings import FinetuneSettings
+from finetune.label_study.settings import ALL, StudySettings
 from simmim.files import whole_file
 from simmim.run_folder import CHECKPOINTS, CIRCUMSTANCES, plain
 
@@ -123,7 +123,7 @@ def study(settings: StudySettings) -> StudyResult:
     Raises:
         ValueError: for settings, labels or encoders that cannot work, before anything is written where it can be known.
     """
-    from finetune.study_report import check_libraries, write_report
+    from finetune.label_study.report import check_libraries, write_report
     from simmim.run_folder import taken_run_folder
 
     check_libraries()

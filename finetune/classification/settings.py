@@ -4,10 +4,10 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import ClassVar
 
-from finetune.augment import AffineSettings
-from finetune.batch_changes import BatchChanges
-from finetune.colour import HIGHEST_MAGNITUDE, ColourSettings
-from finetune.mixing import MixSettings
+from finetune.augment.affine import AffineSettings
+from finetune.augment.batch import BatchChanges
+from finetune.augment.colour import HIGHEST_MAGNITUDE, ColourSettings
+from finetune.augment.mixing import MixSettings
 from finetune.settings import TransferSettings
 from simmim.swinv2 import nearest
 

@@ -5,7 +5,7 @@ from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Any, ClassVar
 
-from finetune.classification_settings import FinetuneSettings
+from finetune.classification.settings import FinetuneSettings
 
 ALL = "all"
 

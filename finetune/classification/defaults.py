@@ -3,8 +3,8 @@ from __future__ import annotations
 
 from dataclasses import replace
 
-from finetune.classification_settings import FinetuneSettings, LabeledSettings
-from finetune.colour import check_kornia, has_kornia
+from finetune.augment.colour import check_kornia, has_kornia
+from finetune.classification.settings import FinetuneSettings, LabeledSettings
 from finetune.settings import PUBLISHED_LAYER_DECAY, with_schedule
 from simmim.swinv2 import PRESETS, SwinV2Config
 

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, NamedTuple
 from simmim.files import whole_file
 
 if TYPE_CHECKING:
-    from finetune.label_study import StudyResult, Trial
+    from finetune.label_study.trials import StudyResult, Trial
 
 CERTAIN = 0.05  # the usual level of a test; above it a difference is called uncertain
 

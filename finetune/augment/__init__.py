@@ -1,0 +1,1 @@
+"""Random changes of labeled images, done by the batch on its device."""
