@@ -8,6 +8,7 @@ import sys
 from pathlib import Path
 
 import pytest
+from PIL import Image
 
 ROOT = Path(__file__).parents[1]
 README = (ROOT / "README.md").read_text(encoding="utf-8")
@@ -33,7 +34,18 @@ def place(digits, tmp_path_factory):
     shutil.copytree(digits.unlabeled, folder / "photos")
     shutil.copytree(digits.labeled, folder / "labeled")
     (folder / "configs").symlink_to(ROOT / "configs")
+    write_scenes(folder / "scenes", sorted(digits.unlabeled.iterdir())[::8])
     return folder
+
+
+def write_scenes(folder, files):
+    """Images and masks: what is ink and what is not."""
+    (folder / "images").mkdir(parents=True)
+    (folder / "masks").mkdir()
+    (folder / "classes.txt").write_text("paper\nink\n")
+    for file in files:
+        shutil.copy(file, folder / "images")
+        Image.open(file).point(lambda value: int(value > 100)).save(folder / "masks" / file.name)
 
 
 def run(words, place):
@@ -49,7 +61,7 @@ def test_commands_then_python(place):
         short = () if "--print_config" in words else SHORTER.get(words[0], ())
         run([sys.executable, "-m", "simmim.cli", *words, *short], place)
         ran += 1
-    assert ran == 19
+    assert ran == 21
     assert (place / "grid.png").is_file()
     assert (place / "predictions.csv").is_file()
     blocks = re.findall(r"```python\n(.*?)```", README, re.S)
