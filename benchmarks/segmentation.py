@@ -5,8 +5,8 @@
     python benchmarks/segmentation.py --scenes scenes --init scenes/pretrain --out scenes/study
 
 Both arms have the same architecture, labels, views, steps and batches. Each arm's learning rate is the best of the same
-grid on scenes held out from the training part, with labels drawn by other seeds; the validation scenes serve the comparison
-alone, and what is compared is the last step, not the best one.
+grid on scenes held out from the training part, with labels drawn by other seeds, and what is compared is the last step, not
+the best one. The recipe itself (configs/finetune/scenes-segmentation.yaml) was searched with the validation scenes in view.
 
 Writes OUT/trials.csv, a row a fine-tuning, which a later call goes on from, and prints the table.
 """
