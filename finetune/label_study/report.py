@@ -148,7 +148,8 @@ def worth_in_labels(equivalent: float, count: float, other: str, result: StudyRe
         return f"; {other} does not get there with {most:.0f}." if count < most else "."
     if equivalent - count < 0.5:
         return "."
-    return f" and saves {equivalent - count:.0f} labels a class: {other} needs {equivalent:.0f} to get there."
+    saved = round(equivalent - count)
+    return f" and saves {saved} label{'s' * (saved != 1)} a class: {other} needs {equivalent:.0f} to get there."
 
 
 def plot(result: StudyResult, title: str = ""):
