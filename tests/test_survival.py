@@ -1,5 +1,6 @@
 """Real runs killed, stopped and starved: what is resumed ends as the uninterrupted run does, and nothing is lost."""
 import csv
+import multiprocessing
 import os
 import pickle
 import random
@@ -14,6 +15,7 @@ from safetensors.torch import load_file
 
 from simmim.run_folder import checkpoints_folder
 from simmim.training.saving import damage, saved_steps, usable_checkpoint
+from simmim.training.trainer import quieten
 
 STEPS = 60
 SMALL = (
@@ -378,3 +380,16 @@ def test_a_run_folder_is_one_process_s(start, uninterrupted, tmp_path):
     assert code == 2
     assert first.wait()[0] == 0
     assert_same_end(run, uninterrupted("in-memory"))
+
+
+def test_a_pipe_to_a_process_that_died_says_nothing(capfd):
+    """The thread that feeds it fails after the main one has said its line, or before; any other failure is told."""
+    quieten()
+    for item, said in ((1, False), (lambda: None, True)):  # a lambda cannot be sent
+        queue = multiprocessing.get_context("fork").Queue()
+        if not said:
+            queue._reader.close()
+        queue.put(item)
+        queue.close()
+        queue.join_thread()
+        assert ("Error" in capfd.readouterr().err) == said

@@ -6,6 +6,7 @@ import logging
 import threading
 import warnings
 from collections.abc import Mapping, Sequence
+from multiprocessing.queues import Queue
 from pathlib import Path
 from typing import Any
 
@@ -136,12 +137,19 @@ def thread_failed(failed, otherwise=threading.excepthook) -> None:
         otherwise(failed)
 
 
+def feeding_failed(error: Exception, item, otherwise=Queue._on_queue_feeder_error) -> None:
+    """Nor does a thread that feeds a loading process which has died: of that death the main thread hears too."""
+    if not isinstance(error, BrokenPipeError):
+        otherwise(error, item)
+
+
 def quieten() -> None:
     """Keep Lightning's advice on things that are decided here off the screen; errors and our own lines stay."""
     for name in ("pytorch_lightning", "lightning.pytorch", "lightning_fabric"):
         logging.getLogger(name).setLevel(logging.ERROR)
     warnings.filterwarnings("ignore", message=".*does not have many workers.*")
     threading.excepthook = thread_failed
+    Queue._on_queue_feeder_error = staticmethod(feeding_failed)
     warnings.filterwarnings("ignore", message=".*lr_scheduler.step.*before.*optimizer.step.*")
     warnings.filterwarnings("ignore", message=".*is not a resumable dataloader.*|.*dataloader that is not resumable.*")
     warnings.filterwarnings("ignore", message=".*found in the `src` dir.*|.*treespec.*")
