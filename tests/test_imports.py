@@ -24,7 +24,7 @@ ALLOWED = {
     "evaluate": {"checkpoint", "data", "files", "swinv2"},
     "plan": {"defaults", "masking", "model", "swinv2"},
     "run_folder": {"files"},
-    "training": {"convert", "data", "files", "run_folder", "swinv2"},
+    "training": {"convert", "data", "files", "optim", "run_folder", "swinv2"},
 }
 TRAINING = ("pytorch_lightning", "datasets", "tensorboard", "torchmetrics", "jsonargparse")
 HEAVY = ("torch", "numpy", "PIL", "safetensors", *TRAINING)

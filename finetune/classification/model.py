@@ -5,8 +5,6 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
-import pytorch_lightning as pl
-import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
@@ -16,10 +14,8 @@ from finetune.settings import OptimSettings
 from simmim.checkpoint import Preprocessing, save_encoder
 from simmim.convert import read_encoder
 from simmim.data import normalise
-from simmim.optim import adamw, parameter_groups
 from simmim.swinv2 import SwinV2
-from simmim.training.sharding import clip_gradients, shard
-from simmim.training.watch import judge_step
+from simmim.training.optimised import OptimisedModule
 
 
 class Classifier(nn.Module):
@@ -37,7 +33,7 @@ class Classifier(nn.Module):
         return self.head(self.encoder(images).pooled)
 
 
-class ClassificationFinetuning(pl.LightningModule):
+class ClassificationFinetuning(OptimisedModule):
     """Trains a `Classifier`, the encoder layer-wise slower than the head; frozen parts not at all.
 
     Args:
@@ -58,9 +54,8 @@ class ClassificationFinetuning(pl.LightningModule):
         optim: OptimSettings,
         class_weights: Tensor | None = None,
     ) -> None:
-        super().__init__()
-        self.model, self.preprocessing, self.changes = model, preprocessing, changes
-        self.learning_rate, self.optim = learning_rate, optim
+        super().__init__(model, learning_rate, optim.weight_decay, optim.clip, optim.layer_decay)
+        self.preprocessing, self.changes, self.label_smoothing = preprocessing, changes, optim.label_smoothing
         # Follows from the labels: a checkpoint need not hold it.
         self.register_buffer("class_weights", class_weights, persistent=False)
         self.metrics = ClassMetrics(model.head.out_features)
@@ -68,7 +63,7 @@ class ClassificationFinetuning(pl.LightningModule):
 
     def training_step(self, batch: dict, batch_idx: int) -> Tensor:
         """Cross entropy with smoothed labels on changed images, mixed ones towards both their classes."""
-        labels, seeds, smoothing = batch["label"], batch["seed"], self.optim.label_smoothing
+        labels, seeds, smoothing = batch["label"], batch["seed"], self.label_smoothing
         images = self.changes.changed(batch["image"], seeds, self.preprocessing.mean, self.preprocessing.std)
         if self.changes.mixing.active or self.class_weights is not None:
             targets = F.one_hot(labels, self.model.head.out_features).float()
@@ -91,26 +86,6 @@ class ClassificationFinetuning(pl.LightningModule):
     def on_validation_epoch_end(self) -> None:
         """Keep the table of confusions, a row a true class, until the next validation."""
         self.confusions = self.metrics.confusion_table()
-
-    def configure_model(self) -> None:
-        """Divide the model among the devices where the strategy is to."""
-        shard(self, self.model)
-
-    def configure_optimizers(self):
-        """AdamW with layer-wise learning rates, and the schedule, step by step."""
-        depths = self.model.encoder.config.depths
-        groups = parameter_groups(self.model, 1.0, self.optim.weight_decay, self.optim.layer_decay, depths)
-        optimiser = adamw(groups)
-        # The groups' rates are their layers' scales, so that the schedule's value is the head's rate.
-        schedule = torch.optim.lr_scheduler.LambdaLR(optimiser, self.learning_rate)
-        return {"optimizer": optimiser, "lr_scheduler": {"scheduler": schedule, "interval": "step"}}
-
-    def configure_gradient_clipping(self, optimizer, gradient_clip_val=None, gradient_clip_algorithm=None) -> None:
-        """Clip by the norm over all parameters, and log that norm; a step that is not finite is skipped."""
-        norm = clip_gradients(self.model.parameters(), self.optim.clip)
-        judge_step(self, optimizer, norm)
-        self.log("grad_norm", norm)
-        self.log("lr", max(group["lr"] for group in optimizer.param_groups))
 
 
 def shared_cross_entropy(logits: Tensor, targets: Tensor, smoothing: float, class_weights: Tensor | None = None) -> Tensor:

@@ -7,7 +7,6 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import NamedTuple
 
-import pytorch_lightning as pl
 import torch
 import torch.nn.functional as F
 from einops import rearrange
@@ -24,10 +23,8 @@ from simmim.convert import read_encoder
 from simmim.data import normalise
 from simmim.data.masks import MaskScheme
 from simmim.files import write_json
-from simmim.optim import adamw, parameter_groups
 from simmim.swinv2 import SwinV2
-from simmim.training.sharding import clip_gradients, shard
-from simmim.training.watch import judge_step
+from simmim.training.optimised import OptimisedModule
 
 WEIGHTS, DESCRIPTION = "segmentation.safetensors", "segmentation.json"
 SHOWN_IMAGES = 6  # of the first validation batches, in pictures
@@ -153,7 +150,7 @@ class Shown:
     predicted: Tensor
 
 
-class SegmentationFinetuning(pl.LightningModule):
+class SegmentationFinetuning(OptimisedModule):
     """Trains a `Segmenter`, the encoder layer-wise slower than the heads.
 
     After a validation `confusion` holds its confusion matrix and `shown` its first images.
@@ -182,9 +179,9 @@ class SegmentationFinetuning(pl.LightningModule):
         class_weights: Sequence[float] | None = None,
         jitter: float = 0.0,
     ) -> None:
-        super().__init__()
-        self.model, self.preprocessing, self.scheme, self.inference = model, preprocessing, scheme, inference
-        self.learning_rate, self.optim, self.auxiliary = learning_rate, optim, auxiliary
+        super().__init__(model, learning_rate, optim.weight_decay, optim.clip, optim.layer_decay)
+        self.preprocessing, self.scheme, self.inference = preprocessing, scheme, inference
+        self.label_smoothing, self.auxiliary = optim.label_smoothing, auxiliary
         self.colour = ColourSettings(jitter=jitter)
         weights = None if class_weights is None else torch.tensor(class_weights)
         self.register_buffer("class_weights", weights, persistent=False)
@@ -207,7 +204,7 @@ class SegmentationFinetuning(pl.LightningModule):
 
     def loss(self, logits: Tensor, masks: Tensor) -> Tensor:
         """As it is trained by."""
-        return pixel_loss(logits, masks, self.scheme.ignored, self.class_weights, self.optim.label_smoothing)
+        return pixel_loss(logits, masks, self.scheme.ignored, self.class_weights, self.label_smoothing)
 
     def on_validation_epoch_start(self) -> None:
         """Forget the pictures of the validation before."""
@@ -234,25 +231,6 @@ class SegmentationFinetuning(pl.LightningModule):
         self.log_dict(values, prog_bar=True, sync_dist=True)
         by_class = zip(self.scheme.classes, iou_by_class(self.confusion).tolist())
         self.log_dict({f"iou/{name}": value for name, value in by_class if not math.isnan(value)}, sync_dist=True)
-
-    def configure_model(self) -> None:
-        """Divide the model among the devices where the strategy is to."""
-        shard(self, self.model)
-
-    def configure_optimizers(self):
-        """AdamW with layer-wise learning rates, and the schedule, step by step."""
-        depths = self.model.encoder.config.depths
-        groups = parameter_groups(self.model, 1.0, self.optim.weight_decay, self.optim.layer_decay, depths)
-        optimiser = adamw(groups)
-        schedule = torch.optim.lr_scheduler.LambdaLR(optimiser, self.learning_rate)
-        return {"optimizer": optimiser, "lr_scheduler": {"scheduler": schedule, "interval": "step"}}
-
-    def configure_gradient_clipping(self, optimizer, gradient_clip_val=None, gradient_clip_algorithm=None) -> None:
-        """Clip by the norm over all parameters, and log that norm; a step that is not finite is skipped."""
-        norm = clip_gradients(self.model.parameters(), self.optim.clip)
-        judge_step(self, optimizer, norm)
-        self.log("grad_norm", norm)
-        self.log("lr", max(group["lr"] for group in optimizer.param_groups))
 
 
 # --- On disk -----------------------------------------------------------------------------------------------------------
