@@ -3,7 +3,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass, field, replace
-from typing import Any
+from typing import Any, ClassVar
 
 from simmim.checkpoint import Checkpoint
 from simmim.data import IMAGENET_MEAN, IMAGENET_STD, Survey
@@ -210,6 +210,8 @@ class PretrainSettings:
         probe: what the features are worth on a small labeled set, logged beside the loss.
         trainer: further settings of Lightning's Trainer.
     """
+
+    circumstances: ClassVar[tuple[str, ...]] = ("probe",)
 
     data: DataSettings
     out: str

@@ -14,12 +14,10 @@ from simmim.files import whole_file
 
 CONFIG, CHECKPOINTS, LAST, BEST = "config.yaml", "checkpoints", "last.ckpt", "best.ckpt"
 LOCK = ".lock"
-# Not part of what a run is: a resumed run may have other workers, devices or strategies, and says --resume; a study may
-# have grown.
+# Not part of what a run is: a resumed run may have other workers, devices or strategies, and says --resume. Settings may
+# name more of them as `circumstances`.
 CIRCUMSTANCES = (
     "resume", "overwrite", "out", "workers", "devices", "trainer", "loggers", "save_every_minutes", "keep_checkpoints",
-    "labels", "seeds", "against", "processes", "keep_weights",
-    "probe",
 )  # fmt: skip
 
 
@@ -116,7 +114,8 @@ def write_run_folder(run: Path, settings) -> None:
     if config.is_file():
         started = yaml.safe_load(config.read_text(encoding="utf-8"))
         changed = differences(started, yaml.safe_load(as_yaml(settings)))
-        changed = [text for text in changed if text.split(" ")[0].split(".")[0] not in CIRCUMSTANCES]
+        free = (*CIRCUMSTANCES, *getattr(settings, "circumstances", ()))
+        changed = [text for text in changed if text.split(" ")[0].split(".")[0] not in free]
         if changed:
             raise ValueError(
                 f"run {str(run)!r} was started with other settings: {'; '.join(changed)}. "

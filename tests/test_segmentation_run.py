@@ -20,7 +20,7 @@ from simmim import load_encoder
 from simmim.checkpoint import Preprocessing, save_encoder
 from simmim.cli import main
 from simmim.data import open_picture
-from simmim.data.masks import read_mask
+from simmim.data.mask_values import read_mask
 from simmim.swinv2 import SwinV2, SwinV2Config
 from simmim.training import SaveRun
 
@@ -267,3 +267,8 @@ def test_settings_out_of_range_are_refused():
     assert SegmentationSettings(data="x", out="y").optim == OptimSettings(label_smoothing=0.0)
 
 
+def test_a_run_is_not_resumed_with_other_scenes(labeled, encoder_folder, tmp_path):
+    """The number of labels may grow in a study; a run is of those that it began with."""
+    finetune(settings(labeled, encoder_folder, tmp_path / "run", steps=1), quiet=True)
+    with pytest.raises(ValueError, match=r"was started with other settings: .*labels was 12, is 13"):
+        finetune(settings(labeled, encoder_folder, tmp_path / "run", steps=1, labels=13, resume=True), quiet=True)

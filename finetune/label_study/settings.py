@@ -29,6 +29,8 @@ class StudySettings(FinetuneSettings):
     """
 
     task: ClassVar[str] = "classification"
+    # A study may grow.
+    circumstances: ClassVar[tuple[str, ...]] = ("labels", "seeds", "against", "processes", "keep_weights")
 
     labels: str | int | tuple[Any, ...] = (1, 2, 5, 10, 20, 50)
     seeds: int = 5
