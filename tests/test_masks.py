@@ -7,7 +7,9 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from simmim.data.masks import MaskScheme, drawn, labeled_masks, look_into, read_mask, read_pairs
+from simmim.data.mask_sources import read_pairs
+from simmim.data.mask_values import look_into, read_mask
+from simmim.data.masks import MaskScheme, drawn, labeled_masks
 
 
 def png(array, mode=None, palette=None, **save):

@@ -9,7 +9,8 @@ from PIL import Image
 
 from finetune.segmentation.views import RandomScene, SceneSamples, WholeScene, largest_share, nearest_crop, scaled_size
 from simmim.data import Picture, collate
-from simmim.data.masks import MaskScheme, read_pairs
+from simmim.data.mask_sources import read_pairs
+from simmim.data.masks import MaskScheme
 
 SCHEME = MaskScheme(tuple("abcdefgh"), tuple(range(8)), 255)
 

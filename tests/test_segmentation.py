@@ -26,7 +26,8 @@ from finetune.settings import OptimSettings
 from simmim import load_encoder
 from simmim.checkpoint import Preprocessing, save_encoder
 from simmim.data import open_picture
-from simmim.data.masks import MaskScheme, read_mask
+from simmim.data.mask_values import read_mask
+from simmim.data.masks import MaskScheme
 from simmim.swinv2 import SwinV2, SwinV2Config
 
 

@@ -12,7 +12,8 @@ from torch import Tensor
 
 from simmim.data import ImageSamples, Picture, open_picture
 from simmim.data.decode import MAX_PIXELS, Size
-from simmim.data.masks import MaskScheme, read_mask
+from simmim.data.mask_values import read_mask
+from simmim.data.masks import MaskScheme
 
 TRIES = 10  # crops drawn in search of one that is not nearly all of one class, as published
 

@@ -167,18 +167,20 @@ def read_parts(path: str, column: str | None, label_column: str | None) -> dict[
     kind, files = classify(path)
     if kind == "paths":
         raise ValueError(f"{path!r} has images and no labels: give a folder with one subfolder a class")
-    splits = load_splits(kind, files)
-    held_out = next((splits[name] for name in VALIDATION_NAMES if name in splits), None)
-    train = splits["train"] if "train" in splits else next(iter(splits.values()))
-    parts = {"train": read_columns(train, column, label_column, path)}
-    if held_out is not None and held_out is not train:
-        parts["validation"] = read_columns(held_out, column, label_column, path)
-    return parts
+    return {name: read_columns(part, column, label_column, path) for name, part in parts_of(kind, files).items()}
 
 
 def is_plain_folder(folder: Path) -> bool:
     """Whether `folder` is a folder of images, and not one of shards or a saved dataset."""
     return folder.is_dir() and classify(str(folder))[0] == "folder"
+
+
+def parts_of(kind: str, files: list[str]) -> dict:
+    """A source with columns as "train", and "validation" where it has a part of one of `VALIDATION_NAMES`."""
+    splits = load_splits(kind, files)
+    train = splits["train"] if "train" in splits else next(iter(splits.values()))
+    held_out = next((splits[name] for name in VALIDATION_NAMES if name in splits), train)
+    return {"train": train} if held_out is train else {"train": train, "validation": held_out}
 
 
 def load_splits(kind: str, files: list[str]) -> dict:
