@@ -21,7 +21,7 @@ def _one_thread():
 @pytest.fixture(scope="module")
 def nursery(tmp_path_factory):
     """A process that has imported everything, to start runs of the command from."""
-    from tests.nursery import Nursery
+    from nursery import Nursery
 
     nursery = Nursery(tmp_path_factory.mktemp("logs"))
     yield nursery

@@ -3,6 +3,7 @@
     nursery = Nursery(log_folder)
     run = nursery.start("pretrain", "--data", ...)   # a process group of its own: run.kill(signal.SIGKILL)
     code, output = run.wait()
+    finish(nursery.start_pair("pretrain", ...))      # one run of two processes, as torchrun starts them
 
 Run as a program, this file is the nursery itself.
 """
@@ -10,12 +11,19 @@ import contextlib
 import json
 import os
 import signal
+import socket
 import subprocess
 import sys
 import time
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent
+# Lightning noted its rank when the nursery imported it.
+RANK = """
+import os
+from pytorch_lightning.utilities import rank_zero_only
+rank_zero_only.rank = int(os.environ["RANK"])
+"""
 
 
 class Run:
@@ -44,6 +52,14 @@ class Run:
             time.sleep(0.01)
 
 
+def finish(runs):
+    """Wait for all, which must end well; what the first wrote."""
+    for run in runs:
+        code, output = run.wait()
+        assert code == 0, output
+    return runs[0].wait()[1]
+
+
 class Nursery:
     """A process that has imported everything, from which runs are forked."""
 
@@ -60,6 +76,20 @@ class Nursery:
         log = self.logs / f"{self.count}.log"
         pid = self.ask({"words": [str(word) for word in words], "prelude": prelude, "log": str(log), "env": env or {}})
         return Run(self, pid, log)
+
+    def start_pair(self, *words, prelude=""):
+        """Two processes over gloo that run `simmim WORDS` together, with the environment that torchrun gives."""
+        with socket.socket() as free:
+            free.bind(("127.0.0.1", 0))
+            port = free.getsockname()[1]
+        shared = {
+            "WORLD_SIZE": "2", "LOCAL_WORLD_SIZE": "2", "GROUP_RANK": "0", "MASTER_ADDR": "127.0.0.1",
+            "MASTER_PORT": str(port), "TORCHELASTIC_RUN_ID": "test", "GLOO_SOCKET_IFNAME": "lo",
+        }  # fmt: skip
+        return [
+            self.start(*words, prelude=RANK + prelude, env={**shared, "RANK": str(rank), "LOCAL_RANK": str(rank)})
+            for rank in range(2)
+        ]
 
     def ask(self, request):
         """One request and its answer."""

@@ -2,10 +2,10 @@
 are one another's."""
 import csv
 import signal
-import socket
 
 import pytest
 import torch
+from nursery import finish
 from safetensors.torch import load_file
 
 from simmim.training.saving import saved_steps, usable_checkpoint
@@ -17,45 +17,19 @@ RUN = (
     "--model.encoder.num_heads=[1,2]", "--reconstruct_every_epochs=2", "--precision=32-true", "--workers=0",
     "--trainer.accelerator=cpu",
 )  # fmt: skip
-# Lightning noted its rank when the nursery imported it.
-RANK = """
-import os
-from pytorch_lightning.utilities import rank_zero_only
-rank_zero_only.rank = int(os.environ["RANK"])
-"""
 
 
 @pytest.fixture(scope="module")
 def start(nursery, digits):
     """start(out, strategy or None for one process, *more words): its processes; resumed where the folder is there."""
 
-    def start(out, strategy, *more, resume=False):
+    def start(out, strategy, *more, resume=False, prelude=""):
         words = ["pretrain", "--data", digits.unlabeled, "--out", out, *RUN, *more, *(["--resume"] if resume else [])]
         if strategy is None:
             return [nursery.start(*words, "--devices=1", "--trainer.strategy=auto")]
-        with socket.socket() as free:
-            free.bind(("127.0.0.1", 0))
-            port = free.getsockname()[1]
-        shared = {
-            "WORLD_SIZE": "2", "LOCAL_WORLD_SIZE": "2", "GROUP_RANK": "0", "MASTER_ADDR": "127.0.0.1",
-            "MASTER_PORT": str(port), "TORCHELASTIC_RUN_ID": "test", "GLOO_SOCKET_IFNAME": "lo",
-        }  # fmt: skip
-        return [
-            nursery.start(
-                *words, "--devices=2", f"--trainer.strategy={strategy}", prelude=RANK,
-                env={**shared, "RANK": str(rank), "LOCAL_RANK": str(rank)},
-            )
-            for rank in range(2)
-        ]  # fmt: skip
+        return nursery.start_pair(*words, "--devices=2", f"--trainer.strategy={strategy}", prelude=prelude)
 
     return start
-
-
-def finish(processes):
-    for process in processes:
-        code, output = process.wait()
-        assert code == 0, output
-    return processes[0].wait()[1]
 
 
 @pytest.fixture(scope="module")
@@ -115,7 +89,7 @@ def test_checkpoints_move_between_strategies_and_world_sizes(start, alone, tmp_p
     assert_same(run, alone)
 
 
-def test_sharded_parameters_are_divided(start, tmp_path, nursery, digits):
+def test_sharded_parameters_are_divided(start, tmp_path):
     """Each of the two processes holds about half of the parameters and of the optimiser's state."""
     counted = """
 import pretrain.run, simmim.training.progress as progress
@@ -129,12 +103,7 @@ def count(self, trainer, module, *rest):
         print(f"shares {local / whole:.3f} {state / whole:.3f}", flush=True)
 progress.Throughput.on_train_batch_end = count
 """
-    before = RANK
-    try:
-        globals()["RANK"] = before + counted
-        output = finish(start(tmp_path / "run", "fsdp", "--epochs=0.5"))
-    finally:
-        globals()["RANK"] = before
+    output = finish(start(tmp_path / "run", "fsdp", "--epochs=0.5", prelude=counted))
     shares = next(line for line in output.splitlines() if "shares" in line).split("shares ")[1].split()
     assert abs(float(shares[0]) - 0.5) < 0.05 and abs(float(shares[1]) - 1.0) < 0.1
 

@@ -1,18 +1,12 @@
 """Fine-tuning by two real processes against one: averaged weights, frozen stages, balanced order and export are the same."""
-import socket
-
 import pytest
 import torch
+from nursery import finish
 from safetensors.torch import load_file
 
 from simmim.checkpoint import Preprocessing, save_encoder
 from simmim.swinv2 import SwinV2, SwinV2Config
 
-RANK = """
-import os
-from pytorch_lightning.utilities import rank_zero_only
-rank_zero_only.rank = int(os.environ["RANK"])
-"""
 RUN = (
     "--labels-per-class=4", "--steps=6", "--batch-size=20", "--validations=2", "--precision=32-true", "--workers=0",
     "--trainer.accelerator=cpu", "--optim.ema=0.8", "--optim.lr=0.05", "--train-stages=1", "--data.erasing=0.5",
@@ -31,28 +25,9 @@ def start(nursery, digits, tmp_path_factory):
         words = ["finetune", "classification", "--init", folder, "--data", digits.labeled, "--out", out, *RUN]
         if strategy is None:
             return [nursery.start(*words, "--devices=1")]
-        with socket.socket() as free:
-            free.bind(("127.0.0.1", 0))
-            port = free.getsockname()[1]
-        shared = {
-            "WORLD_SIZE": "2", "LOCAL_WORLD_SIZE": "2", "GROUP_RANK": "0", "MASTER_ADDR": "127.0.0.1",
-            "MASTER_PORT": str(port), "TORCHELASTIC_RUN_ID": "test", "GLOO_SOCKET_IFNAME": "lo",
-        }  # fmt: skip
-        return [
-            nursery.start(
-                *words, "--devices=2", f"--trainer.strategy={strategy}", prelude=RANK,
-                env={**shared, "RANK": str(rank), "LOCAL_RANK": str(rank)},
-            )
-            for rank in range(2)
-        ]  # fmt: skip
+        return nursery.start_pair(*words, "--devices=2", f"--trainer.strategy={strategy}")
 
     return start
-
-
-def finish(processes):
-    for process in processes:
-        code, output = process.wait()
-        assert code == 0, output
 
 
 @pytest.fixture(scope="module")

@@ -2,12 +2,12 @@
 import csv
 import random
 import shutil
-import socket
 import time
 
 import numpy as np
 import pytest
 import torch
+from nursery import finish
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 from pretrain import DataSettings, ModelSettings, PretrainSettings, ProbeSettings, load_simmim, pretrain
@@ -277,12 +277,6 @@ def test_labeled_data_that_cannot_be_used(digits, tmp_path):
 
 # --- several devices -------------------------------------------------------------------------------------------------
 
-RANK = """
-import os
-from pytorch_lightning.utilities import rank_zero_only
-rank_zero_only.rank = int(os.environ["RANK"])
-"""
-
 
 @pytest.fixture(scope="module")
 def alone(digits, tmp_path_factory):
@@ -295,9 +289,6 @@ def alone(digits, tmp_path_factory):
 def test_two_processes(nursery, digits, alone, tmp_path, strategy):
     """Training as of one process without a probe, and figures as of the exported encoder but for an image at a border."""
     run = tmp_path / "run"
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
     words = [
         "pretrain", "--data", digits.unlabeled, "--out", run, "--preset=nano", f"--epochs={17 * 32 / 240}",
         "--batch-size=32", "--save_every_steps=6", "--log_every_steps=2", "--workers=0", "--precision=32-true",
@@ -305,16 +296,7 @@ def test_two_processes(nursery, digits, alone, tmp_path, strategy):
         "--model.encoder.num_heads=[1,2]", "--trainer.accelerator=cpu", "--devices=2", f"--trainer.strategy={strategy}",
         "--probe.data", digits.labeled, f"--probe.every-epochs={EVERY_5}", "--probe.labels-per-class=8",
     ]  # fmt: skip
-    shared = {
-        "WORLD_SIZE": "2", "LOCAL_WORLD_SIZE": "2", "GROUP_RANK": "0", "MASTER_ADDR": "127.0.0.1",
-        "MASTER_PORT": str(port), "TORCHELASTIC_RUN_ID": "test", "GLOO_SOCKET_IFNAME": "lo",
-    }  # fmt: skip
-    ranks = [
-        nursery.start(*words, prelude=RANK, env={**shared, "RANK": str(rank), "LOCAL_RANK": str(rank)}) for rank in range(2)
-    ]
-    for rank in ranks:
-        code, output = rank.wait()
-        assert code == 0, output
+    finish(nursery.start_pair(*words))
     (log, weights), (other_log, other_weights) = trained(run), trained(alone)
     assert np.allclose(np.array(log, float)[:, :3], np.array(other_log, float)[:, :3], rtol=1e-5, atol=1e-9)
     for name, value in weights.items():
