@@ -1,6 +1,7 @@
 """Fixtures that several tests share, and caches that leave the user's alone."""
 import os
 import tempfile
+from contextlib import contextmanager
 
 import pytest
 import torch
@@ -32,3 +33,24 @@ def nursery(tmp_path_factory):
 def digits(tmp_path_factory):
     """300 real digits: 240 unlabeled, the same in class folders, 60 for test."""
     return write_digits(tmp_path_factory.mktemp("digits"), count=300)
+
+
+@pytest.fixture
+def power_cut():
+    """power_cut(after_step): a context that training breaks off in, after that step and what is saved at it."""
+    from simmim.training import SaveRun
+
+    @contextmanager
+    def power_cut(after_step):
+        save = SaveRun.on_train_batch_end
+
+        def cut(self, trainer, module, *rest):
+            save(self, trainer, module, *rest)
+            if trainer.global_step == after_step:
+                raise RuntimeError("power cut")
+
+        with pytest.MonkeyPatch.context() as patch, pytest.raises(RuntimeError, match="power cut"):
+            patch.setattr(SaveRun, "on_train_batch_end", cut)
+            yield
+
+    return power_cut

@@ -13,7 +13,6 @@ from simmim import load_encoder
 from simmim.checkpoint import Preprocessing, save_encoder
 from simmim.data import labeled_images, normalise, open_picture
 from simmim.swinv2 import SwinV2, SwinV2Config
-from simmim.training import SaveRun
 
 CONFIG = SwinV2Config(16, (1, 1), (1, 2), window_size=4, in_channels=1)
 
@@ -74,7 +73,7 @@ def test_one_seed_one_result(digits, encoder_folder, finished, tmp_path):
     assert again == replace(finished, run=again.run)
 
 
-def test_resumed_equals_uninterrupted(digits, encoder_folder, tmp_path, monkeypatch):
+def test_resumed_equals_uninterrupted(digits, encoder_folder, tmp_path, power_cut):
     changes = {"rand_augment": 9.0, "colour_jitter": 0.4, "erasing": 0.25, "mixup": 0.8, "cutmix": 1.0}
     longer = {
         "encoder": EncoderSettings(drop_path_rate=0.3),
@@ -84,17 +83,8 @@ def test_resumed_equals_uninterrupted(digits, encoder_folder, tmp_path, monkeypa
         "patience": 100,
     }
     whole = finetune(settings(digits, encoder_folder, tmp_path / "whole", **longer), quiet=True)
-    save = SaveRun.on_train_batch_end
-
-    def power_cut(self, trainer, module, *rest):
-        save(self, trainer, module, *rest)
-        if trainer.global_step == 70:
-            raise RuntimeError("power cut")
-
-    monkeypatch.setattr(SaveRun, "on_train_batch_end", power_cut)
-    with pytest.raises(RuntimeError, match="power cut"):
+    with power_cut(after_step=70):
         finetune(settings(digits, encoder_folder, tmp_path / "cut", **longer), quiet=True)
-    monkeypatch.setattr(SaveRun, "on_train_batch_end", save)
     cut = finetune(settings(digits, encoder_folder, tmp_path / "cut", **longer, resume=True), quiet=True)
     first, second = (torch.load(r.run / "checkpoints/last.ckpt", weights_only=True) for r in (whole, cut))
     assert all(torch.equal(value, second["state_dict"][name]) for name, value in first["state_dict"].items())

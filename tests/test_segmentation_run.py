@@ -22,7 +22,6 @@ from simmim.cli import main
 from simmim.data import open_picture
 from simmim.data.mask_values import read_mask
 from simmim.swinv2 import SwinV2, SwinV2Config
-from simmim.training import SaveRun
 
 spec = importlib.util.spec_from_file_location("scenes", Path(__file__).parents[1] / "benchmarks" / "scenes.py")
 scenes = importlib.util.module_from_spec(spec)
@@ -126,21 +125,12 @@ def test_predict_writes_masks(labeled, run, tmp_path, capsys):
     assert not (tmp_path / "bare" / "overlays").exists()
 
 
-def test_resumed_equals_uninterrupted(labeled, encoder_folder, tmp_path, monkeypatch):
+def test_resumed_equals_uninterrupted(labeled, encoder_folder, tmp_path, power_cut):
     """With dropout, stochastic depth, random views and jitter, to the last bit."""
     longer = {"encoder": EncoderSettings(drop_path_rate=0.3), "steps": 70}
     whole = finetune(settings(labeled, encoder_folder, tmp_path / "whole", **longer), quiet=True)
-    save = SaveRun.on_train_batch_end
-
-    def power_cut(self, trainer, module, *rest):
-        save(self, trainer, module, *rest)
-        if trainer.global_step == 60:
-            raise RuntimeError("power cut")
-
-    monkeypatch.setattr(SaveRun, "on_train_batch_end", power_cut)
-    with pytest.raises(RuntimeError, match="power cut"):
+    with power_cut(after_step=60):
         finetune(settings(labeled, encoder_folder, tmp_path / "cut", **longer), quiet=True)
-    monkeypatch.setattr(SaveRun, "on_train_batch_end", save)
     assert (tmp_path / "cut/checkpoints/step-00000050.ckpt").is_file()
     cut = finetune(settings(labeled, encoder_folder, tmp_path / "cut", **longer, resume=True), quiet=True)
     first, second = (torch.load(r.run / "checkpoints/last.ckpt", weights_only=True) for r in (whole, cut))

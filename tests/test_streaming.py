@@ -9,7 +9,6 @@ import torch
 
 from pretrain import DataSettings, ModelSettings, PretrainSettings, load_simmim, pretrain
 from simmim.data import ImageSamples, RandomView, SampleStream, StreamSamples, batches, open_source
-from simmim.training import SaveRun
 
 COUNT = 29  # divides among nothing
 
@@ -113,21 +112,12 @@ MODEL = ModelSettings(mask_unit=8, encoder={"embed_dim": 16, "depths": [1, 1], "
 
 
 @pytest.mark.parametrize("workers", [0, 2])
-def test_a_streaming_run_resumes_exactly(digits, tmp_path, monkeypatch, workers):
+def test_a_streaming_run_resumes_exactly(digits, tmp_path, power_cut, workers):
     data = DataSettings(str(digits.unlabeled), streaming=True, shuffle_buffer=50)
     common = {"data": data, "preset": "nano", "epochs": 2.0, "batch_size": 32, "model": MODEL, "save_every_steps": 5}
     whole = pretrain(PretrainSettings(**common, workers=workers, out=str(tmp_path / "whole")))
-    save = SaveRun.on_train_batch_end
-
-    def power_cut(self, trainer, module, *rest):
-        save(self, trainer, module, *rest)
-        if trainer.global_step == 12:
-            raise RuntimeError("power cut")
-
-    monkeypatch.setattr(SaveRun, "on_train_batch_end", power_cut)
-    with pytest.raises(RuntimeError, match="power cut"):
+    with power_cut(after_step=12):
         pretrain(PretrainSettings(**common, workers=workers, out=str(tmp_path / "cut")))
-    monkeypatch.setattr(SaveRun, "on_train_batch_end", save)
     with pytest.raises(ValueError, match=f"resume with --workers {max(workers, 1)}"):
         pretrain(PretrainSettings(**common, workers=workers + 3, out=str(tmp_path / "cut"), resume=True))
     cut = pretrain(PretrainSettings(**common, workers=workers, out=str(tmp_path / "cut"), resume=True))
