@@ -35,6 +35,20 @@ def digits(tmp_path_factory):
     return write_digits(tmp_path_factory.mktemp("digits"), count=300)
 
 
+@pytest.fixture(scope="session")
+def encoder_folder(tmp_path_factory):
+    """A small encoder of gray 32 px images in three stages, no parameter of which has the value that it begins with."""
+    from simmim.checkpoint import Preprocessing, save_encoder
+    from simmim.swinv2 import SwinV2, SwinV2Config
+
+    torch.manual_seed(0)
+    encoder = SwinV2(SwinV2Config(16, (1, 1, 1), (1, 2, 2), window_size=4, in_channels=1))
+    for parameter in encoder.parameters():
+        parameter.data.add_(torch.randn_like(parameter) * 0.02)
+    preprocessing = Preprocessing((32, 32), (0.13,), (0.31,))
+    return save_encoder(tmp_path_factory.mktemp("encoder"), encoder, preprocessing, {"method": "test"})
+
+
 @pytest.fixture
 def power_cut():
     """power_cut(after_step): a context that training breaks off in, after that step and what is saved at it."""

@@ -4,9 +4,6 @@ import torch
 from nursery import finish
 from safetensors.torch import load_file
 
-from simmim.checkpoint import Preprocessing, save_encoder
-from simmim.swinv2 import SwinV2, SwinV2Config
-
 RUN = (
     "--labels-per-class=4", "--steps=6", "--batch-size=20", "--validations=2", "--precision=32-true", "--workers=0",
     "--trainer.accelerator=cpu", "--optim.ema=0.8", "--optim.lr=0.05", "--train-stages=1", "--data.erasing=0.5",
@@ -15,14 +12,11 @@ RUN = (
 
 
 @pytest.fixture(scope="module")
-def start(nursery, digits, tmp_path_factory):
+def start(nursery, digits, encoder_folder):
     """start(out, strategy or None for one process): its processes."""
-    torch.manual_seed(0)
-    encoder = SwinV2(SwinV2Config(16, (1, 1), (1, 2), window_size=4, in_channels=1))
-    folder = save_encoder(tmp_path_factory.mktemp("encoder"), encoder, Preprocessing((32, 32), (0.13,), (0.31,)), {})
 
     def start(out, strategy):
-        words = ["finetune", "classification", "--init", folder, "--data", digits.labeled, "--out", out, *RUN]
+        words = ["finetune", "classification", "--init", encoder_folder, "--data", digits.labeled, "--out", out, *RUN]
         if strategy is None:
             return [nursery.start(*words, "--devices=1")]
         return nursery.start_pair(*words, "--devices=2", f"--trainer.strategy={strategy}")

@@ -10,21 +10,8 @@ from finetune.augment.batch import BatchChanges
 from finetune.classification.model import ClassificationFinetuning, Classifier
 from finetune.settings import OptimSettings
 from simmim import load_encoder
-from simmim.checkpoint import Preprocessing, save_encoder
+from simmim.checkpoint import Preprocessing
 from simmim.data import labeled_images, normalise, open_picture
-from simmim.swinv2 import SwinV2, SwinV2Config
-
-CONFIG = SwinV2Config(16, (1, 1), (1, 2), window_size=4, in_channels=1)
-
-
-@pytest.fixture(scope="module")
-def encoder_folder(tmp_path_factory):
-    torch.manual_seed(0)
-    encoder = SwinV2(CONFIG)
-    for parameter in encoder.parameters():
-        parameter.data.add_(torch.randn_like(parameter) * 0.02)
-    preprocessing = Preprocessing((32, 32), (0.13,), (0.31,))
-    return save_encoder(tmp_path_factory.mktemp("encoder"), encoder, preprocessing, {"method": "test"})
 
 
 def settings(digits, encoder_folder, out, **more):
@@ -125,7 +112,7 @@ def test_a_larger_image_gets_a_larger_window_scaled_by_the_pretrained_one(digits
     run = finetune(settings(digits, encoder_folder, tmp_path / "run", image_size=64, epochs=1.0), quiet=True).run
     config = load_encoder(run).config
     assert config.window_size == 8
-    assert config.pretrained_window_sizes == (4, 4)
+    assert config.pretrained_window_sizes == (4, 4, 2)
 
 
 def test_from_scratch_without_any_encoder(digits, tmp_path):
@@ -134,8 +121,8 @@ def test_from_scratch_without_any_encoder(digits, tmp_path):
     assert load_encoder(tmp_path / "run").config.depths == (2, 2)  # nano, for thumbnails
 
 
-def test_head_and_final_norm_learn_fastest():
-    model = Classifier(SwinV2(CONFIG), 3)
+def test_head_and_final_norm_learn_fastest(encoder_folder):
+    model = Classifier(load_encoder(encoder_folder), 3)
     module = ClassificationFinetuning(
         model,
         Preprocessing((32, 32), (0.5,), (0.5,)),
@@ -146,9 +133,9 @@ def test_head_and_final_norm_learn_fastest():
     optimiser = module.configure_optimizers()["optimizer"]
     rate_of = {name: group["lr"] for group in optimiser.param_groups for name in group["names"]}
     assert rate_of["head.weight"] == rate_of["encoder.norm.weight"] == pytest.approx(0.1)
-    assert rate_of["encoder.layers.1.blocks.0.attn.qkv.weight"] == pytest.approx(0.05)
-    assert rate_of["encoder.layers.0.downsample.reduction.weight"] == pytest.approx(0.025)
-    assert rate_of["encoder.patch_embed.proj.weight"] == pytest.approx(0.0125)
+    assert rate_of["encoder.layers.2.blocks.0.attn.qkv.weight"] == pytest.approx(0.05)
+    assert rate_of["encoder.layers.1.downsample.reduction.weight"] == pytest.approx(0.025)
+    assert rate_of["encoder.patch_embed.proj.weight"] == pytest.approx(0.00625)
 
 
 def test_predictions_are_the_classifier_s(digits, finished, tmp_path):

@@ -21,14 +21,12 @@ from simmim.checkpoint import Preprocessing, save_encoder
 from simmim.cli import main
 from simmim.data import open_picture
 from simmim.data.mask_values import read_mask
-from simmim.swinv2 import SwinV2, SwinV2Config
+from simmim.swinv2 import SwinV2
 
 spec = importlib.util.spec_from_file_location("scenes", Path(__file__).parents[1] / "benchmarks" / "scenes.py")
 scenes = importlib.util.module_from_spec(spec)
 sys.modules["scenes"] = scenes  # dataclasses look themselves up
 spec.loader.exec_module(scenes)
-
-CONFIG = SwinV2Config(16, (1, 1), (1, 2), window_size=4, in_channels=1)
 
 
 @pytest.fixture(scope="session")
@@ -42,15 +40,6 @@ def labeled(tmp_path_factory):
     kind = scenes.SceneKind(side_px=40, objects=(1, 2), object_px=(20, 26))
     scenes.write_scenes(folder, objects, scenes.photographs("sklearn"), 0, 30, 10, kind)
     return folder / "labeled"
-
-
-@pytest.fixture(scope="module")
-def encoder_folder(tmp_path_factory):
-    torch.manual_seed(0)
-    encoder = SwinV2(CONFIG)
-    for parameter in encoder.parameters():
-        parameter.data.add_(torch.randn_like(parameter) * 0.02)
-    return save_encoder(tmp_path_factory.mktemp("encoder"), encoder, Preprocessing((32, 32), (0.4,), (0.25,)), {})
 
 
 def settings(labeled, encoder_folder, out, **more):
@@ -179,9 +168,9 @@ def test_images_of_other_sizes_and_a_head_of_the_same_classes(labeled, run, tmp_
     assert "heads of 3 classes replaced by fresh ones of 3" in capsys.readouterr().out
 
 
-def test_gray_scenes_take_a_colour_encoder(labeled, tmp_path, capsys):
+def test_gray_scenes_take_a_colour_encoder(labeled, encoder_folder, tmp_path, capsys):
     torch.manual_seed(0)
-    encoder = SwinV2(replace(CONFIG, in_channels=3))
+    encoder = SwinV2(replace(load_encoder(encoder_folder).config, in_channels=3))
     save_encoder(tmp_path / "encoder", encoder, Preprocessing((32, 32), (0.4,) * 3, (0.2,) * 3), {})
     words = f"finetune segmentation --init {tmp_path / 'encoder'} --data {labeled} --out {tmp_path / 'run'} --steps 2 "
     words += "--batch-size 4 --head.width 16 --validations 1"
@@ -189,8 +178,8 @@ def test_gray_scenes_take_a_colour_encoder(labeled, tmp_path, capsys):
     assert load_segmenter(tmp_path / "run").model.encoder.config.in_channels == 3
 
 
-def test_an_encoder_of_many_channels_is_adapted_and_it_is_said(labeled, tmp_path, capsys):
-    encoder = SwinV2(replace(CONFIG, in_channels=5))
+def test_an_encoder_of_many_channels_is_adapted_and_it_is_said(labeled, encoder_folder, tmp_path, capsys):
+    encoder = SwinV2(replace(load_encoder(encoder_folder).config, in_channels=5))
     save_encoder(tmp_path / "encoder", encoder, Preprocessing((32, 32), (0.4,) * 5, (0.2,) * 5), {})
     words = f"finetune segmentation --init {tmp_path / 'encoder'} --data {labeled} --out {tmp_path / 'run'} --steps 2 "
     words += "--batch-size 4 --head.width 16 --validations 1"

@@ -11,7 +11,6 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-import torch
 from scipy.stats import ttest_rel
 from sklearn.model_selection import StratifiedKFold
 
@@ -20,25 +19,12 @@ from finetune.classification.folds import fold_of
 from finetune.label_study.report import comparison_table, equivalent_labels, mean_and_error, paired, plot, sentences
 from finetune.label_study.trials import Arm, Rates, StudyResult, Trial, best_rates, job_of, pretrained_and_scratch, run_arms
 from finetune.settings import OptimSettings
-from simmim.checkpoint import Preprocessing, save_encoder
 from simmim.cli import main
 from simmim.data import labeled_images
-from simmim.swinv2 import SwinV2, SwinV2Config
-
-CONFIG = SwinV2Config(
-    embed_dim=16, depths=(1, 1), num_heads=(1, 2), patch_size=4, window_size=4, in_channels=1, drop_path_rate=0.0
-)
 
 
 def trial(arm, labels, seed, accuracy, lr=0.1, loss=1.0, fold=None):
     return Trial(arm, labels, seed, Rates(lr, 0.75), accuracy, loss, fold)
-
-
-@pytest.fixture(scope="module")
-def encoder_folder(tmp_path_factory):
-    torch.manual_seed(0)
-    preprocessing = Preprocessing((32, 32), (0.13,), (0.31,))
-    return save_encoder(tmp_path_factory.mktemp("encoder"), SwinV2(CONFIG), preprocessing, {"method": "test"})
 
 
 # --- The arithmetic --------------------------------------------------------------------------------------------------

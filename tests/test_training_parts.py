@@ -20,22 +20,10 @@ from finetune.classification.report import class_table, confusion_picture, write
 from finetune.early_stop import StopEarly
 from finetune.settings import EncoderSettings, OptimSettings
 from simmim import load_encoder
-from simmim.checkpoint import Preprocessing, save_encoder
 from simmim.data import CentreView, labeled_images
 from simmim.defaults import default_drop_path, default_ema
-from simmim.swinv2 import PRESETS, SwinV2, SwinV2Config
+from simmim.swinv2 import PRESETS
 from simmim.training import SaveRun
-
-CONFIG = SwinV2Config(16, (1, 1, 1), (1, 2, 2), window_size=4, in_channels=1)
-
-
-@pytest.fixture(scope="module")
-def encoder_folder(tmp_path_factory):
-    torch.manual_seed(0)
-    encoder = SwinV2(CONFIG)
-    for parameter in encoder.parameters():
-        parameter.data.add_(torch.randn_like(parameter) * 0.02)
-    return save_encoder(tmp_path_factory.mktemp("encoder"), encoder, Preprocessing((32, 32), (0.13,), (0.31,)), {})
 
 
 def settings(digits, encoder_folder, out, **more):
@@ -389,10 +377,11 @@ def test_settings_out_of_range(make, message):
 
 
 @pytest.mark.parametrize("labels, decay, why", [(20, 0.65, "for 20 labels a class"), (21, 0.75, "as published")])
-def test_few_labels_keep_the_first_layers(labels, decay, why):
+def test_few_labels_keep_the_first_layers(encoder_folder, labels, decay, why):
+    config = load_encoder(encoder_folder).config
     settings = FinetuneSettings(data="images", out="run", image_size=32)
-    chosen, reasons = completed(settings, 10 * labels, 10, CONFIG, "cpu")
+    chosen, reasons = completed(settings, 10 * labels, 10, config, "cpu")
     assert chosen.optim.layer_decay == decay and f"layer decay {decay}: {why}" in reasons
     given = replace(settings, optim=OptimSettings(layer_decay=0.9))
-    chosen, reasons = completed(given, 10 * labels, 10, CONFIG, "cpu")
+    chosen, reasons = completed(given, 10 * labels, 10, config, "cpu")
     assert chosen.optim.layer_decay == 0.9 and not any("layer decay" in reason for reason in reasons)
