@@ -21,7 +21,7 @@ COLOUR = Preprocessing((32, 32), (0.485, 0.456, 0.406), (0.229, 0.224, 0.225))
 
 @torch.no_grad()
 def random_encoder(config, seed=0):
-    """Every parameter random, norm gains included, so that each block and bias counts."""
+    """Every parameter random, norm gains included: fresh blocks are the identity and would agree with anything."""
     generator = torch.Generator().manual_seed(seed)
     encoder = SwinV2(config)
     for parameter in encoder.parameters():

@@ -11,6 +11,7 @@ import onnx
 import onnxruntime
 import pytest
 import torch
+from test_checkpoint import random_encoder, random_images
 from torch import nn
 
 from simmim.convert import onnx as convert
@@ -40,20 +41,6 @@ def random_linear(inputs, outputs):
         for parameter in linear.parameters():
             parameter.normal_(0, 0.3, generator=torch.Generator().manual_seed(2))
     return linear
-
-
-@torch.no_grad()
-def random_encoder(config, seed=0):
-    """Every parameter random, norm gains included: fresh blocks are the identity and would agree with anything."""
-    generator = torch.Generator().manual_seed(seed)
-    encoder = SwinV2(config)
-    for parameter in encoder.parameters():
-        parameter.normal_(0, 0.3, generator=generator)
-    return encoder.eval()
-
-
-def random_images(*shape):
-    return torch.randn(*shape, generator=torch.Generator().manual_seed(1))
 
 
 def session_of(file):
