@@ -14,15 +14,19 @@ from __future__ import annotations
 
 import argparse
 import csv
-import math
-import multiprocessing
-import os
 import statistics
 import sys
 from collections.abc import Sequence
-from concurrent.futures import ProcessPoolExecutor, as_completed
+from concurrent.futures import ProcessPoolExecutor
 from dataclasses import asdict, dataclass, fields, replace
+from functools import partial
 from pathlib import Path
+from typing import NamedTuple
+
+from tqdm import tqdm
+
+from finetune.label_study.pool import results, trial_pool
+from finetune.label_study.report import check_libraries, comparison_table
 
 TUNING_SEED = 1000  # the first; the comparison's count from 0
 ARMS = ("pre-trained", "from scratch")
@@ -46,10 +50,6 @@ class Trial:
 
 def measured(trial: Trial, scenes: Path, init: str, out: Path, config: Path, steps: int) -> dict[str, float]:
     """Fine-tune and return the validation metrics of the last step."""
-    os.environ["OMP_NUM_THREADS"] = "1"
-    import torch
-
-    torch.set_num_threads(1)
     from finetune.run import finetune
     from finetune.segmentation.settings import SegmentationSettings
     from simmim.cli import parse
@@ -66,20 +66,15 @@ def measured(trial: Trial, scenes: Path, init: str, out: Path, config: Path, ste
     return {name: metrics[name] for name in ("mean_iou", "pixel_accuracy")}
 
 
-def run_all(trials: Sequence[Trial], out: Path, processes: int, **how) -> dict[Trial, dict[str, float]]:
+def run_all(trials: Sequence[Trial], out: Path, pool: ProcessPoolExecutor, **how) -> dict[Trial, dict[str, float]]:
     """Every trial's metrics; those that are in OUT/trials.csv already are not repeated."""
-    from tqdm import tqdm
-
     done = read_trials(out / "trials.csv")
     missing = [trial for trial in trials if trial not in done]
-    context = multiprocessing.get_context("spawn")
-    with ProcessPoolExecutor(processes, mp_context=context) as pool, tqdm(total=len(missing), unit="run") as bar:
-        futures = {pool.submit(measured, trial, out=out, **how): trial for trial in missing}
-        for future in as_completed(futures):
-            trial = futures[future]
-            done[trial] = future.result()
-            append_trial(out / "trials.csv", trial, done[trial])
-            bar.set_postfix_str(f"{trial.arm}, {trial.labels} labels: {done[trial]['mean_iou']:.1%}")
+    with tqdm(total=len(missing), unit="run") as bar:
+        for trial, metrics in results(pool, partial(measured, out=out, **how), missing):
+            done[trial] = metrics
+            append_trial(out / "trials.csv", trial, metrics)
+            bar.set_postfix_str(f"{trial.arm}, {trial.labels} labels: {metrics['mean_iou']:.1%}")
             bar.update()
     return {trial: done[trial] for trial in trials}
 
@@ -107,24 +102,20 @@ def append_trial(file: Path, trial: Trial, metrics: dict[str, float]) -> None:
         writer.writerow({**asdict(trial), **metrics})
 
 
-def table(results: dict[Trial, dict[str, float]]) -> str:
+class Score(NamedTuple):
+    """A trial as the comparison asks for it: mean IoU in [0, 1]."""
+
+    arm: str
+    labels: int
+    seed: int
+    score: float
+
+
+def table(done: dict[Trial, dict[str, float]]) -> str:
     """A Markdown table, a row a number of labels: both arms' mean IoU ± standard error and the paired gain, in percent."""
-    lines = [
-        f"| labeled scenes | {ARMS[0]} | {ARMS[1]} | paired gain | seeds won |",
-        "| ---: | ---: | ---: | ---: | ---: |",
-    ]
-    for labels in sorted({trial.labels for trial in results}):
-        value = {(trial.arm, trial.seed): 100 * metrics["mean_iou"] for trial, metrics in results.items()
-                 if trial.labels == labels}  # fmt: skip
-        seeds = sorted({seed for _, seed in value})
-        columns = [[value[arm, seed] for seed in seeds] for arm in ARMS]
-        gains = [first - second for first, second in zip(*columns)]
-        cells = []
-        for values in (*columns, gains):
-            error = statistics.stdev(values) / math.sqrt(len(values)) if len(values) > 1 else math.nan
-            cells.append(f"{statistics.fmean(values):{'+' if values is gains else ''}.1f} ± {error:.1f}")
-        lines.append(f"| {labels} | {' | '.join(cells)} | {sum(gain > 0 for gain in gains)} of {len(seeds)} |")
-    return "\n".join(lines)
+    scores = [Score(trial.arm, trial.labels, trial.seed, metrics["mean_iou"]) for trial, metrics in done.items()]
+    labels = sorted({score.labels for score in scores})
+    return comparison_table(scores, ARMS, labels, unit="labeled scenes", won=True)
 
 
 def main() -> int:
@@ -142,6 +133,7 @@ def main() -> int:
     parser.add_argument("--steps", type=int, default=300)
     parser.add_argument("--processes", type=int, default=2)
     chosen = parser.parse_args()
+    check_libraries()
     how = {"scenes": chosen.scenes, "init": chosen.init, "config": chosen.config, "steps": chosen.steps}
     grid = [
         Trial(arm, labels, TUNING_SEED + seed, lr, True)
@@ -150,25 +142,28 @@ def main() -> int:
         for lr in chosen.lrs
         for seed in range(chosen.tuning_seeds)
     ]
-    tuned = run_all(grid, chosen.out, chosen.processes, **how) if len(chosen.lrs) > 1 else {}
-    trials = []
-    for labels in chosen.labels:
-        for arm in ARMS:
-            means = {
-                lr: statistics.fmean(
-                    metrics["mean_iou"]
-                    for trial, metrics in tuned.items()
-                    if (trial.arm, trial.labels, trial.lr) == (arm, labels, lr)
-                )
-                for lr in chosen.lrs
-                if tuned
-            } or {chosen.lrs[0]: math.nan}
-            best = max(means, key=means.__getitem__)
-            listed = ", ".join(f"{lr:g}: {mean:.1%}" for lr, mean in means.items())
-            print(f"{arm}, {labels} labels: learning rate {best:g} per 512 images, of {listed}", flush=True)
-            trials += [Trial(arm, labels, seed, best, False) for seed in range(chosen.seeds)]
-    print(f"\nmean IoU in percent, mean ± standard error\n\n{table(run_all(trials, chosen.out, chosen.processes, **how))}")
+    with trial_pool(chosen.processes) as pool:
+        run = partial(run_all, out=chosen.out, pool=pool, **how)
+        tuned = run(grid) if len(chosen.lrs) > 1 else {}
+        trials = []
+        for labels in chosen.labels:
+            for arm in ARMS:
+                best, means = best_rate(tuned, arm, labels) if tuned else (chosen.lrs[0], {})
+                listed = ", ".join(f"{lr:g}: {mean:.1%}" for lr, mean in means.items()) or "this one alone"
+                print(f"{arm}, {labels} labels: learning rate {best:g} per 512 images, of {listed}", flush=True)
+                trials += [Trial(arm, labels, seed, best, False) for seed in range(chosen.seeds)]
+        print(f"\nmean IoU in percent, mean ± standard error\n\n{table(run(trials))}")
     return 0
+
+
+def best_rate(tuned: dict[Trial, dict[str, float]], arm: str, labels: int) -> tuple[float, dict[float, float]]:
+    """The learning rate of the highest mean IoU over the draws of labels, and the means of all, in the grid's order."""
+    values: dict[float, list[float]] = {}
+    for trial, metrics in tuned.items():
+        if (trial.arm, trial.labels) == (arm, labels):
+            values.setdefault(trial.lr, []).append(metrics["mean_iou"])
+    means = {lr: statistics.fmean(of_lr) for lr, of_lr in values.items()}
+    return max(means, key=means.__getitem__), means
 
 
 if __name__ == "__main__":

@@ -196,7 +196,7 @@ def test_every_arm_is_tuned_on_the_same_grid_with_its_own_labels(tmp_path, monke
         def shutdown(self, **_):
             pass
 
-    monkeypatch.setattr("finetune.label_study.trials.ProcessPoolExecutor", Inline)
+    monkeypatch.setattr("finetune.label_study.pool.ProcessPoolExecutor", Inline)
     monkeypatch.setattr("finetune.label_study.trials.run_trial", made_up)
     grid = [Rates(lr, 0.7) for lr in (0.03, 0.1, 0.3)]
     result = run_arms(arms, {1: 1, 2: 2, 5: 5}, (0, 1), tmp_path, grid=grid, folds=3)

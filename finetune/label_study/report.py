@@ -7,7 +7,7 @@ import statistics
 from collections.abc import Sequence
 from itertools import pairwise
 from pathlib import Path
-from typing import TYPE_CHECKING, NamedTuple
+from typing import TYPE_CHECKING, NamedTuple, Protocol
 
 from simmim.files import whole_file
 
@@ -31,19 +31,29 @@ def check_libraries() -> None:
         raise ValueError(missing) from error
 
 
+class Scored(Protocol):
+    """What the comparison of arms asks of a trial; `score` is what they are compared by, in [0, 1]."""
+
+    arm: str
+    labels: int | str
+    seed: int
+    score: float
+
+
 class Paired(NamedTuple):
     """The difference of two arms over the same seeds, in points of percent.
 
     Attributes:
         mean, error: of the difference, and its standard error; nan with a single seed.
         p: of the two-sided paired t-test; nan where it says nothing, with one seed or equal differences.
-        seeds: how many.
+        seeds, won: how many, and at how many of them the difference is positive.
     """
 
     mean: float
     error: float
     p: float
     seeds: int
+    won: int
 
 
 def mean_and_error(values: Sequence[float]) -> tuple[float, float]:
@@ -52,17 +62,17 @@ def mean_and_error(values: Sequence[float]) -> tuple[float, float]:
     return statistics.fmean(values), error
 
 
-def accuracies(trials: Sequence[Trial], arm: str, labels: int | str) -> dict[int, float]:
-    """Accuracy in percent by seed."""
-    return {trial.seed: 100 * trial.accuracy for trial in trials if (trial.arm, trial.labels) == (arm, labels)}
+def scores(trials: Sequence[Scored], arm: str, labels: int | str) -> dict[int, float]:
+    """Scores in percent by seed."""
+    return {trial.seed: 100 * trial.score for trial in trials if (trial.arm, trial.labels) == (arm, labels)}
 
 
-def paired(trials: Sequence[Trial], first: str, second: str, labels: int | str) -> Paired:
+def paired(trials: Sequence[Scored], first: str, second: str, labels: int | str) -> Paired:
     """What `first` gains over `second`, over the seeds that both have."""
-    ours, theirs = accuracies(trials, first, labels), accuracies(trials, second, labels)
+    ours, theirs = scores(trials, first, labels), scores(trials, second, labels)
     gains = [ours[seed] - theirs[seed] for seed in sorted(ours.keys() & theirs.keys())]
     mean, error = mean_and_error(gains)
-    return Paired(mean, error, p_value(mean, error, len(gains)), len(gains))
+    return Paired(mean, error, p_value(mean, error, len(gains)), len(gains), sum(gain > 0 for gain in gains))
 
 
 def p_value(mean: float, error: float, count: int) -> float:
@@ -74,20 +84,32 @@ def p_value(mean: float, error: float, count: int) -> float:
     return float(2 * t.sf(abs(mean) / error, count - 1))
 
 
-def comparison_table(trials: Sequence[Trial], arms: Sequence[str], labels: Sequence[int | str]) -> str:
+def comparison_table(
+    trials: Sequence[Scored],
+    arms: Sequence[str],
+    labels: Sequence[int | str],
+    unit: str = "labels a class",
+    won: bool = False,
+) -> str:
     """A Markdown table, a row a number of labels: every arm's mean ± standard error in percent, and what the first gains
-    over each other one."""
+    over each other one.
+
+    Args:
+        unit: of labels, the head of their column.
+        won: tell of the seeds not only how many there are, but at how many the first was above the second.
+    """
     first, *others = arms
     gains = ["paired gain"] if len(others) == 1 else [f"gain over {other}" for other in others]
     lines = [
-        f"| labels a class | {' | '.join([*arms, *gains])} | seeds |",
+        f"| {unit} | {' | '.join([*arms, *gains])} | seeds{' won' * won} |",
         f"|{' ---: |' * (len(arms) + len(gains) + 2)}",
     ]
     for value in labels:
-        cells = ["{:.1f} ± {:.1f}".format(*mean_and_error(list(accuracies(trials, arm, value).values()))) for arm in arms]
+        cells = ["{:.1f} ± {:.1f}".format(*mean_and_error(list(scores(trials, arm, value).values()))) for arm in arms]
         differences = [paired(trials, first, other, value) for other in others]
         cells += [f"{gain.mean:+.1f} ± {gain.error:.1f}{p_text(gain.p)}" for gain in differences]
-        lines.append(f"| {value} | {' | '.join(cells)} | {differences[0].seeds} |")
+        seeds = f"{differences[0].won} of {differences[0].seeds}" if won else differences[0].seeds
+        lines.append(f"| {value} | {' | '.join(cells)} | {seeds} |")
     return "\n".join(lines)
 
 
@@ -101,11 +123,11 @@ def p_number(p: float) -> str:
     return "< 0.001" if p < 0.001 else f"= {p:.2g}"
 
 
-def equivalent_labels(trials: Sequence[Trial], arm: str, accuracy: float, labels: dict[int | str, float]) -> float:
+def equivalent_labels(trials: Sequence[Scored], arm: str, accuracy: float, labels: dict[int | str, float]) -> float:
     """With how many labels a class `arm` reaches `accuracy`, in percent: between the numbers that were tried by the
     logarithm of the number, on the line through its mean accuracies; 0 where fewer than the fewest would do, infinity
     where it never gets there."""
-    points = [(count, mean_and_error(list(accuracies(trials, arm, value).values()))[0]) for value, count in labels.items()]
+    points = [(count, mean_and_error(list(scores(trials, arm, value).values()))[0]) for value, count in labels.items()]
     if points[0][1] >= accuracy:
         return points[0][0] if points[0][1] == accuracy else 0.0
     for (few, low), (many, high) in pairwise(points):
@@ -133,7 +155,7 @@ def sentences(result: StudyResult) -> list[str]:
             if not gain.p < CERTAIN:
                 text += ", which may be chance."
             elif gain.mean > 0:
-                mean = mean_and_error(list(accuracies(result.trials, first, value).values()))[0]
+                mean = mean_and_error(list(scores(result.trials, first, value).values()))[0]
                 text += worth_in_labels(equivalent_labels(result.trials, other, mean, result.labels), count, other, result)
             else:
                 text += "."
@@ -165,7 +187,7 @@ def plot(result: StudyResult, title: str = ""):
     axes = figure.subplots()
     places = list(result.labels.values())
     for arm in result.arms:
-        columns = [list(accuracies(result.trials, arm, value).values()) for value in result.labels]
+        columns = [list(scores(result.trials, arm, value).values()) for value in result.labels]
         means, errors = zip(*(mean_and_error(column) for column in columns))
         line = axes.errorbar(places, means, errors, marker="o", markersize=4, capsize=3, label=arm)
         for place, column in zip(places, columns):

@@ -7,16 +7,13 @@ trials choose nothing. A trial's result is a file of its own, and a study that i
 from __future__ import annotations
 
 import json
-import multiprocessing
-import os
 import shutil
 import statistics
-import threading
 import zlib
-from collections.abc import Iterator, Sequence
-from concurrent.futures import ProcessPoolExecutor, as_completed
-from contextlib import contextmanager
+from collections.abc import Sequence
+from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass, replace
+from functools import partial
 from itertools import product
 from pathlib import Path
 from typing import NamedTuple
@@ -25,6 +22,7 @@ import numpy as np
 from tqdm import tqdm
 
 from finetune.classification.settings import FinetuneSettings
+from finetune.label_study.pool import results, trial_pool
 from finetune.label_study.settings import ALL, StudySettings
 from simmim.files import whole_file
 from simmim.run_folder import CHECKPOINTS, CIRCUMSTANCES, plain
@@ -78,6 +76,11 @@ class Trial:
     accuracy: float
     loss: float
     fold: tuple[int, int] | None = None
+
+    @property
+    def score(self) -> float:
+        """What arms are compared by."""
+        return self.accuracy
 
 
 class Job(NamedTuple):
@@ -280,51 +283,20 @@ def best_rates(trials: Sequence[Trial]) -> Rates:
     return max(of_rates, key=worth)
 
 
-@contextmanager
-def trial_pool(processes: int) -> Iterator[ProcessPoolExecutor]:
-    """Processes for trials, each on one core where there are several; what has not begun is given up on an error."""
-    context = multiprocessing.get_context("spawn")
-    pool = ProcessPoolExecutor(processes, mp_context=context, initializer=prepare_process, initargs=(processes > 1,))
-    try:
-        yield pool
-        pool.shutdown()
-    except BaseException:
-        pool.shutdown(wait=False, cancel_futures=True)
-        raise
-
-
-def prepare_process(one_core: bool) -> None:
-    """Set up a process for trials: it ends with the study, however that ends, and has one thread where there are several
-    processes, which would fight for cores."""
-    threading.Thread(target=end_with_parent, daemon=True).start()
-    if one_core:
-        os.environ["OMP_NUM_THREADS"] = "1"
-        import torch
-
-        torch.set_num_threads(1)
-
-
-def end_with_parent() -> None:
-    """Wait until the process that started this one is gone, and end; a killed study leaves nothing running."""
-    multiprocessing.parent_process().join()
-    os._exit(1)
-
-
 def run_jobs(
     jobs: Sequence[Job], out: Path, pool: ProcessPoolExecutor, bar: tqdm, keep_weights: bool
 ) -> dict[str, Trial]:
     """Every job's trial by the job's name, in the jobs' order: read where it is there, else run."""
-    trials, running = {job.name: None for job in jobs}, {}
+    trials, missing = {job.name: None for job in jobs}, []
     for job in jobs:
         metrics = known_result(job, out)
         if metrics is None:
-            running[pool.submit(run_trial, job, out, keep_weights)] = job
+            missing.append(job)
         else:
             trials[job.name] = job.trial(metrics)
             bar.update()
-    for future in as_completed(running):
-        job = running[future]
-        trial = trials[job.name] = job.trial(future.result())
+    for job, metrics in results(pool, partial(run_trial, out=out, keep_weights=keep_weights), missing):
+        trial = trials[job.name] = job.trial(metrics)
         bar.set_postfix_str(f"{trial.arm}, {trial.labels} labels: {trial.accuracy:.1%}{' held out' if trial.fold else ''}")
         bar.update()
     return trials
