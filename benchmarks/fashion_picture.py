@@ -10,6 +10,9 @@ import statistics
 import sys
 from pathlib import Path
 
+from finetune.label_study.report import draw, read_trials
+from finetune.label_study.trials import StudyResult
+
 
 def main(arguments: list[str] | None = None) -> int:
     """Draw, and write the picture."""
@@ -25,17 +28,9 @@ def main(arguments: list[str] | None = None) -> int:
     steps, losses = losses_of(chosen.run / "metrics.csv")
     left.plot(steps, losses, linewidth=0.7)
     left.set(xlabel="optimiser step", ylabel="masked L1 loss", title="pre-training")
-    for arm, points in accuracies_of(chosen.study / "results.csv").items():
-        places = sorted(points)
-        means = [statistics.fmean(points[place]) for place in places]
-        errors = [statistics.stdev(points[place]) / len(points[place]) ** 0.5 for place in places]
-        right.errorbar(places, means, errors, marker="o", markersize=4, capsize=3, label=arm)
-    right.set(xscale="log", xlabel="labels a class", ylabel="test accuracy, %", title="fine-tuning")
-    right.set_xticks(places, [str(place) for place in places])
-    right.minorticks_off()
-    right.legend()
-    for axes in (left, right):
-        axes.grid(alpha=0.3)
+    left.grid(alpha=0.3)
+    draw(right, found_by(chosen.study), title="fine-tuning")
+    right.set_ylabel("test accuracy, %")
     figure.savefig(chosen.out, dpi=110)
     return 0
 
@@ -49,14 +44,11 @@ def losses_of(file: Path, points: int = 300) -> tuple[list[int], list[float]]:
     return [group[-1][0] for group in groups], [statistics.fmean(loss for _, loss in group) for group in groups]
 
 
-def accuracies_of(file: Path) -> dict[str, dict[int, list[float]]]:
-    """In percent, by arm and labels a class."""
-    found: dict[str, dict[int, list[float]]] = {}
-    with file.open(newline="", encoding="utf-8") as text:
-        for row in csv.DictReader(text):
-            of_arm = found.setdefault(row["arm"], {})
-            of_arm.setdefault(int(row["labels_per_class"]), []).append(100 * float(row["accuracy"]))
-    return found
+def found_by(study: Path) -> StudyResult:
+    """What a study of given numbers of labels has written down."""
+    trials = read_trials(study / "results.csv")
+    arms = tuple(dict.fromkeys(trial.arm for trial in trials))
+    return StudyResult(arms, tuple(trials), (), {labels: labels for labels in sorted({trial.labels for trial in trials})})
 
 
 if __name__ == "__main__":

@@ -16,7 +16,16 @@ from sklearn.model_selection import StratifiedKFold
 
 from finetune import EncoderSettings, FinetuneSettings, LabeledSettings, StudySettings, finetune
 from finetune.classification.folds import fold_of
-from finetune.label_study.report import comparison_table, equivalent_labels, mean_and_error, paired, plot, sentences
+from finetune.label_study.report import (
+    comparison_table,
+    equivalent_labels,
+    mean_and_error,
+    paired,
+    plot,
+    read_trials,
+    sentences,
+    write_trials,
+)
 from finetune.label_study.trials import Arm, Rates, StudyResult, Trial, best_rates, job_of, pretrained_and_scratch, run_arms
 from finetune.settings import OptimSettings
 from simmim.cli import main
@@ -124,6 +133,13 @@ def test_the_plot_shows_every_number():
     means = axes.containers[0].lines[0].get_ydata()
     assert list(means) == pytest.approx([60, 70, 80]) and axes.get_xscale() == "log"
     assert [text.get_text() for text in axes.get_legend().get_texts()] == ["pre-trained", "from scratch"]
+
+
+def test_trials_are_read_as_they_were_written(tmp_path):
+    trials = [trial("a, b", "all", 0, 0.1234, lr=0.25, loss=2.5), trial("c", 5, 1, 1.0, fold=(1, 3))]
+    trials.append(replace(trials[1], rates=Rates(3.0, None), fold=None))
+    write_trials(tmp_path / "trials.csv", trials)
+    assert read_trials(tmp_path / "trials.csv") == trials
 
 
 # --- Tuning ----------------------------------------------------------------------------------------------------------

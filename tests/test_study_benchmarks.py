@@ -5,7 +5,11 @@ import subprocess
 import sys
 from pathlib import Path
 
+from PIL import Image
 from scipy.stats import ttest_rel
+
+from finetune.label_study.report import write_trials
+from finetune.label_study.trials import Rates, Trial
 
 ROOT = Path(__file__).resolve().parent.parent
 OURS, THEIRS = (0.30, 0.28, 0.31), (0.27, 0.28, 0.25)
@@ -37,3 +41,22 @@ def test_segmentation_tells_of_trials_that_are_done(tmp_path):
     gain = f"+3.0 ± {3 / math.sqrt(3):.1f} (p = {ttest_rel(OURS, THEIRS).pvalue:.2g})"
     assert row == f"| 20 | 29.7 ± 0.9 | 26.7 ± 0.9 | {gain} | 2 of 3 |"
     assert (tmp_path / "trials.csv").read_bytes() == before
+
+
+def test_the_picture_shows_a_run_and_its_study(tmp_path):
+    """At the size that the README shows, with curves in either half."""
+    (tmp_path / "metrics.csv").write_text("step,loss\n" + "".join(f"{step},{1 / (step + 1)}\n" for step in range(40)))
+    trials = [
+        Trial(arm, labels, seed, Rates(1.0, 0.7), value + labels / 50, 1.0)
+        for arm, values in (("pre-trained", OURS), ("from scratch", THEIRS))
+        for labels in (1, 20)
+        for seed, value in enumerate(values)
+    ]
+    write_trials(tmp_path / "results.csv", trials)
+    called("fashion_picture.py", "--run", tmp_path, "--study", tmp_path, "--out", tmp_path / "picture.png")
+    picture = Image.open(tmp_path / "picture.png").convert("RGB")
+    assert picture.size == (1100, 418)
+    blue, orange = (31, 119, 180), (255, 127, 14)  # the first two colours of lines
+    for box, colours in (((0, 0, 550, 418), {blue}), ((550, 0, 1100, 418), {blue, orange})):
+        seen = {colour for _, colour in picture.crop(box).getcolors(maxcolors=1 << 16)}
+        assert seen & {blue, orange} == colours

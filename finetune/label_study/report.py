@@ -12,6 +12,9 @@ from typing import TYPE_CHECKING, NamedTuple, Protocol
 from simmim.files import whole_file
 
 if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+    from matplotlib.figure import Figure
+
     from finetune.label_study.trials import StudyResult, Trial
 
 CERTAIN = 0.05  # the usual level of a test; above it a difference is called uncertain
@@ -174,17 +177,19 @@ def worth_in_labels(equivalent: float, count: float, other: str, result: StudyRe
     return f" and saves {saved} label{'s' * (saved != 1)} a class: {other} needs {equivalent:.0f} to get there."
 
 
-def plot(result: StudyResult, title: str = ""):
-    """Accuracy over labels a class, an arm a line: mean, standard error, and every seed as a dot.
-
-    Returns:
-        A Matplotlib figure, which belongs to no window.
-    """
+def plot(result: StudyResult, title: str = "") -> Figure:
+    """Accuracy over labels a class in a Matplotlib figure, which belongs to no window."""
     from matplotlib.figure import Figure
-    from matplotlib.ticker import FixedLocator, NullLocator
 
     figure = Figure(figsize=(6.4, 4.2), layout="constrained")
-    axes = figure.subplots()
+    draw(figure.subplots(), result, title)
+    return figure
+
+
+def draw(axes: Axes, result: StudyResult, title: str = "") -> None:
+    """Accuracy over labels a class, an arm a line: mean, standard error, and every seed as a dot."""
+    from matplotlib.ticker import FixedLocator, NullLocator
+
     places = list(result.labels.values())
     for arm in result.arms:
         columns = [list(scores(result.trials, arm, value).values()) for value in result.labels]
@@ -199,7 +204,6 @@ def plot(result: StudyResult, title: str = ""):
     axes.set(xlabel="labels a class", ylabel="accuracy, %", title=title)
     axes.grid(alpha=0.3)
     axes.legend()
-    return figure
 
 
 def report(result: StudyResult) -> str:
@@ -230,3 +234,27 @@ def write_trials(file: Path, trials: Sequence[Trial]) -> None:
             rates = ["" if value is None else f"{value:g}" for value in trial.rates]
             row = [trial.arm, trial.labels, trial.seed, *rates, fold]
             writer.writerow([*row, f"{trial.accuracy:.4f}", f"{trial.loss:.4f}"])
+
+
+def read_trials(file: Path) -> list[Trial]:
+    """What `write_trials` has written, to the digits that it gives."""
+    from finetune.label_study.settings import labels_of
+    from finetune.label_study.trials import Rates, Trial
+
+    trials = []
+    with file.open(newline="", encoding="utf-8") as text:
+        for row in csv.DictReader(text):
+            decay = float(row["layer_decay"]) if row["layer_decay"] else None
+            part, _, parts = row["fold"].partition(" of ")
+            trials.append(
+                Trial(
+                    row["arm"],
+                    labels_of(row["labels_per_class"]),
+                    int(row["seed"]),
+                    Rates(float(row["lr_factor"]), decay),
+                    float(row["accuracy"]),
+                    float(row["cross_entropy"]),
+                    (int(part) - 1, int(parts)) if part else None,
+                )
+            )
+    return trials
