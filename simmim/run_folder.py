@@ -59,10 +59,14 @@ def check_run_folder(out: str | Path, resume: bool, overwrite: bool) -> None:
         raise ValueError(f"run folder {str(run)!r} is a file: give a new folder")
     if not run.is_dir() or not any(entry.name != LOCK for entry in run.iterdir()):
         return
-    if overwrite and not (run / CONFIG).is_file():
+    holds_config = (run / CONFIG).is_file()
+    holds_run = holds_config or any(checkpoints_folder(run).glob("*.ckpt"))
+    if overwrite and not holds_config:
         raise ValueError(f"folder {str(run)!r} holds no run ({CONFIG} is missing) and is left alone: give a new folder")
-    if resume and not (run / CONFIG).is_file() and not any(checkpoints_folder(run).glob("*.ckpt")):
+    if resume and not holds_run:
         raise ValueError(f"folder {str(run)!r} holds no run to resume: give a run's folder, or a new one")
+    if not holds_run:
+        raise ValueError(f"folder {str(run)!r} is not empty and holds no run: give a new folder")
     if not resume and not overwrite:
         raise ValueError(
             f"run folder {str(run)!r} is not empty: --resume goes on with the run, --overwrite starts it anew"

@@ -57,7 +57,7 @@ def run_with_checkpoint(out):
     "state, resume, overwrite, message",
     [
         ("run", False, False, "is not empty: --resume goes on with the run, --overwrite starts it anew"),
-        ("other", False, False, "is not empty"),
+        ("other", False, False, "is not empty and holds no run: give a new folder"),
         ("hidden", False, False, "is not empty"),
         ("other", False, True, r"holds no run \(config.yaml is missing\) and is left alone: give a new folder"),
         ("other", True, False, "holds no run to resume: give a run's folder, or a new one"),
