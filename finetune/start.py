@@ -57,6 +57,7 @@ def starting_point(
         mean, std = (IMAGENET_MEAN, IMAGENET_STD) if images.channels == 3 else (images.mean, images.std)
         resolved = replace(chosen, preset=preset, window_size=window, drop_path_rate=config.drop_path_rate)
         settings = replace(settings, image_size=size, encoder=resolved)
+        check_size(settings, config.patch_size)
         preprocessing = Preprocessing(settings.size, mean, std)
         encoder = SwinV2(config, chosen.checkpoint_activations, chosen.sequential_attention)
         return Start(encoder, preprocessing, settings, None)
@@ -80,7 +81,18 @@ def starting_point(
     encoder.checkpoint_activations, encoder.sequential_attention = chosen.checkpoint_activations, chosen.sequential_attention
     # Views of training are bilinear, whatever the encoder saw before; so is the view that evaluates them.
     preprocessing = replace(preprocessing, image_size=settings.size, interpolation="bilinear", fit="crop")
+    check_size(settings, encoder.config.patch_size)
     return Start(encoder, preprocessing, settings, checkpoint)
+
+
+def check_size(settings: TransferSettings, patch_size: int) -> None:
+    """Refuse images that are smaller than one patch.
+
+    Raises:
+        ValueError: naming the least size.
+    """
+    if min(settings.size) < patch_size:
+        raise ValueError(f"image_size is {settings.image_size}, less than a patch of the encoder: give {patch_size} or more")
 
 
 def drop_path_rate(chosen: EncoderSettings, config: SwinV2Config) -> float:

@@ -16,6 +16,7 @@ if TYPE_CHECKING:
     import datasets
 
 VALIDATION_NAMES = ("val", "valid", "validation", "test")
+IMAGE_FOLDER, MASK_FOLDERS = "images", ("masks", "annotations", "labels")  # of scenes with a class for every pixel
 PATH_COLUMNS = ("path", "file", "filename", "file_name", "image")
 LABEL_COLUMNS = ("label", "class", "target", "category", "labels", "cls")
 
@@ -268,5 +269,10 @@ def class_folders(folder: Path) -> dict[str, list[str]]:
         raise ValueError(
             f"labeled folder {str(folder)!r} has {len(names)} class folder{'s' * (len(names) != 1)}: "
             "give at least two, each with the images of one class"
+        )
+    if len(names) == 2 and IMAGE_FOLDER in names and any(name in MASK_FOLDERS for name in names):
+        raise ValueError(
+            f"labeled folder {str(folder)!r} has {' and '.join(names)}, which are no classes: give a folder with one "
+            "subfolder a class, or use simmim finetune segmentation"
         )
     return {name: find_images(folder / name) for name in names}

@@ -7,13 +7,13 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from simmim.data.index import find_images, image_dataset
-from simmim.data.labels import VALIDATION_NAMES, is_plain_folder, parts_of
+from simmim.data.labels import IMAGE_FOLDER, MASK_FOLDERS, VALIDATION_NAMES, is_plain_folder, parts_of
 from simmim.data.sources import HUB_ID, classify, found_column, image_column
 
 if TYPE_CHECKING:
     import datasets
 
-IMAGE_FOLDER, MASK_FOLDERS, CLASSES_FILE = "images", ("masks", "annotations", "labels"), "classes.txt"
+CLASSES_FILE = "classes.txt"
 MASK_COLUMNS = ("mask", "masks", "annotation", "segmentation", "segmentation_mask", "seg_map", "label", "labels")
 LAYOUT = "images/ and masks/ with files of the same names, or train/ and val/ that have these"
 
