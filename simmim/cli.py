@@ -5,6 +5,7 @@ import re
 import sys
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, fields
+from itertools import pairwise
 from pathlib import Path
 
 DESCRIPTION = "Pre-train a SwinV2 encoder on your own images with SimMIM, look at it, export it, fine-tune it."
@@ -108,17 +109,28 @@ def parse(name: str, settings_class: type, arguments: Sequence[str]):
         prog=f"simmim {name}",
         exit_on_error=False,
         allow_abbrev=False,
+        # The parser's own would list every setting, a page before the first word on any.
+        usage=f"simmim {name} --data PATH --out RUN{'' if name == 'pretrain' else ' --init ENCODER'} [--SETTING VALUE …]",
         description=settings_class.__doc__.splitlines()[0],
         epilog="--data PATH is --data.path PATH; hyphens and underscores are alike: --image-size 192.",
     )
     parser.add_argument("--config", action="config", help="YAML file of settings, a recipe of configs/ for instance.")
     parser.add_class_arguments(settings_class, None)
+    for action in parser._actions:
+        if action.option_strings == ["--data"]:
+            action.metavar, action.help = "PATH", "short for --data.path."
     keys = [action.dest for action in parser._actions if action.dest not in ("help", "print_config")]
     try:
         values = parser.instantiate(parser.parse_args(canonical(arguments)))
     except ArgumentError as error:
-        raise UsageError(explain(str(error), keys)) from None
+        raise UsageError(explain(str(error), keys, given_configs(arguments))) from None
     return settings_class(**{field.name: getattr(values, field.name) for field in fields(settings_class)})
+
+
+def given_configs(arguments: Sequence[str]) -> list[str]:
+    """The files that --config names."""
+    apart = [word for before, word in pairwise(arguments) if before == "--config"]
+    return apart + [word.removeprefix("--config=") for word in arguments if word.startswith("--config=")]
 
 
 def canonical(arguments: Sequence[str]) -> list[str]:
@@ -137,8 +149,12 @@ def canonical(arguments: Sequence[str]) -> list[str]:
     return words
 
 
-def explain(message: str, keys: Sequence[str]) -> str:
-    """The parser's complaint in one line, with the nearest known key where one is unknown."""
+def explain(message: str, keys: Sequence[str], configs: Sequence[str] = ()) -> str:
+    """The parser's complaint in one line, with the nearest known key where one is unknown.
+
+    Args:
+        configs: the files that were given by --config.
+    """
     unknown = re.search(r"[Uu]nrecognized arguments: (\S+)", message)
     if unknown:
         if not unknown[1].startswith("--"):
@@ -157,6 +173,12 @@ def explain(message: str, keys: Sequence[str]) -> str:
         names = re.split(r"[,\s]+", (required[1] or required[2]).strip())
         flags = ["--data" if name == "data.path" else "--" + name.lstrip("-").replace("_", "-") for name in names if name]
         return f"missing: give {' and '.join(flags)}"
+    absent = re.search(r'key "config": File does not exist: (.+)', message)
+    if absent:
+        return f"{absent[1].strip()} does not exist: --config takes a YAML file of settings"
+    broken = re.search(r'Problems parsing config: (.+?)(?: in "<unicode string>"(.*))?$', message, re.S)
+    if broken:
+        return f"{' or '.join(configs) or '--config'} is no YAML: {' '.join(broken[1].split())}{broken[2] or ''}"
     wrong = re.search(r'key "([^"]+)":.*?(?:[Gg]iven|Got) value(?: type: [^\n]+?\s+Given value)?: (.+)', message, re.S)
     expected = list(dict.fromkeys(re.findall(r"Expected an? (?:<class ')?([\w. \[\], ]+)", message)))
     if wrong and expected:
@@ -317,7 +339,8 @@ def run_export(arguments: Sequence[str]) -> None:
     )
     for note in exported.notes:
         print(f"note: {note}")
-    print(f"exported the {exported.form} to {exported.folder}; load it with\n\n{exported.code}")
+    what = "encoder, mask token and decoder" if exported.form == "simmim" else exported.form
+    print(f"exported the {what} to {exported.folder}; load it with\n\n{exported.code}")
 
 
 def run_inspect(arguments: Sequence[str]) -> None:
@@ -550,7 +573,7 @@ def run_demo(arguments: Sequence[str]) -> None:
     if out.exists() and chosen.overwrite and (out / "digits").is_dir():
         shutil.rmtree(out)
     if out.exists() and any(out.iterdir()):
-        raise UsageError(f"{chosen.out!r} exists: --overwrite starts the demo anew, --out gives it another folder")
+        raise UsageError(f"{chosen.out!r} exists: simmim demo --overwrite starts anew, --out gives another folder")
     print("1/4 writing 5,000 real handwritten digits", flush=True)
     digits = write_digits(out / "digits")
 

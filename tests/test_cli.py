@@ -55,6 +55,8 @@ def place(tmp_path_factory):
         (here / "torn" / name).mkdir(parents=True)
         for number in range(2):
             (here / "torn" / name / f"{number}.png").write_text("no image")
+    for name in ("images", "masks"):
+        write_images(here / "scenes" / name, 2)
     (here / "kept.csv").write_text("mine")
     (here / "empty").mkdir()
     (here / "full").mkdir()
@@ -99,8 +101,8 @@ PROBE, KNN = "probe --run encoder --data split", "knn --run encoder --data split
         ("pretrain --config data.yaml", ["unknown setting 'data.flop'", "'data.flip'?"]),
         ("pretrain --config trainer.yaml", ["unknown setting 'trainer.strateggy'", "'trainer.strategy'?"]),
         ("pretrain --config type.yaml", ["mask_ratio", "most"]),
-        ("pretrain --config broken.yaml", ["parsing config"]),
-        ("pretrain --config absent.yaml", ["absent.yaml", "not exist"]),
+        ("pretrain --config broken.yaml", ["broken.yaml is no YAML: while parsing", "line 2"]),
+        ("pretrain --config absent.yaml", ["absent.yaml' does not exist: --config takes a YAML file"]),
         (f"{PRETRAIN} --preset tyni", ["unknown preset 'tyni'", "did you mean 'tiny'?"]),
         (f"{PRETRAIN} --epochs many", ["epochs is 'many': give a number"]),
         (f"{PRETRAIN} --batch-size 1.5", ["batch_size is '1.5': give a whole number"]),
@@ -130,7 +132,8 @@ PROBE, KNN = "probe --run encoder --data split", "knn --run encoder --data split
         (f"{PRETRAIN} --model.encoder.window_siz 4", ["unknown encoder setting 'window_siz'", "'window_size'?"]),
         (f"{PRETRAIN} --trainer.strateggy fsdp", ["unknown setting 'trainer.strateggy'", "'trainer.strategy'?"]),
         (f"{PRETRAIN} --optim.accumulate 3 --batch-size 8", ["does not divide", "give a multiple of 3"]),
-        ("pretrain --data images --out full", ["run folder 'full' is not empty: --resume", "--overwrite"]),
+        ("pretrain --data images --out full", ["folder 'full' is not empty and holds no run: give a new folder"]),
+        ("pretrain --data images --out run", ["run folder 'run' is not empty: --resume goes on", "--overwrite"]),
         ("pretrain --data images --out full --overwrite", ["'full' holds no run", "left alone"]),
         ("pretrain --data images --out full --resume", ["'full' holds no run to resume"]),
         ("pretrain --data images --out run --resume --overwrite", ["--resume and --overwrite exclude each other"]),
@@ -160,6 +163,8 @@ PROBE, KNN = "probe --run encoder --data split", "knn --run encoder --data split
         ("finetune classification --data one --out new", ["has 1 class folder: give at least two"]),
         ("finetune classification --data absent --out new", ["labeled folder 'absent' does not exist"]),
         (f"{FINETUNE} --labels-per-class 50", ["50 labels per class", "class 'a' has 3 training images: give 1 to 3"]),
+        (f"{FINETUNE} --image-size 3", ["image_size is 3, less than a patch of the encoder: give 4 or more"]),
+        ("finetune classification --data scenes --out new", ["'scenes' has images and masks", "finetune segmentation"]),
         (f"{FINETUNE} --init model.pth", ["model.pth is no"]),
         (f"{FINETUNE} --init absent", ["no encoder at 'absent'"]),
         (f"{FINETUNE} --init images", ["no encoder in 'images'"]),
@@ -215,7 +220,7 @@ def test_wrong_input(place, monkeypatch, capsys, words, said):
     [
         (f"{PRETRAIN} --model.mask_ration 0.5", "did you mean 'model.mask_ratio'?"),
         ("export --run absent --out new", "no encoder at 'absent'"),
-        ("pretrain --data images --out full", "run folder 'full' is not empty"),
+        ("pretrain --data images --out full", "folder 'full' is not empty and holds no run"),
     ],
 )
 def test_wrong_input_on_the_command_line(place, words, said):
