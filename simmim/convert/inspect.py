@@ -25,6 +25,7 @@ def inspect(path: str | Path, **overrides) -> str:
     if checkpoint.head:
         named = ", ".join(checkpoint.classes[:5]) + (", …" if len(checkpoint.classes) > 5 else "")
         parts.append(f"head of {len(checkpoint.classes)} classes: {named}")
+    known = [f"{name} {value}" for name, value in checkpoint.provenance.items() if value is not None]
     stages = ", ".join(
         f"{depth} × {dim} channels at stride {stride}"
         for depth, dim, stride in zip(config.depths, config.dims, config.strides)
@@ -41,7 +42,7 @@ def inspect(path: str | Path, **overrides) -> str:
             f"{height}×{width} px, {config.in_channels} channels, {preprocessing.interpolation}, "
             + (f"central crop {preprocessing.crop:g}" if preprocessing.fit == "crop" else "squashed"),
         ),
-        ("from", ", ".join(f"{name} {value}" for name, value in checkpoint.provenance.items()) or "not recorded"),
+        ("from", ", ".join(known) or "not recorded"),
         *((line[:10].strip(), line[11:]) for line in str(saved.report).splitlines()),
         ("exports as", "; ".join(exportable(checkpoint, format) for format in FORMATS)),
     ]
