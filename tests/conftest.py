@@ -1,7 +1,9 @@
 """Fixtures that several tests share, and caches that leave the user's alone."""
 import os
+import sys
 import tempfile
 from contextlib import contextmanager
+from pathlib import Path
 
 import pytest
 import torch
@@ -11,6 +13,9 @@ from simmim.digits import write_digits
 # Before anything reads them; processes that tests start inherit them.
 _CACHES = tempfile.TemporaryDirectory(prefix="simmim-tests-")
 os.environ |= {"XDG_CACHE_HOME": _CACHES.name, "HF_HOME": os.path.join(_CACHES.name, "huggingface"), "HF_HUB_OFFLINE": "1"}
+
+# Benchmarks are scripts in no package: `import scenes`. Last, so that they hide nothing.
+sys.path.append(str(Path(__file__).resolve().parent.parent / "benchmarks"))
 
 
 @pytest.fixture(scope="session", autouse=True)

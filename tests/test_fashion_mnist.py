@@ -1,10 +1,9 @@
 """benchmarks/fashion_mnist.py: idx files in, what pre-training and fine-tuning read out."""
 import gzip
-import importlib.util
 import io
 import struct
-from pathlib import Path
 
+import fashion_mnist
 import numpy as np
 import pytest
 from PIL import Image
@@ -13,16 +12,7 @@ from simmim.data import open_images
 from simmim.data.decode import open_picture
 from simmim.data.labels import labeled_images
 
-FILE = Path(__file__).parents[1] / "benchmarks" / "fashion_mnist.py"
 EACH = {"train": 6, "t10k": 3}  # images of each class
-
-
-@pytest.fixture(scope="module")
-def fashion_mnist():
-    spec = importlib.util.spec_from_file_location("fashion_mnist", FILE)
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
 
 
 @pytest.fixture
@@ -56,7 +46,7 @@ def by_class(part, classes):
     return found
 
 
-def test_images_and_classes_come_through_exactly(fashion_mnist, source, tmp_path):
+def test_images_and_classes_come_through_exactly(source, tmp_path):
     out = tmp_path / "fm"
     assert fashion_mnist.main(["--out", str(out), "--source", str(source), "--test", "20"]) == 0
     images, labels = drawn("train", 6)
@@ -76,7 +66,7 @@ def test_images_and_classes_come_through_exactly(fashion_mnist, source, tmp_path
             assert sorted(found[name]) == sorted(image.tobytes() for image in pictures[numbers == number][:each])
 
 
-def test_development_never_shows_a_test_image(fashion_mnist, source, tmp_path):
+def test_development_never_shows_a_test_image(source, tmp_path):
     out = tmp_path / "fm"
     counts = fashion_mnist.write_fashion_mnist(source, out, test=20, development=True)
     assert counts == {"unlabeled": 60, "labeled/train": 40, "labeled/test": 20}
@@ -87,13 +77,13 @@ def test_development_never_shows_a_test_image(fashion_mnist, source, tmp_path):
 
 
 @pytest.mark.parametrize("test", [0, 15, 40])
-def test_wrong_size_of_the_test_part(fashion_mnist, source, tmp_path, capsys, test):
+def test_wrong_size_of_the_test_part(source, tmp_path, capsys, test):
     assert fashion_mnist.main(["--out", str(tmp_path / "fm"), "--source", str(source), "--test", str(test)]) == 2
     assert capsys.readouterr().err == f"fashion_mnist: --test is {test}: give a multiple of 10, 30 at most\n"
     assert sorted(path.name for path in tmp_path.iterdir()) == ["source"]
 
 
-def test_missing_torn_or_other_files(fashion_mnist, source, tmp_path, capsys):
+def test_missing_torn_or_other_files(source, tmp_path, capsys):
     words = ["--out", str(tmp_path / "fm"), "--source", str(source), "--test", "20"]
     file = source / "t10k-labels-idx1-ubyte.gz"
     whole = file.read_bytes()
@@ -113,7 +103,7 @@ def test_missing_torn_or_other_files(fashion_mnist, source, tmp_path, capsys):
     assert sorted(path.name for path in tmp_path.iterdir()) == ["source"]
 
 
-def test_an_existing_folder_stays(fashion_mnist, source, tmp_path, capsys):
+def test_an_existing_folder_stays(source, tmp_path, capsys):
     assert fashion_mnist.main(["--out", str(source), "--source", str(source), "--test", "20"]) == 2
     assert "exists" in capsys.readouterr().err
     assert len(list(source.iterdir())) == 4

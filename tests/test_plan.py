@@ -3,15 +3,16 @@ import itertools
 import json
 import math
 import re
-import runpy
 import subprocess
 import sys
 import weakref
 from dataclasses import replace
 from pathlib import Path
 
+import memory as benchmark
 import pytest
 import torch
+from memory import LiveBytes
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 from torch.utils.flop_counter import FlopCounterMode
@@ -23,8 +24,6 @@ from simmim.plan import GIB, USABLE_SHARE, Setup, cached_bytes, flops, memory, p
 from simmim.swinv2 import PRESETS, SwinV2, SwinV2Config
 
 ROOT = Path(__file__).parent.parent
-BENCHMARK = runpy.run_path(str(ROOT / "benchmarks/memory.py"))
-LiveBytes = BENCHMARK["LiveBytes"]
 SWITCHES = {"plain": (False, None), "checkpointed": (True, None), "sequential": (False, 8), "both": (True, 8)}
 ODD = SwinV2Config(
     24, (1, 2, 3), (3, 3, 6), window_size=5, in_channels=2, patch_size=2, mlp_ratio=3.0, extra_norm_every=2
@@ -311,10 +310,10 @@ def test_settings_out_of_range(settings, message):
 @pytest.mark.skipif(not Path("/proc/self/clear_refs").exists(), reason="Linux only")
 def test_benchmark_measures_what_is_predicted(capsys):
     """One mode, in this process, and the table of it."""
-    assert BENCHMARK["main"](["--preset", "nano", "--size", "32", "--batch", "64", "--child", "both"]) == 0
+    assert benchmark.main(["--preset", "nano", "--size", "32", "--batch", "64", "--child", "both"]) == 0
     row = json.loads(capsys.readouterr().out)
     assert row["predicted"] == pytest.approx(row["tensors"], rel=0.1) and row["seconds"] > 0
     rows = {"plain": {**row, "peak": 50.0}, "both": {**row, "peak": 20.0}}
-    head, _, plain, both = BENCHMARK["as_markdown"](rows).splitlines()
+    head, _, plain, both = benchmark.as_markdown(rows).splitlines()
     assert head.startswith("| step | peak above start, MiB | share |") and plain.startswith("| plain | 50 | 100% |")
     assert both.startswith(f"| both | 20 | 40% | {row['tensors']:,.0f} | {row['predicted']:,.0f} | ")

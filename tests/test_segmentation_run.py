@@ -1,14 +1,12 @@
 """Segmentation as a whole: runs of the command on digits on photographs, what they write, what they refuse."""
 import csv
-import importlib.util
 import re
 import shutil
-import sys
 from dataclasses import replace
-from pathlib import Path
 
 import numpy as np
 import pytest
+import scenes
 import torch
 from PIL import Image
 
@@ -22,11 +20,6 @@ from simmim.cli import main
 from simmim.data import open_picture
 from simmim.data.mask_values import read_mask
 from simmim.swinv2 import SwinV2
-
-spec = importlib.util.spec_from_file_location("scenes", Path(__file__).parents[1] / "benchmarks" / "scenes.py")
-scenes = importlib.util.module_from_spec(spec)
-sys.modules["scenes"] = scenes  # dataclasses look themselves up
-spec.loader.exec_module(scenes)
 
 
 @pytest.fixture(scope="session")

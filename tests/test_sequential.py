@@ -1,15 +1,12 @@
 """Sequential attention and activation checkpoints: the same results, and what they leave in memory, in bytes of tensors."""
-import runpy
-from pathlib import Path
-
 import pytest
 import torch
+from memory import LiveBytes
 
 from simmim import swinv2
 from simmim.model import SimMIM
 from simmim.swinv2 import SwinV2, SwinV2Config
 
-LiveBytes = runpy.run_path(str(Path(__file__).parent.parent / "benchmarks/memory.py"))["LiveBytes"]
 SWITCHES = {"plain": {}, "sequential": {"sequential_attention": 3}, "checkpointed": {"checkpoint_activations": True}}
 SWITCHES["both"] = SWITCHES["sequential"] | SWITCHES["checkpointed"]
 

@@ -1,7 +1,6 @@
 """Steps that are not finite, loss spikes, and activations: what is skipped, counted, listed, measured, and left alone."""
 import copy
 import functools
-import importlib.util
 import math
 import os
 import shutil
@@ -563,53 +562,3 @@ def test_the_plot_has_both_measures_and_survives_any_value():
         activation_plot([measure(1, odd), measure(1, odd)])
     with pytest.raises(ValueError, match="give 1 or more"):
         ActivationMonitor(Path("run"), 0)
-
-
-# The benchmark that shows what these watch for.
-
-
-@pytest.fixture(scope="module")
-def stability():
-    """benchmarks/stability.py, which is no package."""
-    specification = importlib.util.spec_from_file_location("stability", ROOT / "benchmarks" / "stability.py")
-    module = importlib.util.module_from_spec(specification)
-    sys.modules["stability"] = module  # its dataclasses look for it there
-    specification.loader.exec_module(module)
-    yield module
-    del sys.modules["stability"]
-
-
-def test_the_benchmark_finds_less_growth_with_post_norm(stability, tmp_path, capsys):
-    assert stability.main(["--quick", "--out", str(tmp_path / "picture.png")]) == 0
-    lines = [[cell.strip() for cell in line.split("|")[1:-1]] for line in capsys.readouterr().out.splitlines() if line]
-    header, rows = lines[0], lines[2:9]
-    assert header[0] == "norm" and header[6] == "last / first" and header[-1] == "diverged"
-    growth = {(row[0], tuple(row[1:4])): float(row[6]) for row in rows}
-    compared = [(growth["pre", shape], growth["post", shape]) for norm, shape in growth if norm == "pre"]
-    assert len(compared) == 3 and all(post < 0.8 * pre for pre, post in compared)
-    assert sum("windows grow" in row[0] for row in lines) == 3 and sum("cosine" in row[0] for row in lines) == 2
-    with Image.open(tmp_path / "picture.png") as picture:
-        assert picture.size > (800, 600)
-
-
-def test_the_benchmark_compares_with_the_toolkits_own_encoder(stability):
-    """Its default variant is `SwinV2`, image sizes with padding and windows that moved included; the others are not."""
-    images = torch.randn(2, 3, 48, 40)
-    for depths in ((2, 2), (2,)):
-        model = stability.make_model(stability.Variant(), 16, depths, 3).encoder
-        for parameter in model.parameters():
-            torch.nn.init.normal_(parameter, std=0.5)
-        stock = SwinV2(model.config)
-        stock.load_state_dict(model.state_dict())
-        for window in (4, 6):
-            for block in (*stability.blocks_of(model), *stability.blocks_of(stock)):
-                block.window_size, block.pretrained_window = window, 4
-            with torch.no_grad():
-                torch.testing.assert_close(model(images).features, stock(images).features)
-    for change in ({"norm": "pre"}, {"attention": "dot"}, {"bias": "table"}, {"bias": "linear"}):
-        other = stability.make_model(stability.Variant(**change), 16, (2,), 3).encoder
-        other.load_state_dict(stock.state_dict(), strict=False)
-        for block in stability.blocks_of(other):
-            block.window_size, block.pretrained_window = 6, 4
-        with torch.no_grad():
-            assert (other(images).features - stock(images).features).abs().max() > 0.01, change
