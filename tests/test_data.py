@@ -8,7 +8,7 @@ from collections import Counter
 import numpy as np
 import pytest
 import torch
-from PIL import Image, ImageOps
+from PIL import Image
 
 from simmim.data import (
     UNREADABLE,
@@ -23,7 +23,6 @@ from simmim.data import (
     find_images,
     image_dataset,
     labeled_images,
-    normalise,
     open_picture,
     read_image,
     survey,
@@ -412,112 +411,6 @@ def test_survey_takes_an_even_sample(tmp_path):
     seen = survey_of(tmp_path, sampled=2)
     assert seen.mean == (1.0,) and seen.short_side_px == 10
     assert seen.decoded_mib == pytest.approx(20 * 900 / 2**20)
-
-
-# --- views -----------------------------------------------------------------------------------------------------------
-
-
-@pytest.mark.parametrize("image_size", [(100, 100), (160, 90), (61, 97)])
-def test_random_crops_keep_to_their_ranges(image_size):
-    """All inside; area and ratio within the ranges but for rounding to whole pixels; the ranges are used up."""
-    scale, ratio = (0.3, 0.8), (0.8, 1.25)
-    view, generator = RandomView((32, 32), scale, ratio), random.Random(0)
-    boxes = np.array([view.crop_box(image_size, generator) for _ in range(4000)])
-    left, top, right, bottom = boxes.T
-    assert (left >= 0).all() and (top >= 0).all() and (right <= image_size[0]).all() and (bottom <= image_size[1]).all()
-    widths, heights = right - left, bottom - top
-    assert (widths > 0).all() and (heights > 0).all()
-    areas, ratios = widths * heights / np.prod(image_size), widths / heights
-    slack = 1 / min(widths.min(), heights.min())
-    assert areas.min() > scale[0] * (1 - slack) and areas.max() < scale[1] * (1 + slack)
-    assert ratios.min() > ratio[0] * (1 - slack) and ratios.max() < ratio[1] * (1 + slack)
-    if image_size[0] == image_size[1]:
-        assert areas.min() < 0.32 and areas.max() > 0.75 and ratios.min() < 0.83 and ratios.max() > 1.2
-        assert abs(np.log(ratios).mean()) < 0.01, "a ratio and its inverse are as likely"
-        offset = left / np.maximum(image_size[0] - widths, 1)
-        assert abs(offset.mean() - 0.5) < 0.03 and offset.min() == 0 and offset.max() == 1
-
-
-def test_ratio_is_width_over_height():
-    view, generator = RandomView((32, 32), (0.1, 0.2), (2.0, 3.0)), random.Random(0)
-    boxes = np.array([view.crop_box((200, 200), generator) for _ in range(200)])
-    ratios = (boxes[:, 2] - boxes[:, 0]) / (boxes[:, 3] - boxes[:, 1])
-    assert ratios.min() > 1.95 and ratios.max() < 3.1
-
-
-def test_random_crop_of_extreme_shapes():
-    """Where no crop fits: the largest that the ratios allow, centred; a lone row or pixel is a crop too."""
-    view = RandomView((8, 8), crop_scale=(0.9, 1.0), crop_ratio=(0.5, 2.0))
-    assert view.crop_box((1000, 100), random.Random(0)) == (400, 0, 600, 100)
-    assert view.crop_box((100, 1000), random.Random(0)) == (0, 400, 100, 600)
-    assert view.crop_box((1, 1), random.Random(0)) == (0, 0, 1, 1)
-    for size in ((300, 1), (1, 300)):
-        left, top, right, bottom = view.crop_box(size, random.Random(0))
-        assert 0 <= left < right <= size[0] and 0 <= top < bottom <= size[1]
-        assert view(Picture(Image.new("L", size)), random.Random(0)).shape == (1, 8, 8)
-
-
-def as_view(image):
-    """(channels, height, width), as a view gives it."""
-    return torch.from_numpy(np.atleast_3d(np.asarray(image)).copy()).permute(2, 0, 1)
-
-
-def within_1(view, expected):
-    """Torch and Pillow round their one filter differently in places."""
-    return view.shape == expected.shape and (view.int() - expected.int()).abs().max() <= 1
-
-
-def test_random_view_is_the_crop_resized_and_sometimes_mirrored():
-    image = Image.fromarray(random_pixels(40, 60, 3))
-    picture, view = Picture(image), RandomView((16, 24))
-    mirrored = 0
-    for seed in range(200):
-        box = view.crop_box(image.size, random.Random(seed))
-        plain = image.crop(box).resize((24, 16), Image.Resampling.BILINEAR)
-        result = view(picture, random.Random(seed))
-        if not within_1(result, as_view(plain)):
-            assert within_1(result, as_view(ImageOps.mirror(plain)))
-            mirrored += 1
-    assert 70 < mirrored < 130
-    assert torch.equal(view(picture, random.Random(199)), result)
-    for flip in (0.0, 1.0):
-        for seed in range(5):
-            crop = image.crop(view.crop_box(image.size, random.Random(seed))).resize((24, 16), 2)
-            expected = as_view(ImageOps.mirror(crop) if flip else crop)
-            assert within_1(RandomView((16, 24), flip=flip)(picture, random.Random(seed)), expected)
-
-
-def test_whole_image_crop_changes_nothing():
-    image = Image.fromarray(random_pixels(24, 24, 3))
-    view = RandomView((24, 24), crop_scale=(1.0, 1.0), crop_ratio=(1.0, 1.0), flip=0.0)
-    assert torch.equal(view(Picture(image), random.Random(0)), as_view(image))
-
-
-@pytest.mark.parametrize(
-    "image_size, size, share, box",
-    [
-        ((32, 32), (32, 32), 1.0, (0, 0, 32, 32)),
-        ((60, 40), (32, 32), 1.0, (10, 0, 50, 40)),
-        ((60, 40), (20, 60), 1.0, (0, 10, 60, 30)),
-        ((40, 80), (32, 32), 0.5, (10, 30, 30, 50)),
-        ((64, 64), (56, 56), 0.875, (4, 4, 60, 60)),
-    ],
-)
-def test_centre_view(image_size, size, share, box):
-    image = Image.fromarray(random_pixels(image_size[1], image_size[0], 3))
-    expected = image.crop(box).resize(size[::-1], Image.Resampling.BILINEAR)
-    assert within_1(CentreView(size, share)(Picture(image)), as_view(expected))
-
-
-def test_tensors_and_normalising():
-    rgb, gray = random_pixels(4, 6, 3), random_pixels(4, 6)
-    for pixels in (rgb, gray):
-        tensor = Picture(Image.fromarray(pixels)).crop((0, 0, 6, 4), (4, 6))
-        assert torch.equal(tensor, torch.from_numpy(np.atleast_3d(pixels)).permute(2, 0, 1))
-    images, mean, std = random_pixels(5, 3, 4, 6), (0.1, 0.5, 0.9), (0.2, 1.0, 3.0)
-    expected = (images / 255 - np.reshape(mean, (3, 1, 1))) / np.reshape(std, (3, 1, 1))
-    result = normalise(torch.from_numpy(images), mean, std)
-    assert result.dtype == torch.float32 and np.abs(result.numpy() - expected).max() < 1e-6
 
 
 # --- samples and their order -----------------------------------------------------------------------------------------
