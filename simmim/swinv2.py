@@ -22,6 +22,8 @@ from einops import rearrange
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
+from simmim import fused
+
 Size = tuple[int, int]
 
 # Added to the logits of token pairs that the cyclic shift brought together. The reference's value: below every logit at
@@ -255,6 +257,16 @@ def keep_apart(regions: Tensor) -> Tensor:
     return (regions[:, :, None] != regions[:, None, :]).to(torch.float32) * MASKED_LOGIT
 
 
+@lru_cache(maxsize=64)
+def fused_windows(size: Size, window: Size, shift: Size, padded: Size, shift_before_padding: bool) -> fused.Windows:
+    """`SwinV2Block.windowed_attention`'s way of padding, shifting and partitioning a map, as indices."""
+    with torch.inference_mode(False), torch.no_grad():
+        tokens = torch.arange(1, 1 + size[0] * size[1]).view(1, *size, 1)
+        placed = partition(tokens, window, shift, padded, shift_before_padding).squeeze(-1) - 1
+        regions = shift_regions(padded, window, shift, placed.device).to(torch.uint8) if any(shift) else None
+        return fused.Windows(placed.int(), regions, relative_position_index(window, placed.device))
+
+
 class WindowAttention(nn.Module):
     """Scaled cosine attention inside windows with log-spaced continuous position bias (sections 3.2 and 3.3).
 
@@ -286,6 +298,10 @@ class WindowAttention(nn.Module):
         table = self.position_table(window, pretrained)
         return bias_of_pairs(table, relative_position_index(window, table.device))
 
+    def inverse_temperature(self) -> Tensor:
+        """1 / τ of each head, (h, 1, 1), at least float32."""
+        return at_least_float32(self.logit_scale).clamp(max=MAX_LOGIT_SCALE).exp()
+
     def forward(
         self, x: Tensor, window: Size, pretrained: Size, mask: Tensor | None, windows_at_once: int | None = None
     ) -> Tensor:
@@ -298,8 +314,7 @@ class WindowAttention(nn.Module):
         qkv_bias = torch.cat((self.q_bias, torch.zeros_like(self.q_bias), self.v_bias))
         qkv = rearrange(F.linear(x, self.qkv.weight, qkv_bias), "b n (t h d) -> b n t h d", t=3, h=self.num_heads)
         with without_autocast(x.device):  # see `attend`
-            scale = at_least_float32(self.logit_scale).clamp(max=MAX_LOGIT_SCALE).exp()
-            table = self.position_table(window, pretrained)
+            scale, table = self.inverse_temperature(), self.position_table(window, pretrained)
         index = relative_position_index(window, x.device)
         if windows_at_once is None:
             mixed = attend(qkv, scale, table, index, mask)
@@ -400,10 +415,18 @@ class DropPath(nn.Module):
         self.rate = rate
 
     def forward(self, x: Tensor) -> Tensor:
-        if not self.training or self.rate == 0.0:
+        if not self.active:
             return x
-        keep = x.new_empty((x.shape[0],) + (1,) * (x.ndim - 1)).bernoulli_(1 - self.rate)
-        return x * keep / (1 - self.rate)
+        return x * self.factors(x).view(-1, *(1,) * (x.ndim - 1))
+
+    @property
+    def active(self) -> bool:
+        """Whether anything is dropped."""
+        return self.training and self.rate > 0.0
+
+    def factors(self, x: Tensor) -> Tensor:
+        """0 or 1 / (1 − rate) for each image of x: (B,)."""
+        return x.new_empty(len(x)).bernoulli_(1 - self.rate) / (1 - self.rate)
 
     def extra_repr(self) -> str:
         return f"rate={self.rate:.3f}"
@@ -440,33 +463,56 @@ class SwinV2Block(nn.Module):
 
     def forward(self, x: Tensor, windows_at_once: int | None = None) -> Tensor:
         """(B, H, W, C) to the same shape, attending to so many windows at once; None for all."""
+        if windows_at_once is None and fused.takes(self, x):
+            return self.norm3(self.fused(x))
         x = x + self.drop_path(self.norm1(self.windowed_attention(x, windows_at_once)))
         x = x + self.drop_path(self.norm2(self.mlp(x)))
         return self.norm3(x)
 
-    def windowed_attention(self, x: Tensor, windows_at_once: int | None = None) -> Tensor:
-        """Attention inside the block's windows: pad, shift, partition, attend, and back."""
+    def fused(self, x: Tensor) -> Tensor:
+        """Both branches joined, as the lines of `forward`, in fewer passes over memory."""
         size = x.shape[1:3]
+        window, shift, padded = self.geometry(size)
+        windows = fused_windows(tuple(size), window, shift, padded, self.shift_before_padding)
+        with without_autocast(x.device):
+            scale = self.attn.inverse_temperature()
+            table = self.attn.position_table(window, self.pretrained(window))
+        drop = self.drop_path
+        x = fused.join_attention(x, self.attn, self.norm1, drop.factors(x) if drop.active else None, windows, scale, table)
+        return fused.join_mlp(x, self.mlp, self.norm2, drop.factors(x) if drop.active else None)
+
+    def geometry(self, size: Size) -> tuple[Size, Size, Size]:
+        """On a map of `size`: the window, its shift, and the size padded to whole windows."""
         window = tuple(min(self.window_size, side) for side in size)
         # A map that one window covers has nothing to shift.
         shift = tuple(w // 2 if self.shifted and side > w else 0 for side, w in zip(size, window))
-        pretrained = as_pair(self.pretrained_window) if self.pretrained_window else window
-        padded = tuple(-(-side // w) * w for side, w in zip(size, window))
+        return window, shift, tuple(-(-side // w) * w for side, w in zip(size, window))
 
-        if self.shift_before_padding:
-            x = pad_to(roll(x, (-shift[0], -shift[1])), padded)
-        else:
-            x = roll(pad_to(x, padded), (-shift[0], -shift[1]))
+    def pretrained(self, window: Size) -> Size:
+        """The window by which position-bias coordinates are scaled."""
+        return as_pair(self.pretrained_window) if self.pretrained_window else window
+
+    def windowed_attention(self, x: Tensor, windows_at_once: int | None = None) -> Tensor:
+        """Attention inside the block's windows: pad, shift, partition, attend, and back."""
+        size = x.shape[1:3]
+        window, shift, padded = self.geometry(size)
+        windows = partition(x, window, shift, padded, self.shift_before_padding)
         # The mask of all windows, N times their labels, would be the largest tensor left in sequential attention.
         keep = shift_mask if windows_at_once is None else shift_regions
         mask = keep(padded, window, shift, x.device) if any(shift) else None
-        windows = rearrange(x, "b (m p) (n q) c -> (b m n) (p q) c", p=window[0], q=window[1])
-        windows = self.attn(windows, window, pretrained, mask, windows_at_once)
+        windows = self.attn(windows, window, self.pretrained(window), mask, windows_at_once)
         rows, columns = padded[0] // window[0], padded[1] // window[1]
         x = rearrange(windows, "(b m n) (p q) c -> b (m p) (n q) c", m=rows, n=columns, p=window[0])
         if self.shift_before_padding:
             return roll(x[:, : size[0], : size[1]], shift)
         return roll(x, shift)[:, : size[0], : size[1]]
+
+
+def partition(x: Tensor, window: Size, shift: Size, padded: Size, shift_before_padding: bool) -> Tensor:
+    """(B, H, W, C) to windows, (B · M, N, C), padded to whole ones and shifted, in the order that is asked for."""
+    back = (-shift[0], -shift[1])
+    x = pad_to(roll(x, back), padded) if shift_before_padding else roll(pad_to(x, padded), back)
+    return rearrange(x, "b (m p) (n q) c -> (b m n) (p q) c", p=window[0], q=window[1])
 
 
 def roll(x: Tensor, shift: Size) -> Tensor:

@@ -73,3 +73,9 @@ def power_cut():
             yield
 
     return power_cut
+
+
+@pytest.fixture
+def plain_blocks(monkeypatch):
+    """The encoder's own lines on a CPU too, not the kernels of `simmim.fused`."""
+    monkeypatch.setattr("simmim.fused.takes", lambda block, x: False)

@@ -23,6 +23,7 @@ from simmim.optim import adamw, parameter_groups
 from simmim.plan import GIB, USABLE_SHARE, Setup, cached_bytes, flops, memory, plan, plan_for, render
 from simmim.swinv2 import PRESETS, SwinV2, SwinV2Config
 
+pytestmark = pytest.mark.usefixtures("plain_blocks")
 ROOT = Path(__file__).parent.parent
 SWITCHES = {"plain": (False, None), "checkpointed": (True, None), "sequential": (False, 8), "both": (True, 8)}
 ODD = SwinV2Config(

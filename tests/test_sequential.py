@@ -7,6 +7,7 @@ from simmim import swinv2
 from simmim.model import SimMIM
 from simmim.swinv2 import SwinV2, SwinV2Config
 
+pytestmark = pytest.mark.usefixtures("plain_blocks")
 SWITCHES = {"plain": {}, "sequential": {"sequential_attention": 3}, "checkpointed": {"checkpoint_activations": True}}
 SWITCHES["both"] = SWITCHES["sequential"] | SWITCHES["checkpointed"]
 

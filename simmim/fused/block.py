@@ -1,0 +1,243 @@
+"""A Swin V2 block's two branches on a CPU, each one step of automatic differentiation: the matrix products by torch,
+everything between them by kernels.c.
+
+The same mathematics as `simmim.swinv2`, whose plain lines are what a reader wants and what every other device runs. What
+is saved: windows are never copied, weights of the attention never kept, GELU is computed again in the backward pass, and
+the main path stays float32 under autocast.
+
+Shape letters as in `simmim.swinv2`; T tokens of an image.
+"""
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import torch
+from torch import Tensor, nn
+from torch.autograd.function import Function, once_differentiable
+
+from simmim.fused.library import Attention, Join, kernels
+
+LARGEST_WINDOW = 1024  # tokens; scratch of a thread grows with their square
+# Of a linear layer oneDNN's products are 1.1 times as fast as MKL's, which torch takes in float32 (on a Zen 4 core, output
+# and gradient of the input; not that of the weight).
+ONEDNN = torch.backends.mkldnn.is_available() and hasattr(torch.ops.mkldnn, "_linear_pointwise")
+
+
+class Windows(NamedTuple):
+    """How an image's tokens fall into windows, and what belongs to pairs of them.
+
+    Attributes:
+        token_of: (M, N) int32, the token, row by row, at each place of each window; -1 for padding.
+        region_of: (M, N) uint8 as from `simmim.swinv2.shift_regions`; None where windows are not shifted.
+        offset_of: (N · N,) int64 as from `simmim.swinv2.relative_position_index`.
+    """
+
+    token_of: Tensor
+    region_of: Tensor | None
+    offset_of: Tensor
+
+
+def takes(block: nn.Module, x: Tensor) -> bool:
+    """Whether the kernels can do this block on `x`, (B, H, W, C), and nobody listens inside it."""
+    kind = product_type()
+    if x.device.type != "cpu" or kind not in (torch.float32, torch.bfloat16) or x.dtype not in (torch.float32, kind):
+        return False
+    if not plainly_eager():
+        return False
+    if any(parameter.dtype != torch.float32 for parameter in block.parameters()):
+        return False
+    if any(part._forward_hooks or part._forward_pre_hooks for part in block.modules() if part is not block):
+        return False
+    if min(block.window_size, max(x.shape[1:3])) ** 2 > LARGEST_WINDOW:
+        return False
+    found = kernels()
+    return found is not None and (found.threaded or torch.get_num_threads() == 1)
+
+
+def plainly_eager() -> bool:
+    """Neither compiling, tracing, exporting nor under a transform of torch.func."""
+    return not (
+        torch.compiler.is_compiling() or torch.jit.is_tracing() or torch._C._functorch.peek_interpreter_stack() is not None
+    )
+
+
+def product_type() -> torch.dtype:
+    """What matrix products are computed in: bfloat16 under autocast to it, else float32."""
+    return torch.get_autocast_dtype("cpu") if torch.is_autocast_enabled("cpu") else torch.float32
+
+
+def join_attention(
+    x: Tensor, attn: nn.Module, norm: nn.LayerNorm, keep: Tensor | None, windows: Windows, scale: Tensor, table: Tensor
+) -> Tensor:
+    """x + keep · norm(attention(x)), (B, H, W, C) float32.
+
+    Args:
+        keep: (B,), the factor of stochastic depth; None for 1.
+        scale: (h, 1, 1), 1 / τ.
+        table: (offsets, h), the position bias of each offset.
+    """
+    return AttentionBranch.apply(
+        x.float(), attn.qkv.weight, attn.q_bias, attn.v_bias, scale, table, attn.proj.weight, attn.proj.bias,
+        norm.weight, norm.bias, norm.eps, None if keep is None else keep.float(), windows, product_type(),
+    )  # fmt: skip
+
+
+def join_mlp(x: Tensor, mlp: nn.Module, norm: nn.LayerNorm, keep: Tensor | None) -> Tensor:
+    """x + keep · norm(mlp(x)), (B, H, W, C) float32."""
+    return MlpBranch.apply(
+        x.float(), mlp.fc1.weight, mlp.fc1.bias, mlp.fc2.weight, mlp.fc2.bias, norm.weight, norm.bias, norm.eps,
+        None if keep is None else keep.float(), product_type(),
+    )  # fmt: skip
+
+
+class AttentionBranch(Function):
+    """`join_attention`."""
+
+    @staticmethod
+    def forward(
+        ctx, x, qkv_weight, q_bias, v_bias, scale, table, proj_weight, proj_bias, gain, shift, epsilon, keep, windows, kind
+    ) -> Tensor:
+        tokens = rows(x).to(kind)
+        qkv_weight, proj_weight = qkv_weight.to(kind), proj_weight.to(kind)
+        qkv = product(tokens, qkv_weight)
+        images, heads = len(x), scale.numel()
+        mixed, log_sums = torch.empty_like(tokens), x.new_empty(images * windows.token_of.numel() * heads)
+        call = attention_call(qkv, q_bias, v_bias, scale, table, windows, images)
+        kernels().call("attention_forward", call, at(mixed), at(log_sums))
+        branch = product(mixed, proj_weight)
+        out, moments = join(x, branch, proj_bias, gain, shift, epsilon, keep)
+        ctx.save_for_backward(
+            tokens, qkv_weight, q_bias, v_bias, scale, table, qkv, log_sums, mixed, proj_weight, proj_bias, branch, gain,
+            shift, keep, moments, *windows,
+        )  # fmt: skip
+        ctx.epsilon, ctx.images = epsilon, images
+        return out
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, grad):
+        (
+            tokens, qkv_weight, q_bias, v_bias, scale, table, qkv, log_sums, mixed, proj_weight, proj_bias, branch, gain,
+            shift, keep, moments, *windows,
+        ) = ctx.saved_tensors  # fmt: skip
+        grad = grad.contiguous()
+        grad_branch, of_join = join_back(grad, branch, proj_bias, gain, shift, ctx.epsilon, keep, moments, ctx.images)
+        grad_proj = grad_branch.T @ mixed if ctx.needs_input_grad[6] else None
+        grad_mixed = product(grad_branch, proj_weight.T)
+        grad_qkv = torch.empty_like(qkv)
+        of_biases = [torch.empty_like(value) for value in (q_bias, v_bias, scale, table)]
+        call = attention_call(qkv, q_bias, v_bias, scale, table, Windows(*windows), ctx.images)
+        kernels().call("attention_backward", call, at(log_sums), at(grad_mixed), at(grad_qkv), *map(at, of_biases))
+        grad_qkv_weight = grad_qkv.T @ tokens if ctx.needs_input_grad[1] else None
+        grad_x = added(grad, grad_qkv, qkv_weight) if ctx.needs_input_grad[0] else None
+        return grad_x, as_float(grad_qkv_weight), *of_biases, as_float(grad_proj), *of_join, *[None] * 4
+
+
+class MlpBranch(Function):
+    """`join_mlp`."""
+
+    @staticmethod
+    def forward(ctx, x, weight1, bias1, weight2, bias2, gain, shift, epsilon, keep, kind) -> Tensor:
+        tokens = rows(x).to(kind)
+        weight1, weight2 = weight1.to(kind), weight2.to(kind)
+        hidden = product(tokens, weight1)
+        active = torch.empty_like(hidden)
+        kernels().call("gelu_forward", at(hidden), at(bias1), at(active), *hidden.shape, *how(hidden))
+        branch = product(active, weight2)
+        del active
+        out, moments = join(x, branch, bias2, gain, shift, epsilon, keep)
+        ctx.save_for_backward(tokens, weight1, bias1, hidden, weight2, bias2, branch, gain, shift, keep, moments)
+        ctx.epsilon, ctx.images = epsilon, len(x)
+        return out
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, grad):
+        tokens, weight1, bias1, hidden, weight2, bias2, branch, gain, shift, keep, moments = ctx.saved_tensors
+        grad = grad.contiguous()
+        grad_branch, of_join = join_back(grad, branch, bias2, gain, shift, ctx.epsilon, keep, moments, ctx.images)
+        grad_hidden = product(grad_branch, weight2.T)
+        active, grad_bias1 = torch.empty_like(hidden), torch.empty_like(bias1)
+        kernels().call(
+            "gelu_backward", at(hidden), at(bias1), at(grad_hidden), at(active), at(grad_bias1), *hidden.shape, *how(hidden)
+        )
+        grad_weight2 = grad_branch.T @ active if ctx.needs_input_grad[3] else None
+        del active, grad_branch
+        grad_weight1 = grad_hidden.T @ tokens if ctx.needs_input_grad[1] else None
+        grad_x = added(grad, grad_hidden, weight1) if ctx.needs_input_grad[0] else None
+        return grad_x, as_float(grad_weight1), grad_bias1, as_float(grad_weight2), *of_join, *[None] * 3
+
+
+# --- Calls ---------------------------------------------------------------------------------------------------------------
+
+
+def join(x, branch, bias, gain, shift, epsilon, keep) -> tuple[Tensor, Tensor]:
+    """x + keep · norm(branch + bias), and each row's mean and 1 / deviation, (rows, 2)."""
+    x = x.contiguous()
+    out, moments = torch.empty_like(x), x.new_empty(len(branch), 2)
+    call = join_call(branch, bias, gain, shift, epsilon, keep, len(x))
+    kernels().call("join_forward", call, at(x), at(out), at(moments))
+    return out, moments
+
+
+def join_back(grad, branch, bias, gain, shift, epsilon, keep, moments, images) -> tuple[Tensor, list[Tensor]]:
+    """The branch's gradient, and those of bias, gain and shift, from that of what `join` gave."""
+    grad_branch, of_join = torch.empty_like(branch), [torch.empty_like(value) for value in (bias, gain, shift)]
+    call = join_call(branch, bias, gain, shift, epsilon, keep, images)
+    kernels().call("join_backward", call, at(moments), at(grad), at(grad_branch), *map(at, of_join))
+    return grad_branch, of_join
+
+
+def join_call(branch, bias, gain, shift, epsilon, keep, images) -> Join:
+    """What both directions of `join` take."""
+    count, dim = branch.shape
+    return Join(at(branch), at(bias), at(gain), at(shift), at(keep), count, count // images, dim, epsilon, *how(branch))
+
+
+def attention_call(qkv, q_bias, v_bias, scale, table, windows: Windows, images: int) -> Attention:
+    """What both directions of attention take."""
+    heads = scale.numel()
+    return Attention(
+        at(qkv), at(q_bias), at(v_bias), at(scale), at(table), at(windows.offset_of), at(windows.token_of),
+        at(windows.region_of), images, len(qkv) // images, *windows.token_of.shape, heads, len(q_bias) // heads, len(table),
+        *how(qkv),
+    )  # fmt: skip
+
+
+def how(x: Tensor) -> tuple[int, int]:
+    """Whether products are bfloat16, and how many threads may work."""
+    return x.dtype == torch.bfloat16, torch.get_num_threads()
+
+
+def at(x: Tensor | None) -> int | None:
+    """Where its numbers are."""
+    if x is None:
+        return None
+    assert x.is_contiguous()
+    return x.data_ptr()
+
+
+def rows(x: Tensor) -> Tensor:
+    """(B, H, W, C) to (B · T, C)."""
+    return x.reshape(-1, x.shape[-1])
+
+
+def product(x: Tensor, weight: Tensor) -> Tensor:
+    """x @ weightᵀ."""
+    if x.dtype == torch.float32 and ONEDNN:
+        return torch.ops.mkldnn._linear_pointwise(x, weight, None, "none", [], "")
+    return x @ weight.T
+
+
+def added(grad: Tensor, left: Tensor, right: Tensor) -> Tensor:
+    """grad + left @ right, in float32 and of grad's shape."""
+    if left.dtype != torch.float32:
+        return grad + (left @ right).view_as(grad)
+    if ONEDNN:
+        return torch.ops.mkldnn._linear_pointwise.binary(left, rows(grad), right.T, None, "add").view_as(grad)
+    return torch.addmm(rows(grad), left, right).view_as(grad)
+
+
+def as_float(grad: Tensor | None) -> Tensor | None:
+    """Of a weight: float32."""
+    return None if grad is None else grad.float()

@@ -1,0 +1,274 @@
+"""The kernels for a CPU: they compute what the encoder's own lines do, and stand aside where they cannot."""
+import math
+import os
+import subprocess
+import sys
+
+import pytest
+import torch
+import torch.nn.functional as F
+from memory import LiveBytes
+
+from simmim import fused, swinv2
+from simmim.fused import block as calls
+from simmim.fused import library
+from simmim.swinv2 import SwinV2, SwinV2Config
+
+CASES = {
+    "divided, heads of 32": (SwinV2Config(64, (2, 2), (2, 4), window_size=8), (64, 96)),
+    "padded, heads of 12": (SwinV2Config(24, (2, 2), (2, 4), window_size=5), (37, 53)),
+    "shifted before padding": (SwinV2Config(32, (2, 2), (2, 4), window_size=5, shift_before_padding=True), (37, 53)),
+    "heads of 40, shifted along one axis": (SwinV2Config(40, (2,), (1,), window_size=6), (24, 80)),
+    "one window of 3 tokens": (SwinV2Config(16, (1,), (2,), window_size=8), (4, 12)),
+    "extra norms": (SwinV2Config(16, (1, 1, 2), (1, 2, 4), window_size=4, extra_norm_every=1), (64, 64)),
+    "drop path": (SwinV2Config(16, (2, 2), (2, 4), window_size=4, drop_path_rate=0.5), (32, 48)),
+}
+
+
+@torch.no_grad()
+def randomised(config):
+    """An encoder whose every parameter matters, with temperatures on either side of the clamp."""
+    torch.manual_seed(0)
+    encoder = SwinV2(config).train()
+    for name, parameter in encoder.named_parameters():
+        if name.endswith("logit_scale"):
+            parameter.uniform_(1.0, 5.0)
+        elif parameter.ndim == 1:
+            parameter.normal_(float(name.endswith("weight")), 0.2)
+        else:
+            parameter.normal_(0, parameter[0].numel() ** -0.5)
+    return encoder
+
+
+def results(encoder, images, half=False):
+    """Features and all gradients of a loss of which every feature is a part."""
+    encoder.zero_grad()
+    images = images.clone().requires_grad_()
+    torch.manual_seed(3)
+    with torch.autocast("cpu", torch.bfloat16, enabled=half):
+        features = encoder(images).features
+    weights = torch.linspace(-1, 1, features.numel(), dtype=torch.float64).sin().view_as(features)
+    (features.double() * weights).sum().backward()
+    gradients = {name: parameter.grad.clone() for name, parameter in encoder.named_parameters()}
+    return {"features": features.detach(), "images": images.grad, **gradients}
+
+
+def distance(actual, expected):
+    """Of two tensors, as a share of the second's length."""
+    return ((actual.double() - expected.double()).norm() / expected.double().norm()).item()
+
+
+def images_of(config, size, count=2):
+    return torch.randn(count, config.in_channels, *size, generator=torch.Generator().manual_seed(1))
+
+
+def test_the_machine_has_them():
+    """Everything below would otherwise compare the plain lines with themselves."""
+    assert fused.kernels() is not None, fused.reason()
+    assert fused.kernels().threaded
+    config, size = CASES["drop path"]
+    seen = []
+    take = fused.takes
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("simmim.fused.takes", lambda block, x: seen.append(take(block, x)) or seen[-1])
+        SwinV2(config)(images_of(config, size))
+    assert seen == [True] * 4
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_equal_to_float64(case, monkeypatch):
+    """Output and every gradient are as near to a float64 computation by the plain lines as those lines are in float32."""
+    config, size = CASES[case]
+    encoder, images = randomised(config), images_of(config, size)
+    factors = torch.tensor([2.0, 0.0])  # of a whole batch, in all precisions alike
+    monkeypatch.setattr(swinv2.DropPath, "factors", lambda self, x: factors.to(x.dtype))
+    actual = results(encoder, images)
+    monkeypatch.setattr("simmim.fused.takes", lambda block, x: False)
+    plain, expected = results(encoder, images), results(encoder.double(), images.double())
+    for name, value in expected.items():
+        assert value.abs().max() > 0, name
+        # Gradients of temperatures and position biases are sums that nearly cancel.
+        allowed = 20 if "logit_scale" in name or "cpb" in name else 6
+        assert distance(actual[name], value) < min(allowed * distance(plain[name], value) + 1e-6, 2e-3), name
+
+
+@pytest.mark.parametrize("case", ["divided, heads of 32", "padded, heads of 12", "drop path"])
+def test_bfloat16_is_as_good_as_the_plain_lines(case, monkeypatch):
+    """Under autocast both round products; the main path here is float32, so that the error is no larger."""
+    config, size = CASES[case]
+    encoder, images = randomised(config), images_of(config, size)
+    factors = torch.tensor([2.0, 0.0])
+    monkeypatch.setattr(swinv2.DropPath, "factors", lambda self, x: factors.to(x.dtype))
+    for name, parameter in encoder.named_parameters():
+        if name.endswith("logit_scale"):
+            parameter.data.fill_(2.0)  # at the lowest temperatures rounding decides which token is attended to
+    actual = results(encoder, images, half=True)
+    monkeypatch.setattr("simmim.fused.takes", lambda block, x: False)
+    plain = results(encoder, images, half=True)
+    expected = results(encoder.double(), images.double())
+    ours, theirs = ({name: distance(found[name], expected[name]) for name in expected} for found in (actual, plain))
+    assert ours["features"] < theirs["features"] < 0.05
+    assert all(value.dtype == torch.float32 for name, value in actual.items() if name != "features")
+    assert math.fsum(ours.values()) < 1.2 * math.fsum(theirs.values())
+    assert max(ours[name] / theirs[name] for name in ours) < 4
+
+
+def test_two_threads_compute_the_same():
+    """Sums are cut into other parts; twice with the same number of threads gives the same bits."""
+    config, size = CASES["padded, heads of 12"]
+    encoder, images = randomised(config), images_of(config, size, count=3)
+    one = results(encoder, images)
+    try:
+        torch.set_num_threads(2)
+        two, again = results(encoder, images), results(encoder, images)
+    finally:
+        torch.set_num_threads(1)
+    assert any((one[name] != two[name]).any() for name in one)
+    for name, value in one.items():
+        assert (two[name] == again[name]).all(), name
+        assert distance(two[name], value) < 1e-4, name
+
+
+def test_gelu_and_its_slope_to_the_last_digits():
+    """Over all of the curve, both tails and a row that fills no vector; the exact form, not the one by tanh."""
+    x = torch.linspace(-12, 12, 7 * 101).view(7, 101)
+    bias, slope = torch.linspace(-1, 1, 101), torch.linspace(1, 2, 7 * 101).view(7, 101)
+    exact = (x.double() + bias.double()).requires_grad_()
+    value = F.gelu(exact)
+    (value * slope.double()).sum().backward()
+    active, again, grad, grad_bias = torch.empty_like(x), torch.empty_like(x), slope.clone(), torch.empty(101)
+    run = fused.kernels().call
+    run("gelu_forward", *map(calls.at, (x, bias, active)), 7, 101, 0, 1)
+    run("gelu_backward", *map(calls.at, (x, bias, grad, again, grad_bias)), 7, 101, 0, 1)
+    assert (active == again).all()
+    assert (active - value).abs().max() < 2e-6 and (grad - exact.grad).abs().max() < 2e-6
+    assert (grad_bias - exact.grad.sum(0)).abs().max() < 1e-5
+
+
+def test_attention_at_the_ends_of_its_logits():
+    """Equal, opposite and zero queries at the lowest temperature: 100 + 16 at most, and no division by zero."""
+    config = SwinV2Config(16, (2,), (1,), window_size=4)
+    encoder = randomised(config)
+    attention = encoder.layers[0].blocks[1].attn
+    with torch.no_grad():
+        attention.logit_scale.fill_(10.0)
+        attention.q_bias.zero_()
+        attention.qkv.weight[16:32] = attention.qkv.weight[:16]
+    x = torch.randn(1, 8, 8, 16, generator=torch.Generator().manual_seed(0))
+    x[0, 2] = 0
+    x[0, 3] = -x[0, 4]
+    block = encoder.layers[0].blocks[1]
+    actual = block(x)
+    assert torch.isfinite(actual).all()
+    assert distance(actual, block.double()(x.double())) < 1e-5
+
+
+def test_what_is_not_asked_for_is_not_computed():
+    """A frozen encoder gives its images' gradient and none of its own; without gradients nothing is kept."""
+    config, size = CASES["divided, heads of 32"]
+    encoder, images = randomised(config), images_of(config, size)
+    expected = results(encoder, images)["images"]
+    encoder.requires_grad_(False)
+    images.requires_grad_()
+    features = encoder(images).features
+    weights = torch.linspace(-1, 1, features.numel(), dtype=torch.float64).sin().view_as(features)
+    (features.double() * weights).sum().backward()
+    assert distance(images.grad, expected) < 1e-6
+    with torch.inference_mode():
+        assert (encoder(images).features == features).all()
+
+
+def test_checkpointed_blocks_give_the_same_bits():
+    """Recomputed in the backward pass, drop path included."""
+    config, size = CASES["drop path"]
+    encoder, images = randomised(config), images_of(config, size)
+    expected = results(encoder, images)
+    encoder.checkpoint_activations = True
+    for name, value in results(encoder, images).items():
+        assert (value == expected[name]).all(), name
+
+
+def test_a_step_keeps_less_than_two_thirds(monkeypatch):
+    """Bytes of live tensors at the most during a step, without weights: no windows, no attention weights, no GELU."""
+
+    def most():
+        encoder, images = SwinV2(SwinV2Config(32, (2, 2), (1, 2), window_size=12)), torch.randn(4, 3, 96, 96)
+        with LiveBytes([*encoder.parameters(), images]) as live:
+            encoder(images).features.sum().backward()
+        return live.peak
+
+    ours = most()
+    monkeypatch.setattr("simmim.fused.takes", lambda block, x: False)
+    assert ours < 0.67 * most()
+
+
+def refused(encoder, images):
+    """Whether no block of the encoder takes the kernels."""
+    seen = []
+    take = fused.takes
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("simmim.fused.takes", lambda block, x: seen.append(take(block, x)) or seen[-1])
+        encoder(images)
+    assert seen
+    return not any(seen)
+
+
+def test_they_stand_aside():
+    """For what they do not know: other precisions, listeners inside a block, torch.func and its batches, windows so large
+    that their scratch would not fit."""
+    config, size = CASES["drop path"]
+    images = images_of(config, size)
+    assert refused(SwinV2(config).double(), images.double())
+    assert refused(SwinV2(config).bfloat16(), images.bfloat16())
+    with torch.autocast("cpu", torch.float16):
+        assert refused(SwinV2(config), images)
+    encoder = SwinV2(config)
+    for block in (block for stage in encoder.layers for block in stage.blocks):
+        block.norm1.register_forward_hook(lambda *call: None)
+    assert refused(encoder, images)
+    encoder = SwinV2(config).eval()
+    per_image = torch.func.vmap(lambda image: encoder(image[None]).pooled[0])(images)
+    assert distance(per_image, encoder(images).pooled) < 1e-5
+    assert refused(SwinV2(SwinV2Config(16, (1,), (1,), window_size=40)), torch.zeros(1, 3, 160, 160))
+
+
+def features_in_a_process(tmp_path, **environment):
+    """What a fresh process computes and says of the kernels, with a cache of its own."""
+    script = (
+        "import torch; from simmim import SwinV2, fused; from simmim.swinv2 import SwinV2Config\n"
+        "torch.manual_seed(0); encoder = SwinV2(SwinV2Config(16, (1,), (2,), window_size=4))\n"
+        "encoder.layers[0].blocks[0].norm1.weight.data.fill_(1)\n"
+        "features = encoder(torch.arange(3072.0).view(1, 3, 32, 32).sin()).pooled\n"
+        "print(features.square().sum().item(), fused.reason() or 'fused', sep='|')"
+    )
+    environment = {**os.environ, "XDG_CACHE_HOME": str(tmp_path), **environment}
+    done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, env=environment, timeout=300)
+    assert done.returncode == 0 and not done.stderr, done.stderr
+    value, said = done.stdout.strip().split("|")
+    return float(value), said
+
+
+def test_without_a_compiler_the_plain_lines_serve(tmp_path):
+    """Silently, with the reason at hand and nothing left in the cache; the next process with a compiler has the kernels."""
+    broken = tmp_path / "broken-cc"
+    broken.write_text("#!/bin/sh\n[ \"$1\" = --version ] || { echo half > \"$8\"; exit 1; }\n")
+    broken.chmod(0o755)
+    expected, said = features_in_a_process(tmp_path / "cache", SIMMIM_KERNELS="0")
+    assert said == "switched off by SIMMIM_KERNELS=0"
+    for compiler, problem in ((str(broken), "does not compile them"), (str(tmp_path / "none"), "No such file")):
+        value, said = features_in_a_process(tmp_path / "cache", CC=compiler)
+        assert value == pytest.approx(expected, rel=1e-5) and problem in said
+        assert not list((tmp_path / "cache").rglob("*.so"))
+    value, said = features_in_a_process(tmp_path / "cache")
+    assert said == "fused" and value == pytest.approx(expected, rel=1e-5)
+    (kept,) = (tmp_path / "cache" / "simmim").iterdir()
+    assert kept.suffix == ".so"
+
+
+def test_a_cache_that_others_may_write_is_not_used(tmp_path, monkeypatch):
+    """A library is code: it is loaded from a folder of one's own alone."""
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "file"))
+    (tmp_path / "file").write_text("no folder")
+    monkeypatch.setattr(library.tempfile, "gettempdir", lambda: str(tmp_path))
+    folder = library.cache_folder()
+    assert folder.parent == tmp_path and folder.stat().st_mode & 0o077 == 0
