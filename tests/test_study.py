@@ -379,6 +379,7 @@ def test_a_study_goes_on_and_grows(finished, digits, encoder_folder, capsys):
         (("--data.fold", "[0,2]"), "it cross-validates by --folds"),
         (("--against", "no/such/encoder"), "no/such/encoder"),
         (("--data", "no/such/folder"), "no/such/folder"),
+        (("--image-size", "3"), "less than a patch of the encoder: give 4 or more"),
     ],
 )
 def test_refused(more, said, digits, encoder_folder, tmp_path, capsys):

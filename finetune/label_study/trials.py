@@ -127,9 +127,10 @@ def study(settings: StudySettings) -> StudyResult:
         ValueError: for settings, labels or encoders that cannot work, before anything is written where it can be known.
     """
     from finetune.label_study.report import check_libraries, write_report
-    from simmim.run_folder import taken_run_folder
+    from simmim.run_folder import check_run_folder, taken_run_folder
 
     check_libraries()
+    check_run_folder(settings.out, settings.resume, settings.overwrite)
     settings, arms, labels = prepared(settings)
     with taken_run_folder(settings) as run:
         result = run_arms(
@@ -145,10 +146,12 @@ def prepared(settings: StudySettings) -> tuple[StudySettings, list[Arm], dict[in
     for; those that there are not are said.
 
     Raises:
-        ValueError: when the labels cannot be read, no number of labels is left, or an encoder cannot be read.
+        ValueError: when the labels or an encoder cannot be read, no number of labels is left, or no run can start so.
     """
+    from finetune.start import starting_point
+    from finetune.trained_parts import frozen_parts
     from simmim.convert import read
-    from simmim.data import cores, labeled_images
+    from simmim.data import cores, labeled_images, survey
     from simmim.swinv2 import PRESETS
     from simmim.training import device_type
 
@@ -177,6 +180,10 @@ def prepared(settings: StudySettings) -> tuple[StudySettings, list[Arm], dict[in
     ]
     if settings.scratch:
         arms.append(Arm("from scratch", from_scratch(one), arms[0].fingerprint))
+    images = survey(read_labels.train)
+    for arm in arms:  # what cannot start says so now, and not from the first trial
+        encoder = starting_point(arm.settings, images, device_type(), None).encoder
+        frozen_parts(encoder, arm.settings.freeze, arm.settings.train_stages)
     return settings, arms, dict(sorted(labels.items(), key=lambda item: item[1]))
 
 
