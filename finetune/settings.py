@@ -29,6 +29,10 @@ class EncoderSettings:
     checkpoint_activations: bool = False
     sequential_attention: int | None = None
 
+    def __post_init__(self) -> None:
+        if self.window_size is not None and self.window_size < 1:
+            raise ValueError(f"encoder.window_size is {self.window_size}: give tokens a side, 1 or more")
+
 
 @dataclass(frozen=True)
 class OptimSettings:

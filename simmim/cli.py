@@ -251,6 +251,8 @@ def with_saved_config(arguments: Sequence[str]) -> list[str]:
             saved = Path(value).expanduser() / CONFIG
             if saved.is_file():
                 return ["--config", str(saved), *arguments]
+            if value and not any(word.partition("=")[0] in ("--data.path", "--config") for word in words):
+                raise UsageError(f"no run to resume at {value!r}: there is no {saved}; --data starts a run there")
     return list(arguments)
 
 
@@ -337,8 +339,12 @@ def run_export(arguments: Sequence[str]) -> None:
         chosen.features,
         chosen.dynamic_size,
     )
+    from finetune.segmentation.model import holds_segmenter
+
     for note in exported.notes:
         print(f"note: {note}")
+    if holds_segmenter(chosen.run):
+        print("note: the head of segmentation is left out: simmim predict reads it from the run")
     what = "encoder, mask token and decoder" if exported.form == "simmim" else exported.form
     print(f"exported the {what} to {exported.folder}; load it with\n\n{exported.code}")
 
@@ -572,7 +578,7 @@ def run_demo(arguments: Sequence[str]) -> None:
         raise UsageError(f"seeds is {chosen.seeds}: give 2 or more, so that there is an error to the mean")
     if out.exists() and chosen.overwrite and (out / "digits").is_dir():
         shutil.rmtree(out)
-    if out.exists() and any(out.iterdir()):
+    if out.is_file() or (out.exists() and any(out.iterdir())):
         raise UsageError(f"{chosen.out!r} exists: simmim demo --overwrite starts anew, --out gives another folder")
     print("1/4 writing 5,000 real handwritten digits", flush=True)
     digits = write_digits(out / "digits")

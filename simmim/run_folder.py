@@ -84,7 +84,10 @@ def taken_run_folder(settings) -> Iterator[Path]:
     """
     check_run_folder(settings.out, settings.resume, settings.overwrite)
     run = Path(settings.out).expanduser()
-    run.mkdir(parents=True, exist_ok=True)
+    try:
+        run.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise ValueError(f"run folder {str(run)!r} cannot be made ({error.strerror}): give another") from error
     lock = FileLock(run / LOCK, timeout=0)
     try:
         lock.acquire()

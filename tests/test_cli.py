@@ -57,6 +57,11 @@ def place(tmp_path_factory):
             (here / "torn" / name / f"{number}.png").write_text("no image")
     for name in ("images", "masks"):
         write_images(here / "scenes" / name, 2)
+    (here / "half" / "b").mkdir(parents=True)
+    write_images(here / "half" / "a", 4)
+    for number in range(4):
+        (here / "half" / "b" / f"{number}.png").write_text("no image")
+    (here / "rows.csv").write_text("path,label\n")
     (here / "kept.csv").write_text("mine")
     (here / "empty").mkdir()
     (here / "full").mkdir()
@@ -115,7 +120,8 @@ PROBE, KNN = "probe --run encoder --data split", "knn --run encoder --data split
         (f"{PRETRAIN} --devices many", ["devices is 'many'"]),
         (f"{PRETRAIN} --precision 17", ["precision '17' does not work here"]),
         (f"{PRETRAIN} --model.encoder.depths x", ["depths is 'x'"]),
-        ("pretrain --data images --out images/0.png/run", ["Not a directory"]),
+        ("pretrain --data images --out images/0.png/run", ["'images/0.png/run' cannot be made (Not a directory)"]),
+        ("pretrain --out absent --resume", ["no run to resume at 'absent'", "--data starts a run there"]),
         (f"{PRETRAIN} --image-size 0", ["image_size is 0"]),
         (f"{PRETRAIN} --model.mask_unit 0", ["mask unit is 0 px"]),
         (f"{PRETRAIN} --seed -1", ["seed is -1"]),
@@ -199,6 +205,11 @@ PROBE, KNN = "probe --run encoder --data split", "knn --run encoder --data split
         ("knn --run encoder --data absent", ["labeled folder 'absent' does not exist"]),
         ("knn --run encoder --data images", ["'images' has 0 class folders"]),
         ("demo --out full", ["'full' exists", "--overwrite", "--out"]),
+        ("demo --out model.pth", ["'model.pth' exists"]),
+        ("embed --run encoder --images images --out new.csv", ["'new.csv' is no Parquet file's name: end it in .parquet"]),
+        (f"{FINETUNE} --encoder.window_size 0", ["encoder.window_size is 0: give tokens a side, 1 or more"]),
+        ("finetune classification --data rows.csv --out new", ["rows.csv has no rows"]),
+        ("finetune classification --data kept.csv --out new", ["kept.csv has no column of paths", "columns are mine"]),
         ("demo --out full --overwrite", ["'full' exists"]),
         ("demo --seeds 1 --out new", ["seeds is 1: give 2 or more"]),
         ("demo --sedes 3 --out new", ["unknown setting 'sedes'", "'seeds'?"]),
@@ -229,6 +240,14 @@ def test_wrong_input_on_the_command_line(place, words, said):
     assert (done.returncode, done.stdout) == (2, "")
     assert done.stderr.count("\n") == 1 and done.stderr.startswith("simmim: ") and said in done.stderr
     assert not (place / "new").exists()
+
+
+def test_a_class_that_cannot_be_read_is_named(place, monkeypatch, capsys):
+    """After the images have been looked at, so below a progress bar."""
+    monkeypatch.chdir(place)
+    assert main(["probe", "--run", "encoder", "--data", "half"]) == 2
+    said = capsys.readouterr().err.splitlines()[-1]
+    assert "that can be read are all of one class" in said and "half/b/0.png: not an image" in said
 
 
 def test_interruption(monkeypatch, capsys):
@@ -383,7 +402,8 @@ def test_resuming_takes_the_runs_own_settings(tmp_path):
         assert again == PretrainSettings("images", str(run), epochs=3.0, preset="nano", resume=True)
     again = parse("pretrain", PretrainSettings, with_saved_config(["--out", str(run), "--resume", "--workers", "7"]))
     assert (again.workers, again.epochs) == (7, 3.0)
-    for words in ([f"--out={run}"], [f"--out={run}", "--resume=false"], ["--resume", "--out", "absent"], ["--resume"]):
+    started = ["--resume", "--out", "absent", "--data", "images"]
+    for words in ([f"--out={run}"], [f"--out={run}", "--resume=false"], started, ["--resume"]):
         assert with_saved_config(words) == words
 
 

@@ -231,10 +231,15 @@ def read_csv(file: Path, column: str | None, label_column: str | None) -> tuple[
         names = reader.fieldnames or []
         column = column or next((name for name in PATH_COLUMNS if name in names), None)
         label_column = label_column or next((name for name in LABEL_COLUMNS if name in names), None)
-        for wanted, setting in ((column, "data.column"), (label_column, "data.label_column")):
+        for wanted, what, setting in (
+            (column, "paths", "data.column"), (label_column, "labels", "data.label_column")
+        ):  # fmt: skip
             if wanted not in names:
-                raise ValueError(f"{file} has no such column: its columns are {', '.join(names)}; give {setting}")
+                asked = f"no column {wanted!r}" if wanted else f"no column of {what}"
+                raise ValueError(f"{file} has {asked}: its columns are {', '.join(names)}; give {setting}")
         rows = [(row[column], row[label_column]) for row in reader]
+    if not rows:
+        raise ValueError(f"{file} has no rows: give one with a path and a label each")
     for number, (path, label) in enumerate(rows, start=2):
         if not path or not label:
             raise ValueError(f"{file}, line {number} has no {'path' if not path else 'label'}")

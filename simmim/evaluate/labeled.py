@@ -113,7 +113,7 @@ class Pools:
             embedded: of each of `parts`.
 
         Raises:
-            ValueError: when nothing of its training or of its test images could be read.
+            ValueError: when nothing of its training or of its test images could be read, or only one class of the former.
         """
         values = []
         for which, part, pool, found in (
@@ -123,6 +123,12 @@ class Pools:
             readable, places = pool.found(part.rows, found)
             if not len(places):
                 raise ValueError(f"none of the {len(part.rows)} {which} images of seed {drawn.seed} can be read")
+            if which == "training" and len(np.unique(part.labels[readable])) == 1 < len(np.unique(part.labels)):
+                path, why = next(iter(found.unreadable.items()))
+                raise ValueError(
+                    f"the training images of seed {drawn.seed} that can be read are all of one class; of the others the "
+                    f"first, {path}: {why}"
+                )
             values += [{name: vectors[places] for name, vectors in found.vectors.items()}, part.labels[readable]]
         return Split(drawn.seed, *values)
 

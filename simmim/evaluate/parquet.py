@@ -63,6 +63,8 @@ def embed(
     import pyarrow.parquet as pq
 
     out = Path(out).expanduser()
+    if out.suffix.lower() not in (".parquet", ".pq"):
+        raise ValueError(f"{str(out)!r} is no Parquet file's name: end it in .parquet")
     if out.exists():
         raise ValueError(f"{str(out)!r} exists: give a new file")
     feature = Feature(stage, pooling)
