@@ -15,7 +15,7 @@ from itertools import pairwise
 
 import torch
 
-from simmim.defaults import default_batch_size, default_window
+from simmim.defaults import default_batch_size, default_mask_unit, default_window
 from simmim.model import SimMIM
 from simmim.swinv2 import CPB_HIDDEN, PIECE_LOGITS, Size, SwinV2, SwinV2Config, as_pair
 
@@ -460,6 +460,7 @@ def plan_for(
     config = SwinV2Config.from_preset(preset)
     if min(size) < config.patch_size:
         raise ValueError(f"image size is {size[0]}×{size[1]} px: give at least a patch of {config.patch_size} px")
+    default_mask_unit(size, config.patch_size)  # refuses what pre-training would
     config = replace(config, window_size=window or default_window(min(size), config.patch_size))
     if devices < 1:
         raise ValueError(f"devices is {devices}: give 1 or more")

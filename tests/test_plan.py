@@ -291,6 +291,7 @@ def test_defaults_are_those_of_pretraining():
     [
         ({"preset": "gaint-3b"}, "unknown preset 'gaint-3b'; did you mean 'giant-3b'"),
         ({"image": 3}, "image size is 3×3 px: give at least a patch of 4 px"),
+        ({"image": 191}, "no mask unit fits images of 191×191 px"),
         ({"devices": 0}, "devices is 0: give 1 or more"),
         ({"batch": 0}, "batch_per_device is 0"),
         ({"precision": "16"}, "precision is '16': give bf16-mixed or 32-true"),
