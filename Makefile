@@ -9,6 +9,7 @@ TEST_PROCESSES ?= 2
 install: .venv/installed
 
 .venv/installed: setup.cfg pyproject.toml constraints.txt
+	@echo 'installing into .venv: some minutes'
 	$(PYTHON) -m venv .venv
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check --constraint constraints.txt --editable '.[dev]'
 	@# For the tests alone. Without its torchvision, whose build must be of the same kind as torch's and breaks more than it
@@ -18,6 +19,7 @@ install: .venv/installed
 
 demo: install
 	$(BIN)/simmim demo
+	@command -v simmim > /dev/null || echo 'simmim is in .venv/bin:  . .venv/bin/activate  puts it on the path'
 
 test: install
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest --numprocesses $(TEST_PROCESSES) $(TEST_ARGUMENTS)
