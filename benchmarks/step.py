@@ -25,6 +25,8 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
+from simmim.allocator import keep_freed_memory
+
 ROOT = Path(__file__).resolve().parents[1]
 PEERS = ("transformers", "timm")
 MIB = 2**20
@@ -201,6 +203,8 @@ def serve(name: str, work: Work) -> None:
     library, _, compiled = name.partition("+")
     if work.threads:
         torch.set_num_threads(work.threads)
+    if library == "ours" and work.device == "cpu":
+        keep_freed_memory()  # as `simmim pretrain` does
     if library == "timm":
         sys.path.insert(0, str(ROOT / "tests"))
         from timm_stub import stub_torchvision

@@ -14,7 +14,7 @@ FILES = {
     for package in PACKAGES
     for path in sorted((ROOT / package).rglob("*.py"))
 }
-LEAVES = ("fused", "masking", "optim", "visualise", "defaults", "digits", "files")
+LEAVES = ("allocator", "fused", "masking", "optim", "visualise", "defaults", "digits", "files")
 # Of the files that are no leaves: what of simmim each may import.
 ALLOWED = {
     "data": {"defaults", "files"},
@@ -25,7 +25,7 @@ ALLOWED = {
     "plan": {"defaults", "masking", "model", "swinv2"},
     "run_folder": {"files"},
     "swinv2": {"fused"},
-    "training": {"convert", "data", "files", "optim", "run_folder", "swinv2"},
+    "training": {"allocator", "convert", "data", "files", "optim", "run_folder", "swinv2"},
 }
 TRAINING = ("pytorch_lightning", "datasets", "tensorboard", "torchmetrics", "jsonargparse")
 HEAVY = ("torch", "numpy", "PIL", "safetensors", *TRAINING)

@@ -15,6 +15,7 @@ import torch
 from pytorch_lightning.utilities import rank_zero_only
 from pytorch_lightning.utilities.exceptions import MisconfigurationException
 
+from simmim.allocator import keep_freed_memory
 from simmim.swinv2 import SwinV2Config, nearest
 from simmim.training.logs import DescribeRun, loggers_for
 from simmim.training.saving import SaveRun
@@ -123,11 +124,14 @@ def build_trainer(
         ),
     }
     try:
-        return pl.Trainer(**settings)
+        trainer = pl.Trainer(**settings)
     except (MisconfigurationException, TypeError, ValueError, RuntimeError) as error:
         first = str(error).strip().splitlines()[0]
         what = f"devices {devices!r}, precision {precision!r}" + (f", trainer {dict(extra)}" if extra else "")
         raise ValueError(f"{what} does not work here: {first}") from error
+    if trainer.strategy.root_device.type == "cpu":
+        keep_freed_memory()
+    return trainer
 
 
 def thread_failed(failed, otherwise=threading.excepthook) -> None:

@@ -1,0 +1,46 @@
+"""Freed memory is kept, in a process of its own: what is told to the C library is not taken back."""
+import os
+import subprocess
+import sys
+
+import pytest
+
+SCRIPT = """
+import resource, sys, torch
+from simmim.allocator import keep_freed_memory
+if sys.argv[1] == "keep":
+    print(keep_freed_memory())
+def page_faults():
+    return resource.getrusage(resource.RUSAGE_SELF).ru_minflt
+for _ in range(2):
+    torch.ones(2**24)
+before = page_faults()
+for _ in range(10):
+    torch.ones(2**24)
+print(page_faults() - before)
+"""
+PAGES = 2**24 * 4 // 4096  # of one of the tensors
+
+
+def said_by(mode, **environment):
+    done = subprocess.run(
+        [sys.executable, "-c", SCRIPT, mode], capture_output=True, text=True, timeout=120, env={**os.environ, **environment}
+    )
+    assert done.returncode == 0, done.stderr
+    return done.stdout.split()
+
+
+@pytest.mark.skipif(not sys.platform.startswith("linux"), reason="glibc only")
+def test_pages_are_asked_for_once():
+    (faults,) = said_by("leave")
+    assert int(faults) > 5 * PAGES
+    told, kept = said_by("keep")
+    assert told == "True" and int(kept) < int(faults) / 10
+
+
+@pytest.mark.skipif(not sys.platform.startswith("linux"), reason="glibc only")
+@pytest.mark.parametrize(
+    "name, value", [("MALLOC_TRIM_THRESHOLD_", "131072"), ("GLIBC_TUNABLES", "glibc.malloc.mmap_max=9")]
+)
+def test_the_users_own_choice_stands(name, value):
+    assert said_by("keep", **{name: value})[0] == "False"
