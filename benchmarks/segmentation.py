@@ -4,9 +4,9 @@
     simmim pretrain --config configs/pretrain/scenes.yaml --data scenes/unlabeled --out scenes/pretrain
     python benchmarks/segmentation.py --scenes scenes --init scenes/pretrain --out scenes/study
 
-Both arms have the same architecture, labels, views, steps and batches. Each arm's learning rate is the best of the same
-grid on scenes held out from the training part, with labels drawn by other seeds, and what is compared is the last step, not
-the best one. The recipe itself (configs/finetune/scenes-segmentation.yaml) was searched with the validation scenes in view.
+Both arms have the same architecture, labels, views, steps and batches. Each arm's learning rate and layer decay are the
+best of the same grid on scenes held out from the training part, with labels drawn by other seeds, and what is compared is
+the last step, not the best one.
 
 Writes OUT/trials.csv, a row a fine-tuning, which a later call goes on from, and prints the table.
 """
@@ -34,18 +34,20 @@ ARMS = ("pre-trained", "from scratch")
 
 @dataclass(frozen=True)
 class Trial:
-    """One fine-tuning. `lr` is per 512 images; `tuning` tells those that only choose it."""
+    """One fine-tuning. `lr` is per 512 images; `tuning` tells those that only choose it and the layer decay."""
 
     arm: str
     labels: int
     seed: int
     lr: float
+    layer_decay: float
     tuning: bool
 
     def folder(self, out: Path) -> Path:
         """Where its run lies."""
         kind = "tuning" if self.tuning else "trials"
-        return out / kind / f"{self.arm.replace(' ', '-')}-{self.labels}-labels-seed-{self.seed}-lr-{self.lr:g}"
+        rates = f"lr-{self.lr:g}-decay-{self.layer_decay:g}"
+        return out / kind / f"{self.arm.replace(' ', '-')}-{self.labels}-labels-seed-{self.seed}-{rates}"
 
 
 def measured(trial: Trial, scenes: Path, init: str, out: Path, config: Path, steps: int) -> dict[str, float]:
@@ -58,7 +60,8 @@ def measured(trial: Trial, scenes: Path, init: str, out: Path, config: Path, ste
     names = (labeled / "classes.txt").read_text(encoding="utf-8").split("\n")
     words = ["--config", str(config), "--data", str(labeled / "train" if trial.tuning else labeled)]
     words += ["--out", str(trial.folder(out)), "--labels", str(trial.labels), "--seed", str(trial.seed), "--overwrite"]
-    words += ["--steps", str(steps), "--optim.lr", str(trial.lr), "--validations", "1"]
+    words += ["--steps", str(steps), "--validations", "1"]
+    words += ["--optim.lr", str(trial.lr), "--optim.layer_decay", str(trial.layer_decay)]
     words += ["--init", init] if trial.arm == ARMS[0] else ["--init", "none", "--encoder.like", init]
     settings = parse("finetune segmentation", SegmentationSettings, words)
     settings = replace(settings, data=replace(settings.data, classes=tuple(filter(None, names))))
@@ -86,7 +89,8 @@ def read_trials(file: Path) -> dict[Trial, dict[str, float]]:
         with file.open(newline="", encoding="utf-8") as text:
             for row in csv.DictReader(text):
                 tuning = row["tuning"] == "True"
-                trial = Trial(row["arm"], int(row["labels"]), int(row["seed"]), float(row["lr"]), tuning)
+                rates = float(row["lr"]), float(row["layer_decay"])
+                trial = Trial(row["arm"], int(row["labels"]), int(row["seed"]), *rates, tuning)
                 found[trial] = {name: float(row[name]) for name in ("mean_iou", "pixel_accuracy")}
     return found
 
@@ -128,41 +132,51 @@ def main() -> int:
     parser.add_argument("--config", type=Path, default=root / "configs/finetune/scenes-segmentation.yaml")
     parser.add_argument("--labels", type=int, nargs="+", default=[20, 100])
     parser.add_argument("--seeds", type=int, default=5)
-    parser.add_argument("--lrs", type=float, nargs="+", default=[0.32, 0.64, 1.28], help="grid, per 512 images")
-    parser.add_argument("--tuning-seeds", type=int, default=2)
-    parser.add_argument("--steps", type=int, default=300)
+    parser.add_argument("--lrs", type=float, nargs="+", default=[0.24, 0.48, 0.96], help="grid, per 512 images")
+    parser.add_argument("--layer-decays", type=float, nargs="+", default=[0.65, 0.9], help="grid")
+    parser.add_argument("--tuning-seeds", type=int, default=1)
+    parser.add_argument("--steps", type=int, default=800)
     parser.add_argument("--processes", type=int, default=2)
     chosen = parser.parse_args()
     check_libraries()
     how = {"scenes": chosen.scenes, "init": chosen.init, "config": chosen.config, "steps": chosen.steps}
     grid = [
-        Trial(arm, labels, TUNING_SEED + seed, lr, True)
+        Trial(arm, labels, TUNING_SEED + seed, lr, layer_decay, True)
         for labels in chosen.labels
         for arm in ARMS
         for lr in chosen.lrs
+        for layer_decay in chosen.layer_decays
         for seed in range(chosen.tuning_seeds)
     ]
     with trial_pool(chosen.processes) as pool:
         run = partial(run_all, out=chosen.out, pool=pool, **how)
-        tuned = run(grid) if len(chosen.lrs) > 1 else {}
+        tuned = run(grid) if len(chosen.lrs) * len(chosen.layer_decays) > 1 else {}
         trials = []
         for labels in chosen.labels:
             for arm in ARMS:
-                best, means = best_rate(tuned, arm, labels) if tuned else (chosen.lrs[0], {})
-                listed = ", ".join(f"{lr:g}: {mean:.1%}" for lr, mean in means.items()) or "this one alone"
-                print(f"{arm}, {labels} labels: learning rate {best:g} per 512 images, of {listed}", flush=True)
-                trials += [Trial(arm, labels, seed, best, False) for seed in range(chosen.seeds)]
+                only = chosen.lrs[0], chosen.layer_decays[0]
+                best, means = best_rates(tuned, arm, labels) if tuned else (only, {})
+                listed = ", ".join(f"{lr:g} and {decay:g}: {mean:.1%}" for (lr, decay), mean in means.items())
+                print(
+                    f"{arm}, {labels} labels: learning rate {best[0]:g} per 512 images and layer decay {best[1]:g}, "
+                    f"of {listed or 'these alone'}",
+                    flush=True,
+                )
+                trials += [Trial(arm, labels, seed, *best, False) for seed in range(chosen.seeds)]
         print(f"\nmean IoU in percent, mean ± standard error\n\n{table(run(trials))}")
     return 0
 
 
-def best_rate(tuned: dict[Trial, dict[str, float]], arm: str, labels: int) -> tuple[float, dict[float, float]]:
-    """The learning rate of the highest mean IoU over the draws of labels, and the means of all, in the grid's order."""
-    values: dict[float, list[float]] = {}
+def best_rates(
+    tuned: dict[Trial, dict[str, float]], arm: str, labels: int
+) -> tuple[tuple[float, float], dict[tuple[float, float], float]]:
+    """Learning rate and layer decay of the highest mean IoU over the draws of labels, and the means of all, in the grid's
+    order."""
+    values: dict[tuple[float, float], list[float]] = {}
     for trial, metrics in tuned.items():
         if (trial.arm, trial.labels) == (arm, labels):
-            values.setdefault(trial.lr, []).append(metrics["mean_iou"])
-    means = {lr: statistics.fmean(of_lr) for lr, of_lr in values.items()}
+            values.setdefault((trial.lr, trial.layer_decay), []).append(metrics["mean_iou"])
+    means = {rates: statistics.fmean(of_rates) for rates, of_rates in values.items()}
     return max(means, key=means.__getitem__), means
 
 

@@ -25,16 +25,16 @@ def called(file, *words):
 
 def test_segmentation_tells_of_trials_that_are_done(tmp_path):
     """Neither scenes nor an encoder are there: nothing is run. Each arm has the rate that its own tuning found best."""
-    rows = [(arm, 20, 1000, lr, True, 0.1 + lr * sign) for arm, sign in (("pre-trained", 1), ("from scratch", -1))
+    rows = [(arm, 20, 1000, lr, 0.9, True, 0.1 + lr * sign) for arm, sign in (("pre-trained", 1), ("from scratch", -1))
             for lr in (0.01, 0.02)]  # fmt: skip
-    rows += [("pre-trained", 20, seed, 0.02, False, value) for seed, value in enumerate(OURS)]
-    rows += [("from scratch", 20, seed, 0.01, False, value) for seed, value in reversed([*enumerate(THEIRS)])]
+    rows += [("pre-trained", 20, seed, 0.02, 0.9, False, value) for seed, value in enumerate(OURS)]
+    rows += [("from scratch", 20, seed, 0.01, 0.9, False, value) for seed, value in reversed([*enumerate(THEIRS)])]
     with (tmp_path / "trials.csv").open("w", newline="", encoding="utf-8") as text:
         writer = csv.writer(text)
-        writer.writerow(["arm", "labels", "seed", "lr", "tuning", "mean_iou", "pixel_accuracy"])
+        writer.writerow(["arm", "labels", "seed", "lr", "layer_decay", "tuning", "mean_iou", "pixel_accuracy"])
         writer.writerows([*row, 0.9] for row in rows)
     before = (tmp_path / "trials.csv").read_bytes()
-    words = ["--scenes", "none", "--init", "none", "--labels", 20, "--seeds", 3, "--tuning-seeds", 1, "--lrs", 0.01, 0.02]
+    words = ["--scenes", "none", "--init", "none", "--labels", 20, "--seeds", 3, "--lrs", 0.01, 0.02, "--layer-decays", 0.9]
     *_, head, _, row = called("segmentation.py", *words, "--out", tmp_path).splitlines()
     assert head == "| labeled scenes | pre-trained | from scratch | paired gain | seeds won |"
     # Gains 3, 0, 6: mean 3, deviation 3.
