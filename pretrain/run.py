@@ -17,6 +17,7 @@ from simmim.checkpoint import Checkpoint, Preprocessing, build_encoder, preset_n
 from simmim.convert import read
 from simmim.convert.files import unpickled
 from simmim.data import CentreView, ImageSamples, RandomView, StreamSamples, open_source, survey, worker_count
+from simmim.data.mask_sources import masks_among
 from simmim.model import SimMIM
 from simmim.run_folder import CONFIG, as_yaml, check_run_folder, checkpoints_folder, taken_run_folder
 from simmim.swinv2 import SwinV2
@@ -131,6 +132,8 @@ def pretrain(settings: PretrainSettings) -> Path:
             if initial:
                 print(lines)
             print(summary(settings, model, source.count, steps, trainer, checkpoint, probe), flush=True)
+            if masks := masks_among(data.path):
+                print(f"note     {masks}", flush=True)
         stream = StreamData(samples, settings.batch_size, accumulate, settings.workers)
         trainer.fit(module, datamodule=stream, ckpt_path=checkpoint, weights_only=True)
     if trainer.is_global_zero:

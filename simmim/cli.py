@@ -544,6 +544,7 @@ def run_check_data(arguments: Sequence[str]) -> int:
     )
     from simmim.data import cores, open_images
     from simmim.data.check import as_json, check, render
+    from simmim.data.mask_sources import masks_among
     from simmim.training import device_type
 
     report = check(
@@ -555,6 +556,9 @@ def run_check_data(arguments: Sequence[str]) -> int:
         progress=not chosen.json,
     )
     print(as_json(report) if chosen.json else render(report))
+    masks = masks_among(chosen.path)
+    if masks and not chosen.json:
+        print(f"\nnote         {masks}")
     return 0 if report.sound else 1
 
 

@@ -461,6 +461,8 @@ def test_check_data_tells_by_its_exit_code_what_it_found(place, monkeypatch, cap
         assert "torn.png" in capsys.readouterr().out
     finally:
         (place / "images" / "torn.png").unlink()
+    assert main(["check-data", "scenes"]) == 0
+    assert "scenes/masks are masks, and count as images here" in capsys.readouterr().out
     for words, said in (([], "missing: give --path"), (["absent"], "does not exist"), (["images", "--jsn"], "'json'?")):
         assert main(["check-data", *words]) == 2
         assert said in capsys.readouterr().err

@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from simmim.data.mask_sources import read_pairs
+from simmim.data.mask_sources import masks_among, read_pairs
 from simmim.data.mask_values import look_into, read_mask
 from simmim.data.masks import MaskScheme, drawn, labeled_masks
 
@@ -183,6 +183,22 @@ def test_layouts_give_the_same(tmp_path, layout):
     assert found.pixels == tuple(
         int(sum((read_mask(one) == value).sum() for one in found.train["mask"])) for value in range(3)
     )
+
+
+def test_masks_among_images_are_noticed(tmp_path):
+    """For those who pre-train on a folder of scenes; labels that are no pictures are none."""
+    folder = scenes(tmp_path / "scenes", count=2)
+    parts = scenes(tmp_path / "parts" / "train", count=2).parent
+    boxes = tmp_path / "boxes"
+    for name in ("images", "labels"):
+        (boxes / name).mkdir(parents=True)
+    (boxes / "labels" / "0.txt").write_text("0 0.5 0.5 1 1")
+    assert masks_among(["hub/id", str(folder)]) == (
+        f"{folder / 'masks'} are masks, and count as images here like all else in {folder}: "
+        f"give {folder / 'images'} to leave them out"
+    )
+    assert str(parts / "train" / "images") in masks_among(str(parts))
+    assert [masks_among(str(one)) for one in (folder / "images", boxes, tmp_path / "absent", "photos/*.jpg")] == [""] * 4
 
 
 def test_class_names_and_values(tmp_path):

@@ -61,6 +61,19 @@ def paired_folders(folder: Path) -> dict[str, tuple[Path, Path]]:
     )
 
 
+def masks_among(path: str | list[str]) -> str:
+    """A sentence for those who take a folder of scenes for one of images alone; empty where there are no masks in it."""
+    for one in [path] if isinstance(path, str) else path:
+        folder = Path(one).expanduser()
+        try:
+            images, masks = paired_folders(folder)["train"]
+            find_images(masks)
+        except (ValueError, OSError):
+            continue
+        return f"{masks} are masks, and count as images here like all else in {one}: give {images} to leave them out"
+    return ""
+
+
 def read_folders(images: Path, masks: Path) -> datasets.Dataset:
     """Images and masks of the same names, apart from their endings.
 
