@@ -439,6 +439,11 @@ class SwinV2Block(nn.Module):
     are attended to like any other. `shift_before_padding` is as in `SwinV2Config`.
     """
 
+    # What `simmim.fused` knows how to compute.
+    PARTS = frozenset(
+        (WindowAttention, Mlp, DropPath, nn.LayerNorm, nn.Linear, nn.Sequential, nn.ReLU, nn.GELU, nn.Identity)
+    )
+
     def __init__(
         self,
         dim: int,
@@ -463,7 +468,8 @@ class SwinV2Block(nn.Module):
 
     def forward(self, x: Tensor, windows_at_once: int | None = None) -> Tensor:
         """(B, H, W, C) to the same shape, attending to so many windows at once; None for all."""
-        if windows_at_once is None and fused.takes(self, x):
+        as_here = type(self).windowed_attention is SwinV2Block.windowed_attention
+        if windows_at_once is None and as_here and fused.takes(self, x):
             return self.norm3(self.fused(x))
         x = x + self.drop_path(self.norm1(self.windowed_attention(x, windows_at_once)))
         x = x + self.drop_path(self.norm2(self.mlp(x)))

@@ -12,7 +12,7 @@ if sys.argv[1] == "keep":
     print(keep_freed_memory())
 def page_faults():
     return resource.getrusage(resource.RUSAGE_SELF).ru_minflt
-for _ in range(2):
+for _ in range(8):
     torch.ones(2**24)
 before = page_faults()
 for _ in range(10):

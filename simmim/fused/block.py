@@ -38,7 +38,8 @@ class Windows(NamedTuple):
 
 
 def takes(block: nn.Module, x: Tensor) -> bool:
-    """Whether the kernels can do this block on `x`, (B, H, W, C), and nobody listens inside it."""
+    """Whether the kernels can do this block on `x`, (B, H, W, C): none of its parts is another than in `block.PARTS`, and
+    nobody listens inside it."""
     kind = product_type()
     if x.device.type != "cpu" or kind not in (torch.float32, torch.bfloat16) or x.dtype not in (torch.float32, kind):
         return False
@@ -46,12 +47,22 @@ def takes(block: nn.Module, x: Tensor) -> bool:
         return False
     if any(parameter.dtype != torch.float32 for parameter in block.parameters()):
         return False
-    if any(part._forward_hooks or part._forward_pre_hooks for part in block.modules() if part is not block):
+    if any(changed(part) or type(part) not in block.PARTS for part in block.modules() if part is not block):
+        return False
+    if block.mlp.act.approximate != "none":
         return False
     if min(block.window_size, max(x.shape[1:3])) ** 2 > LARGEST_WINDOW:
         return False
     found = kernels()
     return found is not None and (found.threaded or torch.get_num_threads() == 1)
+
+
+def changed(part: nn.Module) -> bool:
+    """Whether calling it does more or else than its class says."""
+    return bool(
+        part._forward_hooks or part._forward_pre_hooks or part._backward_hooks or part._backward_pre_hooks
+        or "forward" in part.__dict__
+    )  # fmt: skip
 
 
 def plainly_eager() -> bool:
