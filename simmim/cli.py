@@ -279,16 +279,24 @@ def run_finetune(arguments: Sequence[str]) -> None:
     finetune(settings)
 
 
-def run_study(arguments: Sequence[str]) -> None:
+def run_study(arguments: Sequence[str]) -> int | None:
     """simmim study"""
     from finetune.label_study.settings import StudySettings
+    from simmim.run_folder import CONFIG
 
     settings = parse("study", StudySettings, with_saved_config(arguments))
     from finetune import study
     from finetune.label_study.report import report
 
-    result = study(settings)
+    try:
+        result = study(settings)
+    except KeyboardInterrupt:
+        if not (Path(settings.out).expanduser() / CONFIG).is_file():
+            raise
+        print(f"simmim: interrupted; simmim study --out {settings.out} --resume goes on", file=sys.stderr)
+        return 130
     print(f"\n{report(result)}\n\nplot and numbers: {settings.out}")
+    return 0
 
 
 def run_reconstruct(arguments: Sequence[str]) -> None:

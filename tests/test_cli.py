@@ -259,6 +259,17 @@ def test_interruption(monkeypatch, capsys):
     assert capsys.readouterr().err == "simmim: interrupted\n"
 
 
+def test_an_interrupted_study_says_how_to_go_on(place, monkeypatch, capsys):
+    def interrupted(settings):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("finetune.study", interrupted)
+    monkeypatch.chdir(place)
+    for out, more in (("run", "; simmim study --out run --resume goes on"), ("new", "")):
+        assert main(["study", "--data", "split", "--init", "encoder", "--out", out]) == 130
+        assert capsys.readouterr().err == f"simmim: interrupted{more}\n"
+
+
 def test_errors_of_ours_are_not_hidden(monkeypatch):
     def broken(run, **_):
         raise RuntimeError("a bug")
