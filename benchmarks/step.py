@@ -1,6 +1,7 @@
 """The training step against transformers' and timm's: same machine, images, masks and weights, interleaved.
 
     .venv/bin/python benchmarks/step.py --precision float32 bf16 --json step.json
+    .venv/bin/python benchmarks/step.py --features              # inference: images to feature vectors
 
 Every contender is a process of its own that waits until it is asked for some steps, so that no two compute at once and each
 round asks all of them in turn. A step is forward, backward, and fused AdamW. Beside them the rate of a plain matrix product
@@ -44,6 +45,7 @@ class Work:
         device: cpu or cuda.
         weights: folder with the contenders' initial weights.
         threads: of a CPU; 0 leaves torch's choice.
+        features: a step is the encoder alone, without gradients.
     """
 
     preset: str
@@ -54,6 +56,7 @@ class Work:
     device: str
     weights: str
     threads: int
+    features: bool = False
 
 
 def main(arguments: list[str] | None = None) -> int:
@@ -69,6 +72,7 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--rounds", type=int, default=7)
     parser.add_argument("--steps", type=int, default=1, help="steps of each contender in a round")
     parser.add_argument("--threads", type=int, default=0)
+    parser.add_argument("--features", action="store_true", help="inference instead of training")
     parser.add_argument("--cold", action="store_true", help="compile with an empty cache")
     parser.add_argument("--json", type=Path, help="file for all figures")
     parser.add_argument("--serve", help=argparse.SUPPRESS)
@@ -85,8 +89,9 @@ def main(arguments: list[str] | None = None) -> int:
         write_weights(Path(folder), chosen.preset, chosen.size, chosen.window)
         for precision in chosen.precision:
             work = Work(
-                chosen.preset, chosen.size, chosen.window, chosen.batch, precision, chosen.device, folder, chosen.threads
-            )
+                chosen.preset, chosen.size, chosen.window, chosen.batch, precision, chosen.device, folder, chosen.threads,
+                chosen.features,
+            )  # fmt: skip
             found[precision] = compare(names, work, chosen.rounds, chosen.steps, chosen.cold)
             print(f"\n{title(work)}\n\n{as_markdown(found[precision], work)}", flush=True)
     if chosen.json:
@@ -147,6 +152,10 @@ class TimmSimMIM(nn.Module):
         error = nn.functional.l1_loss(self.decoder(x), images, reduction="none")
         return (error * pixels).sum() / (pixels.sum() + 1e-5) / images.shape[1]
 
+    def features(self, images: Tensor) -> Tensor:
+        """(B, C), pooled."""
+        return self.encoder.forward_head(self.encoder.forward_features(images), pre_logits=True)
+
 
 def make_contender(name: str, work: Work) -> nn.Module:
     """A model that takes images and masks and gives the loss, with the weights that all share."""
@@ -197,6 +206,12 @@ class Loss(nn.Module):
         """The loss."""
         return self.model(images, mask.flatten(1) if self.flat_masks else mask).loss
 
+    def features(self, images: Tensor) -> Tensor:
+        """(B, C), pooled."""
+        if self.flat_masks:
+            return self.model.swinv2(images).last_hidden_state.mean(dim=1)
+        return self.model.encoder(images).pooled
+
 
 def serve(name: str, work: Work) -> None:
     """Be one contender: read "steps N" lines and answer each with a line of JSON, until the input ends."""
@@ -212,12 +227,19 @@ def serve(name: str, work: Work) -> None:
         stub_torchvision()
     torch.mm(torch.ones(64, 64, device=work.device), torch.ones(64, 64, device=work.device))
     memory = memory_above(work.device)
-    model = make_contender(library, work).train().to(work.device)
+    model = make_contender(library, work).to(work.device)
     images, mask = batch_of(work)
     optimiser = torch.optim.AdamW(model.parameters(), lr=1e-4, weight_decay=0.05, fused=True)
-    run = torch.compile(model) if compiled else model
+    work_of = model.features if work.features else model
+    run = torch.compile(work_of) if compiled else work_of
 
-    def step() -> float:
+    @torch.no_grad()
+    def encode() -> float:
+        """One batch to features; the mean of their squares."""
+        with torch.autocast(work.device, torch.bfloat16, enabled=work.precision == "bf16"):
+            return run(images).float().square().mean().item()
+
+    def train() -> float:
         """One optimiser step; its loss."""
         with torch.autocast(work.device, torch.bfloat16, enabled=work.precision == "bf16"):
             loss = run(images, mask)
@@ -226,6 +248,8 @@ def serve(name: str, work: Work) -> None:
         optimiser.zero_grad(set_to_none=True)
         return loss.item()  # waits for the device
 
+    step = encode if work.features else train
+    model.train(not work.features)
     started = time.perf_counter()
     first_loss = step()
     answer({"first_step_s": time.perf_counter() - started, "loss": first_loss})
@@ -345,7 +369,8 @@ def gemm_gflops(work: Work) -> float:
 def title(work: Work) -> str:
     """What was compared."""
     return (
-        f"{work.preset}, {work.size} px, window {work.window}, batch {work.batch}, {work.precision}, {work.device}, "
+        f"{'features' if work.features else 'training'}, {work.preset}, {work.size} px, window {work.window}, "
+        f"batch {work.batch}, {work.precision}, {work.device}, "
         f"torch {torch.__version__.partition('+')[0]}"
     )
 
@@ -357,7 +382,8 @@ def as_markdown(found: dict[str, dict], work: Work) -> str:
 
     config = SwinV2Config.from_preset(work.preset, window_size=work.window)
     setup = Setup(work.batch, 1, "32-true", "ddp", False, None, device=work.device)
-    _, a_image = flops(config, (work.size, work.size), setup)
+    forward, training = flops(config, (work.size, work.size), setup)
+    a_image = forward if work.features else training
     gemm = found["gemm"]["gflops"]
     names = [name for name in found if name != "gemm"]
     ours = next((name for name in reversed(names) if name.startswith("ours")), names[0])

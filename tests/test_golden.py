@@ -38,6 +38,13 @@ def encoder_config(metadata, **more):
     )
 
 
+@pytest.fixture(autouse=True, params=["kernels", "plain lines"])
+def _mode(request):
+    """Everything by the kernels of a CPU, and by the lines that every device runs."""
+    if request.param == "plain lines":
+        request.getfixturevalue("plain_blocks")
+
+
 @pytest.fixture(scope="module")
 def simmim_golden():
     metadata, tensors = read("simmim_swinv2_micro.safetensors")
@@ -67,6 +74,19 @@ def test_loss_and_every_gradient(simmim_golden):
     assert gradients.keys() == expected.keys()
     for name, gradient in gradients.items():
         assert (gradient - expected[name]).norm() <= 5e-4 * expected[name].norm(), name
+
+
+@pytest.mark.parametrize("_mode", ["kernels"], indirect=True)  # which a compiler does not see
+def test_traced_by_the_compiler(simmim_golden):
+    """As torch.compile sees the model, forward and backward; what it makes of that is not ours to test."""
+    model, golden = simmim_golden
+    compiled = torch.compile(model, backend="aot_eager")
+    model.zero_grad()
+    loss = compiled(golden["input.image"], golden["input.mask"].bool()).loss
+    loss.backward()
+    assert abs(loss.item() - golden["output.loss_l1"].item()) < 1e-5
+    for name, expected in to_our_names(golden, "grad.").items():
+        assert (model.get_parameter(name).grad - expected).norm() <= 5e-4 * expected.norm(), name
 
 
 def test_normalised_target_and_its_loss(simmim_golden):
