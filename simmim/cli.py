@@ -1,6 +1,7 @@
 """The command `simmim`. The one place that knows all stages; each is imported when it is called."""
 from __future__ import annotations
 
+import os
 import re
 import sys
 from collections.abc import Callable, Sequence
@@ -27,7 +28,8 @@ class Command:
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run one command and return the exit code: 0 done, 1 something found wrong by check-data, 2 wrong input or a full
-    disk, 130, 138 or 143 stopped by Ctrl-C, SIGUSR1 or SIGTERM with everything saved."""
+    disk, 130, 138 or 143 stopped by Ctrl-C, SIGUSR1 or SIGTERM with everything saved, 141 when
+    the output is read no further."""
     arguments = list(sys.argv[1:] if arguments is None else arguments)
     try:
         if not arguments or arguments[0] in ("-h", "--help"):
@@ -37,8 +39,12 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
             print(f"simmim {__version__}")
         else:
-            return command_named(arguments[0]).run(arguments[1:]) or 0
+            code = command_named(arguments[0]).run(arguments[1:]) or 0
+            sys.stdout.flush()
+            return code
     except (ValueError, OSError) as error:
+        if isinstance(error, BrokenPipeError) and output_is_closed():
+            return 141
         print(f"simmim: {' '.join(str(error).split())}", file=sys.stderr)
         return 2
     except KeyboardInterrupt:
@@ -50,6 +56,16 @@ def main(arguments: Sequence[str] | None = None) -> int:
         print(f"simmim: {error}", file=sys.stderr)
         return error.exit_code
     return 0
+
+
+def output_is_closed() -> bool:
+    """Whether whoever read the output, head for instance, has seen enough; what is left of it then goes nowhere."""
+    try:
+        print(flush=True)  # a pipe tells by refusing, and not before something is written
+    except BrokenPipeError:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return True
+    return False
 
 
 def overview() -> str:

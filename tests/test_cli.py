@@ -270,6 +270,20 @@ def test_an_interrupted_study_says_how_to_go_on(place, monkeypatch, capsys):
         assert capsys.readouterr().err == f"simmim: interrupted{more}\n"
 
 
+@pytest.mark.parametrize("words", ["inspect encoder", "check-data images --workers 0"])
+def test_output_that_is_read_no_further_is_no_error(place, words):
+    """As by `simmim inspect … | head -1`."""
+    reader, writer = os.pipe()
+    os.close(reader)
+    environment = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
+    done = subprocess.run(
+        [sys.executable, "-m", "simmim.cli", *words.split()],
+        stdout=writer, stderr=subprocess.PIPE, text=True, cwd=place, env=environment,
+    )  # fmt: skip
+    os.close(writer)
+    assert done.returncode == 141 and "Broken" not in done.stderr and "Traceback" not in done.stderr
+
+
 def test_errors_of_ours_are_not_hidden(monkeypatch):
     def broken(run, **_):
         raise RuntimeError("a bug")
