@@ -380,60 +380,68 @@ INLINE vec normal_cdf(vec x, vec *density) {
     return choose(x > 0, 1.0f - tail, tail);
 }
 
+/* Some rows of `gelu_forward`, `half` a constant. */
+INLINE void gelu_rows(const void *x, const float *bias, void *out, long first, long last, long dim, int half) {
+    for (long row = first; row < last; row++)
+        for (long c = 0; c < dim; c += LANES) {
+            vec value = load_some(x, row * dim + c, dim - c, half) + load(bias + c), density;
+            store_some(out, row * dim + c, value * normal_cdf(value, &density), dim - c, half);
+        }
+}
+
 /* out (rows, C) = gelu(x + bias). */
 int gelu_forward(const void *x, const float *bias, void *out, long rows, long dim, int half, int threads) {
-    long each = padded(dim, LINE);
-    float *memory = floats(threads * each + each), *added = memory + threads * each;
-    if (!memory) return 1;
+    float *added = floats(padded(dim, PAD));
+    if (!added) return 1;
     memcpy(added, bias, dim * 4);
 #pragma omp parallel num_threads(threads)
     {
-        float *y = memory + THREAD * each;
-        for (long row = first_of(rows, THREAD, threads); row < first_of(rows, THREAD + 1, threads); row++) {
-            load_row(y, x, row * dim, dim, half);
-            for (long c = 0; c < dim; c += LANES) {
-                vec value = load(y + c) + load(added + c), density;
-                store(y + c, value * normal_cdf(value, &density));
-            }
-            store_row(out, row * dim, y, dim, half);
+        long first = first_of(rows, THREAD, threads), last = first_of(rows, THREAD + 1, threads);
+        if (half) gelu_rows(x, added, out, first, last, dim, 1);
+        else gelu_rows(x, added, out, first, last, dim, 0);
+    }
+    free(added);
+    return 0;
+}
+
+/* Some rows of `gelu_backward`, `half` a constant; some and whole (C) add up the bias's gradient. */
+INLINE void gelu_rows_back(
+    const void *x, const float *bias, void *grad, void *out, float *some, float *whole, long first, long last, long dim, int half
+) {
+    for (long row = first; row < last; row++) {
+        for (long c = 0; c < dim; c += LANES) {
+            vec value = load_some(x, row * dim + c, dim - c, half) + load(bias + c), density;
+            vec cdf = normal_cdf(value, &density);
+            vec slope = load_some(grad, row * dim + c, dim - c, half) * (cdf + value * density);
+            store_some(out, row * dim + c, value * cdf, dim - c, half);
+            store_some(grad, row * dim + c, slope, dim - c, half);
+            store(some + c, load(some + c) + slope);
+        }
+        if ((row - first) % SUMMED_ROWS == SUMMED_ROWS - 1 || row + 1 == last) {
+            for (long c = 0; c < dim; c++) whole[c] += some[c], some[c] = 0;
         }
     }
-    free(memory);
-    return 0;
 }
 
 /* out (rows, C) = gelu(x + bias) again, and grad (rows, C) of it becomes that of x; grad_bias (C), float32. */
 int gelu_backward(
     const void *x, const float *bias, void *grad, void *out, float *grad_bias, long rows, long dim, int half, int threads
 ) {
-    long wide = padded(dim, LINE), each = 4 * wide;
-    float *memory = floats(threads * each + wide), *added = memory + threads * each;
+    long wide = padded(dim, LINE), each = 2 * wide;
+    float *memory = floats(threads * each + wide);
     if (!memory) return 1;
+    float *added = memory + threads * each;
     memcpy(added, bias, dim * 4);
 #pragma omp parallel num_threads(threads)
     {
-        float *y = memory + THREAD * each, *g = y + wide, *some = g + wide, *whole = some + wide;
-        long last = first_of(rows, THREAD + 1, threads), count = 0;
-        for (long row = first_of(rows, THREAD, threads); row < last; row++) {
-            load_row(y, x, row * dim, dim, half);
-            load_row(g, grad, row * dim, dim, half);
-            for (long c = 0; c < dim; c += LANES) {
-                vec value = load(y + c) + load(added + c), density, cdf = normal_cdf(value, &density);
-                vec slope = load(g + c) * (cdf + value * density);
-                store(y + c, value * cdf);
-                store(g + c, slope);
-                store(some + c, load(some + c) + slope);
-            }
-            store_row(out, row * dim, y, dim, half);
-            store_row(grad, row * dim, g, dim, half);
-            if (++count % SUMMED_ROWS == 0 || row + 1 == last) {
-                for (long c = 0; c < dim; c++) whole[c] += some[c], some[c] = 0;
-            }
-        }
+        float *some = memory + THREAD * each, *whole = some + wide;
+        long first = first_of(rows, THREAD, threads), last = first_of(rows, THREAD + 1, threads);
+        if (half) gelu_rows_back(x, added, grad, out, some, whole, first, last, dim, 1);
+        else gelu_rows_back(x, added, grad, out, some, whole, first, last, dim, 0);
     }
     memset(grad_bias, 0, dim * 4);
     for (long thread = 0; thread < threads; thread++)
-        for (long c = 0; c < dim; c++) grad_bias[c] += memory[thread * each + 3 * wide + c];
+        for (long c = 0; c < dim; c++) grad_bias[c] += memory[thread * each + wide + c];
     free(memory);
     return 0;
 }

@@ -142,6 +142,11 @@ def processor() -> str:
     return next((line for line in lines if line.startswith(("flags", "Features"))), platform.machine())
 
 
+def for_processor() -> str:
+    """The flag that lets a compiler use all of this processor's instructions."""
+    return "-march=native" if platform.machine().lower() in ("x86_64", "amd64", "i686") else "-mcpu=native"
+
+
 def cache_folder() -> Path:
     """Where compiled kernels are kept; a folder of this user's own, below the temporary one, where home is read-only."""
     base = os.environ.get("XDG_CACHE_HOME") or os.path.join(os.path.expanduser("~"), ".cache")
@@ -158,10 +163,9 @@ def cache_folder() -> Path:
 
 def compiled(compiler: list[str], home: Path, file: Path, threaded: bool) -> bool:
     """Whether the kernels could be compiled to `file`, which is there whole or not at all."""
-    native = "-march=native" if platform.machine().lower() in ("x86_64", "amd64", "i686") else "-mcpu=native"
     with tempfile.TemporaryDirectory(dir=file.parent) as folder:
         whole = Path(folder) / file.name
-        flags = [*FLAGS, native, *([OPENMP] if threaded else [])]
+        flags = [*FLAGS, for_processor(), *([OPENMP] if threaded else [])]
         command = [*compiler, *flags, str(home / SOURCES[-1]), "-o", str(whole), "-lm"]
         if subprocess.run(command, capture_output=True, timeout=PATIENCE_S).returncode:
             return False

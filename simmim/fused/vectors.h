@@ -3,6 +3,9 @@
 #include <stdint.h>
 #include <stdlib.h>
 #include <string.h>
+#ifdef __AVX512F__
+#include <immintrin.h>
+#endif
 #ifdef _OPENMP
 #include <omp.h>
 #endif
@@ -38,8 +41,13 @@ INLINE void store(float *to, vec x) { *(loose_vec *)to = x; }
 INLINE vec all(float x) { return (vec){} + x; }
 INLINE long padded(long count, long to) { return (count + to - 1) / to * to; }
 INLINE vec choose(ivec where, vec a, vec b) { return (vec)((where & (ivec)a) | (~where & (ivec)b)); }
+#ifdef __AVX512F__ /* one instruction, which GCC does not make of a choice between vectors */
+INLINE vec larger(vec a, vec b) { return (vec)_mm512_max_ps((__m512)a, (__m512)b); }
+INLINE vec smaller(vec a, vec b) { return (vec)_mm512_min_ps((__m512)a, (__m512)b); }
+#else
 INLINE vec larger(vec a, vec b) { return choose(a > b, a, b); }
 INLINE vec smaller(vec a, vec b) { return choose(a < b, a, b); }
+#endif
 
 INLINE float sum(vec x) {
     float total = 0;
@@ -73,12 +81,16 @@ INLINE vec exponential(vec x) {
 
 INLINE vec widened(half_bits x) { return (vec)(__builtin_convertvector(x, wide_bits) << 16); }
 
+#ifdef __AVX512BF16__
+INLINE half_bits narrowed(vec x) { return (half_bits)_mm512_cvtneps_pbh((__m512)x); }
+#else
 INLINE half_bits narrowed(vec x) { /* to the nearest, ties to even; NaN stays NaN */
     wide_bits bits = (wide_bits)x;
     wide_bits rounded = (bits + 0x7fff + ((bits >> 16) & 1)) >> 16;
     wide_bits number = (wide_bits)(x == x);
     return __builtin_convertvector((number & rounded) | (~number & ((bits >> 16) | 0x40)), half_bits);
 }
+#endif
 
 INLINE float widened_one(uint16_t x) {
     uint32_t bits = (uint32_t)x << 16;
@@ -113,6 +125,24 @@ INLINE void store_row(void *to, long offset, const float *from, long count, int 
     uint16_t *bits = (uint16_t *)to + offset;
     for (; i + LANES <= count; i += LANES) *(loose_half_bits *)(bits + i) = narrowed(load(from + i));
     for (; i < count; i++) bits[i] = narrowed_one(from[i]);
+}
+
+/* LANES numbers from `at` on, or fewer, `count`, and zeros after them. */
+INLINE vec load_some(const void *from, long at, long count, int half) {
+    if (count >= LANES) return half ? widened(*(const loose_half_bits *)((const uint16_t *)from + at)) : load((const float *)from + at);
+    float few[LANES] = {0};
+    load_row(few, from, at, count, half);
+    return load(few);
+}
+
+INLINE void store_some(void *to, long at, vec x, long count, int half) {
+    if (count >= LANES && half) *(loose_half_bits *)((uint16_t *)to + at) = narrowed(x);
+    else if (count >= LANES) store((float *)to + at, x);
+    else {
+        float few[LANES];
+        store(few, x);
+        store_row(to, at, few, count, half);
+    }
 }
 
 /* --- Memory and threads ------------------------------------------------------------------------------------------ */
