@@ -54,7 +54,7 @@ def measured(trial: Trial, scenes: Path, init: str, out: Path, config: Path, ste
     """Fine-tune and return the validation metrics of the last step."""
     from finetune.run import finetune
     from finetune.segmentation.settings import SegmentationSettings
-    from simmim.cli import parse
+    from simmim.arguments import parse
 
     labeled = scenes / "labeled"
     names = (labeled / "classes.txt").read_text(encoding="utf-8").split("\n")

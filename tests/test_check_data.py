@@ -115,7 +115,7 @@ def test_listed_duplicates_are_limited_and_counted_in_full(corpus, monkeypatch):
 
 def test_suggestions_are_the_defaults_of_pretraining(report, corpus):
     """What is suggested is what `simmim pretrain` would choose, and its line parses to just that."""
-    from simmim.cli import parse
+    from simmim.arguments import parse
 
     images = survey(source_of(sorted(corpus.iterdir())))
     assert images.short_side_px == report.short_side_px

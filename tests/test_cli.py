@@ -13,8 +13,9 @@ from PIL import Image
 
 from finetune.classification.settings import FinetuneSettings
 from pretrain.settings import PretrainSettings
+from simmim.arguments import canonical, parse
 from simmim.checkpoint import Preprocessing, save_encoder
-from simmim.cli import COMMANDS, canonical, main, parse, with_saved_config
+from simmim.cli import COMMANDS, main, with_saved_config
 from simmim.convert import load_encoder
 from simmim.run_folder import as_yaml
 from simmim.swinv2 import SwinV2, SwinV2Config

@@ -12,7 +12,7 @@ from finetune.segmentation.settings import SegmentationSettings
 from finetune.settings import with_schedule
 from pretrain.run import build_model
 from pretrain.settings import PretrainSettings, resolve
-from simmim.cli import parse
+from simmim.arguments import parse
 from simmim.data import Survey
 from simmim.optim import parameter_rules
 from simmim.swinv2 import SwinV2, SwinV2Config

@@ -9,7 +9,7 @@ from finetune.classification.settings import FinetuneSettings, LabeledSettings
 from finetune.settings import EncoderSettings
 from finetune.settings import OptimSettings as FinetuneOptimSettings
 from pretrain.settings import DataSettings, ModelSettings, OptimSettings, PretrainSettings, resolve
-from simmim.cli import parse
+from simmim.arguments import parse
 from simmim.data import IMAGENET_MEAN, IMAGENET_STD, Survey
 from simmim.defaults import (
     default_batch_size,
