@@ -29,6 +29,7 @@ from simmim.training import (
     default_precision,
     device_type,
     is_first_process,
+    machine,
     per_device_batch,
     usable_checkpoint,
     usual_callbacks,
@@ -240,8 +241,7 @@ def summary(
         f"{f', the last {settings.train_stages} stages trained' if settings.train_stages else ''}"
         f", {parameters:.2f} M parameters trained",
         f"training {settings.epochs:g} epochs, {steps:,} steps of {settings.batch_size} images, peak learning rate "
-        f"{peak:.3g}, layer decay {settings.optim.layer_decay:g}, {settings.precision} on "
-        f"{trainer.world_size} × {trainer.strategy.root_device.type}",
+        f"{peak:.3g}, layer decay {settings.optim.layer_decay:g}, {settings.precision} on {machine(trainer)}",
         *(f"chosen   {reason}" for reason in reasons),
     ]
     if resumed:

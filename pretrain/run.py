@@ -32,6 +32,7 @@ from simmim.training import (
     default_precision,
     device_type,
     is_first_process,
+    machine,
     per_device_batch,
     usable_checkpoint,
     usual_callbacks,
@@ -236,7 +237,7 @@ def summary(
         f"window {encoder.config.window_size}, patch {encoder.config.patch_size} px",
         f"masking  {hidden} of {units} units of {settings.model.mask_unit} px",
         f"training {settings.epochs:g} epochs, {steps:,} steps of {settings.batch_size} images, peak learning rate "
-        f"{peak:.3g}, {settings.precision} on {trainer.world_size} × {trainer.strategy.root_device.type}",
+        f"{peak:.3g}, {settings.precision} on {machine(trainer)}",
     ]
     if probe:
         lines.append(f"probe    {probe}")

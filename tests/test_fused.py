@@ -319,6 +319,18 @@ def test_without_a_compiler_the_plain_lines_serve(tmp_path):
     assert kept.suffix == ".so"
 
 
+def test_a_run_says_whether_it_has_them(monkeypatch, tmp_path):
+    """Who trains on a CPU without a compiler should know why it is slow."""
+    from simmim.training import build_trainer, machine, trainer
+
+    options = {"devices": 1, "precision": "32-true", "accumulate": 1, "callbacks": [], "log_every_steps": 1}
+    built = build_trainer(tmp_path, 1, extra={"accelerator": "cpu"}, **options)
+    assert machine(built) == "1 × cpu with compiled kernels"
+    monkeypatch.setattr(trainer, "kernels", lambda: None)
+    monkeypatch.setattr(trainer, "reason", lambda: "no C compiler")
+    assert machine(built) == "1 × cpu, without compiled kernels and slower: no C compiler"
+
+
 def test_a_cache_that_others_may_write_is_not_used(tmp_path, monkeypatch):
     """A library is code: it is loaded from a folder of one's own alone."""
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "file"))

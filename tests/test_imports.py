@@ -25,7 +25,7 @@ ALLOWED = {
     "plan": {"defaults", "masking", "model", "swinv2"},
     "run_folder": {"files"},
     "swinv2": {"fused"},
-    "training": {"allocator", "convert", "data", "files", "optim", "run_folder", "swinv2"},
+    "training": {"allocator", "convert", "data", "files", "fused", "optim", "run_folder", "swinv2"},
 }
 TRAINING = ("pytorch_lightning", "datasets", "tensorboard", "torchmetrics", "jsonargparse")
 HEAVY = ("torch", "numpy", "PIL", "safetensors", *TRAINING)

@@ -8,12 +8,19 @@ from simmim.training.logs import MetricsCsv
 from simmim.training.progress import ProgressLine, SkippedImages, StepSeeds, Throughput, usual_callbacks
 from simmim.training.saving import SaveRun, usable_checkpoint
 from simmim.training.streams import NotePlaces, StreamData, ValidatedStreamData, per_device_batch
-from simmim.training.trainer import build_trainer, check_trainer_keys, default_precision, device_type, is_first_process
+from simmim.training.trainer import (
+    build_trainer,
+    check_trainer_keys,
+    default_precision,
+    device_type,
+    is_first_process,
+    machine,
+)
 from simmim.training.watch import ActivationMonitor, NumericalGuard
 
 __all__ = [
     "ActivationMonitor", "Interrupted", "MetricsCsv", "NotePlaces", "NumericalGuard", "ProgressLine", "SaveRun",
     "SkippedImages", "StepSeeds", "StopOnSignal", "StreamData", "Throughput", "ValidatedStreamData", "build_trainer",
-    "check_trainer_keys", "default_precision", "device_type", "is_first_process", "per_device_batch", "usable_checkpoint",
-    "usual_callbacks",
+    "check_trainer_keys", "default_precision", "device_type", "is_first_process", "machine", "per_device_batch",
+    "usable_checkpoint", "usual_callbacks",
 ]  # fmt: skip

@@ -16,6 +16,7 @@ from pytorch_lightning.utilities import rank_zero_only
 from pytorch_lightning.utilities.exceptions import MisconfigurationException
 
 from simmim.allocator import keep_freed_memory
+from simmim.fused import kernels, reason
 from simmim.swinv2 import SwinV2Config, nearest
 from simmim.training.logs import DescribeRun, loggers_for
 from simmim.training.saving import SaveRun
@@ -132,6 +133,15 @@ def build_trainer(
     if trainer.strategy.root_device.type == "cpu":
         keep_freed_memory()
     return trainer
+
+
+def machine(trainer: pl.Trainer) -> str:
+    """What a run is on: 8 × cuda, or 1 × cpu and whether the encoder's kernels could be compiled for it."""
+    device = trainer.strategy.root_device.type
+    text = f"{trainer.world_size} × {device}"
+    if device != "cpu":
+        return text
+    return f"{text} with compiled kernels" if kernels() else f"{text}, without compiled kernels and slower: {reason()}"
 
 
 def thread_failed(failed, otherwise=threading.excepthook) -> None:
