@@ -219,7 +219,7 @@ def serve(name: str, work: Work) -> None:
     if work.threads:
         torch.set_num_threads(work.threads)
     if library == "ours" and work.device == "cpu":
-        keep_freed_memory()  # as `simmim pretrain` does
+        keep_freed_memory()  # as the command does
     if library == "timm":
         sys.path.insert(0, str(ROOT / "tests"))
         from timm_stub import stub_torchvision

@@ -7,6 +7,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+from simmim.allocator import keep_freed_memory
 from simmim.arguments import UsageError, canonical, nearest, options, parse
 
 DESCRIPTION = "Pre-train a SwinV2 encoder on your own images with SimMIM, look at it, export it, fine-tune it."
@@ -35,7 +36,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
             print(f"simmim {__version__}")
         else:
-            code = command_named(arguments[0]).run(arguments[1:]) or 0
+            command = command_named(arguments[0])
+            keep_freed_memory()
+            code = command.run(arguments[1:]) or 0
             sys.stdout.flush()
             return code
     except (ValueError, OSError) as error:

@@ -15,7 +15,6 @@ import torch
 from pytorch_lightning.utilities import rank_zero_only
 from pytorch_lightning.utilities.exceptions import MisconfigurationException
 
-from simmim.allocator import keep_freed_memory
 from simmim.fused import kernels, reason
 from simmim.swinv2 import SwinV2Config, nearest
 from simmim.training.logs import DescribeRun, loggers_for
@@ -125,14 +124,11 @@ def build_trainer(
         ),
     }
     try:
-        trainer = pl.Trainer(**settings)
+        return pl.Trainer(**settings)
     except (MisconfigurationException, TypeError, ValueError, RuntimeError) as error:
         first = str(error).strip().splitlines()[0]
         what = f"devices {devices!r}, precision {precision!r}" + (f", trainer {dict(extra)}" if extra else "")
         raise ValueError(f"{what} does not work here: {first}") from error
-    if trainer.strategy.root_device.type == "cpu":
-        keep_freed_memory()
-    return trainer
 
 
 def machine(trainer: pl.Trainer) -> str:
