@@ -188,6 +188,19 @@ def test_attention_at_the_ends_of_its_logits():
     assert distance(actual, block.double()(x.double())) < 1e-5
 
 
+@pytest.mark.parametrize("name", ["attn.q_bias", "attn.v_bias", "attn.logit_scale", "mlp.fc1.bias", "norm2.weight"])
+def test_what_is_not_a_number_stays_so(name, monkeypatch):
+    """In the output and every gradient that the plain lines make NaN: the guard of a run looks there."""
+    config, size = CASES["divided, heads of 32"]
+    encoder, images = randomised(config), images_of(config, size)
+    with torch.no_grad():
+        encoder.layers[1].blocks[1].get_parameter(name).view(-1)[0] = math.nan
+    actual = results(encoder, images)
+    monkeypatch.setattr("simmim.fused.takes", lambda block, x: False)
+    for key, value in results(encoder, images).items():
+        assert value.isnan().any() == actual[key].isnan().any(), key
+
+
 def test_what_is_not_asked_for_is_not_computed():
     """A frozen encoder gives its images' gradient and none of its own; without gradients nothing is kept."""
     config, size = CASES["divided, heads of 32"]

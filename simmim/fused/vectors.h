@@ -61,9 +61,10 @@ INLINE float largest(vec x) {
     return most;
 }
 
-/* e^x to about one unit in the last place, for x between -87 and 88, beyond which it stays. */
+/* e^x to about one unit in the last place, for x between -87 and 88, beyond which it stays; NaN of NaN, which `larger` and
+   `smaller` take from their second operand. */
 INLINE vec exponential(vec x) {
-    x = smaller(larger(x, all(-87.0f)), all(88.0f));
+    x = smaller(all(88.0f), larger(all(-87.0f), x));
     vec n = (x * 1.44269504f + 12582912.0f) - 12582912.0f; /* rounds: 1.5 · 2^23 leaves no bits for a fraction */
     vec r = (x - n * 0.693359375f) + n * 2.12194440e-4f;
     vec p = all(1.9875691500e-4f);
