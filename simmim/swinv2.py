@@ -484,8 +484,9 @@ class SwinV2Block(nn.Module):
             scale = self.attn.inverse_temperature()
             table = self.attn.position_table(window, self.pretrained(window))
         drop = self.drop_path
-        x = fused.join_attention(x, self.attn, self.norm1, drop.factors(x) if drop.active else None, windows, scale, table)
-        return fused.join_mlp(x, self.mlp, self.norm2, drop.factors(x) if drop.active else None)
+        keep = drop.factors(x) if drop.active else None
+        x, tokens = fused.join_attention(x, self.attn, self.norm1, keep, windows, scale, table)
+        return fused.join_mlp(x, tokens, self.mlp, self.norm2, drop.factors(x) if drop.active else None)
 
     def geometry(self, size: Size) -> tuple[Size, Size, Size]:
         """On a map of `size`: the window, its shift, and the size padded to whole windows."""

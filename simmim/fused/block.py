@@ -79,8 +79,8 @@ def product_type() -> torch.dtype:
 
 def join_attention(
     x: Tensor, attn: nn.Module, norm: nn.LayerNorm, keep: Tensor | None, windows: Windows, scale: Tensor, table: Tensor
-) -> Tensor:
-    """x + keep · norm(attention(x)), (B, H, W, C) float32.
+) -> tuple[Tensor, Tensor]:
+    """x + keep · norm(attention(x)), (B, H, W, C) float32; and as `join_mlp` takes its tokens.
 
     Args:
         keep: (B,), the factor of stochastic depth; None for 1.
@@ -93,11 +93,11 @@ def join_attention(
     )  # fmt: skip
 
 
-def join_mlp(x: Tensor, mlp: nn.Module, norm: nn.LayerNorm, keep: Tensor | None) -> Tensor:
-    """x + keep · norm(mlp(x)), (B, H, W, C) float32."""
+def join_mlp(x: Tensor, tokens: Tensor, mlp: nn.Module, norm: nn.LayerNorm, keep: Tensor | None) -> Tensor:
+    """x + keep · norm(mlp(x)), (B, H, W, C) float32; `tokens` (B · T, C) is x in the products' type, without a gradient."""
     return MlpBranch.apply(
-        x.float(), mlp.fc1.weight, mlp.fc1.bias, mlp.fc2.weight, mlp.fc2.bias, norm.weight, norm.bias, norm.eps,
-        None if keep is None else keep.float(), product_type(),
+        x, tokens, mlp.fc1.weight, mlp.fc1.bias, mlp.fc2.weight, mlp.fc2.bias, norm.weight, norm.bias, norm.eps,
+        None if keep is None else keep.float(),
     )  # fmt: skip
 
 
@@ -107,7 +107,7 @@ class AttentionBranch(Function):
     @staticmethod
     def forward(
         ctx, x, qkv_weight, q_bias, v_bias, scale, table, proj_weight, proj_bias, gain, shift, epsilon, keep, windows, kind
-    ) -> Tensor:
+    ) -> tuple[Tensor, Tensor]:
         tokens = rows(x).to(kind)
         qkv_weight, proj_weight = qkv_weight.to(kind), proj_weight.to(kind)
         qkv = product(tokens, qkv_weight)
@@ -116,17 +116,18 @@ class AttentionBranch(Function):
         call = attention_call(qkv, q_bias, v_bias, scale, table, windows, images)
         kernels().call("attention_forward", call, at(mixed), at(log_sums))
         branch = product(mixed, proj_weight)
-        out, moments = join(x, branch, proj_bias, gain, shift, epsilon, keep)
+        out, out_tokens, moments = join(x, branch, proj_bias, gain, shift, epsilon, keep, kind)
         ctx.save_for_backward(
             tokens, qkv_weight, q_bias, v_bias, scale, table, qkv, log_sums, mixed, proj_weight, proj_bias, branch, gain,
             shift, keep, moments, *windows,
         )  # fmt: skip
         ctx.epsilon, ctx.images = epsilon, images
-        return out
+        ctx.mark_non_differentiable(out_tokens)
+        return out, out_tokens
 
     @staticmethod
     @once_differentiable
-    def backward(ctx, grad):
+    def backward(ctx, grad, _):
         (
             tokens, qkv_weight, q_bias, v_bias, scale, table, qkv, log_sums, mixed, proj_weight, proj_bias, branch, gain,
             shift, keep, moments, *windows,
@@ -148,15 +149,14 @@ class MlpBranch(Function):
     """`join_mlp`."""
 
     @staticmethod
-    def forward(ctx, x, weight1, bias1, weight2, bias2, gain, shift, epsilon, keep, kind) -> Tensor:
-        tokens = rows(x).to(kind)
-        weight1, weight2 = weight1.to(kind), weight2.to(kind)
+    def forward(ctx, x, tokens, weight1, bias1, weight2, bias2, gain, shift, epsilon, keep) -> Tensor:
+        weight1, weight2 = weight1.to(tokens.dtype), weight2.to(tokens.dtype)
         hidden = product(tokens, weight1)
         active = torch.empty_like(hidden)
         kernels().call("gelu_forward", at(hidden), at(bias1), at(active), *hidden.shape, *how(hidden))
         branch = product(active, weight2)
         del active
-        out, moments = join(x, branch, bias2, gain, shift, epsilon, keep)
+        out, _, moments = join(x, branch, bias2, gain, shift, epsilon, keep, torch.float32)
         ctx.save_for_backward(tokens, weight1, bias1, hidden, weight2, bias2, branch, gain, shift, keep, moments)
         ctx.epsilon, ctx.images = epsilon, len(x)
         return out
@@ -172,23 +172,24 @@ class MlpBranch(Function):
         kernels().call(
             "gelu_backward", at(hidden), at(bias1), at(grad_hidden), at(active), at(grad_bias1), *hidden.shape, *how(hidden)
         )
-        grad_weight2 = grad_branch.T @ active if ctx.needs_input_grad[3] else None
+        grad_weight2 = grad_branch.T @ active if ctx.needs_input_grad[4] else None
         del active, grad_branch
-        grad_weight1 = grad_hidden.T @ tokens if ctx.needs_input_grad[1] else None
+        grad_weight1 = grad_hidden.T @ tokens if ctx.needs_input_grad[2] else None
         grad_x = added(grad, grad_hidden, weight1) if ctx.needs_input_grad[0] else None
-        return grad_x, as_float(grad_weight1), grad_bias1, as_float(grad_weight2), *of_join, *[None] * 3
+        return grad_x, None, as_float(grad_weight1), grad_bias1, as_float(grad_weight2), *of_join, *[None] * 2
 
 
 # --- Calls ---------------------------------------------------------------------------------------------------------------
 
 
-def join(x, branch, bias, gain, shift, epsilon, keep) -> tuple[Tensor, Tensor]:
-    """x + keep · norm(branch + bias), and each row's mean and 1 / deviation, (rows, 2)."""
+def join(x, branch, bias, gain, shift, epsilon, keep, kind) -> tuple[Tensor, Tensor, Tensor]:
+    """x + keep · norm(branch + bias); its rows of type `kind`; and each row's mean and 1 / deviation, (rows, 2)."""
     x = x.contiguous()
     out, moments = torch.empty_like(x), x.new_empty(len(branch), 2)
+    half = torch.empty_like(branch) if kind == torch.bfloat16 else None
     call = join_call(branch, bias, gain, shift, epsilon, keep, len(x))
-    kernels().call("join_forward", call, at(x), at(out), at(moments))
-    return out, moments
+    kernels().call("join_forward", call, at(x), at(out), at(half), at(moments))
+    return out, rows(out) if half is None else half, moments
 
 
 def join_back(grad, branch, bias, gain, shift, epsilon, keep, moments, images) -> tuple[Tensor, list[Tensor]]:

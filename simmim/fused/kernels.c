@@ -109,7 +109,9 @@ static int is_divided(const Attention *s, long window) {
 }
 
 /* Logits of ROWS queries from `first` on, (ROWS, N padded). */
-INLINE void logits_of(const Attention *s, const Head *from, const float *bias, float *logits, long first, long window, long head, int divided) {
+INLINE void logits_of(
+    const Attention *s, const Head *from, const float *bias, float *logits, long first, long window, long head, int divided
+) {
     long n = s->window_tokens, wide = tokens_wide(s), dim = head_wide(s);
     some_rows(from->q + first * dim, dim, 1, from->k_turned, wide, logits, wide, wide, s->head_dim);
     for (long row = 0; row < ROWS && first + row < n; row++) {
@@ -123,21 +125,35 @@ INLINE void logits_of(const Attention *s, const Head *from, const float *bias, f
     }
 }
 
+/* Pairs of rows of x (rows, columns, a multiple of LANES), lane by lane: (⌈rows / 2⌉, columns); the last may lack its
+   second, which is 0. */
+INLINE void pair_rows(uint32_t *to, const float *x, long rows, long columns) {
+    for (long row = 0; row < rows; row += 2)
+        for (long c = 0; c < columns; c += LANES) {
+            vec second = row + 1 < rows ? load(x + (row + 1) * columns + c) : all(0);
+            store_pairs(to + row / 2 * columns + c, paired(load(x + row * columns + c), second));
+        }
+}
+
 /* out (B, T, C); log_sums (B, M, h, N), of each query's logits, for the backward pass, or NULL. */
 int attention_forward(const Attention *s, void *out, float *log_sums) {
     long n = s->window_tokens, d = s->head_dim, wide = tokens_wide(s), dim = head_wide(s), c = s->heads * d;
     long a_head = s->images * s->windows, jobs = a_head * s->heads;
-    long each = padded(head_floats(s) + ROWS * dim, LINE);
+    int pairs = HAS_PAIRS && s->half; /* weights times values in bfloat16, as their products' type is */
+    long each = padded(head_floats(s) + ROWS * dim + padded(n, 2) / 2 * dim + ROWS * wide / 2, LINE);
     float *bias = bias_of_pairs(s), *memory = floats(s->threads * each);
     if (!bias || !memory) return free(bias), free(memory), 1;
 #pragma omp parallel num_threads(s->threads)
     {
         Head head = head_in(memory + THREAD * each, s);
         float *mixed = memory + THREAD * each + head_floats(s);
+        uint32_t *v_pairs = (uint32_t *)(mixed + ROWS * dim), *weight_pairs = v_pairs + padded(n, 2) / 2 * dim;
         for (long job = first_of(jobs, THREAD, s->threads); job < first_of(jobs, THREAD + 1, s->threads); job++) {
             long number = job % s->heads, image = job / s->heads / s->windows, window = job / s->heads % s->windows;
             int divided = is_divided(s, window);
+            float *log_sum = log_sums ? log_sums + ((image * s->windows + window) * s->heads + number) * n : NULL;
             gather(s, &head, image, window, number);
+            if (pairs) pair_rows(v_pairs, head.v, n, dim);
             for (long first = 0; first < n; first += ROWS) {
                 float by[ROWS] = {0};
                 logits_of(s, &head, bias, head.logits, first, window, number, divided);
@@ -153,9 +169,14 @@ int attention_forward(const Attention *s, void *out, float *log_sums) {
                     }
                     float whole = sum(total);
                     by[row] = 1 / whole;
-                    if (log_sums) log_sums[((image * s->windows + window) * s->heads + number) * n + first + row] = top + logf(whole);
+                    if (log_sum) log_sum[first + row] = top + logf(whole);
                 }
-                some_rows(head.logits, wide, 1, head.v, dim, mixed, dim, dim, n);
+                if (pairs) {
+                    store_row(weight_pairs, 0, head.logits, ROWS * wide, 1);
+                    some_rows_of_pairs(weight_pairs, wide / 2, 1, v_pairs, dim, mixed, dim, dim, (n + 1) / 2);
+                } else {
+                    some_rows(head.logits, wide, 1, head.v, dim, mixed, dim, dim, n);
+                }
                 for (long row = 0; row < ROWS && first + row < n; row++) {
                     long token = s->token_of[window * n + first + row];
                     if (token < 0) continue;
@@ -187,10 +208,12 @@ int attention_backward(
 ) {
     long n = s->window_tokens, d = s->head_dim, wide = tokens_wide(s), dim = head_wide(s), c = s->heads * d;
     long a_head = s->images * s->windows, jobs = a_head * s->heads;
-    long squares = wide * wide, pairs = s->heads * n * wide;
+    long squares = wide * wide, table = s->heads * n * wide;
     /* Of a thread: the head; weights and gradients of logits; gradients in and of q; turned values and gradients. */
-    long each = padded(head_floats(s) + 2 * squares + 2 * wide * dim + 3 * dim * wide + dim, LINE);
-    long sums = padded(pairs + 2 * c + s->heads, LINE);
+    int pairs = HAS_PAIRS && s->half;
+    long of_pairs_too = squares / 2 + wide * dim;
+    long each = padded(head_floats(s) + 2 * squares + 2 * wide * dim + 3 * dim * wide + dim + of_pairs_too, LINE);
+    long sums = padded(table + 2 * c + s->heads, LINE);
     float *bias = bias_of_pairs(s), *memory = floats(s->threads * each), *totals = floats(s->threads * sums);
     if (!bias || !memory || !totals) return free(bias), free(memory), free(totals), 1;
 #pragma omp parallel num_threads(s->threads)
@@ -199,7 +222,10 @@ int attention_backward(
         float *weights = memory + THREAD * each + head_floats(s), *grad_logits = weights + squares;
         float *grad = grad_logits + squares, *grad_q = grad + wide * dim, *v_turned = grad_q + wide * dim;
         float *grad_k = v_turned + dim * wide, *grad_v = grad_k + dim * wide, *row_grad = grad_v + dim * wide;
-        float *of_pairs = totals + THREAD * sums, *of_q = of_pairs + pairs, *of_v = of_q + c, *of_scale = of_v + c;
+        /* Weights by pairs of queries; the output's gradient by pairs of channels and of tokens. */
+        uint32_t *weight_pairs = (uint32_t *)(row_grad + dim), *grad_pairs = weight_pairs + squares / 2;
+        uint32_t *grads_paired = grad_pairs + wide * dim / 2, *v_pairs = (uint32_t *)v_turned;
+        float *of_pairs = totals + THREAD * sums, *of_q = of_pairs + table, *of_v = of_q + c, *of_scale = of_v + c;
         for (long job = first_of(jobs, THREAD, s->threads); job < first_of(jobs, THREAD + 1, s->threads); job++) {
             long number = job % s->heads, image = job / s->heads / s->windows, window = job / s->heads % s->windows;
             int divided = is_divided(s, window);
@@ -210,12 +236,25 @@ int attention_backward(
                 long token = s->token_of[window * n + i];
                 if (token >= 0) load_row(grad + i * dim, grad_out, (image * s->tokens + token) * c + number * d, d, s->half);
                 else memset(grad + i * dim, 0, dim * 4);
-                for (long e = 0; e < d; e++) v_turned[e * wide + i] = head.v[i * dim + e];
+                if (!pairs)
+                    for (long e = 0; e < d; e++) v_turned[e * wide + i] = head.v[i * dim + e];
+            }
+            if (pairs) {
+                uint32_t row_pairs[dim / 2];
+                for (long i = 0; i < n; i++) {
+                    store_row(row_pairs, 0, head.v + i * dim, dim, 1);
+                    for (long p = 0; p < dim / 2; p++) v_pairs[p * wide + i] = row_pairs[p];
+                }
+                store_row(grad_pairs, 0, grad, wide * dim, 1);
+                pair_rows(grads_paired, grad, n, dim);
             }
             for (long first = 0; first < n; first += ROWS) {
                 float *weight = weights + first * wide, *slope = grad_logits + first * wide;
                 logits_of(s, &head, bias, weight, first, window, number, divided);
-                some_rows(grad + first * dim, dim, 1, v_turned, wide, slope, wide, wide, d);
+                if (pairs)
+                    some_rows_of_pairs(grad_pairs + first * dim / 2, dim / 2, 1, v_pairs, wide, slope, wide, wide, dim / 2);
+                else
+                    some_rows(grad + first * dim, dim, 1, v_turned, wide, slope, wide, wide, d);
                 for (long row = 0; row < ROWS && first + row < n; row++) {
                     float *w = weight + row * wide, *g = slope + row * wide;
                     float *summed = of_pairs + (number * n + first + row) * wide;
@@ -233,8 +272,11 @@ int attention_backward(
                     }
                 }
             }
+            if (pairs) pair_rows(weight_pairs, weights, n, wide);
             for (long first = 0; first < dim; first += ROWS) {
-                some_rows(grad + first, 1, dim, weights, wide, grad_v + first * wide, wide, wide, n);
+                float *to = grad_v + first * wide;
+                if (pairs) some_rows_of_pairs(grads_paired + first, 1, dim, weight_pairs, wide, to, wide, wide, (n + 1) / 2);
+                else some_rows(grad + first, 1, dim, weights, wide, to, wide, wide, n);
                 some_rows(head.q + first, 1, dim, grad_logits, wide, grad_k + first * wide, wide, wide, n);
             }
             for (long first = 0; first < n; first += ROWS)
@@ -264,7 +306,7 @@ int attention_backward(
     memset(grad_q_bias, 0, c * 4), memset(grad_v_bias, 0, c * 4), memset(grad_scale, 0, s->heads * 4);
     memset(grad_table, 0, s->offsets * s->heads * 4);
     for (long thread = 0; thread < s->threads; thread++) {
-        const float *of_pairs = totals + thread * sums, *of_q = of_pairs + pairs, *of_v = of_q + c, *of_scale = of_v + c;
+        const float *of_pairs = totals + thread * sums, *of_q = of_pairs + table, *of_v = of_q + c, *of_scale = of_v + c;
         for (long e = 0; e < c; e++) grad_q_bias[e] += of_q[e], grad_v_bias[e] += of_v[e];
         for (long head = 0; head < s->heads; head++) {
             grad_scale[head] += of_scale[head];
@@ -290,8 +332,9 @@ typedef struct {
     int half, threads;
 } Join;
 
-/* out (rows, C) from x (rows, C), both float32; moments (rows, 2), mean and 1 / deviation of each row, or NULL. */
-int join_forward(const Join *s, const float *x, float *out, float *moments) {
+/* out (rows, C) from x (rows, C), both float32; out_half (rows, C) the same in bfloat16, or NULL; moments (rows, 2), mean
+   and 1 / deviation of each row, or NULL. */
+int join_forward(const Join *s, const float *x, float *out, void *out_half, float *moments) {
     long wide = padded(s->dim, PAD), each = padded(wide, LINE);
     float *memory = floats(s->threads * each);
     if (!memory) return 1;
@@ -311,6 +354,7 @@ int join_forward(const Join *s, const float *x, float *out, float *moments) {
             float *to = out + row * s->dim;
 #pragma omp simd
             for (long c = 0; c < s->dim; c++) to[c] = from[c] + keep * ((y[c] - mean) * by * s->gain[c] + s->shift[c]);
+            if (out_half) store_row(out_half, row * s->dim, to, s->dim, 1);
             if (moments) moments[2 * row] = mean, moments[2 * row + 1] = by;
         }
     }
@@ -323,7 +367,8 @@ int join_forward(const Join *s, const float *x, float *out, float *moments) {
 /* From grad (rows, C), float32, of the output: grad_branch (rows, C), and in float32 grad_bias, grad_gain, grad_shift, (C)
    each. The gradient of x is `grad` itself. */
 int join_backward(
-    const Join *s, const float *moments, const float *grad, void *grad_branch, float *grad_bias, float *grad_gain, float *grad_shift
+    const Join *s, const float *moments, const float *grad, void *grad_branch, float *grad_bias, float *grad_gain,
+    float *grad_shift
 ) {
     long dim = s->dim, wide = padded(dim, PAD), each = padded(8 * wide, LINE);
     float *memory = floats(s->threads * each);
@@ -375,7 +420,8 @@ INLINE vec normal_cdf(vec x, vec *density) {
     vec size = larger(x, -x) * 0.70710678f;
     vec t = 1.0f / (size * 0.3275911f + 1.0f);
     vec e = exponential(x * x * -0.5f);
-    vec tail = ((((t * 1.061405429f - 1.453152027f) * t + 1.421413741f) * t - 0.284496736f) * t + 0.254829592f) * t * e * 0.5f;
+    vec series = (((t * 1.061405429f - 1.453152027f) * t + 1.421413741f) * t - 0.284496736f) * t + 0.254829592f;
+    vec tail = series * t * e * 0.5f;
     *density = e * 0.39894228f;
     return choose(x > 0, 1.0f - tail, tail);
 }
@@ -406,7 +452,8 @@ int gelu_forward(const void *x, const float *bias, void *out, long rows, long di
 
 /* Some rows of `gelu_backward`, `half` a constant; some and whole (C) add up the bias's gradient. */
 INLINE void gelu_rows_back(
-    const void *x, const float *bias, void *grad, void *out, float *some, float *whole, long first, long last, long dim, int half
+    const void *x, const float *bias, void *grad, void *out, float *some, float *whole, long first, long last, long dim,
+    int half
 ) {
     for (long row = first; row < last; row++) {
         for (long c = 0; c < dim; c += LANES) {

@@ -53,7 +53,7 @@ class Join(ctypes.Structure):
 ARGUMENTS = {
     "attention_forward": [ctypes.POINTER(Attention), pointer, pointer],
     "attention_backward": [ctypes.POINTER(Attention), *[pointer] * 7],
-    "join_forward": [ctypes.POINTER(Join), *[pointer] * 3],
+    "join_forward": [ctypes.POINTER(Join), *[pointer] * 4],
     "join_backward": [ctypes.POINTER(Join), *[pointer] * 6],
     "gelu_forward": [pointer, pointer, pointer, number, number, ctypes.c_int, ctypes.c_int],
     "gelu_backward": [*[pointer] * 5, number, number, ctypes.c_int, ctypes.c_int],

@@ -130,7 +130,8 @@ INLINE void store_row(void *to, long offset, const float *from, long count, int 
 
 /* LANES numbers from `at` on, or fewer, `count`, and zeros after them. */
 INLINE vec load_some(const void *from, long at, long count, int half) {
-    if (count >= LANES) return half ? widened(*(const loose_half_bits *)((const uint16_t *)from + at)) : load((const float *)from + at);
+    if (count >= LANES && half) return widened(*(const loose_half_bits *)((const uint16_t *)from + at));
+    if (count >= LANES) return load((const float *)from + at);
     float few[LANES] = {0};
     load_row(few, from, at, count, half);
     return load(few);
@@ -166,7 +167,9 @@ INLINE long first_of(long count, long thread, long threads) { return count * thr
 /* --- A small matrix product -------------------------------------------------------------------------------------- */
 
 /* c (ROWS, vectors · LANES) = Σ_k a(row, k) · b (k, ·), where a(row, k) stands at a[row · a_row + k · a_k]. */
-INLINE void tile(int vectors, const float *a, long a_row, long a_k, const float *b, long b_row, float *c, long c_row, long k) {
+INLINE void tile(
+    int vectors, const float *a, long a_row, long a_k, const float *b, long b_row, float *c, long c_row, long k
+) {
     vec total[ROWS][3];
     _Pragma("GCC unroll 8") for (int row = 0; row < ROWS; row++)
         _Pragma("GCC unroll 3") for (int v = 0; v < vectors; v++) total[row][v] = all(0);
@@ -194,6 +197,67 @@ INLINE void some_rows(
         if (wide == 3) tile(3, a, a_row, a_k, from, b_row, to, c_row, k);
         else if (wide == 2) tile(2, a, a_row, a_k, from, b_row, to, c_row, k);
         else tile(1, a, a_row, a_k, from, b_row, to, c_row, k);
+        at += wide;
+    }
+}
+
+/* --- The same of bfloat16, two numbers a lane: the sums are float32 ------------------------------------------------ */
+
+/* Lane by lane `first` and `second`, as one pair. */
+INLINE wide_bits paired(vec first, vec second) {
+    wide_bits low = (wide_bits)first, high = (wide_bits)second;
+    low += 0x7fff + ((low >> 16) & 1), high += 0x7fff + ((high >> 16) & 1);
+    return (low >> 16) | (high & 0xffff0000u);
+}
+
+typedef uint32_t loose_pairs __attribute__((vector_size(LANES * 4), aligned(4), may_alias));
+INLINE void store_pairs(uint32_t *to, wide_bits x) { *(loose_pairs *)to = x; }
+
+#ifdef __AVX512BF16__
+#define HAS_PAIRS 1
+
+/* c (ROWS, vectors · LANES) = Σ_p a(row, p) · b (p, ·), both products of each pair; a(row, p) stands at
+   a[row · a_row + p · a_p]. */
+INLINE void tile_of_pairs(
+    int vectors, const uint32_t *a, long a_row, long a_p, const uint32_t *b, long b_row, float *c, long c_row, long pairs
+) {
+    vec total[ROWS][3];
+    _Pragma("GCC unroll 8") for (int row = 0; row < ROWS; row++)
+        _Pragma("GCC unroll 3") for (int v = 0; v < vectors; v++) total[row][v] = all(0);
+    for (long p = 0; p < pairs; p++) {
+        __m512bh line[3];
+        _Pragma("GCC unroll 3") for (int v = 0; v < vectors; v++)
+            line[v] = (__m512bh)*(const loose_pairs *)(b + p * b_row + v * LANES);
+        _Pragma("GCC unroll 8") for (int row = 0; row < ROWS; row++) {
+            __m512bh factor = (__m512bh)_mm512_set1_epi32((int)a[row * a_row + p * a_p]);
+            _Pragma("GCC unroll 3") for (int v = 0; v < vectors; v++)
+                total[row][v] = (vec)_mm512_dpbf16_ps((__m512)total[row][v], factor, line[v]);
+        }
+    }
+    _Pragma("GCC unroll 8") for (int row = 0; row < ROWS; row++)
+        _Pragma("GCC unroll 3") for (int v = 0; v < vectors; v++) store(c + row * c_row + v * LANES, total[row][v]);
+}
+#else
+#define HAS_PAIRS 0
+INLINE void tile_of_pairs(
+    int vectors, const uint32_t *a, long a_row, long a_p, const uint32_t *b, long b_row, float *c, long c_row, long pairs
+) {
+    (void)vectors, (void)a, (void)a_row, (void)a_p, (void)b, (void)b_row, (void)c, (void)c_row, (void)pairs;
+}
+#endif
+
+/* As `some_rows`. */
+INLINE void some_rows_of_pairs(
+    const uint32_t *a, long a_row, long a_p, const uint32_t *b, long b_row, float *c, long c_row, long columns, long pairs
+) {
+    long vectors = columns / LANES, tiles = (vectors + 2) / 3, at = 0;
+    for (long t = 0; t < tiles; t++) {
+        long wide = vectors * (t + 1) / tiles - at;
+        const uint32_t *from = b + at * LANES;
+        float *to = c + at * LANES;
+        if (wide == 3) tile_of_pairs(3, a, a_row, a_p, from, b_row, to, c_row, pairs);
+        else if (wide == 2) tile_of_pairs(2, a, a_row, a_p, from, b_row, to, c_row, pairs);
+        else tile_of_pairs(1, a, a_row, a_p, from, b_row, to, c_row, pairs);
         at += wide;
     }
 }
