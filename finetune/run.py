@@ -146,6 +146,8 @@ def finetune(settings: TransferSettings, quiet: bool = False) -> FinetuneResult:
         # Steps rarely end on a validation: the last state is measured once more.
         metrics = trainer.validate(module, datamodule=stream, verbose=False)[0]
         best.consider(module, metrics[task.monitor])
+        for logger in trainer.loggers:
+            logger.finalize("success")  # again: the last picture has opened its file once more, and a thread writes to it
     if trainer.is_global_zero and not quiet:
         print(
             f"{task.monitor} {metrics[task.monitor]:.1%} at the end, {best.value:.1%} best, on {len(validation):,} "

@@ -1,5 +1,6 @@
 """Stage 2 as a whole: starting points, what is trained, the best classifier, predictions."""
 import csv
+import threading
 from dataclasses import replace
 
 import pytest
@@ -44,6 +45,13 @@ def test_the_best_classifier_is_kept(digits, finished):
     accuracy = (logits.argmax(dim=1) == torch.tensor(labels.validation["label"])).float().mean()
     assert accuracy.item() == pytest.approx(finished.best)
     assert finished.best >= finished.accuracy
+
+
+def test_nothing_writes_to_a_run_that_is_through(digits, encoder_folder, tmp_path):
+    """A study removes its runs: a thread that still wrote TensorBoard's file would bring their folders back."""
+    before = set(threading.enumerate())
+    finetune(settings(digits, encoder_folder, tmp_path / "run"), quiet=True)
+    assert not {type(thread).__name__ for thread in set(threading.enumerate()) - before} & {"_AsyncWriterThread"}
 
 
 def test_fine_tuning_learns_the_labels_it_is_given(digits, encoder_folder, tmp_path):
