@@ -14,7 +14,7 @@ import difflib
 import math
 from dataclasses import asdict, dataclass, fields, replace
 from functools import lru_cache
-from typing import NamedTuple
+from typing import ClassVar, NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -439,10 +439,13 @@ class SwinV2Block(nn.Module):
     are attended to like any other. `shift_before_padding` is as in `SwinV2Config`.
     """
 
-    # What `simmim.fused` knows how to compute.
-    PARTS = frozenset(
-        (WindowAttention, Mlp, DropPath, nn.LayerNorm, nn.Linear, nn.Sequential, nn.ReLU, nn.GELU, nn.Identity)
-    )
+    # What `simmim.fused` knows how to compute: each part's class, those of norm3, which is none of its business, aside.
+    PARTS: ClassVar[dict[str, type[nn.Module]]] = {
+        "attn": WindowAttention, "attn.qkv": nn.Linear, "attn.proj": nn.Linear, "attn.cpb_mlp": nn.Sequential,
+        "attn.cpb_mlp.0": nn.Linear, "attn.cpb_mlp.1": nn.ReLU, "attn.cpb_mlp.2": nn.Linear, "norm1": nn.LayerNorm,
+        "mlp": Mlp, "mlp.fc1": nn.Linear, "mlp.act": nn.GELU, "mlp.fc2": nn.Linear, "norm2": nn.LayerNorm,
+        "drop_path": DropPath,
+    }  # fmt: skip
 
     def __init__(
         self,
@@ -468,7 +471,7 @@ class SwinV2Block(nn.Module):
 
     def forward(self, x: Tensor, windows_at_once: int | None = None) -> Tensor:
         """(B, H, W, C) to the same shape, attending to so many windows at once; None for all."""
-        as_here = type(self).windowed_attention is SwinV2Block.windowed_attention
+        as_here = getattr(self.windowed_attention, "__func__", None) is SwinV2Block.windowed_attention
         if windows_at_once is None and as_here and fused.takes(self, x):
             return self.norm3(self.fused(x))
         x = x + self.drop_path(self.norm1(self.windowed_attention(x, windows_at_once)))

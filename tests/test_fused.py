@@ -10,6 +10,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from memory import LiveBytes
+from torch._subclasses.fake_tensor import FakeTensorMode
 
 from simmim import fused, swinv2
 from simmim.fused import block as calls
@@ -293,7 +294,77 @@ def test_they_stand_aside():
     encoder = SwinV2(config).eval()
     per_image = torch.func.vmap(lambda image: encoder(image[None]).pooled[0])(images)
     assert distance(per_image, encoder(images).pooled) < 1e-5
-    assert refused(SwinV2(SwinV2Config(16, (1,), (1,), window_size=40)), torch.zeros(1, 3, 160, 160))
+    block = SwinV2(SwinV2Config(16, (1,), (1,), window_size=96)).layers[0].blocks[0]
+    assert fused.takes(block, torch.zeros(1, 32, 32, 16)) and not fused.takes(block, torch.zeros(1, 96, 96, 16))
+    assert not fused.takes(block, torch.zeros(0, 32, 32, 16))
+    with FakeTensorMode(allow_non_fake_inputs=True):
+        assert not fused.takes(block, torch.zeros(1, 32, 32, 16))
+    hook = torch.nn.modules.module.register_module_forward_hook(lambda *call: None)
+    assert not fused.takes(block, torch.zeros(1, 32, 32, 16))
+    hook.remove()
+    assert fused.takes(block, torch.zeros(1, 32, 32, 16))
+
+
+OTHER_PARTS = {
+    "a layer without bias": ("mlp.fc1", lambda: torch.nn.Linear(16, 64, bias=False)),
+    "a norm without weights": ("norm1", lambda: torch.nn.LayerNorm(16, elementwise_affine=False)),
+    "another activation": ("mlp.act", torch.nn.ReLU),
+    "no norm": ("norm2", torch.nn.Identity),
+    "no drop path": ("drop_path", torch.nn.Identity),
+    "another MLP": ("mlp", lambda: torch.nn.Sequential(torch.nn.Linear(16, 16))),
+}
+
+
+@pytest.mark.parametrize("name", OTHER_PARTS)
+def test_blocks_that_were_changed_run_their_own_lines(name):
+    """What comes out is what the block's parts make of it, whatever they are."""
+    encoder = randomised(SwinV2Config(16, (1,), (2,), window_size=4))
+    place, make = OTHER_PARTS[name]
+    encoder.layers[0].blocks[0].set_submodule(place, make())
+    assert refused(encoder, torch.zeros(1, 3, 32, 32))
+    block = encoder.layers[0].blocks[0]
+    block.windowed_attention = lambda x, windows_at_once=None: 0 * x
+    assert torch.isfinite(block(torch.zeros(1, 8, 8, 16))).all()
+
+
+def test_no_images_no_features():
+    """An empty batch, as the plain lines take it."""
+    assert SwinV2(SwinV2Config(16, (1,), (2,), window_size=4))(torch.zeros(0, 3, 32, 32)).pooled.shape == (0, 16)
+
+
+def test_nan_of_one_image_stays_there():
+    """In gradients too, with heads that fill no vector: rows of scratch serve one image after another."""
+    config, size = CASES["padded, heads of 12"]
+    encoder, images = randomised(config), images_of(config, size, count=3)
+    images[1, 0, 5, 5] = math.nan
+    images.requires_grad_()
+    encoder(images).pooled.square().sum(dim=1).sum().backward()
+    assert images.grad[1].isnan().any() and torch.isfinite(images.grad[0]).all() and torch.isfinite(images.grad[2]).all()
+
+
+def test_a_backward_pass_under_autocast_after_a_forward_pass_without(monkeypatch):
+    """The products' type is the forward pass's, with oneDNN's products and with torch's."""
+    config, size = CASES["divided, heads of 32"]
+    encoder, images = randomised(config), images_of(config, size)
+    expected = results(encoder, images)
+    for onednn in (True, False):
+        monkeypatch.setattr(calls, "ONEDNN", onednn)
+        encoder.zero_grad()
+        features = encoder(images).features
+        weights = torch.linspace(-1, 1, features.numel(), dtype=torch.float64).sin().view_as(features)
+        loss = (features.double() * weights).sum()
+        with torch.autocast("cpu", torch.bfloat16):
+            loss.backward()
+        for name, parameter in encoder.layers.named_parameters():
+            assert distance(parameter.grad, expected[f"layers.{name}"]) < 5e-2, name
+
+
+def test_fewer_threads_than_asked_for(tmp_path):
+    """A system that grants less than torch asks for gets the same numbers, not half of them."""
+    environment = {"OMP_THREAD_LIMIT": "1", "OMP_NUM_THREADS": "4"}
+    expected, _ = features_in_a_process(tmp_path)
+    value, said = features_in_a_process(tmp_path, **environment)
+    assert said == "fused" and value == pytest.approx(expected, rel=1e-5)
 
 
 def features_in_a_process(tmp_path, **environment):
@@ -328,7 +399,7 @@ def test_without_a_compiler_the_plain_lines_serve(tmp_path):
         assert not list((tmp_path / "cache").rglob("*.so"))
     value, said = features_in_a_process(tmp_path / "cache")
     assert said == "fused" and value == pytest.approx(expected, rel=1e-5)
-    (kept,) = (tmp_path / "cache" / "simmim").iterdir()
+    (kept,) = (tmp_path / "cache" / "simmim" / "kernels").iterdir()
     assert kept.suffix == ".so"
 
 
@@ -351,3 +422,17 @@ def test_a_cache_that_others_may_write_is_not_used(tmp_path, monkeypatch):
     monkeypatch.setattr(library.tempfile, "gettempdir", lambda: str(tmp_path))
     folder = library.cache_folder()
     assert folder.parent == tmp_path and folder.stat().st_mode & 0o077 == 0
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    own = library.cache_folder()
+    assert own == tmp_path / "simmim" / "kernels"
+    own.chmod(0o777)
+    assert library.cache_folder() == folder
+
+
+def test_a_library_that_was_cut_short_is_made_anew(tmp_path):
+    """Of nothing, as a machine that lost its power may leave it."""
+    expected, _ = features_in_a_process(tmp_path)
+    (kept,) = (tmp_path / "simmim" / "kernels").iterdir()
+    whole = kept.stat().st_size
+    kept.write_bytes(b"")
+    assert features_in_a_process(tmp_path) == (expected, "fused") and kept.stat().st_size == whole

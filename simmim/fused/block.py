@@ -5,10 +5,13 @@ The same mathematics as `simmim.swinv2`, whose plain lines are what a reader wan
 is saved: windows are never copied, weights of the attention never kept, GELU is computed again in the backward pass, and
 the main path stays float32 under autocast.
 
+There is no second derivative: who needs one sets SIMMIM_KERNELS=0.
+
 Shape letters as in `simmim.swinv2`; T tokens of an image.
 """
 from __future__ import annotations
 
+import os
 from typing import NamedTuple
 
 import torch
@@ -17,10 +20,15 @@ from torch.autograd.function import Function, once_differentiable
 
 from simmim.fused.library import Attention, Join, kernels
 
-LARGEST_WINDOW = 1024  # tokens; scratch of a thread grows with their square
+LARGEST_SCRATCH = 2**28  # bytes, of all threads
 # Of a linear layer oneDNN's products are 1.1 times as fast as MKL's, which torch takes in float32 (on a Zen 4 core, output
 # and gradient of the input; not that of the weight).
-ONEDNN = torch.backends.mkldnn.is_available() and hasattr(torch.ops.mkldnn, "_linear_pointwise")
+# With fewer threads than it asks for oneDNN leaves part of its output as it was.
+ONEDNN = (
+    torch.backends.mkldnn.is_available()
+    and hasattr(torch.ops.mkldnn, "_linear_pointwise")
+    and not {"OMP_DYNAMIC", "OMP_THREAD_LIMIT"} & os.environ.keys()
+)
 
 
 class Windows(NamedTuple):
@@ -38,23 +46,40 @@ class Windows(NamedTuple):
 
 
 def takes(block: nn.Module, x: Tensor) -> bool:
-    """Whether the kernels can do this block on `x`, (B, H, W, C): none of its parts is another than in `block.PARTS`, and
-    nobody listens inside it."""
+    """Whether the kernels can do this block on `x`, (B, H, W, C): each of its parts is what `block.PARTS` says, nobody
+    listens inside it, and their scratch is of a size that does not matter."""
     kind = product_type()
     if x.device.type != "cpu" or kind not in (torch.float32, torch.bfloat16) or x.dtype not in (torch.float32, kind):
         return False
-    if not plainly_eager():
+    if type(x) not in (Tensor, nn.Parameter) or x.numel() == 0 or not plainly_eager() or not usual(block, x.shape[-1]):
         return False
-    if any(parameter.dtype != torch.float32 for parameter in block.parameters()):
-        return False
-    if any(changed(part) or type(part) not in block.PARTS for part in block.modules() if part is not block):
-        return False
-    if block.mlp.act.approximate != "none":
-        return False
-    if min(block.window_size, max(x.shape[1:3])) ** 2 > LARGEST_WINDOW:
+    tokens = min(block.window_size, x.shape[1]) * min(block.window_size, x.shape[2])
+    # Of every thread the gradients of all heads' biases, and weights and their gradients of one.
+    if 4 * torch.get_num_threads() * (block.attn.num_heads + 3) * tokens**2 > LARGEST_SCRATCH:
         return False
     found = kernels()
     return found is not None and (found.threaded or torch.get_num_threads() == 1)
+
+
+def usual(block: nn.Module, dim: int) -> bool:
+    """Every part of the block in its place, as it was made, of its size, on the CPU in float32, with nobody listening."""
+    parts = {name: part for name, part in block.named_modules() if name}
+    if {name: type(part) for name, part in parts.items() if name != "norm3"} != block.PARTS:
+        return False
+    if nn.modules.module._has_any_global_hook() or any(changed(part) for part in parts.values()):
+        return False
+    attn, mlp, hidden = block.attn, block.mlp, block.mlp.fc1.out_features
+    sizes = (
+        (attn.qkv.weight, (3 * dim, dim)), (attn.q_bias, (dim,)), (attn.v_bias, (dim,)), (attn.proj.weight, (dim, dim)),
+        (attn.proj.bias, (dim,)), (mlp.fc1.weight, (hidden, dim)), (mlp.fc1.bias, (hidden,)),
+        (mlp.fc2.weight, (dim, hidden)), (mlp.fc2.bias, (dim,)),
+        *((value, (dim,)) for norm in (block.norm1, block.norm2) for value in (norm.weight, norm.bias)),
+        *((value, None) for value in (attn.logit_scale, *attn.cpb_mlp.parameters())),
+    )  # fmt: skip
+    return mlp.act.approximate == "none" and all(
+        value is not None and (size is None or value.shape == size) and value.dtype == torch.float32
+        and value.device.type == "cpu" and value.is_contiguous() for value, size in sizes
+    )  # fmt: skip
 
 
 def changed(part: nn.Module) -> bool:
@@ -66,9 +91,13 @@ def changed(part: nn.Module) -> bool:
 
 
 def plainly_eager() -> bool:
-    """Neither compiling, tracing, exporting nor under a transform of torch.func."""
+    """Neither compiling, tracing, exporting, on tensors without numbers, nor under a transform of torch.func."""
+    modes = torch._C._TorchDispatchModeKey
     return not (
-        torch.compiler.is_compiling() or torch.jit.is_tracing() or torch._C._functorch.peek_interpreter_stack() is not None
+        torch.compiler.is_compiling()
+        or torch.jit.is_tracing()
+        or torch._C._functorch.peek_interpreter_stack() is not None
+        or any(torch._C._get_dispatch_mode(mode) is not None for mode in (modes.FAKE, modes.PROXY))
     )
 
 
@@ -123,11 +152,15 @@ class AttentionBranch(Function):
         )  # fmt: skip
         ctx.epsilon, ctx.images = epsilon, images
         ctx.mark_non_differentiable(out_tokens)
+        ctx.set_materialize_grads(False)
         return out, out_tokens
 
     @staticmethod
     @once_differentiable
+    @torch.autocast("cpu", enabled=False)
     def backward(ctx, grad, _):
+        if grad is None:
+            return (None,) * 14
         (
             tokens, qkv_weight, q_bias, v_bias, scale, table, qkv, log_sums, mixed, proj_weight, proj_bias, branch, gain,
             shift, keep, moments, *windows,
@@ -163,6 +196,7 @@ class MlpBranch(Function):
 
     @staticmethod
     @once_differentiable
+    @torch.autocast("cpu", enabled=False)
     def backward(ctx, grad):
         tokens, weight1, bias1, hidden, weight2, bias2, branch, gain, shift, keep, moments = ctx.saved_tensors
         grad = grad.contiguous()
@@ -225,7 +259,8 @@ def at(x: Tensor | None) -> int | None:
     """Where its numbers are."""
     if x is None:
         return None
-    assert x.is_contiguous()
+    if not x.is_contiguous():
+        raise RuntimeError(f"a tensor of strides {x.stride()} for kernels that know none")
     return x.data_ptr()
 
 

@@ -148,7 +148,7 @@ int attention_forward(const Attention *s, void *out, float *log_sums) {
         Head head = head_in(memory + THREAD * each, s);
         float *mixed = memory + THREAD * each + head_floats(s);
         uint32_t *v_pairs = (uint32_t *)(mixed + ROWS * dim), *weight_pairs = v_pairs + padded(n, 2) / 2 * dim;
-        for (long job = first_of(jobs, THREAD, s->threads); job < first_of(jobs, THREAD + 1, s->threads); job++) {
+        for (long job = first_of(jobs, THREAD, THREADS); job < first_of(jobs, THREAD + 1, THREADS); job++) {
             long number = job % s->heads, image = job / s->heads / s->windows, window = job / s->heads % s->windows;
             int divided = is_divided(s, window);
             float *log_sum = log_sums ? log_sums + ((image * s->windows + window) * s->heads + number) * n : NULL;
@@ -226,7 +226,7 @@ int attention_backward(
         uint32_t *weight_pairs = (uint32_t *)(row_grad + dim), *grad_pairs = weight_pairs + squares / 2;
         uint32_t *grads_paired = grad_pairs + wide * dim / 2, *v_pairs = (uint32_t *)v_turned;
         float *of_pairs = totals + THREAD * sums, *of_q = of_pairs + table, *of_v = of_q + c, *of_scale = of_v + c;
-        for (long job = first_of(jobs, THREAD, s->threads); job < first_of(jobs, THREAD + 1, s->threads); job++) {
+        for (long job = first_of(jobs, THREAD, THREADS); job < first_of(jobs, THREAD + 1, THREADS); job++) {
             long number = job % s->heads, image = job / s->heads / s->windows, window = job / s->heads % s->windows;
             int divided = is_divided(s, window);
             float scale = s->scale[number];
@@ -296,7 +296,7 @@ int attention_backward(
                 for (long e = 0; e < d; e++) of_v[number * d + e] += row_grad[e];
                 if (token < 0) continue;
                 store_row(grad_qkv, at + 2 * c, row_grad, d, s->half);
-                for (long e = 0; e < d; e++) row_grad[e] = grad_k[e * wide + i];
+                for (long e = 0; e < dim; e++) row_grad[e] = e < d ? grad_k[e * wide + i] : 0;
                 normalise_back(row_grad, head.k + i * dim, head.k_norm[i], 1, dim);
                 store_row(grad_qkv, at + c, row_grad, d, s->half);
             }
@@ -341,7 +341,7 @@ int join_forward(const Join *s, const float *x, float *out, void *out_half, floa
 #pragma omp parallel num_threads(s->threads)
     {
         float *y = memory + THREAD * each;
-        for (long row = first_of(s->rows, THREAD, s->threads); row < first_of(s->rows, THREAD + 1, s->threads); row++) {
+        for (long row = first_of(s->rows, THREAD, THREADS); row < first_of(s->rows, THREAD + 1, THREADS); row++) {
             float keep = s->keep ? s->keep[row / s->rows_an_image] : 1, total = 0, squares = 0;
             load_row(y, s->branch, row * s->dim, s->dim, s->half);
 #pragma omp simd reduction(+ : total)
@@ -376,8 +376,8 @@ int join_backward(
 #pragma omp parallel num_threads(s->threads)
     {
         float *y = memory + THREAD * each, *g = y + wide, *some = g + wide, *whole = some + 3 * wide;
-        long last = first_of(s->rows, THREAD + 1, s->threads), count = 0;
-        for (long row = first_of(s->rows, THREAD, s->threads); row < last; row++) {
+        long last = first_of(s->rows, THREAD + 1, THREADS), count = 0;
+        for (long row = first_of(s->rows, THREAD, THREADS); row < last; row++) {
             float keep = s->keep ? s->keep[row / s->rows_an_image] : 1, mean = moments[2 * row], by = moments[2 * row + 1];
             float total = 0, product = 0;
             const float *from = grad + row * dim;
@@ -442,7 +442,7 @@ int gelu_forward(const void *x, const float *bias, void *out, long rows, long di
     memcpy(added, bias, dim * 4);
 #pragma omp parallel num_threads(threads)
     {
-        long first = first_of(rows, THREAD, threads), last = first_of(rows, THREAD + 1, threads);
+        long first = first_of(rows, THREAD, THREADS), last = first_of(rows, THREAD + 1, THREADS);
         if (half) gelu_rows(x, added, out, first, last, dim, 1);
         else gelu_rows(x, added, out, first, last, dim, 0);
     }
@@ -482,7 +482,7 @@ int gelu_backward(
 #pragma omp parallel num_threads(threads)
     {
         float *some = memory + THREAD * each, *whole = some + wide;
-        long first = first_of(rows, THREAD, threads), last = first_of(rows, THREAD + 1, threads);
+        long first = first_of(rows, THREAD, THREADS), last = first_of(rows, THREAD + 1, THREADS);
         if (half) gelu_rows_back(x, added, grad, out, some, whole, first, last, dim, 1);
         else gelu_rows_back(x, added, grad, out, some, whole, first, last, dim, 0);
     }

@@ -1,6 +1,7 @@
 """Compiles kernels.c for the machine at hand, once, and loads it."""
 from __future__ import annotations
 
+import contextlib
 import ctypes
 import hashlib
 import os
@@ -84,7 +85,7 @@ def kernels() -> Kernels | None:
     """The kernels, compiled at the first call on this machine; None where there is no compiler for them (`reason`)."""
     try:
         return load()
-    except (OSError, ValueError, subprocess.SubprocessError) as error:
+    except (OSError, ValueError, AttributeError, subprocess.SubprocessError) as error:
         problem.append(str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__)
         return None
 
@@ -105,6 +106,8 @@ def load() -> Kernels:
     """
     if os.environ.get(SWITCH, "1") == "0":
         raise ValueError(f"switched off by {SWITCH}=0")
+    if os.name != "posix":
+        raise ValueError("not for this system")
     compiler = find_compiler()
     version = subprocess.run([*compiler, "--version"], capture_output=True, timeout=PATIENCE_S).stdout
     home = Path(__file__).parent
@@ -114,7 +117,10 @@ def load() -> Kernels:
     digest = hashlib.sha256(identity).hexdigest()[:16]
     for threaded in (True, False):
         file = cache_folder() / f"kernels-{digest}{'' if threaded else '-serial'}.so"
-        if file.is_file() or compiled(compiler, home, file, threaded):
+        if file.is_file():
+            with contextlib.suppress(OSError):
+                return Kernels(file, threaded)
+        if compiled(compiler, home, file, threaded):
             return Kernels(file, threaded)
     raise ValueError(f"{' '.join(compiler)} does not compile them")
 
@@ -150,13 +156,14 @@ def for_processor() -> str:
 def cache_folder() -> Path:
     """Where compiled kernels are kept; a folder of this user's own, below the temporary one, where home is read-only."""
     base = os.environ.get("XDG_CACHE_HOME") or os.path.join(os.path.expanduser("~"), ".cache")
-    for folder in (Path(base) / "simmim", Path(tempfile.gettempdir()) / f"simmim-{os.getuid()}"):
+    for folder in (Path(base) / "simmim" / "kernels", Path(tempfile.gettempdir()) / f"simmim-{os.getuid()}"):
         try:
             folder.mkdir(parents=True, exist_ok=True, mode=0o700)
         except OSError:
             continue
         # Nobody else may have laid a library there.
-        if os.access(folder, os.W_OK) and folder.stat().st_uid == os.getuid():
+        status = folder.lstat()
+        if os.access(folder, os.W_OK) and status.st_uid == os.getuid() and not status.st_mode & 0o022:
             return folder
     raise OSError("no folder to keep compiled kernels in")
 
@@ -169,5 +176,7 @@ def compiled(compiler: list[str], home: Path, file: Path, threaded: bool) -> boo
         command = [*compiler, *flags, str(home / SOURCES[-1]), "-o", str(whole), "-lm"]
         if subprocess.run(command, capture_output=True, timeout=PATIENCE_S).returncode:
             return False
+        with whole.open("rb+") as library:
+            os.fsync(library.fileno())
         os.replace(whole, file)
     return True

@@ -156,11 +156,14 @@ INLINE float *floats(long count) { /* zeros, on a cache line; NULL where there i
     return memory;
 }
 
-/* The part of `count` that is this thread's: the same for the same number of threads, so that sums are too. */
+/* The part of `count` that is this thread's: the same for the same number of threads, so that sums are too. There may be
+   fewer threads than were asked for. */
 #ifdef _OPENMP
 #define THREAD omp_get_thread_num()
+#define THREADS omp_get_num_threads()
 #else
 #define THREAD 0
+#define THREADS 1
 #endif
 INLINE long first_of(long count, long thread, long threads) { return count * thread / threads; }
 
