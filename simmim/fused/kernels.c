@@ -31,7 +31,6 @@ typedef struct {
     float *k_turned;        /* (D, N) */
     float *q_norm, *k_norm; /* (N), lengths */
     float *logits;          /* (ROWS, N) */
-    float *row;             /* (D) */
 } Head;
 
 INLINE long tokens_wide(const Attention *s) { return padded(s->window_tokens, PAD); }
@@ -53,7 +52,7 @@ static float *bias_of_pairs(const Attention *s) {
 
 static long head_floats(const Attention *s) {
     long wide = tokens_wide(s), dim = head_wide(s);
-    return 3 * wide * dim + dim * wide + 2 * wide + ROWS * wide + dim;
+    return 3 * wide * dim + dim * wide + 2 * wide + ROWS * wide;
 }
 
 static Head head_in(float *memory, const Attention *s) {
@@ -62,7 +61,7 @@ static Head head_in(float *memory, const Attention *s) {
     head.q = memory, head.k = head.q + wide * dim, head.v = head.k + wide * dim;
     head.k_turned = head.v + wide * dim;
     head.q_norm = head.k_turned + dim * wide, head.k_norm = head.q_norm + wide;
-    head.logits = head.k_norm + wide, head.row = head.logits + ROWS * wide;
+    head.logits = head.k_norm + wide;
     return head;
 }
 
@@ -113,7 +112,7 @@ INLINE void logits_of(
     const Attention *s, const Head *from, const float *bias, float *logits, long first, long window, long head, int divided
 ) {
     long n = s->window_tokens, wide = tokens_wide(s), dim = head_wide(s);
-    some_rows(from->q + first * dim, dim, 1, from->k_turned, wide, logits, wide, wide, s->head_dim);
+    some_rows(0, from->q + first * dim, dim, 1, from->k_turned, wide, logits, wide, wide, s->head_dim);
     for (long row = 0; row < ROWS && first + row < n; row++) {
         float *line = logits + row * wide;
         const float *added = bias + (head * n + first + row) * wide;
@@ -127,7 +126,7 @@ INLINE void logits_of(
 
 /* Pairs of rows of x (rows, columns, a multiple of LANES), lane by lane: (⌈rows / 2⌉, columns); the last may lack its
    second, which is 0. */
-INLINE void pair_rows(uint32_t *to, const float *x, long rows, long columns) {
+INLINE void pair_rows(float *to, const float *x, long rows, long columns) {
     for (long row = 0; row < rows; row += 2)
         for (long c = 0; c < columns; c += LANES) {
             vec second = row + 1 < rows ? load(x + (row + 1) * columns + c) : all(0);
@@ -147,7 +146,7 @@ int attention_forward(const Attention *s, void *out, float *log_sums) {
     {
         Head head = head_in(memory + THREAD * each, s);
         float *mixed = memory + THREAD * each + head_floats(s);
-        uint32_t *v_pairs = (uint32_t *)(mixed + ROWS * dim), *weight_pairs = v_pairs + padded(n, 2) / 2 * dim;
+        float *v_pairs = mixed + ROWS * dim, *weight_pairs = v_pairs + padded(n, 2) / 2 * dim;
         for (long job = first_of(jobs, THREAD, THREADS); job < first_of(jobs, THREAD + 1, THREADS); job++) {
             long number = job % s->heads, image = job / s->heads / s->windows, window = job / s->heads % s->windows;
             int divided = is_divided(s, window);
@@ -173,9 +172,9 @@ int attention_forward(const Attention *s, void *out, float *log_sums) {
                 }
                 if (pairs) {
                     store_row(weight_pairs, 0, head.logits, ROWS * wide, 1);
-                    some_rows_of_pairs(weight_pairs, wide / 2, 1, v_pairs, dim, mixed, dim, dim, (n + 1) / 2);
+                    some_rows(1, weight_pairs, wide / 2, 1, v_pairs, dim, mixed, dim, dim, (n + 1) / 2);
                 } else {
-                    some_rows(head.logits, wide, 1, head.v, dim, mixed, dim, dim, n);
+                    some_rows(0, head.logits, wide, 1, head.v, dim, mixed, dim, dim, n);
                 }
                 for (long row = 0; row < ROWS && first + row < n; row++) {
                     long token = s->token_of[window * n + first + row];
@@ -209,8 +208,8 @@ int attention_backward(
     long n = s->window_tokens, d = s->head_dim, wide = tokens_wide(s), dim = head_wide(s), c = s->heads * d;
     long a_head = s->images * s->windows, jobs = a_head * s->heads;
     long squares = wide * wide, table = s->heads * n * wide;
-    /* Of a thread: the head; weights and gradients of logits; gradients in and of q; turned values and gradients. */
     int pairs = HAS_PAIRS && s->half;
+    /* Of a thread: the head; weights and gradients of logits; gradients in and of q; turned values and gradients; pairs. */
     long of_pairs_too = squares / 2 + wide * dim;
     long each = padded(head_floats(s) + 2 * squares + 2 * wide * dim + 3 * dim * wide + dim + of_pairs_too, LINE);
     long sums = padded(table + 2 * c + s->heads, LINE);
@@ -223,8 +222,8 @@ int attention_backward(
         float *grad = grad_logits + squares, *grad_q = grad + wide * dim, *v_turned = grad_q + wide * dim;
         float *grad_k = v_turned + dim * wide, *grad_v = grad_k + dim * wide, *row_grad = grad_v + dim * wide;
         /* Weights by pairs of queries; the output's gradient by pairs of channels and of tokens. */
-        uint32_t *weight_pairs = (uint32_t *)(row_grad + dim), *grad_pairs = weight_pairs + squares / 2;
-        uint32_t *grads_paired = grad_pairs + wide * dim / 2, *v_pairs = (uint32_t *)v_turned;
+        float *weight_pairs = row_grad + dim, *grad_pairs = weight_pairs + squares / 2;
+        float *grads_paired = grad_pairs + wide * dim / 2, *v_pairs = v_turned;
         float *of_pairs = totals + THREAD * sums, *of_q = of_pairs + table, *of_v = of_q + c, *of_scale = of_v + c;
         for (long job = first_of(jobs, THREAD, THREADS); job < first_of(jobs, THREAD + 1, THREADS); job++) {
             long number = job % s->heads, image = job / s->heads / s->windows, window = job / s->heads % s->windows;
@@ -240,7 +239,7 @@ int attention_backward(
                     for (long e = 0; e < d; e++) v_turned[e * wide + i] = head.v[i * dim + e];
             }
             if (pairs) {
-                uint32_t row_pairs[dim / 2];
+                float row_pairs[dim / 2];
                 for (long i = 0; i < n; i++) {
                     store_row(row_pairs, 0, head.v + i * dim, dim, 1);
                     for (long p = 0; p < dim / 2; p++) v_pairs[p * wide + i] = row_pairs[p];
@@ -252,9 +251,9 @@ int attention_backward(
                 float *weight = weights + first * wide, *slope = grad_logits + first * wide;
                 logits_of(s, &head, bias, weight, first, window, number, divided);
                 if (pairs)
-                    some_rows_of_pairs(grad_pairs + first * dim / 2, dim / 2, 1, v_pairs, wide, slope, wide, wide, dim / 2);
+                    some_rows(1, grad_pairs + first * dim / 2, dim / 2, 1, v_pairs, wide, slope, wide, wide, dim / 2);
                 else
-                    some_rows(grad + first * dim, dim, 1, v_turned, wide, slope, wide, wide, d);
+                    some_rows(0, grad + first * dim, dim, 1, v_turned, wide, slope, wide, wide, d);
                 for (long row = 0; row < ROWS && first + row < n; row++) {
                     float *w = weight + row * wide, *g = slope + row * wide;
                     float *summed = of_pairs + (number * n + first + row) * wide;
@@ -275,12 +274,12 @@ int attention_backward(
             if (pairs) pair_rows(weight_pairs, weights, n, wide);
             for (long first = 0; first < dim; first += ROWS) {
                 float *to = grad_v + first * wide;
-                if (pairs) some_rows_of_pairs(grads_paired + first, 1, dim, weight_pairs, wide, to, wide, wide, (n + 1) / 2);
-                else some_rows(grad + first, 1, dim, weights, wide, to, wide, wide, n);
-                some_rows(head.q + first, 1, dim, grad_logits, wide, grad_k + first * wide, wide, wide, n);
+                if (pairs) some_rows(1, grads_paired + first, 1, dim, weight_pairs, wide, to, wide, wide, (n + 1) / 2);
+                else some_rows(0, grad + first, 1, dim, weights, wide, to, wide, wide, n);
+                some_rows(0, head.q + first, 1, dim, grad_logits, wide, grad_k + first * wide, wide, wide, n);
             }
             for (long first = 0; first < n; first += ROWS)
-                some_rows(grad_logits + first * wide, wide, 1, head.k, dim, grad_q + first * dim, dim, dim, n);
+                some_rows(0, grad_logits + first * wide, wide, 1, head.k, dim, grad_q + first * dim, dim, dim, n);
             float turned = 0;
             for (long i = 0; i < n; i++) {
                 long token = s->token_of[window * n + i];

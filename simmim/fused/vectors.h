@@ -169,42 +169,17 @@ INLINE long first_of(long count, long thread, long threads) { return count * thr
 
 /* --- A small matrix product -------------------------------------------------------------------------------------- */
 
-/* c (ROWS, vectors · LANES) = Σ_k a(row, k) · b (k, ·), where a(row, k) stands at a[row · a_row + k · a_k]. */
-INLINE void tile(
-    int vectors, const float *a, long a_row, long a_k, const float *b, long b_row, float *c, long c_row, long k
-) {
-    vec total[ROWS][3];
-    _Pragma("GCC unroll 8") for (int row = 0; row < ROWS; row++)
-        _Pragma("GCC unroll 3") for (int v = 0; v < vectors; v++) total[row][v] = all(0);
-    for (long i = 0; i < k; i++) {
-        vec line[3];
-        _Pragma("GCC unroll 3") for (int v = 0; v < vectors; v++) line[v] = load(b + i * b_row + v * LANES);
-        _Pragma("GCC unroll 8") for (int row = 0; row < ROWS; row++) {
-            float factor = a[row * a_row + i * a_k];
-            _Pragma("GCC unroll 3") for (int v = 0; v < vectors; v++) total[row][v] += factor * line[v];
-        }
-    }
-    _Pragma("GCC unroll 8") for (int row = 0; row < ROWS; row++)
-        _Pragma("GCC unroll 3") for (int v = 0; v < vectors; v++) store(c + row * c_row + v * LANES, total[row][v]);
+/* Numbers may be pairs of bfloat16 in place of float32, two along k: a lane's product is then the sum of both, in float32. */
+#ifdef __AVX512BF16__
+#define HAS_PAIRS 1
+INLINE vec plus_product(vec total, float factor, vec line, int pairs) {
+    if (!pairs) return total + factor * line;
+    return (vec)_mm512_dpbf16_ps((__m512)total, (__m512bh)_mm512_set1_ps(factor), (__m512bh)line);
 }
-
-/* ROWS rows of a product with any number of columns, a multiple of LANES; tiles of like width, none wider than three. */
-INLINE void some_rows(
-    const float *a, long a_row, long a_k, const float *b, long b_row, float *c, long c_row, long columns, long k
-) {
-    long vectors = columns / LANES, tiles = (vectors + 2) / 3, at = 0;
-    for (long t = 0; t < tiles; t++) {
-        long wide = vectors * (t + 1) / tiles - at;
-        const float *from = b + at * LANES;
-        float *to = c + at * LANES;
-        if (wide == 3) tile(3, a, a_row, a_k, from, b_row, to, c_row, k);
-        else if (wide == 2) tile(2, a, a_row, a_k, from, b_row, to, c_row, k);
-        else tile(1, a, a_row, a_k, from, b_row, to, c_row, k);
-        at += wide;
-    }
-}
-
-/* --- The same of bfloat16, two numbers a lane: the sums are float32 ------------------------------------------------ */
+#else
+#define HAS_PAIRS 0
+INLINE vec plus_product(vec total, float factor, vec line, int pairs) { return (void)pairs, total + factor * line; }
+#endif
 
 /* Lane by lane `first` and `second`, as one pair. */
 INLINE wide_bits paired(vec first, vec second) {
@@ -214,53 +189,41 @@ INLINE wide_bits paired(vec first, vec second) {
 }
 
 typedef uint32_t loose_pairs __attribute__((vector_size(LANES * 4), aligned(4), may_alias));
-INLINE void store_pairs(uint32_t *to, wide_bits x) { *(loose_pairs *)to = x; }
+INLINE void store_pairs(float *to, wide_bits x) { *(loose_pairs *)to = x; }
 
-#ifdef __AVX512BF16__
-#define HAS_PAIRS 1
-
-/* c (ROWS, vectors · LANES) = Σ_p a(row, p) · b (p, ·), both products of each pair; a(row, p) stands at
-   a[row · a_row + p · a_p]. */
-INLINE void tile_of_pairs(
-    int vectors, const uint32_t *a, long a_row, long a_p, const uint32_t *b, long b_row, float *c, long c_row, long pairs
+/* c (ROWS, vectors · LANES) = Σ_k a(row, k) · b (k, ·), where a(row, k) stands at a[row · a_row + k · a_k]. */
+INLINE void tile(
+    int pairs, int vectors, const float *a, long a_row, long a_k, const float *b, long b_row, float *c, long c_row, long k
 ) {
     vec total[ROWS][3];
     _Pragma("GCC unroll 8") for (int row = 0; row < ROWS; row++)
         _Pragma("GCC unroll 3") for (int v = 0; v < vectors; v++) total[row][v] = all(0);
-    for (long p = 0; p < pairs; p++) {
-        __m512bh line[3];
-        _Pragma("GCC unroll 3") for (int v = 0; v < vectors; v++)
-            line[v] = (__m512bh)*(const loose_pairs *)(b + p * b_row + v * LANES);
+    for (long i = 0; i < k; i++) {
+        vec line[3];
+        _Pragma("GCC unroll 3") for (int v = 0; v < vectors; v++) line[v] = load(b + i * b_row + v * LANES);
         _Pragma("GCC unroll 8") for (int row = 0; row < ROWS; row++) {
-            __m512bh factor = (__m512bh)_mm512_set1_epi32((int)a[row * a_row + p * a_p]);
+            float factor = a[row * a_row + i * a_k];
             _Pragma("GCC unroll 3") for (int v = 0; v < vectors; v++)
-                total[row][v] = (vec)_mm512_dpbf16_ps((__m512)total[row][v], factor, line[v]);
+                total[row][v] = plus_product(total[row][v], factor, line[v], pairs);
         }
     }
     _Pragma("GCC unroll 8") for (int row = 0; row < ROWS; row++)
         _Pragma("GCC unroll 3") for (int v = 0; v < vectors; v++) store(c + row * c_row + v * LANES, total[row][v]);
 }
-#else
-#define HAS_PAIRS 0
-INLINE void tile_of_pairs(
-    int vectors, const uint32_t *a, long a_row, long a_p, const uint32_t *b, long b_row, float *c, long c_row, long pairs
-) {
-    (void)vectors, (void)a, (void)a_row, (void)a_p, (void)b, (void)b_row, (void)c, (void)c_row, (void)pairs;
-}
-#endif
 
-/* As `some_rows`. */
-INLINE void some_rows_of_pairs(
-    const uint32_t *a, long a_row, long a_p, const uint32_t *b, long b_row, float *c, long c_row, long columns, long pairs
+/* ROWS rows of a product with any number of columns, a multiple of LANES; tiles of like width, none wider than three. `pairs`
+   is a constant. */
+INLINE void some_rows(
+    int pairs, const float *a, long a_row, long a_k, const float *b, long b_row, float *c, long c_row, long columns, long k
 ) {
     long vectors = columns / LANES, tiles = (vectors + 2) / 3, at = 0;
     for (long t = 0; t < tiles; t++) {
         long wide = vectors * (t + 1) / tiles - at;
-        const uint32_t *from = b + at * LANES;
+        const float *from = b + at * LANES;
         float *to = c + at * LANES;
-        if (wide == 3) tile_of_pairs(3, a, a_row, a_p, from, b_row, to, c_row, pairs);
-        else if (wide == 2) tile_of_pairs(2, a, a_row, a_p, from, b_row, to, c_row, pairs);
-        else tile_of_pairs(1, a, a_row, a_p, from, b_row, to, c_row, pairs);
+        if (wide == 3) tile(pairs, 3, a, a_row, a_k, from, b_row, to, c_row, k);
+        else if (wide == 2) tile(pairs, 2, a, a_row, a_k, from, b_row, to, c_row, k);
+        else tile(pairs, 1, a, a_row, a_k, from, b_row, to, c_row, k);
         at += wide;
     }
 }
