@@ -1,5 +1,5 @@
 """A Swin V2 block's two branches on a CPU, each one step of automatic differentiation: the matrix products by torch,
-everything between them by kernels.c.
+everything between them by attention.c and pointwise.c.
 
 The same mathematics as `simmim.swinv2`, whose plain lines are what a reader wants and what every other device runs. What
 is saved: windows are never copied, weights of the attention never kept, GELU is computed again in the backward pass, and

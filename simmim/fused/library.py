@@ -1,4 +1,4 @@
-"""Compiles kernels.c for the machine at hand, once, and loads it."""
+"""Compiles the kernels for the machine at hand, once, and loads it."""
 from __future__ import annotations
 
 import contextlib
@@ -13,7 +13,7 @@ import tempfile
 from functools import lru_cache
 from pathlib import Path
 
-SOURCES = ("vectors.h", "kernels.c")
+HEADER, SOURCES = "vectors.h", ("attention.c", "pointwise.c")
 # Contraction to fused multiply-adds is GCC's default; nothing here lets a compiler reorder sums.
 FLAGS = ("-O3", "-fPIC", "-shared", "-std=gnu11", "-ffp-contract=fast", "-fno-math-errno", "-fno-trapping-math")
 OPENMP = "-fopenmp"
@@ -25,7 +25,7 @@ number = ctypes.c_long
 
 
 class Attention(ctypes.Structure):
-    """As in kernels.c."""
+    """As in attention.c."""
 
     _fields_ = [
         *((name, pointer) for name in (
@@ -40,7 +40,7 @@ class Attention(ctypes.Structure):
 
 
 class Join(ctypes.Structure):
-    """As in kernels.c."""
+    """As in pointwise.c."""
 
     _fields_ = [
         *((name, pointer) for name in ("branch", "bias", "gain", "shift", "keep")),
@@ -111,7 +111,7 @@ def load() -> Kernels:
     compiler = find_compiler()
     version = subprocess.run([*compiler, "--version"], capture_output=True, timeout=PATIENCE_S).stdout
     home = Path(__file__).parent
-    sources = b"".join((home / name).read_bytes() for name in SOURCES)
+    sources = b"".join((home / name).read_bytes() for name in (HEADER, *SOURCES))
     # A home folder may be shared by machines whose processors differ.
     identity = b"\n".join((sources, version, repr((compiler, FLAGS)).encode(), processor().encode()))
     digest = hashlib.sha256(identity).hexdigest()[:16]
@@ -173,7 +173,7 @@ def compiled(compiler: list[str], home: Path, file: Path, threaded: bool) -> boo
     with tempfile.TemporaryDirectory(dir=file.parent) as folder:
         whole = Path(folder) / file.name
         flags = [*FLAGS, for_processor(), *([OPENMP] if threaded else [])]
-        command = [*compiler, *flags, str(home / SOURCES[-1]), "-o", str(whole), "-lm"]
+        command = [*compiler, *flags, *(str(home / name) for name in SOURCES), "-o", str(whole), "-lm"]
         if subprocess.run(command, capture_output=True, timeout=PATIENCE_S).returncode:
             return False
         with whole.open("rb+") as library:

@@ -32,6 +32,7 @@ typedef int32_t ivec __attribute__((vector_size(LANES * 4)));
 typedef float loose_vec __attribute__((vector_size(LANES * 4), aligned(4), may_alias));
 typedef uint32_t wide_bits __attribute__((vector_size(LANES * 4)));
 typedef uint16_t half_bits __attribute__((vector_size(LANES * 2)));
+typedef int16_t half_words __attribute__((vector_size(LANES * 4)));
 typedef uint16_t loose_half_bits __attribute__((vector_size(LANES * 2), aligned(2), may_alias));
 
 #define INLINE static inline __attribute__((always_inline))
@@ -43,12 +44,16 @@ INLINE long padded(long count, long to) { return (count + to - 1) / to * to; }
 INLINE vec choose(ivec where, vec a, vec b) { return (vec)((where & (ivec)a) | (~where & (ivec)b)); }
 #ifdef __AVX512F__ /* one instruction, which GCC does not make of a choice between vectors */
 INLINE vec larger(vec a, vec b) { return (vec)_mm512_max_ps((__m512)a, (__m512)b); }
-INLINE vec smaller(vec a, vec b) { return (vec)_mm512_min_ps((__m512)a, (__m512)b); }
+INLINE vec times_power_of_two(vec x, vec n) { return (vec)_mm512_scalef_ps((__m512)x, (__m512)n); }
 #else
 INLINE vec larger(vec a, vec b) { return choose(a > b, a, b); }
-INLINE vec smaller(vec a, vec b) { return choose(a < b, a, b); }
+INLINE vec times_power_of_two(vec x, vec n) { return x * (vec)((__builtin_convertvector(n, ivec) + 127) << 23); }
 #endif
 
+#ifdef __AVX512F__
+INLINE float sum(vec x) { return _mm512_reduce_add_ps((__m512)x); }
+INLINE float largest(vec x) { return _mm512_reduce_max_ps((__m512)x); }
+#else
 INLINE float sum(vec x) {
     float total = 0;
     for (int lane = 0; lane < LANES; lane++) total += x[lane];
@@ -60,11 +65,12 @@ INLINE float largest(vec x) {
     for (int lane = 1; lane < LANES; lane++) most = x[lane] > most ? x[lane] : most;
     return most;
 }
+#endif
 
-/* e^x to about one unit in the last place, for x between -87 and 88, beyond which it stays; NaN of NaN, which `larger` and
-   `smaller` take from their second operand. */
+/* e^x to about one unit in the last place, for x up to 88; below -87 it stays; NaN of NaN, which `larger` takes from its
+   second operand. */
 INLINE vec exponential(vec x) {
-    x = smaller(all(88.0f), larger(all(-87.0f), x));
+    x = larger(all(-87.0f), x);
     vec n = (x * 1.44269504f + 12582912.0f) - 12582912.0f; /* rounds: 1.5 · 2^23 leaves no bits for a fraction */
     vec r = (x - n * 0.693359375f) + n * 2.12194440e-4f;
     vec p = all(1.9875691500e-4f);
@@ -74,8 +80,7 @@ INLINE vec exponential(vec x) {
     p = p * r + 1.6666665459e-1f;
     p = p * r + 5.0000001201e-1f;
     p = p * r * r + r + 1.0f;
-    ivec power = (__builtin_convertvector(n, ivec) + 127) << 23;
-    return p * (vec)power;
+    return times_power_of_two(p, n);
 }
 
 /* --- Rows: float32, or bfloat16 where `half` says so ------------------------------------------------------------- */
@@ -182,14 +187,16 @@ INLINE vec plus_product(vec total, float factor, vec line, int pairs) { return (
 #endif
 
 /* Lane by lane `first` and `second`, as one pair. */
-INLINE wide_bits paired(vec first, vec second) {
-    wide_bits low = (wide_bits)first, high = (wide_bits)second;
-    low += 0x7fff + ((low >> 16) & 1), high += 0x7fff + ((high >> 16) & 1);
-    return (low >> 16) | (high & 0xffff0000u);
+#ifdef __AVX512BF16__
+INLINE vec paired(vec first, vec second) {
+    const half_words alternate = {0, 16, 1, 17, 2, 18, 3, 19, 4, 20, 5, 21, 6, 22, 7, 23,
+                                  8, 24, 9, 25, 10, 26, 11, 27, 12, 28, 13, 29, 14, 30, 15, 31};
+    __m512bh both = _mm512_cvtne2ps_pbh((__m512)second, (__m512)first);
+    return (vec)_mm512_permutexvar_epi16((__m512i)alternate, (__m512i)both);
 }
-
-typedef uint32_t loose_pairs __attribute__((vector_size(LANES * 4), aligned(4), may_alias));
-INLINE void store_pairs(float *to, wide_bits x) { *(loose_pairs *)to = x; }
+#else
+INLINE vec paired(vec first, vec second) { return (void)second, first; } /* nobody asks where there are no pairs */
+#endif
 
 /* c (ROWS, vectors · LANES) = Σ_k a(row, k) · b (k, ·), where a(row, k) stands at a[row · a_row + k · a_k]. */
 INLINE void tile(
@@ -214,16 +221,61 @@ INLINE void tile(
 /* ROWS rows of a product with any number of columns, a multiple of LANES; tiles of like width, none wider than three. `pairs`
    is a constant. */
 INLINE void some_rows(
-    int pairs, const float *a, long a_row, long a_k, const float *b, long b_row, float *c, long c_row, long columns, long k
+    int pairs, const float *a, long a_row, long a_k, const float *b, long columns, float *c, long c_row, long k
 ) {
     long vectors = columns / LANES, tiles = (vectors + 2) / 3, at = 0;
     for (long t = 0; t < tiles; t++) {
         long wide = vectors * (t + 1) / tiles - at;
         const float *from = b + at * LANES;
         float *to = c + at * LANES;
-        if (wide == 3) tile(pairs, 3, a, a_row, a_k, from, b_row, to, c_row, k);
-        else if (wide == 2) tile(pairs, 2, a, a_row, a_k, from, b_row, to, c_row, k);
-        else tile(pairs, 1, a, a_row, a_k, from, b_row, to, c_row, k);
+        if (wide == 3) tile(pairs, 3, a, a_row, a_k, from, columns, to, c_row, k);
+        else if (wide == 2) tile(pairs, 2, a, a_row, a_k, from, columns, to, c_row, k);
+        else tile(pairs, 1, a, a_row, a_k, from, columns, to, c_row, k);
         at += wide;
     }
+}
+
+/* How many products of numbers, or of pairs of them, a sum of `count` takes. */
+INLINE long steps(int pairs, long count) { return pairs ? (count + 1) / 2 : count; }
+
+/* c (ROWS, columns) = a · b over k numbers: a(row, step) stands at a[row · a_row + step · a_k], b is (steps, columns). */
+static __attribute__((noinline)) void product(
+    int pairs, const float *a, long a_row, long a_k, const float *b, long columns, float *c, long c_row, long k
+) {
+    if (pairs) some_rows(1, a, a_row, a_k, b, columns, c, c_row, steps(1, k));
+    else some_rows(0, a, a_row, a_k, b, columns, c, c_row, k);
+}
+
+/* x (rows, columns) for products along its columns, and, `by_lines`, along its rows: as it is, or packed into `memory` as
+   pairs of neighbours, (rows, columns / 2) or (⌈rows / 2⌉, columns). */
+INLINE const float *by_rows(int pairs, float *memory, const float *x, long rows, long columns) {
+    if (!pairs) return x;
+    store_row(memory, 0, x, rows * columns, 1);
+    return memory;
+}
+
+/* Rows of x as those from `first`, which is even, of a whole that is packed `by_lines`. */
+INLINE void add_lines(int pairs, float *whole, const float *x, long first, long rows, long columns) {
+    if (!pairs) {
+        memcpy(whole + first * columns, x, rows * columns * 4);
+        return;
+    }
+    for (long row = 0; row < rows; row += 2)
+        for (long c = 0; c < columns; c += LANES) {
+            vec second = row + 1 < rows ? load(x + (row + 1) * columns + c) : all(0);
+            store(whole + (first + row) / 2 * columns + c, paired(load(x + row * columns + c), second));
+        }
+}
+
+INLINE const float *by_lines(int pairs, float *memory, const float *x, long rows, long columns) {
+    if (!pairs) return x;
+    add_lines(1, memory, x, 0, rows, columns);
+    return memory;
+}
+
+/* A row of x as a column, of numbers or of pairs, of what is `wide`. */
+INLINE void turn_row(int pairs, float *to, long wide, const float *x, long count) {
+    float packed[steps(pairs, count)];
+    const float *from = by_rows(pairs, packed, x, 1, count);
+    for (long e = 0; e < steps(pairs, count); e++) to[e * wide] = from[e];
 }
