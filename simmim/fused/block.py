@@ -123,7 +123,7 @@ def join_attention(
 
 
 def join_mlp(x: Tensor, tokens: Tensor, mlp: nn.Module, norm: nn.LayerNorm, keep: Tensor | None) -> Tensor:
-    """x + keep · norm(mlp(x)), (B, H, W, C) float32; `tokens` (B · T, C) is x in the products' type, without a gradient."""
+    """x + keep · norm(mlp(x)), (B, H, W, C) float32; `tokens` (B · T, C) is x in the products' type."""
     return MlpBranch.apply(
         x, tokens, mlp.fc1.weight, mlp.fc1.bias, mlp.fc2.weight, mlp.fc2.bias, norm.weight, norm.bias, norm.eps,
         None if keep is None else keep.float(),
@@ -151,22 +151,24 @@ class AttentionBranch(Function):
             shift, keep, moments, *windows,
         )  # fmt: skip
         ctx.epsilon, ctx.images = epsilon, images
-        ctx.mark_non_differentiable(out_tokens)
+        if kind == torch.float32:  # the same numbers: all of their gradient is `out`'s
+            ctx.mark_non_differentiable(out_tokens)
         ctx.set_materialize_grads(False)
         return out, out_tokens
 
     @staticmethod
     @once_differentiable
     @torch.autocast("cpu", enabled=False)
-    def backward(ctx, grad, _):
+    def backward(ctx, grad, grad_tokens):
         if grad is None:
             return (None,) * 14
         (
             tokens, qkv_weight, q_bias, v_bias, scale, table, qkv, log_sums, mixed, proj_weight, proj_bias, branch, gain,
             shift, keep, moments, *windows,
         ) = ctx.saved_tensors  # fmt: skip
-        grad = grad.contiguous()
-        grad_branch, of_join = join_back(grad, branch, proj_bias, gain, shift, ctx.epsilon, keep, moments, ctx.images)
+        grad, grad_branch, of_join = join_back(
+            grad, grad_tokens, branch, proj_bias, gain, shift, ctx.epsilon, keep, moments, ctx.images
+        )
         grad_proj = grad_branch.T @ mixed if ctx.needs_input_grad[6] else None
         grad_mixed = product(grad_branch, proj_weight.T)
         grad_qkv = torch.empty_like(qkv)
@@ -199,8 +201,9 @@ class MlpBranch(Function):
     @torch.autocast("cpu", enabled=False)
     def backward(ctx, grad):
         tokens, weight1, bias1, hidden, weight2, bias2, branch, gain, shift, keep, moments = ctx.saved_tensors
-        grad = grad.contiguous()
-        grad_branch, of_join = join_back(grad, branch, bias2, gain, shift, ctx.epsilon, keep, moments, ctx.images)
+        grad, grad_branch, of_join = join_back(
+            grad, None, branch, bias2, gain, shift, ctx.epsilon, keep, moments, ctx.images
+        )
         grad_hidden = product(grad_branch, weight2.T)
         active, grad_bias1 = torch.empty_like(hidden), torch.empty_like(bias1)
         kernels().call(
@@ -209,8 +212,12 @@ class MlpBranch(Function):
         grad_weight2 = grad_branch.T @ active if ctx.needs_input_grad[4] else None
         del active, grad_branch
         grad_weight1 = grad_hidden.T @ tokens if ctx.needs_input_grad[2] else None
-        grad_x = added(grad, grad_hidden, weight1) if ctx.needs_input_grad[0] else None
-        return grad_x, None, as_float(grad_weight1), grad_bias1, as_float(grad_weight2), *of_join, *[None] * 2
+        grad_tokens = None
+        if grad_hidden.dtype == torch.bfloat16:  # to be added where it goes: the branch that gave the tokens
+            grad_tokens = grad_hidden @ weight1 if ctx.needs_input_grad[1] else None
+        elif ctx.needs_input_grad[0]:
+            grad = added(grad, grad_hidden, weight1)
+        return grad, grad_tokens, as_float(grad_weight1), grad_bias1, as_float(grad_weight2), *of_join, *[None] * 2
 
 
 # --- Calls ---------------------------------------------------------------------------------------------------------------
@@ -226,12 +233,18 @@ def join(x, branch, bias, gain, shift, epsilon, keep, kind) -> tuple[Tensor, Ten
     return out, rows(out) if half is None else half, moments
 
 
-def join_back(grad, branch, bias, gain, shift, epsilon, keep, moments, images) -> tuple[Tensor, list[Tensor]]:
-    """The branch's gradient, and those of bias, gain and shift, from that of what `join` gave."""
+def join_back(
+    grad, grad_tokens, branch, bias, gain, shift, epsilon, keep, moments, images
+) -> tuple[Tensor, Tensor, list[Tensor]]:
+    """The gradients of x, of the branch, and of bias, gain and shift, from those of what `join` gave: of its second, where
+    that is not the first over again, or None."""
+    grad = grad.contiguous()
+    both = None if grad_tokens is None else torch.empty_like(grad)
     grad_branch, of_join = torch.empty_like(branch), [torch.empty_like(value) for value in (bias, gain, shift)]
     call = join_call(branch, bias, gain, shift, epsilon, keep, images)
-    kernels().call("join_backward", call, at(moments), at(grad), at(grad_branch), *map(at, of_join))
-    return grad_branch, of_join
+    others = (at(value) for value in (moments, grad, grad_tokens, both, grad_branch, *of_join))
+    kernels().call("join_backward", call, *others)
+    return grad if both is None else both, grad_branch, of_join
 
 
 def join_call(branch, bias, gain, shift, epsilon, keep, images) -> Join:

@@ -55,7 +55,7 @@ ARGUMENTS = {
     "attention_forward": [ctypes.POINTER(Attention), pointer, pointer],
     "attention_backward": [ctypes.POINTER(Attention), *[pointer] * 7],
     "join_forward": [ctypes.POINTER(Join), *[pointer] * 4],
-    "join_backward": [ctypes.POINTER(Join), *[pointer] * 6],
+    "join_backward": [ctypes.POINTER(Join), *[pointer] * 8],
     "gelu_forward": [pointer, pointer, pointer, number, number, ctypes.c_int, ctypes.c_int],
     "gelu_backward": [*[pointer] * 5, number, number, ctypes.c_int, ctypes.c_int],
 }

@@ -51,10 +51,11 @@ int join_forward(const Join *s, const float *x, float *out, void *out_half, floa
 #define SUMMED_ROWS 64 /* are added up by themselves first: sums of many thousand rows keep their digits */
 
 /* From grad (rows, C), float32, of the output: grad_branch (rows, C), and in float32 grad_bias, grad_gain, grad_shift, (C)
-   each. The gradient of x is `grad` itself. */
+   each. The gradient of x is `grad` itself. Where grad_half (rows, C), of out_half, is not NULL, all this is of the sum of
+   both, which goes to `both` (rows, C). */
 int join_backward(
-    const Join *s, const float *moments, const float *grad, void *grad_branch, float *grad_bias, float *grad_gain,
-    float *grad_shift
+    const Join *s, const float *moments, const float *grad, const void *grad_half, float *both, void *grad_branch,
+    float *grad_bias, float *grad_gain, float *grad_shift
 ) {
     long dim = s->dim, wide = padded(dim, PAD), each = padded(8 * wide, LINE);
     float *memory = floats(s->threads * each);
@@ -67,6 +68,13 @@ int join_backward(
             float keep = s->keep ? s->keep[row / s->rows_an_image] : 1, mean = moments[2 * row], by = moments[2 * row + 1];
             float total = 0, product = 0;
             const float *from = grad + row * dim;
+            if (grad_half) {
+                float *whole_row = both + row * dim;
+                load_row(g, grad_half, row * dim, dim, 1);
+#pragma omp simd
+                for (long c = 0; c < dim; c++) whole_row[c] = from[c] + g[c];
+                from = whole_row;
+            }
             load_row(y, s->branch, row * dim, dim, s->half);
 #pragma omp simd reduction(+ : total, product)
             for (long c = 0; c < dim; c++) {

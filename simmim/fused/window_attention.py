@@ -177,11 +177,11 @@ class Blocks(NamedTuple):
         # No less than 32: Triton gives the warps of products one after another columns, where blocks of the last have
         # more columns than rows, else rows. Of 16 rows four warps would do the same four times.
         dim = max(32, power_of_two(head_dim))
-        if tokens <= 64:  # each warp has 16 whole rows of logits, which fit its registers
+        if tokens <= 64 and dim == 32 and dtype.itemsize == 2:  # a warp has 16 whole rows of logits, its registers suffice
             block = max(16, power_of_two(tokens))
             warps = block // 16
         else:  # all warps have 16 rows together, each some of the columns; no more fit, in the gradients
-            block, warps = 16, 4 if whole + rest <= 192 else 8
+            block, warps = 16, 4 if whole + rest <= 192 and dim <= 64 else 8
         stages = 2 if dtype.itemsize * (whole + rest) * dim <= 2**14 else 1
         return cls(whole, rest, dim, block, -(-tokens // block), warps, stages)
 
@@ -249,7 +249,10 @@ def power_of_two(number: int) -> int:
 
 def product_precision(dtype: torch.dtype) -> str:
     """How products of float32 are computed: as torch's own are. Of half precisions it means nothing."""
-    return "tf32" if dtype != torch.float32 or torch.backends.cuda.matmul.allow_tf32 else "ieee"
+    settings = torch.backends.cuda.matmul
+    # The older name, the only one before 2.9, raises an error where the newer was set.
+    fast = settings.fp32_precision == "tf32" if hasattr(settings, "fp32_precision") else settings.allow_tf32
+    return "tf32" if dtype != torch.float32 or fast else "ieee"
 
 
 def interpreted() -> bool:
