@@ -1,12 +1,14 @@
-"""The training step against transformers' and timm's: same machine, images, masks and weights, interleaved.
+"""The training step against transformers', timm's and the authors': same machine, images, masks and weights, interleaved.
 
     .venv/bin/python benchmarks/step.py --precision float32 bf16 --json step.json
     .venv/bin/python benchmarks/step.py --features              # inference: images to feature vectors
+    .venv/bin/python benchmarks/step.py --authors DIR           # and the authors' published code, as it stands in DIR
 
 Every contender is a process of its own that waits until it is asked for some steps, so that no two compute at once and each
 round asks all of them in turn. A step is forward, backward, and fused AdamW. Beside them the rate of a plain matrix product
 (2048³ on a CPU, 8192³ on CUDA) is measured in every round; the share is what of that rate a step's own products reach.
-Peers that are not installed are left out by name. Prints Markdown; --json writes every figure.
+Peers that are not installed are left out by name. The authors' code is no package and not a part of this repository: DIR is
+a checkout of https://github.com/microsoft/Swin-Transformer; it needs timm. Prints Markdown; --json writes every figure.
 """
 from __future__ import annotations
 
@@ -20,6 +22,7 @@ import subprocess
 import sys
 import tempfile
 import time
+import types
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -29,7 +32,7 @@ from torch import Tensor, nn
 from simmim.allocator import keep_freed_memory
 
 ROOT = Path(__file__).resolve().parents[1]
-PEERS = ("transformers", "timm")
+PEERS = ("transformers", "timm", "authors")
 MIB = 2**20
 LOSS_TOLERANCE = 2e-3  # of one another at the first step; bfloat16 rounds each network differently
 
@@ -46,6 +49,7 @@ class Work:
         weights: folder with the contenders' initial weights.
         threads: of a CPU; 0 leaves torch's choice.
         features: a step is the encoder alone, without gradients.
+        authors: folder of the authors' checkout; empty without it.
     """
 
     preset: str
@@ -57,6 +61,7 @@ class Work:
     weights: str
     threads: int
     features: bool = False
+    authors: str = ""
 
 
 def main(arguments: list[str] | None = None) -> int:
@@ -69,6 +74,7 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--precision", nargs="+", choices=("float32", "bf16"), default=["float32", "bf16"])
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     parser.add_argument("--contenders", nargs="+", default=["ours", *PEERS], help="with +compile for torch.compile")
+    parser.add_argument("--authors", type=Path, metavar="DIR", help="checkout of microsoft/Swin-Transformer")
     parser.add_argument("--rounds", type=int, default=7)
     parser.add_argument("--steps", type=int, default=1, help="steps of each contender in a round")
     parser.add_argument("--threads", type=int, default=0)
@@ -80,9 +86,11 @@ def main(arguments: list[str] | None = None) -> int:
     if chosen.serve:
         serve(chosen.serve, Work(**json.loads(sys.stdin.readline())))
         return 0
-    missing = [name for name in PEERS if importlib.util.find_spec(name) is None]
-    for name in missing:
-        print(f"{name} is not installed: left out", file=sys.stderr)
+    if chosen.authors and not (chosen.authors / "models/simmim.py").is_file():
+        parser.error(f"--authors {chosen.authors} holds no models/simmim.py: give the root of a checkout")
+    missing = missing_peers(chosen.authors)
+    for name, reason in missing.items():
+        print(f"{name} {reason}: left out", file=sys.stderr)
     names = [name for name in chosen.contenders if name.partition("+")[0] not in missing]
     found = {}
     with tempfile.TemporaryDirectory() as folder:
@@ -90,7 +98,7 @@ def main(arguments: list[str] | None = None) -> int:
         for precision in chosen.precision:
             work = Work(
                 chosen.preset, chosen.size, chosen.window, chosen.batch, precision, chosen.device, folder, chosen.threads,
-                chosen.features,
+                chosen.features, str(chosen.authors.resolve()) if chosen.authors else "",
             )  # fmt: skip
             found[precision] = compare(names, work, chosen.rounds, chosen.steps, chosen.cold)
             print(f"\n{title(work)}\n\n{as_markdown(found[precision], work)}", flush=True)
@@ -99,12 +107,24 @@ def main(arguments: list[str] | None = None) -> int:
     return 0
 
 
+def missing_peers(authors: Path | None) -> dict[str, str]:
+    """The peers that cannot take part, and why."""
+    packages = [name for name in PEERS if name != "authors"]
+    missing = {name: "is not installed" for name in packages if importlib.util.find_spec(name) is None}
+    if authors is None:
+        missing["authors"] = "is taken from a checkout, --authors DIR"
+    elif "timm" in missing:
+        missing["authors"] = "needs timm"
+    return missing
+
+
 def write_weights(folder: Path, preset: str, size: int, window: int) -> None:
     """One random model, as each contender reads it."""
     from safetensors.torch import save_file
 
     from simmim.checkpoint import Checkpoint, Preprocessing, with_pretrained_windows
     from simmim.convert.huggingface import folder_config, state_for
+    from simmim.convert.official import state_for as state_for_authors
     from simmim.convert.timm import state_for as state_for_timm
     from simmim.model import SimMIM
     from simmim.swinv2 import SwinV2, SwinV2Config
@@ -124,6 +144,7 @@ def write_weights(folder: Path, preset: str, size: int, window: int) -> None:
         pretraining=model.own_state(),
     )
     save_file(state_for_timm(checkpoint, "encoder"), folder / "timm.safetensors")
+    save_file(state_for_authors(checkpoint, "simmim"), folder / "authors.safetensors")
     hf = folder / "transformers"
     hf.mkdir()
     save_file(state_for(checkpoint, "simmim"), hf / "model.safetensors", metadata={"format": "pt"})
@@ -136,11 +157,11 @@ def write_weights(folder: Path, preset: str, size: int, window: int) -> None:
 class TimmSimMIM(nn.Module):
     """SimMIM around timm's encoder, as one would write it: mask token, encoder, 1 × 1 convolution, pixel shuffle, L1."""
 
-    def __init__(self, encoder: nn.Module, dim: int) -> None:
+    def __init__(self, encoder: nn.Module, dim: int, stride: int) -> None:
         super().__init__()
         self.encoder = encoder
         self.mask_token = nn.Parameter(torch.zeros(1, 1, 1, encoder.embed_dim))
-        self.decoder = nn.Sequential(nn.Conv2d(dim, 32 * 32 * 3, 1), nn.PixelShuffle(32))
+        self.decoder = nn.Sequential(nn.Conv2d(dim, stride**2 * 3, 1), nn.PixelShuffle(stride))
 
     def forward(self, images: Tensor, mask: Tensor) -> Tensor:
         """The loss; `mask` (B, H, W) bool."""
@@ -155,6 +176,44 @@ class TimmSimMIM(nn.Module):
     def features(self, images: Tensor) -> Tensor:
         """(B, C), pooled."""
         return self.encoder.forward_head(self.encoder.forward_features(images), pre_logits=True)
+
+
+class AuthorsSimMIM(nn.Module):
+    """The authors' own SimMIM, its target as it is, not normalised; built as their `build_simmim` does.
+
+    Args:
+        checkout: folder with their models/.
+        config: of the encoder.
+        size: of the images in pixels.
+    """
+
+    def __init__(self, checkout: Path, config, size: int) -> None:
+        super().__init__()
+        theirs = authors_module(checkout, "simmim")
+        encoder = theirs.SwinTransformerV2ForSimMIM(
+            img_size=size, patch_size=config.patch_size, in_chans=config.in_channels, num_classes=0,
+            embed_dim=config.embed_dim, depths=config.depths, num_heads=config.num_heads, window_size=config.window_size,
+            mlp_ratio=config.mlp_ratio, qkv_bias=True, drop_rate=0.0, drop_path_rate=0.0, ape=False, patch_norm=True,
+            use_checkpoint=False,
+        )  # fmt: skip
+        settings = types.SimpleNamespace(NORM_TARGET=types.SimpleNamespace(ENABLE=False))
+        self.model = theirs.SimMIM(settings, encoder, config.strides[-1], config.in_channels, config.patch_size)
+
+    def forward(self, images: Tensor, mask: Tensor) -> Tensor:
+        """The loss; `mask` (B, H, W) bool, which their data gives as integers, 1 for masked."""
+        return self.model(images, mask.long())
+
+    def features(self, images: Tensor) -> Tensor:
+        """(B, C), pooled."""
+        return self.model.encoder.forward_features(images)
+
+
+def authors_module(checkout: Path, name: str) -> types.ModuleType:
+    """A file of their models/ without the package's __init__, which imports every model they have and what those need."""
+    package = types.ModuleType("authors")
+    package.__path__ = [str(checkout / "models")]
+    sys.modules["authors"] = package
+    return importlib.import_module(f"authors.{name}")
 
 
 def make_contender(name: str, work: Work) -> nn.Module:
@@ -178,6 +237,10 @@ def make_contender(name: str, work: Work) -> nn.Module:
 
         logging.disable_progress_bar()
         return Loss(Swinv2ForMaskedImageModeling.from_pretrained(folder / "transformers"), flat_masks=True)
+    if name == "authors":
+        authors = AuthorsSimMIM(Path(work.authors), config, work.size)
+        authors.model.load_state_dict(load_file(folder / "authors.safetensors"))
+        return authors
     import timm
 
     encoder = timm.models.swin_transformer_v2.SwinTransformerV2(
@@ -185,7 +248,7 @@ def make_contender(name: str, work: Work) -> nn.Module:
         num_heads=config.num_heads, num_classes=0, drop_path_rate=0.0,
     )  # fmt: skip
     encoder.load_state_dict(load_file(folder / "timm.safetensors"), strict=False)
-    model = TimmSimMIM(encoder, config.dims[-1])
+    model = TimmSimMIM(encoder, config.dims[-1], config.strides[-1])
     ours = load_file(folder / "ours.safetensors")
     # Decoder columns are (channel, row, column) in the order of a pixel shuffle, as ours are after one permutation.
     model.mask_token.data.copy_(ours["mask_token"])
@@ -220,7 +283,7 @@ def serve(name: str, work: Work) -> None:
         torch.set_num_threads(work.threads)
     if library == "ours" and work.device == "cpu":
         keep_freed_memory()  # as the command does
-    if library == "timm":
+    if library in ("timm", "authors"):  # theirs imports timm's layers
         sys.path.insert(0, str(ROOT / "tests"))
         from timm_stub import stub_torchvision
 
