@@ -293,8 +293,13 @@ def serve(name: str, work: Work) -> None:
     model = make_contender(library, work).to(work.device)
     images, mask = batch_of(work)
     optimiser = torch.optim.AdamW(model.parameters(), lr=1e-4, weight_decay=0.05, fused=True)
-    work_of = model.features if work.features else model
-    run = torch.compile(work_of) if compiled else work_of
+    run = model.features if work.features else model
+    if compiled and library == "ours":
+        from simmim.training.compiling import compile_blocks
+
+        compile_blocks(model.model.encoder)  # as --compile does
+    elif compiled:
+        run = torch.compile(run)
 
     @torch.no_grad()
     def encode() -> float:

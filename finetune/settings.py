@@ -97,6 +97,7 @@ class TransferSettings:
         workers: processes that load images, a device.
         devices: how many, or auto for all.
         precision: as Lightning names them.
+        compile: torch.compile for the encoder's blocks, as in pre-training.
         resume: go on with the run in `out`, or start it if there is none.
         overwrite: delete the run in `out` and start it anew.
         validations: how often the validation images are looked at in the course of the run.
@@ -122,6 +123,7 @@ class TransferSettings:
     workers: int | None = None
     devices: str | int = "auto"
     precision: str | None = None
+    compile: bool = False
     resume: bool = False
     overwrite: bool = False
     validations: int = 10

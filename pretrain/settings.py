@@ -196,6 +196,8 @@ class PretrainSettings:
         workers: processes that load images, a device.
         devices: how many, or auto for all.
         precision: as Lightning names them, 32-true or bf16-mixed say.
+        compile: torch.compile for the encoder's blocks: on a GPU, for a first step some minutes later. A CPU has kernels
+            of the encoder's own, which are faster.
         resume: go on with the run in `out`, or start it if there is none.
         overwrite: delete the run in `out` and start it anew.
         reconstruct_every_epochs: a picture of reconstructions every so many epochs; by default twenty in all.
@@ -224,6 +226,7 @@ class PretrainSettings:
     workers: int | None = None
     devices: str | int = "auto"
     precision: str | None = None
+    compile: bool = False
     resume: bool = False
     overwrite: bool = False
     reconstruct_every_epochs: float | None = None

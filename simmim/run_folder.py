@@ -18,6 +18,7 @@ LOCK = ".lock"
 # name more of them as `circumstances`.
 CIRCUMSTANCES = (
     "resume", "overwrite", "out", "workers", "devices", "trainer", "loggers", "save_every_minutes", "keep_checkpoints",
+    "compile",
 )  # fmt: skip
 
 

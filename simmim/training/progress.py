@@ -10,12 +10,13 @@ import pytorch_lightning as pl
 import torch
 from tqdm import tqdm
 
+from simmim.training.compiling import CompileBlocks
 from simmim.training.watch import NumericalGuard
 
 
 def usual_callbacks(run: Path, settings, title: str, count: int, quiet: bool = False) -> list[pl.Callback]:
-    """What both stages run with: seeds by step, throughput, the progress line, account of unreadable images, and a guard
-    against numbers that are not finite.
+    """What both stages run with: seeds by step, throughput, the progress line, account of unreadable images, a guard against
+    numbers that are not finite, and compiled blocks where they are asked for.
 
     Args:
         settings: of either stage, resolved.
@@ -29,6 +30,7 @@ def usual_callbacks(run: Path, settings, title: str, count: int, quiet: bool = F
         *([] if quiet else [ProgressLine(title, settings.batch_size)]),
         SkippedImages(run, count, 0.0 if settings.data.strict else settings.data.max_skipped_share),
         NumericalGuard(run),
+        *([CompileBlocks()] if settings.compile else []),
     ]
 
 

@@ -1,0 +1,52 @@
+"""torch.compile for the encoder's blocks, and what stands against it on a machine."""
+from __future__ import annotations
+
+import warnings
+
+import pytorch_lightning as pl
+import torch
+
+from simmim.fused import kernels
+from simmim.swinv2 import SwinV2
+
+
+class CompileBlocks(pl.Callback):
+    """Compiles the encoder's blocks before the first step; where that cannot be, says so in one line and goes on."""
+
+    def setup(self, trainer: pl.Trainer, module: pl.LightningModule, stage: str) -> None:
+        """Before the strategy takes the model, which it may divide among devices."""
+        if stage != "fit":
+            return
+        device = trainer.strategy.root_device
+        problem = why_not(device)
+        if not problem:
+            compile_blocks(module.model.encoder)
+        elif trainer.is_global_zero:
+            print(f"note     blocks are not compiled by torch: {problem}", flush=True)
+
+
+def why_not(device: torch.device) -> str:
+    """What speaks against torch.compile on a device, as a line; empty for nothing. Tries it, on something small."""
+    if device.type == "cpu" and kernels():
+        return "the encoder's own kernels are faster on a CPU"
+    try:
+        probe = torch.ones(64, device=device, requires_grad=True)
+        torch.compile(torch.nn.functional.gelu, dynamic=False)(probe).sum().backward()
+    except Exception as error:  # whatever it is: no C++ compiler, no Triton, a Python that torch does not trace yet
+        return next((line.strip() for line in str(error).splitlines() if line.strip()), type(error).__name__)
+    return ""
+
+
+def compile_blocks(encoder: SwinV2) -> None:
+    """Compile each block in place at its first call. Blocks of one stage that differ in their weights alone share what was
+    compiled; names of weights stay."""
+    blocks = [block for stage in encoder.layers for block in stage.blocks]
+    # A block is compiled anew for evaluation and without gradients. Beyond the limit torch would silently not compile.
+    config = torch._dynamo.config
+    limit = "recompile_limit" if hasattr(config, "recompile_limit") else "cache_size_limit"
+    setattr(config, limit, max(getattr(config, limit), 4 * len(blocks)))
+    config.suppress_errors = True  # a block that does not compile runs as it is
+    # They are pure functions of sizes: to trace through their caches is right.
+    warnings.filterwarnings("ignore", message=".*call to a `functools.lru_cache`-wrapped function")
+    for block in blocks:
+        block.compile(dynamic=False)

@@ -1,0 +1,74 @@
+"""torch.compile of the encoder's blocks: the same numbers, one compilation for like blocks, and no harm where it fails."""
+import os
+import subprocess
+import sys
+
+import pytest
+import torch
+from torch._dynamo.utils import counters
+
+from pretrain.run import pretrain
+from pretrain.settings import PretrainSettings
+from simmim.swinv2 import SwinV2, SwinV2Config
+from simmim.training import compiling
+
+
+def gradients(encoder, images):
+    """Of a loss of which every feature is a part, by name, and the features."""
+    encoder.zero_grad()
+    features = encoder(images).features
+    (features * torch.linspace(-1, 1, features.numel()).sin().view_as(features)).sum().backward()
+    return {"features": features.detach(), **{name: value.grad.clone() for name, value in encoder.named_parameters()}}
+
+
+def test_the_same_numbers_by_one_compilation_for_like_blocks(plain_blocks):
+    torch.manual_seed(0)
+    encoder = SwinV2(SwinV2Config(16, (5,), (2,), window_size=4))
+    for parameter in encoder.parameters():
+        torch.nn.init.normal_(parameter, 0.1, 0.2)
+    images = torch.randn(2, 3, 32, 48)
+    expected, names = gradients(encoder, images), list(encoder.state_dict())
+    torch._dynamo.reset()
+    counters.clear()
+    with torch._dynamo.config.patch(suppress_errors=False):  # which compile_blocks sets for the whole process
+        compiling.compile_blocks(encoder)
+        torch._dynamo.config.suppress_errors = False
+        actual = gradients(encoder, images)
+    assert counters["stats"]["unique_graphs"] == 2, "one for shifted windows and one for those in place"
+    assert not counters["graph_break"]
+    assert list(encoder.state_dict()) == names
+    for name, value in expected.items():
+        assert torch.allclose(actual[name], value, rtol=1e-3, atol=1e-3 * value.abs().max()), name
+    torch._dynamo.reset()
+
+
+def test_without_a_compiler_there_is_a_reason(tmp_path):
+    program = (
+        "import torch; from simmim.training.compiling import why_not; print('because', why_not(torch.device('cpu')))"
+    )
+    environment = {
+        **os.environ, "SIMMIM_KERNELS": "0", "PATH": str(tmp_path), "TORCHINDUCTOR_CACHE_DIR": str(tmp_path / "cache"),
+    }  # fmt: skip
+    environment.pop("CXX", None)
+    done = subprocess.run([sys.executable, "-c", program], env=environment, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    (line,) = [line for line in done.stdout.splitlines() if line.startswith("because")]
+    assert "compiler" in line.lower()
+
+
+@pytest.mark.parametrize("problem", ["", "no compiler"])
+def test_a_run_compiles_or_says_why_not(problem, digits, tmp_path, monkeypatch, capsys):
+    compiled = []
+    monkeypatch.setattr(compiling, "why_not", lambda device: problem)
+    monkeypatch.setattr(compiling, "compile_blocks", compiled.append)
+    settings = PretrainSettings(
+        str(digits.unlabeled), str(tmp_path / "run"), preset="nano", image_size=32, epochs=1, batch_size=4, compile=True, workers=0
+    )
+    pretrain(settings)
+    assert [type(encoder) for encoder in compiled] == ([] if problem else [SwinV2])
+    said = [line for line in capsys.readouterr().out.splitlines() if "not compiled" in line]
+    assert said == ([f"note     blocks are not compiled by torch: {problem}"] if problem else [])
+
+
+def test_a_cpu_with_kernels_needs_none():
+    assert "faster on a CPU" in compiling.why_not(torch.device("cpu"))
