@@ -62,7 +62,7 @@ def test_a_run_compiles_or_says_why_not(problem, digits, tmp_path, monkeypatch, 
     monkeypatch.setattr(compiling, "why_not", lambda device: problem)
     monkeypatch.setattr(compiling, "compile_blocks", compiled.append)
     settings = PretrainSettings(
-        str(digits.unlabeled), str(tmp_path / "run"), preset="nano", image_size=32, epochs=1, batch_size=4, compile=True, workers=0
+        str(digits.unlabeled), str(tmp_path / "run"), preset="nano", image_size=32, epochs=1, batch_size=24, compile=True
     )
     pretrain(settings)
     assert [type(encoder) for encoder in compiled] == ([] if problem else [SwinV2])

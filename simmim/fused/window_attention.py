@@ -38,10 +38,10 @@ def takes_attention(device: torch.device, dtype: torch.dtype, window_tokens: int
         return True
     if device.type != "cuda" or torch.version.cuda is None or torch.cuda.get_device_capability(device) < OLDEST_GPU:
         return False
-    # What was measured of the compiled kernels lies just below: of the backward pass, a window's rows of q and of the
-    # gradient, in two layouts, and blocks on their way from one layout to another.
+    # Of the compiled kernels: the backward pass has a window's rows of q and of the gradient there, each in two layouts,
+    # and blocks on their way from memory and between layouts.
     blocks = Blocks.of(window_tokens, head_dim, dtype)
-    needed = 5 * (blocks.whole + blocks.rest) * blocks.dim * dtype.itemsize
+    needed = 4 * (blocks.whole + blocks.rest) * blocks.dim * dtype.itemsize + 2**14 * blocks.stages
     properties = torch.cuda.get_device_properties(device)
     return needed <= getattr(properties, "shared_memory_per_block_optin", properties.shared_memory_per_block)
 
@@ -73,14 +73,15 @@ def _forward(
     qkv: Tensor, q_bias: Tensor, v_bias: Tensor, scale: Tensor, bias: Tensor, token_of: Tensor, region_of: Tensor | None,
     images: int,
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
-    """`window_attention`; and the log of the sum of each query's exponentials, (B, M, h, N) float32."""
+    """`window_attention`; and in float32 what turns its logits into weights again, (B · M, h, 2, N): each query's largest
+    logit, and 1 / the sum of exponentials. The log of that sum, one number, at 100 would be exact to 1e-5 only."""
     from simmim.fused import triton_kernels
 
-    mixed, log_sums = _forward_shapes(qkv, q_bias, v_bias, scale, bias, token_of, region_of, images)
+    mixed, normalisers = _forward_shapes(qkv, q_bias, v_bias, scale, bias, token_of, region_of, images)
     call = Call.of(qkv, q_bias, v_bias, scale, bias, token_of, region_of, images)
     shares = call.shares()
-    call.launch(triton_kernels.forward, call.numbers * shares, mixed, log_sums, *call.sizes, shares)
-    return mixed, log_sums
+    call.launch(triton_kernels.forward, call.numbers * shares, mixed, normalisers, *call.sizes, shares)
+    return mixed, normalisers
 
 
 @_forward.register_fake
@@ -88,33 +89,33 @@ def _forward_shapes(qkv, q_bias, v_bias, scale, bias, token_of, region_of, image
     windows, tokens = token_of.shape
     return (
         qkv.new_empty(qkv.shape[0], q_bias.shape[0]),
-        qkv.new_empty(images, windows, scale.numel(), tokens, dtype=torch.float32),
+        qkv.new_empty(images * windows, scale.numel(), 2, tokens, dtype=torch.float32),
     )
 
 
 @torch.library.custom_op("simmim::window_attention_backward", mutates_args=())
 def _backward(
-    grad_mixed: Tensor, log_sums: Tensor, qkv: Tensor, q_bias: Tensor, v_bias: Tensor, scale: Tensor, bias: Tensor,
+    grad_mixed: Tensor, normalisers: Tensor, qkv: Tensor, q_bias: Tensor, v_bias: Tensor, scale: Tensor, bias: Tensor,
     token_of: Tensor, region_of: Tensor | None, images: int,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
     """Gradients of qkv, q_bias, v_bias, scale and bias."""
     from simmim.fused import triton_kernels
 
     call = Call.of(qkv, q_bias, v_bias, scale, bias, token_of, region_of, images)
-    grad_mixed, log_sums, heads = grad_mixed.contiguous(), log_sums.contiguous(), scale.numel()
+    grad_mixed, normalisers, heads = grad_mixed.contiguous(), normalisers.contiguous(), scale.numel()
     chunks, shares, blocks = call.chunks(), call.shares(), call.blocks.count
     # Every token is in a window, so every row is written: queries by one kernel, keys and values by the other.
-    grad_qkv, deltas = torch.empty_like(qkv, memory_format=torch.contiguous_format), torch.empty_like(log_sums)
+    grad_qkv, deltas = torch.empty_like(qkv, memory_format=torch.contiguous_format), torch.empty_like(normalisers[:, :, 0])
     of_bias = deltas.new_empty(chunks, *bias.shape)
     of_q_bias, of_scale = deltas.new_empty(chunks * blocks, len(q_bias)), deltas.new_empty(chunks * blocks, heads)
     of_v_bias = deltas.new_empty(call.numbers * shares, len(v_bias))
     call.launch(
         triton_kernels.backward_of_queries, chunks * blocks,
-        log_sums, grad_mixed, grad_qkv, deltas, of_bias, of_q_bias, of_scale, *call.sizes, call.numbers, chunks,
+        normalisers, grad_mixed, grad_qkv, deltas, of_bias, of_q_bias, of_scale, *call.sizes, call.numbers, chunks,
     )  # fmt: skip
     call.launch(
         triton_kernels.backward_of_keys, call.numbers * shares,
-        log_sums, deltas, grad_mixed, grad_qkv, of_v_bias, *call.sizes, shares,
+        normalisers, deltas, grad_mixed, grad_qkv, of_v_bias, *call.sizes, shares,
     )  # fmt: skip
     # Programs' sums are added here and not by them, in no order of their own: the same numbers every time.
     return (
@@ -127,15 +128,15 @@ def _backward(
 
 
 @_backward.register_fake
-def _backward_shapes(grad_mixed, log_sums, qkv, q_bias, v_bias, scale, bias, token_of, region_of, images):
+def _backward_shapes(grad_mixed, normalisers, qkv, q_bias, v_bias, scale, bias, token_of, region_of, images):
     return tuple(torch.empty_like(x, memory_format=torch.contiguous_format) for x in (qkv, q_bias, v_bias, scale, bias))
 
 
 def _keep(ctx, inputs, output) -> None:
     *tensors, ctx.images = inputs
-    _, log_sums = output
-    ctx.save_for_backward(log_sums, *tensors)
-    ctx.mark_non_differentiable(log_sums)
+    _, normalisers = output
+    ctx.save_for_backward(normalisers, *tensors)
+    ctx.mark_non_differentiable(normalisers)
 
 
 def _differentiate(ctx, grad_mixed: Tensor, _):
@@ -174,14 +175,15 @@ class Blocks(NamedTuple):
     def of(cls, tokens: int, head_dim: int, dtype: torch.dtype) -> Blocks:
         whole = max(16, 1 << (tokens.bit_length() - 1))
         rest = max(16, power_of_two(tokens - whole)) if tokens > whole else 0
-        # No less than 32: Triton gives the warps of products one after another columns, where blocks of the last have
-        # more columns than rows, else rows. Of 16 rows four warps would do the same four times.
+        # No less than 32: Triton hands a program's warps columns, where the last product's block has more columns than
+        # rows, else rows. There are 16 rows for one warp; four would all compute the same.
         dim = max(32, power_of_two(head_dim))
-        if tokens <= 64 and dim == 32 and dtype.itemsize == 2:  # a warp has 16 whole rows of logits, its registers suffice
+        usual = dim == 32 and dtype.itemsize == 2
+        if usual and tokens <= 64:  # a warp has 16 whole rows of logits
             block = max(16, power_of_two(tokens))
             warps = block // 16
-        else:  # all warps have 16 rows together, each some of the columns; no more fit, in the gradients
-            block, warps = 16, 4 if whole + rest <= 192 and dim <= 64 else 8
+        else:  # all warps have the same 16 rows, each some of the columns: more do not fit their registers
+            block, warps = 16, 4 if usual and whole + rest <= 192 else 8
         stages = 2 if dtype.itemsize * (whole + rest) * dim <= 2**14 else 1
         return cls(whole, rest, dim, block, -(-tokens // block), warps, stages)
 
