@@ -258,13 +258,15 @@ def keep_apart(regions: Tensor) -> Tensor:
 
 
 @lru_cache(maxsize=64)
-def fused_windows(size: Size, window: Size, shift: Size, padded: Size, shift_before_padding: bool) -> fused.Windows:
+def fused_windows(
+    size: Size, window: Size, shift: Size, padded: Size, shift_before_padding: bool, device: torch.device
+) -> fused.Windows:
     """`SwinV2Block.windowed_attention`'s way of padding, shifting and partitioning a map, as indices."""
     with torch.inference_mode(False), torch.no_grad():
-        tokens = torch.arange(1, 1 + size[0] * size[1]).view(1, *size, 1)
+        tokens = torch.arange(1, 1 + size[0] * size[1], device=device).view(1, *size, 1)
         placed = partition(tokens, window, shift, padded, shift_before_padding).squeeze(-1) - 1
-        regions = shift_regions(padded, window, shift, placed.device).to(torch.uint8) if any(shift) else None
-        return fused.Windows(placed.int(), regions, relative_position_index(window, placed.device))
+        regions = shift_regions(padded, window, shift, device).to(torch.uint8) if any(shift) else None
+        return fused.Windows(placed.int(), regions, relative_position_index(window, device))
 
 
 class WindowAttention(nn.Module):
@@ -482,7 +484,7 @@ class SwinV2Block(nn.Module):
         """Both branches joined, as the lines of `forward`, in fewer passes over memory."""
         size = x.shape[1:3]
         window, shift, padded = self.geometry(size)
-        windows = fused_windows(tuple(size), window, shift, padded, self.shift_before_padding)
+        windows = fused_windows(tuple(size), window, shift, padded, self.shift_before_padding, x.device)
         with without_autocast(x.device):
             scale = self.attn.inverse_temperature()
             table = self.attn.position_table(window, self.pretrained(window))
@@ -506,6 +508,8 @@ class SwinV2Block(nn.Module):
         """Attention inside the block's windows: pad, shift, partition, attend, and back."""
         size = x.shape[1:3]
         window, shift, padded = self.geometry(size)
+        if windows_at_once is None and fused.attends(self.attn, x, window, attend):
+            return self.attention_by_index(x, window, shift, padded)
         windows = partition(x, window, shift, padded, self.shift_before_padding)
         # The mask of all windows, N times their labels, would be the largest tensor left in sequential attention.
         keep = shift_mask if windows_at_once is None else shift_regions
@@ -516,6 +520,18 @@ class SwinV2Block(nn.Module):
         if self.shift_before_padding:
             return roll(x[:, : size[0], : size[1]], shift)
         return roll(x, shift)[:, : size[0], : size[1]]
+
+    def attention_by_index(self, x: Tensor, window: Size, shift: Size, padded: Size) -> Tensor:
+        """`windowed_attention` by the kernels for a GPU, which find a window's tokens where they are."""
+        attn = self.attn
+        windows = fused_windows(tuple(x.shape[1:3]), window, shift, padded, self.shift_before_padding, x.device)
+        with without_autocast(x.device):
+            scale, bias = attn.inverse_temperature(), attn.position_bias(window, self.pretrained(window))
+        qkv = F.linear(x, attn.qkv.weight).flatten(0, 2)
+        mixed = fused.window_attention(
+            qkv, attn.q_bias, attn.v_bias, scale, bias, windows.token_of, windows.region_of, len(x)
+        )
+        return attn.proj(mixed.view(*x.shape[:3], -1))
 
 
 def partition(x: Tensor, window: Size, shift: Size, padded: Size, shift_before_padding: bool) -> Tensor:

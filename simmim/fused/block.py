@@ -1,7 +1,7 @@
 """A Swin V2 block's two branches on a CPU, each one step of automatic differentiation: the matrix products by torch,
 everything between them by attention.c and pointwise.c.
 
-The same mathematics as `simmim.swinv2`, whose plain lines are what a reader wants and what every other device runs. What
+The same mathematics as `simmim.swinv2`, whose plain lines are what a reader wants and what other devices run. What
 is saved: windows are never copied, weights of the attention never kept, GELU is computed again in the backward pass, and
 the main path stays float32 under autocast.
 
@@ -18,6 +18,7 @@ import torch
 from torch import Tensor, nn
 from torch.autograd.function import Function, once_differentiable
 
+from simmim.fused.circumstances import changed, plainly_eager, product_type
 from simmim.fused.library import Attention, Join, kernels
 
 LARGEST_SCRATCH = 2**28  # bytes, of all threads
@@ -48,10 +49,12 @@ class Windows(NamedTuple):
 def takes(block: nn.Module, x: Tensor) -> bool:
     """Whether the kernels can do this block on `x`, (B, H, W, C): each of its parts is what `block.PARTS` says, nobody
     listens inside it, and their scratch is of a size that does not matter."""
-    kind = product_type()
-    if x.device.type != "cpu" or kind not in (torch.float32, torch.bfloat16) or x.dtype not in (torch.float32, kind):
+    if x.device.type != "cpu" or type(x) not in (Tensor, nn.Parameter) or x.numel() == 0:
         return False
-    if type(x) not in (Tensor, nn.Parameter) or x.numel() == 0 or not plainly_eager() or not usual(block, x.shape[-1]):
+    if not plainly_eager() or not usual(block, x.shape[-1]):
+        return False
+    kind = product_type(block.attn.qkv.weight)
+    if kind not in (torch.float32, torch.bfloat16) or x.dtype not in (torch.float32, kind):
         return False
     tokens = min(block.window_size, x.shape[1]) * min(block.window_size, x.shape[2])
     # Of every thread the gradients of all heads' biases, and weights and their gradients of one.
@@ -82,30 +85,6 @@ def usual(block: nn.Module, dim: int) -> bool:
     )  # fmt: skip
 
 
-def changed(part: nn.Module) -> bool:
-    """Whether calling it does more or else than its class says."""
-    return bool(
-        part._forward_hooks or part._forward_pre_hooks or part._backward_hooks or part._backward_pre_hooks
-        or "forward" in part.__dict__
-    )  # fmt: skip
-
-
-def plainly_eager() -> bool:
-    """Neither compiling, tracing, exporting, on tensors without numbers, nor under a transform of torch.func."""
-    modes = torch._C._TorchDispatchModeKey
-    return not (
-        torch.compiler.is_compiling()
-        or torch.jit.is_tracing()
-        or torch._C._functorch.peek_interpreter_stack() is not None
-        or any(torch._C._get_dispatch_mode(mode) is not None for mode in (modes.FAKE, modes.PROXY))
-    )
-
-
-def product_type() -> torch.dtype:
-    """What matrix products are computed in: bfloat16 under autocast to it, else float32."""
-    return torch.get_autocast_dtype("cpu") if torch.is_autocast_enabled("cpu") else torch.float32
-
-
 def join_attention(
     x: Tensor, attn: nn.Module, norm: nn.LayerNorm, keep: Tensor | None, windows: Windows, scale: Tensor, table: Tensor
 ) -> tuple[Tensor, Tensor]:
@@ -118,7 +97,7 @@ def join_attention(
     """
     return AttentionBranch.apply(
         x.float(), attn.qkv.weight, attn.q_bias, attn.v_bias, scale, table, attn.proj.weight, attn.proj.bias,
-        norm.weight, norm.bias, norm.eps, None if keep is None else keep.float(), windows, product_type(),
+        norm.weight, norm.bias, norm.eps, None if keep is None else keep.float(), windows, product_type(attn.qkv.weight),
     )  # fmt: skip
 
 

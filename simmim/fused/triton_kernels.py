@@ -1,4 +1,4 @@
-"""Scaled cosine attention inside shifted windows and its gradients, for a GPU: what `window_attention` launches.
+"""Scaled cosine attention inside shifted windows and its gradients, for a GPU: what gpu.py launches.
 
 Tokens are read and written where they lie, by index: nothing is rolled, padded or partitioned. A window's keys (or, in
 the gradients of keys and values, its queries) are all there at once, so no softmax is made of pieces. Blocks have powers
@@ -26,9 +26,11 @@ MASKED_LOGIT = tl.constexpr(-100.0)  # as in simmim.swinv2
 # Of pairs one of which only fills a block: no weight. Of infinities differences would be no numbers.
 FILLED_LOGIT = tl.constexpr(-1e30)
 SMALLEST_NORM = tl.constexpr(1e-12)  # as in torch.nn.functional.normalize
+# Every stage of an encoder has others. By default kernels would be compiled anew for those that are 1 or divided by 16.
+COUNTS = ["tokens", "windows", "heads", "shares", "numbers", "chunks"]
 
 
-@triton.jit
+@triton.jit(do_not_specialize=COUNTS)
 def forward(
     qkv, q_bias, v_bias, scale, bias, token_of, region_of, mixed, normalisers, tokens, windows, heads, shares,
     N: tl.constexpr, D: tl.constexpr, DIVIDED: tl.constexpr, WHOLE: tl.constexpr, REST: tl.constexpr, DIM: tl.constexpr,
@@ -82,7 +84,7 @@ def forward(
         tl.store(normalisers + pair * 2 * N + N + place, 1 / total, mask=place < N)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=COUNTS)
 def backward_of_queries(
     qkv, q_bias, v_bias, scale, bias, token_of, region_of, normalisers, grad_mixed, grad_qkv, deltas, grad_bias, grad_q_bias,
     grad_scale, tokens, windows, heads, numbers, chunks,
@@ -175,7 +177,7 @@ def backward_of_queries(
     tl.store(grad_scale + sums_at, tl.sum(of_scale, 0))
 
 
-@triton.jit
+@triton.jit(do_not_specialize=COUNTS)
 def backward_of_keys(
     qkv, q_bias, v_bias, scale, bias, token_of, region_of, normalisers, deltas, grad_mixed, grad_qkv, grad_v_bias,
     tokens, windows, heads, shares,

@@ -1,0 +1,105 @@
+"""Whether the kernels for a GPU do, on the device at hand, what the encoder's own lines do: tried once for each kind of
+window, before the first is computed with them."""
+from __future__ import annotations
+
+import os
+import warnings
+from collections.abc import Callable
+from functools import lru_cache
+
+import torch
+from torch import Tensor, nn
+
+from simmim.fused.circumstances import changed, plainly_eager, product_type
+from simmim.fused.gpu import interpreted, takes_attention, window_attention
+from simmim.fused.library import SWITCH
+
+# Torch before 2.7 cannot tell; it exported by tracing, which `plainly_eager` sees.
+is_exporting = getattr(torch.compiler, "is_exporting", lambda: False)
+# Distance of a result from that of the plain lines, as a share of its length. Products of float32 may be of 10 bits.
+TOLERANCES = {torch.float32: 0.01, torch.float16: 0.02, torch.bfloat16: 0.05}
+
+
+def attends(attn: nn.Module, x: Tensor, window: tuple[int, int], plain: Callable) -> bool:
+    """Whether the kernels for a GPU can do what `attn`, a `simmim.swinv2.WindowAttention`, does to the windows of x,
+    (B, H, W, C), and torch.compile or nobody traces it.
+
+    Args:
+        plain: `simmim.swinv2.attend`.
+    """
+    if x.device.type != "cuda" and not interpreted():
+        return False
+    if type(x) not in (Tensor, nn.Parameter) or x.numel() == 0 or changed(attn):
+        return False
+    if not plainly_eager() and (not torch.compiler.is_compiling() or is_exporting()):
+        return False
+    kind = product_type(attn.qkv.weight)
+    return tried_constant(x.device, kind, window[0] * window[1], x.shape[-1] // attn.num_heads, plain)
+
+
+def tried_constant(device: torch.device, dtype: torch.dtype, window_tokens: int, head_dim: int, plain: Callable) -> bool:
+    """`tried`, which torch.compile does not look into."""
+    return tried(device, dtype, window_tokens, head_dim, plain)
+
+
+# As by torch.compiler.assume_constant_result, which would load all of the compiler.
+tried_constant._dynamo_marked_constant = True
+
+
+@lru_cache(maxsize=256)
+def tried(device: torch.device, dtype: torch.dtype, window_tokens: int, head_dim: int, plain: Callable) -> bool:
+    """Whether `window_attention` is to be used for qkv of `dtype`, windows of so many tokens and heads of so many channels;
+    where the kernels fail or differ, a warning says so and they are not tried again."""
+    if os.environ.get(SWITCH) == "0" or not takes_attention(device, dtype, window_tokens, head_dim):
+        return False
+    try:
+        problem = difference(device, dtype, window_tokens, head_dim, plain)
+    except Exception as error:  # whatever a compiler, a driver or a device that nobody has tried comes up with
+        problem = next((line.strip() for line in str(error).splitlines() if line.strip()), type(error).__name__)
+    if problem:
+        kind = f"{str(dtype).removeprefix('torch.')}, windows of {window_tokens} tokens, heads of {head_dim} channels"
+        warnings.warn(f"attention goes without its kernels on {device} ({kind}): {problem}", stacklevel=2)
+    return not problem
+
+
+def difference(device: torch.device, dtype: torch.dtype, window_tokens: int, head_dim: int, plain: Callable) -> str:
+    """How kernels and plain lines differ in two windows, one of them divided into regions, of one head; "" for not."""
+    # Nothing of it is part of what goes on around: an evaluation, a trace, the run's own random numbers.
+    with torch.inference_mode(False), torch.enable_grad(), torch.autocast(device.type, enabled=False):
+        draw = torch.Generator(device).manual_seed(0)
+
+        def random(*shape: int) -> Tensor:
+            return torch.randn(shape, generator=draw, device=device)
+
+        tokens = 2 * window_tokens
+        given = [
+            random(tokens, 3 * head_dim).to(dtype), random(head_dim), random(head_dim), random(1, 1, 1).abs() + 5,
+            random(1, window_tokens, window_tokens),
+        ]  # fmt: skip
+        grad = random(tokens, head_dim).to(dtype)
+        token_of = torch.arange(tokens, dtype=torch.int32, device=device).view(2, -1)
+        regions = torch.stack((torch.zeros(window_tokens), torch.arange(window_tokens) % 2)).to(device, torch.uint8)
+
+        def by_kernels(qkv: Tensor, q_bias: Tensor, v_bias: Tensor, scale: Tensor, bias: Tensor) -> Tensor:
+            return window_attention(qkv, q_bias, v_bias, scale, bias, token_of, regions, images=1)
+
+        def by_plain_lines(qkv: Tensor, q_bias: Tensor, v_bias: Tensor, scale: Tensor, bias: Tensor) -> Tensor:
+            qkv = (qkv + torch.cat((q_bias, torch.zeros_like(q_bias), v_bias))).to(dtype)
+            index = torch.arange(window_tokens**2, device=device)
+            windows = qkv.view(2, window_tokens, 3, 1, head_dim)
+            return plain(windows, scale, bias.view(-1, 1), index, regions).reshape(tokens, head_dim)
+
+        found = [results(how, given, grad) for how in (by_kernels, by_plain_lines)]
+    for name, actual, expected in zip(("output", "qkv", "q_bias", "v_bias", "scale", "bias"), *found):
+        distance = ((actual - expected).norm() / expected.norm()).item()
+        if not distance < TOLERANCES[dtype]:
+            what = name if name == "output" else f"gradient of {name}"
+            return f"its {what} is {distance:.2g} of its length from that of the plain lines"
+    return ""
+
+
+def results(how: Callable[..., Tensor], given: list[Tensor], grad: Tensor) -> list[Tensor]:
+    """Output and gradients, float32."""
+    given = [value.clone().requires_grad_() for value in given]
+    output = how(*given)
+    return [value.float() for value in (output.detach(), *torch.autograd.grad(output, given, grad))]
