@@ -107,7 +107,8 @@ def bare_rate(work: Work, steps: int) -> float:
     try:
         ask(server, json.dumps(vars(work)))
         listen(server)  # two steps more, and what they took in memory
-        return statistics.median(work.batch / ask(server, "steps 1")["seconds"] for _ in range(steps))
+        asked = f"steps {LOGGED_EVERY}"
+        return statistics.median(work.batch / ask(server, asked)["seconds"] for _ in range(steps // LOGGED_EVERY))
     finally:
         server.kill()
 
