@@ -16,7 +16,7 @@ from pretrain.settings import DataSettings, ModelSettings, OptimSettings, Pretra
 from simmim.checkpoint import Checkpoint, Preprocessing, build_encoder, preset_name, save_checkpoint
 from simmim.convert import read
 from simmim.convert.files import unpickled
-from simmim.data import CentreView, ImageSamples, RandomView, StreamSamples, open_source, survey, worker_count
+from simmim.data import CentreView, ImageSamples, RandomView, Source, StreamSamples, open_source, survey, worker_count
 from simmim.data.mask_sources import masks_among
 from simmim.model import SimMIM
 from simmim.run_folder import CONFIG, as_yaml, check_run_folder, checkpoints_folder, taken_run_folder
@@ -53,18 +53,7 @@ def pretrain(settings: PretrainSettings) -> Path:
     if is_first_process():
         check_run_folder(settings.out, settings.resume, settings.overwrite)
     check_trainer_keys(settings.trainer)
-    data = settings.data
-    source = open_source(data.path, data.column, data.streaming, data.count)
-    images = survey(source.head, data.channels, max_pixels=data.max_pixels)
-    device = device_type()
-    kept = images.decoded_mib <= KEEP_DECODED_MIB and not source.streaming
-    # Images that are in memory already are cropped faster than they could be sent between processes.
-    # A run that is resumed no longer needs what it began from, which may be gone by then.
-    begun = settings.resume and any(checkpoints_folder(Path(settings.out).expanduser()).glob("*.ckpt"))
-    initial = read(settings.init) if settings.init != "none" and not begun else None
-    workers = 0 if kept and device == "cpu" else worker_count(device)
-    settings = resolve(settings, images, source.count, device, workers, initial)
-    settings = replace(settings, precision=settings.precision or default_precision(device, settings.encoder_config()))
+    settings, source, kept, initial = settled(settings)
     data, accumulate = settings.data, settings.optim.accumulate
 
     steps_per_epoch = source.count / settings.batch_size
@@ -78,12 +67,7 @@ def pretrain(settings: PretrainSettings) -> Path:
     module = SimMIMPretraining(
         model, masking, data.mean, data.std, schedule, settings.optim.weight_decay, settings.optim.clip
     )
-    view = RandomView(settings.size, data.crop_scale, data.crop_ratio, data.flip)
-    how = (view, data.channels, settings.seed)
-    if source.streaming:
-        samples = StreamSamples(source.images, *how, data.shuffle_buffer, data.max_pixels)
-    else:
-        samples = ImageSamples(source.images, *how, kept, data.max_pixels)
+    samples = training_samples(settings, source, kept)
     shown = ImageSamples(source.head, CentreView(settings.size), data.channels, settings.seed)
 
     run = Path(settings.out).expanduser()
@@ -140,6 +124,37 @@ def pretrain(settings: PretrainSettings) -> Path:
     if trainer.is_global_zero:
         print(f"encoder: {run / 'encoder'}\nlook at it: tensorboard --logdir {run / 'tensorboard'}")
     return run
+
+
+def settled(settings: PretrainSettings) -> tuple[PretrainSettings, Source, bool, Checkpoint | None]:
+    """Look at images, machine and the encoder to begin from, and fill in what the user left open.
+
+    Returns:
+        The settings, the images, whether they are kept in memory once decoded, and what the run begins from.
+    """
+    data = settings.data
+    source = open_source(data.path, data.column, data.streaming, data.count)
+    images = survey(source.head, data.channels, max_pixels=data.max_pixels)
+    device = device_type()
+    kept = images.decoded_mib <= KEEP_DECODED_MIB and not source.streaming
+    # A run that is resumed no longer needs what it began from, which may be gone by then.
+    begun = settings.resume and any(checkpoints_folder(Path(settings.out).expanduser()).glob("*.ckpt"))
+    initial = read(settings.init) if settings.init != "none" and not begun else None
+    # Images that are in memory already are cropped faster than they could be sent between processes.
+    workers = 0 if kept and device == "cpu" else worker_count(device)
+    settings = resolve(settings, images, source.count, device, workers, initial)
+    precision = settings.precision or default_precision(device, settings.encoder_config())
+    return replace(settings, precision=precision), source, kept, initial
+
+
+def training_samples(settings: PretrainSettings, source: Source, kept: bool) -> ImageSamples | StreamSamples:
+    """The images in their endless order, cropped and flipped as settings say."""
+    data = settings.data
+    view = RandomView(settings.size, data.crop_scale, data.crop_ratio, data.flip)
+    how = (view, data.channels, settings.seed)
+    if source.streaming:
+        return StreamSamples(source.images, *how, data.shuffle_buffer, data.max_pixels)
+    return ImageSamples(source.images, *how, kept, data.max_pixels)
 
 
 def labeled_probe(

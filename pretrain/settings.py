@@ -173,6 +173,8 @@ class ProbeSettings:
 
 
 PROBE_METHODS = ("knn", "probe")
+# Pictures of a run, and measures of its activations: each takes about as long as a step.
+LOOKS, LOOK_STEPS = 20, 20
 POSITIVE = (
     "epochs", "batch_size", "log_every_steps", "save_every_steps", "save_every_minutes", "keep_checkpoints",
     "reconstruct_every_epochs", "activations_every_epochs",
@@ -200,7 +202,8 @@ class PretrainSettings:
             of the encoder's own, which are faster.
         resume: go on with the run in `out`, or start it if there is none.
         overwrite: delete the run in `out` and start it anew.
-        reconstruct_every_epochs: a picture of reconstructions every so many epochs; by default twenty in all.
+        reconstruct_every_epochs: a picture of reconstructions every so many epochs; by default twenty in all, of a short run
+            fewer.
         save_every_steps: a checkpoint every so many steps; by default an epoch's, within 50 to 1000.
         save_every_minutes: and every so many minutes.
         keep_checkpoints: how many of the newest stay, beside the best.
@@ -345,6 +348,8 @@ def resolve(
         lr=optim.lr if optim.lr is not None else (2e-3 if small else 1e-4),
         warmup_epochs=optim.warmup_epochs if optim.warmup_epochs is not None else min(10, epochs / 10),
     )
+    batch_size = settings.batch_size or default_batch_size(device, small)
+    between_looks = max(epochs / LOOKS, LOOK_STEPS * batch_size / count)
     resolved = replace(
         settings,
         data=data,
@@ -353,10 +358,10 @@ def resolve(
         image_size=image_size,
         preset=preset,
         epochs=epochs,
-        batch_size=settings.batch_size or default_batch_size(device, small),
+        batch_size=batch_size,
         workers=workers if settings.workers is None else settings.workers,
-        reconstruct_every_epochs=settings.reconstruct_every_epochs or max(epochs / 20, 1e-9),
-        activations_every_epochs=settings.activations_every_epochs or max(epochs / 20, 1e-9),
+        reconstruct_every_epochs=settings.reconstruct_every_epochs or between_looks,
+        activations_every_epochs=settings.activations_every_epochs or between_looks,
         probe=replace(settings.probe, every_epochs=settings.probe.every_epochs or max(epochs / 10, 1e-9)),
     )
     resolved = replace(

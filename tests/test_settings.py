@@ -52,6 +52,13 @@ def test_digits_on_a_laptop():
     assert chosen.masking().masked_units(chosen.size) == 39, "0.6 of 8 × 8 units, rounded up"
 
 
+def test_short_runs_have_fewer_pictures():
+    """40 steps, with a picture every 20 and not every 2."""
+    chosen = resolved(count=64, epochs=10.0, batch_size=16)
+    assert (chosen.reconstruct_every_epochs, chosen.activations_every_epochs) == (5.0, 5.0)
+    assert resolved(count=64, epochs=10.0, batch_size=16, reconstruct_every_epochs=0.5).reconstruct_every_epochs == 0.5
+
+
 @pytest.mark.parametrize(
     "device, preset, batch_size, lr",
     [("cpu", "micro", 128, 2e-3), ("mps", "tiny", 128, 1e-4), ("cuda", "tiny", 128, 1e-4)],

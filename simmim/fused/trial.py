@@ -63,7 +63,8 @@ def tried(device: torch.device, dtype: torch.dtype, window_tokens: int, head_dim
 
 
 def difference(device: torch.device, dtype: torch.dtype, window_tokens: int, head_dim: int, plain: Callable) -> str:
-    """How kernels and plain lines differ in two windows, one of them divided into regions, of one head; "" for not."""
+    """How kernels and plain lines differ in two windows of one head, whole, and one of them divided into regions, for which
+    other kernels are compiled; "" for not."""
     # Nothing of it is part of what goes on around: an evaluation, a trace, the run's own random numbers.
     with torch.inference_mode(False), torch.enable_grad(), torch.autocast(device.type, enabled=False):
         draw = torch.Generator(device).manual_seed(0)
@@ -78,28 +79,30 @@ def difference(device: torch.device, dtype: torch.dtype, window_tokens: int, hea
         ]  # fmt: skip
         grad = random(tokens, head_dim).to(dtype)
         token_of = torch.arange(tokens, dtype=torch.int32, device=device).view(2, -1)
-        regions = torch.stack((torch.zeros(window_tokens), torch.arange(window_tokens) % 2)).to(device, torch.uint8)
+        divided = torch.stack((torch.zeros(window_tokens), torch.arange(window_tokens) % 2)).to(device, torch.uint8)
 
-        def by_kernels(qkv: Tensor, q_bias: Tensor, v_bias: Tensor, scale: Tensor, bias: Tensor) -> Tensor:
+        def by_kernels(regions, qkv, q_bias, v_bias, scale, bias) -> Tensor:
             return window_attention(qkv, q_bias, v_bias, scale, bias, token_of, regions, images=1)
 
-        def by_plain_lines(qkv: Tensor, q_bias: Tensor, v_bias: Tensor, scale: Tensor, bias: Tensor) -> Tensor:
+        def by_plain_lines(regions, qkv, q_bias, v_bias, scale, bias) -> Tensor:
             qkv = (qkv + torch.cat((q_bias, torch.zeros_like(q_bias), v_bias))).to(dtype)
             index = torch.arange(window_tokens**2, device=device)
             windows = qkv.view(2, window_tokens, 3, 1, head_dim)
             return plain(windows, scale, bias.view(-1, 1), index, regions).reshape(tokens, head_dim)
 
-        found = [results(how, given, grad) for how in (by_kernels, by_plain_lines)]
-    for name, actual, expected in zip(("output", "qkv", "q_bias", "v_bias", "scale", "bias"), *found):
-        distance = ((actual - expected).norm() / expected.norm()).item()
-        if not distance < TOLERANCES[dtype]:
-            what = name if name == "output" else f"gradient of {name}"
-            return f"its {what} is {distance:.2g} of its length from that of the plain lines"
+        for regions in (None, divided):
+            found, expected = (results(how, regions, given, grad) for how in (by_kernels, by_plain_lines))
+            for name, value in expected.items():
+                distance = ((found[name] - value).norm() / value.norm()).item()
+                if not distance < TOLERANCES[dtype]:
+                    return f"its {name} is {distance:.2g} of its length from that of the plain lines"
     return ""
 
 
-def results(how: Callable[..., Tensor], given: list[Tensor], grad: Tensor) -> list[Tensor]:
-    """Output and gradients, float32."""
+def results(how: Callable[..., Tensor], regions: Tensor | None, given: list[Tensor], grad: Tensor) -> dict[str, Tensor]:
+    """Output and gradients, float32, by name."""
     given = [value.clone().requires_grad_() for value in given]
-    output = how(*given)
-    return [value.float() for value in (output.detach(), *torch.autograd.grad(output, given, grad))]
+    output = how(regions, *given)
+    names = ("output", *(f"gradient of {name}" for name in ("qkv", "q_bias", "v_bias", "scale", "bias")))
+    values = (output.detach(), *torch.autograd.grad(output, given, grad))
+    return {name: value.float() for name, value in zip(names, values)}
