@@ -287,13 +287,20 @@ class WindowAttention(nn.Module):
             nn.Linear(2, CPB_HIDDEN), nn.ReLU(), nn.Linear(CPB_HIDDEN, num_heads, bias=False)
         )
         self.proj = nn.Linear(dim, dim)
+        self.kept_tables: dict[tuple[Size, Size], Tensor] | None = None  # see `SwinV2.position_bias_kept`
 
     def position_table(self, window: Size, pretrained: Size) -> Tensor:
         """B of equation 3 for each offset between two tokens of a window, in the order of `log_spaced_coords`:
         ((2·height − 1) · (2·width − 1), h), at least float32."""
+        keep = self.kept_tables is not None and not torch.is_grad_enabled() and not torch.compiler.is_compiling()
+        if keep and (window, pretrained) in self.kept_tables:
+            return self.kept_tables[window, pretrained]
         weight = self.cpb_mlp[0].weight
         coords = log_spaced_coords(window, pretrained, weight.device).to(weight.dtype)
-        return 16 * torch.sigmoid(at_least_float32(self.cpb_mlp(coords)))
+        table = 16 * torch.sigmoid(at_least_float32(self.cpb_mlp(coords)))
+        if keep:
+            self.kept_tables[window, pretrained] = table
+        return table
 
     def position_bias(self, window: Size, pretrained: Size) -> Tensor:
         """B of equation 3 for one window: (h, N, N), at least float32."""
@@ -714,6 +721,19 @@ class SwinV2(nn.Module):
         (B, channels[i], H_i, W_i) at strides[i], of normalised images of any size."""
         output = self(images, return_stages=per_stage)
         return output.stages if per_stage else output.pooled
+
+    @contextlib.contextmanager
+    def position_bias_kept(self):
+        """A context in which each block computes its position bias once for each kind of window, however many batches go
+        through it without gradients. Nothing may change the weights in it."""
+        attentions = [module for module in self.modules() if isinstance(module, WindowAttention)]
+        for attention in attentions:
+            attention.kept_tables = {}
+        try:
+            yield
+        finally:
+            for attention in attentions:
+                attention.kept_tables = None
 
     def embed(self, images: Tensor) -> Tensor:
         """Images to the tokens of the first stage, (B, H, W, C)."""

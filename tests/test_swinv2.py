@@ -23,6 +23,7 @@ import torch
 import torch.nn.functional as F
 from torch.utils._python_dispatch import TorchDispatchMode
 
+from simmim import swinv2
 from simmim.convert.huggingface import TABLE
 from simmim.swinv2 import (
     MAX_LOGIT_SCALE,
@@ -678,3 +679,31 @@ def test_settings_out_of_range(settings, message):
 def test_images_of_the_wrong_shape(shape):
     with pytest.raises(ValueError, match=r"this encoder takes \(batch, 3, height, width\)"):
         SwinV2(SMALL)(torch.zeros(shape))
+
+
+@pytest.mark.parametrize("plain", [False, True])
+def test_position_bias_is_kept_where_it_is_said(plain, request, monkeypatch):
+    """Once a block and kind of window, for passes without gradients; elsewhere every time, of the weights there are."""
+    if plain:
+        request.getfixturevalue("plain_blocks")
+    encoder = SwinV2(SwinV2Config(16, (2, 1), (1, 2), window_size=4)).eval()
+    for parameter in encoder.parameters():
+        torch.nn.init.normal_(parameter)
+    counts = []
+    monkeypatch.setattr(swinv2, "log_spaced_coords", lambda *given: counts.append(1) or log_spaced_coords(*given))
+    images, larger = torch.randn(2, 3, 32, 32), torch.randn(2, 3, 32, 12)
+    with torch.no_grad():
+        expected = [encoder(given).features for given in (images, larger)]
+    with encoder.position_bias_kept():
+        counts.clear()
+        for _ in range(3):
+            with torch.no_grad():
+                actual = [encoder(given).features for given in (images, larger)]
+            assert all(map(torch.equal, actual, expected))
+        assert len(counts) == 2 * 3, "two kinds of windows of three blocks"
+        encoder(images).features.sum().backward()
+        assert len(counts) == 3 * 3
+        assert encoder.layers[0].blocks[0].attn.cpb_mlp[2].weight.grad.abs().max() > 0
+    with torch.no_grad():
+        encoder.layers[0].blocks[0].attn.cpb_mlp[2].weight.mul_(-1.0)
+        assert not torch.equal(encoder(images).features, expected[0])

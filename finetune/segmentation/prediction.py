@@ -78,15 +78,16 @@ def segment(
     unreadable: dict[str, str] = {}
     counts = np.zeros(len(saved.scheme.classes), dtype=np.int64)
     done = 0
-    for batch in batches_of_one_size(read_all(source, names, saved, unreadable), batch_size):
-        pixels = torch.stack([one.pixels for one in batch]).to(device)
-        for logits, one in zip(saved.logits(pixels).split(1), batch):
-            mask = best_class(logits, one.size)[0].cpu().numpy()
-            counts += np.bincount(mask.ravel(), minlength=len(counts))
-            write_mask(out / MASKS / f"{one.name}.png", mask, saved.scheme)
-            if overlays:
-                write_overlay(out / OVERLAYS / f"{one.name}.png", one.pixels, mask, len(counts))
-        done += len(batch)
+    with saved.model.encoder.position_bias_kept():
+        for batch in batches_of_one_size(read_all(source, names, saved, unreadable), batch_size):
+            pixels = torch.stack([one.pixels for one in batch]).to(device)
+            for logits, one in zip(saved.logits(pixels).split(1), batch):
+                mask = best_class(logits, one.size)[0].cpu().numpy()
+                counts += np.bincount(mask.ravel(), minlength=len(counts))
+                write_mask(out / MASKS / f"{one.name}.png", mask, saved.scheme)
+                if overlays:
+                    write_overlay(out / OVERLAYS / f"{one.name}.png", one.pixels, mask, len(counts))
+            done += len(batch)
     if not done:
         path, why = next(iter(unreadable.items()))
         raise ValueError(f"none of {len(unreadable)} images can be read; the first, {path}: {why}")

@@ -183,7 +183,7 @@ def encoded(
     features: tuple[Vector, ...],
     how: EncoderPass = USUAL,
 ) -> Iterator[EmbeddedBatch]:
-    """The views' vectors; the encoder's mode is as before when they end."""
+    """The views' vectors; the encoder's mode is as before when they end. Meanwhile nobody may change its weights."""
     device = torch.device(how.device)
     encoder.to(device)
     was_training = encoder.training
@@ -203,9 +203,10 @@ def encoded(
 
     try:
         encoder.eval()
-        for viewed in views:
-            vectors = encode(viewed.images) if viewed.rows else nothing
-            yield EmbeddedBatch(np.array(viewed.rows, np.int64), viewed.paths, vectors, viewed.unreadable)
+        with encoder.position_bias_kept():
+            for viewed in views:
+                vectors = encode(viewed.images) if viewed.rows else nothing
+                yield EmbeddedBatch(np.array(viewed.rows, np.int64), viewed.paths, vectors, viewed.unreadable)
     finally:
         encoder.train(was_training)
 
