@@ -457,7 +457,7 @@ def as_markdown(found: dict[str, dict], work: Work) -> str:
     a_image = forward if work.features else training
     gemm = found["gemm"]["gflops"]
     names = [name for name in found if name != "gemm"]
-    ours = next((name for name in reversed(names) if name.startswith("ours")), names[0])
+    ours = next((name for name in names if name.startswith("ours")), names[0])
     lines = [
         f"matrix product {statistics.median(gemm):,.0f} GFLOP/s, {a_image / 1e9:.1f} GFLOP an image",
         "",
