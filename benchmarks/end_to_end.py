@@ -5,8 +5,8 @@
 Every round runs the command for some steps and then as many bare steps (benchmarks/step.py's: forward, backward, AdamW, on
 one batch that stays in memory), one after the other on the same cores. The command decodes, crops and flips 500 × 375 px
 crops of scikit-learn's two photographs, draws masks, clips, watches, logs. Its rate is the median of what it logs, without
-the first rows, which hold the start and the first pictures; later pictures, of which a run has twenty, and the encoder that
-it saves at the end are not in it. Prints Markdown.
+the first rows, which hold the start and the first picture; the last one and the encoder that it saves at the end are not in
+it. Prints Markdown.
 """
 from __future__ import annotations
 
@@ -85,8 +85,6 @@ def command_rate(run: Path, images: Path, work: Work, steps: int, workers: int) 
         "--epochs": all_steps * work.batch / len(list(images.iterdir())),
         "--precision": "bf16-mixed" if work.precision == "bf16" else "32-true",
         "--trainer.accelerator": work.device,
-        # Twenty of either in a run: of a few steps that would be all of them.
-        "--reconstruct_every_epochs": 1000, "--activations_every_epochs": 1000,
     }  # fmt: skip
     words = [str(word) for pair in settings.items() for word in pair]
     command = [str(Path(sys.executable).parent / "simmim"), "pretrain", "--data", str(images), "--out", str(run), *words]

@@ -2,6 +2,7 @@
 import os
 import subprocess
 import sys
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -72,3 +73,11 @@ def test_a_run_compiles_or_says_why_not(problem, digits, tmp_path, monkeypatch, 
 
 def test_a_cpu_with_kernels_needs_none():
     assert "faster on a CPU" in compiling.why_not(torch.device("cpu"))
+
+
+def test_a_quiet_run_says_nothing(monkeypatch, capsys):
+    monkeypatch.setattr(compiling, "why_not", lambda device: "no compiler")
+    trainer = SimpleNamespace(strategy=SimpleNamespace(root_device="cpu"), is_global_zero=True)
+    for quiet in (False, True):
+        compiling.CompileBlocks(quiet).setup(trainer, None, "fit")
+    assert capsys.readouterr().out.count("no compiler") == 1

@@ -6,7 +6,7 @@
 
    Logits are (q · k) · scale / |q| / |k| + bias: the product is of q and k as they come, so that bfloat16 loses nothing of
    them, and its factors, like everything that is no product, are float32. */
-#include "vectors.h"
+#include "product.h"
 
 #define MASKED_LOGIT (-100.0f)
 #define NO_TOKEN (-1e30f) /* logit of a column that only fills a vector */
@@ -262,7 +262,8 @@ int attention_backward(
         float *grad = slopes_by_lines + square, *grad_packed = grad + matrix, *grad_lines = grad_packed + matrix;
         float *k_lines = grad_lines + matrix, *q_lines = k_lines + matrix;
         float *grad_q = q_lines + matrix, *grad_k = grad_q + matrix, *grad_v = grad_k + matrix;
-        float *weights = grad_v + matrix, *slopes = weights + ROWS * wide, *of_keys = slopes + ROWS * wide;
+        float *some_weights = grad_v + matrix, *some_slopes = some_weights + ROWS * wide;
+        float *of_keys = some_slopes + ROWS * wide;
         float *packed = of_keys + ROWS * wide;
         Sums sums = sums_in(s, totals + THREAD * a_thread);
         for (long job = first_of(jobs, THREAD, THREADS); job < first_of(jobs, THREAD + 1, THREADS); job++) {
@@ -278,8 +279,11 @@ int attention_backward(
             const float *grads = by_rows(pairs, grad_packed, grad, wide, dim);
             const float *keys = by_lines(pairs, k_lines, head.k, n, dim);
             for (long first = 0; first < n; first += ROWS) {
-                logits_of(&head, weights, first);
+                /* Rows that need not be packed are written where they are to stand. */
+                float *weights = pairs ? some_weights : weights_by_lines + first * wide;
+                float *slopes = pairs ? some_slopes : slopes_by_lines + first * wide;
                 long stride = steps(pairs, dim), last = n - first < ROWS ? n - first : ROWS;
+                logits_of(&head, weights, first);
                 product(pairs, grads + first * stride, stride, 1, head.v_turned, wide, slopes, wide, d);
                 for (long row = 0; row < last; row++) {
                     float *weight = weights + row * wide, *slope = slopes + row * wide, *of_key = of_keys + row * wide;
@@ -298,8 +302,10 @@ int attention_backward(
                         store(of_key + j, value * load(head.k_by + j));
                     }
                 }
-                add_lines(pairs, weights_by_lines, weights, first, last, wide);
-                add_lines(pairs, slopes_by_lines, slopes, first, last, wide);
+                if (pairs) {
+                    pack_lines(weights_by_lines, weights, first, last, wide);
+                    pack_lines(slopes_by_lines, slopes, first, last, wide);
+                }
                 const float *rows = by_rows(pairs, packed, of_keys, ROWS, wide);
                 product(pairs, rows, steps(pairs, wide), 1, keys, dim, grad_q + first * dim, dim, n);
             }

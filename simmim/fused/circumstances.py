@@ -1,4 +1,4 @@
-"""What decides whether kernels may stand in for the encoder's own lines."""
+"""What decides whether kernels may stand in for the encoder's own lines, and why they do not."""
 from __future__ import annotations
 
 import torch
@@ -28,3 +28,8 @@ def product_type(weight: Tensor) -> torch.dtype:
     """What products with a weight are computed in: what autocast casts to, else its own type."""
     kind = weight.device.type
     return torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else weight.dtype
+
+
+def first_line(error: Exception) -> str:
+    """What an error says, as one line; its name where it says nothing."""
+    return next((line.strip() for line in str(error).splitlines() if line.strip()), type(error).__name__)

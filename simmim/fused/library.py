@@ -1,4 +1,4 @@
-"""Compiles the kernels for the machine at hand, once, and loads it."""
+"""Compiles the kernels for the machine at hand, once, and loads them."""
 from __future__ import annotations
 
 import contextlib
@@ -13,7 +13,9 @@ import tempfile
 from functools import lru_cache
 from pathlib import Path
 
-HEADER, SOURCES = "vectors.h", ("attention.c", "pointwise.c")
+from simmim.fused.circumstances import first_line
+
+HEADERS, SOURCES = ("vectors.h", "product.h"), ("attention.c", "pointwise.c")
 # Contraction to fused multiply-adds is GCC's default; nothing here lets a compiler reorder sums.
 FLAGS = ("-O3", "-fPIC", "-shared", "-std=gnu11", "-ffp-contract=fast", "-fno-math-errno", "-fno-trapping-math")
 OPENMP = "-fopenmp"
@@ -86,7 +88,7 @@ def kernels() -> Kernels | None:
     try:
         return load()
     except (OSError, ValueError, AttributeError, subprocess.SubprocessError) as error:
-        problem.append(str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__)
+        problem.append(first_line(error))
         return None
 
 
@@ -111,7 +113,7 @@ def load() -> Kernels:
     compiler = find_compiler()
     version = subprocess.run([*compiler, "--version"], capture_output=True, timeout=PATIENCE_S).stdout
     home = Path(__file__).parent
-    sources = b"".join((home / name).read_bytes() for name in (HEADER, *SOURCES))
+    sources = b"".join((home / name).read_bytes() for name in (*HEADERS, *SOURCES))
     # A home folder may be shared by machines whose processors differ.
     identity = b"\n".join((sources, version, repr((compiler, FLAGS)).encode(), processor().encode()))
     digest = hashlib.sha256(identity).hexdigest()[:16]

@@ -10,7 +10,7 @@ from functools import lru_cache
 import torch
 from torch import Tensor, nn
 
-from simmim.fused.circumstances import changed, plainly_eager, product_type
+from simmim.fused.circumstances import changed, first_line, plainly_eager, product_type
 from simmim.fused.gpu import interpreted, takes_attention, window_attention
 from simmim.fused.library import SWITCH
 
@@ -55,7 +55,7 @@ def tried(device: torch.device, dtype: torch.dtype, window_tokens: int, head_dim
     try:
         problem = difference(device, dtype, window_tokens, head_dim, plain)
     except Exception as error:  # whatever a compiler, a driver or a device that nobody has tried comes up with
-        problem = next((line.strip() for line in str(error).splitlines() if line.strip()), type(error).__name__)
+        problem = first_line(error)
     if problem:
         kind = f"{str(dtype).removeprefix('torch.')}, windows of {window_tokens} tokens, heads of {head_dim} channels"
         warnings.warn(f"attention goes without its kernels on {device} ({kind}): {problem}", stacklevel=2)

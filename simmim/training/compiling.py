@@ -6,12 +6,16 @@ import warnings
 import pytorch_lightning as pl
 import torch
 
-from simmim.fused import kernels
+from simmim.fused import first_line, kernels
 from simmim.swinv2 import SwinV2
 
 
 class CompileBlocks(pl.Callback):
-    """Compiles the encoder's blocks before the first step; where that cannot be, says so in one line and goes on."""
+    """Compiles the encoder's blocks before the first step; where that cannot be, says so in one line, unless `quiet`, and
+    goes on."""
+
+    def __init__(self, quiet: bool = False) -> None:
+        self.quiet = quiet
 
     def setup(self, trainer: pl.Trainer, module: pl.LightningModule, stage: str) -> None:
         """Before the strategy takes the model, which it may divide among devices."""
@@ -21,7 +25,7 @@ class CompileBlocks(pl.Callback):
         problem = why_not(device)
         if not problem:
             compile_blocks(module.model.encoder)
-        elif trainer.is_global_zero:
+        elif trainer.is_global_zero and not self.quiet:
             print(f"note     blocks are not compiled by torch: {problem}", flush=True)
 
 
@@ -33,7 +37,7 @@ def why_not(device: torch.device) -> str:
         probe = torch.ones(64, device=device, requires_grad=True)
         torch.compile(torch.nn.functional.gelu, dynamic=False)(probe).sum().backward()
     except Exception as error:  # whatever it is: no C++ compiler, no Triton, a Python that torch does not trace yet
-        return next((line.strip() for line in str(error).splitlines() if line.strip()), type(error).__name__)
+        return first_line(error)
     return ""
 
 

@@ -22,7 +22,7 @@ def usual_callbacks(run: Path, settings, title: str, count: int, quiet: bool = F
         settings: of either stage, resolved.
         title: of the progress line.
         count: images of an epoch.
-        quiet: show no progress.
+        quiet: show no progress, print nothing.
     """
     return [
         StepSeeds(settings.seed),
@@ -30,7 +30,7 @@ def usual_callbacks(run: Path, settings, title: str, count: int, quiet: bool = F
         *([] if quiet else [ProgressLine(title, settings.batch_size)]),
         SkippedImages(run, count, 0.0 if settings.data.strict else settings.data.max_skipped_share),
         NumericalGuard(run),
-        *([CompileBlocks()] if settings.compile else []),
+        *([CompileBlocks(quiet)] if settings.compile else []),
     ]
 
 
