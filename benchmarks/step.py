@@ -90,6 +90,8 @@ def main(arguments: list[str] | None = None) -> int:
         return 0
     if chosen.authors and not (chosen.authors / "models/simmim.py").is_file():
         parser.error(f"--authors {chosen.authors} holds no models/simmim.py: give the root of a checkout")
+    if unknown := [name for name in chosen.contenders if name.partition("+")[0] not in ("ours", *PEERS)]:
+        parser.error(f"unknown contender {unknown[0]!r}: give some of ours, {', '.join(PEERS)}, with +compile or without")
     missing = missing_peers(chosen.authors)
     for name, reason in missing.items():
         print(f"{name} {reason}: left out", file=sys.stderr)
