@@ -12,7 +12,10 @@ import torch.nn.functional as F
 from einops import rearrange
 from torch import Tensor, nn
 
+from simmim.fused import plainly_eager
 from simmim.swinv2 import SwinV2, at_least_float32
+
+EMPTY_MASK = 1e-5  # pixels: the reference's guard, which a count of thousands does not feel
 
 
 class SimMIMOutput(NamedTuple):
@@ -54,6 +57,9 @@ class SimMIM(nn.Module):
         """
         tokens = self.substitute(self.encoder.embed(images), mask)
         features = self.encoder.encode(tokens).features
+        hidden = None if return_reconstruction else self.masked_squares(mask, images)
+        if hidden is not None:
+            return SimMIMOutput(self.loss_of_squares(features, self.targets(images), hidden), None)
         reconstruction = self.predict(features, images.shape[-2:])
         loss = masked_l1(reconstruction, self.targets(images), mask, self.encoder.config.patch_size)
         return SimMIMOutput(loss, reconstruction if return_reconstruction else None)
@@ -73,6 +79,31 @@ class SimMIM(nn.Module):
         pixels = self.decoder(rearrange(features, "b c h w -> b h w c"))
         image = rearrange(pixels, "b h w (c p q) -> b c (h p) (w q)", p=stride, q=stride)
         return image[..., : image_size[0], : image_size[1]]
+
+    def masked_squares(self, mask: Tensor, images: Tensor) -> Tensor | None:
+        """Which of the last map's tokens are masked, (B, h, w) bool, each with its whole square of pixels; None where a
+        square is masked in part, and where choosing among them costs more than it saves: a GPU would have to tell how
+        many there are, and a compiler to know."""
+        stride = self.encoder.stride
+        if mask.device.type != "cpu" or not plainly_eager() or images.shape[-2] % stride or images.shape[-1] % stride:
+            return None
+        side = stride // self.encoder.config.patch_size
+        patches = rearrange(mask, "b (h p) (w q) -> b h w (p q)", p=side, q=side)
+        whole = patches.all(dim=-1)
+        return whole if torch.equal(whole, patches.any(dim=-1)) else None
+
+    def loss_of_squares(self, features: Tensor, targets: Tensor, hidden: Tensor) -> Tensor:
+        """`masked_l1` of what `predict` would give, without predicting what is not asked for.
+
+        Args:
+            features: (B, C, h, w).
+            hidden: as from `masked_squares`.
+        """
+        stride = self.encoder.stride
+        pixels = self.decoder(rearrange(features, "b c h w -> b h w c")[hidden])
+        squares = rearrange(at_least_float32(targets), "b c (h p) (w q) -> b h w c p q", p=stride, q=stride)
+        error = (pixels.to(squares.dtype) - squares[hidden].flatten(1)).abs()
+        return error.sum() / (len(error) * stride**2 + EMPTY_MASK) / targets.shape[1]
 
     def targets(self, images: Tensor) -> Tensor:
         """What the masked pixels are compared with: the images, or the images normalised over a sliding patch."""
@@ -106,8 +137,7 @@ def masked_l1(reconstruction: Tensor, target: Tensor, mask: Tensor, patch_size: 
     pixels = mask.repeat_interleave(patch_size, 1).repeat_interleave(patch_size, 2)[:, None]
     pixels = pixels[..., : target.shape[-2], : target.shape[-1]].to(target.dtype)
     error = (reconstruction.to(target.dtype) - target).abs() * pixels
-    # The reference guards an empty mask with 1e-5, which a count of thousands of pixels does not feel.
-    return error.sum() / (pixels.sum() + 1e-5) / target.shape[1]
+    return error.sum() / (pixels.sum() + EMPTY_MASK) / target.shape[1]
 
 
 def sliding_statistics(images: Tensor, patch_px: int) -> tuple[Tensor, Tensor]:

@@ -574,11 +574,16 @@ class PatchEmbed(nn.Module):
         pad_bottom, pad_right = -height % self.patch_size, -width % self.patch_size
         if pad_bottom or pad_right:
             images = F.pad(images, (0, pad_right, 0, pad_bottom))
-        return self.norm(rearrange(self.proj(images), "b c h w -> b h w c"))
+        # Channels last, as tokens have them: a convolution keeps the order, and nothing is turned around after it.
+        tokens = self.proj(images.to(memory_format=torch.channels_last))
+        return self.norm(rearrange(tokens, "b c h w -> b h w c"))
 
 
 class PatchMerging(nn.Module):
     """Halves the map and doubles the channels: 2 × 2 neighbours joined, reduced, and, new in V2, normalised after."""
+
+    # As `SwinV2Block.PARTS`.
+    PARTS: ClassVar[dict[str, type[nn.Module]]] = {"reduction": nn.Linear, "norm": nn.LayerNorm}
 
     def __init__(self, dim: int) -> None:
         super().__init__()
@@ -587,6 +592,8 @@ class PatchMerging(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """(B, H, W, C) to (B, ⌈H/2⌉, ⌈W/2⌉, 2C); odd sides are padded with zeros."""
+        if fused.takes_merging(self, x):
+            return fused.merge(x, self.reduction, self.norm)
         height, width = x.shape[1:3]
         if height % 2 or width % 2:
             x = F.pad(x, (0, 0, 0, width % 2, 0, height % 2))

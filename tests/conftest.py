@@ -78,4 +78,5 @@ def power_cut():
 @pytest.fixture
 def plain_blocks(monkeypatch):
     """The encoder's own lines on a CPU too, not the kernels of `simmim.fused`."""
-    monkeypatch.setattr("simmim.fused.takes", lambda block, x: False)
+    for name in ("takes", "takes_merging"):
+        monkeypatch.setattr(f"simmim.fused.{name}", lambda module, x: False)

@@ -23,6 +23,7 @@ CASES = {
     "shifted before padding": (SwinV2Config(32, (2, 2), (2, 4), window_size=5, shift_before_padding=True), (37, 53)),
     "heads of 40, shifted along one axis": (SwinV2Config(40, (2,), (1,), window_size=6), (24, 80)),
     "one window of 3 tokens": (SwinV2Config(16, (1,), (2,), window_size=8), (4, 12)),
+    "odd map": (SwinV2Config(16, (1, 1, 1), (2, 2, 4), window_size=4), (36, 52)),
     "extra norms": (SwinV2Config(16, (1, 1, 2), (1, 2, 4), window_size=4, extra_norm_every=1), (64, 64)),
     "drop path": (SwinV2Config(16, (2, 2), (2, 4), window_size=4, drop_path_rate=0.5), (32, 48)),
 }
@@ -41,6 +42,12 @@ def randomised(config):
         else:
             parameter.normal_(0, parameter[0].numel() ** -0.5)
     return encoder
+
+
+def switch_off(patch):
+    """The encoder's own lines from here on."""
+    for name in ("takes", "takes_merging"):
+        patch.setattr(f"simmim.fused.{name}", lambda module, x: False)
 
 
 def soften(encoder):
@@ -77,12 +84,7 @@ def test_the_machine_has_them():
     assert fused.kernels() is not None, fused.reason()
     assert fused.kernels().threaded
     config, size = CASES["drop path"]
-    seen = []
-    take = fused.takes
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("simmim.fused.takes", lambda block, x: seen.append(take(block, x)) or seen[-1])
-        SwinV2(config)(images_of(config, size))
-    assert seen == [True] * 4
+    assert taken(SwinV2(config), images_of(config, size)) == [True] * 5
 
 
 @pytest.mark.parametrize("case", CASES)
@@ -93,7 +95,7 @@ def test_equal_to_float64(case, monkeypatch):
     factors = torch.tensor([2.0, 0.0])  # of a whole batch, in all precisions alike
     monkeypatch.setattr(swinv2.DropPath, "factors", lambda self, x: factors.to(x.dtype))
     actual = results(encoder, images)
-    monkeypatch.setattr("simmim.fused.takes", lambda block, x: False)
+    switch_off(monkeypatch)
     plain, expected = results(encoder, images), results(encoder.double(), images.double())
     for name, value in expected.items():
         assert value.abs().max() > 0, name
@@ -129,7 +131,7 @@ def test_bfloat16_is_as_good_as_the_plain_lines(case, monkeypatch):
     monkeypatch.setattr(swinv2.DropPath, "factors", lambda self, x: factors.to(x.dtype))
     soften(encoder)
     actual = results(encoder, images, half=True)
-    monkeypatch.setattr("simmim.fused.takes", lambda block, x: False)
+    switch_off(monkeypatch)
     plain = results(encoder, images, half=True)
     expected = results(encoder.double(), images.double())
     ours, theirs = ({name: distance(found[name], expected[name]) for name in expected} for found in (actual, plain))
@@ -171,6 +173,21 @@ def test_gelu_and_its_slope_to_the_last_digits():
     assert (grad_bias - exact.grad.sum(0)).abs().max() < 1e-5
 
 
+def test_gelu_and_its_slope_in_bfloat16():
+    """By polynomials: no further from the exact curve than the nearest bfloat16 is, and a hundred-thousandth."""
+    x = torch.linspace(-12, 12, 9 * 4001).view(9, 4001).bfloat16()
+    exact = x.double().requires_grad_()
+    value = F.gelu(exact)
+    value.sum().backward()
+    bias, active, again, grad = torch.zeros(4001), torch.empty_like(x), torch.empty_like(x), torch.ones_like(x)
+    grad_bias, run = torch.empty(4001), fused.kernels().call
+    run("gelu_forward", *map(calls.at, (x, bias, active)), 9, 4001, 1, 1)
+    run("gelu_backward", *map(calls.at, (x, bias, grad, again, grad_bias)), 9, 4001, 1, 1)
+    assert (active == again).all()
+    for found, curve in ((active, value), (grad, exact.grad)):
+        assert ((found.double() - curve).abs() < curve.abs() * 2**-8 + 1e-5).all()
+
+
 def test_attention_at_the_ends_of_its_logits():
     """Equal, opposite and zero queries at the lowest temperature: 100 + 16 at most, and no division by zero."""
     config = SwinV2Config(16, (2,), (1,), window_size=4)
@@ -197,7 +214,7 @@ def test_what_is_not_a_number_stays_so(name, monkeypatch):
     with torch.no_grad():
         encoder.layers[1].blocks[1].get_parameter(name).view(-1)[0] = math.nan
     actual = results(encoder, images)
-    monkeypatch.setattr("simmim.fused.takes", lambda block, x: False)
+    switch_off(monkeypatch)
     for key, value in results(encoder, images).items():
         assert value.isnan().any() == actual[key].isnan().any(), key
 
@@ -237,7 +254,7 @@ def test_a_step_keeps_less_than_two_thirds(monkeypatch):
         return live.peak
 
     ours = most()
-    monkeypatch.setattr("simmim.fused.takes", lambda block, x: False)
+    switch_off(monkeypatch)
     assert ours < 0.67 * most()
 
 
@@ -255,14 +272,20 @@ class Twice(swinv2.SwinV2Block):
         return 2 * super().windowed_attention(x, windows_at_once)
 
 
-def refused(encoder, images):
-    """Whether no block of the encoder takes the kernels."""
+def taken(encoder, images):
+    """Of each block and merging in turn, whether the kernels did it."""
     seen = []
-    take = fused.takes
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("simmim.fused.takes", lambda block, x: seen.append(take(block, x)) or seen[-1])
+        for name in ("takes", "takes_merging"):
+            take = getattr(fused, name)
+            patch.setattr(f"simmim.fused.{name}", lambda module, x, take=take: seen.append(take(module, x)) or seen[-1])
         encoder(images)
-    return not any(seen)
+    return seen
+
+
+def refused(encoder, images):
+    """Whether no block of the encoder, and no merging, is done by kernels."""
+    return not any(taken(encoder, images))
 
 
 def test_they_stand_aside():
@@ -277,6 +300,8 @@ def test_they_stand_aside():
     encoder = SwinV2(config)
     for block in (block for stage in encoder.layers for block in stage.blocks):
         block.norm1.register_forward_hook(lambda *call: None)
+    assert taken(encoder, images) == [False, False, True, False, False]
+    encoder.layers[0].downsample.norm.register_forward_hook(lambda *call: None)
     assert refused(encoder, images)
     for changed in (Scaled(64, 16), torch.nn.Linear(64, 16).bfloat16()):
         encoder = SwinV2(SwinV2Config(16, (1,), (2,), window_size=4))
@@ -325,6 +350,23 @@ def test_blocks_that_were_changed_run_their_own_lines(name):
     block = encoder.layers[0].blocks[0]
     block.windowed_attention = lambda x, windows_at_once=None: 0 * x
     assert torch.isfinite(block(torch.zeros(1, 8, 8, 16))).all()
+
+
+@pytest.mark.parametrize("change", ["another layer", "a bias", "another norm"])
+def test_mergings_that_were_changed_run_their_own_lines(change):
+    config = SwinV2Config(16, (1, 1), (2, 4), window_size=4)
+    encoder, images = randomised(config), images_of(config, (32, 32))
+    merging = encoder.layers[0].downsample
+    if change == "another layer":
+        merging.reduction = Scaled(64, 32, bias=False)
+    elif change == "a bias":
+        merging.reduction = torch.nn.Linear(64, 32)
+    else:
+        merging.norm = torch.nn.Identity()
+    assert taken(encoder, images) == [True, False, True]
+    x = torch.randn(2, 8, 8, 16)
+    neighbours = torch.cat([x[:, p::2, q::2] for q in (0, 1) for p in (0, 1)], dim=-1)
+    assert distance(merging(x), merging.norm(merging.reduction(neighbours))) < 1e-6
 
 
 def test_no_images_no_features():

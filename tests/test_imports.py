@@ -18,7 +18,7 @@ LEAVES = ("allocator", "arguments", "fused", "masking", "optim", "visualise", "d
 # Of the files that are no leaves: what of simmim each may import.
 ALLOWED = {
     "data": {"defaults", "files"},
-    "model": {"swinv2", "masking"},
+    "model": {"fused", "swinv2", "masking"},
     "checkpoint": {"files", "swinv2"},
     "convert": {"checkpoint", "files", "swinv2"},
     "evaluate": {"checkpoint", "data", "files", "swinv2"},

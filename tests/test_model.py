@@ -152,6 +152,39 @@ def test_forward_at_sizes_the_stride_does_not_divide(size, norm_target_patch):
     assert output.loss.item() == pytest.approx(error.item(), rel=1e-5)
 
 
+@pytest.mark.parametrize("norm_target_patch", [None, 5])
+@pytest.mark.parametrize("share", [0.0, 0.6, 1.0])
+def test_squares_that_nobody_asks_for_are_not_predicted(share, norm_target_patch):
+    """Loss and every gradient are those of the whole picture, whose squares of 8 px are masked whole or not at all."""
+    model = random_model(norm_target_patch).double()
+    generator = torch.Generator().manual_seed(2)
+    images = torch.randn(3, 3, 40, 24, generator=generator).double()
+    squares = torch.rand(3, 5, 3, generator=generator) < share
+    mask = squares.repeat_interleave(2, 1).repeat_interleave(2, 2)
+    assert torch.equal(model.masked_squares(mask, images), squares)
+    predicted = []
+    model.decoder.register_forward_hook(lambda module, inputs, output: predicted.append(output[..., 0].numel()))
+    found = []
+    for whole in (False, True):
+        model.zero_grad()
+        output = model(images, mask, return_reconstruction=whole)
+        output.loss.backward()
+        found.append((output.loss.detach(), *(parameter.grad for parameter in model.parameters())))
+    assert predicted == [squares.sum().item(), 3 * 5 * 3]
+    torch.testing.assert_close(found[0], found[1], atol=1e-12, rtol=1e-9)
+
+
+def test_squares_masked_in_part_are_predicted_whole():
+    model, images = random_model(), torch.zeros(1, 3, 16, 16)
+    mask = torch.zeros(1, 4, 4, dtype=torch.bool)
+    assert torch.equal(model.masked_squares(mask, images), torch.zeros(1, 2, 2, dtype=torch.bool))
+    mask[0, 0, :2] = True
+    assert model.masked_squares(mask, images) is None
+    mask[0, 1, :2] = True
+    assert model.masked_squares(mask, images).tolist() == [[[True, False], [False, False]]]
+    assert model.masked_squares(mask, images[..., :15]) is None
+
+
 def test_prediction_puts_each_token_on_its_square():
     """Output (channel · stride + row) · stride + column of a token is that pixel of its square."""
     model = random_model(in_channels=2)

@@ -1,5 +1,5 @@
-"""A Swin V2 block's two branches on a CPU, each one step of automatic differentiation: the matrix products by torch,
-everything between them by attention.c and pointwise.c.
+"""A Swin V2 block's two branches, and the merging of patches, on a CPU, each one step of automatic differentiation: the
+matrix products by torch, everything between them by attention.c and pointwise.c.
 
 The same mathematics as `simmim.swinv2`, whose plain lines are what a reader wants and what other devices run. What
 is saved: windows are never copied, weights of the attention never kept, GELU is computed again in the backward pass, and
@@ -18,10 +18,9 @@ import torch
 from torch import Tensor, nn
 from torch.autograd.function import Function, once_differentiable
 
-from simmim.fused.circumstances import changed, plainly_eager, product_type
-from simmim.fused.library import Attention, Join, kernels
+from simmim.fused.circumstances import product_type
+from simmim.fused.library import Attention, Join, Merging, kernels
 
-LARGEST_SCRATCH = 2**28  # bytes, of all threads
 # Of a linear layer oneDNN's products are 1.1 times as fast as MKL's, which torch takes in float32 (on a Zen 4 core, output
 # and gradient of the input; not that of the weight).
 # With fewer threads than it asks for oneDNN leaves part of its output as it was.
@@ -46,45 +45,6 @@ class Windows(NamedTuple):
     offset_of: Tensor
 
 
-def takes(block: nn.Module, x: Tensor) -> bool:
-    """Whether the kernels can do this block on `x`, (B, H, W, C): each of its parts is what `block.PARTS` says, nobody
-    listens inside it, and their scratch is of a size that does not matter."""
-    if x.device.type != "cpu" or type(x) not in (Tensor, nn.Parameter) or x.numel() == 0:
-        return False
-    if not plainly_eager() or not usual(block, x.shape[-1]):
-        return False
-    kind = product_type(block.attn.qkv.weight)
-    if kind not in (torch.float32, torch.bfloat16) or x.dtype not in (torch.float32, kind):
-        return False
-    tokens = min(block.window_size, x.shape[1]) * min(block.window_size, x.shape[2])
-    # Of every thread the gradients of all heads' biases, and weights and their gradients of one.
-    if 4 * torch.get_num_threads() * (block.attn.num_heads + 3) * tokens**2 > LARGEST_SCRATCH:
-        return False
-    found = kernels()
-    return found is not None and (found.threaded or torch.get_num_threads() == 1)
-
-
-def usual(block: nn.Module, dim: int) -> bool:
-    """Every part of the block in its place, as it was made, of its size, on the CPU in float32, with nobody listening."""
-    parts = {name: part for name, part in block.named_modules() if name}
-    if {name: type(part) for name, part in parts.items() if name != "norm3"} != block.PARTS:
-        return False
-    if nn.modules.module._has_any_global_hook() or any(changed(part) for part in parts.values()):
-        return False
-    attn, mlp, hidden = block.attn, block.mlp, block.mlp.fc1.out_features
-    sizes = (
-        (attn.qkv.weight, (3 * dim, dim)), (attn.q_bias, (dim,)), (attn.v_bias, (dim,)), (attn.proj.weight, (dim, dim)),
-        (attn.proj.bias, (dim,)), (mlp.fc1.weight, (hidden, dim)), (mlp.fc1.bias, (hidden,)),
-        (mlp.fc2.weight, (dim, hidden)), (mlp.fc2.bias, (dim,)),
-        *((value, (dim,)) for norm in (block.norm1, block.norm2) for value in (norm.weight, norm.bias)),
-        *((value, None) for value in (attn.logit_scale, *attn.cpb_mlp.parameters())),
-    )  # fmt: skip
-    return mlp.act.approximate == "none" and all(
-        value is not None and (size is None or value.shape == size) and value.dtype == torch.float32
-        and value.device.type == "cpu" and value.is_contiguous() for value, size in sizes
-    )  # fmt: skip
-
-
 def join_attention(
     x: Tensor, attn: nn.Module, norm: nn.LayerNorm, keep: Tensor | None, windows: Windows, scale: Tensor, table: Tensor
 ) -> tuple[Tensor, Tensor]:
@@ -107,6 +67,12 @@ def join_mlp(x: Tensor, tokens: Tensor, mlp: nn.Module, norm: nn.LayerNorm, keep
         x, tokens, mlp.fc1.weight, mlp.fc1.bias, mlp.fc2.weight, mlp.fc2.bias, norm.weight, norm.bias, norm.eps,
         None if keep is None else keep.float(),
     )  # fmt: skip
+
+
+def merge(x: Tensor, reduction: nn.Linear, norm: nn.LayerNorm) -> Tensor:
+    """norm(reduction(2 × 2 neighbours of x side by side)): (B, H, W, C) to (B, ⌈H/2⌉, ⌈W/2⌉, 2C) float32."""
+    kind = product_type(reduction.weight)
+    return MergingBranch.apply(x.float(), reduction.weight, norm.weight, norm.bias, norm.eps, kind)
 
 
 class AttentionBranch(Function):
@@ -197,6 +163,40 @@ class MlpBranch(Function):
         elif ctx.needs_input_grad[0]:
             grad = added(grad, grad_hidden, weight1)
         return grad, grad_tokens, as_float(grad_weight1), grad_bias1, as_float(grad_weight2), *of_join, *[None] * 2
+
+
+class MergingBranch(Function):
+    """`merge`."""
+
+    @staticmethod
+    def forward(ctx, x, weight, gain, shift, epsilon, kind) -> Tensor:
+        x, weight = x.contiguous(), weight.to(kind)
+        images, height, width, dim = x.shape
+        tokens = x.new_empty(images * -(-height // 2) * -(-width // 2), 4 * dim, dtype=kind)
+        kernels().call("merging_forward", Merging(*x.shape, *how(tokens)), at(x), at(tokens))
+        branch = product(tokens, weight)
+        out = x.new_empty(images, -(-height // 2), -(-width // 2), len(weight))
+        moments, nothing = x.new_empty(len(branch), 2), torch.zeros_like(gain)
+        call = join_call(branch, nothing, gain, shift, epsilon, None, images)
+        kernels().call("join_forward", call, None, at(out), None, at(moments))
+        ctx.save_for_backward(tokens, weight, branch, gain, shift, moments)
+        ctx.epsilon, ctx.shape = epsilon, x.shape
+        return out
+
+    @staticmethod
+    @once_differentiable
+    @torch.autocast("cpu", enabled=False)
+    def backward(ctx, grad):
+        tokens, weight, branch, gain, shift, moments = ctx.saved_tensors
+        _, grad_branch, (_, grad_gain, grad_shift) = join_back(
+            grad, None, branch, torch.zeros_like(gain), gain, shift, ctx.epsilon, None, moments, ctx.shape[0]
+        )
+        grad_weight = grad_branch.T @ tokens if ctx.needs_input_grad[1] else None
+        grad_x = None
+        if ctx.needs_input_grad[0]:
+            grad_tokens, grad_x = product(grad_branch, weight.T), gain.new_empty(ctx.shape)
+            kernels().call("merging_backward", Merging(*ctx.shape, *how(grad_tokens)), at(grad_tokens), at(grad_x))
+        return grad_x, as_float(grad_weight), grad_gain, grad_shift, None, None
 
 
 # --- Calls ---------------------------------------------------------------------------------------------------------------

@@ -53,6 +53,16 @@ class Join(ctypes.Structure):
     ]
 
 
+class Merging(ctypes.Structure):
+    """As in pointwise.c."""
+
+    _fields_ = [
+        *((name, number) for name in ("images", "height", "width", "dim")),
+        ("half", ctypes.c_int),
+        ("threads", ctypes.c_int),
+    ]
+
+
 ARGUMENTS = {
     "attention_forward": [ctypes.POINTER(Attention), pointer, pointer],
     "attention_backward": [ctypes.POINTER(Attention), *[pointer] * 7],
@@ -60,6 +70,8 @@ ARGUMENTS = {
     "join_backward": [ctypes.POINTER(Join), *[pointer] * 8],
     "gelu_forward": [pointer, pointer, pointer, number, number, ctypes.c_int, ctypes.c_int],
     "gelu_backward": [*[pointer] * 5, number, number, ctypes.c_int, ctypes.c_int],
+    "merging_forward": [ctypes.POINTER(Merging), pointer, pointer],
+    "merging_backward": [ctypes.POINTER(Merging), pointer, pointer],
 }
 
 

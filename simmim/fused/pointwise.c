@@ -1,5 +1,5 @@
 /* What stands between the matrix products of a Swin V2 block beside its attention: the normalised branch that joins the main
-   path, and GELU; forward and backward, each in one pass over memory.
+   path, and GELU; and before that of a merging, neighbours side by side; forward and backward, each in one pass over memory.
 
    B images, T tokens of an image, C channels. Tensors are contiguous; `half` says that those which come from matrix products
    or go to them are bfloat16, not float32. Everything is computed in float32. Functions return 0, or 1 for want of memory. */
@@ -18,15 +18,15 @@ typedef struct {
     int half, threads;
 } Join;
 
-/* out (rows, C) from x (rows, C), both float32; out_half (rows, C) the same in bfloat16, or NULL; moments (rows, 2), mean
-   and 1 / deviation of each row, or NULL. */
+/* out (rows, C) from x (rows, C), both float32, where x may be NULL for 0; out_half (rows, C) the same in bfloat16, or NULL;
+   moments (rows, 2), mean and 1 / deviation of each row, or NULL. */
 int join_forward(const Join *s, const float *x, float *out, void *out_half, float *moments) {
-    long wide = padded(s->dim, PAD), each = padded(wide, LINE);
+    long wide = padded(s->dim, PAD), each = padded(2 * wide, LINE);
     float *memory = floats(s->threads * each);
     if (!memory) return 1;
 #pragma omp parallel num_threads(s->threads)
     {
-        float *y = memory + THREAD * each;
+        float *y = memory + THREAD * each, *nothing = y + wide;
         for (long row = first_of(s->rows, THREAD, THREADS); row < first_of(s->rows, THREAD + 1, THREADS); row++) {
             float keep = s->keep ? s->keep[row / s->rows_an_image] : 1, total = 0, squares = 0;
             load_row(y, s->branch, row * s->dim, s->dim, s->half);
@@ -36,7 +36,7 @@ int join_forward(const Join *s, const float *x, float *out, void *out_half, floa
 #pragma omp simd reduction(+ : squares)
             for (long c = 0; c < s->dim; c++) squares += (y[c] - mean) * (y[c] - mean);
             float by = 1 / sqrtf(squares / s->dim + s->epsilon);
-            const float *from = x + row * s->dim;
+            const float *from = x ? x + row * s->dim : nothing;
             float *to = out + row * s->dim;
 #pragma omp simd
             for (long c = 0; c < s->dim; c++) to[c] = from[c] + keep * ((y[c] - mean) * by * s->gain[c] + s->shift[c]);
@@ -120,12 +120,35 @@ INLINE vec normal_cdf(vec x, vec *density) {
     return choose(x > 0, 1.0f - tail, tail);
 }
 
+/* Where the numbers are bfloat16, Φ(x) to 3e-7 and gelu'(x) to 7e-6, in half the time, as 1/2 + x · P(u): P has the least
+   largest error of its degree for x of -5 to 5, beyond which both are as good as 0 or 1. They are in u = 2 (x / 5)² - 1: in
+   x² itself terms would cancel. */
+#define CURVE_END 5.0f
+#define CDF_DEGREE 12
+#define SLOPE_DEGREE 13
+static const float CDF[] = {
+    6.08721e-4f, -1.6132634e-3f, 1.7228173e-3f, -2.6855795e-3f, 6.4104917e-3f, -1.11643355e-2f, 1.6402183e-2f,
+    -2.3268655e-2f, 3.144217e-2f, -4.044261e-2f, 5.1520523e-2f, -7.029628e-2f, 1.4136378e-1f,
+};
+static const float SLOPE[] = {
+    -4.721046e-3f, 1.2106935e-2f, -1.0246893e-2f, 1.2638318e-2f, -3.47312e-2f, 5.6589477e-2f, -6.788703e-2f,
+    7.820978e-2f, -8.445776e-2f, 8.0718756e-2f, -7.17865e-2f, 6.65437e-2f, -7.510933e-2f, 1.421341e-1f,
+};
+
+INLINE vec curve(vec x, const float *series, int degree) {
+    x = smaller(all(CURVE_END), larger(all(-CURVE_END), x));
+    vec u = x * x * (2 / (CURVE_END * CURVE_END)) - 1.0f, value = all(series[0]);
+    for (int i = 1; i <= degree; i++) value = value * u + series[i];
+    return x * value + 0.5f;
+}
+
 /* Some rows of `gelu_forward`, `half` a constant. */
 INLINE void gelu_rows(const void *x, const float *bias, void *out, long first, long last, long dim, int half) {
     for (long row = first; row < last; row++)
         for (long c = 0; c < dim; c += LANES) {
             vec value = load_some(x, row * dim + c, dim - c, half) + load(bias + c), density;
-            store_some(out, row * dim + c, value * normal_cdf(value, &density), dim - c, half);
+            vec cdf = half ? curve(value, CDF, CDF_DEGREE) : normal_cdf(value, &density);
+            store_some(out, row * dim + c, value * cdf, dim - c, half);
         }
 }
 
@@ -152,8 +175,9 @@ INLINE void gelu_rows_back(
     for (long row = first; row < last; row++) {
         for (long c = 0; c < dim; c += LANES) {
             vec value = load_some(x, row * dim + c, dim - c, half) + load(bias + c), density;
-            vec cdf = normal_cdf(value, &density);
-            vec slope = load_some(grad, row * dim + c, dim - c, half) * (cdf + value * density);
+            vec cdf = half ? curve(value, CDF, CDF_DEGREE) : normal_cdf(value, &density);
+            vec slope = half ? curve(value, SLOPE, SLOPE_DEGREE) : cdf + value * density;
+            slope *= load_some(grad, row * dim + c, dim - c, half);
             store_some(out, row * dim + c, value * cdf, dim - c, half);
             store_some(grad, row * dim + c, slope, dim - c, half);
             store(some + c, load(some + c) + slope);
@@ -184,5 +208,50 @@ int gelu_backward(
     for (long thread = 0; thread < threads; thread++)
         for (long c = 0; c < dim; c++) grad_bias[c] += memory[thread * each + wide + c];
     free(memory);
+    return 0;
+}
+
+/* --- Patch merging: 2 × 2 neighbours side by side, column by column ----------------------------------------------------- */
+
+typedef struct {
+    long images, height, width, dim; /* of what is merged */
+    int half, threads;
+} Merging;
+
+/* out (B, ⌈H/2⌉, ⌈W/2⌉, 2, 2, C), the column of the four before their row, from x (B, H, W, C), float32; zeros beyond its
+   edges. */
+int merging_forward(const Merging *s, const float *x, void *out) {
+    long dim = s->dim, rows = (s->height + 1) / 2, columns = (s->width + 1) / 2;
+    float *nothing = floats(dim);
+    if (!nothing) return 1;
+#pragma omp parallel num_threads(s->threads)
+    {
+        long lines = s->images * rows;
+        for (long line = first_of(lines, THREAD, THREADS); line < first_of(lines, THREAD + 1, THREADS); line++)
+            for (long place = 0; place < 4 * columns; place++) {
+                long row = line % rows * 2 + place % 2, column = place / 2;
+                int inside = row < s->height && column < s->width;
+                const float *from = inside ? x + ((line / rows * s->height + row) * s->width + column) * dim : nothing;
+                store_row(out, (line * columns * 4 + place) * dim, from, dim, s->half);
+            }
+    }
+    free(nothing);
+    return 0;
+}
+
+/* grad_x (B, H, W, C), float32, from the gradient of `out`. */
+int merging_backward(const Merging *s, const void *grad, float *grad_x) {
+    long dim = s->dim, rows = (s->height + 1) / 2, columns = (s->width + 1) / 2;
+#pragma omp parallel num_threads(s->threads)
+    {
+        long lines = s->images * s->height;
+        for (long line = first_of(lines, THREAD, THREADS); line < first_of(lines, THREAD + 1, THREADS); line++) {
+            long row = line % s->height, merged = line / s->height * rows + row / 2;
+            for (long column = 0; column < s->width; column++) {
+                long place = merged * columns * 4 + column * 2 + row % 2;
+                load_row(grad_x + (line * s->width + column) * dim, grad, place * dim, dim, s->half);
+            }
+        }
+    }
     return 0;
 }

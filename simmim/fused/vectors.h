@@ -44,11 +44,13 @@ INLINE long padded(long count, long to) { return (count + to - 1) / to * to; }
 INLINE vec choose(ivec where, vec a, vec b) { return (vec)((where & (ivec)a) | (~where & (ivec)b)); }
 #ifdef __AVX512F__ /* one instruction, which GCC does not make of a choice between vectors */
 INLINE vec larger(vec a, vec b) { return (vec)_mm512_max_ps((__m512)a, (__m512)b); }
+INLINE vec smaller(vec a, vec b) { return (vec)_mm512_min_ps((__m512)a, (__m512)b); }
 INLINE vec times_power_of_two(vec x, vec n) { return (vec)_mm512_scalef_ps((__m512)x, (__m512)n); }
 INLINE float sum(vec x) { return _mm512_reduce_add_ps((__m512)x); }
 INLINE float largest(vec x) { return _mm512_reduce_max_ps((__m512)x); }
 #else
 INLINE vec larger(vec a, vec b) { return choose(a > b, a, b); }
+INLINE vec smaller(vec a, vec b) { return choose(a < b, a, b); }
 INLINE vec times_power_of_two(vec x, vec n) { return x * (vec)((__builtin_convertvector(n, ivec) + 127) << 23); }
 
 INLINE float sum(vec x) {
@@ -82,7 +84,11 @@ INLINE vec exponential(vec x) {
 
 /* --- Rows: float32, or bfloat16 where `half` says so ------------------------------------------------------------- */
 
+#ifdef __AVX512F__ /* GCC widens each half of them by itself and puts both together */
+INLINE vec widened(half_bits x) { return (vec)((wide_bits)_mm512_cvtepu16_epi32((__m256i)x) << 16); }
+#else
 INLINE vec widened(half_bits x) { return (vec)(__builtin_convertvector(x, wide_bits) << 16); }
+#endif
 
 #ifdef __AVX512BF16__
 INLINE half_bits narrowed(vec x) { return (half_bits)_mm512_cvtneps_pbh((__m512)x); }
