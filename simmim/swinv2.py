@@ -289,15 +289,15 @@ class WindowAttention(nn.Module):
         self.proj = nn.Linear(dim, dim)
         self.kept_tables: dict[tuple[Size, Size], Tensor] | None = None  # see `SwinV2.position_bias_kept`
 
-    def position_table(self, window: Size, pretrained: Size) -> Tensor:
+    def position_table(self, window: Size, pretrained: Size, by=None) -> Tensor:
         """B of equation 3 for each offset between two tokens of a window, in the order of `log_spaced_coords`:
-        ((2·height − 1) · (2·width − 1), h), at least float32."""
+        ((2·height − 1) · (2·width − 1), h), at least float32; computed as `bias_of_offsets` does, or by another."""
         keep = self.kept_tables is not None and not torch.is_grad_enabled() and not torch.compiler.is_compiling()
         if keep and (window, pretrained) in self.kept_tables:
             return self.kept_tables[window, pretrained]
         weight = self.cpb_mlp[0].weight
         coords = log_spaced_coords(window, pretrained, weight.device).to(weight.dtype)
-        table = 16 * torch.sigmoid(at_least_float32(self.cpb_mlp(coords)))
+        table = (by or bias_of_offsets)(self.cpb_mlp, coords)
         if keep:
             self.kept_tables[window, pretrained] = table
         return table
@@ -386,6 +386,11 @@ def recomputed(function, *args):
     if not torch.is_grad_enabled():
         return function(*args)
     return checkpoint(function, *args, use_reentrant=False, preserve_rng_state=False)
+
+
+def bias_of_offsets(mlp: nn.Module, coords: Tensor) -> Tensor:
+    """B of equation 3 for coordinates, (offsets, 2): (offsets, h), at least float32."""
+    return 16 * torch.sigmoid(at_least_float32(mlp(coords)))
 
 
 def bias_of_pairs(table: Tensor, index: Tensor) -> Tensor:
@@ -494,7 +499,7 @@ class SwinV2Block(nn.Module):
         windows = fused_windows(tuple(size), window, shift, padded, self.shift_before_padding, x.device)
         with without_autocast(x.device):
             scale = self.attn.inverse_temperature()
-            table = self.attn.position_table(window, self.pretrained(window))
+            table = self.attn.position_table(window, self.pretrained(window), fused.bias_of_offsets)
         drop = self.drop_path
         keep = drop.factors(x) if drop.active else None
         x, tokens = fused.join_attention(x, self.attn, self.norm1, keep, windows, scale, table)
@@ -574,9 +579,9 @@ class PatchEmbed(nn.Module):
         pad_bottom, pad_right = -height % self.patch_size, -width % self.patch_size
         if pad_bottom or pad_right:
             images = F.pad(images, (0, pad_right, 0, pad_bottom))
-        # Channels last, as tokens have them: a convolution keeps the order, and nothing is turned around after it.
-        tokens = self.proj(images.to(memory_format=torch.channels_last))
-        return self.norm(rearrange(tokens, "b c h w -> b h w c"))
+        # In memory channels come last, as tokens have them: a convolution keeps that, and nothing is turned around after it.
+        images = rearrange(rearrange(images, "b c h w -> b h w c").contiguous(), "b h w c -> b c h w")
+        return self.norm(rearrange(self.proj(images), "b c h w -> b h w c"))
 
 
 class PatchMerging(nn.Module):

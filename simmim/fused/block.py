@@ -1,5 +1,5 @@
 """A Swin V2 block's two branches, and the merging of patches, on a CPU, each one step of automatic differentiation: the
-matrix products by torch, everything between them by attention.c and pointwise.c.
+matrix products by torch, everything between them by attention.c, bias.c and pointwise.c.
 
 The same mathematics as `simmim.swinv2`, whose plain lines are what a reader wants and what other devices run. What
 is saved: windows are never copied, weights of the attention never kept, GELU is computed again in the backward pass, and
@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from torch.autograd.function import Function, once_differentiable
 
 from simmim.fused.circumstances import product_type
-from simmim.fused.library import Attention, Join, Merging, kernels
+from simmim.fused.library import Attention, Bias, Join, Merging, kernels
 
 # Of a linear layer oneDNN's products are 1.1 times as fast as MKL's, which torch takes in float32 (on a Zen 4 core, output
 # and gradient of the input; not that of the weight).
@@ -67,6 +67,11 @@ def join_mlp(x: Tensor, tokens: Tensor, mlp: nn.Module, norm: nn.LayerNorm, keep
         x, tokens, mlp.fc1.weight, mlp.fc1.bias, mlp.fc2.weight, mlp.fc2.bias, norm.weight, norm.bias, norm.eps,
         None if keep is None else keep.float(),
     )  # fmt: skip
+
+
+def bias_of_offsets(mlp: nn.Sequential, coords: Tensor) -> Tensor:
+    """16 · sigmoid(mlp(coords)): (offsets, 2) to (offsets, h), float32."""
+    return PositionBias.apply(coords, mlp[0].weight, mlp[0].bias, mlp[2].weight)
 
 
 def merge(x: Tensor, reduction: nn.Linear, norm: nn.LayerNorm) -> Tensor:
@@ -123,6 +128,25 @@ class AttentionBranch(Function):
         grad_qkv_weight = grad_qkv.T @ tokens if ctx.needs_input_grad[1] else None
         grad_x = added(grad, grad_qkv, qkv_weight) if ctx.needs_input_grad[0] else None
         return grad_x, as_float(grad_qkv_weight), *of_biases, as_float(grad_proj), *of_join, *[None] * 4
+
+
+class PositionBias(Function):
+    """`bias_of_offsets`."""
+
+    @staticmethod
+    def forward(ctx, coords, weight1, bias1, weight2) -> Tensor:
+        table = coords.new_empty(len(coords), len(weight2))
+        kernels().call("bias_forward", bias_call(coords, weight1, bias1, weight2), at(table))
+        ctx.save_for_backward(coords, weight1, bias1, weight2, table)
+        return table
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, grad):
+        *given, table = ctx.saved_tensors
+        grads = [torch.empty_like(value) for value in given[1:]]
+        kernels().call("bias_backward", bias_call(*given), at(table), at(grad.contiguous()), *map(at, grads))
+        return None, *grads
 
 
 class MlpBranch(Function):
@@ -240,6 +264,12 @@ def attention_call(qkv, q_bias, v_bias, scale, table, windows: Windows, images: 
         at(windows.region_of), images, len(qkv) // images, *windows.token_of.shape, heads, len(q_bias) // heads, len(table),
         *how(qkv),
     )  # fmt: skip
+
+
+def bias_call(coords, weight1, bias1, weight2) -> Bias:
+    """What both directions of the position bias take."""
+    given = at(coords), at(weight1), at(bias1), at(weight2)
+    return Bias(*given, len(coords), len(bias1), len(weight2), torch.get_num_threads())
 
 
 def how(x: Tensor) -> tuple[int, int]:

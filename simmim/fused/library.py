@@ -15,7 +15,7 @@ from pathlib import Path
 
 from simmim.fused.circumstances import first_line
 
-HEADERS, SOURCES = ("vectors.h", "product.h"), ("attention.c", "pointwise.c")
+HEADERS, SOURCES = ("vectors.h", "product.h"), ("attention.c", "bias.c", "pointwise.c")
 # Contraction to fused multiply-adds is GCC's default; nothing here lets a compiler reorder sums.
 FLAGS = ("-O3", "-fPIC", "-shared", "-std=gnu11", "-ffp-contract=fast", "-fno-math-errno", "-fno-trapping-math")
 OPENMP = "-fopenmp"
@@ -39,6 +39,16 @@ class Attention(ctypes.Structure):
         ("half", ctypes.c_int),
         ("threads", ctypes.c_int),
     ]  # fmt: skip
+
+
+class Bias(ctypes.Structure):
+    """As in bias.c."""
+
+    _fields_ = [
+        *((name, pointer) for name in ("coords", "weight1", "bias1", "weight2")),
+        *((name, number) for name in ("offsets", "hidden", "heads")),
+        ("threads", ctypes.c_int),
+    ]
 
 
 class Join(ctypes.Structure):
@@ -66,6 +76,8 @@ class Merging(ctypes.Structure):
 ARGUMENTS = {
     "attention_forward": [ctypes.POINTER(Attention), pointer, pointer],
     "attention_backward": [ctypes.POINTER(Attention), *[pointer] * 7],
+    "bias_forward": [ctypes.POINTER(Bias), pointer],
+    "bias_backward": [ctypes.POINTER(Bias), *[pointer] * 5],
     "join_forward": [ctypes.POINTER(Join), *[pointer] * 4],
     "join_backward": [ctypes.POINTER(Join), *[pointer] * 8],
     "gelu_forward": [pointer, pointer, pointer, number, number, ctypes.c_int, ctypes.c_int],

@@ -13,19 +13,21 @@ LARGEST_SCRATCH = 2**28  # bytes, of all threads
 def takes(block: nn.Module, x: Tensor) -> bool:
     """Whether they can do this block on `x`, (B, H, W, C): each of its parts is what `block.PARTS` says, nobody listens
     inside it, and their scratch is of a size that does not matter."""
-    if not plain(x) or not as_made(block) or block.mlp.act.approximate != "none":
+    if not plain(x) or not as_made(block) or block.mlp.act.approximate != "none" or block.attn.cpb_mlp[2].bias is not None:
         return False
     attn, mlp, dim, hidden = block.attn, block.mlp, x.shape[-1], block.mlp.fc1.out_features
+    bias, heads = attn.cpb_mlp, attn.num_heads
     sizes = (
         (attn.qkv.weight, (3 * dim, dim)), (attn.q_bias, (dim,)), (attn.v_bias, (dim,)), (attn.proj.weight, (dim, dim)),
         (attn.proj.bias, (dim,)), (mlp.fc1.weight, (hidden, dim)), (mlp.fc1.bias, (hidden,)),
         (mlp.fc2.weight, (dim, hidden)), (mlp.fc2.bias, (dim,)),
         *((value, (dim,)) for norm in (block.norm1, block.norm2) for value in (norm.weight, norm.bias)),
-        *((value, None) for value in (attn.logit_scale, *attn.cpb_mlp.parameters())),
+        (attn.logit_scale, (heads, 1, 1)), (bias[0].weight, (bias[0].out_features, 2)),
+        (bias[0].bias, (bias[0].out_features,)), (bias[2].weight, (heads, bias[0].out_features)),
     )  # fmt: skip
     tokens = min(block.window_size, x.shape[1]) * min(block.window_size, x.shape[2])
     # Of every thread the gradients of all heads' biases, and weights and their gradients of one.
-    scratch = 4 * torch.get_num_threads() * (block.attn.num_heads + 3) * tokens**2
+    scratch = 4 * torch.get_num_threads() * (heads + 3) * tokens**2
     return values_fit(sizes) and types_fit(x, attn.qkv.weight) and scratch <= LARGEST_SCRATCH and ready()
 
 
@@ -52,10 +54,10 @@ def as_made(module: nn.Module) -> bool:
 
 
 def values_fit(sizes) -> bool:
-    """Each of (value, shape) is there, float32 on the CPU and in one piece; a shape of None is any."""
+    """Each of (value, shape) is there, float32 on the CPU and in one piece."""
     return all(
-        value is not None and (size is None or value.shape == size) and value.dtype == torch.float32
-        and value.device.type == "cpu" and value.is_contiguous() for value, size in sizes
+        value is not None and value.shape == size and value.dtype == torch.float32 and value.device.type == "cpu"
+        and value.is_contiguous() for value, size in sizes
     )  # fmt: skip
 
 
