@@ -101,7 +101,7 @@ def test_equal_to_float64(case, monkeypatch):
         assert value.abs().max() > 0, name
         # Gradients of temperatures and position biases are sums that nearly cancel: what is left of them differs in the
         # fifth digit from one order of summing to another.
-        allowed, least = (20, 2e-4) if "logit_scale" in name or "cpb" in name else (6, 1e-6)
+        allowed, least = (20, 5e-4) if "logit_scale" in name or "cpb" in name else (6, 1e-6)
         assert distance(actual[name], value) < min(allowed * distance(plain[name], value) + least, 2e-3), name
 
 
