@@ -53,11 +53,10 @@ class Run:
 
 
 def finish(runs):
-    """Wait for all, which must end well; what the first wrote."""
-    for run in runs:
-        code, output = run.wait()
-        assert code == 0, output
-    return runs[0].wait()[1]
+    """Wait for all, which must end well; what the first wrote. Of several the last to fail may be the one that began it."""
+    ended = [run.wait() for run in runs]
+    assert not any(code for code, _ in ended), "\n".join(f"exit code {code}\n{output}" for code, output in ended)
+    return ended[0][1]
 
 
 class Nursery:

@@ -11,6 +11,7 @@ Shape letters as in `simmim.swinv2`; T tokens of an image.
 """
 from __future__ import annotations
 
+import math
 import os
 from typing import NamedTuple
 
@@ -196,10 +197,11 @@ class MergingBranch(Function):
     def forward(ctx, x, weight, gain, shift, epsilon, kind) -> Tensor:
         x, weight = x.contiguous(), weight.to(kind)
         images, height, width, dim = x.shape
-        tokens = x.new_empty(images * -(-height // 2) * -(-width // 2), 4 * dim, dtype=kind)
+        size = images, (height + 1) // 2, (width + 1) // 2
+        tokens = x.new_empty(math.prod(size), 4 * dim, dtype=kind)
         kernels().call("merging_forward", Merging(*x.shape, *how(tokens)), at(x), at(tokens))
         branch = product(tokens, weight)
-        out = x.new_empty(images, -(-height // 2), -(-width // 2), len(weight))
+        out = x.new_empty(*size, len(weight))
         moments, nothing = x.new_empty(len(branch), 2), torch.zeros_like(gain)
         call = join_call(branch, nothing, gain, shift, epsilon, None, images)
         kernels().call("join_forward", call, None, at(out), None, at(moments))
