@@ -246,8 +246,8 @@ def layers(config: SwinV2Config, image_size: Size, setup: Setup) -> list[Layer]:
     pixels = batch * math.prod(image_size) * config.in_channels
 
     numbers = batch * stages[0].tokens * stages[0].dim
-    # The images, in the products' precision too, and what is normalised.
-    kept = pixels * (4 if wide == 4 else 4 + 2) + numbers * norm
+    # The images, once more as the projection takes them, channels last and in the products' precision; what is normalised.
+    kept = pixels * (4 + wide) + numbers * norm
     steps = [Layer(embed, kept, forward=numbers * 2 * norm, backward=numbers * 2 * norm)]
     for index, (stage, sizes) in enumerate(zip(stages, blocks)):
         every = config.extra_norm_every if index == 2 else 0
