@@ -18,6 +18,14 @@ os.environ |= {"XDG_CACHE_HOME": _CACHES.name, "HF_HOME": os.path.join(_CACHES.n
 sys.path.append(str(Path(__file__).resolve().parent.parent / "benchmarks"))
 
 
+def pytest_collection_modifyitems(items):
+    """PyTorch's own gloo thread has crashed at the end of a collective, once in some hundred runs of two processes (2.13.0,
+    inside libtorch_cpu): a run that ended in this way, and in no other, is tried a second time."""
+    for item in items:
+        if "nursery" in item.fixturenames:
+            item.add_marker(pytest.mark.flaky(reruns=1, only_rerun="exit code -11"))
+
+
 @pytest.fixture(scope="session", autouse=True)
 def _one_thread():
     """Tests run in parallel processes; threads would only fight for cores. It also fixes the order of summation."""
