@@ -47,15 +47,17 @@ class Run:
         """Wait for `condition()`; fails when the process ends or time runs out first."""
         end = time.monotonic() + timeout_s
         while not condition():
-            assert self.nursery.ask({"alive": self.pid}), f"ended before its time: {self.log.read_text()}"
+            if not self.nursery.ask({"alive": self.pid}):
+                code, output = self.wait()
+                raise AssertionError(f"ended before its time, exit code {code}: {output}")
             assert time.monotonic() < end, f"nothing happened in {timeout_s} s: {self.log.read_text()}"
             time.sleep(0.01)
 
 
-def finish(runs):
-    """Wait for all, which must end well; what the first wrote. Of several the last to fail may be the one that began it."""
+def finish(runs, code=0):
+    """Wait for all, which must end with `code`; what the first wrote. Of several any may be the one that failed first."""
     ended = [run.wait() for run in runs]
-    assert not any(code for code, _ in ended), "\n".join(f"exit code {code}\n{output}" for code, output in ended)
+    assert all(found == code for found, _ in ended), "\n".join(f"exit code {found}\n{output}" for found, output in ended)
     return ended[0][1]
 
 
@@ -124,10 +126,12 @@ def serve():
                 ended[pid] = os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1])
             answer = ended[pid]
         else:
-            pid, answer = request["alive"], True
-            if pid in ended or os.waitpid(pid, os.WNOHANG) != (0, 0):
-                ended.setdefault(pid, 1)
-                answer = False
+            pid = request["alive"]
+            if pid not in ended:
+                found, status = os.waitpid(pid, os.WNOHANG)
+                if found:
+                    ended[pid] = os.waitstatus_to_exitcode(status)
+            answer = pid not in ended
         print(json.dumps(answer), flush=True)
 
 

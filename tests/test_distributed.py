@@ -80,9 +80,7 @@ def test_checkpoints_move_between_strategies_and_world_sizes(start, alone, tmp_p
     processes = start(run, first)
     processes[0].until(lambda: max(saved_steps(run), default=0) >= 10)
     processes[-1].kill(signal.SIGTERM, group=False)
-    for process in processes:
-        code, output = process.wait()
-        assert code == 143, output
+    finish(processes, code=143)
     assert 10 <= max(saved_steps(run)) < STEPS
     output = finish(start(run, second, resume=True))
     assert "resuming from" in output
