@@ -145,8 +145,8 @@ class PositionBias(Function):
     @once_differentiable
     def backward(ctx, grad):
         *given, table = ctx.saved_tensors
-        grads = [torch.empty_like(value) for value in given[1:]]
-        kernels().call("bias_backward", bias_call(*given), at(table), at(grad.contiguous()), *map(at, grads))
+        grad, grads = grad.contiguous(), [torch.empty_like(value) for value in given[1:]]
+        kernels().call("bias_backward", bias_call(*given), at(table), at(grad), *map(at, grads))
         return None, *grads
 
 
