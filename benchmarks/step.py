@@ -24,7 +24,7 @@ import sys
 import tempfile
 import time
 import types
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 
 import torch
@@ -472,20 +472,17 @@ def as_markdown(found: dict[str, dict], work: Work) -> str:
     return "\n".join(lines)
 
 
-def operations(work: Work, whole: bool) -> float:
+def operations(work: Work, whole: bool) -> int:
     """Of the matrix products of one image's step; with the prediction of the whole image or of what is masked alone."""
     from simmim.plan import Setup, flops
     from simmim.swinv2 import SwinV2Config
 
     config = SwinV2Config.from_preset(work.preset, window_size=work.window)
     setup = Setup(work.batch, 1, "32-true", "ddp", False, None, device=work.device)
-    forward, training = flops(config, (work.size, work.size), setup)
-    stride = config.strides[-1]
-    decoder = 2 * (work.size / stride) ** 2 * config.dims[-1] * config.in_channels * stride**2
     if work.features:
-        return forward - decoder
-    masked = 1.0 if whole else batch_of(replace(work, device="cpu"))[1].float().mean().item()
-    return training - 3 * decoder * (1 - masked)
+        return flops(config, (work.size, work.size), setup, predicted=0.0)[0]
+    masked = batch_of(work)[1].float().mean().item()
+    return flops(config, (work.size, work.size), setup, predicted=1.0 if whole else masked)[1]
 
 
 if __name__ == "__main__":

@@ -170,9 +170,10 @@ def stage_shapes(config: SwinV2Config, image_size: Size) -> list[StageShape]:
 # --- FLOPs --------------------------------------------------------------------------------------------------------------
 
 
-def flops(config: SwinV2Config, image_size: Size, setup: Setup) -> tuple[int, int]:
+def flops(config: SwinV2Config, image_size: Size, setup: Setup, predicted: float = 1.0) -> tuple[int, int]:
     """Forward and training FLOPs of one image in a batch of `setup.batch_per_device`, two a multiply-add, matrix
-    products alone. The position bias is computed once a batch, so each image bears its share."""
+    products alone. The position bias is computed once a batch, so each image bears its share. `predicted` is the share of
+    the image's squares whose pixels are (`SimMIM.masked_squares`); 0 for the encoder alone."""
     stages = stage_shapes(config, image_size)
     blocks = attention = 0.0
     for stage, depth in zip(stages, config.depths):
@@ -183,7 +184,7 @@ def flops(config: SwinV2Config, image_size: Size, setup: Setup) -> tuple[int, in
         blocks += depth * (core + linear + bias)
     embed = 2 * stages[0].tokens * stages[0].dim * config.in_channels * config.patch_size**2
     merging = sum(2 * after.tokens * 4 * before.dim * after.dim for before, after in pairwise(stages))
-    decoder = 2 * stages[-1].tokens * stages[-1].dim * config.in_channels * config.strides[-1] ** 2
+    decoder = predicted * 2 * stages[-1].tokens * stages[-1].dim * config.in_channels * config.strides[-1] ** 2
     forward = embed + blocks + merging + decoder
     # A product has two gradients, but images need none.
     training = 3 * forward - embed

@@ -23,7 +23,7 @@ CASES = {
     "shifted before padding": (SwinV2Config(32, (2, 2), (2, 4), window_size=5, shift_before_padding=True), (37, 53)),
     "heads of 40, shifted along one axis": (SwinV2Config(40, (2,), (1,), window_size=6), (24, 80)),
     "one window of 3 tokens": (SwinV2Config(16, (1,), (2,), window_size=8), (4, 12)),
-    "odd map": (SwinV2Config(16, (2, 1), (2, 4), window_size=4), (36, 52)),
+    "odd map": (SwinV2Config(32, (1, 1), (1, 2), window_size=4), (36, 52)),
     "extra norms": (SwinV2Config(16, (1, 1, 2), (1, 2, 4), window_size=4, extra_norm_every=1), (64, 64)),
     "drop path": (SwinV2Config(16, (2, 2), (2, 4), window_size=4, drop_path_rate=0.5), (32, 48)),
 }
@@ -99,10 +99,9 @@ def test_equal_to_float64(case, monkeypatch):
     plain, expected = results(encoder, images), results(encoder.double(), images.double())
     for name, value in expected.items():
         assert value.abs().max() > 0, name
-        # Gradients of temperatures and position biases are sums that nearly cancel: what is left of them differs in the
-        # fifth digit from one order of summing to another.
-        allowed, least = (20, 5e-4) if "logit_scale" in name or "cpb" in name else (6, 1e-6)
-        assert distance(actual[name], value) < min(allowed * distance(plain[name], value) + least, 2e-3), name
+        # Gradients of temperatures and position biases are sums that nearly cancel.
+        allowed = 20 if "logit_scale" in name or "cpb" in name else 6
+        assert distance(actual[name], value) < min(allowed * distance(plain[name], value) + 1e-6, 2e-3), name
 
 
 @pytest.mark.skipif(platform.machine() != "x86_64", reason="flags of x86-64")

@@ -66,6 +66,23 @@ def test_flops(config, size, batch, switches):
     assert expected[1] == pytest.approx(counter.get_total_flops() / batch, rel=0.01)
 
 
+@pytest.mark.parametrize("predicted", [0, 1])
+def test_flops_of_what_is_predicted(predicted, monkeypatch):
+    """A quarter of the image, or nothing, as SimMIM does on a CPU; a training step too."""
+    monkeypatch.undo()  # squares are chosen, on a CPU; its kernels are no products that could be counted
+    for name in ("takes", "takes_merging"):
+        monkeypatch.setattr(f"simmim.fused.{name}", lambda module, x: False)
+    config, size = PRESETS["nano"], (64, 64)
+    model, images, masks = make(config, size, 1, False, None)
+    masks[:, : 8 * predicted, :8] = True
+    with FlopCounterMode(display=False) as counter:
+        loss = model(images, masks).loss
+        forward = counter.get_total_flops()
+        loss.backward()
+    expected = flops(config, size, Setup(1, 1, "32-true"), predicted=predicted / 4)
+    assert expected == (pytest.approx(forward, rel=1e-3), pytest.approx(counter.get_total_flops(), rel=0.01))
+
+
 # --- memory --------------------------------------------------------------------------------------------------------
 
 
