@@ -8,6 +8,7 @@ crops of scikit-learn's two photographs, draws masks, clips, watches, logs. Its 
 the first rows, which hold the start and the first picture; the last one and the encoder that it saves at the end are not in
 it. Prints Markdown.
 """
+
 from __future__ import annotations
 
 import argparse
@@ -80,12 +81,16 @@ def command_rate(run: Path, images: Path, work: Work, steps: int, workers: int) 
     """Images a second of `simmim pretrain`, as it logs them."""
     all_steps = steps + FIRST_ROWS * LOGGED_EVERY
     settings = {
-        "--preset": work.preset, "--image_size": work.size, "--model.encoder.window_size": work.window,
-        "--batch_size": work.batch, "--workers": workers, "--log_every_steps": LOGGED_EVERY,
+        "--preset": work.preset,
+        "--image_size": work.size,
+        "--model.encoder.window_size": work.window,
+        "--batch_size": work.batch,
+        "--workers": workers,
+        "--log_every_steps": LOGGED_EVERY,
         "--epochs": all_steps * work.batch / len(list(images.iterdir())),
         "--precision": "bf16-mixed" if work.precision == "bf16" else "32-true",
         "--trainer.accelerator": work.device,
-    }  # fmt: skip
+    }
     words = [str(word) for pair in settings.items() for word in pair]
     command = [str(Path(sys.executable).parent / "simmim"), "pretrain", "--data", str(images), "--out", str(run), *words]
     done = subprocess.run(command, capture_output=True, text=True, env=dict(os.environ))
@@ -99,9 +104,11 @@ def command_rate(run: Path, images: Path, work: Work, steps: int, workers: int) 
 def bare_rate(work: Work, steps: int) -> float:
     """Images a second of the step alone."""
     server = subprocess.Popen(
-        [sys.executable, str(ROOT / "benchmarks/step.py"), "--serve", "ours"], stdin=subprocess.PIPE, stdout=subprocess.PIPE,
+        [sys.executable, str(ROOT / "benchmarks/step.py"), "--serve", "ours"],
+        stdin=subprocess.PIPE,
+        stdout=subprocess.PIPE,
         text=True,
-    )  # fmt: skip
+    )
     try:
         ask(server, json.dumps(vars(work)))
         listen(server)  # two steps more, and what they took in memory

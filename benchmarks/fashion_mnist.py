@@ -9,6 +9,7 @@ reads the four .gz files of the data set, from Debian's package dataset-fashion-
 
 Settings are chosen with `--development`: its test part are training images, so that the test images stay unseen.
 """
+
 from __future__ import annotations
 
 import argparse

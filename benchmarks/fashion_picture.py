@@ -1,7 +1,8 @@
 """Loss of a pre-training and accuracy against labels of its study, side by side, from the files that both leave.
 
-    python benchmarks/fashion_picture.py --run runs/fashion-mnist --study runs/fashion-study --out docs/fashion-mnist.png
+python benchmarks/fashion_picture.py --run runs/fashion-mnist --study runs/fashion-study --out docs/fashion-mnist.png
 """
+
 from __future__ import annotations
 
 import argparse
@@ -10,8 +11,8 @@ import statistics
 import sys
 from pathlib import Path
 
-from finetune.label_study.report import draw, read_trials
-from finetune.label_study.trials import StudyResult
+from simmim.finetune.label_study.report import draw, read_trials
+from simmim.finetune.label_study.trials import StudyResult
 
 
 def main(arguments: list[str] | None = None) -> int:
@@ -27,7 +28,7 @@ def main(arguments: list[str] | None = None) -> int:
     left, right = figure.subplots(1, 2)
     steps, losses = losses_of(chosen.run / "metrics.csv")
     left.plot(steps, losses, linewidth=0.7)
-    left.set(xlabel="optimiser step", ylabel="masked L1 loss", title="pre-training")
+    left.set(xlabel="optimizer step", ylabel="masked L1 loss", title="pre-training")
     left.grid(alpha=0.3)
     draw(right, found_by(chosen.study), title="fine-tuning")
     right.set_ylabel("test accuracy, %")

@@ -5,6 +5,7 @@
 Prints a Markdown table and writes JSON. Both sides of each comparison run in turn within each round, so that what else
 the machine does meets both; medians over the rounds. No network, everything lies in a temporary folder.
 """
+
 from __future__ import annotations
 
 import argparse
@@ -66,9 +67,19 @@ class Scale:
 
 
 QUICK = Scale(
-    rounds=2, photos=2, images=2, step_images=2, step_s=0.01, waiting_s=0.2, tiny_files=100, memory_rows=1_000,
-    warm_up=64, memory_samples=256, looks=3, settle_s=0.2,
-)  # fmt: skip
+    rounds=2,
+    photos=2,
+    images=2,
+    step_images=2,
+    step_s=0.01,
+    waiting_s=0.2,
+    tiny_files=100,
+    memory_rows=1_000,
+    warm_up=64,
+    memory_samples=256,
+    looks=3,
+    settle_s=0.2,
+)
 
 
 def main(arguments: list[str] | None = None) -> int:
@@ -158,7 +169,7 @@ def undecoded(paths: list[str]):
 
 
 class Usual:
-    """As an ImageFolder's users have it: decode in full, to RGB, random resized crop, flip, to float, normalise.
+    """As an ImageFolder's users have it: decode in full, to RGB, random resized crop, flip, to float, normalize.
 
     Written after torchvision's default loader and its transforms RandomResizedCrop, RandomHorizontalFlip, ToTensor and
     Normalize on PIL images, operation by operation. Crops are drawn as SimMIM does, as ours are.
@@ -200,7 +211,7 @@ def our_samples(paths: list[str]):
 
 def decoding(folder: Path, scale: Scale) -> list[dict]:
     """Images a second per core, by processor time, so that others on a shared machine are not counted in."""
-    from simmim.data import normalise
+    from simmim.data import normalize
 
     rows = []
     for (size, goal), content in itertools.product(PHOTOS.items(), CONTENTS):
@@ -208,13 +219,13 @@ def decoding(folder: Path, scale: Scale) -> list[dict]:
         usual, ours = Usual(paths), our_samples(paths)
         count = max(len(paths), round(scale.images * min(1.0, 1600 * 1200 / math.prod(size))))
 
-        def normalised(epoch: int, index: int, ours=ours):
-            return normalise(ours[epoch, index]["image"][None], IMAGENET_MEAN, IMAGENET_STD)
+        def normalized(epoch: int, index: int, ours=ours):
+            return normalize(ours[epoch, index]["image"][None], IMAGENET_MEAN, IMAGENET_STD)
 
         arms: dict[str, Callable[[int, int], object]] = {
             "usual": lambda epoch, index, usual=usual: usual[index],
             "ours": lambda epoch, index, ours=ours: ours[epoch, index % len(ours)],
-            "ours_normalised": lambda epoch, index, ours=ours: normalised(epoch, index % len(ours)),
+            "ours_normalized": lambda epoch, index, ours=ours: normalized(epoch, index % len(ours)),
         }
         rates: dict[str, list[float]] = {name: [] for name in arms}
         for load in arms.values():
@@ -233,7 +244,7 @@ def decoding(folder: Path, scale: Scale) -> list[dict]:
                 "mean_kib": round(statistics.mean(map(os.path.getsize, paths)) / 1024),
                 "images_per_second": {name: statistics.median(values) for name, values in rates.items()},
                 "ratio": median_ratio(rates["ours"], rates["usual"]),
-                "ratio_normalised": median_ratio(rates["ours_normalised"], rates["usual"]),
+                "ratio_normalized": median_ratio(rates["ours_normalized"], rates["usual"]),
                 "goal": goal,
                 "rounds": rates,
             }
@@ -458,8 +469,8 @@ def as_markdown(results: dict) -> str:
             (
                 f"images/s per core, {row['width_px']}×{row['height_px']}, {row['content']} ({row['mean_kib']:,} KiB)",
                 f"{rate['usual']:,.1f}",
-                f"{rate['ours']:,.1f}; normalised too {rate['ours_normalised']:,.1f}",
-                f"{row['ratio']:.2f}×; {row['ratio_normalised']:.2f}×",
+                f"{rate['ours']:,.1f}; normalized too {rate['ours_normalized']:,.1f}",
+                f"{row['ratio']:.2f}×; {row['ratio_normalized']:.2f}×",
                 f"≥ {row['goal']:g}×",
             )
         )

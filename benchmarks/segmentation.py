@@ -10,6 +10,7 @@ the last step, not the best one.
 
 Writes OUT/trials.csv, a row a fine-tuning, which a later call goes on from, and prints the table.
 """
+
 from __future__ import annotations
 
 import argparse
@@ -25,8 +26,8 @@ from typing import NamedTuple
 
 from tqdm import tqdm
 
-from finetune.label_study.pool import results, trial_pool
-from finetune.label_study.report import check_libraries, comparison_table
+from simmim.finetune.label_study.pool import results, trial_pool
+from simmim.finetune.label_study.report import check_libraries, comparison_table
 
 TUNING_SEED = 1000  # the first; the comparison's count from 0
 ARMS = ("pre-trained", "from scratch")
@@ -52,9 +53,9 @@ class Trial:
 
 def measured(trial: Trial, scenes: Path, init: str, out: Path, config: Path, steps: int) -> dict[str, float]:
     """Fine-tune and return the validation metrics of the last step."""
-    from finetune.run import finetune
-    from finetune.segmentation.settings import SegmentationSettings
-    from simmim.arguments import parse
+    from simmim.cli.arguments import parse
+    from simmim.finetune.run import finetune
+    from simmim.finetune.segmentation.settings import SegmentationSettings
 
     labeled = scenes / "labeled"
     names = (labeled / "classes.txt").read_text(encoding="utf-8").split("\n")

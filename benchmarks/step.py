@@ -11,6 +11,7 @@ second, is measured in every round; the share is what of that rate a step reache
 that are not installed are left out by name. The authors' code is no package and not a part of this repository: DIR is a
 checkout of https://github.com/microsoft/Swin-Transformer; it needs timm. Prints Markdown; --json writes every figure.
 """
+
 from __future__ import annotations
 
 import argparse
@@ -30,7 +31,7 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
-from simmim.allocator import keep_freed_memory
+from simmim.cli.allocator import keep_freed_memory
 
 ROOT = Path(__file__).resolve().parents[1]
 PEERS = ("transformers", "timm", "authors")
@@ -101,9 +102,17 @@ def main(arguments: list[str] | None = None) -> int:
         write_weights(Path(folder), chosen.preset, chosen.size, chosen.window)
         for precision in chosen.precision:
             work = Work(
-                chosen.preset, chosen.size, chosen.window, chosen.batch, precision, chosen.device, folder, chosen.threads,
-                chosen.features, str(chosen.authors.resolve()) if chosen.authors else "",
-            )  # fmt: skip
+                chosen.preset,
+                chosen.size,
+                chosen.window,
+                chosen.batch,
+                precision,
+                chosen.device,
+                folder,
+                chosen.threads,
+                chosen.features,
+                str(chosen.authors.resolve()) if chosen.authors else "",
+            )
             found[precision] = compare(names, work, chosen.rounds, chosen.steps, chosen.cold)
             print(f"\n{title(work)}\n\n{as_markdown(found[precision], work)}", flush=True)
     if chosen.json:
@@ -126,12 +135,12 @@ def write_weights(folder: Path, preset: str, size: int, window: int) -> None:
     """One random model, as each contender reads it."""
     from safetensors.torch import save_file
 
-    from simmim.checkpoint import Checkpoint, Preprocessing, with_pretrained_windows
-    from simmim.convert.huggingface import folder_config, state_for
-    from simmim.convert.official import state_for as state_for_authors
-    from simmim.convert.timm import state_for as state_for_timm
-    from simmim.model import SimMIM
-    from simmim.swinv2 import SwinV2, SwinV2Config
+    from simmim.checkpoints.checkpoint import Checkpoint, Preprocessing
+    from simmim.checkpoints.formats.huggingface import folder_config, state_for
+    from simmim.checkpoints.formats.official import state_for as state_for_authors
+    from simmim.checkpoints.formats.timm import state_for as state_for_timm
+    from simmim.encoders.swinv2 import SwinV2, SwinV2Config
+    from simmim.methods.simmim import SimMIM
 
     torch.manual_seed(0)
     config = SwinV2Config.from_preset(preset, window_size=window)
@@ -141,7 +150,7 @@ def write_weights(folder: Path, preset: str, size: int, window: int) -> None:
             nn.init.constant_(parameter, 0.5)
     save_file(model.state_dict(), folder / "ours.safetensors")
     checkpoint = Checkpoint(
-        config=with_pretrained_windows(config, (size, size)),
+        config=config.trained_at((size, size)),
         encoder=model.encoder.state_dict(),
         preprocessing=Preprocessing((size, size), (0.5,) * 3, (0.2,) * 3),
         source=folder,
@@ -183,7 +192,7 @@ class TimmSimMIM(nn.Module):
 
 
 class AuthorsSimMIM(nn.Module):
-    """The authors' own SimMIM, its target as it is, not normalised; built as their `build_simmim` does.
+    """The authors' own SimMIM, its target as it is, not normalized; built as their `build_simmim` does.
 
     Args:
         checkout: folder with their models/.
@@ -195,11 +204,22 @@ class AuthorsSimMIM(nn.Module):
         super().__init__()
         theirs = authors_module(checkout, "simmim")
         encoder = theirs.SwinTransformerV2ForSimMIM(
-            img_size=size, patch_size=config.patch_size, in_chans=config.in_channels, num_classes=0,
-            embed_dim=config.embed_dim, depths=config.depths, num_heads=config.num_heads, window_size=config.window_size,
-            mlp_ratio=config.mlp_ratio, qkv_bias=True, drop_rate=0.0, drop_path_rate=0.0, ape=False, patch_norm=True,
+            img_size=size,
+            patch_size=config.patch_size,
+            in_chans=config.in_channels,
+            num_classes=0,
+            embed_dim=config.embed_dim,
+            depths=config.depths,
+            num_heads=config.num_heads,
+            window_size=config.window_size,
+            mlp_ratio=config.mlp_ratio,
+            qkv_bias=True,
+            drop_rate=0.0,
+            drop_path_rate=0.0,
+            ape=False,
+            patch_norm=True,
             use_checkpoint=False,
-        )  # fmt: skip
+        )
         settings = types.SimpleNamespace(NORM_TARGET=types.SimpleNamespace(ENABLE=False))
         self.model = theirs.SimMIM(settings, encoder, config.strides[-1], config.in_channels, config.patch_size)
 
@@ -224,13 +244,13 @@ def make_contender(name: str, work: Work) -> nn.Module:
     """A model that takes images and masks and gives the loss, with the weights that all share."""
     from safetensors.torch import load_file
 
-    from simmim.swinv2 import SwinV2Config
+    from simmim.encoders.swinv2 import SwinV2Config
 
     folder = Path(work.weights)
     config = SwinV2Config.from_preset(work.preset, window_size=work.window)
     if name == "ours":
-        from simmim.model import SimMIM
-        from simmim.swinv2 import SwinV2
+        from simmim.encoders.swinv2 import SwinV2
+        from simmim.methods.simmim import SimMIM
 
         model = SimMIM(SwinV2(config))
         model.load_state_dict(load_file(folder / "ours.safetensors"))
@@ -248,9 +268,14 @@ def make_contender(name: str, work: Work) -> nn.Module:
     import timm
 
     encoder = timm.models.swin_transformer_v2.SwinTransformerV2(
-        img_size=work.size, window_size=work.window, embed_dim=config.embed_dim, depths=config.depths,
-        num_heads=config.num_heads, num_classes=0, drop_path_rate=0.0,
-    )  # fmt: skip
+        img_size=work.size,
+        window_size=work.window,
+        embed_dim=config.embed_dim,
+        depths=config.depths,
+        num_heads=config.num_heads,
+        num_classes=0,
+        drop_path_rate=0.0,
+    )
     encoder.load_state_dict(load_file(folder / "timm.safetensors"), strict=False)
     model = TimmSimMIM(encoder, config.dims[-1], config.strides[-1])
     ours = load_file(folder / "ours.safetensors")
@@ -296,7 +321,7 @@ def serve(name: str, work: Work) -> None:
     memory = memory_above(work.device)
     model = make_contender(library, work).to(work.device)
     images, mask = batch_of(work)
-    optimiser = torch.optim.AdamW(model.parameters(), lr=1e-4, weight_decay=0.05, fused=True)
+    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-4, weight_decay=0.05, fused=True)
     run = model.features if work.features else model
     if compiled and library == "ours":
         from simmim.training.compiling import compile_blocks
@@ -312,12 +337,12 @@ def serve(name: str, work: Work) -> None:
             return run(images).float().square().mean().item()
 
     def train() -> float:
-        """One optimiser step; its loss."""
+        """One optimizer step; its loss."""
         with torch.autocast(work.device, torch.bfloat16, enabled=work.precision == "bf16"):
             loss = run(images, mask)
         loss.backward()
-        optimiser.step()
-        optimiser.zero_grad(set_to_none=True)
+        optimizer.step()
+        optimizer.zero_grad(set_to_none=True)
         return loss.item()  # waits for the device
 
     step = encode if work.features else train
@@ -344,7 +369,7 @@ def answer(found: dict) -> None:
 
 def batch_of(work: Work) -> tuple[Tensor, Tensor]:
     """Images, (B, 3, size, size), and masks, (B, H, W) bool, the same for every contender."""
-    from simmim.masking import BlockMasking
+    from simmim.methods.masking import BlockMasking
 
     images = torch.randn(work.batch, 3, work.size, work.size, generator=torch.Generator().manual_seed(1))
     masking = BlockMasking()
@@ -384,9 +409,12 @@ def compare(names: list[str], work: Work, rounds: int, steps: int, cold: bool) -
             if "+" in name and cold:
                 environment["TORCHINDUCTOR_CACHE_DIR"] = stack.enter_context(tempfile.TemporaryDirectory())
             server = subprocess.Popen(
-                [sys.executable, __file__, "--serve", name], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True,
+                [sys.executable, __file__, "--serve", name],
+                stdin=subprocess.PIPE,
+                stdout=subprocess.PIPE,
+                text=True,
                 env=environment,
-            )  # fmt: skip
+            )
             stack.callback(server.kill)
             found[name] = {**ask(server, json.dumps(vars(work))), **listen(server), "seconds": []}
             servers[name] = server
@@ -474,8 +502,8 @@ def as_markdown(found: dict[str, dict], work: Work) -> str:
 
 def operations(work: Work, whole: bool) -> int:
     """Of the matrix products of one image's step; with the prediction of the whole image or of what is masked alone."""
-    from simmim.plan import Setup, flops
-    from simmim.swinv2 import SwinV2Config
+    from simmim.encoders.swinv2 import SwinV2Config
+    from simmim.planning.plan import Setup, flops
 
     config = SwinV2Config.from_preset(work.preset, window_size=work.window)
     setup = Setup(work.batch, 1, "32-true", "ddp", False, None, device=work.device)

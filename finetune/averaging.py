@@ -3,6 +3,7 @@
 Lightning's own callback averages too, but swaps back before `on_validation_end`, where the best model is exported, puts the
 average in the place of the weights in checkpoints, and does not know sharded models.
 """
+
 from __future__ import annotations
 
 from collections.abc import Mapping
@@ -20,7 +21,7 @@ def decay_at(updates: int, decay: float) -> float:
 
 
 class AverageWeights(pl.Callback):
-    """Averages what is trained after every optimiser step: average ← d · average + (1 − d) · weights.
+    """Averages what is trained after every optimizer step: average ← d · average + (1 − d) · weights.
 
     The average stands in the model while it is validated, and from the end of training on. To be placed behind the callbacks
     that export at `on_validation_end`. Frozen parameters need no average; the statistics of batch norms do.
@@ -56,7 +57,7 @@ class AverageWeights(pl.Callback):
 
     @torch.no_grad()
     def on_train_batch_end(self, trainer: pl.Trainer, module: pl.LightningModule, *_) -> None:
-        """Average once an optimiser step, not at every accumulated batch."""
+        """Average once an optimizer step, not at every accumulated batch."""
         if trainer.global_step == self.step:
             return
         self.step = trainer.global_step

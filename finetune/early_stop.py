@@ -1,4 +1,5 @@
 """An end before the end: when the validation metric has not risen for some validations."""
+
 from __future__ import annotations
 
 import pytorch_lightning as pl

@@ -1,4 +1,5 @@
 """A fine-tuned run put together: read the labels, load or make the encoder, train, keep the best."""
+
 from __future__ import annotations
 
 import contextlib
@@ -11,15 +12,14 @@ import pytorch_lightning as pl
 from pytorch_lightning.strategies import ModelParallelStrategy
 from torch import nn
 
-from finetune.averaging import AverageWeights, whole
-from finetune.early_stop import StopEarly
-from finetune.settings import TransferSettings
-from finetune.start import starting_point
-from finetune.task import Labels, Task
-from finetune.trained_parts import KeepFrozen, frozen_parts
-from simmim.checkpoint import Checkpoint, Preprocessing
+from simmim.checkpoints.checkpoint import Checkpoint, Preprocessing
 from simmim.data import survey, worker_count
-from simmim.run_folder import CONFIG, as_yaml, check_run_folder, taken_run_folder
+from simmim.finetune.averaging import AverageWeights, whole
+from simmim.finetune.early_stop import StopEarly
+from simmim.finetune.freezing import KeepFrozen, frozen_parts
+from simmim.finetune.settings import TransferSettings
+from simmim.finetune.start import starting_point
+from simmim.finetune.task import Labels, Task
 from simmim.training import (
     SaveRun,
     StopOnSignal,
@@ -31,14 +31,15 @@ from simmim.training import (
     is_first_process,
     machine,
     per_device_batch,
+    shared_callbacks,
     usable_checkpoint,
-    usual_callbacks,
 )
+from simmim.training.run_folder import CONFIG, as_yaml, check_run_folder, locked_run_folder
 
 KEEP_DECODED_MIB = 128
 TASKS = {
-    "classification": ("finetune.classification.task", "Classification"),
-    "segmentation": ("finetune.segmentation.task", "Segmentation"),
+    "classification": ("simmim.finetune.classification.task", "Classification"),
+    "segmentation": ("simmim.finetune.segmentation.task", "Segmentation"),
 }
 
 
@@ -111,7 +112,7 @@ def finetune(settings: TransferSettings, quiet: bool = False) -> FinetuneResult:
     best = KeepBest(run, task, labels.classes, module.preprocessing, provenance(settings, len(labels.train), start.source))
     save = SaveRun(run, every_steps=max(50, round(steps / settings.validations)), keep_best=False)
     callbacks = [
-        *usual_callbacks(run, settings, "fine-tuning", len(labels.train), quiet),
+        *shared_callbacks(run, settings, "fine-tuning", len(labels.train), quiet),
         keep_frozen,
         *task.callbacks(settings, run),
         best,
@@ -135,7 +136,7 @@ def finetune(settings: TransferSettings, quiet: bool = False) -> FinetuneResult:
         loss="cross_entropy",
     )
     per_device_batch(settings.batch_size, trainer.world_size, accumulate)
-    with taken_run_folder(settings) if is_first_process() else contextlib.nullcontext():
+    with locked_run_folder(settings) if is_first_process() else contextlib.nullcontext():
         checkpoint = usable_checkpoint(run, say=print if is_first_process() else None) if settings.resume else None
         if trainer.is_global_zero and not quiet:
             print(summary(settings, module.model, labels, steps, reasons, trainer, checkpoint), flush=True)

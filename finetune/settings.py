@@ -1,11 +1,12 @@
 """Settings that every task of stage 2 shares, and how what the user leaves open follows from encoder, labels and machine."""
+
 from __future__ import annotations
 
 from dataclasses import dataclass, field, replace
 from typing import Any, ClassVar
 
 from simmim.defaults import check_common, default_batch_size, default_ema, default_finetuning_epochs
-from simmim.optim import Schedule
+from simmim.training.optim import Schedule
 
 
 @dataclass(frozen=True)
@@ -91,8 +92,8 @@ class TransferSettings:
         train_stages: train the head, the final norm and so many of the encoder's last stages; all by default.
         image_size: pixels, one number or height and width; the encoder's own by default.
         epochs: passes over the training images; by default 100, and for a few labels as many as make 500 steps.
-        steps: length in optimiser steps, in place of epochs.
-        batch_size: images an optimiser step, over all devices.
+        steps: length in optimizer steps, in place of epochs.
+        batch_size: images an optimizer step, over all devices.
         seed: of everything random, the choice of labels included.
         workers: processes that load images, a device.
         devices: how many, or auto for all.
@@ -105,11 +106,11 @@ class TransferSettings:
         log_every_steps: metrics every so many steps.
         loggers: services to log to beside TensorBoard and metrics.csv: wandb, mlflow.
         encoder: changes to the encoder.
-        optim: optimiser and schedule.
+        optim: optimizer and schedule.
         trainer: further settings of Lightning's Trainer.
     """
 
-    task: ClassVar[str]  # as it stands in the command, and where `finetune.run` finds it
+    task: ClassVar[str]  # as it stands in the command, and where `simmim.finetune.run` finds it
 
     out: str
     init: str = "none"

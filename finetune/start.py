@@ -1,23 +1,23 @@
 """Where a fine-tuned run starts: pre-trained weights, an architecture without them, or a preset."""
+
 from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import replace
 from typing import NamedTuple
 
-from finetune.settings import EncoderSettings, TransferSettings
-from simmim.checkpoint import Checkpoint, Preprocessing, build_encoder
-from simmim.convert import read
+from simmim.checkpoints import read
+from simmim.checkpoints.checkpoint import Checkpoint, Preprocessing, build_encoder
 from simmim.data import IMAGENET_MEAN, IMAGENET_STD, Survey
 from simmim.defaults import (
-    default_drop_path,
     default_image_size,
     default_preset,
-    default_window,
     encoder_channels,
     plain_size,
 )
-from simmim.swinv2 import PRESETS, SwinV2, SwinV2Config
+from simmim.encoders import registry
+from simmim.encoders.base import Encoder, EncoderConfig, with_fields
+from simmim.finetune.settings import EncoderSettings, TransferSettings
 
 
 class Start(NamedTuple):
@@ -30,15 +30,13 @@ class Start(NamedTuple):
         source: what the weights were read from; None where they are random.
     """
 
-    encoder: SwinV2
+    encoder: Encoder
     preprocessing: Preprocessing
     settings: TransferSettings
     source: Checkpoint | None
 
 
-def starting_point(
-    settings: TransferSettings, images: Survey, device: str, say: Callable[[str], object] | None
-) -> Start:
+def starting_point(settings: TransferSettings, images: Survey, device: str, say: Callable[[str], object] | None) -> Start:
     """Pre-trained weights, an architecture without its weights (`encoder.like`), or a preset from scratch.
 
     Args:
@@ -51,31 +49,29 @@ def starting_point(
         size = settings.image_size or default_image_size(images.short_side_px)
         side = size if isinstance(size, int) else min(size)
         preset = chosen.preset or default_preset(side, device)
-        window = chosen.window_size or default_window(side, PRESETS[preset].patch_size if preset in PRESETS else 4)
-        config = SwinV2Config.from_preset(preset, in_channels=images.channels, window_size=window)
-        config = replace(config, drop_path_rate=drop_path_rate(chosen, config))
+        square = (size, size) if isinstance(size, int) else size
+        config = registry.preset_config(preset, in_channels=images.channels)
+        config = with_fields(config, **{**config.for_image_size(square), **changes_of(chosen, config)})
         mean, std = (IMAGENET_MEAN, IMAGENET_STD) if images.channels == 3 else (images.mean, images.std)
-        resolved = replace(chosen, preset=preset, window_size=window, drop_path_rate=config.drop_path_rate)
+        resolved = replace(chosen, preset=preset, **resolved_changes(config))
         settings = replace(settings, image_size=size, encoder=resolved)
         check_size(settings, config.patch_size)
         preprocessing = Preprocessing(settings.size, mean, std)
-        encoder = SwinV2(config, chosen.checkpoint_activations, chosen.sequential_attention)
+        encoder = registry.build(config, chosen.checkpoint_activations, chosen.sequential_attention)
         return Start(encoder, preprocessing, settings, None)
 
     checkpoint = read(source, **({"window_size": chosen.window_size} if chosen.window_size else {}))
     pretrained_size = checkpoint.preprocessing.image_size
     size = settings.image_size or plain_size(pretrained_size)
     settings = replace(settings, image_size=size)
-    # The window grows with the image, so that it sees the same share of it: 12 at 192 px, 14 at 224.
-    window = chosen.window_size or max(1, round(checkpoint.config.window_size * min(settings.size) / min(pretrained_size)))
-    rate = drop_path_rate(chosen, checkpoint.config)
-    settings = replace(settings, encoder=replace(chosen, window_size=window, drop_path_rate=rate))
     channels = encoder_channels(checkpoint.config.in_channels, images.channels)
-    overrides = {"window_size": window, "drop_path_rate": rate, "in_channels": channels}
-    saved = build_encoder(checkpoint, **overrides)
+    config = with_fields(checkpoint.config.moved(pretrained_size, settings.size), in_channels=channels)
+    config = with_fields(config, **changes_of(chosen, config))
+    settings = replace(settings, encoder=replace(chosen, **resolved_changes(config)))
+    saved = build_encoder(checkpoint, **{name: getattr(config, name) for name in vars(config)})
     encoder, preprocessing = saved.encoder, saved.preprocessing
     if settings.init == "none":
-        encoder = SwinV2(replace(encoder.config, pretrained_window_sizes=None))
+        encoder = registry.build(encoder.config.untrained())
     elif say:
         say(str(saved.report))
     encoder.checkpoint_activations, encoder.sequential_attention = chosen.checkpoint_activations, chosen.sequential_attention
@@ -95,8 +91,26 @@ def check_size(settings: TransferSettings, patch_size: int) -> None:
         raise ValueError(f"image_size is {settings.image_size}, less than a patch of the encoder: give {patch_size} or more")
 
 
-def drop_path_rate(chosen: EncoderSettings, config: SwinV2Config) -> float:
-    """Stochastic depth as asked for, or what suits the depth."""
-    if chosen.drop_path_rate is not None:
-        return chosen.drop_path_rate
-    return default_drop_path(config.embed_dim, config.depths)
+# Settings of an encoder that fine-tuning may change, where the encoder has them.
+CHANGEABLE = ("window_size", "drop_path_rate")
+
+
+def changes_of(chosen: EncoderSettings, config: EncoderConfig) -> dict:
+    """What the user changes of `config`, and stochastic depth where that is left open.
+
+    Raises:
+        ValueError: for a setting that the encoder does not have.
+    """
+    known = vars(config)
+    changes = {name: getattr(chosen, name) for name in CHANGEABLE if getattr(chosen, name) is not None}
+    for name in changes:
+        if name not in known:
+            raise ValueError(f"encoder.{name} is {changes[name]}: this encoder has no such setting, leave it out")
+    if "drop_path_rate" in known:
+        changes.setdefault("drop_path_rate", config.default_drop_path)
+    return changes
+
+
+def resolved_changes(config: EncoderConfig) -> dict:
+    """The settings of `EncoderSettings` that say what `config` says; None for those that the encoder does not have."""
+    return {name: getattr(config, name, None) for name in CHANGEABLE}

@@ -1,4 +1,5 @@
-"""What a labeled task brings to a fine-tuned run; `finetune.run` does what all tasks share."""
+"""What a labeled task brings to a fine-tuned run; `simmim.finetune.run` does what all tasks share."""
+
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
@@ -10,10 +11,10 @@ import pytorch_lightning as pl
 from torch import nn
 from torch.utils.data import Dataset
 
-from finetune.settings import TransferSettings
-from finetune.start import Start
-from simmim.checkpoint import Preprocessing
-from simmim.swinv2 import SwinV2Config
+from simmim.checkpoints.checkpoint import Preprocessing
+from simmim.encoders.base import EncoderConfig
+from simmim.finetune.settings import TransferSettings
+from simmim.finetune.start import Start
 
 
 class Labels(Protocol):
@@ -45,7 +46,7 @@ class Task(ABC):
 
     @abstractmethod
     def completed(
-        self, settings: TransferSettings, labels: Labels, encoder: SwinV2Config, device: str
+        self, settings: TransferSettings, labels: Labels, encoder: EncoderConfig, device: str
     ) -> tuple[TransferSettings, list[str]]:
         """Settings with what the user left open filled in, and a line for each choice that needs a reason."""
 
@@ -61,7 +62,7 @@ class Task(ABC):
         """What is trained; its `model` has an `encoder` and is in training mode.
 
         Args:
-            learning_rate: as a function of the optimiser step, from 0.
+            learning_rate: as a function of the optimizer step, from 0.
             say: is told what becomes of a head that came with the encoder.
         """
 

@@ -1,5 +1,6 @@
 """What stage 1 shows while it runs: a fixed set of images, reconstructed again and again, and what its features are worth on
 labeled images."""
+
 from __future__ import annotations
 
 import contextlib
@@ -11,17 +12,17 @@ import numpy as np
 import pytorch_lightning as pl
 import torch
 
-from pretrain.module import SimMIMPretraining
-from pretrain.settings import ProbeSettings
-from simmim.checkpoint import Preprocessing
+from simmim.checkpoints.checkpoint import Preprocessing
 from simmim.data import ImageSamples, collate, labeled_source
+from simmim.encoders.base import EncoderConfig
 from simmim.evaluate import EncoderPass, Pixels, StageScore, all_features, draw, knn_stages, pooled, probe_stages
 from simmim.evaluate.probe import check_installed
-from simmim.evaluate.vectors import Embeddings, Viewed, check_any_read, collected, encoded, note_unreadable, viewed_batches
-from simmim.swinv2 import SwinV2Config
+from simmim.evaluate.vectors import Embeddings, ViewBatch, check_any_read, collected, encoded, note_unreadable, view_batches
+from simmim.pretrain.module import PretrainingModule
+from simmim.pretrain.reconstruction_grid import COLUMNS, reconstruction_grid
+from simmim.pretrain.settings import ProbeSettings
 from simmim.training import Throughput
 from simmim.training.logs import log_picture
-from simmim.visualise import COLUMNS, reconstruction_grid
 
 KEEP_VIEWS_MIB = 512  # labeled images that take less stay in memory as the encoder sees them, and are read once
 
@@ -40,17 +41,17 @@ class Reconstructions(pl.Callback):
         self.batch = collate([samples[0, int(row)] for row in rows])
         self.step = 0  # of the last picture; batches that are accumulated in one step end at the same one
 
-    def on_train_batch_end(self, trainer: pl.Trainer, module: SimMIMPretraining, *_) -> None:
+    def on_train_batch_end(self, trainer: pl.Trainer, module: PretrainingModule, *_) -> None:
         """Draw at every `every_steps`-th step."""
         if trainer.global_step % self.every_steps == 0 and trainer.global_step != self.step:
             self.draw(trainer, module)
 
-    def on_train_end(self, trainer: pl.Trainer, module: SimMIMPretraining) -> None:
+    def on_train_end(self, trainer: pl.Trainer, module: PretrainingModule) -> None:
         """Draw the end."""
         if trainer.global_step % self.every_steps:
             self.draw(trainer, module)
 
-    def draw(self, trainer: pl.Trainer, module: SimMIMPretraining) -> None:
+    def draw(self, trainer: pl.Trainer, module: PretrainingModule) -> None:
         """Write one picture. A model that is divided among processes computes only when all of them do."""
         self.step = trainer.global_step
         if not trainer.is_global_zero and module.device_mesh is None:
@@ -58,14 +59,12 @@ class Reconstructions(pl.Callback):
         model, training = module.model, module.model.training
         with torch.random.fork_rng(devices=[]), torch.no_grad():
             model.eval()
-            images, mask = module.inputs({**self.batch, "image": self.batch["image"].to(module.device)})
-            prediction = model.reconstruct(images, mask)
+            images, drawn = module.inputs({**self.batch, "image": self.batch["image"].to(module.device)})
+            mask, prediction = model.reconstruct(images, drawn)
             model.train(training)
         if not trainer.is_global_zero:
             return
-        picture = reconstruction_grid(
-            images, mask, prediction, module.mean, module.std, across=2 if len(images) > 4 else 1
-        )
+        picture = reconstruction_grid(images, mask, prediction, module.mean, module.std, across=2 if len(images) > 4 else 1)
         self.folder.mkdir(exist_ok=True)
         picture.save(self.folder / f"step-{trainer.global_step:07d}.png")
         # Scalars of the n-th step stand at n - 1. There, a picture from right before a checkpoint is not taken back when the
@@ -97,7 +96,7 @@ class LabeledProbe(pl.Callback):
         settings: ProbeSettings,
         seed: int,
         preprocessing: Preprocessing,
-        config: SwinV2Config,
+        config: EncoderConfig,
         every_steps: int,
         workers: int,
     ) -> None:
@@ -111,7 +110,7 @@ class LabeledProbe(pl.Callback):
         self.drawn = draw(source, settings.labels_per_class, seed, settings.max_images)
         self.counts = [(len(kept.rows), len(all_of.rows)) for kept, all_of in zip(self.drawn[1:], everything[1:])]
         self.pools = pooled(source, [self.drawn])
-        self.views: list[Iterable[Viewed]] = []
+        self.views: list[Iterable[ViewBatch]] = []
         self.unreadable: dict[str, str] = {}
         self.baseline: StageScore | None = None
         self.step = 0  # of the last measure; batches that are accumulated in one step end at the same one
@@ -125,7 +124,7 @@ class LabeledProbe(pl.Callback):
         image_bytes = self.channels * self.preprocessing.image_size[0] * self.preprocessing.image_size[1]
         kept = image_bytes * sum(len(part.rows) for part in self.pools.parts) <= KEEP_VIEWS_MIB * 2**20
         for part in self.pools.parts:
-            views = viewed_batches(self.preprocessing, self.channels, part.data, self.how)
+            views = view_batches(self.preprocessing, self.channels, part.data, self.how)
             readable, seen, unreadable = 0, [], {}
             for viewed in views:
                 readable += len(viewed.rows)
@@ -150,18 +149,18 @@ class LabeledProbe(pl.Callback):
             lines += f"; {len(self.unreadable):,} cannot be read, the first, {path}: {why}"
         return lines
 
-    def on_train_batch_end(self, trainer: pl.Trainer, module: SimMIMPretraining, *_) -> None:
+    def on_train_batch_end(self, trainer: pl.Trainer, module: PretrainingModule, *_) -> None:
         """Measure after the first and every `every_steps`-th step."""
         step = trainer.global_step
         if step != self.step and (step == 1 or step % self.every_steps == 0):
             self.measure(trainer, module)
 
-    def on_train_end(self, trainer: pl.Trainer, module: SimMIMPretraining) -> None:
+    def on_train_end(self, trainer: pl.Trainer, module: PretrainingModule) -> None:
         """Measure the end."""
         if trainer.global_step != self.step:
             self.measure(trainer, module)
 
-    def measure(self, trainer: pl.Trainer, module: SimMIMPretraining) -> None:
+    def measure(self, trainer: pl.Trainer, module: PretrainingModule) -> None:
         """Log one measure. A model that is divided among processes computes only when all of them do."""
         self.step = trainer.global_step
         if not trainer.is_global_zero and module.device_mesh is None:
@@ -185,7 +184,7 @@ class LabeledProbe(pl.Callback):
                 # Scalars of the n-th step stand at n - 1.
                 logger.log_metrics(values, step=self.step - 1)
 
-    def embedded(self, trainer: pl.Trainer, module: SimMIMPretraining) -> list[Embeddings]:
+    def embedded(self, trainer: pl.Trainer, module: PretrainingModule) -> list[Embeddings]:
         """The images' vectors by the encoder as it is now, in the precision of training."""
         features = self.features if self.baseline else (*self.features, self.pixels)
         how = EncoderPass(device=module.device)
@@ -203,9 +202,7 @@ class LabeledProbe(pl.Callback):
             scores = knn_stages(*given, baseline=self.pixels.name)
         self.baseline = self.baseline or scores.row(self.pixels.name)
         values = {
-            row.name.replace(", ", ".").replace(" ", ""): row.accuracy
-            for row in scores.rows
-            if row.name != self.pixels.name
+            row.name.replace(", ", ".").replace(" ", ""): row.accuracy for row in scores.rows if row.name != self.pixels.name
         }
         if scores.winner is not None:
             values["chosen"] = scores.winner.accuracy
@@ -213,7 +210,7 @@ class LabeledProbe(pl.Callback):
 
 
 @contextlib.contextmanager
-def whole(module: SimMIMPretraining) -> Iterator[None]:
+def whole(module: PretrainingModule) -> Iterator[None]:
     """Of a model that is divided among processes, the parameters outside its blocks put together, which else only the
     model's own forward pass does; blocks see to theirs. There must have been such a pass before."""
     if module.device_mesh is None:

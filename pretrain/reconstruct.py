@@ -1,4 +1,5 @@
 """Reconstructions of any images by a run's model, as one picture."""
+
 from __future__ import annotations
 
 import random
@@ -6,10 +7,10 @@ from pathlib import Path
 
 import torch
 
-from pretrain.run import load_simmim
-from simmim.data import UNREADABLE, CentreView, normalise, open_images, open_picture, reason
-from simmim.files import whole_file
-from simmim.visualise import reconstruction_grid
+from simmim.data import UNREADABLE, CenterView, normalize, open_images, open_picture, reason
+from simmim.files import atomic_write
+from simmim.pretrain.reconstruction_grid import reconstruction_grid
+from simmim.pretrain.run import load_pretrained
 
 
 def reconstruct(run: str | Path, images: str | Path, out: str | Path, count: int = 8, seed: int = 0) -> Path:
@@ -25,9 +26,9 @@ def reconstruct(run: str | Path, images: str | Path, out: str | Path, count: int
         raise ValueError(f"{str(out)!r} is no picture's name: end it in .png")
     if count < 1:
         raise ValueError(f"count is {count}: give 1 or more")
-    model, settings = load_simmim(run)
+    model, settings = load_pretrained(run)
     source = open_images(images)
-    view = CentreView(settings.size)
+    view = CenterView(settings.size)
     order = random.Random(seed).sample(range(len(source)), len(source))
     pixels, first_error = [], None
     for row in order:
@@ -40,12 +41,11 @@ def reconstruct(run: str | Path, images: str | Path, out: str | Path, count: int
             break
     if not pixels:
         raise ValueError(f"none of {len(source)} images can be read; the first, {first_error}")
-    batch = normalise(torch.stack(pixels), settings.data.mean, settings.data.std)
-    generator = torch.Generator().manual_seed(seed)
-    mask = settings.masking().draw(len(batch), settings.size, generator)
-    prediction = model.reconstruct(batch, mask)
+    batch = normalize(torch.stack(pixels), settings.data.mean, settings.data.std)
+    seeds = [random.Random(f"{seed}/{row}").getrandbits(62) for row in range(len(batch))]
+    mask, prediction = model.reconstruct(batch, model.draw(settings.size, seeds, torch.device("cpu")))
     across = 2 if len(batch) > 4 else 1
     picture = reconstruction_grid(batch, mask, prediction, settings.data.mean, settings.data.std, across)
-    with whole_file(out) as temporary:
+    with atomic_write(out) as temporary:
         picture.save(temporary, format={"jpg": "jpeg"}.get(out.suffix[1:].lower(), out.suffix[1:]))
     return out

@@ -1,8 +1,8 @@
 """A pre-training run put together: survey the images, settle what is open, train, leave an encoder behind."""
+
 from __future__ import annotations
 
 import contextlib
-import math
 from dataclasses import replace
 from pathlib import Path
 
@@ -10,23 +10,23 @@ import pytorch_lightning as pl
 from pytorch_lightning.strategies import ModelParallelStrategy
 from torch import Tensor
 
-from pretrain.callbacks import LabeledProbe, Reconstructions
-from pretrain.module import SimMIMPretraining
-from pretrain.settings import DataSettings, ModelSettings, OptimSettings, PretrainSettings, ProbeSettings, resolve
-from simmim.checkpoint import Checkpoint, Preprocessing, build_encoder, preset_name, save_checkpoint
-from simmim.convert import read
-from simmim.convert.files import unpickled
-from simmim.data import CentreView, ImageSamples, RandomView, Source, StreamSamples, open_source, survey, worker_count
+from simmim.checkpoints import read
+from simmim.checkpoints.checkpoint import Checkpoint, Preprocessing, build_encoder, save_checkpoint
+from simmim.checkpoints.weight_files import unpickled
+from simmim.data import CenterView, ImageSamples, RandomView, Source, StreamSamples, open_source, survey, worker_count
 from simmim.data.mask_sources import masks_among
-from simmim.model import SimMIM
-from simmim.run_folder import CONFIG, as_yaml, check_run_folder, checkpoints_folder, taken_run_folder
-from simmim.swinv2 import SwinV2
+from simmim.encoders import registry
+from simmim.methods.base import Method
+from simmim.methods.registry import default_method, method_named
+from simmim.pretrain.callbacks import LabeledProbe, Reconstructions
+from simmim.pretrain.module import PretrainingModule
+from simmim.pretrain.settings import DataSettings, OptimSettings, PretrainSettings, ProbeSettings, resolve, settings_class
 from simmim.training import (
     ActivationMonitor,
-    NotePlaces,
     SaveRun,
     StopOnSignal,
     StreamData,
+    TrackStreamPosition,
     build_trainer,
     check_trainer_keys,
     default_precision,
@@ -34,9 +34,10 @@ from simmim.training import (
     is_first_process,
     machine,
     per_device_batch,
+    shared_callbacks,
     usable_checkpoint,
-    usual_callbacks,
 )
+from simmim.training.run_folder import CONFIG, as_yaml, check_run_folder, checkpoints_folder, locked_run_folder
 
 KEEP_DECODED_MIB = 128  # sets that decode to less stay in memory, in each loading process
 
@@ -62,13 +63,10 @@ def pretrain(settings: PretrainSettings) -> Path:
     model = build_model(settings)
     if initial:
         lines = take_weights(model, initial)
-    masking = settings.masking()
     schedule = settings.schedule().by_step(steps_per_epoch, settings.batch_size)
-    module = SimMIMPretraining(
-        model, masking, data.mean, data.std, schedule, settings.optim.weight_decay, settings.optim.clip
-    )
+    module = PretrainingModule(model, data.mean, data.std, schedule, settings.optim.weight_decay, settings.optim.clip)
     samples = training_samples(settings, source, kept)
-    shown = ImageSamples(source.head, CentreView(settings.size), data.channels, settings.seed)
+    shown = ImageSamples(source.head, CenterView(settings.size), data.channels, settings.seed)
 
     run = Path(settings.out).expanduser()
     preprocessing = Preprocessing(settings.size, data.mean, data.std)
@@ -79,17 +77,17 @@ def pretrain(settings: PretrainSettings) -> Path:
         state = {name.removeprefix("model."): value for name, value in state.items()}
         parts = {name: value for name, value in state.items() if not name.startswith("encoder.")}
         encoder = {name.removeprefix("encoder."): value for name, value in state.items() if name not in parts}
-        said = provenance(settings, source.count, step)
+        said = provenance(settings, model.provenance(), source.count, step)
         said |= {"loss": round(save.mean_loss, 5)} if save.mean_loss is not None else {}
         trained = Checkpoint(
-            model.encoder.config, encoder, preprocessing, run, provenance=said, pretraining=parts
+            model.encoder.config, encoder, preprocessing, run, provenance=said, method=model.name, pretraining=parts
         )
         save_checkpoint(run / "encoder", trained)
 
     save = SaveRun(run, settings.save_every_steps, settings.save_every_minutes, settings.keep_checkpoints, export)
     callbacks = [
-        *usual_callbacks(run, settings, "pre-training", source.count),
-        NotePlaces(),
+        *shared_callbacks(run, settings, "pre-training", source.count),
+        TrackStreamPosition(),
         Reconstructions(shown, run, every_steps=max(1, round(settings.reconstruct_every_epochs * steps_per_epoch))),
         ActivationMonitor(run, every_steps=max(1, round(settings.activations_every_epochs * steps_per_epoch))),
         *([probe] if probe else []),
@@ -106,12 +104,12 @@ def pretrain(settings: PretrainSettings) -> Path:
         log_every_steps=min(settings.log_every_steps, steps),
         extra=settings.trainer,
         loggers=settings.loggers,
-        loss="masked_l1",
+        loss=model.loss_name,
     )
     per_device_batch(settings.batch_size, trainer.world_size, accumulate)
     if probe and (trainer.is_global_zero or isinstance(trainer.strategy, ModelParallelStrategy)):
         probe.read()
-    with taken_run_folder(settings) if is_first_process() else contextlib.nullcontext():
+    with locked_run_folder(settings) if is_first_process() else contextlib.nullcontext():
         checkpoint = usable_checkpoint(run, say=print if is_first_process() else None) if settings.resume else None
         if trainer.is_global_zero:
             if initial:
@@ -157,9 +155,7 @@ def training_samples(settings: PretrainSettings, source: Source, kept: bool) -> 
     return ImageSamples(source.images, *how, kept, data.max_pixels)
 
 
-def labeled_probe(
-    settings: PretrainSettings, preprocessing: Preprocessing, steps_per_epoch: float
-) -> LabeledProbe | None:
+def labeled_probe(settings: PretrainSettings, preprocessing: Preprocessing, steps_per_epoch: float) -> LabeledProbe | None:
     """The look at labeled images that resolved settings ask for; None where they do not."""
     if settings.probe.data is None:
         return None
@@ -168,15 +164,15 @@ def labeled_probe(
     return LabeledProbe(settings.probe, settings.seed, preprocessing, config, every_steps, settings.workers)
 
 
-def build_model(settings: PretrainSettings) -> SimMIM:
-    """Encoder and head of resolved settings, freshly initialised."""
+def build_model(settings: PretrainSettings) -> Method:
+    """The method of resolved settings with its encoder, freshly initialized."""
     model = settings.model
-    encoder = SwinV2(settings.encoder_config(), model.checkpoint_activations, model.sequential_attention)
-    return SimMIM(encoder, settings.model.norm_target_patch)
+    encoder = registry.build(settings.encoder_config(), model.checkpoint_activations, model.sequential_attention)
+    return method_named(settings.method).build(encoder, model)
 
 
-def take_weights(model: SimMIM, source: Checkpoint) -> str:
-    """Give `model` the weights of `source`, mask token and decoder among them where it has them and they fit.
+def take_weights(model: Method, source: Checkpoint) -> str:
+    """Give `model` the weights of `source`, those of the method among them where it has them and they fit.
 
     Returns:
         The report, a line each of what was loaded, adapted, missing and unexpected.
@@ -184,39 +180,32 @@ def take_weights(model: SimMIM, source: Checkpoint) -> str:
     config = model.encoder.config
     saved = build_encoder(source, **{name: getattr(config, name) for name in vars(config)})
     model.encoder.load_state_dict(saved.encoder.state_dict())
-    own = {name: tuple(value.shape) for name, value in model.own_state().items()}
-    fits = {name: tuple(value.shape) for name, value in source.pretraining.items()} == own
-    if fits:
-        model.load_state_dict(source.pretraining, strict=False)
-    report = str(saved.report)
-    if source.pretraining and not fits:
-        report += "\nadapted    mask token and decoder are fresh: those of the source are for other channels"
-    if fits:
-        report += "\nloaded     mask token and decoder"
-    patch = source.provenance.get("norm_target_patch")
-    if fits and patch and patch != model.norm_target_patch:
-        report += f"; they predict pixels normalised over {patch} px: --model.norm_target_patch {patch} goes on like that"
+    report, shapes = str(saved.report), {name: tuple(value.shape) for name, value in source.pretraining.items()}
+    if source.pretraining and source.method != model.name:
+        report += f"\nadapted    the parts of {model.title} are fresh: the source was trained by {source.method}"
+    elif source.pretraining and shapes != dict(model.expected_state(config)):
+        report += f"\nadapted    the parts of {model.title} are fresh: those of the source are for other channels"
+    elif source.pretraining:
+        report += f"\nloaded     {model.load_own_state(source.pretraining, source.provenance)}"
     return report
 
 
-def provenance(settings: PretrainSettings, count: int, steps: int) -> dict:
+def provenance(settings: PretrainSettings, method: dict, count: int, steps: int) -> dict:
     """What an exported encoder says of where it comes from."""
     from simmim import __version__
 
     return {
         "toolkit": f"simmim {__version__}",
-        "method": "SimMIM",
+        "method": method_named(settings.method).title,
         "data": data_name(settings.data.path),
         "images": count,
-        "preset": preset_name(settings.encoder_config()),
+        "preset": registry.preset_name(settings.encoder_config()),
         **({"init": Path(settings.init).name} if settings.init != "none" else {}),
         "steps": steps,
         "epochs": settings.epochs,
         "batch_size": settings.batch_size,
         "seed": settings.seed,
-        "mask_unit": settings.model.mask_unit,
-        "mask_ratio": settings.model.mask_ratio,
-        "norm_target_patch": settings.model.norm_target_patch,
+        **method,
     }
 
 
@@ -228,7 +217,7 @@ def data_name(path: str | list[str]) -> str:
 
 def summary(
     settings: PretrainSettings,
-    model: SimMIM,
+    model: Method,
     count: int,
     steps: int,
     trainer: pl.Trainer,
@@ -239,18 +228,16 @@ def summary(
     encoder = model.encoder
     parameters = sum(parameter.numel() for parameter in encoder.parameters()) / 1e6
     height, width = settings.size
-    units = math.prod(settings.masking().grid(settings.size))
-    hidden = settings.masking().masked_units(settings.size)
     peak = settings.optim.lr * settings.batch_size / 512
-    kind = {1: "gray", 3: "colour"}.get(settings.data.channels, f"{settings.data.channels} channels")
+    kind = {1: "gray", 3: "color"}.get(settings.data.channels, f"{settings.data.channels} channels")
     lines = [
         f"# {settings.out}/{CONFIG}",
         as_yaml(settings).rstrip(),
         "",
         f"images   {count:,}, {kind}, as {height}×{width} px",
-        f"encoder  SwinV2 {preset_name(encoder.config) or 'of its own size'}, {parameters:.2f} M parameters, "
-        f"window {encoder.config.window_size}, patch {encoder.config.patch_size} px",
-        f"masking  {hidden} of {units} units of {settings.model.mask_unit} px",
+        f"encoder  {registry.family_of(encoder.config).title} {registry.preset_name(encoder.config) or 'of its own size'}, "
+        f"{parameters:.2f} M parameters, {encoder.config.describe()}",
+        f"method   {', '.join(filter(None, (model.title, model.describe(settings.size))))}",
         f"training {settings.epochs:g} epochs, {steps:,} steps of {settings.batch_size} images, peak learning rate "
         f"{peak:.3g}, {settings.precision} on {machine(trainer)}",
     ]
@@ -261,7 +248,7 @@ def summary(
     return "\n".join(lines)
 
 
-def load_simmim(run: str | Path) -> tuple[SimMIM, PretrainSettings]:
+def load_pretrained(run: str | Path) -> tuple[Method, PretrainSettings]:
     """A run's whole model, with mask token and head, from its last checkpoint, and its settings.
 
     Raises:
@@ -289,7 +276,14 @@ def read_settings(run: str | Path) -> PretrainSettings:
     if not path.is_file():
         raise ValueError(f"no run at {str(run)!r}: expected {path}")
     values = yaml.safe_load(path.read_text(encoding="utf-8"))
-    if "model" not in values or "mask_ratio" not in values["model"]:
+    if "model" not in values:
         raise ValueError(f"run {str(run)!r} is no pre-training run")
-    groups = {"data": DataSettings, "model": ModelSettings, "optim": OptimSettings, "probe": ProbeSettings}
-    return PretrainSettings(**{**values, **{name: kind(**values.get(name, {})) for name, kind in groups.items()}})
+    method = values.get("method", default_method())
+    groups = {
+        "data": DataSettings,
+        "model": method_named(method).settings_class,
+        "optim": OptimSettings,
+        "probe": ProbeSettings,
+    }
+    given = {**values, **{name: kind(**values.get(name, {})) for name, kind in groups.items()}}
+    return settings_class(method)(**given)

@@ -1,26 +1,28 @@
 """Settings of stage 1, and how what the user leaves open follows from the images and the machine."""
+
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field, make_dataclass, replace
 from typing import Any, ClassVar
 
-from simmim.checkpoint import Checkpoint
+from simmim.checkpoints.checkpoint import Checkpoint
 from simmim.data import IMAGENET_MEAN, IMAGENET_STD, Survey
 from simmim.defaults import (
     check_common,
     default_batch_size,
     default_image_size,
-    default_mask_unit,
     default_preset,
     default_pretraining_epochs,
-    default_window,
     encoder_channels,
     plain_size,
 )
-from simmim.masking import BlockMasking
-from simmim.optim import Schedule
-from simmim.swinv2 import PRESETS, SwinV2Config, nearest
+from simmim.encoders import registry
+from simmim.encoders.base import EncoderConfig, with_fields
+from simmim.messages import did_you_mean
+from simmim.methods.base import MethodSettings
+from simmim.methods.registry import default_method, method_named
+from simmim.training.optim import Schedule
 
 
 @dataclass(frozen=True)
@@ -37,8 +39,8 @@ class DataSettings:
         strict: stop at the first image that cannot be read.
         max_skipped_share: stop when a larger share of the images seen cannot be read; others replace them until then.
         max_pixels: larger images are not read, as a guard against decompression bombs.
-        channels: 1 for gray, 3 for colour, or as many as TIFF and .npy files have; found from the images by default.
-        mean: one a channel, of values in [0, 1]; ImageNet's for colour, the images' own else by default.
+        channels: 1 for gray, 3 for color, or as many as TIFF and .npy files have; found from the images by default.
+        mean: one a channel, of values in [0, 1]; ImageNet's for color, the images' own else by default.
         std: as mean.
         crop_scale: range of the random crop's share of the image's area.
         crop_ratio: range of the crop's width over height.
@@ -78,29 +80,6 @@ class DataSettings:
             raise ValueError(f"data.flip is {self.flip}: give a probability")
         if self.std is not None and min(self.std) <= 0:
             raise ValueError(f"data.std is {self.std}: give positive numbers")
-
-
-@dataclass(frozen=True)
-class ModelSettings:
-    """Masking, target, and changes to the preset's encoder.
-
-    Args:
-        mask_unit: side of a mask unit in pixels; by default the largest that leaves six units or more a side.
-        mask_ratio: share of the units that is masked.
-        norm_target_patch: side in pixels, odd, of the sliding patch that normalises the target (47 as published for
-            192 px); raw pixels by default.
-        encoder: settings of the encoder that replace the preset's, such as window_size, drop_path_rate or depths.
-        checkpoint_activations: recompute activations in the backward pass: less memory, a third more time.
-        sequential_attention: attend to so many windows at a time, and recompute each group's attention in the backward pass:
-            less memory where images or windows are large.
-    """
-
-    mask_unit: int | None = None
-    mask_ratio: float = 0.6
-    norm_target_patch: int | None = None
-    encoder: dict[str, Any] = field(default_factory=dict)
-    checkpoint_activations: bool = False
-    sequential_attention: int | None = None
 
 
 @dataclass(frozen=True)
@@ -149,7 +128,7 @@ class ProbeSettings:
         every_epochs: every so many epochs, and at the end; by default ten times in all.
         labels_per_class: training images of each class; all by default.
         method: knn, or probe for logistic regression, which takes longer.
-        k: neighbours that vote.
+        k: neighbors that vote.
         max_images: no more than so many of the training and of the test images, evenly over the classes.
         column: which holds the images, in sources that have columns; found by default.
         label_column: which holds the labels; found by default.
@@ -166,7 +145,7 @@ class ProbeSettings:
 
     def __post_init__(self) -> None:
         if self.method not in PROBE_METHODS:
-            raise ValueError(f"unknown probe.method {self.method!r}{nearest(self.method, PROBE_METHODS)}")
+            raise ValueError(f"unknown probe.method {self.method!r}{did_you_mean(self.method, PROBE_METHODS)}")
         for name in ("every_epochs", "labels_per_class", "k", "max_images"):
             if getattr(self, name) is not None and getattr(self, name) <= 0:
                 raise ValueError(f"probe.{name} is {getattr(self, name)}: give a positive number")
@@ -176,9 +155,15 @@ PROBE_METHODS = ("knn", "probe")
 # Pictures of a run, and measures of its activations: each takes about as long as a step.
 LOOKS, LOOK_STEPS = 20, 20
 POSITIVE = (
-    "epochs", "batch_size", "log_every_steps", "save_every_steps", "save_every_minutes", "keep_checkpoints",
-    "reconstruct_every_epochs", "activations_every_epochs",
-)  # fmt: skip
+    "epochs",
+    "batch_size",
+    "log_every_steps",
+    "save_every_steps",
+    "save_every_minutes",
+    "keep_checkpoints",
+    "reconstruct_every_epochs",
+    "activations_every_epochs",
+)
 
 
 @dataclass(frozen=True)
@@ -190,10 +175,11 @@ class PretrainSettings:
         out: run folder to make.
         init: encoder to go on from, in any format that `simmim.load_encoder` reads; its mask token and decoder come along
             where it has them. With none the encoder starts fresh.
+        method: how the encoder learns.
         preset: size of a fresh encoder: nano, micro, tiny, small, base, large, huge, giant-1b, giant-3b.
         image_size: pixels the crops are resized to, one number or height and width.
         epochs: passes over the images.
-        batch_size: images an optimiser step, over all devices.
+        batch_size: images an optimizer step, over all devices.
         seed: of everything random.
         workers: processes that load images, a device.
         devices: how many, or auto for all.
@@ -210,17 +196,18 @@ class PretrainSettings:
         activations_every_epochs: measures of every block's output every so many epochs; by default as often as pictures.
         log_every_steps: metrics every so many steps.
         loggers: services to log to beside TensorBoard and metrics.csv: wandb, mlflow.
-        model: masking, target, encoder.
-        optim: optimiser and schedule.
+        model: settings of the method, and changes to the preset's encoder.
+        optim: optimizer and schedule.
         probe: what the features are worth on a small labeled set, logged beside the loss.
         trainer: further settings of Lightning's Trainer.
     """
 
-    circumstances: ClassVar[tuple[str, ...]] = ("probe",)
+    may_change_on_resume: ClassVar[tuple[str, ...]] = ("probe",)
 
     data: DataSettings
     out: str
     init: str = "none"
+    method: str = default_method()
     preset: str | None = None
     image_size: int | tuple[int, int] | None = None
     epochs: float | None = None
@@ -239,7 +226,7 @@ class PretrainSettings:
     activations_every_epochs: float | None = None
     log_every_steps: int = 10
     loggers: str | tuple[str, ...] = ()
-    model: ModelSettings = ModelSettings()
+    model: MethodSettings | None = None
     optim: OptimSettings = OptimSettings()
     probe: ProbeSettings = ProbeSettings()
     trainer: dict[str, Any] = field(default_factory=dict)
@@ -247,6 +234,11 @@ class PretrainSettings:
     def __post_init__(self) -> None:
         if isinstance(self.data, str | list):
             object.__setattr__(self, "data", DataSettings(self.data))
+        own = method_named(self.method).settings_class
+        if self.model is None or isinstance(self.model, dict):
+            object.__setattr__(self, "model", own(**(self.model or {})))
+        if not isinstance(self.model, own):
+            raise ValueError(f"model is {type(self.model).__name__}: the method {self.method} takes {own.__name__}")
         names = self.loggers.split(",") if isinstance(self.loggers, str) else self.loggers
         object.__setattr__(self, "loggers", tuple(name.strip() for name in names if name.strip()))
         if isinstance(self.image_size, list):
@@ -263,17 +255,11 @@ class PretrainSettings:
         """(height, width) of the crops, once resolved."""
         return (self.image_size,) * 2 if isinstance(self.image_size, int) else self.image_size
 
-    def encoder_config(self) -> SwinV2Config:
+    def encoder_config(self) -> EncoderConfig:
         """The architecture, once resolved."""
         if self.preset is None:
-            return SwinV2Config(**self.model.encoder)
-        return SwinV2Config.from_preset(self.preset, **{"in_channels": self.data.channels, **self.model.encoder})
-
-    def masking(self) -> BlockMasking:
-        """How masks are drawn, once resolved."""
-        masking = BlockMasking(self.model.mask_unit, self.model.mask_ratio, self.encoder_config().patch_size)
-        masking.masked_units(self.size)
-        return masking
+            return registry.config_from_dict(self.model.encoder)
+        return registry.preset_config(self.preset, **{"in_channels": self.data.channels, **self.model.encoder})
 
     def schedule(self) -> Schedule:
         """The learning rate's course, once resolved."""
@@ -326,23 +312,18 @@ def resolve(
     if settings.init != "none":
         preset = None
         if source:
-            encoder = {**source.config.as_dict(), "in_channels": channels, **encoder}
-            if "window_size" not in model.encoder:
-                # The window grows with the image, so that it sees the same share of it.
-                share = min(size) / min(source.preprocessing.image_size)
-                encoder["window_size"] = max(1, round(source.config.window_size * share))
-        config = SwinV2Config(**encoder)
+            moved = source.config.moved(source.preprocessing.image_size, size)
+            encoder = {**registry.config_as_dict(moved), "in_channels": channels, **encoder}
+        config = registry.config_from_dict(encoder)
     else:
         preset = settings.preset or default_preset(min(size), device)
-        if preset in PRESETS:
-            patch_size = encoder.get("patch_size", PRESETS[preset].patch_size)
-            encoder.setdefault("window_size", default_window(min(size), patch_size))
-        config = SwinV2Config.from_preset(preset, **encoder)
-    mask_unit = default_mask_unit(size, config.patch_size) if model.mask_unit is None else model.mask_unit
-    model = replace(model, encoder=encoder, mask_unit=mask_unit)
+        config = registry.preset_config(preset, **encoder)
+        encoder = {**config.for_image_size(size), **encoder}
+        config = with_fields(config, **encoder)
+    model = replace(model.resolve(size, config), encoder=encoder)
 
     epochs = settings.epochs or default_pretraining_epochs(count)
-    small = config.embed_dim < PRESETS["tiny"].embed_dim
+    small = config.is_small
     optim = replace(
         optim,
         lr=optim.lr if optim.lr is not None else (2e-3 if small else 1e-4),
@@ -368,6 +349,18 @@ def resolve(
         resolved,
         save_every_steps=settings.save_every_steps or min(max(math.ceil(count / resolved.batch_size), 50), 1000),
     )
-    resolved.masking()
     resolved.schedule()
     return resolved
+
+
+def settings_class(method: str) -> type[PretrainSettings]:
+    """`PretrainSettings` whose `model` has the settings of one method, as the command offers them.
+
+    Raises:
+        ValueError: for an unknown method, naming the nearest known one.
+    """
+    model = method_named(method).settings_class
+    fields = [("method", str, field(default=method)), ("model", model, field(default=model()))]
+    return make_dataclass(
+        "PretrainSettings", fields, bases=(PretrainSettings,), frozen=True, namespace={"__doc__": PretrainSettings.__doc__}
+    )

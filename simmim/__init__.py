@@ -2,18 +2,19 @@
 
 Importing this package loads nothing heavy: names resolve when they are first used.
 """
+
 from importlib import import_module
 
 __version__ = "0.1.0"
 
 _HOMES = {
-    "SwinV2": "simmim.swinv2",
-    "SwinV2Config": "simmim.swinv2",
-    "PRESETS": "simmim.swinv2",
-    "BlockMasking": "simmim.masking",
-    "SimMIM": "simmim.model",
-    "load_encoder": "simmim.convert",
-    "save_encoder": "simmim.checkpoint",
+    "SwinV2": "simmim.encoders.swinv2",
+    "SwinV2Config": "simmim.encoders.swinv2",
+    "PRESETS": "simmim.encoders.swinv2",
+    "BlockMasking": "simmim.methods.masking",
+    "SimMIM": "simmim.methods.simmim",
+    "load_encoder": "simmim.checkpoints",
+    "save_encoder": "simmim.checkpoints.checkpoint",
 }
 __all__ = [*_HOMES, "__version__"]
 

@@ -1,4 +1,5 @@
 """What follows from the images and the machine where the user says nothing, and what cannot work on any."""
+
 from __future__ import annotations
 
 import math
@@ -15,7 +16,7 @@ def plain_size(size: tuple[int, int]) -> int | tuple[int, int]:
 
 
 def encoder_channels(pretrained: int, images: int) -> int:
-    """The input channels to go on with: gray and colour images are read as the encoder takes them; any other number of
+    """The input channels to go on with: gray and color images are read as the encoder takes them; any other number of
     channels has no such reading, and the encoder is adapted to it."""
     return pretrained if {pretrained, images} <= {1, 3} else images
 
@@ -39,8 +40,8 @@ def default_mask_unit(size: tuple[int, int], patch_size: int) -> int:
         ValueError: when no multiple of the patch size divides the image.
     """
     fitting = [unit for unit in range(patch_size, 33, patch_size) if size[0] % unit == 0 and size[1] % unit == 0]
-    for units_a_side in (6, 4, 2):
-        large_enough = [unit for unit in fitting if min(size) // unit >= units_a_side]
+    for units_per_side in (6, 4, 2):
+        large_enough = [unit for unit in fitting if min(size) // unit >= units_per_side]
         if large_enough:
             return max(large_enough)
     raise ValueError(

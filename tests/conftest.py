@@ -1,4 +1,5 @@
 """Fixtures that several tests share, and caches that leave the user's alone."""
+
 import os
 import sys
 import tempfile
@@ -8,7 +9,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from simmim.digits import write_digits
+from simmim.data.digits import write_digits
 
 # Before anything reads them; processes that tests start inherit them.
 _CACHES = tempfile.TemporaryDirectory(prefix="simmim-tests-")
@@ -22,7 +23,7 @@ def pytest_collection_modifyitems(items):
     """Of some hundred runs of two processes two have crashed in C, once seen in PyTorch's own gloo thread (2.13.0, inside
     libtorch_cpu): a run that a segmentation fault or an abort ended, and no other, is tried a second time."""
     for item in items:
-        if "nursery" in item.fixturenames:
+        if "fork_server" in item.fixturenames:
             item.add_marker(pytest.mark.flaky(reruns=1, only_rerun="exit code -(6|11)"))
 
 
@@ -33,13 +34,13 @@ def _one_thread():
 
 
 @pytest.fixture(scope="module")
-def nursery(tmp_path_factory):
+def fork_server(tmp_path_factory):
     """A process that has imported everything, to start runs of the command from."""
-    from nursery import Nursery
+    from fork_server import ForkServer
 
-    nursery = Nursery(tmp_path_factory.mktemp("logs"))
-    yield nursery
-    nursery.close()
+    fork_server = ForkServer(tmp_path_factory.mktemp("logs"))
+    yield fork_server
+    fork_server.close()
 
 
 @pytest.fixture(scope="session")
@@ -51,8 +52,8 @@ def digits(tmp_path_factory):
 @pytest.fixture(scope="session")
 def encoder_folder(tmp_path_factory):
     """A small encoder of gray 32 px images in three stages, no parameter of which has the value that it begins with."""
-    from simmim.checkpoint import Preprocessing, save_encoder
-    from simmim.swinv2 import SwinV2, SwinV2Config
+    from simmim.checkpoints.checkpoint import Preprocessing, save_encoder
+    from simmim.encoders.swinv2 import SwinV2, SwinV2Config
 
     torch.manual_seed(0)
     encoder = SwinV2(SwinV2Config(16, (1, 1, 1), (1, 2, 2), window_size=4, in_channels=1))
@@ -84,8 +85,10 @@ def power_cut():
 
 
 @pytest.fixture
-def plain_blocks(monkeypatch):
-    """The encoder's own lines on a CPU too, not the kernels of `simmim.fused`, and every pixel predicted, as on a GPU."""
-    for name in ("takes", "takes_merging"):
-        monkeypatch.setattr(f"simmim.fused.{name}", lambda module, x: False)
-    monkeypatch.setattr("simmim.model.SimMIM.masked_squares", lambda self, mask, images: None)
+def plain_lines(monkeypatch):
+    """The encoder's plain lines on a CPU too, and every pixel predicted, as on a GPU."""
+    from simmim.encoders.swinv2 import kernels
+
+    monkeypatch.setattr("simmim.methods.pixels.PixelDecoder.masked_cells", lambda self, mask, images: None)
+    with kernels.disabled():
+        yield

@@ -1,5 +1,6 @@
 """The kernels for a GPU, against the encoder's own lines in float64. test_gpu_attention.py runs this file in a process of
 its own: on a GPU, or, where there is none, interpreted, which Triton decides when it is imported."""
+
 import os
 from typing import NamedTuple
 
@@ -9,11 +10,14 @@ import torch
 from einops import rearrange
 from torch import Tensor
 
-from simmim import fused
-from simmim.fused import Windows, trial
-from simmim.fused import gpu as calls
-from simmim.fused.gpu import takes_attention, window_attention
-from simmim.swinv2 import SwinV2, SwinV2Config, attend, fused_windows, partition, roll, shift_mask
+from simmim.encoders.registry import build
+from simmim.encoders.swinv2 import SwinV2Config, kernels
+from simmim.encoders.swinv2.geometry import partition, roll, shift_mask
+from simmim.encoders.swinv2.kernels import dispatch, self_test
+from simmim.encoders.swinv2.kernels import gpu as calls
+from simmim.encoders.swinv2.kernels.gpu import takes_attention, window_attention
+from simmim.encoders.swinv2.kernels.windows import Windows, window_indices
+from simmim.encoders.swinv2.model import attend
 
 INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
 DEVICE = torch.device("cpu" if INTERPRETED else "cuda")
@@ -36,7 +40,7 @@ class Case(NamedTuple):
         return tuple(-(-side // w) * w for side, w in zip(self.size, self.window))
 
     def windows(self) -> Windows:
-        return fused_windows(self.size, self.window, self.shift, self.padded, self.shift_before_padding, DEVICE)
+        return window_indices(self.size, self.window, self.shift, self.padded, self.shift_before_padding, DEVICE)
 
 
 CASES = {
@@ -66,10 +70,13 @@ def numbers_of(case, dtype=torch.float32) -> Numbers:
     rows, dim = case.images * case.size[0] * case.size[1], case.heads * case.head_dim
     tokens = case.window[0] * case.window[1]
     made = Numbers(
-        torch.randn(rows, 3 * dim, generator=draw).to(dtype), torch.randn(dim, generator=draw) * 0.3,
-        torch.randn(dim, generator=draw) * 0.3, 1 + 10 * torch.rand(case.heads, 1, 1, generator=draw),
-        torch.randn(case.heads, tokens, tokens, generator=draw) * 2, torch.randn(rows, dim, generator=draw).to(dtype),
-    )  # fmt: skip
+        torch.randn(rows, 3 * dim, generator=draw).to(dtype),
+        torch.randn(dim, generator=draw) * 0.3,
+        torch.randn(dim, generator=draw) * 0.3,
+        1 + 10 * torch.rand(case.heads, 1, 1, generator=draw),
+        torch.randn(case.heads, tokens, tokens, generator=draw) * 2,
+        torch.randn(rows, dim, generator=draw).to(dtype),
+    )
     return Numbers(*(x.to(DEVICE) for x in made))
 
 
@@ -82,7 +89,7 @@ def by_kernels(case, numbers, attention=window_attention) -> dict[str, Tensor]:
 
 
 def by_plain_lines(case, numbers, dtype=torch.float64) -> dict[str, Tensor]:
-    """The same by `simmim.swinv2`, computed in float64, or with what the encoder rounds under autocast in `dtype`."""
+    """The same by `simmim.encoders.swinv2`, computed in float64, or with what the encoder rounds under autocast in `dtype`."""
     given = [x.to(torch.float64 if dtype == torch.float64 else x.dtype).clone().requires_grad_() for x in numbers[:5]]
     qkv, q_bias, v_bias, scale, bias = given
     rows = qkv.view(case.images, *case.size, -1)
@@ -174,8 +181,8 @@ def test_small_gradients_survive_float16():
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16])
-def test_rows_too_small_to_normalise(dtype):
-    """Theirs are gradients by 1e12, as normalising is there, and nobody else's suffer. One is of zeros."""
+def test_rows_too_small_to_normalize(dtype):
+    """Theirs are gradients by 1e12, as normalizing is there, and nobody else's suffer. One is of zeros."""
     case = CASES["two blocks, padded, shifted"]
     numbers = numbers_of(case, dtype)
     numbers.q_bias.zero_()
@@ -270,7 +277,7 @@ ENCODERS = {
 def encoder_of(config):
     """One whose every parameter matters."""
     torch.manual_seed(0)
-    encoder = SwinV2(config).to(DEVICE)
+    encoder = build(config).to(DEVICE)
     for name, parameter in encoder.named_parameters():
         torch.nn.init.normal_(parameter, 1.5 if "norm" in name or "scale" in name else 0.0, 0.2)
     return encoder
@@ -285,34 +292,35 @@ def encoded(encoder, images):
 
 
 @pytest.fixture
-def seen(plain_blocks, monkeypatch):
-    """What `fused.attends` answered."""
-    answers, attends = [], fused.attends
-    monkeypatch.setattr(fused, "attends", lambda *asked: answers.append(attends(*asked)) or answers[-1])
+def seen(monkeypatch):
+    """What `supports_attention` answered."""
+    answers, supports = [], self_test.supports_attention
+    monkeypatch.setattr(dispatch, "supports_attention", lambda *asked: answers.append(supports(*asked)) or answers[-1])
     return answers
 
 
 @pytest.mark.parametrize("name", ENCODERS)
-def test_encoder(name, seen, monkeypatch):
+def test_encoder(name, seen):
     encoder = encoder_of(ENCODERS[name])
     images = torch.randn(2, 3, 36, 52, generator=torch.Generator().manual_seed(1)).to(DEVICE)
     actual = encoded(encoder, images)
     assert seen == [True] * sum(ENCODERS[name].depths)
-    monkeypatch.setattr(fused, "attends", lambda *asked: False)
-    for what, value in encoded(encoder.double(), images.double()).items():
+    with kernels.disabled():
+        expected = encoded(encoder.double(), images.double())
+    for what, value in expected.items():
         assert distance(actual[what], value) < 1e-3 if "cpb" in what else 1e-4, what
 
 
-def test_encoder_compiled(plain_blocks):
+def test_encoder_compiled():
     """The trial is made while the compiler traces, and leaves nothing in the graph."""
     encoder, images = encoder_of(ENCODERS["shifted"]), torch.randn(1, 3, 32, 32).to(DEVICE)
     expected = encoded(encoder, images)
-    trial.tried.cache_clear()
+    self_test.verified.cache_clear()
     torch._dynamo.reset()
     for block in encoder.layers[0].blocks:
         block.compile(backend="aot_eager", fullgraph=True)
     actual = encoded(encoder, images)
-    assert trial.tried.cache_info().misses == 1
+    assert self_test.verified.cache_info().misses == 1
     for what, value in expected.items():
         assert distance(actual[what], value) < 1e-4, what
 
@@ -328,7 +336,7 @@ def test_encoder_listened_to(seen):
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
 def test_a_trial_passes(dtype):
-    assert trial.difference(DEVICE, dtype, 20, 12, attend) == ""
+    assert self_test.difference(DEVICE, dtype, 20, 12, attend) == ""
 
 
 def test_a_trial_that_fails_is_told_once(seen, monkeypatch):
@@ -344,13 +352,13 @@ def test_a_trial_that_fails_is_told_once(seen, monkeypatch):
 
     for attention, problem in ((wrong, "of its length from that of the plain lines"), (fails, "no such instruction$")):
         seen.clear()
-        trial.tried.cache_clear()
+        self_test.verified.cache_clear()
         monkeypatch.setattr(trial, "window_attention", attention)
         with pytest.warns(UserWarning, match=problem) as told:
             encoder(images)
         assert len(told) == 1
         assert seen == [False, False]
-    trial.tried.cache_clear()
+    self_test.verified.cache_clear()
     assert torch.equal(torch.get_rng_state(), state)
 
 
@@ -359,5 +367,3 @@ def test_takes():
     assert takes_attention(DEVICE, torch.float32, 64, 12)
     for refused in ((torch.float64, 64, 32), (torch.bfloat16, 1025, 32), (torch.bfloat16, 64, 129)):
         assert not takes_attention(DEVICE, *refused)
-
-

@@ -1,4 +1,5 @@
 """Freed memory is kept, in a process of its own: what is told to the C library is not taken back."""
+
 import os
 import subprocess
 import sys
@@ -7,7 +8,7 @@ import pytest
 
 SCRIPT = """
 import resource, sys, torch
-from simmim.allocator import keep_freed_memory
+from simmim.cli.allocator import keep_freed_memory
 if sys.argv[1] == "keep":
     print(keep_freed_memory())
 def page_faults():

@@ -1,11 +1,12 @@
 """Affine changes of labeled images by numbers known beforehand."""
+
 import math
 
 import numpy as np
 import pytest
 import torch
 
-from finetune.augment.affine import AffineSettings, warp
+from simmim.finetune.augment.affine import AffineSettings, warp
 
 IDENTITY = torch.tensor([[[1.0, 0.0, 0.0], [0.0, 1.0, 0.0]]])
 SEEDS = list(range(2000))
@@ -26,7 +27,7 @@ def largest(monkeypatch):
         def uniform(self, low, high):
             return high
 
-    monkeypatch.setattr("finetune.augment.affine.random.Random", Upper)
+    monkeypatch.setattr("simmim.finetune.augment.affine.random.Random", Upper)
 
 
 # --- affine changes --------------------------------------------------------------------------------------------------

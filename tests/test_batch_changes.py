@@ -1,4 +1,5 @@
 """Random changes of labeled batches: against PIL, by draws known beforehand, shares of classes against shares of pixels."""
+
 import random
 from collections import Counter
 
@@ -8,13 +9,13 @@ import torch
 import torch.nn.functional as F
 from PIL import Image, ImageEnhance, ImageOps
 
-from finetune.augment.affine import AffineSettings
-from finetune.augment.batch import BatchChanges
-from finetune.augment.colour import MOVING, OPERATIONS, Change, ColourSettings, movements, operations_for, recolour
-from finetune.augment.erasing import AREA, erase, erased_box
-from finetune.augment.mixing import Mix, MixSettings, cut, mix
-from finetune.classification.model import shared_cross_entropy
-from simmim.data import normalise
+from simmim.data import normalize
+from simmim.finetune.augment.affine import AffineSettings
+from simmim.finetune.augment.batch import BatchChanges
+from simmim.finetune.augment.color import MOVING, OPERATIONS, Change, ColorSettings, movements, operations_for, recolor
+from simmim.finetune.augment.erasing import AREA, erase, erased_box
+from simmim.finetune.augment.mixing import Mix, MixSettings, cut, mix
+from simmim.finetune.classification.model import shared_cross_entropy
 
 SEEDS = list(range(3000))
 PLAIN = {"mean": (0.0,) * 3, "std": (1.0,) * 3}
@@ -29,7 +30,7 @@ def photographs(size=48, channels=3):
     return torch.stack(crops).repeat(1, 2, 1, 1)[:, :channels]
 
 
-# --- colours ---------------------------------------------------------------------------------------------------------
+# --- colors ---------------------------------------------------------------------------------------------------------
 
 
 def by_pil(name, level, sign, image):
@@ -53,7 +54,7 @@ def by_pil(name, level, sign, image):
 def test_operations_are_pil_s(name, sign):
     """Within two of 255 at all but a handful of pixels, as PIL rounds in between."""
     images = photographs()
-    changed = recolour(images, range(8), [[Change(name, 0.9, sign)] for _ in images], ColourSettings(rand_augment=9))
+    changed = recolor(images, range(8), [[Change(name, 0.9, sign)] for _ in images], ColorSettings(rand_augment=9))
     for before, after in zip(images, changed):
         expected = np.asarray(by_pil(name, 0.9, sign, Image.fromarray(before.permute(1, 2, 0).numpy())))
         difference = np.abs(after.permute(1, 2, 0).numpy().astype(int) - expected.astype(int))
@@ -65,15 +66,15 @@ def test_every_image_has_its_own_operations_in_their_order():
     images = photographs()
     first, second = Change("brightness", 0.5, 1), Change("invert", 0.0, 1)
     changes = [[], [first], [second], [first, second], [second, first], [Change("rotate", 1.0, 1)], [], [second]]
-    changed = recolour(images, range(8), changes, ColourSettings(rand_augment=9))
-    alone = [recolour(images[row : row + 1], [row], [changes[row]], ColourSettings(rand_augment=9)) for row in range(8)]
+    changed = recolor(images, range(8), changes, ColorSettings(rand_augment=9))
+    alone = [recolor(images[row : row + 1], [row], [changes[row]], ColorSettings(rand_augment=9)) for row in range(8)]
     assert torch.equal(changed, torch.cat(alone))
     assert torch.equal(changed[[0, 5, 6]], images[[0, 5, 6]])
-    assert not torch.equal(changed[3], recolour(images[3:4], [3], [[second, first]], ColourSettings(rand_augment=9))[0])
+    assert not torch.equal(changed[3], recolor(images[3:4], [3], [[second, first]], ColorSettings(rand_augment=9))[0])
 
 
 def test_draws_follow_from_seeds_alone():
-    settings = ColourSettings(rand_augment=9.0, operations=2, spread=0.5)
+    settings = ColorSettings(rand_augment=9.0, operations=2, spread=0.5)
     drawn = settings.drawn(SEEDS, 3)
     torch.manual_seed(1), random.seed(1), np.random.seed(1)
     assert settings.drawn([7, 3], 3) == [drawn[7], drawn[3]]
@@ -94,7 +95,7 @@ def test_operations_that_make_no_sense_are_left_out():
 
 @pytest.mark.parametrize("channels", [1, 3, 5])
 def test_any_number_of_channels(channels):
-    changes = BatchChanges(AffineSettings(10, 0.1), ColourSettings(9.0, 2, 0.5, jitter=0.4), 0.5, MixSettings(0.8, 1.0))
+    changes = BatchChanges(AffineSettings(10, 0.1), ColorSettings(9.0, 2, 0.5, jitter=0.4), 0.5, MixSettings(0.8, 1.0))
     images = photographs(channels=channels)
     labels = F.one_hot(torch.arange(8), 8).float()
     changed = changes.changed(images, SEEDS[:8], (0.5,) * channels, (0.5,) * channels)
@@ -104,11 +105,11 @@ def test_any_number_of_channels(channels):
 
 
 def test_jitter_keeps_to_its_range():
-    factors = ColourSettings(jitter=0.4).jitters(SEEDS)
+    factors = ColorSettings(jitter=0.4).jitters(SEEDS)
     assert factors.shape == (3, len(SEEDS)) and factors.min() >= 0.6 and factors.max() <= 1.4
     assert factors.min() < 0.602 and factors.max() > 1.398 and torch.corrcoef(factors).triu(1).abs().max() < 0.1
     images = photographs()
-    jittered = recolour(images, range(8), [[] for _ in images], ColourSettings(jitter=0.4))
+    jittered = recolor(images, range(8), [[] for _ in images], ColorSettings(jitter=0.4))
     assert (jittered.flatten(1) != images.flatten(1)).any(dim=1).all()
 
 
@@ -125,7 +126,7 @@ def test_movements_are_matrices_from_output_to_input():
 def test_affine_changes_and_movements_are_one_warp():
     """Shift by two columns, then by three: five."""
     images = photographs()
-    both = BatchChanges(colour=ColourSettings(9.0))
+    both = BatchChanges(color=ColorSettings(9.0))
     first = torch.eye(3)[:2].repeat(8, 1, 1)
     first[:, 0, 2] = 2 * 2 / 48
     moved = first.clone()
@@ -140,7 +141,7 @@ def test_affine_changes_and_movements_are_one_warp():
     both = BatchChanges(affine=Shift())
     assert torch.allclose(both.matrices(SEEDS[:8], moved)[:, 0, 2], torch.tensor(2 * 5 / 48))
     assert torch.equal(both.matrices(SEEDS[:8], None), first)
-    assert torch.equal(BatchChanges().changed(images, SEEDS[:8], **PLAIN), normalise(images, **PLAIN)), "nothing asked for"
+    assert torch.equal(BatchChanges().changed(images, SEEDS[:8], **PLAIN), normalize(images, **PLAIN)), "nothing asked for"
 
 
 # --- erasing ---------------------------------------------------------------------------------------------------------

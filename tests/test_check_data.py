@@ -1,4 +1,5 @@
 """The look at all images before training: what is counted, found broken or double, and suggested; and the benchmark."""
+
 import json
 import math
 import os
@@ -14,10 +15,10 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from pretrain.settings import PretrainSettings, resolve
 from simmim.data import check as check_module
 from simmim.data import survey
 from simmim.data.check import as_json, check, histogram, median_of, render
+from simmim.pretrain.settings import PretrainSettings, resolve
 
 ROOT = Path(__file__).parents[1]
 
@@ -36,9 +37,9 @@ def corpus(tmp_path_factory):
     """18 files, 14 of them readable; the shorter sides are 40 (8 of them), 100 (5) and 300."""
     folder = tmp_path_factory.mktemp("corpus")
     for number in range(4):
-        Image.fromarray(noise(40, 60, 3, seed=number)).save(folder / f"colour-{number}.bmp")  # of one size in bytes
+        Image.fromarray(noise(40, 60, 3, seed=number)).save(folder / f"color-{number}.bmp")  # of one size in bytes
     for number in (1, 2):
-        (folder / f"copy-{number}.bmp").write_bytes((folder / "colour-0.bmp").read_bytes())
+        (folder / f"copy-{number}.bmp").write_bytes((folder / "color-0.bmp").read_bytes())
     Image.fromarray(noise(60, 40)).save(folder / "gray.png")
     Image.fromarray(noise(40, 40, 4)).save(folder / "transparent.png")
     Image.fromarray(noise(100, 140, 3)).convert("P").save(folder / "palette.gif")
@@ -101,13 +102,13 @@ def test_unreadable_files_and_reasons(report, corpus):
 def test_duplicates(report, corpus):
     """Equal bytes, not equal sizes; files that cannot be read are listed as such and not counted again."""
     names = [tuple(map(os.path.basename, group)) for group in report.duplicates]
-    assert names == [("colour-0.bmp", "copy-1.bmp", "copy-2.bmp")]
+    assert names == [("color-0.bmp", "copy-1.bmp", "copy-2.bmp")]
     assert (report.duplicate_groups, report.duplicates_removable) == (1, 2)
 
 
 def test_listed_duplicates_are_limited_and_counted_in_full(corpus, monkeypatch):
     monkeypatch.setattr(check_module, "DUPLICATES_LISTED", 3)
-    copies = [corpus / f"colour-{number}.bmp" for number in range(4)] * 3
+    copies = [corpus / f"color-{number}.bmp" for number in range(4)] * 3
     report = check(source_of(copies), workers=0)
     assert (report.duplicate_groups, report.duplicates_removable) == (4, 8)
     assert sum(map(len, report.duplicates)) == 3
@@ -115,7 +116,7 @@ def test_listed_duplicates_are_limited_and_counted_in_full(corpus, monkeypatch):
 
 def test_suggestions_are_the_defaults_of_pretraining(report, corpus):
     """What is suggested is what `simmim pretrain` would choose, and its line parses to just that."""
-    from simmim.arguments import parse
+    from simmim.cli.arguments import parse
 
     images = survey(source_of(sorted(corpus.iterdir())))
     assert images.short_side_px == report.short_side_px
@@ -146,9 +147,7 @@ def test_suggestions_follow_the_images_and_the_device(tmp_path):
 
 def test_workers_needed(report, corpus):
     assert report.images_per_second > 0
-    assert report.workers_needed == {
-        rate: math.ceil(rate / report.images_per_second) for rate in (100.0, 500.0, 2000.0)
-    }
+    assert report.workers_needed == {rate: math.ceil(rate / report.images_per_second) for rate in (100.0, 500.0, 2000.0)}
     asked = check(source_of([corpus / "gray.png"]), workers=0, images_per_second=1e9)
     assert asked.workers_needed == {1e9: math.ceil(1e9 / asked.images_per_second)}
     assert "the model would wait" in render(asked)
@@ -295,8 +294,8 @@ def test_the_benchmark_runs(tmp_path):
     assert goals == {500: 1.0, 1600: 4.0, 4000: 10.0}
     assert [row["content"] for row in results["decoding"]] == ["tiled", "resized"] * 3
     for row in results["decoding"]:
-        assert row["images_per_second"].keys() == {"usual", "ours", "ours_normalised"}
-        assert min(row["images_per_second"].values()) > 0 and row["ratio"] > 0 and row["ratio_normalised"] > 0
+        assert row["images_per_second"].keys() == {"usual", "ours", "ours_normalized"}
+        assert min(row["images_per_second"].values()) > 0 and row["ratio"] > 0 and row["ratio_normalized"] > 0
     assert [(row["width_px"], row["workers"]) for row in results["waiting"]] == [
         (width, workers) for width in (500, 1600, 4000) for workers in (1, 2)
     ]

@@ -1,4 +1,5 @@
 """Encoders on disk: what is saved comes back bit by bit, and what is damaged is refused with a reason."""
+
 import json
 import os
 import stat
@@ -9,14 +10,14 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from simmim.checkpoint import CONFIG, WEIGHTS, Preprocessing, save_encoder
-from simmim.convert import load_encoder, read_encoder
-from simmim.files import whole_file, write_json
-from simmim.swinv2 import SwinV2, SwinV2Config
+from simmim.checkpoints import load_encoder, read_encoder
+from simmim.checkpoints.checkpoint import CONFIG, WEIGHTS, Preprocessing, save_encoder
+from simmim.encoders.swinv2 import SwinV2, SwinV2Config
+from simmim.files import atomic_write, write_json
 
 ROOT = Path(__file__).resolve().parent.parent
 TINY = SwinV2Config(16, (1, 2), (2, 2), window_size=4)
-COLOUR = Preprocessing((32, 32), (0.485, 0.456, 0.406), (0.229, 0.224, 0.225))
+COLOR = Preprocessing((32, 32), (0.485, 0.456, 0.406), (0.229, 0.224, 0.225))
 
 
 @torch.no_grad()
@@ -41,7 +42,7 @@ def features_of(encoder, images):
 @pytest.fixture
 def saved(tmp_path):
     """An encoder folder to read, or to damage."""
-    return save_encoder(tmp_path / "saved", random_encoder(TINY), COLOUR, {"method": "SimMIM"})
+    return save_encoder(tmp_path / "saved", random_encoder(TINY), COLOR, {"method": "SimMIM"})
 
 
 # --- round trip ------------------------------------------------------------------------------------------------------
@@ -82,16 +83,16 @@ def test_features_come_back_bit_by_bit(tmp_path, config, size):
 def test_recorded_windows_are_those_in_effect(tmp_path):
     """8 tokens a side, then 4, then 2: a window of 6 is 6, 4 and 2 there, and this is what is written."""
     config = SwinV2Config(16, (1, 1, 1), (2, 2, 2), window_size=6)
-    folder = save_encoder(tmp_path, SwinV2(config), COLOUR, {})
+    folder = save_encoder(tmp_path, SwinV2(config), COLOR, {})
     assert json.loads((folder / CONFIG).read_text())["architecture"]["pretrained_window_sizes"] == [6, 4, 2]
-    wide = save_encoder(tmp_path / "wide", SwinV2(config), replace(COLOUR, image_size=(64, 96)), {})
+    wide = save_encoder(tmp_path / "wide", SwinV2(config), replace(COLOR, image_size=(64, 96)), {})
     assert load_encoder(wide).config.pretrained_window_sizes == (6, 6, (4, 6))
 
 
 def test_saving_again_keeps_the_windows_of_pretraining(saved, tmp_path):
     """Fine-tuned at other sizes, an encoder still scales its position bias by the windows it was pre-trained with."""
     again = load_encoder(saved, window_size=7)
-    second = save_encoder(tmp_path / "again", again, replace(COLOUR, image_size=(64, 64)), {})
+    second = save_encoder(tmp_path / "again", again, replace(COLOR, image_size=(64, 64)), {})
     assert load_encoder(second).config == replace(TINY, window_size=7, pretrained_window_sizes=(4, 4))
 
 
@@ -245,12 +246,12 @@ def test_one_tensor_too_few_or_too_many(saved):
 
 def test_files_appear_whole(tmp_path):
     path = tmp_path / "deep" / "er" / "file.txt"
-    with whole_file(path) as temporary:
+    with atomic_write(path) as temporary:
         temporary.write_text("half")
         assert not path.exists() and temporary.parent == path.parent
     assert path.read_text() == "half" and os.listdir(path.parent) == ["file.txt"]
     assert stat.S_IMODE(path.stat().st_mode) == 0o644
-    with whole_file(path) as temporary:
+    with atomic_write(path) as temporary:
         temporary.write_text("new")
         assert path.read_text() == "half"
     assert path.read_text() == "new"
@@ -263,7 +264,7 @@ def test_nothing_is_left_of_a_file_that_failed(tmp_path, error):
     for old in (None, "old"):
         if old:
             path.write_text(old)
-        with pytest.raises(error, match="stop"), whole_file(path) as temporary:
+        with pytest.raises(error, match="stop"), atomic_write(path) as temporary:
             temporary.write_text("half")
             raise error("stop")
         assert os.listdir(tmp_path) == (["file.txt"] if old else [])
@@ -286,9 +287,9 @@ def test_weights_that_cannot_be_saved_leave_the_old(saved, monkeypatch):
         Path(path).write_bytes(b"half")
         raise OSError("No space left on device")
 
-    monkeypatch.setattr("simmim.checkpoint.save_file", fail)
+    monkeypatch.setattr("simmim.checkpoints.checkpoint.save_file", fail)
     with pytest.raises(OSError, match="No space"):
-        save_encoder(saved, random_encoder(TINY, seed=5), COLOUR, {})
+        save_encoder(saved, random_encoder(TINY, seed=5), COLOR, {})
     assert {path.name: path.read_bytes() for path in saved.iterdir()} == before
 
 
@@ -298,14 +299,14 @@ def test_oblong_pretraining_loads_bit_identical(tmp_path):
     for parameter in encoder.parameters():
         parameter.data.normal_(0, 0.3)
     images = torch.randn(1, 3, 64, 128)
-    folder = save_encoder(tmp_path, encoder, replace(COLOUR, image_size=(64, 128)), {})
+    folder = save_encoder(tmp_path, encoder, replace(COLOR, image_size=(64, 128)), {})
     with torch.no_grad():
         assert torch.equal(load_encoder(folder)(images).features, encoder(images).features)
 
 
 @pytest.mark.parametrize("damage", [{"architecture": None}, {"preprocessing": None}, {"architecture": {"embed_dim": "x"}}])
 def test_a_damaged_description_is_refused(tmp_path, damage):
-    folder = save_encoder(tmp_path, SwinV2(SwinV2Config(16, (1,), (2,))), COLOUR, {})
+    folder = save_encoder(tmp_path, SwinV2(SwinV2Config(16, (1,), (2,))), COLOR, {})
     description = json.loads((folder / CONFIG).read_text())
     (folder / CONFIG).write_text(json.dumps({**description, **damage}))
     with pytest.raises(ValueError, match=r"damaged|whole number"):
@@ -313,6 +314,6 @@ def test_a_damaged_description_is_refused(tmp_path, damage):
 
 
 def test_a_misspelt_override_is_refused(tmp_path):
-    folder = save_encoder(tmp_path, SwinV2(SwinV2Config(16, (1,), (2,))), COLOUR, {})
+    folder = save_encoder(tmp_path, SwinV2(SwinV2Config(16, (1,), (2,))), COLOR, {})
     with pytest.raises(ValueError, match="did you mean 'window_size'"):
         load_encoder(folder, window=3)

@@ -1,4 +1,5 @@
 """The command: what works, and wrong input refused in one line, with exit code 2 and nothing written."""
+
 import json
 import os
 import subprocess
@@ -11,14 +12,15 @@ import pytest
 import yaml
 from PIL import Image
 
-from finetune.classification.settings import FinetuneSettings
-from pretrain.settings import PretrainSettings
-from simmim.arguments import canonical, parse
-from simmim.checkpoint import Preprocessing, save_encoder
-from simmim.cli import COMMANDS, main, with_saved_config
-from simmim.convert import load_encoder
-from simmim.run_folder import as_yaml
-from simmim.swinv2 import SwinV2, SwinV2Config
+from simmim.checkpoints import load_encoder
+from simmim.checkpoints.checkpoint import Preprocessing, save_encoder
+from simmim.cli import main
+from simmim.cli.arguments import canonical, parse
+from simmim.cli.main import COMMANDS, with_saved_config
+from simmim.encoders.swinv2 import SwinV2, SwinV2Config
+from simmim.finetune.classification.settings import ClassificationSettings
+from simmim.pretrain.settings import PretrainSettings
+from simmim.training.run_folder import as_yaml
 
 ROOT = Path(__file__).resolve().parent.parent
 
@@ -195,7 +197,7 @@ PROBE, KNN = "probe --run encoder --data split", "knn --run encoder --data split
         (f"{PROBE} --out kept.csv", ["'kept.csv' exists: give a new file"]),
         (f"{PROBE} --stage 2 --out r.csv", ["stage is '2': give all, final, 0, 1"]),
         (f"{KNN} --pooling max", ["unknown pooling 'max': give all, mean, 2x2"]),
-        (f"{KNN} --k 0", ["k is 0: give 1 or more neighbours"]),
+        (f"{KNN} --k 0", ["k is 0: give 1 or more neighbors"]),
         (f"{PROBE} --seeds 0", ["seeds is 0: give 1 or more"]),
         (f"{PROBE} --seed -1", ["seed is -1: give 0 or more"]),
         (f"{PROBE} --labels-per-class -3", ["labels_per_class is -3: give 1 or more"]),
@@ -255,7 +257,7 @@ def test_interruption(monkeypatch, capsys):
     def interrupted(run, **_):
         raise KeyboardInterrupt
 
-    monkeypatch.setattr("simmim.convert.read", interrupted)
+    monkeypatch.setattr("simmim.checkpoints.read", interrupted)
     assert main(["export", "--run", "x", "--out", "new"]) == 130
     assert capsys.readouterr().err == "simmim: interrupted\n"
 
@@ -279,8 +281,12 @@ def test_output_that_is_read_no_further_is_no_error(place, words):
     environment = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
     done = subprocess.run(
         [sys.executable, "-m", "simmim.cli", *words.split()],
-        stdout=writer, stderr=subprocess.PIPE, text=True, cwd=place, env=environment,
-    )  # fmt: skip
+        stdout=writer,
+        stderr=subprocess.PIPE,
+        text=True,
+        cwd=place,
+        env=environment,
+    )
     os.close(writer)
     assert done.returncode == 141 and "Broken" not in done.stderr and "Traceback" not in done.stderr
 
@@ -289,7 +295,7 @@ def test_errors_of_ours_are_not_hidden(monkeypatch):
     def broken(run, **_):
         raise RuntimeError("a bug")
 
-    monkeypatch.setattr("simmim.convert.read", broken)
+    monkeypatch.setattr("simmim.checkpoints.read", broken)
     with pytest.raises(RuntimeError, match="a bug"):
         main(["export", "--run", "x", "--out", "new"])
 
@@ -404,7 +410,7 @@ def test_switches():
         assert parsed(*words).resume is True
     assert parsed("--resume", "false").resume is False and parsed("--overwrite", "--resume=false").overwrite is True
     words = ["--data", "x", "--init", "enc", "--freeze", "--out", "new"]
-    assert parse("finetune classification", FinetuneSettings, words).freeze is True
+    assert parse("finetune classification", ClassificationSettings, words).freeze is True
     assert canonical(["--resume", "--no-such", "a-b", "-x"]) == ["--resume=true", "--no_such", "a-b", "-x"]
 
 
@@ -437,7 +443,7 @@ def test_resuming_takes_the_runs_own_settings(tmp_path):
     "words, settings",
     [
         (f"{PRETRAIN} --epochs 3 --model.mask-ratio 0.5", PretrainSettings("images", "new", epochs=3.0)),
-        (f"{FINETUNE} --epochs 3", FinetuneSettings(data="labeled", out="new", epochs=3.0)),
+        (f"{FINETUNE} --epochs 3", ClassificationSettings(data="labeled", out="new", epochs=3.0)),
     ],
 )
 def test_printed_config_reads_back(words, settings, capsys, tmp_path, place, monkeypatch):

@@ -1,4 +1,5 @@
 """Every feature of an encoder on labeled images, over draws of labels: `simmim probe` and `simmim knn`, on real digits."""
+
 import csv
 import json
 import math
@@ -10,10 +11,11 @@ import numpy as np
 import pytest
 import torch
 
-from simmim.checkpoint import Preprocessing, save_encoder
+from simmim.checkpoints import read_encoder
+from simmim.checkpoints.checkpoint import Preprocessing, save_encoder
 from simmim.cli import main
-from simmim.convert import read_encoder
-from simmim.data import CentreView, labeled_images, labeled_source, open_images, open_picture
+from simmim.data import CenterView, labeled_images, labeled_source, open_images, open_picture
+from simmim.encoders.swinv2 import SwinV2, SwinV2Config
 from simmim.evaluate import (
     Comparison,
     EncoderPass,
@@ -28,14 +30,13 @@ from simmim.evaluate import (
     knn,
     knn_held_out,
     knn_stages,
-    neighbours,
+    neighbors,
     pooled,
     probe_stages,
     stages_table,
     write_report,
 )
-from simmim.evaluate.labeled import Rows, thinned
-from simmim.swinv2 import SwinV2, SwinV2Config
+from simmim.evaluate.labeled import Rows, subsample
 
 HERE = EncoderPass(workers=0)
 GRAY = Preprocessing((32, 32), (0.13,), (0.31,))
@@ -157,21 +158,21 @@ def test_nothing_readable_of_a_draw(saved, digits, tmp_path):
 def test_thinned_evenly():
     """Classes keep their shares, the first and the last stay, none comes twice."""
     part = Rows(np.arange(1000) * 3, np.repeat([0, 1, 2], [500, 400, 100]))
-    kept = thinned(part, 50)
+    kept = subsample(part, 50)
     assert np.bincount(kept.labels).tolist() == [25, 20, 5]
     assert kept.rows[0] == 0 and kept.rows[-1] == 2997 and len(np.unique(kept.rows)) == 50
     assert all(label == part.labels[row // 3] for row, label in zip(*kept))
-    assert thinned(part, 1000) is part and thinned(part, None) is part
+    assert subsample(part, 1000) is part and subsample(part, None) is part
 
 
 # --- features --------------------------------------------------------------------------------------------------------
 
 
 def test_pixels(saved, digits):
-    """By hand: the normalised image; of a larger one means of its squares."""
+    """By hand: the normalized image; of a larger one means of its squares."""
     source = open_images(digits.unlabeled).select(range(3))
     found = embeddings(saved.encoder, GRAY, source, (Pixels((32, 32)),), HERE).vectors["pixels, 32×32"]
-    views = [CentreView((32, 32))(open_picture(row["image"], 1)).numpy() for row in source]
+    views = [CenterView((32, 32))(open_picture(row["image"], 1)).numpy() for row in source]
     expected = (np.stack(views).reshape(3, -1) / 255 - 0.13) / 0.31
     assert np.allclose(found, expected, atol=1e-5)
     images = torch.randn(2, 3, 128, 16)
@@ -192,9 +193,9 @@ def test_chosen_features():
 
 
 @pytest.mark.parametrize("k, test_rows", [(1, 1024), (5, 7), (300, 50)])
-def test_held_out_neighbours(digit_vectors, monkeypatch, k, test_rows):
-    """Each without itself, by as many searches; also where vectors come more often than there are neighbours."""
-    monkeypatch.setattr(neighbours, "TEST_ROWS", test_rows)
+def test_held_out_neighbors(digit_vectors, monkeypatch, k, test_rows):
+    """Each without itself, by as many searches; also where vectors come more often than there are neighbors."""
+    monkeypatch.setattr(neighbors, "TEST_ROWS", test_rows)
     vectors, classes = digit_vectors[0]["stage 1, 2x2"], digit_vectors[1]
     often = np.arange(0, 240, 10).repeat(10)
     for given, labels in ((vectors, classes), (vectors[often], classes[often])):
@@ -251,8 +252,11 @@ def test_files(saved, digits, tmp_path):
     with (tmp_path / "new" / "r.csv").open(newline="") as file:
         rows = list(csv.DictReader(file))
     assert [(row["seed"], row["feature"]) for row in rows[:4]] == [
-        ("0", "stage 0"), ("0", "stage 0, 2x2"), ("0", "pixels, 32×32"), ("1", "stage 0"),
-    ]  # fmt: skip
+        ("0", "stage 0"),
+        ("0", "stage 0, 2x2"),
+        ("0", "pixels, 32×32"),
+        ("1", "stage 0"),
+    ]
     assert [float(row["probe"]) for row in rows if row["feature"] == "stage 0"] == each
     assert sum(int(row["chosen"]) for row in rows) == 2
     assert (tmp_path / "new" / "r.md").read_text() == report.table() + "\n"

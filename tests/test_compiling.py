@@ -1,4 +1,5 @@
 """torch.compile of the encoder's blocks: the same numbers, one compilation for like blocks, and no harm where it fails."""
+
 import os
 import subprocess
 import sys
@@ -8,9 +9,9 @@ import pytest
 import torch
 from torch._dynamo.utils import counters
 
-from pretrain.run import pretrain
-from pretrain.settings import PretrainSettings
-from simmim.swinv2 import SwinV2, SwinV2Config
+from simmim.encoders.swinv2 import SwinV2, SwinV2Config
+from simmim.pretrain.run import pretrain
+from simmim.pretrain.settings import PretrainSettings
 from simmim.training import compiling
 
 
@@ -22,7 +23,7 @@ def gradients(encoder, images):
     return {"features": features.detach(), **{name: value.grad.clone() for name, value in encoder.named_parameters()}}
 
 
-def test_the_same_numbers_by_one_compilation_for_like_blocks(plain_blocks):
+def test_the_same_numbers_by_one_compilation_for_like_blocks(plain_lines):
     torch.manual_seed(0)
     encoder = SwinV2(SwinV2Config(16, (5,), (2,), window_size=4))
     for parameter in encoder.parameters():
@@ -44,12 +45,13 @@ def test_the_same_numbers_by_one_compilation_for_like_blocks(plain_blocks):
 
 
 def test_without_a_compiler_there_is_a_reason(tmp_path):
-    program = (
-        "import torch; from simmim.training.compiling import why_not; print('because', why_not(torch.device('cpu')))"
-    )
+    program = "import torch; from simmim.training.compiling import why_not; print('because', why_not(torch.device('cpu')))"
     environment = {
-        **os.environ, "SIMMIM_KERNELS": "0", "PATH": str(tmp_path), "TORCHINDUCTOR_CACHE_DIR": str(tmp_path / "cache"),
-    }  # fmt: skip
+        **os.environ,
+        "SIMMIM_KERNELS": "0",
+        "PATH": str(tmp_path),
+        "TORCHINDUCTOR_CACHE_DIR": str(tmp_path / "cache"),
+    }
     environment.pop("CXX", None)
     done = subprocess.run([sys.executable, "-c", program], env=environment, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr

@@ -1,6 +1,7 @@
 """Encoders from and to other formats: what goes out comes back bit by bit, the authors' file gives the authors' numbers,
 what is adapted is said, and training goes on from any of them. Features in other libraries are compared in test_parity.py;
 files that must not be read are in test_refused_weights.py."""
+
 import json
 import re
 import sys
@@ -14,22 +15,24 @@ import torch
 import yaml
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
-from test_swinv2 import random_images, randomise
+from test_swinv2 import random_images, randomize
 
 from simmim import load_encoder
-from simmim.checkpoint import (
+from simmim.checkpoints.checkpoint import (
     Checkpoint,
     Preprocessing,
     check_state,
     save_checkpoint,
-    with_pretrained_windows,
 )
+from simmim.checkpoints.export import DESCRIPTION, described, export
+from simmim.checkpoints.formats import huggingface, official, timm
+from simmim.checkpoints.formats.huggingface import read
+from simmim.checkpoints.reading import read_encoder
+from simmim.checkpoints.weight_files import HARMLESS, WeightFile
 from simmim.cli import main
-from simmim.convert import huggingface, official, read, read_encoder, timm
-from simmim.convert.export import DESCRIPTION, described, export
-from simmim.convert.files import HARMLESS, WeightFile
-from simmim.model import SimMIM
-from simmim.swinv2 import SwinV2, SwinV2Config, log_spaced_coords
+from simmim.encoders.swinv2 import SwinV2, SwinV2Config
+from simmim.encoders.swinv2.geometry import log_spaced_coords
+from simmim.methods.simmim import SimMIM
 
 GOLDEN = Path(__file__).parent / "golden"
 RELEASED = GOLDEN / "official_simmim_pretrain_swinv2_micro.pth"
@@ -41,23 +44,30 @@ FORMATS = ("safetensors", "official", "timm", "hf")
 @lru_cache(maxsize=2)
 def random_checkpoint(config, size, classes=CLASSES, meta=False, **preprocessing):
     """A model with every part, all of it random, as if it had been pre-trained at `size`."""
-    config = with_pretrained_windows(config, size)
+    config = config.trained_at(size)
     with torch.device("meta" if meta else "cpu"):
         model, head = SimMIM(SwinV2(config)), torch.nn.Linear(config.dims[-1], max(len(classes), 1))
     if not meta:
-        randomise(model), randomise(head, seed=1)
+        randomize(model), randomize(head, seed=1)
     statistics = (tuple(0.3 + 0.01 * i for i in range(config.in_channels)), (0.25,) * config.in_channels)
     return Checkpoint(
         config,
         model.encoder.state_dict(),
         Preprocessing(size, *statistics, **preprocessing),
         Path("random"),
-        provenance={"method": "SimMIM", "data": "hedgerow", "images": 12_345, "loss": 0.1234, "mask_unit": 32,
-                    "mask_ratio": 0.6, "norm_target_patch": None},
+        provenance={
+            "method": "SimMIM",
+            "data": "hedgerow",
+            "images": 12_345,
+            "loss": 0.1234,
+            "mask_unit": 32,
+            "mask_ratio": 0.6,
+            "norm_target_patch": None,
+        },
         pretraining={name: value.detach() for name, value in model.own_state().items()},
         head={name: value.detach() for name, value in head.state_dict().items()} if classes else {},
         classes=classes,
-    )  # fmt: skip
+    )
 
 
 def same_tensors(first, second):
@@ -98,6 +108,7 @@ def rewritten(folder, change):
 
 def refused(words, said, folder, capsys):
     """Exit code 2, one line on stderr that says what is meant, nothing on stdout, nothing made or changed."""
+
     def listing():
         return {str(path): path.stat().st_mtime_ns for path in folder.rglob("*")}
 
@@ -157,8 +168,11 @@ def test_round_trip_in_memory(preset, tmp_path):
         form = "classifier" if format == "timm" else "simmim"
         after = in_memory(before, format, form)
         # Preprocessing is in a file of its own in the format hf.
-        assert_round_trip(before, replace(after, preprocessing=before.preprocessing, format=after.format), *(
-            ("safetensors", form) if format == "safetensors" else (format, form)))  # fmt: skip
+        assert_round_trip(
+            before,
+            replace(after, preprocessing=before.preprocessing, format=after.format),
+            *(("safetensors", form) if format == "safetensors" else (format, form)),
+        )
 
 
 @pytest.mark.parametrize("preset", ["huge", "giant-1b", "giant-3b"])
@@ -201,7 +215,7 @@ def test_round_trip_of_oblong_images(format, tmp_path):
     [
         ((64, 160), "encoder", "uses windows [8, 8, 4, 2] where this encoder at 64×160 px has"),
         ((256, 320), "encoder", "goes by the height alone and at 256×320 px does not shift both sides of stage 4's"),
-        ((128, 160), "simmim", "masked image modelling takes square images, not 128×160 px"),
+        ((128, 160), "simmim", "masked image modeling takes square images, not 128×160 px"),
         ((120, 120), "encoder", "uses windows [8, 8, 7, 3] where"),
     ],
 )
@@ -282,8 +296,12 @@ def test_the_authors_file_gives_their_numbers(no_yacs):
     )
     assert checkpoint.preprocessing == Preprocessing((128, 128), (0.485, 0.456, 0.406), (0.229, 0.224, 0.225))
     assert checkpoint.provenance == {
-        "origin": "the authors' code", "method": "SimMIM", "epochs": 800, "mask_unit": 32, "mask_ratio": 0.6
-    }  # fmt: skip
+        "origin": "the authors' code",
+        "method": "SimMIM",
+        "epochs": 800,
+        "mask_unit": 32,
+        "mask_ratio": 0.6,
+    }
 
 
 LAYOUTS = {
@@ -459,8 +477,9 @@ def test_the_report_tells_what_became_of_everything(tmp_path):
     timm_folder = export(checkpoint, "timm", tmp_path / "timm").folder
     read_encoder(timm_folder, report=lines.append)
     assert lines[1].splitlines()[1:] == [
-        "missing    mask token and decoder: fresh where pre-training goes on", "unexpected a head of 3 classes"
-    ]  # fmt: skip
+        "missing    mask token and decoder: fresh where pre-training goes on",
+        "unexpected a head of 3 classes",
+    ]
 
 
 # --- other files -----------------------------------------------------------------------------------------------------
@@ -517,19 +536,24 @@ def test_a_folder_with_pytorch_model_bin(hf_folder):
 
 @pytest.mark.parametrize("format", [*FORMATS, "onnx"])
 def test_the_model_card_and_the_printed_lines(format, tmp_path, monkeypatch):
-    """Front matter with the licence; data, preprocessing, recipe, metrics and classes; lines that load the folder. timm's
+    """Front matter with the license; data, preprocessing, recipe, metrics and classes; lines that load the folder. timm's
     lines run in test_parity.py."""
     checkpoint = random_checkpoint(SMALL, (32, 32), interpolation="bicubic", crop=0.875)
-    exported = export(checkpoint, format, tmp_path / "out", "classifier", licence="cc-by-4.0")
+    exported = export(checkpoint, format, tmp_path / "out", "classifier", license="cc-by-4.0")
     card = (exported.folder / "README.md").read_text(encoding="utf-8")
     _, front, text = card.split("---\n", 2)
     front = yaml.safe_load(front)
     assert front["license"] == "cc-by-4.0" and front["pipeline_tag"] == "image-classification" and front["tags"]
     for line in (
-        "- data: hedgerow", "- images: 12345", "- method: SimMIM", "- mask ratio: 0.6", "- loss: 0.1234",
+        "- data: hedgerow",
+        "- images: 12345",
+        "- method: SimMIM",
+        "- mask ratio: 0.6",
+        "- loss: 0.1234",
         "32×32 px, bicubic, central crop 0.875, values in [0, 1], mean [0.3, 0.31, 0.32], std [0.25, 0.25, 0.25]",
-        "cat, Hündchen, hedgehog, European", "| window | 4, pre-trained with [4, 4] |",
-    ):  # fmt: skip
+        "cat, Hündchen, hedgehog, European",
+        "| window | 4, pre-trained with [4, 4] |",
+    ):
         assert line in text, line
     code = text.split("```python\n")[1].split("\n```")[0]
     assert code.replace("FOLDER", str(exported.folder.resolve())) == exported.code
@@ -540,8 +564,11 @@ def test_the_model_card_and_the_printed_lines(format, tmp_path, monkeypatch):
     names = {}
     exec(exported.code, names)
     images = random_images(1, 3, 32, 32)
-    logits = torch.nn.functional.linear(load_encoder(save_checkpoint(tmp_path / "ours", checkpoint))(images).pooled,
-                                        checkpoint.head["weight"], checkpoint.head["bias"]).detach()  # fmt: skip
+    logits = torch.nn.functional.linear(
+        load_encoder(save_checkpoint(tmp_path / "ours", checkpoint))(images).pooled,
+        checkpoint.head["weight"],
+        checkpoint.head["bias"],
+    ).detach()
     if format == "safetensors":
         assert names["features"].shape == (1, 16)
     if format == "official":
@@ -590,8 +617,24 @@ def first_weights(monkeypatch, module_class):
 
 
 def pretrain_words(digits, out, init, *more):
-    return ["pretrain", "--data", str(digits.unlabeled), "--out", str(out), "--init", str(init), "--epochs", "0.03",
-            "--batch-size", "4", "--workers", "0", "--model.mask-unit", "8", *more]  # fmt: skip
+    return [
+        "pretrain",
+        "--data",
+        str(digits.unlabeled),
+        "--out",
+        str(out),
+        "--init",
+        str(init),
+        "--epochs",
+        "0.03",
+        "--batch-size",
+        "4",
+        "--workers",
+        "0",
+        "--model.mask-unit",
+        "8",
+        *more,
+    ]
 
 
 @pytest.fixture(scope="module")
@@ -599,15 +642,16 @@ def gray_checkpoint():
     return random_checkpoint(replace(SMALL, in_channels=1), (32, 32), ())
 
 
-@pytest.mark.parametrize("format, form", [("safetensors", "encoder"), ("official", "simmim"), ("hf", "simmim"),
-                                          ("timm", "encoder")])  # fmt: skip
+@pytest.mark.parametrize(
+    "format, form", [("safetensors", "encoder"), ("official", "simmim"), ("hf", "simmim"), ("timm", "encoder")]
+)
 def test_pretraining_goes_on_from(format, form, gray_checkpoint, digits, tmp_path, monkeypatch, capsys):
     """Two steps more. Before the first the weights are the source's: encoder, and where the file has them mask token and
     decoder; the report says which."""
-    from pretrain.module import SimMIMPretraining
+    from simmim.pretrain.module import PretrainingModule
 
     folder = export(gray_checkpoint, format, tmp_path / "source", form).folder
-    seen = first_weights(monkeypatch, SimMIMPretraining)
+    seen = first_weights(monkeypatch, PretrainingModule)
     assert main(pretrain_words(digits, tmp_path / "run", folder)) == 0
     out, encoder = capsys.readouterr().out, {f"encoder.{name}": value for name, value in gray_checkpoint.encoder.items()}
     expected = encoder if format == "timm" else encoder | gray_checkpoint.pretraining
@@ -623,9 +667,9 @@ def test_pretraining_goes_on_from(format, form, gray_checkpoint, digits, tmp_pat
 
 def test_pretraining_goes_on_from_the_authors_file(digits, tmp_path, monkeypatch, capsys):
     """Gray digits are read as the three channels that the encoder takes."""
-    from pretrain.module import SimMIMPretraining
+    from simmim.pretrain.module import PretrainingModule
 
-    seen = first_weights(monkeypatch, SimMIMPretraining)
+    seen = first_weights(monkeypatch, PretrainingModule)
     assert main(pretrain_words(digits, tmp_path / "run", RELEASED, "--image-size", "64")) == 0
     assert "loaded     mask token and decoder" in capsys.readouterr().out
     checkpoint = read(RELEASED)
@@ -636,10 +680,10 @@ def test_pretraining_goes_on_from_the_authors_file(digits, tmp_path, monkeypatch
 
 def test_pretraining_adapts_another_channel_count(gray_checkpoint, digits, tmp_path, monkeypatch, capsys):
     """Three channels of an encoder of one: the projection is a third for each, the decoder fresh, and the report says so."""
-    from pretrain.module import SimMIMPretraining
+    from simmim.pretrain.module import PretrainingModule
 
     folder = save_checkpoint(tmp_path / "source", gray_checkpoint)
-    seen = first_weights(monkeypatch, SimMIMPretraining)
+    seen = first_weights(monkeypatch, PretrainingModule)
     assert main(pretrain_words(digits, tmp_path / "run", folder, "--data.channels", "3")) == 0
     out = capsys.readouterr().out
     assert "adapted    1 input channels to 3" in out and "adapted    mask token and decoder are fresh" in out
@@ -654,8 +698,25 @@ def test_a_preset_and_an_encoder_exclude_each_other(digits, tmp_path, capsys):
 
 
 def finetune_words(digits, out, init, *more):
-    return ["finetune", "classification", "--data", str(digits.labeled), "--out", str(out), "--init", str(init),
-            "--labels-per-class", "1", "--steps", "1", "--batch-size", "5", "--workers", "0", *more]  # fmt: skip
+    return [
+        "finetune",
+        "classification",
+        "--data",
+        str(digits.labeled),
+        "--out",
+        str(out),
+        "--init",
+        str(init),
+        "--labels-per-class",
+        "1",
+        "--steps",
+        "1",
+        "--batch-size",
+        "5",
+        "--workers",
+        "0",
+        *more,
+    ]
 
 
 @pytest.mark.parametrize(
@@ -668,7 +729,7 @@ def finetune_words(digits, out, init, *more):
     ],
 )
 def test_finetuning_keeps_the_head_of_the_same_classes(classes, said, digits, tmp_path, monkeypatch, capsys):
-    from finetune.classification.model import ClassificationFinetuning
+    from simmim.finetune.classification.model import ClassificationFinetuning
 
     checkpoint = random_checkpoint(replace(SMALL, in_channels=1), (32, 32), classes)
     folder = export(checkpoint, "timm", tmp_path / "source").folder
@@ -683,7 +744,7 @@ def test_finetuning_keeps_the_head_of_the_same_classes(classes, said, digits, tm
 
 def test_the_encoder_trains_in_training_mode(gray_checkpoint, digits, tmp_path, monkeypatch):
     """Stochastic depth acts on an encoder that was read, as on a fresh one."""
-    from finetune.classification.model import ClassificationFinetuning
+    from simmim.finetune.classification.model import ClassificationFinetuning
 
     modes, step = set(), ClassificationFinetuning.training_step
 

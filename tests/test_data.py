@@ -1,4 +1,5 @@
 """Images from a folder to batches: what is found, how files become pixels, and who sees which sample when."""
+
 import itertools
 import os
 import random
@@ -12,7 +13,7 @@ from PIL import Image
 
 from simmim.data import (
     UNREADABLE,
-    CentreView,
+    CenterView,
     ImageSamples,
     InOrder,
     Picture,
@@ -203,7 +204,7 @@ def assert_close(actual, expected, within=1.0):
     assert np.abs(actual.astype(np.float64) - expected).max() <= within
 
 
-def test_gray_and_colour(tmp_path):
+def test_gray_and_color(tmp_path):
     gray, rgb = random_pixels(7, 5), random_pixels(7, 5, 3, seed=1)
     Image.fromarray(gray).save(tmp_path / "l.png")
     Image.fromarray(rgb).save(tmp_path / "rgb.png")
@@ -250,8 +251,8 @@ def test_palette_with_and_without_transparency(tmp_path):
     assert_close(pixels_of(tmp_path / "each.png"), over_white(rgb, np.array([0, 100, 255, 30])[indices]))
 
 
-def test_one_transparent_colour(tmp_path):
-    """PNG's tRNS in gray and RGB files: that colour is see-through, others are not."""
+def test_one_transparent_color(tmp_path):
+    """PNG's tRNS in gray and RGB files: that color is see-through, others are not."""
     gray, rgb = random_pixels(6, 6), random_pixels(6, 6, 3, seed=1)
     Image.fromarray(gray).save(tmp_path / "l.png", transparency=int(gray[2, 3]))
     Image.fromarray(rgb).save(tmp_path / "rgb.png", transparency=tuple(map(int, rgb[1, 4])))
@@ -365,7 +366,7 @@ def test_survey_of_small_images(tmp_path):
     assert seen.decoded_mib == pytest.approx(len(pixels) * 3 / 2**20)
 
 
-def test_survey_tells_gray_from_colour(tmp_path):
+def test_survey_tells_gray_from_color(tmp_path):
     gray = random_pixels(28, 28)
     Image.fromarray(gray).save(tmp_path / "0.png")
     Image.fromarray(gray > 127).save(tmp_path / "1.png")
@@ -457,7 +458,7 @@ def test_samples_follow_from_seed_epoch_and_index(image_folder):
 
 def test_labels_come_with_their_images(image_folder):
     labels = [index * 3 % 7 for index in range(10)]
-    samples = samples_of(image_folder, labels=labels, view=CentreView((28, 36)))
+    samples = samples_of(image_folder, labels=labels, view=CenterView((28, 36)))
     for index, path in enumerate(find_images(image_folder)):
         assert samples[0, index]["label"] == labels[index]
         assert np.array_equal(samples[0, index]["image"].permute(1, 2, 0), np.asarray(Image.open(path)))
@@ -480,12 +481,12 @@ def damaged_folder(tmp_path_factory):
 
 def test_unreadable_images_are_replaced(damaged_folder):
     """By the same one each time, by others in other epochs, with the label of what is shown; and are listed."""
-    samples = samples_of(damaged_folder, labels=range(10), view=CentreView((32, 32)))
+    samples = samples_of(damaged_folder, labels=range(10), view=CenterView((32, 32)))
     paths = find_images(damaged_folder)
     seen = set()
     for epoch in range(12):
         sample = samples[epoch, 3]
-        assert same_sample(samples_of(damaged_folder, labels=range(10), view=CentreView((32, 32)))[epoch, 3], sample)
+        assert same_sample(samples_of(damaged_folder, labels=range(10), view=CenterView((32, 32)))[epoch, 3], sample)
         assert sample["skipped"][0] == (paths[3], "empty file")
         assert {path for path, _ in sample["skipped"]} <= {paths[3], paths[4]}
         shown = np.asarray(Image.open(paths[sample["label"]]))
@@ -576,9 +577,7 @@ def test_stream_can_be_iterated_again():
     assert keys_of(stream, 5) == keys_of(stream, 5)
 
 
-@pytest.mark.parametrize(
-    "count, batch_size, world", [(10, 4, 1), (10, 5, 1), (11, 3, 2), (2, 4, 3), (7, 2, 4), (64, 64, 1)]
-)
+@pytest.mark.parametrize("count, batch_size, world", [(10, 4, 1), (10, 5, 1), (11, 3, 2), (2, 4, 3), (7, 2, 4), (64, 64, 1)])
 def test_in_order_covers_everything_once(count, batch_size, world):
     ranks = [InOrder(count, batch_size, rank, world) for rank in range(world)]
     taken = [list(order) for order in ranks]

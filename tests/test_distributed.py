@@ -1,33 +1,44 @@
 """Two real processes over gloo, as torchrun starts them, against one: DDP and FSDP train the same, and their checkpoints
 are one another's."""
+
 import csv
 import signal
 
 import pytest
 import torch
-from nursery import finish
+from fork_server import finish
 from safetensors.torch import load_file
 
 from simmim.training.saving import saved_steps, usable_checkpoint
 
 STEPS = 50
 RUN = (
-    "--preset=nano", "--epochs=6.6667", "--batch-size=32", "--seed=3", "--save_every_steps=10", "--log_every_steps=1",
-    "--model.mask_unit=8", "--model.encoder.embed_dim=16", "--model.encoder.depths=[1,2]",
-    "--model.encoder.num_heads=[1,2]", "--reconstruct_every_epochs=2", "--precision=32-true", "--workers=0",
+    "--preset=nano",
+    "--epochs=6.6667",
+    "--batch-size=32",
+    "--seed=3",
+    "--save_every_steps=10",
+    "--log_every_steps=1",
+    "--model.mask_unit=8",
+    "--model.encoder.embed_dim=16",
+    "--model.encoder.depths=[1,2]",
+    "--model.encoder.num_heads=[1,2]",
+    "--reconstruct_every_epochs=2",
+    "--precision=32-true",
+    "--workers=0",
     "--trainer.accelerator=cpu",
-)  # fmt: skip
+)
 
 
 @pytest.fixture(scope="module")
-def start(nursery, digits):
+def start(fork_server, digits):
     """start(out, strategy or None for one process, *more words): its processes; resumed where the folder is there."""
 
     def start(out, strategy, *more, resume=False, prelude=""):
         words = ["pretrain", "--data", digits.unlabeled, "--out", out, *RUN, *more, *(["--resume"] if resume else [])]
         if strategy is None:
-            return [nursery.start(*words, "--devices=1", "--trainer.strategy=auto")]
-        return nursery.start_pair(*words, "--devices=2", f"--trainer.strategy={strategy}", prelude=prelude)
+            return [fork_server.start(*words, "--devices=1", "--trainer.strategy=auto")]
+        return fork_server.start_pair(*words, "--devices=2", f"--trainer.strategy={strategy}", prelude=prelude)
 
     return start
 
@@ -47,7 +58,7 @@ def losses(run):
 
 def assert_same(run, alone):
     """Losses and rates within 1e-5; gradient norms, which feel the rounding of 50 steps first, within 1e-2; weights and the
-    exported encoder within 1e-4; the optimiser's second moments, tensor by tensor, within 1e-2 of their size."""
+    exported encoder within 1e-4; the optimizer's second moments, tensor by tensor, within 1e-2 of their size."""
     ours, theirs = losses(run), losses(alone)
     torch.testing.assert_close(ours[:, :2], theirs[:, :2], rtol=1e-5, atol=1e-9)
     torch.testing.assert_close(ours[:, 2], theirs[:, 2], rtol=1e-2, atol=0)
@@ -88,9 +99,9 @@ def test_checkpoints_move_between_strategies_and_world_sizes(start, alone, tmp_p
 
 
 def test_sharded_parameters_are_divided(start, tmp_path):
-    """Each of the two processes holds about half of the parameters and of the optimiser's state."""
+    """Each of the two processes holds about half of the parameters and of the optimizer's state."""
     counted = """
-import pretrain.run, simmim.training.progress as progress
+import simmim.pretrain.run, simmim.training.progress as progress
 end = progress.Throughput.on_train_batch_end
 def count(self, trainer, module, *rest):
     end(self, trainer, module, *rest)
@@ -115,10 +126,17 @@ def test_a_batch_that_does_not_divide_is_refused(start, tmp_path):
 def test_a_giant_of_reduced_width_trains_sharded(start, tmp_path):
     """All 50 blocks of giant-3b with their extra norms, under FSDP, activation checkpoints and sequential attention."""
     words = (
-        "--preset=giant-3b", "--image-size=64", "--epochs=0.02", "--batch-size=4", "--model.mask_unit=32",
-        "--model.encoder.embed_dim=16", "--model.encoder.depths=[2,2,42,4]", "--model.encoder.num_heads=[1,2,4,8]",
-        "--model.checkpoint_activations=true", "--model.sequential_attention=2",
-    )  # fmt: skip
+        "--preset=giant-3b",
+        "--image-size=64",
+        "--epochs=0.02",
+        "--batch-size=4",
+        "--model.mask_unit=32",
+        "--model.encoder.embed_dim=16",
+        "--model.encoder.depths=[2,2,42,4]",
+        "--model.encoder.num_heads=[1,2,4,8]",
+        "--model.checkpoint_activations=true",
+        "--model.sequential_attention=2",
+    )
     output = finish(start(tmp_path / "run", "fsdp", *words))
     assert "1 steps of 4 images" in output
     state = load_file(tmp_path / "run" / "encoder" / "encoder.safetensors")

@@ -1,25 +1,35 @@
 """Fine-tuning by two real processes against one: averaged weights, frozen stages, balanced order and export are the same."""
+
 import pytest
 import torch
-from nursery import finish
+from fork_server import finish
 from safetensors.torch import load_file
 
 RUN = (
-    "--labels-per-class=4", "--steps=6", "--batch-size=20", "--validations=2", "--precision=32-true", "--workers=0",
-    "--trainer.accelerator=cpu", "--optim.ema=0.8", "--optim.lr=0.05", "--train-stages=1", "--data.erasing=0.5",
+    "--labels-per-class=4",
+    "--steps=6",
+    "--batch-size=20",
+    "--validations=2",
+    "--precision=32-true",
+    "--workers=0",
+    "--trainer.accelerator=cpu",
+    "--optim.ema=0.8",
+    "--optim.lr=0.05",
+    "--train-stages=1",
+    "--data.erasing=0.5",
     "--data.balance=sampling",
-)  # fmt: skip
+)
 
 
 @pytest.fixture(scope="module")
-def start(nursery, digits, encoder_folder):
+def start(fork_server, digits, encoder_folder):
     """start(out, strategy or None for one process): its processes."""
 
     def start(out, strategy):
         words = ["finetune", "classification", "--init", encoder_folder, "--data", digits.labeled, "--out", out, *RUN]
         if strategy is None:
-            return [nursery.start(*words, "--devices=1")]
-        return nursery.start_pair(*words, "--devices=2", f"--trainer.strategy={strategy}")
+            return [fork_server.start(*words, "--devices=1")]
+        return fork_server.start_pair(*words, "--devices=2", f"--trainer.strategy={strategy}")
 
     return start
 

@@ -1,4 +1,5 @@
 """The command, as a user types it, on a few hundred real digits: pre-train, look, export, fine-tune, predict."""
+
 import csv
 import os
 import subprocess
@@ -7,8 +8,8 @@ import sys
 import torch
 from PIL import Image
 
-from pretrain import load_simmim
 from simmim import load_encoder
+from simmim.pretrain import load_pretrained
 
 
 def simmim(*words, cwd=None):
@@ -45,7 +46,7 @@ def test_from_images_to_predictions(digits, tmp_path):
 
     done = simmim("export", "--run", run, "--out", exported)
     assert done.returncode == 0, done.stderr
-    model, _ = load_simmim(run)
+    model, _ = load_pretrained(run)
     images = torch.randn(2, 1, 32, 32)
     with torch.no_grad():
         assert torch.equal(model.encoder(images).features, load_encoder(exported)(images).features)

@@ -1,4 +1,5 @@
 """Embeddings against the encoder one image at a time; k-NN and linear probe against scikit-learn's, on real digits."""
+
 import io
 import itertools
 import json
@@ -21,9 +22,10 @@ from sklearn.neighbors import KNeighborsClassifier
 from sklearn.pipeline import make_pipeline
 from sklearn.preprocessing import StandardScaler
 
-from simmim.checkpoint import Preprocessing, save_encoder
-from simmim.convert import read_encoder
+from simmim.checkpoints import read_encoder
+from simmim.checkpoints.checkpoint import Preprocessing, save_encoder
 from simmim.data import labeled_images, open_images
+from simmim.encoders.swinv2 import SwinV2, SwinV2Config
 from simmim.evaluate import (
     DEFAULT_STRENGTH,
     STRENGTHS,
@@ -39,14 +41,13 @@ from simmim.evaluate import (
     knn,
     knn_predict,
     linear_probe,
-    neighbours,
+    neighbors,
     parquet,
     probe_stages,
     stages_table,
     vectors,
 )
 from simmim.evaluate import probe as probe_module
-from simmim.swinv2 import SwinV2, SwinV2Config
 
 CONFIG = SwinV2Config(16, (1, 2), (2, 2), window_size=4, in_channels=1, drop_path_rate=0.5)
 GRAY = Preprocessing((32, 32), (0.13,), (0.31,))
@@ -259,7 +260,7 @@ def test_the_mode_of_the_encoder_and_of_torch(digits):
 
 @pytest.mark.parametrize("interpolation", ["bilinear", "bicubic"])
 def test_preprocessing_is_followed(tmp_path, interpolation):
-    """Colour, not square, squashed, by another filter; maps with odd sides."""
+    """Color, not square, squashed, by another filter; maps with odd sides."""
     encoder = random_encoder(replace(CONFIG, in_channels=3))
     preprocessing = Preprocessing((40, 24), (0.4, 0.5, 0.6), (0.2, 0.25, 0.3), interpolation, fit="squash")
     pixels = np.random.default_rng(0).integers(0, 256, (3, 61, 75, 3), dtype=np.uint8)
@@ -377,9 +378,10 @@ def test_row_groups_are_written_as_they_come(saved, digits, tmp_path, monkeypatc
     written, encoded = [], []
     write, encode = pq.ParquetWriter.write_table, SwinV2.encode
     monkeypatch.setattr(
-        pq.ParquetWriter, "write_table",
+        pq.ParquetWriter,
+        "write_table",
         lambda writer, table, **how: written.append((len(encoded), len(table))) or write(writer, table, **how),
-    )  # fmt: skip
+    )
     monkeypatch.setattr(SwinV2, "encode", lambda *given, **how: encoded.append(1) or encode(*given, **how))
     result = embed(saved, digits.unlabeled, tmp_path / "v.parquet", how=EncoderPass(20, 0))
     assert written == [(3, 60), (6, 60), (9, 60), (12, 60)] and result.count == 240
@@ -427,9 +429,11 @@ def test_knn_is_scikit_learns(digit_vectors, k, temperature):
     train, train_labels, test, test_labels = digit_vectors
     for name in ("stage 0, 2x2", "final"):
         reference = KNeighborsClassifier(
-            min(k, len(train_labels)), metric="cosine", algorithm="brute",
+            min(k, len(train_labels)),
+            metric="cosine",
+            algorithm="brute",
             weights=lambda distances: np.exp((1 - distances) / temperature),
-        ).fit(train[name].astype(np.float64), train_labels)  # fmt: skip
+        ).fit(train[name].astype(np.float64), train_labels)
         expected = reference.predict(test[name].astype(np.float64))
         found = knn_predict(train[name], train_labels, test[name], k, temperature)
         assert found.dtype == np.int64 and np.array_equal(found, expected)
@@ -439,16 +443,16 @@ def test_knn_is_scikit_learns(digit_vectors, k, temperature):
 @pytest.mark.parametrize("test_rows, train_rows", [(7, 13), (1, 1000), (64, 3), (1000, 1)])
 def test_knn_in_pieces(digit_vectors, monkeypatch, test_rows, train_rows):
     """However few similarities are held at a time, against a count in float64; k larger than a piece too."""
-    monkeypatch.setattr(neighbours, "TEST_ROWS", test_rows)
-    monkeypatch.setattr(neighbours, "TRAIN_ROWS", train_rows)
+    monkeypatch.setattr(neighbors, "TEST_ROWS", test_rows)
+    monkeypatch.setattr(neighbors, "TRAIN_ROWS", train_rows)
     train, train_labels, test, _ = digit_vectors
     for k, temperature in ((1, 0.07), (20, 0.07)):
         votes = np.zeros((len(test["stage 1"]), 10))
         for row, vector in enumerate(test["stage 1"].astype(np.float64)):
             others = train["stage 1"].astype(np.float64)
             similarity = others @ vector / np.linalg.norm(others, axis=1) / np.linalg.norm(vector)
-            for neighbour in np.argsort(-similarity)[:k]:
-                votes[row, train_labels[neighbour]] += np.exp(similarity[neighbour] / temperature)
+            for neighbor in np.argsort(-similarity)[:k]:
+                votes[row, train_labels[neighbor]] += np.exp(similarity[neighbor] / temperature)
         found = knn_predict(train["stage 1"], train_labels, test["stage 1"], k, temperature)
         assert np.array_equal(found, votes.argmax(axis=1))
 
@@ -506,7 +510,7 @@ def searched(vectors, labels, folds, seed):
 
 @pytest.mark.parametrize("name, seed", [("stage 0", 0), ("final", 3)])
 def test_probe_is_scikit_learns_search(digit_vectors, name, seed):
-    """Its table, choice and predictions; features with outliers, so that it matters what they are standardised by."""
+    """Its table, choice and predictions; features with outliers, so that it matters what they are standardized by."""
     train, train_labels, test, test_labels = digit_vectors
     vectors, others = np.copy(train[name]), test[name]
     vectors[np.arange(0, 240, 31), np.arange(8)] *= 100
@@ -540,9 +544,9 @@ def test_probe_ignores_scale_and_the_test_labels(digit_vectors):
 def test_folds_follow_from_the_smallest_class(digit_vectors):
     train, train_labels, test, test_labels = digit_vectors
     for smallest, folds in ((1, 0), (2, 2), (4, 4), (5, 5), (9, 5)):
-        chosen = np.concatenate([
-            np.flatnonzero(train_labels == label)[: smallest if label == 3 else 10] for label in range(10)
-        ])  # fmt: skip
+        chosen = np.concatenate(
+            [np.flatnonzero(train_labels == label)[: smallest if label == 3 else 10] for label in range(10)]
+        )
         found = linear_probe(train["stage 0"][chosen], train_labels[chosen], test["stage 0"], test_labels)
         assert found.folds == folds and len(found.cross_validation) == (len(STRENGTHS) if folds else 0)
         if not folds:
@@ -605,9 +609,14 @@ def test_every_stage_of_real_digits(digit_vectors):
     for row in scores.rows:
         probe = linear_probe(train[row.name], train_labels, test[row.name], test_labels, seed=1)
         assert row == (
-            row.name, train[row.name].shape[1], knn(train[row.name], train_labels, test[row.name], test_labels, k=5),
-            probe.accuracy, probe.c, probe.cross_validated, probe.converged,
-        )  # fmt: skip
+            row.name,
+            train[row.name].shape[1],
+            knn(train[row.name], train_labels, test[row.name], test_labels, k=5),
+            probe.accuracy,
+            probe.c,
+            probe.cross_validated,
+            probe.converged,
+        )
         assert row.probe > 0.4 and row.knn > 0.3
     assert scores.winner.cross_validated == max(row.cross_validated for row in scores.rows)
 

@@ -1,4 +1,5 @@
 """benchmarks/fashion_mnist.py: idx files in, what pre-training and fine-tuning read out."""
+
 import gzip
 import io
 import struct
@@ -58,9 +59,7 @@ def test_images_and_classes_come_through_exactly(source, tmp_path):
     read = labeled_images(str(out / "labeled"), None, seed=0)
     assert set(read.classes) == set(fashion_mnist.CLASSES)
     tested, tested_labels = drawn("t10k", 3)
-    for part, pictures, numbers, each in (
-        (read.train, images, labels, 6), (read.validation, tested, tested_labels, 2)
-    ):
+    for part, pictures, numbers, each in ((read.train, images, labels, 6), (read.validation, tested, tested_labels, 2)):
         found = by_class(part, read.classes)
         for number, name in enumerate(fashion_mnist.CLASSES):
             assert sorted(found[name]) == sorted(image.tobytes() for image in pictures[numbers == number][:each])

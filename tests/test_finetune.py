@@ -1,4 +1,5 @@
 """Stage 2 as a whole: starting points, what is trained, the best classifier, predictions."""
+
 import csv
 import threading
 from dataclasses import replace
@@ -6,17 +7,17 @@ from dataclasses import replace
 import pytest
 import torch
 
-from finetune import EncoderSettings, FinetuneSettings, LabeledSettings, finetune, load_classifier, predict
-from finetune.augment.batch import BatchChanges
-from finetune.classification.model import ClassificationFinetuning, Classifier
-from finetune.settings import OptimSettings
 from simmim import load_encoder
-from simmim.checkpoint import Preprocessing
-from simmim.data import labeled_images, normalise, open_picture
+from simmim.checkpoints.checkpoint import Preprocessing
+from simmim.data import labeled_images, normalize, open_picture
+from simmim.finetune import ClassificationSettings, EncoderSettings, LabeledSettings, finetune, load_classifier, predict
+from simmim.finetune.augment.batch import BatchChanges
+from simmim.finetune.classification.model import ClassificationFinetuning, Classifier
+from simmim.finetune.settings import OptimSettings
 
 
 def settings(digits, encoder_folder, out, **more):
-    return FinetuneSettings(
+    return ClassificationSettings(
         **{
             "data": LabeledSettings(str(digits.labeled), flip=0.0),
             "out": str(out),
@@ -41,7 +42,7 @@ def test_the_best_classifier_is_kept(digits, finished):
     labels = labeled_images(digits.labeled, 4, seed=0)
     pixels = torch.stack([open_picture(row["image"], 1).crop((0, 0, 28, 28), (32, 32)) for row in labels.validation])
     with torch.no_grad():
-        logits = saved.model(normalise(pixels, saved.preprocessing.mean, saved.preprocessing.std))
+        logits = saved.model(normalize(pixels, saved.preprocessing.mean, saved.preprocessing.std))
     accuracy = (logits.argmax(dim=1) == torch.tensor(labels.validation["label"])).float().mean()
     assert accuracy.item() == pytest.approx(finished.best)
     assert finished.best >= finished.accuracy
@@ -69,7 +70,7 @@ def test_one_seed_one_result(digits, encoder_folder, finished, tmp_path):
 
 
 def test_resumed_equals_uninterrupted(digits, encoder_folder, tmp_path, power_cut):
-    changes = {"rand_augment": 9.0, "colour_jitter": 0.4, "erasing": 0.25, "mixup": 0.8, "cutmix": 1.0}
+    changes = {"rand_augment": 9.0, "color_jitter": 0.4, "erasing": 0.25, "mixup": 0.8, "cutmix": 1.0}
     longer = {
         "encoder": EncoderSettings(drop_path_rate=0.3),
         "epochs": 40.0,
@@ -124,7 +125,9 @@ def test_a_larger_image_gets_a_larger_window_scaled_by_the_pretrained_one(digits
 
 
 def test_from_scratch_without_any_encoder(digits, tmp_path):
-    run = FinetuneSettings(data=str(digits.labeled), out=str(tmp_path / "run"), labels_per_class=2, epochs=1, batch_size=20)
+    run = ClassificationSettings(
+        data=str(digits.labeled), out=str(tmp_path / "run"), labels_per_class=2, epochs=1, batch_size=20
+    )
     finetune(run, quiet=True)
     assert load_encoder(tmp_path / "run").config.depths == (2, 2)  # nano, for thumbnails
 
@@ -138,8 +141,8 @@ def test_head_and_final_norm_learn_fastest(encoder_folder):
         lambda step: 0.1,
         OptimSettings(layer_decay=0.5),
     )
-    optimiser = module.configure_optimizers()["optimizer"]
-    rate_of = {name: group["lr"] for group in optimiser.param_groups for name in group["names"]}
+    optimizer = module.configure_optimizers()["optimizer"]
+    rate_of = {name: group["lr"] for group in optimizer.param_groups for name in group["names"]}
     assert rate_of["head.weight"] == rate_of["encoder.norm.weight"] == pytest.approx(0.1)
     assert rate_of["encoder.layers.2.blocks.0.attn.qkv.weight"] == pytest.approx(0.05)
     assert rate_of["encoder.layers.1.downsample.reduction.weight"] == pytest.approx(0.025)
@@ -161,7 +164,7 @@ def test_predictions_are_the_classifier_s(digits, finished, tmp_path):
     for row in table:
         pixels = open_picture({"path": row["path"], "bytes": None}, 1).crop((0, 0, 28, 28), (32, 32))[None]
         with torch.no_grad():
-            shares = saved.model(normalise(pixels, saved.preprocessing.mean, saved.preprocessing.std)).softmax(dim=1)[0]
+            shares = saved.model(normalize(pixels, saved.preprocessing.mean, saved.preprocessing.std)).softmax(dim=1)[0]
         assert row["class"] == saved.classes[shares.argmax()]
         written = [float(row[f"probability {name}"]) for name in saved.classes]
         assert written == pytest.approx(shares.tolist(), abs=2e-6)

@@ -1,4 +1,5 @@
 """The reference implementation's numbers, with every parameter random, reproduced (tests/golden/README.md)."""
+
 import json
 from pathlib import Path
 
@@ -6,8 +7,9 @@ import pytest
 import torch
 from safetensors import safe_open
 
-from simmim.model import SimMIM, masked_l1
-from simmim.swinv2 import SwinV2, SwinV2Config
+from simmim.encoders.swinv2 import SwinV2, SwinV2Config
+from simmim.methods.pixels import masked_l1
+from simmim.methods.simmim import SimMIM
 
 GOLDEN = Path(__file__).parent / "golden"
 
@@ -42,7 +44,7 @@ def encoder_config(metadata, **more):
 def _mode(request):
     """Everything by the kernels of a CPU, and by the lines that every device runs."""
     if request.param == "plain lines":
-        request.getfixturevalue("plain_blocks")
+        request.getfixturevalue("plain_lines")
 
 
 @pytest.fixture(scope="module")
@@ -89,7 +91,7 @@ def test_traced_by_the_compiler(simmim_golden):
         assert (model.get_parameter(name).grad - expected).norm() <= 5e-4 * expected.norm(), name
 
 
-def test_normalised_target_and_its_loss(simmim_golden):
+def test_normalized_target_and_its_loss(simmim_golden):
     model, golden = simmim_golden
     images, mask = golden["input.image"], golden["input.mask"].bool()
     model = SimMIM(model.encoder, norm_target_patch=47)

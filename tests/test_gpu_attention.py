@@ -1,4 +1,5 @@
 """The kernels for a GPU, as far as a machine with none can tell: interpreted, and compiled for what it is not."""
+
 import importlib.util
 import os
 import re
@@ -9,7 +10,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from simmim.fused.gpu import Blocks, takes_attention
+from simmim.encoders.swinv2.kernels.gpu import Blocks, takes_attention
 
 TESTS = Path(__file__).resolve().parent / "gpu_attention.py"
 
@@ -32,7 +33,7 @@ def test_takes_nothing_on_a_cpu():
 
 
 def test_importing_loads_no_triton():
-    code = "import sys, simmim.fused.gpu; sys.exit('triton' in sys.modules)"
+    code = "import sys, simmim.encoders.swinv2.kernels.gpu; sys.exit('triton' in sys.modules)"
     assert subprocess.run([sys.executable, "-c", code], cwd=TESTS.parent.parent).returncode == 0
 
 
@@ -46,13 +47,19 @@ def test_registers_suffice(kernel, architecture, tmp_path, monkeypatch):
     from triton.backends.compiler import GPUTarget
     from triton.compiler import ASTSource, compile
 
-    from simmim.fused import triton_kernels
+    from simmim.encoders.swinv2.kernels import triton_kernels
 
     function, blocks = getattr(triton_kernels, kernel), Blocks.of(144, 32, torch.bfloat16)
     constants = {
-        "N": 144, "D": 32, "DIVIDED": True, "WHOLE": blocks.whole, "REST": blocks.rest, "DIM": blocks.dim,
-        "BLOCK": blocks.block, "PRECISION": "tf32",
-    }  # fmt: skip
+        "N": 144,
+        "D": 32,
+        "DIVIDED": True,
+        "WHOLE": blocks.whole,
+        "REST": blocks.rest,
+        "DIM": blocks.dim,
+        "BLOCK": blocks.block,
+        "PRECISION": "tf32",
+    }
     types = dict.fromkeys(("qkv", "mixed", "grad_mixed", "grad_qkv"), "*bf16") | dict.fromkeys(constants, "constexpr")
     types |= {"token_of": "*i32", "region_of": "*u8"}
     types |= dict.fromkeys(("tokens", "windows", "heads", "shares", "numbers", "chunks"), "i32")

@@ -1,4 +1,5 @@
 """Which file may know which: read from the import statements, and from what importing really loads."""
+
 import ast
 import os
 import subprocess
@@ -14,7 +15,7 @@ FILES = {
     for package in PACKAGES
     for path in sorted((ROOT / package).rglob("*.py"))
 }
-LEAVES = ("allocator", "arguments", "fused", "masking", "optim", "visualise", "defaults", "digits", "files")
+LEAVES = ("allocator", "arguments", "fused", "masking", "optim", "visualize", "defaults", "digits", "files")
 # Of the files that are no leaves: what of simmim each may import.
 ALLOWED = {
     "data": {"defaults", "files"},
@@ -69,8 +70,8 @@ def loaded_by(statement, names):
 
 def test_files_are_found():
     """The reading itself: known imports are seen, those inside functions too."""
-    assert {"simmim.swinv2", "simmim.cli", "pretrain.run", "finetune.run"} <= FILES.keys()
-    assert ("simmim", "swinv2") in ours("simmim.model") and ("simmim", "training") in ours("pretrain.run")
+    assert {"simmim.encoders.swinv2", "simmim.cli", "simmim.pretrain.run", "simmim.finetune.run"} <= FILES.keys()
+    assert ("simmim", "swinv2") in ours("simmim.methods.simmim") and ("simmim", "training") in ours("simmim.pretrain.run")
     assert {("finetune", ""), ("pretrain", "")} <= ours("simmim.cli"), "imported inside functions"
 
 
@@ -102,7 +103,7 @@ def test_model_files_know_no_training():
 
 def test_the_command_imports_stages_lazily():
     """At their tops the command and what reads its words import nothing but the standard library."""
-    own = ("simmim.allocator", "simmim.arguments")
+    own = ("simmim.cli.allocator", "simmim.cli.arguments")
     for file in ("simmim.cli", *own):
         tree = ast.parse(FILES[file].read_text(encoding="utf-8"))
         tree.body = [node for node in tree.body if isinstance(node, ast.Import | ast.ImportFrom)]
@@ -117,13 +118,15 @@ def test_importing_packages_loads_nothing_heavy(statement):
 
 def test_importing_the_model_loads_no_training():
     names = ("torch", "torchvision", "PIL", *TRAINING)
-    assert loaded_by("import simmim.swinv2, simmim.model, simmim.masking, simmim.optim", names) == ["torch"]
+    assert loaded_by(
+        "import simmim.encoders.swinv2, simmim.methods.simmim, simmim.methods.masking, simmim.training.optim", names
+    ) == ["torch"]
     assert loaded_by("from simmim import SwinV2, SimMIM, load_encoder", names) == ["torch"]
 
 
 def test_settings_load_no_training():
     """What --help needs; it should appear at once."""
-    assert loaded_by("import pretrain.settings, finetune.settings, simmim.data", TRAINING) == []
+    assert loaded_by("import simmim.pretrain.settings, simmim.finetune.settings, simmim.data", TRAINING) == []
 
 
 @pytest.mark.parametrize("package", PACKAGES)

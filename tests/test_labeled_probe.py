@@ -1,4 +1,5 @@
 """The look at labeled images while pre-training: right numbers, at the right steps, and training none the wiser."""
+
 import csv
 import random
 import shutil
@@ -7,18 +8,18 @@ import time
 import numpy as np
 import pytest
 import torch
-from nursery import finish
+from fork_server import finish
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
-from pretrain import DataSettings, ModelSettings, PretrainSettings, ProbeSettings, load_simmim, pretrain
-from pretrain import callbacks as callbacks_module
-from pretrain.callbacks import LabeledProbe
-from simmim.convert import read_encoder
+from simmim.checkpoints import read_encoder
 from simmim.evaluate import Comparison, EncoderPass, compare
+from simmim.pretrain import DataSettings, PretrainSettings, ProbeSettings, SimMIMSettings, load_pretrained, pretrain
+from simmim.pretrain import callbacks as callbacks_module
+from simmim.pretrain.callbacks import LabeledProbe
 
 HERE = EncoderPass(workers=0)
 # Stochastic depth, so that a number drawn out of turn would be felt.
-SMALL = ModelSettings(mask_unit=8, encoder={"embed_dim": 16, "depths": [1, 1], "num_heads": [1, 2], "drop_path_rate": 0.3})
+SMALL = SimMIMSettings(mask_unit=8, encoder={"embed_dim": 16, "depths": [1, 1], "num_heads": [1, 2], "drop_path_rate": 0.3})
 EVERY_5 = 5 * 32 / 240  # epochs
 FEATURES = ("stage0", "stage0.2x2", "stage1", "stage1.2x2", "final", "final.2x2")
 
@@ -62,7 +63,7 @@ def measures(run):
 def trained(run):
     """What training left: losses, rates and norms by step, and all weights."""
     log = [[row["step"], row["loss"], row["lr"], row["grad_norm"]] for row in rows(run) if row["loss"]]
-    return log, load_simmim(run)[0].state_dict()
+    return log, load_pretrained(run)[0].state_dict()
 
 
 def assert_same_training(run, other):
@@ -118,7 +119,7 @@ def test_tensorboard_groups_and_describes_them(watched):
         assert {point.step: point.value for point in points} == pytest.approx(
             {step: values[f"knn/{name}"] for step, values in measures(watched).items()}
         )
-        assert "nearest labeled neighbours" in events.SummaryMetadata(f"knn/{name}").summary_description
+        assert "nearest labeled neighbors" in events.SummaryMetadata(f"knn/{name}").summary_description
     assert "seconds" in events.SummaryMetadata("speed/probe_s").summary_description
 
 
@@ -271,22 +272,40 @@ def test_labeled_data_that_cannot_be_used(digits, tmp_path):
 @pytest.fixture(scope="module")
 def alone(digits, tmp_path_factory):
     """One process, without a probe, and without stochastic depth, which is drawn for each process."""
-    model = ModelSettings(mask_unit=8, encoder={**SMALL.encoder, "drop_path_rate": 0.0})
+    model = SimMIMSettings(mask_unit=8, encoder={**SMALL.encoder, "drop_path_rate": 0.0})
     return pretrain(settings(digits, tmp_path_factory.mktemp("alone") / "run", probe=False, model=model))
 
 
 @pytest.mark.parametrize("strategy", ["ddp", "fsdp"])
-def test_two_processes(nursery, digits, alone, tmp_path, strategy):
+def test_two_processes(fork_server, digits, alone, tmp_path, strategy):
     """Training as of one process without a probe, and figures as of the exported encoder but for an image at a border."""
     run = tmp_path / "run"
     words = [
-        "pretrain", "--data", digits.unlabeled, "--out", run, "--preset=nano", f"--epochs={17 * 32 / 240}",
-        "--batch-size=32", "--save_every_steps=6", "--log_every_steps=2", "--workers=0", "--precision=32-true",
-        "--model.mask_unit=8", "--model.encoder.embed_dim=16", "--model.encoder.depths=[1,1]",
-        "--model.encoder.num_heads=[1,2]", "--trainer.accelerator=cpu", "--devices=2", f"--trainer.strategy={strategy}",
-        "--probe.data", digits.labeled, f"--probe.every-epochs={EVERY_5}", "--probe.labels-per-class=8",
-    ]  # fmt: skip
-    finish(nursery.start_pair(*words))
+        "pretrain",
+        "--data",
+        digits.unlabeled,
+        "--out",
+        run,
+        "--preset=nano",
+        f"--epochs={17 * 32 / 240}",
+        "--batch-size=32",
+        "--save_every_steps=6",
+        "--log_every_steps=2",
+        "--workers=0",
+        "--precision=32-true",
+        "--model.mask_unit=8",
+        "--model.encoder.embed_dim=16",
+        "--model.encoder.depths=[1,1]",
+        "--model.encoder.num_heads=[1,2]",
+        "--trainer.accelerator=cpu",
+        "--devices=2",
+        f"--trainer.strategy={strategy}",
+        "--probe.data",
+        digits.labeled,
+        f"--probe.every-epochs={EVERY_5}",
+        "--probe.labels-per-class=8",
+    ]
+    finish(fork_server.start_pair(*words))
     (log, weights), (other_log, other_weights) = trained(run), trained(alone)
     assert np.allclose(np.array(log, float)[:, :3], np.array(other_log, float)[:, :3], rtol=1e-5, atol=1e-9)
     for name, value in weights.items():

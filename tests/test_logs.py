@@ -1,4 +1,5 @@
 """Names, loggers that are asked for, services, and that nothing leaves the machine unasked."""
+
 import csv
 import importlib.util
 import os
@@ -12,8 +13,8 @@ from PIL import Image
 from pytorch_lightning.loggers import Logger
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
-from finetune import EncoderSettings, FinetuneSettings, LabeledSettings, finetune
-from pretrain import DataSettings, ModelSettings, PretrainSettings, pretrain
+from simmim.finetune import ClassificationSettings, EncoderSettings, LabeledSettings, finetune
+from simmim.pretrain import DataSettings, PretrainSettings, SimMIMSettings, pretrain
 from simmim.training import SaveRun, logs
 from simmim.training.logs import (
     GROUPED,
@@ -33,7 +34,7 @@ CONFIG = "data:\n  path: images\nout: runs/a\nepochs: 2.0\nbatch_size: 32\noptim
 
 
 def settings(data, out, **more):
-    model = ModelSettings(mask_unit=8, encoder=SMALL)
+    model = SimMIMSettings(mask_unit=8, encoder=SMALL)
     common = {"preset": "nano", "epochs": 1.0, "batch_size": 32, "model": model, "log_every_steps": 2}
     return PretrainSettings(DataSettings(str(data)), str(out), **{**common, **more})
 
@@ -50,8 +51,8 @@ def test_names_are_grouped():
     plain = ("loss", "lr", "grad_norm", "images_per_s", "data_wait_share", "accuracy", "validation_loss", "skipped_steps")
     assert [names(name) for name in plain] == [
         "loss/masked_l1",
-        "optimiser/learning_rate",
-        "optimiser/gradient_norm",
+        "optimizer/learning_rate",
+        "optimizer/gradient_norm",
         "speed/images_per_s",
         "speed/data_wait_share",
         "validation/accuracy",
@@ -103,7 +104,10 @@ def test_loggers_that_are_not_installed_are_refused(tmp_path, monkeypatch, name)
 def test_loggers_as_they_are_typed():
     for given in ("wandb,mlflow", "wandb, mlflow", ["wandb", "mlflow"], ("wandb", "mlflow")):
         assert settings("images", "run", loggers=given).loggers == ("wandb", "mlflow")
-        assert FinetuneSettings(data=LabeledSettings("images"), out="run", loggers=given).loggers == ("wandb", "mlflow")
+        assert ClassificationSettings(data=LabeledSettings("images"), out="run", loggers=given).loggers == (
+            "wandb",
+            "mlflow",
+        )
     assert settings("images", "run").loggers == ()
 
 
@@ -297,7 +301,7 @@ def rows(run):
 def test_finetuning_logs_validation_and_training_in_one_chart(digits, tmp_path):
     """Every number of metrics.csv is on the page, under a group that the table knows, and nothing else is."""
     run = finetune(
-        FinetuneSettings(
+        ClassificationSettings(
             data=LabeledSettings(str(digits.labeled)),
             out=str(tmp_path / "run"),
             encoder=EncoderSettings(preset="nano"),
@@ -310,7 +314,7 @@ def test_finetuning_logs_validation_and_training_in_one_chart(digits, tmp_path):
     ).run
     events, names = read(run / "tensorboard"), Names("cross_entropy")
     tags = set(events.Tags()["scalars"])
-    assert {"loss/cross_entropy", "validation/cross_entropy", "validation/accuracy", "optimiser/learning_rate"} <= tags
+    assert {"loss/cross_entropy", "validation/cross_entropy", "validation/accuracy", "optimizer/learning_rate"} <= tags
     assert tags == {names(column) for column in rows(run)[0] if column not in ("step", "epoch")}
     assert not [tag for tag in tags if tag.startswith("other/") or tag in ("epoch", "hp_metric")]
     for column in ("loss", "accuracy", "validation_loss"):

@@ -1,11 +1,12 @@
 """Block masks: exact counts, whole units, and randomness that only the generator or an image's seed decides."""
+
 import math
 from fractions import Fraction
 
 import pytest
 import torch
 
-from simmim.masking import BlockMasking
+from simmim.methods.masking import BlockMasking
 
 
 def generator(seed=0):
@@ -27,7 +28,7 @@ def test_count_and_whole_units(ratio, unit_px, patch_size, size):
     masking = BlockMasking(unit_px, ratio, patch_size)
     rows, columns = size[0] // unit_px, size[1] // unit_px
     expected = math.ceil(Fraction(str(ratio)) * rows * columns)
-    assert masking.grid(size) == (rows, columns) and masking.masked_units(size) == expected
+    assert masking.grid(size) == (rows, columns) and masking.num_masked_units(size) == expected
     mask = masking.draw(5, size, generator())
     assert mask.dtype == torch.bool and mask.shape == (5, size[0] // patch_size, size[1] // patch_size)
     units = units_of(mask, unit_px // patch_size)
@@ -38,7 +39,7 @@ def test_count_and_whole_units(ratio, unit_px, patch_size, size):
 
 @pytest.mark.parametrize("ratio, units, count", [(0.6, 10, 6), (0.55, 100, 55), (0.07, 100, 7), (0.6, 36, 22), (0.01, 4, 1)])
 def test_known_counts(ratio, units, count):
-    assert BlockMasking(4, ratio).masked_units((4, 4 * units)) == count
+    assert BlockMasking(4, ratio).num_masked_units((4, 4 * units)) == count
 
 
 def test_true_is_masked():

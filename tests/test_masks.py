@@ -1,4 +1,5 @@
 """Labeled scenes: layouts, masks as they are stored, what is checked, the validation part, the draw of labels."""
+
 import io
 import random
 
@@ -51,7 +52,7 @@ VALUES = np.arange(6, dtype=np.uint8).reshape(2, 3) % 4
         png(VALUES, "P", palette=[9] * 12, bits=4, transparency=0),
         png(VALUES.astype(np.uint16)),
     ],
-    ids=["gray", "palette", "two bits", "transparent palette of one colour", "16 bits"],
+    ids=["gray", "palette", "two bits", "transparent palette of one color", "16 bits"],
 )
 def test_values_are_read_as_they_are_stored(data):
     assert np.array_equal(read_mask(record(data)), VALUES)
@@ -64,9 +65,7 @@ def test_gray_masks_of_few_bits_are_not_stretched(bits):
     import zlib
 
     values = np.arange(16, dtype=np.uint8).reshape(2, 8) % 2**bits
-    rows = b"".join(
-        b"\0" + np.packbits(np.unpackbits(row[:, None], axis=1)[:, -bits:].ravel()).tobytes() for row in values
-    )
+    rows = b"".join(b"\0" + np.packbits(np.unpackbits(row[:, None], axis=1)[:, -bits:].ravel()).tobytes() for row in values)
 
     def chunk(kind, content):
         return struct.pack(">I", len(content)) + kind + content + struct.pack(">I", zlib.crc32(kind + content))
@@ -86,8 +85,8 @@ def test_arrays_and_deep_values(tmp_path):
 @pytest.mark.parametrize(
     "data, said",
     [
-        (png(np.zeros((4, 4, 3), np.uint8)), "colours"),
-        (png(np.zeros((4, 4, 4), np.uint8)), "colours"),
+        (png(np.zeros((4, 4, 3), np.uint8)), "colors"),
+        (png(np.zeros((4, 4, 4), np.uint8)), "colors"),
         (png(VALUES)[:40], "."),
         (b"not an image", "cannot identify"),
     ],
@@ -164,9 +163,13 @@ def test_layouts_give_the_same(tmp_path, layout):
         lines = [f"plain/images/{n:02d}.jpg,plain/masks/{n:02d}.png" for n in range(6)]
         data.write_text("\n".join(["image,mask", *lines]))
     else:
-        rows = [{"picture": {"bytes": open(a["path"], "rb").read(), "path": None},  # noqa: SIM115
-                 "annotation": {"bytes": open(b["path"], "rb").read(), "path": None}}  # noqa: SIM115
-                for a, b in zip(pairs["image"], pairs["mask"])]
+        rows = [
+            {
+                "picture": {"bytes": open(a["path"], "rb").read(), "path": None},  # noqa: SIM115
+                "annotation": {"bytes": open(b["path"], "rb").read(), "path": None},
+            }
+            for a, b in zip(pairs["image"], pairs["mask"])
+        ]
         features = datasets.Features({"picture": datasets.Image(), "annotation": datasets.Image()})
         table = datasets.Dataset.from_list(rows, features=features)
         data = tmp_path / ("saved" if layout == "saved" else "data.parquet")
@@ -267,9 +270,20 @@ def broken(folder, how):
 
 @pytest.mark.parametrize(
     "how",
-    ["unknown value", "classes file too short", "other size", "no mask", "no image", "two images", "no images", "no folders",
-     "untrained class", "torn mask", "one class"],
-)  # fmt: skip
+    [
+        "unknown value",
+        "classes file too short",
+        "other size",
+        "no mask",
+        "no image",
+        "two images",
+        "no images",
+        "no folders",
+        "untrained class",
+        "torn mask",
+        "one class",
+    ],
+)
 def test_wrong_labels_are_refused_with_file_and_value(tmp_path, how):
     said = broken(scenes(tmp_path), how)
     with pytest.raises(ValueError, match=said) as error:

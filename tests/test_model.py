@@ -1,12 +1,14 @@
-"""SimMIM: what the prediction and the loss may see, the loss and the normalised target by brute force."""
+"""SimMIM: what the prediction and the loss may see, the loss and the normalized target by brute force."""
+
 import math
 
 import pytest
 import torch
 
-from simmim.masking import BlockMasking
-from simmim.model import SimMIM, masked_l1, sliding_statistics
-from simmim.swinv2 import SwinV2, SwinV2Config
+from simmim.encoders.swinv2 import SwinV2, SwinV2Config
+from simmim.methods.masking import BlockMasking
+from simmim.methods.pixels import masked_l1
+from simmim.methods.simmim import SimMIM, sliding_statistics
 
 
 @torch.no_grad()
@@ -227,7 +229,7 @@ def test_other_masks_are_refused(mask):
         random_model()(torch.zeros(2, 3, 32, 32), mask)
 
 
-# --- the normalised target -----------------------------------------------------------------------------------------
+# --- the normalized target -----------------------------------------------------------------------------------------
 
 
 def brute_force_statistics(images, patch_px):
@@ -272,13 +274,13 @@ def test_raw_targets_are_the_images():
 
 
 @pytest.mark.parametrize("patch_px", [46, 2, 1, 0, -3])
-def test_patches_without_a_centre_are_refused(patch_px):
+def test_patches_without_a_center_are_refused(patch_px):
     with pytest.raises(ValueError, match=f"norm_target_patch is {patch_px}: give an odd number of pixels"):
         random_model(patch_px)
 
 
 @pytest.mark.parametrize("norm_target_patch", [None, 5, 47])
-def test_reconstruct_inverts_normalised_targets(norm_target_patch, monkeypatch):
+def test_reconstruct_inverts_normalized_targets(norm_target_patch, monkeypatch):
     """A model that predicted the targets perfectly would reconstruct the images."""
     model = random_model(norm_target_patch)
     images, mask = random_batch(2, 3, 36, 40)
@@ -290,12 +292,12 @@ def test_reconstruct_inverts_normalised_targets(norm_target_patch, monkeypatch):
 
 def test_reconstruct_is_the_prediction_put_to_scale():
     images, mask = random_batch(2, 3, 32, 32)
-    raw, normalised = random_model(), random_model(5)
+    raw, normalized = random_model(), random_model(5)
     mean, deviation = sliding_statistics(images, 5)
     with torch.no_grad():
         prediction = raw(images, mask, return_reconstruction=True).reconstruction
     assert torch.equal(raw.reconstruct(images, mask), prediction)
-    torch.testing.assert_close(normalised.reconstruct(images, mask), mean + deviation * prediction, atol=1e-5, rtol=0)
+    torch.testing.assert_close(normalized.reconstruct(images, mask), mean + deviation * prediction, atol=1e-5, rtol=0)
     assert not raw.reconstruct(images, mask).requires_grad
 
 
@@ -311,7 +313,7 @@ def test_equals_transformers():
             image_size=64, embed_dim=16, depths=(2, 2), num_heads=(2, 4), window_size=4, encoder_stride=8, num_channels=2
         )
     )
-    swinv2.randomise(theirs).eval()
+    swinv2.randomize(theirs).eval()
     weights = theirs.state_dict()
     inner = {key.removeprefix("swinv2."): weights.pop(key) for key in list(weights) if key.startswith("swinv2.")}
     token = inner.pop("embeddings.mask_token").flatten()

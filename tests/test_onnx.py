@@ -1,4 +1,5 @@
 """ONNX files: in ONNX Runtime they give PyTorch's numbers at every size and batch they promise, and hold nothing twice."""
+
 import copy
 import subprocess
 import sys
@@ -14,9 +15,9 @@ import torch
 from test_checkpoint import random_encoder, random_images
 from torch import nn
 
-from simmim.convert import onnx as convert
-from simmim.convert.onnx import check_sizes, export_onnx
-from simmim.swinv2 import SwinV2, SwinV2Config
+from simmim.checkpoints.formats import onnx as convert
+from simmim.checkpoints.formats.onnx import check_sizes, export_onnx
+from simmim.encoders.swinv2 import SwinV2, SwinV2Config
 
 ROOT = Path(__file__).resolve().parent.parent
 TINY = SwinV2Config(16, (2, 2), (2, 4), window_size=4)
@@ -307,6 +308,6 @@ def test_missing_packages(tmp_path, monkeypatch, package):
 
 
 def test_importing_loads_neither_package():
-    code = "import sys, simmim.convert.onnx; print([name for name in ('onnx', 'onnxruntime') if name in sys.modules])"
+    code = "import sys, simmim.checkpoints.formats.onnx; print([name for name in ('onnx', 'onnxruntime') if name in sys.modules])"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=ROOT, timeout=100)
     assert (done.stdout, done.stderr) == ("[]\n", "")

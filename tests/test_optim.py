@@ -1,4 +1,5 @@
 """Parameter rules, layer decay and schedules against the reference's tables; exactly one group a parameter."""
+
 import json
 from pathlib import Path
 
@@ -6,8 +7,9 @@ import pytest
 import torch
 from torch import nn
 
-from simmim.model import SimMIM
-from simmim.optim import (
+from simmim.encoders.swinv2 import SwinV2, SwinV2Config
+from simmim.methods.simmim import SimMIM
+from simmim.training.optim import (
     Schedule,
     adamw,
     parameter_groups,
@@ -16,7 +18,6 @@ from simmim.optim import (
     warmup_cosine,
     warmup_multistep,
 )
-from simmim.swinv2 import SwinV2, SwinV2Config
 
 GOLDEN = Path(__file__).parent / "golden"
 
@@ -90,8 +91,8 @@ def test_frozen_parameters_are_in_no_group():
 
 
 def test_adamw_has_the_published_betas():
-    optimiser = adamw(parameter_groups(SimMIM(micro_encoder()), 1e-3, 0.05))
-    assert all(group["betas"] == (0.9, 0.999) for group in optimiser.param_groups)
+    optimizer = adamw(parameter_groups(SimMIM(micro_encoder()), 1e-3, 0.05))
+    assert all(group["betas"] == (0.9, 0.999) for group in optimizer.param_groups)
 
 
 def test_linear_scaling():

@@ -1,6 +1,7 @@
 """The same features from the same file in other libraries: what timm and transformers save is read and computed as they
 do it, and what this toolkit exports they load whole and compute as it does. The authors' code stands in golden numbers
 (test_convert.py, test_golden.py)."""
+
 import fcntl
 import importlib.util
 import json
@@ -17,15 +18,15 @@ import torch
 from PIL import Image
 from safetensors.torch import load_file, save_file
 from test_convert import random_checkpoint
-from test_swinv2 import random_images, randomise, run_transformers
+from test_swinv2 import random_images, randomize, run_transformers
 
 from simmim import load_encoder
-from simmim.checkpoint import build_encoder
-from simmim.convert import read, read_encoder
-from simmim.convert.export import export
-from simmim.data import CentreView, normalise, open_picture
-from simmim.model import SimMIM
-from simmim.swinv2 import SwinV2, SwinV2Config
+from simmim.checkpoints import read, read_encoder
+from simmim.checkpoints.checkpoint import build_encoder
+from simmim.checkpoints.export import export
+from simmim.data import CenterView, normalize, open_picture
+from simmim.encoders.swinv2 import SwinV2, SwinV2Config
+from simmim.methods.simmim import SimMIM
 
 TOLERANCE = {"float32": 1e-4, "float64": 1e-10}
 BOTH = ("float32", "float64")
@@ -104,7 +105,7 @@ def saved_by_transformers(config, size, folder):
             pretrained_window_sizes=config.pretrained_window_sizes or (0,) * len(config.depths),
         )
     )
-    randomise(model).eval().save_pretrained(folder)
+    randomize(model).eval().save_pretrained(folder)
     return model
 
 
@@ -262,8 +263,8 @@ def test_transformers_prepares_images_alike(side, crop, interpolation, fit, leve
     path = matplotlib.cbook.get_sample_data("grace_hopper.jpg", asfileobj=False)
     processor = transformers.AutoImageProcessor.from_pretrained(folder)
     theirs = processor(Image.open(path), return_tensors="pt")["pixel_values"]
-    view = CentreView(size, crop, interpolation, fit)(open_picture({"path": str(path), "bytes": None}, 3))
-    ours = normalise(view[None], preprocessing.mean, preprocessing.std)
+    view = CenterView(size, crop, interpolation, fit)(open_picture({"path": str(path), "bytes": None}, 3))
+    ours = normalize(view[None], preprocessing.mean, preprocessing.std)
     assert theirs.shape == ours.shape
     apart = (theirs - ours).abs() * torch.tensor(preprocessing.std).view(3, 1, 1) * 255
     print(f"{apart.mean():.2f} levels in the mean, {apart.median():.2f} in the median")
@@ -279,7 +280,7 @@ def test_transformers_prepares_gray_images_alike(tmp_path):
     Image.fromarray(pixels.numpy()).save(tmp_path / "gray.png")
     processor = transformers.AutoImageProcessor.from_pretrained(folder)
     theirs = processor(Image.open(tmp_path / "gray.png"), return_tensors="pt")["pixel_values"]
-    ours = normalise(pixels[None, None], checkpoint.preprocessing.mean, checkpoint.preprocessing.std)
+    ours = normalize(pixels[None, None], checkpoint.preprocessing.mean, checkpoint.preprocessing.std)
     torch.testing.assert_close(theirs, ours, atol=1e-5, rtol=0)
 
 
@@ -440,7 +441,7 @@ def test_a_head_of_another_library_trains_on_the_maps(size):
     from transformers import UperNetConfig
     from transformers.models.upernet.modeling_upernet import UperNetHead
 
-    encoder = randomise(SwinV2(SwinV2Config.from_preset("nano", depths=(1, 1, 1, 1), num_heads=(3, 6, 12, 24))))
+    encoder = randomize(SwinV2(SwinV2Config.from_preset("nano", depths=(1, 1, 1, 1), num_heads=(3, 6, 12, 24))))
     head = UperNetHead(UperNetConfig(hidden_size=32, num_labels=6, pool_scales=(1, 2)), in_channels=list(encoder.channels))
     images = random_images(2, 3, *size)
     maps = encoder.features(images, per_stage=True)

@@ -1,4 +1,5 @@
 """The plan against what real steps do: FLOPs against torch's counter, memory against the bytes of live tensors."""
+
 import itertools
 import json
 import math
@@ -17,18 +18,16 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 from torch.utils.flop_counter import FlopCounterMode
 
-from simmim import swinv2
-from simmim.model import SimMIM
-from simmim.optim import adamw, parameter_groups
-from simmim.plan import GIB, USABLE_SHARE, Setup, cached_bytes, flops, memory, plan, plan_for, render
-from simmim.swinv2 import PRESETS, SwinV2, SwinV2Config
+from simmim.encoders import swinv2
+from simmim.encoders.swinv2 import PRESETS, SwinV2, SwinV2Config
+from simmim.methods.simmim import SimMIM
+from simmim.planning.plan import GIB, USABLE_SHARE, Setup, cached_bytes, flops, memory, plan, plan_for, render
+from simmim.training.optim import adamw, parameter_groups
 
-pytestmark = pytest.mark.usefixtures("plain_blocks")
+pytestmark = pytest.mark.usefixtures("plain_lines")
 ROOT = Path(__file__).parent.parent
 SWITCHES = {"plain": (False, None), "checkpointed": (True, None), "sequential": (False, 8), "both": (True, 8)}
-ODD = SwinV2Config(
-    24, (1, 2, 3), (3, 3, 6), window_size=5, in_channels=2, patch_size=2, mlp_ratio=3.0, extra_norm_every=2
-)  # fmt: skip
+ODD = SwinV2Config(24, (1, 2, 3), (3, 3, 6), window_size=5, in_channels=2, patch_size=2, mlp_ratio=3.0, extra_norm_every=2)
 
 
 def make(config, size, batch, checkpointed, sequential, device="cpu"):
@@ -70,8 +69,8 @@ def test_flops(config, size, batch, switches):
 def test_flops_of_what_is_predicted(predicted, monkeypatch):
     """A quarter of the image, or nothing, as SimMIM does on a CPU; a training step too."""
     monkeypatch.undo()  # squares are chosen, on a CPU; its kernels are no products that could be counted
-    for name in ("takes", "takes_merging"):
-        monkeypatch.setattr(f"simmim.fused.{name}", lambda module, x: False)
+    for name in ("takes", "supports_merging"):
+        monkeypatch.setattr(f"simmim.encoders.swinv2.kernels.{name}", lambda module, x: False)
     config, size = PRESETS["nano"], (64, 64)
     model, images, masks = make(config, size, 1, False, None)
     masks[:, : 8 * predicted, :8] = True
@@ -90,23 +89,23 @@ def measured(config, size, setup):
     """Bytes of all tensors after the forward pass, and at most, in a whole step with AdamW, from its second on."""
     switches = setup.checkpoint_activations, setup.sequential_attention
     model, images, masks = make(config, size, setup.batch_per_device, *switches)
-    optimiser = adamw(parameter_groups(model, 1e-4, 0.05))
+    optimizer = adamw(parameter_groups(model, 1e-4, 0.05))
 
     def take_step(around=None):
-        optimiser.zero_grad(set_to_none=True)
+        optimizer.zero_grad(set_to_none=True)
         for cached in (swinv2.log_spaced_coords, swinv2.relative_position_index, swinv2.shift_mask, swinv2.shift_regions):
             cached.cache_clear()
         with torch.autocast("cpu", torch.bfloat16, enabled=setup.precision == "bf16-mixed"):
             loss = model(images, masks).loss
         kept = around.live if around else 0
         loss.backward()
-        optimiser.step()
+        optimizer.step()
         return kept
 
     for parameter in model.parameters():  # the moments of step one, without its time
         parameter.grad = torch.zeros_like(parameter)
-    optimiser.step()
-    state = [value for moments in optimiser.state.values() for value in moments.values()]
+    optimizer.step()
+    state = [value for moments in optimizer.state.values() for value in moments.values()]
     before = sum(tensor.nbytes for tensor in (*model.parameters(), *state, images))
     with LiveBytes([*model.parameters(), *state, images, masks]) as live:
         kept = take_step(live)
@@ -129,16 +128,19 @@ CASES = {
 @pytest.mark.parametrize("switches", SWITCHES)
 @pytest.mark.parametrize(
     "config, size, batch, precision",
-    [pytest.param(*rest, precision, id=f"{name}, {precision}")
-     for name, (*rest, precisions) in CASES.items() for precision in precisions],
-)  # fmt: skip
+    [
+        pytest.param(*rest, precision, id=f"{name}, {precision}")
+        for name, (*rest, precisions) in CASES.items()
+        for precision in precisions
+    ],
+)
 def test_memory(config, size, batch, switches, precision):
     """Parameters, gradients and moments within 0.1 %; what is kept and the peak, without what all modes share, in 10 %."""
     setup = Setup(batch, 1, precision, "ddp", *SWITCHES[switches], device="cpu")
     predicted, real = memory(config, size, setup), measured(config, size, setup)
-    assert predicted.parameters + predicted.gradients + predicted.optimiser == pytest.approx(real["state"], rel=1e-3)
+    assert predicted.parameters + predicted.gradients + predicted.optimizer == pytest.approx(real["state"], rel=1e-3)
     assert predicted.activations == pytest.approx(real["activations"], rel=0.1)
-    fixed = predicted.parameters + predicted.optimiser
+    fixed = predicted.parameters + predicted.optimizer
     assert predicted.peak - fixed == pytest.approx(real["peak"] - fixed, rel=0.1)
     assert predicted.peak < fixed + predicted.gradients + predicted.activations + predicted.working
 
@@ -160,14 +162,16 @@ def test_cached_bytes(case, sequential):
 def test_devices_and_strategies():
     """DDP holds a whole copy and buckets of gradients on each device; FSDP a share, and a few units whole."""
     config, size = PRESETS["huge"], (192, 192)
-    one, ddp, fsdp = (memory(config, size, Setup(4, devices, strategy=strategy))
-                      for devices, strategy in ((1, "ddp"), (8, "ddp"), (8, "fsdp")))
+    one, ddp, fsdp = (
+        memory(config, size, Setup(4, devices, strategy=strategy))
+        for devices, strategy in ((1, "ddp"), (8, "ddp"), (8, "fsdp"))
+    )
     with torch.device("meta"):
         model = SimMIM(SwinV2(config))
     count = sum(parameter.numel() for parameter in model.parameters())
     assert one.parameters == ddp.parameters == ddp.gradients == ddp.exchange == 4 * count and one.exchange == 0
-    assert one.optimiser == 8 * count and ddp.peak == one.peak + ddp.exchange
-    assert fsdp.parameters == fsdp.gradients == math.ceil(4 * count / 8) and fsdp.optimiser == 2 * fsdp.parameters
+    assert one.optimizer == 8 * count and ddp.peak == one.peak + ddp.exchange
+    assert fsdp.parameters == fsdp.gradients == math.ceil(4 * count / 8) and fsdp.optimizer == 2 * fsdp.parameters
     assert fsdp.activations == ddp.activations
     blocks = [sum(p.numel() for p in block.parameters()) for stage in model.encoder.layers for block in stage.blocks]
     assert fsdp.exchange == 4 * (count - sum(blocks)) + 4 * 4 * max(blocks) < fsdp.peak < ddp.peak
@@ -223,12 +227,12 @@ def test_memory_under_fsdp(four_devices):
             take_step()
         setup = Setup(1, 4, precision, "fsdp", checkpointed, device="cpu")
         predicted = memory(config, size, setup)
-        above = predicted.peak - predicted.parameters - predicted.optimiser
+        above = predicted.peak - predicted.parameters - predicted.optimizer
         assert above == pytest.approx(resident.peak + images.nbytes, rel=0.08), (precision, checkpointed)
 
 
 def test_norms_are_wider_on_gpus_under_autocast():
-    """CUDA's autocast normalises in float32, the processor's in bfloat16; without autocast there is no difference."""
+    """CUDA's autocast normalizes in float32, the processor's in bfloat16; without autocast there is no difference."""
     config, size = replace(PRESETS["tiny"], window_size=12), (192, 192)
     gpu, cpu = (memory(config, size, Setup(16, device=device)) for device in ("cuda", "cpu"))
     assert 1.02 * cpu.activations < gpu.activations < 1.3 * cpu.activations
@@ -272,9 +276,9 @@ def test_switches_are_turned_on_in_order_until_it_fits():
 def test_giant_at_640_px_on_64_devices():
     """What the paper's size needs; in a new process, so that what it takes itself is seen: seconds, and no memory."""
     code = (
-        "import resource, sys, simmim.plan\n"
+        "import resource, sys, simmim.planning.plan\n"
         "before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss\n"
-        "print(simmim.plan.render(simmim.plan.plan_for('giant-3b', 640, 64)))\n"
+        "print(simmim.planning.plan.render(simmim.planning.plan.plan_for('giant-3b', 640, 64)))\n"
         "print('grown', (resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before) // 1024)\n"
         "print('loaded', [name for name in ('pytorch_lightning', 'datasets') if name in sys.modules])\n"
     )

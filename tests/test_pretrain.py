@@ -1,4 +1,5 @@
 """Stage 1 as a whole: determinism, resuming, logs, the run folder, bad images."""
+
 import csv
 import shutil
 
@@ -7,10 +8,10 @@ import pytest
 import torch
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
-from pretrain import DataSettings, ModelSettings, OptimSettings, PretrainSettings, load_simmim, pretrain
 from simmim import load_encoder
+from simmim.pretrain import DataSettings, OptimSettings, PretrainSettings, SimMIMSettings, load_pretrained, pretrain
 
-SMALL = ModelSettings(mask_unit=8, encoder={"embed_dim": 16, "depths": [1, 1], "num_heads": [1, 2], "drop_path_rate": 0.2})
+SMALL = SimMIMSettings(mask_unit=8, encoder={"embed_dim": 16, "depths": [1, 1], "num_heads": [1, 2], "drop_path_rate": 0.2})
 
 
 def settings(digits, out, **more):
@@ -30,7 +31,7 @@ def settings(digits, out, **more):
 
 
 def weights(run):
-    return load_simmim(run)[0].state_dict()
+    return load_pretrained(run)[0].state_dict()
 
 
 def identical(first, second):
@@ -83,7 +84,7 @@ def test_a_finished_run_resumes_to_itself(digits, finished, tmp_path):
 
 def test_accumulated_batches_equal_one_batch(digits, tmp_path):
     # Per batch the loss is the mean over masked pixels, of which every image has the same number.
-    plain = ModelSettings(mask_unit=8, encoder={**SMALL.encoder, "drop_path_rate": 0.0})
+    plain = SimMIMSettings(mask_unit=8, encoder={**SMALL.encoder, "drop_path_rate": 0.0})
     runs = [
         pretrain(settings(digits, tmp_path / str(parts), model=plain, optim=OptimSettings(accumulate=parts), epochs=1))
         for parts in (1, 2)
@@ -113,13 +114,13 @@ def test_metrics_tell_loss_rate_gradient_and_throughput(finished):
 def test_tensorboard_has_scalars_and_pictures(finished):
     events = EventAccumulator(str(finished / "tensorboard"))
     events.Reload()
-    scalars = {"loss/masked_l1", "optimiser/learning_rate", "optimiser/gradient_norm", "speed/images_per_s"}
+    scalars = {"loss/masked_l1", "optimizer/learning_rate", "optimizer/gradient_norm", "speed/images_per_s"}
     assert scalars <= set(events.Tags()["scalars"])
     assert [tag.partition(":")[0] for tag in events.Tags()["images"]] == ["images/reconstructions"]
 
 
 def test_the_exported_encoder_is_the_trained_one(finished):
-    model, resolved = load_simmim(finished)
+    model, resolved = load_pretrained(finished)
     images = torch.randn(3, 1, *resolved.size)
     with torch.no_grad():
         assert torch.equal(model.encoder(images).features, load_encoder(finished)(images).features)
@@ -164,9 +165,9 @@ def test_other_channel_counts_pretrain(tmp_path):
         (tmp_path / "tiles").mkdir(exist_ok=True)
         np.save(tmp_path / "tiles" / f"{number}.npy", generator.integers(0, 4000, (10, 40, 36), dtype=np.uint16))
     encoder = {**SMALL.encoder, "drop_path_rate": 0.0}
-    common = {"preset": "nano", "epochs": 1.0, "batch_size": 8, "model": ModelSettings(mask_unit=8, encoder=encoder)}
+    common = {"preset": "nano", "epochs": 1.0, "batch_size": 8, "model": SimMIMSettings(mask_unit=8, encoder=encoder)}
     run = pretrain(PretrainSettings(DataSettings(str(tmp_path / "tiles")), str(tmp_path / "run"), **common))
-    model, resolved = load_simmim(run)
+    model, resolved = load_pretrained(run)
     assert resolved.data.channels == model.encoder.config.in_channels == 10
     assert len(resolved.data.mean) == len(resolved.data.std) == 10
     np.save(tmp_path / "tiles" / "odd.npy", np.zeros((4, 40, 36), np.uint16))
@@ -174,8 +175,8 @@ def test_other_channel_counts_pretrain(tmp_path):
         pretrain(PretrainSettings(DataSettings(str(tmp_path / "tiles")), str(tmp_path / "odd"), **common))
 
 
-def test_normalised_target_trains_and_is_drawn(digits, tmp_path):
-    model = ModelSettings(mask_unit=8, norm_target_patch=9, encoder=SMALL.encoder)
+def test_normalized_target_trains_and_is_drawn(digits, tmp_path):
+    model = SimMIMSettings(mask_unit=8, norm_target_patch=9, encoder=SMALL.encoder)
     run = pretrain(settings(digits, tmp_path / "run", model=model, epochs=1.0))
     losses = [float(row["loss"]) for row in rows(run) if row["loss"]]
     assert losses[-1] < losses[0]
@@ -183,7 +184,7 @@ def test_normalised_target_trains_and_is_drawn(digits, tmp_path):
 
 
 def test_nothing_is_written_for_settings_that_cannot_work(digits, tmp_path):
-    for more in ({"model": ModelSettings(mask_unit=12)}, {"batch_size": 31, "optim": OptimSettings(accumulate=2)}):
+    for more in ({"model": SimMIMSettings(mask_unit=12)}, {"batch_size": 31, "optim": OptimSettings(accumulate=2)}):
         with pytest.raises(ValueError, match=r"mask unit of 12 px does not divide|batch of 31 images does not divide"):
             pretrain(settings(digits, tmp_path / "run", **more))
         assert not (tmp_path / "run").exists()

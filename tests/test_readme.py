@@ -1,4 +1,5 @@
 """Every command and every piece of Python in the README runs as it stands there, in order, on real digits."""
+
 import os
 import re
 import shlex

@@ -1,4 +1,5 @@
 """Every recipe of configs/ is read by the command, and its model, masking and schedule are built."""
+
 import math
 from dataclasses import replace
 from pathlib import Path
@@ -6,16 +7,16 @@ from pathlib import Path
 import pytest
 import torch
 
-from finetune.classification.settings import FinetuneSettings
-from finetune.segmentation.model import HeadShape, Segmenter
-from finetune.segmentation.settings import SegmentationSettings
-from finetune.settings import with_schedule
-from pretrain.run import build_model
-from pretrain.settings import PretrainSettings, resolve
-from simmim.arguments import parse
+from simmim.cli.arguments import parse
 from simmim.data import Survey
-from simmim.optim import parameter_rules
-from simmim.swinv2 import SwinV2, SwinV2Config
+from simmim.encoders.swinv2 import SwinV2, SwinV2Config
+from simmim.finetune.classification.settings import ClassificationSettings
+from simmim.finetune.segmentation.model import HeadShape, Segmenter
+from simmim.finetune.segmentation.settings import SegmentationSettings
+from simmim.finetune.settings import with_schedule
+from simmim.pretrain.run import build_model
+from simmim.pretrain.settings import PretrainSettings, resolve
+from simmim.training.optim import parameter_rules
 
 CONFIGS = Path(__file__).parents[1] / "configs"
 PRETRAIN = sorted((CONFIGS / "pretrain").glob("*.yaml"))
@@ -30,7 +31,9 @@ def pretrain_settings(path, count=1_281_167):
 
 
 def finetune_settings(path):
-    return parse("finetune classification", FinetuneSettings, ["--config", str(path), "--data", "images", "--out", "run"])
+    return parse(
+        "finetune classification", ClassificationSettings, ["--config", str(path), "--data", "images", "--out", "run"]
+    )
 
 
 def test_there_are_recipes_for_each_stage():
@@ -47,7 +50,7 @@ def test_pretraining_recipe_builds(path):
         images = torch.empty(2, 3, *settings.size)
         rows, columns = (side // settings.encoder_config().patch_size for side in settings.size)
         assert model(images, torch.ones(2, rows, columns, dtype=torch.bool)).loss.shape == ()
-    assert settings.masking().masked_units(settings.size) > 0
+    assert settings.masking().num_masked_units(settings.size) > 0
     rate = settings.schedule().by_step(1000, settings.batch_size)
     rates = [rate(step) for step in range(0, round(1000 * settings.epochs), 100)]
     assert math.isclose(max(rates), settings.optim.lr * settings.batch_size / 512)
@@ -90,11 +93,9 @@ def test_segmentation_recipe_builds(path):
 
 def test_base_recipe_is_the_published_one():
     settings = pretrain_settings(CONFIGS / "pretrain" / "swinv2-base-192.yaml")
-    assert settings.encoder_config() == SwinV2Config(
-        128, (2, 2, 18, 2), (4, 8, 16, 32), window_size=12, drop_path_rate=0.1
-    )
+    assert settings.encoder_config() == SwinV2Config(128, (2, 2, 18, 2), (4, 8, 16, 32), window_size=12, drop_path_rate=0.1)
     assert (settings.size, settings.model.mask_unit, settings.model.mask_ratio) == ((192, 192), 32, 0.6)
-    assert settings.masking().masked_units(settings.size) == 22
+    assert settings.masking().num_masked_units(settings.size) == 22
     assert settings.model.norm_target_patch == 47
     assert (settings.data.crop_scale, settings.data.crop_ratio) == ((0.67, 1.0), pytest.approx((3 / 4, 4 / 3)))
     rate = settings.schedule().by_step(625, global_batch=2048)
@@ -111,7 +112,7 @@ def test_base_finetuning_recipe_is_the_published_one():
     assert (settings.epochs, optim.warmup_epochs, optim.lr, optim.min_lr) == (100, 20, 1.25e-3, 2.5e-7)
     assert (optim.layer_decay, optim.weight_decay, optim.label_smoothing) == (0.75, 0.05, 0.1)
     data = settings.data
-    assert (data.rand_augment, data.rand_augment_operations, data.rand_augment_spread, data.colour_jitter) == (9, 2, 0.5, 0)
+    assert (data.rand_augment, data.rand_augment_operations, data.rand_augment_spread, data.color_jitter) == (9, 2, 0.5, 0)
     assert (data.mixup, data.cutmix, data.mix_probability, data.erasing) == (0.8, 1.0, 1.0, 0.25)
     assert (data.crop_scale, data.flip, data.evaluation_crop, data.affine.active) == ((0.08, 1.0), 0.5, 0.875, False)
     assert optim.ema == 0

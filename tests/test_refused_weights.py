@@ -1,5 +1,6 @@
 """Weight files that must not be read as they are: those that would run code, those of which a tensor is missing, left over
 or of another size, and those that hold something else. Each is refused in one line, by name, with nothing written."""
+
 import contextlib
 import json
 import os
@@ -28,12 +29,14 @@ from test_convert import (
 )
 
 from simmim import load_encoder
-from simmim.checkpoint import HEAD_CONFIG, check_head, check_pretraining, save_checkpoint
+from simmim.checkpoints.checkpoint import HEAD_CONFIG, check_head, check_pretraining, save_checkpoint
+from simmim.checkpoints.export import export
+from simmim.checkpoints.formats import huggingface, official, timm
+from simmim.checkpoints.formats.huggingface import read
+from simmim.checkpoints.reading import read_encoder
+from simmim.checkpoints.weight_files import WeightFile, read_weight_file
 from simmim.cli import main
-from simmim.convert import huggingface, official, read, read_encoder, timm
-from simmim.convert.export import export
-from simmim.convert.files import WeightFile, read_weight_file
-from simmim.swinv2 import SwinV2Config
+from simmim.encoders.swinv2 import SwinV2Config
 
 # --- code in files ---------------------------------------------------------------------------------------------------
 

@@ -1,4 +1,5 @@
 """The run folder is taken once and never by accident; metrics.csv survives interruption."""
+
 import csv
 import os
 from dataclasses import dataclass, field, replace
@@ -7,8 +8,8 @@ from pathlib import Path
 import pytest
 import yaml
 
-from simmim.run_folder import as_yaml, check_run_folder, checkpoints_folder, differences, plain, taken_run_folder
 from simmim.training import MetricsCsv
+from simmim.training.run_folder import as_yaml, check_run_folder, checkpoints_folder, differences, locked_run_folder, plain
 
 
 @dataclass(frozen=True)
@@ -34,7 +35,7 @@ class Settings:
 
 
 def take_run_folder(settings):
-    with taken_run_folder(settings) as run:
+    with locked_run_folder(settings) as run:
         return run
 
 

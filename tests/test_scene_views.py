@@ -1,4 +1,5 @@
 """Views of scenes: image and mask in step, scale, padding, crops of several classes, samples by (epoch, index)."""
+
 import random
 
 import numpy as np
@@ -7,10 +8,17 @@ import torch
 import torch.nn.functional as F
 from PIL import Image
 
-from finetune.segmentation.views import RandomScene, SceneSamples, WholeScene, largest_share, nearest_crop, scaled_size
 from simmim.data import Picture, collate
 from simmim.data.mask_sources import read_pairs
 from simmim.data.masks import MaskScheme
+from simmim.finetune.segmentation.views import (
+    RandomScene,
+    SceneSamples,
+    WholeScene,
+    largest_share,
+    nearest_crop,
+    scaled_size,
+)
 
 SCHEME = MaskScheme(tuple("abcdefgh"), tuple(range(8)), 255)
 
@@ -21,14 +29,14 @@ def view_of(**changes):
 
 
 def scene(height=60, width=90, block=15):
-    """A picture of flat blocks whose colour says their class, and the mask."""
+    """A picture of flat blocks whose color says their class, and the mask."""
     mask = np.add.outer(np.arange(height) // block * 3, np.arange(width) // block).astype(np.uint8) % 8
     pixels = np.stack([mask * 30, 255 - mask * 30, mask * 20 + 10], axis=-1).astype(np.uint8)
     return Picture(Image.fromarray(pixels), 3), mask
 
 
 def inner(labels):
-    """Pixels whose neighbours two away on all sides are of their class, where bilinear filters show pure colours."""
+    """Pixels whose neighbors two away on all sides are of their class, where bilinear filters show pure colors."""
     known = labels.float()[None, None]
     padded = F.pad(known, (2, 2, 2, 2), value=-1)
     return ((F.max_pool2d(padded, 5, 1) == known) & (-F.max_pool2d(-padded, 5, 1) == known))[0, 0]
@@ -36,7 +44,7 @@ def inner(labels):
 
 @pytest.mark.parametrize("seed", range(25))
 def test_image_and_mask_stay_in_step(seed):
-    """The colours of the view are those of the mask's classes, at any scale, place and side."""
+    """The colors of the view are those of the mask's classes, at any scale, place and side."""
     picture, mask = scene()
     image, labels = view_of()(picture, mask, random.Random(seed))
     assert image.shape == (3, 32, 40) and image.dtype == torch.uint8 and labels.shape == (32, 40)
@@ -75,7 +83,7 @@ def test_sizes_at_the_model_s_scale():
 
 
 @pytest.mark.parametrize("scaled", [(60, 90), (30, 45), (120, 180), (7, 200), (61, 37)])
-def test_nearest_is_the_pixel_at_the_centre(scaled):
+def test_nearest_is_the_pixel_at_the_center(scaled):
     """Against torch's nearest-exact over the whole mask."""
     _, mask = scene(block=1)
     whole = F.interpolate(torch.from_numpy(mask)[None, None].double(), scaled, mode="nearest-exact")[0, 0].numpy()

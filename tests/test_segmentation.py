@@ -1,4 +1,5 @@
 """Segmentation's numbers: mean IoU, losses, weights; what is saved and read; pictures and predicted masks."""
+
 import math
 
 import numpy as np
@@ -8,8 +9,14 @@ import torch.nn.functional as F
 from PIL import Image
 from torchmetrics.classification import MulticlassConfusionMatrix, MulticlassJaccardIndex
 
-from finetune.segmentation.iou import class_table, iou_by_class, mean_iou, pixel_accuracy, write_class_rows
-from finetune.segmentation.model import (
+from simmim import load_encoder
+from simmim.checkpoints.checkpoint import Preprocessing, save_encoder
+from simmim.data import open_picture
+from simmim.data.mask_values import read_mask
+from simmim.data.masks import MaskScheme
+from simmim.encoders.swinv2 import SwinV2, SwinV2Config
+from simmim.finetune.segmentation.iou import class_table, iou_by_class, mean_iou, pixel_accuracy, write_class_rows
+from simmim.finetune.segmentation.model import (
     HeadShape,
     SavedSegmenter,
     SegmentationFinetuning,
@@ -19,16 +26,10 @@ from finetune.segmentation.model import (
     pixel_loss,
     save_segmenter,
 )
-from finetune.segmentation.overlays import MIN_CELL_PX, overlay, overlay_grid, palette
-from finetune.segmentation.prediction import output_names, segment
-from finetune.segmentation.sliding import best_class
-from finetune.settings import OptimSettings
-from simmim import load_encoder
-from simmim.checkpoint import Preprocessing, save_encoder
-from simmim.data import open_picture
-from simmim.data.mask_values import read_mask
-from simmim.data.masks import MaskScheme
-from simmim.swinv2 import SwinV2, SwinV2Config
+from simmim.finetune.segmentation.overlays import MIN_CELL_PX, overlay, overlay_grid, palette
+from simmim.finetune.segmentation.prediction import output_names, segment
+from simmim.finetune.segmentation.sliding import best_class
+from simmim.finetune.settings import OptimSettings
 
 
 def random_masks(classes=5, ignored=255, shape=(4, 30, 40), seed=0, present=None):
@@ -125,10 +126,10 @@ def test_every_validation_counts_anew(saved):
 # --- pictures ----------------------------------------------------------------------------------------------------------
 
 
-def test_colours_differ():
+def test_colors_differ():
     for count, apart in ((21, 50), (40, 15)):
-        colours = palette(count).astype(int)
-        distances = np.abs(colours[:, None] - colours[None]).sum(axis=-1) + 1000 * np.eye(count)
+        colors = palette(count).astype(int)
+        distances = np.abs(colors[:, None] - colors[None]).sum(axis=-1) + 1000 * np.eye(count)
         assert distances.min() > apart
     assert np.array_equal(palette(10), palette(40)[:10])
 
@@ -147,8 +148,8 @@ def test_grid_shows_every_image_and_class():
     picture = overlay_grid(images, masks, masks, tuple("abcdefghijklmnopqrstuvwxyz"))
     pixels = np.array(picture)
     assert picture.width >= 3 * MIN_CELL_PX
-    colours = {tuple(colour) for colour in palette(26).tolist()}
-    assert colours <= {tuple(colour) for colour in np.unique(pixels.reshape(-1, 3), axis=0).tolist()}, "the legend"
+    colors = {tuple(color) for color in palette(26).tolist()}
+    assert colors <= {tuple(color) for color in np.unique(pixels.reshape(-1, 3), axis=0).tolist()}, "the legend"
 
 
 # --- on disk -----------------------------------------------------------------------------------------------------------
@@ -174,8 +175,11 @@ def folder(saved, tmp_path_factory):
 def test_what_is_saved_is_read(saved, folder):
     read = load_segmenter(folder)
     assert (read.scheme, read.preprocessing, read.short_side, read.inference) == (
-        saved.scheme, saved.preprocessing, saved.short_side, saved.inference
-    )  # fmt: skip
+        saved.scheme,
+        saved.preprocessing,
+        saved.short_side,
+        saved.inference,
+    )
     images = torch.randint(0, 256, (2, 3, 40, 50), dtype=torch.uint8)
     assert torch.equal(read.logits(images), saved.logits(images))
     assert torch.equal(load_segmenter(folder / "encoder").logits(images), saved.logits(images))

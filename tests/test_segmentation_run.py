@@ -1,4 +1,5 @@
 """Segmentation as a whole: runs of the command on digits on photographs, what they write, what they refuse."""
+
 import csv
 import re
 import shutil
@@ -10,16 +11,16 @@ import scenes
 import torch
 from PIL import Image
 
-from finetune import SegmentationSettings, finetune, load_segmenter
-from finetune.segmentation.settings import HeadSettings, SceneSettings
-from finetune.segmentation.sliding import best_class
-from finetune.settings import EncoderSettings, OptimSettings
 from simmim import load_encoder
-from simmim.checkpoint import Preprocessing, save_encoder
+from simmim.checkpoints.checkpoint import Preprocessing, save_encoder
 from simmim.cli import main
 from simmim.data import open_picture
 from simmim.data.mask_values import read_mask
-from simmim.swinv2 import SwinV2
+from simmim.encoders.swinv2 import SwinV2
+from simmim.finetune import SegmentationSettings, finetune, load_segmenter
+from simmim.finetune.segmentation.settings import HeadSettings, SceneSettings
+from simmim.finetune.segmentation.sliding import best_class
+from simmim.finetune.settings import EncoderSettings, OptimSettings
 
 
 @pytest.fixture(scope="session")
@@ -27,8 +28,10 @@ def labeled(tmp_path_factory):
     """30 + 10 real digits scenes on real photographs, gray, 40 px, two classes of digits and the background."""
     folder = tmp_path_factory.mktemp("scenes")
     digits = scenes.digits()
-    parts = [tuple(part[np.isin(labels, (0, 1))] for part in (images, labels)) for images, labels in
-             (digits.train, digits.validation)]  # fmt: skip
+    parts = [
+        tuple(part[np.isin(labels, (0, 1))] for part in (images, labels))
+        for images, labels in (digits.train, digits.validation)
+    ]
     objects = scenes.Objects(*parts, ("zero", "one"))
     kind = scenes.SceneKind(side_px=40, objects=(1, 2), object_px=(20, 26))
     scenes.write_scenes(folder, objects, scenes.photographs("sklearn"), 0, 30, 10, kind)
@@ -101,9 +104,10 @@ def test_predict_writes_masks(labeled, run, tmp_path, capsys):
     assert {path.name for path in (tmp_path / "out" / "masks").iterdir()} == {path.name for path in images.iterdir()}
     assert {Image.open(path).size for path in (tmp_path / "out" / "masks").iterdir()} == {(40, 40)}
     assert main(["predict", "--run", str(run), "--images", str(images), "--out", str(tmp_path / "out")]) == 2
-    assert main(
-        ["predict", "--run", str(run), "--images", str(images), "--out", str(tmp_path / "bare"), "--overlays", "false"]
-    ) == 0
+    assert (
+        main(["predict", "--run", str(run), "--images", str(images), "--out", str(tmp_path / "bare"), "--overlays", "false"])
+        == 0
+    )
     assert not (tmp_path / "bare" / "overlays").exists()
 
 
@@ -161,7 +165,7 @@ def test_images_of_other_sizes_and_a_head_of_the_same_classes(labeled, run, tmp_
     assert "heads of 3 classes replaced by fresh ones of 3" in capsys.readouterr().out
 
 
-def test_gray_scenes_take_a_colour_encoder(labeled, encoder_folder, tmp_path, capsys):
+def test_gray_scenes_take_a_color_encoder(labeled, encoder_folder, tmp_path, capsys):
     torch.manual_seed(0)
     encoder = SwinV2(replace(load_encoder(encoder_folder).config, in_channels=3))
     save_encoder(tmp_path / "encoder", encoder, Preprocessing((32, 32), (0.4,) * 3, (0.2,) * 3), {})
@@ -230,7 +234,7 @@ def test_settings_out_of_range_are_refused():
         ({"inference": "windows"}, "whole, slide"),
         ({"short_side": -1}, "data.short_side"),
         ({"crop_class_share": 0.0}, "crop_class_share"),
-        ({"colour_jitter": 1.0}, "colour_jitter"),
+        ({"color_jitter": 1.0}, "color_jitter"),
     ):
         with pytest.raises(ValueError, match=said):
             SceneSettings("x", **wrong)

@@ -1,19 +1,20 @@
 """Sequential attention and activation checkpoints: the same results, and what they leave in memory, in bytes of tensors."""
+
 import pytest
 import torch
 from memory import LiveBytes
 
-from simmim import swinv2
-from simmim.model import SimMIM
-from simmim.swinv2 import SwinV2, SwinV2Config
+from simmim.encoders import swinv2
+from simmim.encoders.swinv2 import SwinV2, SwinV2Config
+from simmim.methods.simmim import SimMIM
 
-pytestmark = pytest.mark.usefixtures("plain_blocks")
+pytestmark = pytest.mark.usefixtures("plain_lines")
 SWITCHES = {"plain": {}, "sequential": {"sequential_attention": 3}, "checkpointed": {"checkpoint_activations": True}}
 SWITCHES["both"] = SWITCHES["sequential"] | SWITCHES["checkpointed"]
 
 
 @torch.no_grad()
-def randomise(module, seed=0):
+def randomize(module, seed=0):
     """Every parameter random and of a size that matters, and temperatures on either side of the clamp."""
     generator = torch.Generator().manual_seed(seed)
     for name, parameter in module.named_parameters():
@@ -32,7 +33,7 @@ def random_images(*shape, dtype=torch.float32):
 
 def run(config, images, half=False, **switches):
     """Features of all stages and all gradients, of the images too, with drop path drawn alike."""
-    encoder = randomise(SwinV2(config, **switches)).to(images.dtype).train()
+    encoder = randomize(SwinV2(config, **switches)).to(images.dtype).train()
     images = images.clone().requires_grad_()
     torch.manual_seed(3)
     with torch.autocast("cpu", torch.bfloat16, enabled=half):
@@ -66,8 +67,11 @@ IDS = ["divided", "padded", "shifted before", "one axis"]
 
 
 # float32 itself is 1e-4 from float64 in these gradients.
-PRECISIONS = {"float64": (torch.float64, False, 1e-12), "float32": (torch.float32, False, 1e-6),
-              "bfloat16": (torch.float32, True, 1e-6)}  # fmt: skip
+PRECISIONS = {
+    "float64": (torch.float64, False, 1e-12),
+    "float32": (torch.float32, False, 1e-6),
+    "bfloat16": (torch.float32, True, 1e-6),
+}
 
 
 @pytest.mark.parametrize("precision", PRECISIONS)
@@ -101,7 +105,7 @@ def test_any_number_of_windows_at_once(at_once):
 def test_switched_at_run_time_and_in_evaluation():
     """Without gradients the pieces are as small; with them, evaluation has pieces too."""
     config, size = LARGE
-    encoder, images = randomise(SwinV2(config)).eval(), random_images(1, 3, *size)
+    encoder, images = randomize(SwinV2(config)).eval(), random_images(1, 3, *size)
     with torch.no_grad():
         plain = encoder(images).features
         encoder.sequential_attention = 1
@@ -118,7 +122,7 @@ def test_switched_at_run_time_and_in_evaluation():
 def test_position_bias_is_computed_once_a_block(switches, calls):
     """Once in the forward pass, and once more where the block is recomputed; not once a piece."""
     config, size = CASES[0]
-    encoder, seen = randomise(SwinV2(config, **SWITCHES[switches])).train(), []
+    encoder, seen = randomize(SwinV2(config, **SWITCHES[switches])).train(), []
     for stage in encoder.layers:
         for block in stage.blocks:
             block.attn.cpb_mlp.register_forward_hook(lambda module, args, out: seen.append(module))
@@ -150,8 +154,10 @@ def step(config, size, batch=1, **switches):
 
 def test_peak_of_a_step():
     """Both switches: at most 40 % of plain; each alone less than plain, and less is kept for the backward pass."""
-    at_once = {name: switches | ({"sequential_attention": 1} if "sequential_attention" in switches else {})
-               for name, switches in SWITCHES.items()}
+    at_once = {
+        name: switches | ({"sequential_attention": 1} if "sequential_attention" in switches else {})
+        for name, switches in SWITCHES.items()
+    }
     kept, peak, *_ = zip(*(step(*LARGE, **at_once[name]) for name in ("plain", "checkpointed", "sequential", "both")))
     assert peak[3] <= 0.4 * peak[0]
     assert peak[3] < 0.7 * min(peak[1], peak[2]) and max(peak[1], peak[2]) < 0.7 * peak[0]

@@ -1,15 +1,12 @@
 """What the user leaves open follows from the images and the machine; what cannot work is refused by name."""
+
 from dataclasses import fields, is_dataclass, replace
 from functools import partial
 
 import pytest
 import yaml
 
-from finetune.classification.settings import FinetuneSettings, LabeledSettings
-from finetune.settings import EncoderSettings
-from finetune.settings import OptimSettings as FinetuneOptimSettings
-from pretrain.settings import DataSettings, ModelSettings, OptimSettings, PretrainSettings, resolve
-from simmim.arguments import parse
+from simmim.cli.arguments import parse
 from simmim.data import IMAGENET_MEAN, IMAGENET_STD, Survey
 from simmim.defaults import (
     default_batch_size,
@@ -20,11 +17,16 @@ from simmim.defaults import (
     default_pretraining_epochs,
     default_window,
 )
-from simmim.run_folder import as_yaml, differences, plain
+from simmim.finetune.classification.settings import ClassificationSettings, LabeledSettings
+from simmim.finetune.settings import EncoderSettings
+from simmim.finetune.settings import OptimSettings as FinetuneOptimSettings
+from simmim.methods.simmim import SimMIMSettings
+from simmim.pretrain.settings import DataSettings, OptimSettings, PretrainSettings, resolve
+from simmim.training.run_folder import as_yaml, differences, plain
 
 DIGITS = Survey(short_side_px=28, channels=1, decoded_mib=3.0, mean=(0.131,), std=(0.308,))
 PHOTOS = Survey(short_side_px=375, channels=3, decoded_mib=5e4, mean=(0.4, 0.4, 0.4), std=(0.2, 0.2, 0.2))
-fine = partial(FinetuneSettings, data="x")
+fine = partial(ClassificationSettings, data="x")
 THUMBNAILS = Survey(short_side_px=96, channels=3, decoded_mib=200.0, mean=(0.4, 0.4, 0.4), std=(0.2, 0.2, 0.2))
 
 
@@ -49,7 +51,7 @@ def test_digits_on_a_laptop():
     assert (chosen.save_every_steps, chosen.reconstruct_every_epochs) == (50, 40.0)
     config = chosen.encoder_config()
     assert (config.in_channels, config.window_size, config.depths, config.patch_size) == (1, 4, (2, 2), 4)
-    assert chosen.masking().masked_units(chosen.size) == 39, "0.6 of 8 × 8 units, rounded up"
+    assert chosen.masking().num_masked_units(chosen.size) == 39, "0.6 of 8 × 8 units, rounded up"
 
 
 def test_short_runs_have_fewer_pictures():
@@ -71,7 +73,7 @@ def test_photos(device, preset, batch_size, lr):
     assert (chosen.data.mean, chosen.data.std) == (IMAGENET_MEAN, IMAGENET_STD)
     assert (chosen.epochs, chosen.optim.lr, chosen.optim.warmup_epochs) == (100.0, lr, 10)
     assert chosen.save_every_steps == 1000
-    assert chosen.masking().masked_units(chosen.size) == 22 and chosen.encoder_config().in_channels == 3
+    assert chosen.masking().num_masked_units(chosen.size) == 22 and chosen.encoder_config().in_channels == 3
 
 
 def test_thumbnails():
@@ -111,7 +113,7 @@ def test_what_is_given_wins():
         "workers": 0,
         "reconstruct_every_epochs": 0.5,
         "save_every_steps": 9,
-        "model": ModelSettings(mask_unit=8, mask_ratio=0.75, encoder={"window_size": 5, "depths": [1, 1, 1, 1]}),
+        "model": SimMIMSettings(mask_unit=8, mask_ratio=0.75, encoder={"window_size": 5, "depths": [1, 1, 1, 1]}),
         "optim": OptimSettings(lr=0.5, warmup_epochs=0.0),
     }
     chosen = resolved(**given)
@@ -120,30 +122,30 @@ def test_what_is_given_wins():
     assert chosen.size == (96, 64) and chosen.encoder_config().depths == (1, 1, 1, 1)
     assert chosen.schedule().warmup_epochs == 0.0
     assert resolved(epochs=4.0).optim.warmup_epochs == 0.4, "a tenth of a short run"
-    as_colour = resolved(data=DataSettings("images", channels=3))
-    assert (as_colour.data.mean, as_colour.encoder_config().in_channels) == (IMAGENET_MEAN, 3)
-    assert resolved(model=ModelSettings(encoder={"patch_size": 2}), image_size=32).encoder_config().window_size == 4
+    as_color = resolved(data=DataSettings("images", channels=3))
+    assert (as_color.data.mean, as_color.encoder_config().in_channels) == (IMAGENET_MEAN, 3)
+    assert resolved(model=SimMIMSettings(encoder={"patch_size": 2}), image_size=32).encoder_config().window_size == 4
 
 
 def test_resolving_changes_no_input():
     encoder = {"depths": [1, 1]}
-    settings = settings_for(model=ModelSettings(encoder=encoder))
+    settings = settings_for(model=SimMIMSettings(encoder=encoder))
     resolve(settings, DIGITS, 100, "cpu", 0)
-    assert encoder == {"depths": [1, 1]} and settings == settings_for(model=ModelSettings(encoder={"depths": [1, 1]}))
+    assert encoder == {"depths": [1, 1]} and settings == settings_for(model=SimMIMSettings(encoder={"depths": [1, 1]}))
 
 
 @pytest.mark.parametrize(
     "changes, message",
     [
-        ({"model": ModelSettings(mask_unit=12)}, "unit of 12 px does not divide .* 32×32 px; units that do: 4, 8, 16$"),
-        ({"model": ModelSettings(mask_unit=32), "image_size": (96, 80)}, "96×80 px; units that do: 4, 8, 16$"),
-        ({"model": ModelSettings(mask_unit=6)}, "mask unit is 6 px and patches are 4 px: give a multiple"),
-        ({"model": ModelSettings(mask_ratio=1.5)}, "mask ratio is 1.5: give a share between 0 and 1"),
+        ({"model": SimMIMSettings(mask_unit=12)}, "unit of 12 px does not divide .* 32×32 px; units that do: 4, 8, 16$"),
+        ({"model": SimMIMSettings(mask_unit=32), "image_size": (96, 80)}, "96×80 px; units that do: 4, 8, 16$"),
+        ({"model": SimMIMSettings(mask_unit=6)}, "mask unit is 6 px and patches are 4 px: give a multiple"),
+        ({"model": SimMIMSettings(mask_ratio=1.5)}, "mask ratio is 1.5: give a share between 0 and 1"),
         ({"image_size": 30}, "no mask unit fits images of 30×30 px with patches of 4 px: .* multiple of 4$"),
         ({"preset": "tyni"}, "unknown preset 'tyni'; did you mean 'tiny'"),
-        ({"model": ModelSettings(encoder={"window": 7})}, "unknown encoder setting 'window'; did you mean 'window_s"),
-        ({"model": ModelSettings(encoder={"depth": [1]})}, "unknown encoder setting 'depth'; did you mean 'depths'"),
-        ({"model": ModelSettings(encoder={"depths": [1, 1, 1]})}, "give one number of heads a stage"),
+        ({"model": SimMIMSettings(encoder={"window": 7})}, "unknown encoder setting 'window'; did you mean 'window_s"),
+        ({"model": SimMIMSettings(encoder={"depth": [1]})}, "unknown encoder setting 'depth'; did you mean 'depths'"),
+        ({"model": SimMIMSettings(encoder={"depths": [1, 1, 1]})}, "give one number of heads a stage"),
         ({"data": DataSettings("images", mean=(0.5, 0.5, 0.5))}, r"data.mean \(0.5, 0.5, 0.5\) .* each of 1 channels"),
         ({"data": DataSettings("images", channels=3, std=(0.5,))}, r"std \(0.5,\) need one number for each of 3"),
         ({"optim": OptimSettings(schedule="cosinus")}, "schedule is 'cosinus': give 'cosine' or 'multistep'"),
@@ -215,7 +217,7 @@ def read_back(command, settings, folder):
             devices=2,
             seed=123456789,
             epochs=0.25,
-            model=ModelSettings(norm_target_patch=47, encoder={"depths": [1, 1, 1, 1], "drop_path_rate": 0.1}),
+            model=SimMIMSettings(norm_target_patch=47, encoder={"depths": [1, 1, 1, 1], "drop_path_rate": 0.1}),
             optim=OptimSettings(schedule="multistep", milestones=(0.1, 0.2), warmup_lr=1e-10, accumulate=4),
             trainer={"strategy": "ddp", "benchmark": True, "limit_train_batches": 0.5},
         ),
@@ -234,9 +236,11 @@ def test_pretraining_settings_survive_yaml(settings, tmp_path):
 @pytest.mark.parametrize(
     "settings",
     [
-        FinetuneSettings(data="images", out="run"),
-        FinetuneSettings(data="images", out="run", init="other/run", labels_per_class=5, freeze=True, image_size=(32, 64)),
-        FinetuneSettings(
+        ClassificationSettings(data="images", out="run"),
+        ClassificationSettings(
+            data="images", out="run", init="other/run", labels_per_class=5, freeze=True, image_size=(32, 64)
+        ),
+        ClassificationSettings(
             data=LabeledSettings("x", crop_scale=(0.9, 1.0), evaluation_crop=0.875),
             out="run",
             epochs=2.5,

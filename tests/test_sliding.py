@@ -1,14 +1,15 @@
 """Images of any size: windows that cover, averages, one window as the whole, classes of enlarged logits."""
+
 import itertools
 
 import pytest
 import torch
 import torch.nn.functional as F
 
-import finetune.segmentation.sliding as sliding
-from finetune.segmentation.model import HeadShape, Segmenter
-from finetune.segmentation.sliding import OVERLAP, best_class, dense_logits, filled_up, sliding_logits, window_starts
-from simmim.swinv2 import SwinV2, SwinV2Config
+import simmim.finetune.segmentation.sliding as sliding
+from simmim.encoders.swinv2 import SwinV2, SwinV2Config
+from simmim.finetune.segmentation.model import HeadShape, Segmenter
+from simmim.finetune.segmentation.sliding import OVERLAP, best_class, dense_logits, filled_up, sliding_logits, window_starts
 
 
 @pytest.fixture(scope="module")

@@ -1,4 +1,5 @@
 """Every kind of source gives the same images; indices notice changes; labels from folders, CSV, Parquet and datasets."""
+
 import io
 import os
 import tarfile

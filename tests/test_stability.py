@@ -1,9 +1,10 @@
 """benchmarks/stability.py, Swin V2's experiments in small: what it finds, and that its default is the toolkit's encoder."""
+
 import stability
 import torch
 from PIL import Image
 
-from simmim.swinv2 import SwinV2
+from simmim.encoders.swinv2 import SwinV2
 
 
 def test_the_benchmark_finds_less_growth_with_post_norm(tmp_path, capsys):

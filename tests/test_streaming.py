@@ -1,4 +1,5 @@
 """Streams: every sample once an epoch over ranks and workers, and on from any place as if nothing had happened."""
+
 import itertools
 from collections import Counter
 
@@ -7,8 +8,8 @@ import numpy as np
 import pytest
 import torch
 
-from pretrain import DataSettings, ModelSettings, PretrainSettings, load_simmim, pretrain
 from simmim.data import ImageSamples, RandomView, SampleStream, StreamSamples, batches, open_source
+from simmim.pretrain import DataSettings, PretrainSettings, SimMIMSettings, load_pretrained, pretrain
 
 COUNT = 29  # divides among nothing
 
@@ -108,7 +109,7 @@ def test_unreadable_rows_are_replaced_and_listed(tmp_path, numbered):
     assert shown == set(range(COUNT)) - {5, 6}
 
 
-MODEL = ModelSettings(mask_unit=8, encoder={"embed_dim": 16, "depths": [1, 1], "num_heads": [1, 2], "drop_path_rate": 0.1})
+MODEL = SimMIMSettings(mask_unit=8, encoder={"embed_dim": 16, "depths": [1, 1], "num_heads": [1, 2], "drop_path_rate": 0.1})
 
 
 @pytest.mark.parametrize("workers", [0, 2])
@@ -121,5 +122,5 @@ def test_a_streaming_run_resumes_exactly(digits, tmp_path, power_cut, workers):
     with pytest.raises(ValueError, match=f"resume with --workers {max(workers, 1)}"):
         pretrain(PretrainSettings(**common, workers=workers + 3, out=str(tmp_path / "cut"), resume=True))
     cut = pretrain(PretrainSettings(**common, workers=workers, out=str(tmp_path / "cut"), resume=True))
-    first, second = (load_simmim(run)[0].state_dict() for run in (whole, cut))
+    first, second = (load_pretrained(run)[0].state_dict() for run in (whole, cut))
     assert all(torch.equal(value, second[name]) for name, value in first.items())

@@ -1,4 +1,5 @@
 """Accuracy against labels: the arithmetic by hand, the fairness of the tuning, and a study as a user runs it."""
+
 import csv
 import json
 import math
@@ -14,9 +15,11 @@ import pytest
 from scipy.stats import ttest_rel
 from sklearn.model_selection import StratifiedKFold
 
-from finetune import EncoderSettings, FinetuneSettings, LabeledSettings, StudySettings, finetune
-from finetune.classification.folds import fold_of
-from finetune.label_study.report import (
+from simmim.cli import main
+from simmim.data import labeled_images
+from simmim.finetune import ClassificationSettings, EncoderSettings, LabeledSettings, StudySettings, finetune
+from simmim.finetune.classification.folds import fold_of
+from simmim.finetune.label_study.report import (
     comparison_table,
     equivalent_labels,
     mean_and_error,
@@ -26,10 +29,17 @@ from finetune.label_study.report import (
     sentences,
     write_trials,
 )
-from finetune.label_study.trials import Arm, Rates, StudyResult, Trial, best_rates, job_of, pretrained_and_scratch, run_arms
-from finetune.settings import OptimSettings
-from simmim.cli import main
-from simmim.data import labeled_images
+from simmim.finetune.label_study.trials import (
+    Arm,
+    Rates,
+    StudyResult,
+    Trial,
+    best_rates,
+    job_of,
+    pretrained_and_scratch,
+    run_arms,
+)
+from simmim.finetune.settings import OptimSettings
 
 
 def trial(arm, labels, seed, accuracy, lr=0.1, loss=1.0, fold=None):
@@ -161,9 +171,9 @@ def test_folds_are_stratified_and_even():
 
 
 def test_a_fold_sees_none_of_the_validation_images(digits):
-    from finetune.classification.task import Classification
+    from simmim.finetune.classification.task import Classification
 
-    settings = FinetuneSettings(data=LabeledSettings(str(digits.labeled)), out="unused", labels_per_class=5, seed=3)
+    settings = ClassificationSettings(data=LabeledSettings(str(digits.labeled)), out="unused", labels_per_class=5, seed=3)
     chosen = labeled_images(settings.data.path, 5, 3)
     ours = {row["image"]["path"] for row in chosen.train}
     held = []
@@ -187,7 +197,7 @@ def test_the_rate_of_the_highest_held_out_accuracy_is_chosen():
 
 def test_every_arm_is_tuned_on_the_same_grid_with_its_own_labels(tmp_path, monkeypatch):
     """With the accuracy of each trial made up: which trials there are, and which rates the final ones have."""
-    base = FinetuneSettings(data="images", out="unused", init="enc", optim=OptimSettings(lr=0.1, layer_decay=0.7))
+    base = ClassificationSettings(data="images", out="unused", init="enc", optim=OptimSettings(lr=0.1, layer_decay=0.7))
     arms = [Arm("pre-trained", base), Arm("from scratch", replace(base, init="none"))]
     best = {("enc", 5): 0.3, ("enc", 2): 0.1, ("none", 5): 0.1, ("none", 2): 0.03}
     ran = []
@@ -212,8 +222,8 @@ def test_every_arm_is_tuned_on_the_same_grid_with_its_own_labels(tmp_path, monke
         def shutdown(self, **_):
             pass
 
-    monkeypatch.setattr("finetune.label_study.pool.ProcessPoolExecutor", Inline)
-    monkeypatch.setattr("finetune.label_study.trials.run_trial", made_up)
+    monkeypatch.setattr("simmim.finetune.label_study.pool.ProcessPoolExecutor", Inline)
+    monkeypatch.setattr("simmim.finetune.label_study.trials.run_trial", made_up)
     grid = [Rates(lr, 0.7) for lr in (0.03, 0.1, 0.3)]
     result = run_arms(arms, {1: 1, 2: 2, 5: 5}, (0, 1), tmp_path, grid=grid, folds=3)
     held_out = [job for job in ran if job.settings.data.fold]
@@ -221,14 +231,18 @@ def test_every_arm_is_tuned_on_the_same_grid_with_its_own_labels(tmp_path, monke
     assert {job.settings.seed for job in held_out} == {0} and len({job.name for job in ran}) == len(ran)
     rates = {(t.arm, t.labels): t.rates.lr_factor for t in result.trials}
     assert rates == {
-        ("pre-trained", 1): 0.1, ("pre-trained", 2): 0.1, ("pre-trained", 5): 0.3,
-        ("from scratch", 1): 0.03, ("from scratch", 2): 0.03, ("from scratch", 5): 0.1,
-    }, "one label cannot be held out: the rate at two serves"  # fmt: skip
+        ("pre-trained", 1): 0.1,
+        ("pre-trained", 2): 0.1,
+        ("pre-trained", 5): 0.3,
+        ("from scratch", 1): 0.03,
+        ("from scratch", 2): 0.03,
+        ("from scratch", 5): 0.1,
+    }, "one label cannot be held out: the rate at two serves"
     assert len(result.trials) == 2 * 3 * 2 and len(result.tuning) == len(held_out)
 
 
 def test_a_job_is_known_by_all_it_depends_on():
-    base = FinetuneSettings(data="images", out="unused", init="enc")
+    base = ClassificationSettings(data="images", out="unused", init="enc")
     job = job_of(Arm("a", base, 7), 5, 0, Rates(0.1, 0.7))
     same = job_of(Arm("a", replace(base, out="elsewhere", workers=3), 7), 5, 0, Rates(0.1, 0.7))
     assert job.identity == same.identity
@@ -284,10 +298,10 @@ def alive(process):
 def test_twin_from_scratch():
     """Everything alike but the weights, and the learning rate and layer decay that suit it."""
     optim = OptimSettings(lr=0.1, layer_decay=0.7)
-    settings = FinetuneSettings(data="images", out="run", init="enc", optim=optim, epochs=3.0)
+    settings = ClassificationSettings(data="images", out="run", init="enc", optim=optim, epochs=3.0)
     pretrained, scratch = pretrained_and_scratch(settings, scratch_lr=0.2, scratch_layer_decay=0.9)
     assert pretrained == Arm("pre-trained", settings)
-    assert scratch.settings == FinetuneSettings(
+    assert scratch.settings == ClassificationSettings(
         data="images",
         out="run",
         encoder=EncoderSettings(like="enc"),
@@ -337,11 +351,17 @@ def test_a_study_by_the_command(finished, encoder_folder):
 
 def test_a_trial_is_a_run_with_the_same_labels(finished, digits, encoder_folder, tmp_path):
     row = next(row for row in rows(finished / "results.csv") if (row["labels_per_class"], row["seed"]) == ("2", "1"))
-    settings = FinetuneSettings(
-        data=LabeledSettings(str(digits.labeled), flip=0.0), out=str(tmp_path / "alone"), init=str(encoder_folder),
-        labels_per_class=2, seed=1, steps=8, batch_size=10, validations=1,
+    settings = ClassificationSettings(
+        data=LabeledSettings(str(digits.labeled), flip=0.0),
+        out=str(tmp_path / "alone"),
+        init=str(encoder_folder),
+        labels_per_class=2,
+        seed=1,
+        steps=8,
+        batch_size=10,
+        validations=1,
         optim=OptimSettings(lr=0.3 * float(row["lr_factor"]), layer_decay=float(row["layer_decay"])),
-    )  # fmt: skip
+    )
     assert finetune(settings, quiet=True).accuracy == pytest.approx(float(row["accuracy"]), abs=5e-5)
 
 
@@ -399,4 +419,4 @@ def test_settings_of_a_run():
     settings = StudySettings(data="images", out="run", init="a/enc", against="b/enc,c/other", labels="1, all")
     assert settings.labels == (1, "all")
     assert settings.arm_names() == {"pre-trained": "a/enc", "enc": "b/enc", "other": "c/other"}
-    assert settings.run_settings() == FinetuneSettings(data="images", out="run", init="a/enc")
+    assert settings.run_settings() == ClassificationSettings(data="images", out="run", init="a/enc")

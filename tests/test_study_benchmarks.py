@@ -1,4 +1,5 @@
 """Benchmarks that end in a study's table, from what an earlier call has left."""
+
 import csv
 import math
 import subprocess
@@ -8,8 +9,8 @@ from pathlib import Path
 from PIL import Image
 from scipy.stats import ttest_rel
 
-from finetune.label_study.report import write_trials
-from finetune.label_study.trials import Rates, Trial
+from simmim.finetune.label_study.report import write_trials
+from simmim.finetune.label_study.trials import Rates, Trial
 
 ROOT = Path(__file__).resolve().parent.parent
 OURS, THEIRS = (0.30, 0.28, 0.31), (0.27, 0.28, 0.25)
@@ -25,8 +26,11 @@ def called(file, *words):
 
 def test_segmentation_tells_of_trials_that_are_done(tmp_path):
     """Neither scenes nor an encoder are there: nothing is run. Each arm has the rate that its own tuning found best."""
-    rows = [(arm, 20, 1000, lr, 0.9, True, 0.1 + lr * sign) for arm, sign in (("pre-trained", 1), ("from scratch", -1))
-            for lr in (0.01, 0.02)]  # fmt: skip
+    rows = [
+        (arm, 20, 1000, lr, 0.9, True, 0.1 + lr * sign)
+        for arm, sign in (("pre-trained", 1), ("from scratch", -1))
+        for lr in (0.01, 0.02)
+    ]
     rows += [("pre-trained", 20, seed, 0.02, 0.9, False, value) for seed, value in enumerate(OURS)]
     rows += [("from scratch", 20, seed, 0.01, 0.9, False, value) for seed, value in reversed([*enumerate(THEIRS)])]
     with (tmp_path / "trials.csv").open("w", newline="", encoding="utf-8") as text:
@@ -56,7 +60,7 @@ def test_the_picture_shows_a_run_and_its_study(tmp_path):
     called("fashion_picture.py", "--run", tmp_path, "--study", tmp_path, "--out", tmp_path / "picture.png")
     picture = Image.open(tmp_path / "picture.png").convert("RGB")
     assert picture.size == (1100, 418)
-    blue, orange = (31, 119, 180), (255, 127, 14)  # the first two colours of lines
-    for box, colours in (((0, 0, 550, 418), {blue}), ((550, 0, 1100, 418), {blue, orange})):
-        seen = {colour for _, colour in picture.crop(box).getcolors(maxcolors=1 << 16)}
-        assert seen & {blue, orange} == colours
+    blue, orange = (31, 119, 180), (255, 127, 14)  # the first two colors of lines
+    for box, colors in (((0, 0, 550, 418), {blue}), ((550, 0, 1100, 418), {blue, orange})):
+        seen = {color for _, color in picture.crop(box).getcolors(maxcolors=1 << 16)}
+        assert seen & {blue, orange} == colors

@@ -1,4 +1,5 @@
 """Real runs killed, stopped and starved: what is resumed ends as the uninterrupted run does, and nothing is lost."""
+
 import csv
 import multiprocessing
 import os
@@ -13,17 +14,26 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from simmim.run_folder import checkpoints_folder
+from simmim.training.run_folder import checkpoints_folder
 from simmim.training.saving import damage, saved_steps, usable_checkpoint
-from simmim.training.trainer import quieten
+from simmim.training.trainer import silence_libraries
 
 STEPS = 60
 SMALL = (
-    "--preset=nano", "--epochs=8", "--batch-size=32", "--seed=3", "--save_every_steps=1", "--log_every_steps=1",
-    "--model.mask_unit=8", "--model.encoder.embed_dim=16", "--model.encoder.depths=[1,1]",
-    "--model.encoder.num_heads=[1,2]", "--model.encoder.drop_path_rate=0.2", "--reconstruct_every_epochs=4",
+    "--preset=nano",
+    "--epochs=8",
+    "--batch-size=32",
+    "--seed=3",
+    "--save_every_steps=1",
+    "--log_every_steps=1",
+    "--model.mask_unit=8",
+    "--model.encoder.embed_dim=16",
+    "--model.encoder.depths=[1,1]",
+    "--model.encoder.num_heads=[1,2]",
+    "--model.encoder.drop_path_rate=0.2",
+    "--reconstruct_every_epochs=4",
     "--precision=32-true",
-)  # fmt: skip
+)
 # The same from an encoder that brings its size along.
 BEGIN = tuple(word for word in SMALL if not word.startswith(("--preset", "--model.encoder")))
 # Loading workers are processes of their own; a stream is read by them in parts.
@@ -35,13 +45,13 @@ KINDS = {
 
 
 @pytest.fixture(scope="module")
-def start(nursery, digits):
+def start(fork_server, digits):
     """start(out, kind, *more words): a run of pretrain; with --resume where the folder is there."""
 
     def start(out, kind="in-memory", *more, prelude="", env=None, begin=SMALL):
         resume = ("--resume",) if out.exists() else ()
         words = ("pretrain", "--data", digits.unlabeled, "--out", out, *begin, *KINDS[kind], *more, *resume)
-        return nursery.start(*words, prelude=prelude, env=env)
+        return fork_server.start(*words, prelude=prelude, env=env)
 
     return start
 
@@ -83,7 +93,7 @@ def metrics(run):
 
 
 def assert_same_end(run, whole):
-    """Weights, optimiser, schedule, data position, metrics and the exported encoder."""
+    """Weights, optimizer, schedule, data position, metrics and the exported encoder."""
     ends = [torch.load(usable_checkpoint(path), weights_only=True) for path in (run, whole)]
     assert ends[0]["global_step"] == ends[1]["global_step"] == STEPS
     for part in ("state_dict", "optimizer_states", "lr_schedulers", "StreamData"):
@@ -150,12 +160,12 @@ def test_everything_is_asked_to_stop(start, uninterrupted, tmp_path):
 
 SLOW = """
 import time
-from pretrain.module import SimMIMPretraining
-step = SimMIMPretraining.training_step
+from simmim.pretrain.module import PretrainingModule
+step = PretrainingModule.training_step
 def slow(self, *given):
     time.sleep(0.5)
     return step(self, *given)
-SimMIMPretraining.training_step = slow
+PretrainingModule.training_step = slow
 """
 
 
@@ -185,13 +195,19 @@ def test_slurm_queues_the_job_again(start, tmp_path):
     """SIGUSR1 in a SLURM job: saved, and `scontrol requeue` called with the job's number; the same command goes on."""
     tools, run = tmp_path / "tools", tmp_path / "run"
     tools.mkdir()
-    (tools / "scontrol").write_text(f"#!/bin/sh\necho \"$@\" >> {tools}/called\n")
+    (tools / "scontrol").write_text(f'#!/bin/sh\necho "$@" >> {tools}/called\n')
     (tools / "scontrol").chmod(0o755)
     job = {
-        "SLURM_JOB_ID": "4711", "SLURM_JOB_NAME": "simmim", "SLURM_NTASKS": "1", "SLURM_NTASKS_PER_NODE": "1",
-        "SLURM_PROCID": "0", "SLURM_LOCALID": "0", "SLURM_NODEID": "0", "SLURM_NODELIST": "here",
+        "SLURM_JOB_ID": "4711",
+        "SLURM_JOB_NAME": "simmim",
+        "SLURM_NTASKS": "1",
+        "SLURM_NTASKS_PER_NODE": "1",
+        "SLURM_PROCID": "0",
+        "SLURM_LOCALID": "0",
+        "SLURM_NODEID": "0",
+        "SLURM_NODELIST": "here",
         "PATH": f"{tools}:{os.environ['PATH']}",
-    }  # fmt: skip
+    }
     process = start(run, env=job)
     process.until(lambda: newest(run) >= 1)
     process.kill(signal.SIGUSR1, group=False)
@@ -274,7 +290,7 @@ class Payload:
         return (os.system, (f"touch {self.file}",))
 
 
-@pytest.mark.parametrize("where", ["top", "optimiser"])
+@pytest.mark.parametrize("where", ["top", "optimizer"])
 def test_a_crafted_checkpoint_is_refused(start, stopped, tmp_path, where):
     """It is whole by its checksums, and would run a command."""
     last = checkpoints_folder(stopped) / "last.ckpt"
@@ -313,7 +329,7 @@ def test_a_full_disk(start, uninterrupted, stopped):
 
 READ_ONLY = """
 import errno, simmim.files as files
-from simmim.run_folder import checkpoints_folder
+from simmim.training.run_folder import checkpoints_folder
 from pathlib import Path
 make = files.tempfile.mkstemp
 def refuse(*given, **named):
@@ -384,7 +400,7 @@ def test_a_run_folder_is_one_process_s(start, uninterrupted, tmp_path):
 
 def test_a_pipe_to_a_process_that_died_says_nothing(capfd):
     """The thread that feeds it fails after the main one has said its line, or before; any other failure is told."""
-    quieten()
+    silence_libraries()
     for item, said in ((1, False), (lambda: None, True)):  # a lambda cannot be sent
         queue = multiprocessing.get_context("fork").Queue()
         if not said:

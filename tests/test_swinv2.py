@@ -15,6 +15,7 @@ Where transformers (5.x, modeling_swinv2.py) departs from the paper, its referen
 
 All comparisons here use sizes at which none of this matters, except the tests named.
 """
+
 import itertools
 import math
 
@@ -23,27 +24,18 @@ import torch
 import torch.nn.functional as F
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from simmim import swinv2
-from simmim.convert.huggingface import TABLE
-from simmim.swinv2 import (
-    MAX_LOGIT_SCALE,
-    PRESETS,
-    DropPath,
-    SwinV2,
-    SwinV2Block,
-    SwinV2Config,
-    WindowAttention,
-    log_spaced_coords,
-    relative_position_index,
-    shift_mask,
-)
+from simmim.checkpoints.formats.huggingface import TABLE
+from simmim.encoders import swinv2
+from simmim.encoders.swinv2 import PRESETS, SwinV2, SwinV2Config
+from simmim.encoders.swinv2.geometry import log_spaced_coords, relative_position_index, shift_mask
+from simmim.encoders.swinv2.model import MAX_LOGIT_SCALE, DropPath, SwinV2Block, WindowAttention
 
 CPU = torch.device("cpu")
 SMALL = SwinV2Config(16, (2, 2), (2, 4), window_size=4)
 
 
 @torch.no_grad()
-def randomise(module, seed=0, max_logit_scale=3.5):
+def randomize(module, seed=0, max_logit_scale=3.5):
     """Every parameter random and of a size that matters. Temperatures of 100 would magnify float32's own error."""
     generator = torch.Generator().manual_seed(seed)
     for name, parameter in module.named_parameters():
@@ -63,10 +55,11 @@ def random_images(*shape, seed=1, dtype=torch.float32):
 
 
 def random_encoder(config, **kwargs):
-    return randomise(SwinV2(config, **kwargs)).eval()
+    return randomize(SwinV2(config, **kwargs)).eval()
 
 
 # --- parity with transformers --------------------------------------------------------------------------------------
+
 
 def from_transformers(state, config):
     """transformers' state dict under our names: strict on both sides, query, key and value joined."""
@@ -92,7 +85,7 @@ def transformers_twin(config, image_size, max_logit_scale=3.5):
             drop_path_rate=0.0,
         )
     )
-    randomise(theirs, max_logit_scale=max_logit_scale).eval()
+    randomize(theirs, max_logit_scale=max_logit_scale).eval()
     with torch.device("meta"):
         ours = SwinV2(config)
     ours.load_state_dict(from_transformers(theirs.state_dict(), config), assign=True)
@@ -261,19 +254,19 @@ def assert_brute_force(block, size, window, shift, pretrained):
 )
 @pytest.mark.parametrize("shifted", [False, True])
 def test_windowed_attention_by_brute_force(size, window_size, window, shift, shifted):
-    block = randomise(SwinV2Block(8, 2, window_size, shifted, None, 4.0, 0.0, False))
+    block = randomize(SwinV2Block(8, 2, window_size, shifted, None, 4.0, 0.0, False))
     assert_brute_force(block, size, window, shift if shifted else (0, 0), window)
 
 
 def test_pretrained_window_by_brute_force():
-    block = randomise(SwinV2Block(8, 2, 4, True, 6, 4.0, 0.0, False))
+    block = randomize(SwinV2Block(8, 2, 4, True, 6, 4.0, 0.0, False))
     assert_brute_force(block, (8, 8), (4, 4), (2, 2), (6, 6))
     assert_brute_force(block, (3, 8), (3, 4), (0, 2), (6, 6))
 
 
 def test_shifted_windows_isolate_regions():
     """One token changed: the tokens of its piece change in a shifted block, and every other token keeps its bits."""
-    block = randomise(SwinV2Block(8, 2, 4, True, None, 4.0, 0.0, False))
+    block = randomize(SwinV2Block(8, 2, 4, True, None, 4.0, 0.0, False))
     with torch.no_grad():
         block.attn.logit_scale.clamp_(max=math.log(10))
         x = random_images(1, 8, 8, 8)
@@ -317,8 +310,10 @@ def test_shift_mask_is_added_once():
 def test_small_maps_use_one_window():
     """A map within the window: a shifted block equals a plain one, and a larger window setting changes nothing."""
     x = random_images(2, 4, 4, 8)
-    blocks = [randomise(SwinV2Block(8, 2, window, shifted, None, 4.0, 0.0, False))
-              for window, shifted in [(4, False), (4, True), (16, True)]]
+    blocks = [
+        randomize(SwinV2Block(8, 2, window, shifted, None, 4.0, 0.0, False))
+        for window, shifted in [(4, False), (4, True), (16, True)]
+    ]
     with torch.no_grad():
         outputs = [block(x) for block in blocks]
     assert torch.equal(outputs[0], outputs[1]) and torch.equal(outputs[0], outputs[2])
@@ -362,7 +357,7 @@ def test_log_spaced_coords(window, pretrained):
 
 def test_position_bias_range():
     """Within (0, 16), 8 where the MLP gives 0, and dependent on the offset alone."""
-    attn = randomise(WindowAttention(32, 4))
+    attn = randomize(WindowAttention(32, 4))
     with torch.no_grad():
         bias = attn.position_bias((4, 5), (4, 5))
         assert bias.shape == (4, 20, 20) and bias.dtype == torch.float32
@@ -373,7 +368,7 @@ def test_position_bias_range():
 
 
 def test_logit_scale_is_clamped_at_log_100():
-    attn = randomise(WindowAttention(16, 2))
+    attn = randomize(WindowAttention(16, 2))
     x, arguments = random_images(3, 16, 16), ((4, 4), (4, 4), None)
     outputs = []
     with torch.no_grad():
@@ -404,7 +399,7 @@ class RecordSoftmax(TorchDispatchMode):
 @torch.no_grad()
 def test_attention_is_float32_under_autocast():
     """From the same bfloat16 queries and keys, the weights are those of float64 arithmetic within 1e-5, at scale 100."""
-    attn = randomise(WindowAttention(64, 2))
+    attn = randomize(WindowAttention(64, 2))
     attn.logit_scale.fill_(MAX_LOGIT_SCALE)
     x = random_images(2, 64, 64)
     with torch.autocast("cpu", torch.bfloat16):
@@ -413,7 +408,7 @@ def test_attention_is_float32_under_autocast():
         bias = torch.cat((attn.q_bias, torch.zeros(64), attn.v_bias))
         qkv = F.linear(x, attn.qkv.weight, bias)
     assert out.dtype == qkv.dtype == torch.bfloat16
-    (logits, weights), = record.calls
+    ((logits, weights),) = record.calls
     assert logits.dtype == weights.dtype == torch.float32
     q, k, _ = qkv.double().unflatten(-1, (3, 2, 32)).permute(2, 0, 3, 1, 4)
     expected = 100 * F.normalize(q, dim=-1) @ F.normalize(k, dim=-1).mT + attn.position_bias((8, 8), (8, 8)).double()
@@ -442,8 +437,15 @@ def test_encoder_under_autocast_is_near_float32(scale, tolerance):
 
 @pytest.mark.parametrize(
     "preset, millions",
-    [("tiny", 27.58), ("small", 48.96), ("base", 86.89), ("large", 195.20), ("huge", 655.21), ("giant-1b", 1060.98),
-     ("giant-3b", 2997.82)],
+    [
+        ("tiny", 27.58),
+        ("small", 48.96),
+        ("base", 86.89),
+        ("large", 195.20),
+        ("huge", 655.21),
+        ("giant-1b", 1060.98),
+        ("giant-3b", 2997.82),
+    ],
 )
 def test_parameter_count(preset, millions):
     with torch.device("meta"):
@@ -579,7 +581,7 @@ def test_transposed_images_and_weights(size):
 
 
 def test_merging_column_order():
-    """Published weights read the neighbours as (0, 0), (1, 0), (0, 1), (1, 1), row and column."""
+    """Published weights read the neighbors as (0, 0), (1, 0), (0, 1), (1, 1), row and column."""
     merging = SwinV2(SMALL).layers[0].downsample
     seen = []
     merging.reduction.register_forward_pre_hook(lambda module, args: seen.append(args[0]))
@@ -587,7 +589,7 @@ def test_merging_column_order():
     assert seen[0][0, 0, 0, ::16].tolist() == [0.0, 2.0, 1.0, 3.0]
 
 
-# --- drop path and initialisation ----------------------------------------------------------------------------------
+# --- drop path and initialization ----------------------------------------------------------------------------------
 
 
 def test_drop_path_rates_rise_linearly():
@@ -685,7 +687,7 @@ def test_images_of_the_wrong_shape(shape):
 def test_position_bias_is_kept_where_it_is_said(plain, request, monkeypatch):
     """Once a block and kind of window, for passes without gradients; elsewhere every time, of the weights there are."""
     if plain:
-        request.getfixturevalue("plain_blocks")
+        request.getfixturevalue("plain_lines")
     encoder = SwinV2(SwinV2Config(16, (2, 1), (1, 2), window_size=4)).eval()
     for parameter in encoder.parameters():
         torch.nn.init.normal_(parameter)

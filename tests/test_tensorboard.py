@@ -2,6 +2,7 @@
 
 The run is cut off between two checkpoints and resumed, so that whatever is asserted here holds for such a run too.
 """
+
 import csv
 import html
 import io
@@ -21,10 +22,10 @@ import yaml
 from PIL import Image
 from tensorboard.backend.event_processing.event_file_loader import EventFileLoader
 
-from pretrain import DataSettings, ModelSettings, PretrainSettings, pretrain
+from simmim.pretrain import DataSettings, PretrainSettings, SimMIMSettings, pretrain
+from simmim.pretrain.reconstruction_grid import COLUMNS
 from simmim.training import SaveRun
 from simmim.training.logs import Names, flat
-from simmim.visualise import COLUMNS
 
 LOCAL = build_opener(ProxyHandler({}))  # whatever proxy the machine has, it is not for this
 START_WITHIN_S, LOADED_WITHIN_S = 60.0, 60.0
@@ -34,7 +35,7 @@ NAMES = Names("masked_l1")
 @pytest.fixture(scope="module")
 def run(digits, tmp_path_factory):
     """15 steps, saved every 5, cut off after 13."""
-    model = ModelSettings(mask_unit=8, encoder={"embed_dim": 16, "depths": [1, 1], "num_heads": [1, 2]})
+    model = SimMIMSettings(mask_unit=8, encoder={"embed_dim": 16, "depths": [1, 1], "num_heads": [1, 2]})
     common = {"preset": "nano", "epochs": 2.0, "batch_size": 32, "model": model, "save_every_steps": 5}
     often = {"log_every_steps": 1, "reconstruct_every_epochs": 2 / 7.5}
     data, out = DataSettings(str(digits.unlabeled)), str(tmp_path_factory.mktemp("tensorboard") / "run")
@@ -132,14 +133,14 @@ def test_scalars_stand_in_groups_and_say_what_they_are(run, page):
     tags = {tag: about for tag, about in tags.items() if not tag.startswith("per_block/")}  # many, and here alone
     assert {
         "loss/masked_l1",
-        "optimiser/learning_rate",
-        "optimiser/gradient_norm",
+        "optimizer/learning_rate",
+        "optimizer/gradient_norm",
         "speed/images_per_s",
         "speed/data_wait_share",
     } <= tags.keys()
     assert all("/" in tag and not tag.startswith("other/") for tag in tags), "none without a group that the table knows"
     assert tags.keys() == {NAMES(column) for column in rows(run)[0] if column not in ("step", "epoch")}
-    assert "standard deviation of the normalised images" in tags["loss/masked_l1"]["description"]
+    assert "standard deviation of the normalized images" in tags["loss/masked_l1"]["description"]
     assert all(tags[tag]["description"] for tag in tags)
 
 

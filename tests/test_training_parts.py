@@ -1,4 +1,5 @@
 """What is trained and what of it is kept: frozen stages, averaged weights, early stop, balance, the report of classes."""
+
 import csv
 import json
 from collections import Counter
@@ -10,24 +11,24 @@ import torch
 from PIL import Image
 from sklearn.metrics import confusion_matrix, f1_score, precision_recall_fscore_support, top_k_accuracy_score
 
-from finetune import FinetuneSettings, LabeledSettings, finetune, load_classifier
-from finetune.averaging import AverageWeights, decay_at
-from finetune.classification.balance import BalancedSamples, balanced_order, class_weights
-from finetune.classification.defaults import completed, with_augmentation
-from finetune.classification.metrics import ClassMetrics, class_rows
-from finetune.classification.model import ClassificationFinetuning
-from finetune.classification.report import class_table, confusion_picture, write_class_table
-from finetune.early_stop import StopEarly
-from finetune.settings import EncoderSettings, OptimSettings
 from simmim import load_encoder
-from simmim.data import CentreView, labeled_images
+from simmim.data import CenterView, labeled_images
 from simmim.defaults import default_drop_path, default_ema
-from simmim.swinv2 import PRESETS
+from simmim.encoders.swinv2 import PRESETS
+from simmim.finetune import ClassificationSettings, LabeledSettings, finetune, load_classifier
+from simmim.finetune.averaging import AverageWeights, decay_at
+from simmim.finetune.classification.balance import BalancedSamples, balanced_order, class_weights
+from simmim.finetune.classification.defaults import completed, with_augmentation
+from simmim.finetune.classification.metrics import ClassMetrics, class_rows
+from simmim.finetune.classification.model import ClassificationFinetuning
+from simmim.finetune.classification.report import class_table, confusion_picture, write_class_table
+from simmim.finetune.early_stop import StopEarly
+from simmim.finetune.settings import EncoderSettings, OptimSettings
 from simmim.training import SaveRun
 
 
 def settings(digits, encoder_folder, out, **more):
-    return FinetuneSettings(
+    return ClassificationSettings(
         **{
             "data": LabeledSettings(str(digits.labeled)),
             "out": str(out),
@@ -51,7 +52,7 @@ def trained_state(run):
 
 @pytest.mark.parametrize("stages", [1, 2])
 def test_only_the_last_stages_are_trained(digits, encoder_folder, tmp_path, monkeypatch, stages):
-    """What lies before them stays bit-identical, is in no optimiser group, drops no paths and has no graph."""
+    """What lies before them stays bit-identical, is in no optimizer group, drops no paths and has no graph."""
     seen = []
     step = ClassificationFinetuning.training_step
 
@@ -158,8 +159,14 @@ def test_stops_when_nothing_gets_better_and_stays_stopped(digits, encoder_folder
     """A rate of nearly nothing: the first validation stays the best."""
     still = OptimSettings(lr=1e-9, warmup_lr=1e-10, min_lr=0.0, ema=0.0)
     chosen = settings(
-        digits, encoder_folder, tmp_path / "run", steps=40, validations=10, patience=3, optim=still,
-    )  # fmt: skip
+        digits,
+        encoder_folder,
+        tmp_path / "run",
+        steps=40,
+        validations=10,
+        patience=3,
+        optim=still,
+    )
     result = finetune(chosen, quiet=True)
     assert trained_state(result.run)["global_step"] == 16
     assert "stopped early after 16 steps: 3 validations without better accuracy" in capsys.readouterr().out
@@ -201,7 +208,7 @@ def test_balanced_epochs_show_classes_and_their_images_equally_often():
 def test_balanced_samples_follow_from_seed_epoch_and_index(digits):
     labels = labeled_images(digits.labeled, None, seed=0)
     uneven = labels.train.select([*range(24), *range(24, 27)])  # 24 zeros and 3 ones
-    first, second = (BalancedSamples(uneven, CentreView((32, 32)), 1, seed=5) for _ in range(2))
+    first, second = (BalancedSamples(uneven, CenterView((32, 32)), 1, seed=5) for _ in range(2))
     keys = [(epoch, index) for epoch in (0, 1) for index in range(27)]
     samples = {key: first[key] for key in keys}
     for key in reversed(keys):
@@ -316,8 +323,8 @@ def test_augmentation_follows_from_size_and_labels(side, channels, a_class, expe
 
 
 def test_without_kornia(monkeypatch, digits, encoder_folder, tmp_path):
-    monkeypatch.setattr("finetune.augment.colour.has_kornia", lambda: False)
-    monkeypatch.setattr("finetune.classification.defaults.has_kornia", lambda: False)
+    monkeypatch.setattr("simmim.finetune.augment.color.has_kornia", lambda: False)
+    monkeypatch.setattr("simmim.finetune.classification.defaults.has_kornia", lambda: False)
     data, reasons = with_augmentation(LabeledSettings("x"), 224, 3, 10)
     assert data.rand_augment == 0 and "kornia is not installed" in reasons[-1]
     asked = LabeledSettings(str(digits.labeled), rand_augment=5.0)
@@ -343,8 +350,8 @@ def test_an_encoder_of_another_channel_count_is_adapted_and_says_so(encoder_fold
             for number in range(count):
                 bands = generator.integers(0, 256, (40, 40, 5), dtype=np.uint8)
                 np.save(tmp_path / "bands" / part / label / f"{number}.npy", bands)
-    data = LabeledSettings(str(tmp_path / "bands"), rand_augment=9.0, colour_jitter=0.4, mixup=0.8)
-    run = FinetuneSettings(data=data, out=str(tmp_path / "run"), init=str(encoder_folder), steps=3, batch_size=6)
+    data = LabeledSettings(str(tmp_path / "bands"), rand_augment=9.0, color_jitter=0.4, mixup=0.8)
+    run = ClassificationSettings(data=data, out=str(tmp_path / "run"), init=str(encoder_folder), steps=3, batch_size=6)
     finetune(run)
     assert "adapted" in capsys.readouterr().out
     assert load_classifier(tmp_path / "run").model.encoder.config.in_channels == 5
@@ -358,16 +365,16 @@ def test_an_encoder_of_another_channel_count_is_adapted_and_says_so(encoder_fold
     [
         (lambda: LabeledSettings("x", mixup=-0.1), "data.mixup is -0.1: give a number from 0, for none, to 100"),
         (lambda: LabeledSettings("x", rand_augment=11.0), "data.rand_augment is 11.0: .* to 10"),
-        (lambda: LabeledSettings("x", colour_jitter=1.5), "data.colour_jitter is 1.5"),
+        (lambda: LabeledSettings("x", color_jitter=1.5), "data.color_jitter is 1.5"),
         (lambda: LabeledSettings("x", erasing=1.5), "data.erasing is 1.5: give a probability"),
         (lambda: LabeledSettings("x", mix_probability=2), "data.mix_probability is 2: give a probability"),
         (lambda: LabeledSettings("x", rand_augment_operations=0), "data.rand_augment_operations is 0"),
         (lambda: LabeledSettings("x", balance="weight"), "unknown data.balance 'weight'; did you mean 'weights'"),
-        (lambda: FinetuneSettings(data="x", out="y", monitor="acuracy"), "monitor 'acuracy'; did you mean 'accuracy'"),
-        (lambda: FinetuneSettings(data="x", out="y", init="e", train_stages=0), "train_stages is 0: give a positive"),
-        (lambda: FinetuneSettings(data="x", out="y", train_stages=1), "--train-stages with --init none"),
-        (lambda: FinetuneSettings(data="x", out="y", init="e", train_stages=1, freeze=True), "give one of them"),
-        (lambda: FinetuneSettings(data="x", out="y", patience=0), "patience is 0: give a positive number"),
+        (lambda: ClassificationSettings(data="x", out="y", monitor="acuracy"), "monitor 'acuracy'; did you mean 'accuracy'"),
+        (lambda: ClassificationSettings(data="x", out="y", init="e", train_stages=0), "train_stages is 0: give a positive"),
+        (lambda: ClassificationSettings(data="x", out="y", train_stages=1), "--train-stages with --init none"),
+        (lambda: ClassificationSettings(data="x", out="y", init="e", train_stages=1, freeze=True), "give one of them"),
+        (lambda: ClassificationSettings(data="x", out="y", patience=0), "patience is 0: give a positive number"),
         (lambda: OptimSettings(ema=1.0), r"optim.ema is 1.0: give a decay in \[0, 1\)"),
     ],
 )
@@ -379,7 +386,7 @@ def test_settings_out_of_range(make, message):
 @pytest.mark.parametrize("labels, decay, why", [(20, 0.65, "for 20 labels a class"), (21, 0.75, "as published")])
 def test_few_labels_keep_the_first_layers(encoder_folder, labels, decay, why):
     config = load_encoder(encoder_folder).config
-    settings = FinetuneSettings(data="images", out="run", image_size=32)
+    settings = ClassificationSettings(data="images", out="run", image_size=32)
     chosen, reasons = completed(settings, 10 * labels, 10, config, "cpu")
     assert chosen.optim.layer_decay == decay and f"layer decay {decay}: {why}" in reasons
     given = replace(settings, optim=OptimSettings(layer_decay=0.9))

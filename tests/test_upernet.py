@@ -1,11 +1,12 @@
 """The segmentation heads: weight by weight those of another library, any number of stages, any batch."""
+
 import pytest
 import torch
 from torch import nn
 
-from finetune.segmentation.model import HeadShape, Segmenter
-from finetune.segmentation.upernet import FCN, UPerNet
-from simmim.swinv2 import SwinV2, SwinV2Config
+from simmim.encoders.swinv2 import SwinV2, SwinV2Config
+from simmim.finetune.segmentation.model import HeadShape, Segmenter
+from simmim.finetune.segmentation.upernet import FCN, UPerNet
 
 CHANNELS = (16, 32, 64, 128)
 
@@ -24,13 +25,13 @@ def theirs(name):
     if parts[0] == "pools":
         return f"psp_modules.{parts[1]}.1.{inner[parts[3]]}.{parts[4]}"
     if parts[0] in ("pyramid", "fuse"):
-        return f"{ {'pyramid': 'bottleneck', 'fuse': 'fpn_bottleneck'}[parts[0]]}.{inner[parts[1]]}.{parts[2]}"
+        return f"{ {'pyramid': 'bottleneck', 'fuse': 'fpn_bottleneck'}[parts[0]] }.{inner[parts[1]]}.{parts[2]}"
     if parts[0] == "convolve":
         return f"convs.0.{inner[parts[1]]}.{parts[2]}"
-    return f"{ {'laterals': 'lateral_convs', 'outputs': 'fpn_convs'}[parts[0]]}.{parts[1]}.{inner[parts[2]]}.{parts[3]}"
+    return f"{ {'laterals': 'lateral_convs', 'outputs': 'fpn_convs'}[parts[0]] }.{parts[1]}.{inner[parts[2]]}.{parts[3]}"
 
 
-def randomise(module):
+def randomize(module):
     generator = torch.Generator().manual_seed(0)
     for parameter in module.parameters():
         parameter.data.add_(torch.randn(parameter.shape, generator=generator) * 0.05)
@@ -49,7 +50,7 @@ def test_heads_are_those_of_transformers(training):
         (UPerNet(CHANNELS, 5, 32, "batch", dropout=0.0), UperNetHead(config, list(CHANNELS))),
         (FCN(CHANNELS[2], 5, 16, "batch", dropout=0.0), UperNetFCNHead(config, list(CHANNELS))),
     ):
-        randomise(ours).train(training)
+        randomize(ours).train(training)
         state = {theirs(name): value for name, value in ours.state_dict().items()}
         # transformers registers each pooling's parts under a second name.
         reference.load_state_dict(state, strict=True)
@@ -67,7 +68,7 @@ def test_heads_are_those_of_transformers(training):
 
 def test_a_batch_of_one_trains_like_any_other():
     """Norms of each image: its logits are its own, even in training, whatever else is in the batch."""
-    head = randomise(UPerNet(CHANNELS, 3, 32, "image", dropout=0.0)).train()
+    head = randomize(UPerNet(CHANNELS, 3, 32, "image", dropout=0.0)).train()
     features = maps(batch=3)
     together = head(features)
     for row in range(3):
@@ -79,7 +80,7 @@ def test_a_batch_of_one_trains_like_any_other():
 @pytest.mark.parametrize("depths", [(1,), (1, 1), (1, 1, 1), (1, 1, 1, 1), (1, 1, 1, 1, 1)])
 def test_any_number_of_stages_and_any_size(depths, norm):
     config = SwinV2Config(16, depths, tuple(2**stage for stage in range(len(depths))), window_size=4, in_channels=2)
-    model = Segmenter(randomise(SwinV2(config)), 4, HeadShape(16, norm, 0.0)).train()
+    model = Segmenter(randomize(SwinV2(config)), 4, HeadShape(16, norm, 0.0)).train()
     images = torch.randn(2, 2, 40, 56)
     output = model(images, with_auxiliary=True)
     assert output.logits.shape == (2, 4, 10, 14)
@@ -92,7 +93,7 @@ def test_any_number_of_stages_and_any_size(depths, norm):
 
 
 def test_maps_come_normed():
-    model = Segmenter(randomise(SwinV2(SwinV2Config(16, (1, 1), (1, 2), window_size=4))), 2, HeadShape(width=16))
+    model = Segmenter(randomize(SwinV2(SwinV2Config(16, (1, 1), (1, 2), window_size=4))), 2, HeadShape(width=16))
     images = torch.randn(1, 3, 32, 32)
     first, last = model.maps(images)
     torch.testing.assert_close(first.mean(dim=1), torch.zeros(1, 8, 8), atol=1e-5, rtol=0)

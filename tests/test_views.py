@@ -1,5 +1,6 @@
 """Random crops within their ranges; filters and fits of the evaluation view, against Pillow's own resize and transformers'
 processor."""
+
 import io
 import random
 
@@ -9,7 +10,7 @@ import torch
 from PIL import Image, ImageOps
 from test_data import random_pixels
 
-from simmim.data import CentreView, RandomView, normalise, open_picture
+from simmim.data import CenterView, RandomView, normalize, open_picture
 from simmim.data.decode import INTERPOLATIONS, JpegPicture, Picture
 
 PILLOW = {
@@ -75,9 +76,16 @@ def psnr(view, expected):
 
 @pytest.mark.parametrize("filter", PILLOW)
 @pytest.mark.parametrize("mode", ["L", "RGB"])
-@pytest.mark.parametrize("image_size, size", [
-    ((28, 28), (32, 32)), ((28, 28), (13, 20)), ((400, 300), (96, 128)), ((400, 300), (500, 450)), ((300, 400), (64, 200)),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    "image_size, size",
+    [
+        ((28, 28), (32, 32)),
+        ((28, 28), (13, 20)),
+        ((400, 300), (96, 128)),
+        ((400, 300), (500, 450)),
+        ((300, 400), (64, 200)),
+    ],
+)
 def test_crops_are_pillows(filter, mode, image_size, size):
     """By torch or Pillow, smaller or larger, of whole pixels or parts of them."""
     image = Image.fromarray(photo(*image_size)).convert(mode)
@@ -150,14 +158,14 @@ def test_turned_pictures(kind, number):
 
 @pytest.mark.parametrize("filter", PILLOW)
 @pytest.mark.parametrize("box", [(0, 0, 90, 70), (30, 25, 60, 44), (2.25, 1.5, 60.75, 69.9), (40, 40, 44, 43)])
-def test_bands_are_resized_as_colours_are(filter, box):
-    """Parts of six bands, read only as far as the filter reaches: bytes against Pillow's colours, other types against its
+def test_bands_are_resized_as_colors_are(filter, box):
+    """Parts of six bands, read only as far as the filter reaches: bytes against Pillow's colors, other types against its
     single bands of floats, both in full."""
     pixels = photo(90, 70)
     six = np.dstack([pixels, 255 - pixels])
     low, high = float(six.min()), float(six.max())
     stretched = ((pixels - low) * 255 / (high - low)).astype(np.float32)
-    # Even sides: no pixel's centre lies between two of the image's, where nearest depends on rounding.
+    # Even sides: no pixel's center lies between two of the image's, where nearest depends on rounding.
     for size in ((16, 24), (72, 88), (6, 4)):
         floats = np.stack([pillow(Image.fromarray(band), size, filter, box)[0] for band in stretched.transpose(2, 0, 1)])
         for values in (six, six.astype(np.float32) * 3 - 100, six.astype(np.uint16) * 200):
@@ -181,22 +189,25 @@ def test_overshoot_ends_at_the_range():
 
 
 @pytest.mark.parametrize("filter", PILLOW)
-@pytest.mark.parametrize("image_size, size, share, fit, box", [
-    ((60, 40), (32, 32), 1.0, "crop", (10, 0, 50, 40)),
-    ((40, 80), (32, 32), 0.5, "crop", (10, 30, 30, 50)),
-    ((60, 40), (32, 32), 1.0, "squash", (0, 0, 60, 40)),
-    ((40, 80), (32, 24), 0.5, "squash", (10, 20, 30, 60)),
-    ((300, 200), (96, 48), 1.0, "squash", (0, 0, 300, 200)),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    "image_size, size, share, fit, box",
+    [
+        ((60, 40), (32, 32), 1.0, "crop", (10, 0, 50, 40)),
+        ((40, 80), (32, 32), 0.5, "crop", (10, 30, 30, 50)),
+        ((60, 40), (32, 32), 1.0, "squash", (0, 0, 60, 40)),
+        ((40, 80), (32, 24), 0.5, "squash", (10, 20, 30, 60)),
+        ((300, 200), (96, 48), 1.0, "squash", (0, 0, 300, 200)),
+    ],
+)
 def test_fits(filter, image_size, size, share, fit, box):
     image = Image.fromarray(photo(*image_size))
-    view = CentreView(size, share, filter, fit)(Picture(image))
+    view = CenterView(size, share, filter, fit)(Picture(image))
     assert is_pillows(view, pillow(image.crop(box), size, filter), filter)
 
 
 def test_squashed_parts_of_pixels():
     image = Image.fromarray(photo(75, 50))
-    view = CentreView((32, 32), 0.875, "bicubic", "squash")(Picture(image))
+    view = CenterView((32, 32), 0.875, "bicubic", "squash")(Picture(image))
     box = (75 / 16, 50 / 16, 75 - 75 / 16, 50 - 50 / 16)
     assert np.array_equal(view.numpy(), pillow(image, (32, 32), "bicubic", box))
 
@@ -212,18 +223,18 @@ def test_squash_is_what_transformers_does(filter, image_size):
     )
     image = Image.fromarray(photo(*image_size))
     expected = np.asarray(processor(image)["pixel_values"][0])
-    view = CentreView((224, 192), interpolation=filter, fit="squash")(open_picture(saved(image), 3))
+    view = CenterView((224, 192), interpolation=filter, fit="squash")(open_picture(saved(image), 3))
     assert is_pillows(view, expected, filter)
 
 
 def test_settings_that_are_none():
     with pytest.raises(ValueError, match=r"unknown interpolation 'cubic': give one of nearest, bilinear, bicubic, lanczos$"):
-        CentreView((32, 32), interpolation="cubic")
+        CenterView((32, 32), interpolation="cubic")
     with pytest.raises(ValueError, match=r"unknown fit 'pad': give one of crop, squash$"):
-        CentreView((32, 32), fit="pad")
+        CenterView((32, 32), fit="pad")
     for share in (0, -0.5, 1.01, float("nan")):
         with pytest.raises(ValueError, match=r"share of the image is .+: give a number above 0, at most 1"):
-            CentreView((32, 32), share)
+            CenterView((32, 32), share)
     six = open_picture(written(lambda file: np.save(file, np.zeros((9, 9, 6), np.uint8))), 6)
     jpeg = open_picture(saved(Image.new("RGB", (9, 9)), "JPEG"), 3)
     for picture in (Picture(Image.new("L", (9, 9))), jpeg, six):
@@ -263,7 +274,7 @@ def test_ratio_is_width_over_height():
 
 
 def test_random_crop_of_extreme_shapes():
-    """Where no crop fits: the largest that the ratios allow, centred; a lone row or pixel is a crop too."""
+    """Where no crop fits: the largest that the ratios allow, centered; a lone row or pixel is a crop too."""
     view = RandomView((8, 8), crop_scale=(0.9, 1.0), crop_ratio=(0.5, 2.0))
     assert view.crop_box((1000, 100), random.Random(0)) == (400, 0, 600, 100)
     assert view.crop_box((100, 1000), random.Random(0)) == (0, 400, 100, 600)
@@ -320,18 +331,18 @@ def test_whole_image_crop_changes_nothing():
         ((64, 64), (56, 56), 0.875, (4, 4, 60, 60)),
     ],
 )
-def test_centre_view(image_size, size, share, box):
+def test_center_view(image_size, size, share, box):
     image = Image.fromarray(random_pixels(image_size[1], image_size[0], 3))
     expected = image.crop(box).resize(size[::-1], Image.Resampling.BILINEAR)
-    assert within_1(CentreView(size, share)(Picture(image)), as_view(expected))
+    assert within_1(CenterView(size, share)(Picture(image)), as_view(expected))
 
 
-def test_tensors_and_normalising():
+def test_tensors_and_normalizing():
     rgb, gray = random_pixels(4, 6, 3), random_pixels(4, 6)
     for pixels in (rgb, gray):
         tensor = Picture(Image.fromarray(pixels)).crop((0, 0, 6, 4), (4, 6))
         assert torch.equal(tensor, torch.from_numpy(np.atleast_3d(pixels)).permute(2, 0, 1))
     images, mean, std = random_pixels(5, 3, 4, 6), (0.1, 0.5, 0.9), (0.2, 1.0, 3.0)
     expected = (images / 255 - np.reshape(mean, (3, 1, 1))) / np.reshape(std, (3, 1, 1))
-    result = normalise(torch.from_numpy(images), mean, std)
+    result = normalize(torch.from_numpy(images), mean, std)
     assert result.dtype == torch.float32 and np.abs(result.numpy() - expected).max() < 1e-6

@@ -1,15 +1,23 @@
 """Reconstruction pictures: what was visible is shown as it was, what was masked as it was predicted."""
+
 import numpy as np
 import pytest
 import torch
 
-from simmim.visualise import COLUMNS, GAP_PX, LABEL_PX, MASK_GRAY, reconstruction_grid, reconstruction_panels
+from simmim.pretrain.reconstruction_grid import (
+    COLUMNS,
+    GAP_PX,
+    LABEL_PX,
+    MASK_GRAY,
+    reconstruction_grid,
+    reconstruction_panels,
+)
 
 MEAN, STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
 
 
 def example(count=3, channels=3, size=(8, 12), patch=4, seed=0):
-    """Images and predictions in [0, 1], the same normalised, and a mask with both kinds of entries in each image."""
+    """Images and predictions in [0, 1], the same normalized, and a mask with both kinds of entries in each image."""
     generator = torch.Generator().manual_seed(seed)
     mean, std = (torch.tensor(values[:channels]).view(-1, 1, 1) for values in (MEAN, STD))
     shown = torch.rand(2, count, channels, *size, generator=generator)
@@ -91,7 +99,7 @@ def test_large_images_are_shown_pixel_by_pixel():
     assert np.abs(cell(pixels, 1, 0, 0, size) - original).max() <= 1
     gray = cell(pixels, 0, 0, 1, size)[:4, :4]
     assert (gray == round(MASK_GRAY * 255)).all(), "the first patch of the example is masked"
-    assert (pixels[:LABEL_PX] < 128).any(), "columns are labelled"
+    assert (pixels[:LABEL_PX] < 128).any(), "columns are labeled"
 
 
 @pytest.mark.parametrize("size, factor", [((32, 32), 3), ((8, 12), 8), ((28, 28), 4), ((96, 96), 1), ((50, 90), 2)])

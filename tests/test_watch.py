@@ -1,4 +1,5 @@
 """Steps that are not finite, loss spikes, and activations: what is skipped, counted, listed, measured, and left alone."""
+
 import copy
 import functools
 import math
@@ -14,22 +15,22 @@ import torch
 from PIL import Image
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
-import pretrain.module
-from pretrain.module import SimMIMPretraining
+import simmim.pretrain.module
 from simmim.data import ImageSamples, RandomView, SampleStream, find_images, image_dataset
-from simmim.masking import BlockMasking
-from simmim.model import SimMIM
-from simmim.optim import Schedule
-from simmim.run_folder import CONFIG
-from simmim.swinv2 import DropPath, SwinV2, SwinV2Config
+from simmim.encoders.swinv2 import SwinV2, SwinV2Config
+from simmim.encoders.swinv2.model import DropPath
+from simmim.methods.masking import BlockMasking
+from simmim.methods.simmim import SimMIM
+from simmim.pretrain.module import PretrainingModule
 from simmim.training import SaveRun, StepSeeds, StreamData, build_trainer
+from simmim.training.optim import Schedule
+from simmim.training.run_folder import CONFIG
 from simmim.training.watch import (
     ActivationMonitor,
     NumericalGuard,
     activation_plot,
     amplitude,
     drop_gradients,
-    encoder_parts,
 )
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -38,7 +39,7 @@ BATCH, STEPS, SAVE_EVERY = 8, 12, 4
 
 
 class Recorder(pl.Callback):
-    """Copies of weights, optimiser state and rate after every step."""
+    """Copies of weights, optimizer state and rate after every step."""
 
     def __init__(self):
         self.after = {}
@@ -46,7 +47,7 @@ class Recorder(pl.Callback):
     def on_train_batch_end(self, trainer, module, *_):
         state = trainer.optimizers[0].state_dict()
         self.after[trainer.global_step - 1] = copy.deepcopy(
-            {"weights": module.state_dict(), "optimiser": state["state"], "lr": state["param_groups"][0]["lr"]}
+            {"weights": module.state_dict(), "optimizer": state["state"], "lr": state["param_groups"][0]["lr"]}
         )
 
 
@@ -63,14 +64,19 @@ def train(images, run, *callbacks, steps=STEPS, guard=True, resume=None, accumul
     torch.manual_seed(0)
     model = SimMIM(SwinV2(CONFIG_OF_ENCODER, more.get("checkpoint_activations", False)))
     schedule = Schedule(2e-2, 10.0, 1.0, 1e-4).by_step(30, BATCH)
-    module = SimMIMPretraining(model, BlockMasking(8, 0.5), (0.13,), (0.31,), schedule, 0.05, 5.0)
+    module = PretrainingModule(model, BlockMasking(8, 0.5), (0.13,), (0.31,), schedule, 0.05, 5.0)
     samples = ImageSamples(image_dataset(find_images(images)), RandomView((32, 32), flip=0.0), 1, seed=0)
     guards = [guard] if isinstance(guard, NumericalGuard) else [NumericalGuard(run)] * bool(guard)
     trainer = build_trainer(
-        run, steps, devices=1, precision=precision, accumulate=accumulate,
+        run,
+        steps,
+        devices=1,
+        precision=precision,
+        accumulate=accumulate,
         callbacks=[StepSeeds(0), *guards, *callbacks, SaveRun(run, more.get("save_every", SAVE_EVERY))],
-        log_every_steps=more.get("log_every", 1), extra={"accelerator": "cpu"},
-    )  # fmt: skip
+        log_every_steps=more.get("log_every", 1),
+        extra={"accelerator": "cpu"},
+    )
     stream = StreamData(samples, BATCH, accumulate, workers=0)
     trainer.fit(module, datamodule=stream, ckpt_path=resume, weights_only=True)
     return module
@@ -83,14 +89,14 @@ def images(digits):
 
 def lose(monkeypatch, factors, part=0):
     """Multiply the loss of some steps: {step: factor}, of their `part`-th accumulated batch."""
-    whole = SimMIMPretraining.training_step
+    whole = PretrainingModule.training_step
 
     def training_step(self, batch, batch_idx):
         loss = whole(self, batch, batch_idx)
         wanted = batch_idx % self.trainer.accumulate_grad_batches == part
         return loss * factors.get(self.global_step, 1.0) if wanted else loss
 
-    monkeypatch.setattr(SimMIMPretraining, "training_step", training_step)
+    monkeypatch.setattr(PretrainingModule, "training_step", training_step)
 
 
 def equal(first, second):
@@ -137,7 +143,7 @@ def test_a_loss_that_is_nan_skips_its_step_and_nothing_else(images, tmp_path, mo
     after = recorder.after
     assert len(after) == STEPS, "the run goes on to its end"
     for step in range(1, STEPS):
-        same = [equal(after[step][part], after[step - 1][part]) for part in ("weights", "optimiser")]
+        same = [equal(after[step][part], after[step - 1][part]) for part in ("weights", "optimizer")]
         assert same == [step in (5, 9)] * 2, step
     assert all(torch.isfinite(value).all() for value in after[STEPS - 1]["weights"].values())
     # The schedule goes by the step and not by what became of it.
@@ -158,8 +164,8 @@ def test_the_first_step_can_be_skipped(images, tmp_path, monkeypatch):
     lose(monkeypatch, {0: math.nan})
     recorder = Recorder()
     train(images, tmp_path / "run", recorder, steps=2)
-    assert recorder.after[0]["optimiser"] == {} and recorder.after[1]["optimiser"]
-    lengths = {int(state["step"]) for state in recorder.after[1]["optimiser"].values()}
+    assert recorder.after[0]["optimizer"] == {} and recorder.after[1]["optimizer"]
+    lengths = {int(state["step"]) for state in recorder.after[1]["optimizer"].values()}
     assert lengths == {1}, "bias correction counts steps that were taken"
 
 
@@ -171,14 +177,14 @@ def test_an_image_that_makes_nan_is_named(images, tmp_path, monkeypatch):
     for number, path in enumerate(paths):
         image = Image.new("L", (28, 28), 255) if number == poisoned else Image.open(path)
         image.save(folder / f"{number:04d}.png")
-    whole = pretrain.module.normalise
+    whole = simmim.pretrain.module.normalize
 
-    def normalise(images, mean, std):
+    def normalize(images, mean, std):
         values = whole(images, mean, std)
         values[(images == 255).flatten(1).all(dim=1)] = math.nan
         return values
 
-    monkeypatch.setattr(pretrain.module, "normalise", normalise)
+    monkeypatch.setattr(simmim.pretrain.module, "normalize", normalize)
     steps = len(paths) // BATCH  # an epoch, which holds every image once
     train(folder, tmp_path / "run", steps=steps)
     (files,) = [files for _, _, files in listed(tmp_path / "run").values()]
@@ -321,26 +327,26 @@ def test_what_is_a_spike(tmp_path):
         NumericalGuard(tmp_path, stop_after=0)
 
 
-def test_every_kind_of_optimiser_passes_over_dropped_gradients():
+def test_every_kind_of_optimizer_passes_over_dropped_gradients():
     for fused in (True, False):
         for scaled in (True, False):
             weights = torch.nn.Parameter(torch.randn(5))
-            optimiser = torch.optim.AdamW([weights], lr=0.1, fused=fused)
+            optimizer = torch.optim.AdamW([weights], lr=0.1, fused=fused)
             scaler = torch.amp.GradScaler("cpu", init_scale=4.0) if scaled else None
             before = []
             for dropped in (False, True):
-                optimiser.zero_grad()
+                optimizer.zero_grad()
                 loss = weights.square().sum()
                 (scaler.scale(loss) if scaled else loss).backward()
                 if scaled and not fused:
-                    scaler.unscale_(optimiser)  # Lightning does so before gradients are clipped
+                    scaler.unscale_(optimizer)  # Lightning does so before gradients are clipped
                 if dropped:
-                    before = copy.deepcopy([weights.data, optimiser.state_dict()["state"]])
-                    drop_gradients(optimiser, scaler)
-                scaler.step(optimiser) if scaled else optimiser.step()
+                    before = copy.deepcopy([weights.data, optimizer.state_dict()["state"]])
+                    drop_gradients(optimizer, scaler)
+                scaler.step(optimizer) if scaled else optimizer.step()
                 if scaled:
                     scaler.update()
-            assert torch.equal(before[0], weights) and equal(before[1], optimiser.state_dict()["state"]), (fused, scaled)
+            assert torch.equal(before[0], weights) and equal(before[1], optimizer.state_dict()["state"]), (fused, scaled)
 
 
 TWO_PROCESSES = """
@@ -400,27 +406,33 @@ def test_two_processes_decide_alike(tmp_path):
 
 
 def test_fine_tuning_is_guarded_too(digits, tmp_path, monkeypatch):
-    from finetune import FinetuneSettings, LabeledSettings, finetune
-    from finetune.classification.model import ClassificationFinetuning
-    from finetune.settings import EncoderSettings
+    from simmim.finetune import ClassificationSettings, LabeledSettings, finetune
+    from simmim.finetune.classification.model import ClassificationFinetuning
+    from simmim.finetune.settings import EncoderSettings
 
     whole = ClassificationFinetuning.training_step
 
     def training_step(self, batch, batch_idx):
         return whole(self, batch, batch_idx) * (math.nan if self.global_step == 2 else 1.0)
 
-    usual = sys.modules["finetune.run"].usual_callbacks
+    usual = sys.modules["simmim.finetune.run"].shared_callbacks
 
     def guarded(run, *rest):
         callbacks = usual(run, *rest)
         return callbacks if any(isinstance(one, NumericalGuard) for one in callbacks) else [*callbacks, NumericalGuard(run)]
 
     monkeypatch.setattr(ClassificationFinetuning, "training_step", training_step)
-    monkeypatch.setattr("finetune.run.usual_callbacks", guarded)
-    settings = FinetuneSettings(
-        data=LabeledSettings(str(digits.labeled), flip=0.0), out=str(tmp_path / "run"),
-        labels_per_class=2, steps=4, batch_size=10, encoder=EncoderSettings(preset="nano"), log_every_steps=1, validations=1,
-    )  # fmt: skip
+    monkeypatch.setattr("simmim.finetune.run.shared_callbacks", guarded)
+    settings = ClassificationSettings(
+        data=LabeledSettings(str(digits.labeled), flip=0.0),
+        out=str(tmp_path / "run"),
+        labels_per_class=2,
+        steps=4,
+        batch_size=10,
+        encoder=EncoderSettings(preset="nano"),
+        log_every_steps=1,
+        validations=1,
+    )
     result = finetune(settings, quiet=True)
     assert list(listed(result.run)) == [2]
     counts = [value for value in metrics(result.run)["skipped_steps"] if value]
@@ -428,16 +440,21 @@ def test_fine_tuning_is_guarded_too(digits, tmp_path, monkeypatch):
 
 
 def test_a_whole_pre_training_run_is_watched(digits, tmp_path, monkeypatch):
-    from pretrain import DataSettings, ModelSettings, PretrainSettings, pretrain
+    from simmim.pretrain import DataSettings, PretrainSettings, SimMIMSettings, pretrain
 
     lose(monkeypatch, {2: math.nan})
     encoder = {"embed_dim": 16, "depths": [1, 1], "num_heads": [1, 2]}
     run = pretrain(
         PretrainSettings(
-            DataSettings(str(digits.unlabeled)), str(tmp_path / "run"), preset="nano", epochs=1.0, batch_size=40,
-            model=ModelSettings(mask_unit=8, encoder=encoder), log_every_steps=1,
+            DataSettings(str(digits.unlabeled)),
+            str(tmp_path / "run"),
+            preset="nano",
+            epochs=1.0,
+            batch_size=40,
+            model=SimMIMSettings(mask_unit=8, encoder=encoder),
+            log_every_steps=1,
         )
-    )  # fmt: skip
+    )
     assert [value for value in metrics(run)["skipped_steps"] if value] == ["0", "0", "1", "1", "1", "1"]
     ((step, (event, _, files)),) = listed(run).items()
     assert (step, event, files) == (2, "skipped", files_of_step(digits.unlabeled, 2, batch=40))
@@ -491,7 +508,7 @@ def test_amplitudes_are_those_of_a_float64_computation(images, tmp_path, checkpo
     monitor, keep = ActivationMonitor(tmp_path / "run", every_steps=5), Keep(step=5)
     module = train(images, tmp_path / "run", keep, monitor, steps=7, checkpoint_activations=checkpoint_activations)
     seen = {}
-    for name, part in encoder_parts(keep.model).items():
+    for name, part in keep.model.encoder.named_stages().items():
         part.register_forward_hook(lambda part, inputs, output, name=name: seen.update({name: output.detach()}))
     for block in keep.model.modules():
         if isinstance(block, DropPath):
@@ -555,8 +572,8 @@ def test_the_plot_has_both_measures_and_survives_any_value():
         return {"step": step, "rms": dict(zip(names, values)), "max": dict(zip(names, [10 * value for value in values]))}
 
     first, latest = measure(0, [1.0] * 5), measure(1000, [1.0, 10.0, 100.0, 1.0, 1000.0])
-    colours = {colour for _, colour in activation_plot([first, latest]).getcolors(10**6)}
-    assert {(150, 150, 150), (31, 90, 180)} <= colours
+    colors = {color for _, color in activation_plot([first, latest]).getcolors(10**6)}
+    assert {(150, 150, 150), (31, 90, 180)} <= colors
     for odd in ([math.nan] * 5, [math.inf, 1.0, 0.0, 1.0, 1e300], [0.0] * 5):
         activation_plot([first, measure(1, odd)])
         activation_plot([measure(1, odd), measure(1, odd)])

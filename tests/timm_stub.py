@@ -3,6 +3,7 @@
 timm asks torchvision, of which there may be no build beside torch's, for names that its swinv2 models never call; here
 they stand for nothing. Such a torchvision would break torchmetrics, hence the process.
 """
+
 import enum
 import importlib.machinery
 import json
@@ -71,9 +72,9 @@ def outputs(model, images):
 
 def save(timm, job):
     """A random model, saved by timm as a folder or as a bare state dict; what it computes in float32 and float64."""
-    from test_swinv2 import randomise
+    from test_swinv2 import randomize
 
-    model = randomise(timm.create_model(job["name"], **job["arguments"])).eval()
+    model = randomize(timm.create_model(job["name"], **job["arguments"])).eval()
     if "resized" in job:
         model.set_input_size(job["resized"])
     if "file" in job:
@@ -102,8 +103,11 @@ def load(timm, job):
     )
     whole = timm.create_model(f"local-dir:{folder}", pretrained=True)
     maps = timm.create_model(f"local-dir:{folder}", pretrained=True, features_only=True)
-    found = {f"{way}.{name}": value for way, model in (("bare", bare), ("whole", whole))
-             for name, value in outputs(model.eval(), images).items()}  # fmt: skip
+    found = {
+        f"{way}.{name}": value
+        for way, model in (("bare", bare), ("whole", whole))
+        for name, value in outputs(model.eval(), images).items()
+    }
     for stage, value in enumerate(maps.eval()(images)):
         found[f"maps.stage{stage}"] = value.movedim(-1, 1)
     found["channels"], found["strides"] = map(torch.tensor, (maps.feature_info.channels(), maps.feature_info.reduction()))

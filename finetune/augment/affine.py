@@ -1,4 +1,5 @@
 """Small random affine changes of labeled images, drawn by sample and done by the batch on its device."""
+
 from __future__ import annotations
 
 import math

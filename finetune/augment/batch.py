@@ -1,8 +1,9 @@
 """All random changes of a batch of labeled images, in order, on its device.
 
-Colours change as bytes, before normalising; movements are one warp; erasing and mixing come last. Each image's changes
+Colors change as bytes, before normalizing; movements are one warp; erasing and mixing come last. Each image's changes
 follow from its seed, that is from (seed, epoch, index), and from nothing else, except for whom it is mixed with.
 """
+
 from __future__ import annotations
 
 from collections.abc import Sequence
@@ -11,11 +12,11 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from finetune.augment.affine import AffineSettings, warp
-from finetune.augment.colour import ColourSettings, movements, recolour
-from finetune.augment.erasing import erase
-from finetune.augment.mixing import MixSettings, mix
-from simmim.data import normalise
+from simmim.data import normalize
+from simmim.finetune.augment.affine import AffineSettings, warp
+from simmim.finetune.augment.color import ColorSettings, movements, recolor
+from simmim.finetune.augment.erasing import erase
+from simmim.finetune.augment.mixing import MixSettings, mix
 
 
 @dataclass(frozen=True)
@@ -24,18 +25,18 @@ class BatchChanges:
 
     Args:
         affine: small rotations, zooms, shears and shifts.
-        colour: RandAugment, movements included, and jitter.
+        color: RandAugment, movements included, and jitter.
         erasing: probability that a box of an image is erased.
         mixing: mixup and cutmix.
     """
 
     affine: AffineSettings = AffineSettings()
-    colour: ColourSettings = ColourSettings()
+    color: ColorSettings = ColorSettings()
     erasing: float = 0.0
     mixing: MixSettings = MixSettings()
 
     def changed(self, images: Tensor, seeds: Sequence[int], mean: Sequence[float], std: Sequence[float]) -> Tensor:
-        """Images changed one by one and normalised.
+        """Images changed one by one and normalized.
 
         Args:
             images: (B, channels, height, width) uint8.
@@ -43,10 +44,10 @@ class BatchChanges:
             mean, std: one a channel, of values in [0, 1].
         """
         moved = None
-        if self.colour.active:
-            changes = self.colour.drawn(seeds, images.shape[1])
-            images, moved = recolour(images, seeds, changes, self.colour), movements(changes)
-        images = normalise(images, mean, std)
+        if self.color.active:
+            changes = self.color.drawn(seeds, images.shape[1])
+            images, moved = recolor(images, seeds, changes, self.color), movements(changes)
+        images = normalize(images, mean, std)
         if self.affine.active or moved is not None:
             images = warp(images, self.matrices(seeds, moved))
         return erase(images, seeds, self.erasing) if self.erasing else images
@@ -62,7 +63,7 @@ class BatchChanges:
         return (first @ second)[:, :2]
 
     def mixed(self, images: Tensor, targets: Tensor, seeds: Sequence[int]) -> tuple[Tensor, Tensor]:
-        """Images and targets, (B, classes), mixed with their neighbours'; as they are where nothing is to be mixed."""
+        """Images and targets, (B, classes), mixed with their neighbors'; as they are where nothing is to be mixed."""
         if not self.mixing.active:
             return images, targets
         return mix(images, targets, [self.mixing.drawn(seed, *images.shape[-2:]) for seed in seeds])

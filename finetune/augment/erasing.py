@@ -1,4 +1,5 @@
 """Random erasing (arXiv 1708.04896): a rectangle of noise in some images of the batch."""
+
 from __future__ import annotations
 
 import math
@@ -31,7 +32,7 @@ def erase(images: Tensor, seeds: Sequence[int], probability: float) -> Tensor:
     """Images with noise in their boxes, a normal draw a value.
 
     Args:
-        images: (B, channels, height, width), normalised, so that the noise has their deviation.
+        images: (B, channels, height, width), normalized, so that the noise has their deviation.
         seeds: one an image; box and noise follow from it.
         probability: share of the images.
     """

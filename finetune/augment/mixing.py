@@ -1,7 +1,8 @@
 """Mixup and cutmix (arXiv 1710.09412, 1905.04899): images blended or pasted into one another, targets in the same shares.
 
-Every image has a share and a box of its own, drawn from its seed, and is mixed with its neighbour in the batch.
+Every image has a share and a box of its own, drawn from its seed, and is mixed with its neighbor in the batch.
 """
+
 from __future__ import annotations
 
 import math
@@ -18,8 +19,8 @@ class Mix:
     """What becomes of one image.
 
     Attributes:
-        share: what it keeps of itself, in [0, 1]; the rest is its neighbour's.
-        box: top, left, bottom and right in pixels of what the neighbour fills; None where the two are blended.
+        share: what it keeps of itself, in [0, 1]; the rest is its neighbor's.
+        box: top, left, bottom and right in pixels of what the neighbor fills; None where the two are blended.
     """
 
     share: float
@@ -78,11 +79,11 @@ def mix(images: Tensor, targets: Tensor, mixes: Sequence[Mix]) -> tuple[Tensor, 
     kept = torch.tensor([1.0 if one.box else one.share for one in mixes], device=images.device)
     boxes = torch.tensor([one.box or (0, 0, 0, 0) for one in mixes], device=images.device)
     shares = torch.tensor([one.share for one in mixes], device=images.device)
-    neighbours = images.roll(1, 0)
-    blended = torch.lerp(neighbours, images, kept.to(images.dtype).view(-1, 1, 1, 1))
+    neighbors = images.roll(1, 0)
+    blended = torch.lerp(neighbors, images, kept.to(images.dtype).view(-1, 1, 1, 1))
     rows = torch.arange(height, device=images.device)
     columns = torch.arange(width, device=images.device)
     top, left, bottom, right = (edge[:, None] for edge in boxes.unbind(1))
     inside = ((rows >= top) & (rows < bottom))[:, None, :, None] & ((columns >= left) & (columns < right))[:, None, None, :]
-    mixed = torch.where(inside, neighbours, blended)
+    mixed = torch.where(inside, neighbors, blended)
     return mixed, torch.lerp(targets.roll(1, 0), targets, shares.to(targets.dtype)[:, None])

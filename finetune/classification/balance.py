@@ -1,4 +1,5 @@
 """Classes of different sizes: weights for the loss, or an order that shows all classes equally often."""
+
 from __future__ import annotations
 
 import random

@@ -1,12 +1,13 @@
 """What the user leaves open of a classification run, as it follows from images, labels, encoder and machine, and why."""
+
 from __future__ import annotations
 
 from dataclasses import replace
 
-from finetune.augment.colour import check_kornia, has_kornia
-from finetune.classification.settings import FinetuneSettings, LabeledSettings
-from finetune.settings import PUBLISHED_LAYER_DECAY, with_schedule
-from simmim.swinv2 import PRESETS, SwinV2Config
+from simmim.encoders.base import EncoderConfig
+from simmim.finetune.augment.color import check_kornia, has_kornia
+from simmim.finetune.classification.settings import ClassificationSettings, LabeledSettings
+from simmim.finetune.settings import PUBLISHED_LAYER_DECAY, with_schedule
 
 # A side in pixels up to which images are thumbnails, seen whole in evaluation.
 THUMBNAIL_PX = 64
@@ -18,8 +19,8 @@ MANY_A_CLASS = 500
 
 
 def completed(
-    settings: FinetuneSettings, count: int, classes: int, encoder: SwinV2Config, device: str
-) -> tuple[FinetuneSettings, list[str]]:
+    settings: ClassificationSettings, count: int, classes: int, encoder: EncoderConfig, device: str
+) -> tuple[ClassificationSettings, list[str]]:
     """Settings with nothing left open, and a line for each choice: what was chosen, then why.
 
     Args:
@@ -30,7 +31,7 @@ def completed(
     Raises:
         ValueError: where augmentation is asked for whose library is missing; as `with_schedule`.
     """
-    small = encoder.embed_dim < PRESETS["tiny"].embed_dim
+    small = encoder.is_small
     given = settings
     if settings.optim.layer_decay is None:
         few = count / classes <= FEW_A_CLASS
@@ -42,12 +43,12 @@ def completed(
         why = f"for {count / classes:,.0f} labels a class" if few else "as published"
         reasons.append(f"layer decay {decay:g}: {why}")
     data, more = with_augmentation(settings.data, min(settings.size), encoder.in_channels, count / classes)
-    check_kornia(data.changes().colour)
+    check_kornia(data.changes().color)
     return replace(settings, data=data), [*reasons, *more]
 
 
 def schedule_reasons(
-    given: FinetuneSettings, settings: FinetuneSettings, count: int, device: str, small: bool
+    given: ClassificationSettings, settings: ClassificationSettings, count: int, device: str, small: bool
 ) -> list[str]:
     """Why length, batch, rate, averaging and stochastic depth are what they are, where they were open."""
     steps = settings.epochs * count / settings.batch_size
@@ -69,17 +70,17 @@ def schedule_reasons(
 
 
 def with_augmentation(
-    data: LabeledSettings, side_px: int, channels: int, images_a_class: float
+    data: LabeledSettings, side_px: int, channels: int, images_per_class: float
 ) -> tuple[LabeledSettings, list[str]]:
     """Data settings with augmentation and evaluation crop filled in, and the reasons.
 
-    Thumbnails have no room for boxes and remapped colours, and gray ones are mostly signs, which a mirror turns into others
+    Thumbnails have no room for boxes and remapped colors, and gray ones are mostly signs, which a mirror turns into others
     and a crop cuts; rotations, shears and shifts serve them best.
     Mixing images pays where there are many and the run is long; with few labels it keeps a short run from learning them.
     """
-    thumbnail, many = side_px <= THUMBNAIL_PX, images_a_class >= MANY_A_CLASS
+    thumbnail, many = side_px <= THUMBNAIL_PX, images_per_class >= MANY_A_CLASS
     if thumbnail:
-        kind = f"{'gray' if channels == 1 else 'colour'} images of {side_px} px"
+        kind = f"{'gray' if channels == 1 else 'color'} images of {side_px} px"
         chosen = {
             "crop_scale": (1.0, 1.0) if channels == 1 else (0.5, 1.0),
             "flip": 0.0 if channels == 1 else 0.5,
@@ -95,7 +96,7 @@ def with_augmentation(
             "erasing": 0.25 if many else 0.0,
         }
     mixed = many and not thumbnail
-    chosen |= {"colour_jitter": 0.0, "mixup": 0.8 if mixed else 0.0, "cutmix": 1.0 if mixed else 0.0}
+    chosen |= {"color_jitter": 0.0, "mixup": 0.8 if mixed else 0.0, "cutmix": 1.0 if mixed else 0.0}
     chosen["evaluation_crop"] = 1.0 if thumbnail else 0.875
     missing = chosen["rand_augment"] > 0 and data.rand_augment is None and not has_kornia()
     if missing:
@@ -103,7 +104,7 @@ def with_augmentation(
     filled = {name: value for name, value in chosen.items() if getattr(data, name) is None}
     reasons = []
     if filled:
-        labels = f"{images_a_class:,.0f} labels a class"
+        labels = f"{images_per_class:,.0f} labels a class"
         shown = ", ".join(f"{name} {described(value)}" for name, value in filled.items())
         reasons.append(f"{shown}: for {kind} and {labels}")
     if missing:

@@ -1,4 +1,5 @@
 """Cross-validation on labeled images: parts of which each is held out in turn."""
+
 from __future__ import annotations
 
 import random

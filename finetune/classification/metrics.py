@@ -1,4 +1,5 @@
 """What validation says of a classifier: rates over all images, and of each class by the table of confusions."""
+
 from __future__ import annotations
 
 from collections.abc import Sequence

@@ -1,4 +1,5 @@
 """Classification: mean-pooled features of the final norm, one linear layer, cross entropy to mixed and smoothed targets."""
+
 from __future__ import annotations
 
 from collections.abc import Callable
@@ -8,20 +9,20 @@ from pathlib import Path
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from finetune.augment.batch import BatchChanges
-from finetune.classification.metrics import ClassMetrics
-from finetune.settings import OptimSettings
-from simmim.checkpoint import Preprocessing, save_encoder
-from simmim.convert import read_encoder
-from simmim.data import normalise
-from simmim.swinv2 import SwinV2
-from simmim.training.optimised import OptimisedModule
+from simmim.checkpoints import read_encoder
+from simmim.checkpoints.checkpoint import Preprocessing, save_encoder
+from simmim.data import normalize
+from simmim.encoders.base import Encoder
+from simmim.finetune.augment.batch import BatchChanges
+from simmim.finetune.classification.metrics import ClassMetrics
+from simmim.finetune.settings import OptimSettings
+from simmim.training.module import TrainingModule
 
 
 class Classifier(nn.Module):
     """An encoder and a linear head on its pooled features."""
 
-    def __init__(self, encoder: SwinV2, classes: int) -> None:
+    def __init__(self, encoder: Encoder, classes: int) -> None:
         super().__init__()
         self.encoder = encoder
         self.head = nn.Linear(encoder.dim, classes)
@@ -29,18 +30,18 @@ class Classifier(nn.Module):
         nn.init.zeros_(self.head.bias)
 
     def forward(self, images: Tensor) -> Tensor:
-        """Normalised images, (B, channels, height, width), to logits, (B, classes)."""
+        """Normalized images, (B, channels, height, width), to logits, (B, classes)."""
         return self.head(self.encoder(images).pooled)
 
 
-class ClassificationFinetuning(OptimisedModule):
+class ClassificationFinetuning(TrainingModule):
     """Trains a `Classifier`, the encoder layer-wise slower than the head; frozen parts not at all.
 
     Args:
         model: what is trained.
-        preprocessing: by whose statistics images are normalised; saved with the model.
+        preprocessing: by whose statistics images are normalized; saved with the model.
         changes: of the training images.
-        learning_rate: as a function of the optimiser step, from 0.
+        learning_rate: as a function of the optimizer step, from 0.
         optim: decay, smoothing, clipping.
         class_weights: (classes,), what an image of each class counts in training; all 1 by default.
     """
@@ -76,7 +77,7 @@ class ClassificationFinetuning(OptimisedModule):
 
     def validation_step(self, batch: dict, batch_idx: int) -> None:
         """Loss over all validation images, and the rates of `ClassMetrics`."""
-        logits = self.model(normalise(batch["image"], self.preprocessing.mean, self.preprocessing.std)).float()
+        logits = self.model(normalize(batch["image"], self.preprocessing.mean, self.preprocessing.std)).float()
         self.metrics.update(logits, batch["label"])
         for name, metric in self.metrics.rates.items():
             self.log(name, metric, on_epoch=True, prog_bar=name == "accuracy", batch_size=len(logits))

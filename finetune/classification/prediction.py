@@ -1,4 +1,5 @@
 """Predictions of a fine-tuned classifier for a folder of images, to CSV."""
+
 from __future__ import annotations
 
 import csv
@@ -9,10 +10,10 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
-from finetune.classification.model import SavedClassifier, load_classifier
 from simmim.data import open_images
 from simmim.evaluate import EncoderPass, Feature, embedded_batches
-from simmim.files import whole_file
+from simmim.files import atomic_write
+from simmim.finetune.classification.model import SavedClassifier, load_classifier
 from simmim.training import device_type
 
 
@@ -41,7 +42,7 @@ def predict(
     saved = load_classifier(run)
     source = open_images(images)
     count, unreadable = 0, {}
-    with whole_file(out) as temporary:
+    with atomic_write(out) as temporary:
         with (
             temporary.open("w", newline="", encoding="utf-8") as file,
             tqdm(total=len(source), desc="predicting", unit="image") as bar,

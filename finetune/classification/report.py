@@ -1,4 +1,5 @@
 """The validation of the best classifier on paper: a table of classes and a picture of what was taken for what."""
+
 from __future__ import annotations
 
 import csv
@@ -10,8 +11,8 @@ import numpy as np
 from PIL import Image, ImageDraw
 from torch import Tensor
 
-from finetune.classification.metrics import ClassRow, class_rows
-from simmim.files import whole_file
+from simmim.files import atomic_write
+from simmim.finetune.classification.metrics import ClassRow, class_rows
 
 CLASSES, CONFUSIONS = "classes.csv", "confusions.png"
 PRINTED_AT_MOST = 20
@@ -25,7 +26,7 @@ PICTURE_PX = 1000
 def write_class_table(path: Path, rows: Sequence[ClassRow]) -> None:
     """A CSV file, a row a class; empty cells where a rate is not defined."""
     names = [field.name for field in fields(ClassRow)]
-    with whole_file(path) as temporary, temporary.open("w", newline="", encoding="utf-8") as file:
+    with atomic_write(path) as temporary, temporary.open("w", newline="", encoding="utf-8") as file:
         writer = csv.writer(file)
         writer.writerow(["class", *names[1:]])
         for row in rows:
@@ -102,6 +103,6 @@ def write_class_report(run: Path, confusions: Tensor, names: Sequence[str]) -> I
     """Both in the run folder; the picture is returned."""
     write_class_table(run / CLASSES, class_rows(confusions, names))
     picture = confusion_picture(confusions, names)
-    with whole_file(run / CONFUSIONS) as temporary:
+    with atomic_write(run / CONFUSIONS) as temporary:
         picture.save(temporary, format="PNG")
     return picture

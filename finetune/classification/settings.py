@@ -1,15 +1,16 @@
 """Settings of classification."""
+
 from __future__ import annotations
 
 from dataclasses import dataclass
 from typing import ClassVar
 
-from finetune.augment.affine import AffineSettings
-from finetune.augment.batch import BatchChanges
-from finetune.augment.colour import HIGHEST_MAGNITUDE, ColourSettings
-from finetune.augment.mixing import MixSettings
-from finetune.settings import TransferSettings
-from simmim.swinv2 import nearest
+from simmim.finetune.augment.affine import AffineSettings
+from simmim.finetune.augment.batch import BatchChanges
+from simmim.finetune.augment.color import HIGHEST_MAGNITUDE, ColorSettings
+from simmim.finetune.augment.mixing import MixSettings
+from simmim.finetune.settings import TransferSettings
+from simmim.messages import did_you_mean
 
 BALANCES = ("none", "weights", "sampling")
 MONITORS = ("accuracy", "macro_f1")
@@ -36,7 +37,7 @@ class LabeledSettings:
             next ones.
         rand_augment_operations: so many an image.
         rand_augment_spread: standard deviation of the magnitude.
-        colour_jitter: brightness, contrast and saturation are scaled by up to so much either way; 0 by default.
+        color_jitter: brightness, contrast and saturation are scaled by up to so much either way; 0 by default.
         erasing: probability that a box is filled with noise.
         mixup: α of Beta(α, α), from which the shares of two blended images are drawn; 0 for none.
         cutmix: the same for a box of one image pasted into another.
@@ -59,7 +60,7 @@ class LabeledSettings:
     rand_augment: float | None = None
     rand_augment_operations: int = 2
     rand_augment_spread: float = 0.5
-    colour_jitter: float | None = None
+    color_jitter: float | None = None
     erasing: float | None = None
     mixup: float | None = None
     cutmix: float | None = None
@@ -84,7 +85,7 @@ class LabeledSettings:
         for name in ("flip", "erasing", "mix_probability"):
             if not 0 <= (getattr(self, name) or 0) <= 1:
                 raise ValueError(f"data.{name} is {getattr(self, name)}: give a probability")
-        for name, limit in (("rand_augment", HIGHEST_MAGNITUDE), ("colour_jitter", 1), ("mixup", 100), ("cutmix", 100)):
+        for name, limit in (("rand_augment", HIGHEST_MAGNITUDE), ("color_jitter", 1), ("mixup", 100), ("cutmix", 100)):
             if not 0 <= (getattr(self, name) or 0) <= limit:
                 raise ValueError(f"data.{name} is {getattr(self, name)}: give a number from 0, for none, to {limit:g}")
         if self.rand_augment_operations < 1 or self.rand_augment_spread < 0:
@@ -93,22 +94,21 @@ class LabeledSettings:
                 f"{self.rand_augment_spread}: give 1 operation or more, a deviation from 0 on"
             )
         if self.balance not in BALANCES:
-            raise ValueError(f"unknown data.balance {self.balance!r}{nearest(self.balance, BALANCES)}")
+            raise ValueError(f"unknown data.balance {self.balance!r}{did_you_mean(self.balance, BALANCES)}")
         if self.evaluation_crop is not None and not 0 < self.evaluation_crop <= 1:
             raise ValueError(f"data.evaluation_crop is {self.evaluation_crop}: give a share of the sides in (0, 1]")
 
-
     def changes(self) -> BatchChanges:
         """What is done to training batches, once resolved."""
-        colour = ColourSettings(
-            self.rand_augment or 0.0, self.rand_augment_operations, self.rand_augment_spread, self.colour_jitter or 0.0
+        color = ColorSettings(
+            self.rand_augment or 0.0, self.rand_augment_operations, self.rand_augment_spread, self.color_jitter or 0.0
         )
         mixing = MixSettings(self.mixup or 0.0, self.cutmix or 0.0, self.mix_probability)
-        return BatchChanges(self.affine, colour, self.erasing or 0.0, mixing)
+        return BatchChanges(self.affine, color, self.erasing or 0.0, mixing)
 
 
 @dataclass(frozen=True, kw_only=True)
-class FinetuneSettings(TransferSettings):
+class ClassificationSettings(TransferSettings):
     """One fine-tuning run for classification.
 
     Args:
@@ -128,7 +128,7 @@ class FinetuneSettings(TransferSettings):
             object.__setattr__(self, "data", LabeledSettings(self.data))
         super().__post_init__()
         if self.monitor not in MONITORS:
-            raise ValueError(f"unknown monitor {self.monitor!r}{nearest(self.monitor, MONITORS)}")
+            raise ValueError(f"unknown monitor {self.monitor!r}{did_you_mean(self.monitor, MONITORS)}")
 
     def label_provenance(self) -> dict:
         """How many labels of each class."""

@@ -1,47 +1,48 @@
 """Classification as a task: what is read, what follows where the user says nothing, what is trained."""
+
 from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 
-from finetune.classification.balance import BalancedSamples, class_weights
-from finetune.classification.defaults import completed
-from finetune.classification.folds import held_out_fold
-from finetune.classification.model import ClassificationFinetuning, Classifier, save_classifier
-from finetune.classification.report import CAPTION, CLASSES, class_table, write_class_report
-from finetune.classification.settings import FinetuneSettings
-from finetune.start import Start
-from finetune.task import Task
-from simmim.checkpoint import Checkpoint, Preprocessing
-from simmim.data import CentreView, ImageSamples, LabeledImages, RandomView, labeled_images
-from simmim.swinv2 import SwinV2Config
+from simmim.checkpoints.checkpoint import Checkpoint, Preprocessing
+from simmim.data import CenterView, ImageSamples, LabeledImages, RandomView, labeled_images
+from simmim.encoders.base import EncoderConfig
+from simmim.finetune.classification.balance import BalancedSamples, class_weights
+from simmim.finetune.classification.defaults import completed
+from simmim.finetune.classification.folds import held_out_fold
+from simmim.finetune.classification.model import ClassificationFinetuning, Classifier, save_classifier
+from simmim.finetune.classification.report import CAPTION, CLASSES, class_table, write_class_report
+from simmim.finetune.classification.settings import ClassificationSettings
+from simmim.finetune.start import Start
+from simmim.finetune.task import Task
 from simmim.training.logs import log_picture
 
 
 class Classification(Task):
     """One class an image."""
 
-    def read(self, settings: FinetuneSettings) -> LabeledImages:
+    def read(self, settings: ClassificationSettings) -> LabeledImages:
         """Images by class."""
         self.monitor, data = settings.monitor, settings.data
         labels = labeled_images(data.path, settings.labels_per_class, settings.seed, data.column, data.label_column)
         return held_out_fold(labels, *data.fold, settings.seed) if data.fold else labels
 
     def completed(
-        self, settings: FinetuneSettings, labels: LabeledImages, encoder: SwinV2Config, device: str
-    ) -> tuple[FinetuneSettings, list[str]]:
+        self, settings: ClassificationSettings, labels: LabeledImages, encoder: EncoderConfig, device: str
+    ) -> tuple[ClassificationSettings, list[str]]:
         """Length, batch, rates, augmentation and evaluation crop."""
         return completed(settings, len(labels.train), len(labels.classes), encoder, device)
 
     def samples(
-        self, settings: FinetuneSettings, labels: LabeledImages, channels: int, keep_decoded: bool
+        self, settings: ClassificationSettings, labels: LabeledImages, channels: int, keep_decoded: bool
     ) -> tuple[ImageSamples, ImageSamples]:
-        """Training samples, cropped and flipped at random, and validation samples, cropped in the centre."""
+        """Training samples, cropped and flipped at random, and validation samples, cropped in the center."""
         data = settings.data
         views = (
             RandomView(settings.size, data.crop_scale, data.crop_ratio, data.flip),
-            CentreView(settings.size, data.evaluation_crop),
+            CenterView(settings.size, data.evaluation_crop),
         )
         kind = BalancedSamples if data.balance == "sampling" else ImageSamples
         return (
@@ -51,7 +52,7 @@ class Classification(Task):
 
     def module(
         self,
-        settings: FinetuneSettings,
+        settings: ClassificationSettings,
         start: Start,
         labels: LabeledImages,
         learning_rate: Callable[[int], float],
@@ -84,13 +85,11 @@ class Classification(Task):
     def save(
         self, folder: Path, model: Classifier, classes: tuple[str, ...], preprocessing: Preprocessing, provenance: dict
     ) -> None:
-        """As `finetune.load_classifier` reads it."""
+        """As `simmim.finetune.load_classifier` reads it."""
         save_classifier(folder, model, classes, preprocessing, provenance)
 
 
-def take_head(
-    model: Classifier, source: Checkpoint, classes: tuple[str, ...], say: Callable[[str], object] | None
-) -> None:
+def take_head(model: Classifier, source: Checkpoint, classes: tuple[str, ...], say: Callable[[str], object] | None) -> None:
     """The source's head where it is for the same classes; else it is fresh. Either is said."""
     if source.classes == tuple(classes):
         model.head.load_state_dict(source.head)

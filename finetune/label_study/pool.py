@@ -1,4 +1,5 @@
 """Processes that trials run in, which end with the study, however that ends."""
+
 from __future__ import annotations
 
 import multiprocessing

@@ -1,4 +1,5 @@
 """What a study found, for people: the table, the sentence at each number of labels, the plot, the numbers as CSV."""
+
 from __future__ import annotations
 
 import csv
@@ -9,13 +10,13 @@ from itertools import pairwise
 from pathlib import Path
 from typing import TYPE_CHECKING, NamedTuple, Protocol
 
-from simmim.files import whole_file
+from simmim.files import atomic_write
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
 
-    from finetune.label_study.trials import StudyResult, Trial
+    from simmim.finetune.label_study.trials import StudyResult, Trial
 
 CERTAIN = 0.05  # the usual level of a test; above it a difference is called uncertain
 
@@ -217,16 +218,16 @@ def write_report(result: StudyResult, folder: Path) -> None:
     write_trials(folder / "results.csv", result.trials)
     if result.tuning:
         write_trials(folder / "tuning.csv", result.tuning)
-    with whole_file(folder / "table.md") as temporary:
+    with atomic_write(folder / "table.md") as temporary:
         temporary.write_text(report(result) + "\n", encoding="utf-8")
-    with whole_file(folder / "study.png") as temporary:
+    with atomic_write(folder / "study.png") as temporary:
         plot(result).savefig(temporary, dpi=150, format="png")
 
 
 def write_trials(file: Path, trials: Sequence[Trial]) -> None:
     """A row a trial."""
     columns = ["arm", "labels_per_class", "seed", "lr_factor", "layer_decay", "fold", "accuracy", "cross_entropy"]
-    with whole_file(file) as temporary, temporary.open("w", newline="", encoding="utf-8") as text:
+    with atomic_write(file) as temporary, temporary.open("w", newline="", encoding="utf-8") as text:
         writer = csv.writer(text)
         writer.writerow(columns)
         for trial in trials:
@@ -238,8 +239,8 @@ def write_trials(file: Path, trials: Sequence[Trial]) -> None:
 
 def read_trials(file: Path) -> list[Trial]:
     """What `write_trials` has written, to the digits that it gives."""
-    from finetune.label_study.settings import labels_of
-    from finetune.label_study.trials import Rates, Trial
+    from simmim.finetune.label_study.settings import labels_of
+    from simmim.finetune.label_study.trials import Rates, Trial
 
     trials = []
     with file.open(newline="", encoding="utf-8") as text:

@@ -1,17 +1,18 @@
 """Settings of the study: those of a classification run, and what is varied over them."""
+
 from __future__ import annotations
 
 from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Any, ClassVar
 
-from finetune.classification.settings import FinetuneSettings
+from simmim.finetune.classification.settings import ClassificationSettings
 
 ALL = "all"
 
 
 @dataclass(frozen=True, kw_only=True)
-class StudySettings(FinetuneSettings):
+class StudySettings(ClassificationSettings):
     """Accuracy against labels a class: pre-trained, from scratch and any other encoder, several seeds each.
 
     Args:
@@ -30,7 +31,7 @@ class StudySettings(FinetuneSettings):
 
     task: ClassVar[str] = "classification"
     # A study may grow.
-    circumstances: ClassVar[tuple[str, ...]] = ("labels", "seeds", "against", "processes", "keep_weights")
+    may_change_on_resume: ClassVar[tuple[str, ...]] = ("labels", "seeds", "against", "processes", "keep_weights")
 
     labels: str | int | tuple[Any, ...] = (1, 2, 5, 10, 20, 50)
     seeds: int = 5
@@ -70,9 +71,9 @@ class StudySettings(FinetuneSettings):
             if value is not None and value < least:
                 raise ValueError(f"{name} is {value}: give {least} or more")
 
-    def run_settings(self) -> FinetuneSettings:
+    def run_settings(self) -> ClassificationSettings:
         """Those of one run, of the arm that starts from `init`."""
-        return FinetuneSettings(**{field.name: getattr(self, field.name) for field in fields(FinetuneSettings)})
+        return ClassificationSettings(**{field.name: getattr(self, field.name) for field in fields(ClassificationSettings)})
 
     def arm_names(self) -> dict[str, str]:
         """Encoder by arm: "pre-trained", and the others by their folders' names, numbered where two are alike."""

@@ -4,6 +4,7 @@ Every arm sees the same labels in the same order for the same seed, so that diff
 rate is chosen from the same grid by cross-validation on the labels that it may train on; the validation images of the final
 trials choose nothing. A trial's result is a file of its own, and a study that is started again does what is missing.
 """
+
 from __future__ import annotations
 
 import json
@@ -21,11 +22,11 @@ from typing import NamedTuple
 import numpy as np
 from tqdm import tqdm
 
-from finetune.classification.settings import FinetuneSettings
-from finetune.label_study.pool import results, trial_pool
-from finetune.label_study.settings import ALL, StudySettings
-from simmim.files import whole_file
-from simmim.run_folder import CHECKPOINTS, CIRCUMSTANCES, plain
+from simmim.files import atomic_write
+from simmim.finetune.classification.settings import ClassificationSettings
+from simmim.finetune.label_study.pool import results, trial_pool
+from simmim.finetune.label_study.settings import ALL, StudySettings
+from simmim.training.run_folder import CHECKPOINTS, MAY_CHANGE_ON_RESUME, plain
 
 TRIALS, RUNS, TUNING_RUNS = "trials", "runs", "tuning-runs"
 
@@ -41,7 +42,7 @@ class Arm:
     """
 
     name: str
-    settings: FinetuneSettings
+    settings: ClassificationSettings
     fingerprint: int = 0
 
 
@@ -88,12 +89,12 @@ class Job(NamedTuple):
 
     arm: Arm
     name: str
-    settings: FinetuneSettings
+    settings: ClassificationSettings
 
     @property
     def identity(self) -> dict:
         """What its result depends on."""
-        settings = {name: value for name, value in plain(self.settings).items() if name not in CIRCUMSTANCES}
+        settings = {name: value for name, value in plain(self.settings).items() if name not in MAY_CHANGE_ON_RESUME}
         return {"settings": settings, "encoder": self.arm.fingerprint}
 
     def trial(self, metrics: dict[str, float]) -> Trial:
@@ -126,17 +127,24 @@ def study(settings: StudySettings) -> StudyResult:
     Raises:
         ValueError: for settings, labels or encoders that cannot work, before anything is written where it can be known.
     """
-    from finetune.label_study.report import check_libraries, write_report
-    from simmim.run_folder import check_run_folder, taken_run_folder
+    from simmim.finetune.label_study.report import check_libraries, write_report
+    from simmim.training.run_folder import check_run_folder, locked_run_folder
 
     check_libraries()
     check_run_folder(settings.out, settings.resume, settings.overwrite)
     settings, arms, labels = prepared(settings)
-    with taken_run_folder(settings) as run:
+    with locked_run_folder(settings) as run:
         result = run_arms(
-            arms, labels, range(settings.seed, settings.seed + settings.seeds), run, settings.processes, grid_of(settings),
-            settings.folds, settings.tuning_seeds, settings.keep_weights,
-        )  # fmt: skip
+            arms,
+            labels,
+            range(settings.seed, settings.seed + settings.seeds),
+            run,
+            settings.processes,
+            grid_of(settings),
+            settings.folds,
+            settings.tuning_seeds,
+            settings.keep_weights,
+        )
         write_report(result, run)
     return result
 
@@ -148,11 +156,10 @@ def prepared(settings: StudySettings) -> tuple[StudySettings, list[Arm], dict[in
     Raises:
         ValueError: when the labels or an encoder cannot be read, no number of labels is left, or no run can start so.
     """
-    from finetune.start import starting_point
-    from finetune.trained_parts import frozen_parts
-    from simmim.convert import read
+    from simmim.checkpoints import read
     from simmim.data import cores, labeled_images, survey
-    from simmim.swinv2 import PRESETS
+    from simmim.finetune.freezing import frozen_parts
+    from simmim.finetune.start import starting_point
     from simmim.training import device_type
 
     data = settings.data
@@ -170,7 +177,7 @@ def prepared(settings: StudySettings) -> tuple[StudySettings, list[Arm], dict[in
             f"give up to {smallest}, or {ALL}"
         )
     checkpoints = {name: read(path) for name, path in settings.arm_names().items()}
-    small = checkpoints["pre-trained"].config.embed_dim < PRESETS["tiny"].embed_dim
+    small = checkpoints["pre-trained"].config.is_small
     processes = settings.processes or (cores() if small and device_type() == "cpu" else 1)
     settings = replace(settings, processes=processes)
     one = settings.run_settings()
@@ -187,7 +194,7 @@ def prepared(settings: StudySettings) -> tuple[StudySettings, list[Arm], dict[in
     return settings, arms, dict(sorted(labels.items(), key=lambda item: item[1]))
 
 
-def from_scratch(settings: FinetuneSettings) -> FinetuneSettings:
+def from_scratch(settings: ClassificationSettings) -> ClassificationSettings:
     """The twin of a run that starts from an encoder: same architecture, preprocessing, data and length."""
     return replace(settings, init="none", encoder=replace(settings.encoder, like=settings.init))
 
@@ -228,16 +235,13 @@ def run_arms(
         folds, tuning_seeds: as of `StudySettings`.
 
     Raises:
-        ValueError: as `finetune.finetune`, from the first trial that fails.
+        ValueError: as `simmim.finetune.finetune`, from the first trial that fails.
     """
     tuned = {value: min(folds, int(count)) for value, count in labels.items() if count >= 2} if len(grid) > 1 else {}
     draws = list(seeds)[:tuning_seeds]
     tuning = {
         (arm.name, value): [
-            job_of(arm, value, seed, rates, (part, parts))
-            for rates in grid
-            for seed in draws
-            for part in range(parts)
+            job_of(arm, value, seed, rates, (part, parts)) for rates in grid for seed in draws for part in range(parts)
         ]
         for value, parts in tuned.items()
         for arm in arms
@@ -290,9 +294,7 @@ def best_rates(trials: Sequence[Trial]) -> Rates:
     return max(of_rates, key=worth)
 
 
-def run_jobs(
-    jobs: Sequence[Job], out: Path, pool: ProcessPoolExecutor, bar: tqdm, keep_weights: bool
-) -> dict[str, Trial]:
+def run_jobs(jobs: Sequence[Job], out: Path, pool: ProcessPoolExecutor, bar: tqdm, keep_weights: bool) -> dict[str, Trial]:
     """Every job's trial by the job's name, in the jobs' order: read where it is there, else run."""
     trials, missing = {job.name: None for job in jobs}, []
     for job in jobs:
@@ -320,7 +322,7 @@ def known_result(job: Job, out: Path) -> dict[str, float] | None:
 
 def run_trial(job: Job, out: Path, keep_weights: bool) -> dict[str, float]:
     """Fine-tune, and write the result down; a trial of the cross-validation leaves nothing else."""
-    from finetune.run import finetune
+    from simmim.finetune.run import finetune
 
     run = out / (RUNS if job.settings.data.fold is None else TUNING_RUNS) / job.name
     if run.exists():
@@ -333,12 +335,14 @@ def run_trial(job: Job, out: Path, keep_weights: bool) -> dict[str, float]:
             shutil.rmtree(run / folder, ignore_errors=True)
     file = out / TRIALS / f"{job.name}.json"
     file.parent.mkdir(parents=True, exist_ok=True)
-    with whole_file(file) as temporary:
+    with atomic_write(file) as temporary:
         temporary.write_text(json.dumps({"identity": job.identity, "metrics": metrics}, indent=1), encoding="utf-8")
     return metrics
 
 
-def pretrained_and_scratch(settings: FinetuneSettings, scratch_lr: float, scratch_layer_decay: float) -> tuple[Arm, Arm]:
+def pretrained_and_scratch(
+    settings: ClassificationSettings, scratch_lr: float, scratch_layer_decay: float
+) -> tuple[Arm, Arm]:
     """The encoder of `settings.init` and its from-scratch twin, at rates that are known to suit it."""
     scratch = from_scratch(settings)
     optim = replace(scratch.optim, lr=scratch_lr, layer_decay=scratch_layer_decay)

@@ -3,6 +3,7 @@
 Functions of a confusion matrix, (classes, classes), whose rows are the given classes and whose columns the predicted
 ones, in pixels; ignored pixels are not in it.
 """
+
 from __future__ import annotations
 
 import csv
@@ -12,7 +13,7 @@ from pathlib import Path
 
 from torch import Tensor
 
-from simmim.files import whole_file
+from simmim.files import atomic_write
 
 COLUMNS = ("class", "IoU", "recall", "precision", "pixels")
 
@@ -41,7 +42,7 @@ def write_class_rows(file: Path, confusion: Tensor, classes: Sequence[str]) -> N
     given, predicted = confusion.double().sum(dim=1), confusion.double().sum(dim=0)
     both = confusion.double().diagonal()
     columns = [iou_by_class(confusion), both / given, both / predicted, given / given.sum()]
-    with whole_file(file) as temporary, temporary.open("w", newline="", encoding="utf-8") as text:
+    with atomic_write(file) as temporary, temporary.open("w", newline="", encoding="utf-8") as text:
         writer = csv.writer(text)
         writer.writerow(COLUMNS)
         for name, *shares in zip(classes, *(column.tolist() for column in columns)):

@@ -1,4 +1,5 @@
 """Semantic segmentation: UPerNet on the encoder's stages, cross entropy over pixels, mean intersection over union."""
+
 from __future__ import annotations
 
 import math
@@ -13,18 +14,18 @@ from einops import rearrange
 from torch import Tensor, nn
 from torchmetrics.classification import MulticlassConfusionMatrix
 
-from finetune.augment.colour import ColourSettings, recolour
-from finetune.segmentation.iou import iou_by_class, mean_iou, pixel_accuracy
-from finetune.segmentation.sliding import best_class, dense_logits, enlarged
-from finetune.segmentation.upernet import FCN, POOL_SCALES, UPerNet
-from finetune.settings import OptimSettings
-from simmim.checkpoint import Preprocessing, mismatches, read_json, read_tensors, save_encoder, write_tensors
-from simmim.convert import read_encoder
-from simmim.data import normalise
+from simmim.checkpoints import read_encoder
+from simmim.checkpoints.checkpoint import Preprocessing, mismatches, read_json, read_tensors, save_encoder, write_tensors
+from simmim.data import normalize
 from simmim.data.masks import MaskScheme
+from simmim.encoders.base import Encoder
 from simmim.files import write_json
-from simmim.swinv2 import SwinV2
-from simmim.training.optimised import OptimisedModule
+from simmim.finetune.augment.color import ColorSettings, recolor
+from simmim.finetune.segmentation.iou import iou_by_class, mean_iou, pixel_accuracy
+from simmim.finetune.segmentation.sliding import best_class, dense_logits, enlarged
+from simmim.finetune.segmentation.upernet import FCN, POOL_SCALES, UPerNet
+from simmim.finetune.settings import OptimSettings
+from simmim.training.module import TrainingModule
 
 WEIGHTS, DESCRIPTION = "segmentation.safetensors", "segmentation.json"
 SHOWN_IMAGES = 6  # of the first validation batches, in pictures
@@ -70,7 +71,7 @@ class Segmenter(nn.Module):
     The last map's norm is the encoder's own; the others' start anew, as all norms do in Swin's published dense predictions.
     """
 
-    def __init__(self, encoder: SwinV2, classes: int, shape: HeadShape) -> None:
+    def __init__(self, encoder: Encoder, classes: int, shape: HeadShape) -> None:
         super().__init__()
         self.encoder, self.shape = encoder, shape
         self.norms = nn.ModuleList(nn.LayerNorm(channels) for channels in encoder.channels[:-1])
@@ -86,7 +87,7 @@ class Segmenter(nn.Module):
         return self.head.classify.out_channels
 
     def forward(self, images: Tensor, with_auxiliary: bool = False) -> Tensor | SegmenterOutput:
-        """Normalised images, (B, channels, height, width), to logits, (B, classes, H, W) of the finest map, or to those of
+        """Normalized images, (B, channels, height, width), to logits, (B, classes, H, W) of the finest map, or to those of
         both heads."""
         maps = self.maps(images)
         logits = self.head(maps)
@@ -108,9 +109,7 @@ class Segmenter(nn.Module):
         return {name: value for name, value in self.state_dict().items() if not name.startswith("encoder.")}
 
 
-def pixel_loss(
-    logits: Tensor, masks: Tensor, ignored: int, weights: Tensor | None = None, smoothing: float = 0.0
-) -> Tensor:
+def pixel_loss(logits: Tensor, masks: Tensor, ignored: int, weights: Tensor | None = None, smoothing: float = 0.0) -> Tensor:
     """Mean cross entropy over the pixels that count, weighted by their classes; 0 where none does.
 
     Args:
@@ -150,21 +149,21 @@ class Shown:
     predicted: Tensor
 
 
-class SegmentationFinetuning(OptimisedModule):
+class SegmentationFinetuning(TrainingModule):
     """Trains a `Segmenter`, the encoder layer-wise slower than the heads.
 
     After a validation `confusion` holds its confusion matrix and `shown` its first images.
 
     Args:
         model: what is trained.
-        preprocessing: by whose statistics images are normalised; saved with the model.
+        preprocessing: by whose statistics images are normalized; saved with the model.
         scheme: the classes.
         inference: whole, slide or auto, as of `dense_logits`.
-        learning_rate: as a function of the optimiser step, from 0.
+        learning_rate: as a function of the optimizer step, from 0.
         optim: decay, smoothing, clipping.
         auxiliary: weight of the auxiliary head's loss.
         class_weights: of each class in the loss.
-        jitter: of colours, see `ColourSettings`.
+        jitter: of colors, see `ColorSettings`.
     """
 
     def __init__(
@@ -182,7 +181,7 @@ class SegmentationFinetuning(OptimisedModule):
         super().__init__(model, learning_rate, optim.weight_decay, optim.clip, optim.layer_decay)
         self.preprocessing, self.scheme, self.inference = preprocessing, scheme, inference
         self.label_smoothing, self.auxiliary = optim.label_smoothing, auxiliary
-        self.colour = ColourSettings(jitter=jitter)
+        self.color = ColorSettings(jitter=jitter)
         weights = None if class_weights is None else torch.tensor(class_weights)
         self.register_buffer("class_weights", weights, persistent=False)
         self.counts = MulticlassConfusionMatrix(len(scheme.classes), ignore_index=scheme.ignored, validate_args=False)
@@ -192,10 +191,10 @@ class SegmentationFinetuning(OptimisedModule):
     def training_step(self, batch: dict, batch_idx: int) -> Tensor:
         """Cross entropy of both heads over the pixels that count."""
         images = batch["image"]
-        if self.colour.active:
-            images = recolour(images, batch["seed"], [[] for _ in images], self.colour)
-        normalised = normalise(images, self.preprocessing.mean, self.preprocessing.std)
-        output = self.model(normalised, with_auxiliary=True)
+        if self.color.active:
+            images = recolor(images, batch["seed"], [[] for _ in images], self.color)
+        normalized = normalize(images, self.preprocessing.mean, self.preprocessing.std)
+        output = self.model(normalized, with_auxiliary=True)
         loss = self.loss(output.logits, batch["mask"])
         if output.auxiliary is not None:
             loss = loss + self.auxiliary * self.loss(output.auxiliary, batch["mask"])
@@ -212,7 +211,7 @@ class SegmentationFinetuning(OptimisedModule):
 
     def validation_step(self, batch: dict, batch_idx: int) -> None:
         """Count pixels by given and predicted class at the masks' own size."""
-        images = normalise(batch["image"], self.preprocessing.mean, self.preprocessing.std)
+        images = normalize(batch["image"], self.preprocessing.mean, self.preprocessing.std)
         masks = batch["mask"].long()
         logits = dense_logits(self.model, images, self.preprocessing.image_size, self.inference)
         predicted = best_class(logits, masks.shape[1:])
@@ -257,9 +256,9 @@ class SavedSegmenter:
         Args:
             images: (B, channels, height, width) uint8, at the scale that `short_side` says, on the model's device.
         """
-        normalised = normalise(images, self.preprocessing.mean, self.preprocessing.std)
+        normalized = normalize(images, self.preprocessing.mean, self.preprocessing.std)
         with torch.inference_mode():
-            return dense_logits(self.model, normalised, self.preprocessing.image_size, self.inference)
+            return dense_logits(self.model, normalized, self.preprocessing.image_size, self.inference)
 
 
 def save_segmenter(folder: Path, saved: SavedSegmenter, provenance: dict) -> None:
@@ -299,9 +298,7 @@ def load_segmenter(path: str | Path) -> SavedSegmenter:
         raise ValueError(f"{str(path)!r} holds an encoder but no segmenter: give a run of simmim finetune segmentation")
     description = read_json(folder / DESCRIPTION)
     try:
-        scheme = MaskScheme(
-            tuple(description["classes"]), tuple(description["values"]), description["ignore_index"]
-        )
+        scheme = MaskScheme(tuple(description["classes"]), tuple(description["values"]), description["ignore_index"])
         shape = HeadShape(**description["head"])
         short_side, inference = description["short_side"], description["inference"]
     except (KeyError, TypeError) as error:

@@ -1,4 +1,5 @@
 """Masks predicted by a fine-tuned segmenter for a folder of images, as PNG files, and overlays to look at."""
+
 from __future__ import annotations
 
 import io
@@ -15,13 +16,13 @@ from PIL import Image
 from torch import Tensor
 from tqdm import tqdm
 
-from finetune.segmentation.model import SavedSegmenter, load_segmenter
-from finetune.segmentation.overlays import as_colour, overlay, palette
-from finetune.segmentation.sliding import Size, best_class
-from finetune.segmentation.views import whole_picture
 from simmim.data import UNREADABLE, open_images, open_picture, reason
 from simmim.data.masks import CLASSES_FILE, MaskScheme
-from simmim.files import whole_file
+from simmim.files import atomic_write
+from simmim.finetune.segmentation.model import SavedSegmenter, load_segmenter
+from simmim.finetune.segmentation.overlays import as_color, overlay, palette
+from simmim.finetune.segmentation.sliding import Size, best_class
+from simmim.finetune.segmentation.views import whole_picture
 from simmim.training import device_type
 
 MASKS, OVERLAYS = "masks", "overlays"
@@ -51,11 +52,9 @@ class Read(NamedTuple):
     size: Size
 
 
-def segment(
-    run: str | Path, images: str | Path, out: str | Path, batch_size: int = 16, overlays: bool = True
-) -> Segmented:
+def segment(run: str | Path, images: str | Path, out: str | Path, batch_size: int = 16, overlays: bool = True) -> Segmented:
     """Write a mask for every image below `images`: OUT/masks/NAME.png, of the image's size and upright, a palette PNG whose
-    values are those of the training masks; OUT/overlays/NAME.png, the mask's colours over the image; OUT/classes.txt.
+    values are those of the training masks; OUT/overlays/NAME.png, the mask's colors over the image; OUT/classes.txt.
 
     Args:
         run: a run of `simmim finetune segmentation`, or its folder encoder/.
@@ -91,7 +90,7 @@ def segment(
     if not done:
         path, why = next(iter(unreadable.items()))
         raise ValueError(f"none of {len(unreadable)} images can be read; the first, {path}: {why}")
-    with whole_file(out / CLASSES_FILE) as temporary:
+    with atomic_write(out / CLASSES_FILE) as temporary:
         temporary.write_text("".join(f"{name}\n" for name in saved.scheme.classes), encoding="utf-8")
     return Segmented(done, unreadable, dict(zip(saved.scheme.classes, counts.tolist())))
 
@@ -111,7 +110,7 @@ def read_all(source, names: list[str], saved: SavedSegmenter, unreadable: dict[s
 
 
 def batches_of_one_size(images: Iterator[Read], batch_size: int) -> Iterator[list[Read]]:
-    """Neighbours that are of one size at the model's scale, so many at a time, fewer where they are large."""
+    """Neighbors that are of one size at the model's scale, so many at a time, fewer where they are large."""
     waiting: list[Read] = []
     for one in images:
         full = len(waiting) >= min(batch_size, max(1, BATCH_PIXELS // one.pixels[0].numel()))
@@ -155,16 +154,16 @@ def write_mask(file: Path, mask: np.ndarray, scheme: MaskScheme) -> None:
     if max(scheme.values) > 255:
         write_image(file, Image.fromarray(values.astype(np.uint16)))
         return
-    colours = np.zeros((256, 3), dtype=np.uint8)
-    colours[list(scheme.values)] = palette(len(scheme.classes))
+    colors = np.zeros((256, 3), dtype=np.uint8)
+    colors[list(scheme.values)] = palette(len(scheme.classes))
     image = Image.fromarray(values.astype(np.uint8), mode="P")
-    image.putpalette(colours.tobytes())
+    image.putpalette(colors.tobytes())
     write_image(file, image)
 
 
 def write_overlay(file: Path, pixels: Tensor, mask: np.ndarray, classes: int) -> None:
-    """The mask's colours over the image as the model saw it, at the mask's size."""
-    image = Image.fromarray(as_colour(pixels)).resize(mask.shape[::-1], Image.Resampling.BILINEAR)
+    """The mask's colors over the image as the model saw it, at the mask's size."""
+    image = Image.fromarray(as_color(pixels)).resize(mask.shape[::-1], Image.Resampling.BILINEAR)
     write_image(file, Image.fromarray(overlay(np.array(image), mask, palette(classes))))
 
 
@@ -172,5 +171,5 @@ def write_image(file: Path, image: Image.Image) -> None:
     """A PNG, whole or not at all."""
     data = io.BytesIO()
     image.save(data, format="png")
-    with whole_file(file) as temporary:
+    with atomic_write(file) as temporary:
         temporary.write_bytes(data.getvalue())

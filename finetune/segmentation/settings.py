@@ -1,11 +1,12 @@
 """Settings of semantic segmentation."""
+
 from __future__ import annotations
 
 from dataclasses import dataclass
 from typing import ClassVar
 
-from finetune.segmentation.upernet import check_head
-from finetune.settings import EncoderSettings, OptimSettings, TransferSettings
+from simmim.finetune.segmentation.upernet import check_head
+from simmim.finetune.settings import EncoderSettings, OptimSettings, TransferSettings
 
 INFERENCES = ("auto", "whole", "slide")
 
@@ -30,7 +31,7 @@ class SceneSettings:
         scale: range of the random resizing in training, drawn on a log scale.
         crop_class_share: crops of which one class takes a larger share are drawn again, up to ten times.
         flip: probability of mirroring left and right.
-        colour_jitter: brightness, contrast and saturation are scaled by 1 − colour_jitter to 1 + colour_jitter; by default
+        color_jitter: brightness, contrast and saturation are scaled by 1 − color_jitter to 1 + color_jitter; by default
             0.25 where kornia is installed, else 0.
         inference: whole, slide (windows of image_size that overlap by a third, logits averaged), or auto: whole up to four
             times the area of image_size.
@@ -48,7 +49,7 @@ class SceneSettings:
     scale: tuple[float, float] = (0.5, 2.0)
     crop_class_share: float = 0.75
     flip: float = 0.5
-    colour_jitter: float | None = None
+    color_jitter: float | None = None
     inference: str = "auto"
 
     def __post_init__(self) -> None:
@@ -60,8 +61,8 @@ class SceneSettings:
             raise ValueError(f"data.flip is {self.flip}: give a probability")
         if not 0 < self.crop_class_share <= 1:
             raise ValueError(f"data.crop_class_share is {self.crop_class_share}: give a share in (0, 1], 1 for any crop")
-        if self.colour_jitter is not None and not 0 <= self.colour_jitter < 1:
-            raise ValueError(f"data.colour_jitter is {self.colour_jitter}: give a share in [0, 1), 0 for none")
+        if self.color_jitter is not None and not 0 <= self.color_jitter < 1:
+            raise ValueError(f"data.color_jitter is {self.color_jitter}: give a share in [0, 1), 0 for none")
         if self.short_side is not None and self.short_side < 0:
             raise ValueError(f"data.short_side is {self.short_side}: give pixels, or 0 to leave images as they are")
         if self.inference not in INFERENCES:

@@ -1,8 +1,9 @@
 """A dense model on images of any size: whole, or window by window with the windows' logits averaged.
 
-Functions of a model that takes images, (B, channels, height, width) normalised, and gives logits, (B, K, H, W), at any
+Functions of a model that takes images, (B, channels, height, width) normalized, and gives logits, (B, K, H, W), at any
 resolution.
 """
+
 from __future__ import annotations
 
 import math
@@ -14,7 +15,7 @@ from torch import Tensor
 
 Size = tuple[int, int]
 
-OVERLAP = 1 / 3  # of neighbouring windows' sides, as published for UPerNet on Swin
+OVERLAP = 1 / 3  # of neighboring windows' sides, as published for UPerNet on Swin
 WHOLE_UP_TO = 4  # windows' areas that are still seen as a whole
 WINDOWS_AT_ONCE = 8
 SCORES_AT_ONCE = 2**26  # of enlarged logits, 256 MiB in float32
@@ -26,7 +27,7 @@ def dense_logits(model: Callable[[Tensor], Tensor], images: Tensor, window: Size
 
     Args:
         window: (height, width) of the images in training, to which smaller ones are filled up, as there: with the mean
-            colour, to the right and below.
+            color, to the right and below.
     """
     if how == "auto":
         how = "whole" if images[0, 0].numel() <= WHOLE_UP_TO * math.prod(window) else "slide"
@@ -67,7 +68,7 @@ def sliding_logits(model: Callable[[Tensor], Tensor], images: Tensor, window: Si
 
 
 def window_starts(side: int, window: int) -> list[int]:
-    """Where windows begin along a side so that they cover it: evenly spread, neighbours overlapping by `OVERLAP` or more."""
+    """Where windows begin along a side so that they cover it: evenly spread, neighbors overlapping by `OVERLAP` or more."""
     if side <= window:
         return [0]
     count = math.ceil((side - window) / max(1, math.floor(window * (1 - OVERLAP)))) + 1
@@ -75,7 +76,7 @@ def window_starts(side: int, window: int) -> list[int]:
 
 
 def filled_up(images: Tensor, size: Size) -> Tensor:
-    """Normalised images with zeros, the mean colour, to the right and below until they are no smaller than `size`."""
+    """Normalized images with zeros, the mean color, to the right and below until they are no smaller than `size`."""
     missing = [max(0, side - have) for side, have in zip(size, images.shape[2:])]
     return F.pad(images, (0, missing[1], 0, missing[0])) if any(missing) else images
 

@@ -1,4 +1,5 @@
 """Semantic segmentation as a task: what is read, what follows where the user says nothing, what is trained."""
+
 from __future__ import annotations
 
 import math
@@ -13,9 +14,13 @@ import torch
 from PIL import Image
 from tqdm import tqdm
 
-from finetune.augment.colour import ColourSettings, check_kornia, has_kornia
-from finetune.segmentation.iou import class_table, write_class_rows
-from finetune.segmentation.model import (
+from simmim.checkpoints.checkpoint import Preprocessing
+from simmim.data.masks import LabeledMasks, labeled_masks
+from simmim.encoders.base import EncoderConfig
+from simmim.files import atomic_write
+from simmim.finetune.augment.color import ColorSettings, check_kornia, has_kornia
+from simmim.finetune.segmentation.iou import class_table, write_class_rows
+from simmim.finetune.segmentation.model import (
     HeadShape,
     SavedSegmenter,
     SegmentationFinetuning,
@@ -27,16 +32,12 @@ from finetune.segmentation.model import (
     save_segmenter,
     segmenter_folder,
 )
-from finetune.segmentation.overlays import overlay_grid
-from finetune.segmentation.settings import SegmentationSettings
-from finetune.segmentation.views import RandomScene, SceneSamples, WholeScene, scaled_size
-from finetune.settings import with_schedule
-from finetune.start import Start
-from finetune.task import Task
-from simmim.checkpoint import Preprocessing
-from simmim.data.masks import LabeledMasks, labeled_masks
-from simmim.files import whole_file
-from simmim.swinv2 import PRESETS, SwinV2Config
+from simmim.finetune.segmentation.overlays import overlay_grid
+from simmim.finetune.segmentation.settings import SegmentationSettings
+from simmim.finetune.segmentation.views import RandomScene, SceneSamples, WholeScene, scaled_size
+from simmim.finetune.settings import with_schedule
+from simmim.finetune.start import Start
+from simmim.finetune.task import Task
 from simmim.training.logs import log_picture
 
 if TYPE_CHECKING:
@@ -53,7 +54,7 @@ VALIDATION_IMAGES = 64
 
 @dataclass(frozen=True)
 class LabeledScenes:
-    """`LabeledMasks` as `finetune.run` wants labels."""
+    """`LabeledMasks` as `simmim.finetune.run` wants labels."""
 
     masks: LabeledMasks
 
@@ -92,27 +93,27 @@ class Segmentation(Task):
         return LabeledScenes(masks)
 
     def completed(
-        self, settings: SegmentationSettings, labels: LabeledScenes, encoder: SwinV2Config, device: str
+        self, settings: SegmentationSettings, labels: LabeledScenes, encoder: EncoderConfig, device: str
     ) -> tuple[SegmentationSettings, list[str]]:
         """Length, batch, rates, scale, jitter, the head's width, and the classes as they were found."""
-        small = encoder.embed_dim < PRESETS["tiny"].embed_dim
+        small = encoder.is_small
         if settings.optim.lr is None and not small:
             settings = replace(settings, optim=replace(settings.optim, lr=PUBLISHED_LR))
         settings = with_schedule(settings, len(labels.train), device, small)
         data, scheme = settings.data, labels.masks.scheme
         reasons = list(labels.masks.notes)
-        jitter = data.colour_jitter
+        jitter = data.color_jitter
         if jitter is None:
             jitter = JITTER if has_kornia() else 0.0
             if not jitter:
-                reasons.append("no colour jitter: kornia is not installed (pip install 'simmim-toolkit[finetune]')")
-        check_kornia(ColourSettings(jitter=jitter))
+                reasons.append("no color jitter: kornia is not installed (pip install 'simmim-toolkit[finetune]')")
+        check_kornia(ColorSettings(jitter=jitter))
         data = replace(
             data,
             classes=scheme.classes,
             values=scheme.values,
             short_side=min(settings.size) if data.short_side is None else data.short_side,
-            colour_jitter=jitter,
+            color_jitter=jitter,
         )
         head = replace(settings.head, width=settings.head.width or (64 if small else 512))
         at_once = images_at_once(settings, device)
@@ -171,7 +172,7 @@ class Segmentation(Task):
             settings.optim,
             head.auxiliary,
             weights,
-            data.colour_jitter,
+            data.color_jitter,
         )
 
     def callbacks(self, settings: SegmentationSettings, run: Path) -> list[pl.Callback]:
@@ -182,7 +183,7 @@ class Segmentation(Task):
         """iou.csv, a row a class, and masks.png."""
         write_class_rows(run / CLASS_ROWS, module.confusion, self.scheme.classes)
         if module.shown:
-            with whole_file(run / PICTURE) as temporary:
+            with atomic_write(run / PICTURE) as temporary:
                 picture_of(module.shown, self.scheme.classes).save(temporary, format="png")
 
     def closing(self, run: Path) -> str:
@@ -192,7 +193,7 @@ class Segmentation(Task):
     def save(
         self, folder: Path, model: Segmenter, classes: tuple[str, ...], preprocessing: Preprocessing, provenance: dict
     ) -> None:
-        """As `finetune.load_segmenter` reads it."""
+        """As `simmim.finetune.load_segmenter` reads it."""
         data = self.settings.data
         saved = SavedSegmenter(model, self.scheme, preprocessing, data.short_side, data.inference)
         save_segmenter(folder, saved, provenance)
@@ -226,9 +227,7 @@ def picture_of(shown: list[Shown], classes: tuple[str, ...]) -> Image.Image:
     return overlay_grid(*([getattr(one, name) for one in shown] for name in ("image", "given", "predicted")), classes)
 
 
-def take_heads(
-    model: Segmenter, source: str, classes: tuple[str, ...], say: Callable[[str], object] | None
-) -> None:
+def take_heads(model: Segmenter, source: str, classes: tuple[str, ...], say: Callable[[str], object] | None) -> None:
     """The heads of a segmenter from which the encoder was read, where they are of the same form and for the same classes;
     else they are fresh. Either is said."""
     if segmenter_folder(Path(source).expanduser()) is None:

@@ -1,4 +1,5 @@
 """Scenes to samples: what part of an image and its mask a model sees, the two always in step."""
+
 from __future__ import annotations
 
 import math
@@ -28,7 +29,7 @@ def scaled_size(size: Size, short_side: int, factor: float = 1.0) -> Size:
 
 @dataclass(frozen=True)
 class RandomScene:
-    """Random scale, crop and flip. What a crop reaches over is filled with the mean colour and ignored.
+    """Random scale, crop and flip. What a crop reaches over is filled with the mean color and ignored.
 
     Args:
         size: (height, width) of the result in pixels.
@@ -83,9 +84,7 @@ class WholeScene:
 
     short_side: int
 
-    def __call__(
-        self, picture: Picture, mask: np.ndarray, generator: random.Random | None = None
-    ) -> tuple[Tensor, Tensor]:
+    def __call__(self, picture: Picture, mask: np.ndarray, generator: random.Random | None = None) -> tuple[Tensor, Tensor]:
         """(channels, scaled height, scaled width) uint8, and the mask at its own size; draws nothing."""
         return whole_picture(picture, self.short_side), torch.from_numpy(mask)
 
@@ -97,7 +96,7 @@ def whole_picture(picture: Picture, short_side: int) -> Tensor:
 
 def nearest_crop(mask: np.ndarray, scaled: Size, corner: Size, size: Size) -> np.ndarray:
     """A part of a mask as if it had been brought to `scaled` (height, width) first, every pixel the one nearest to its
-    centre.
+    center.
 
     Args:
         corner: (top, left) of the part, in scaled pixels.

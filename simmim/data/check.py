@@ -3,6 +3,7 @@
 One pass reads all images in several processes, a second compares those of equal byte size. What is found is added up as
 it comes: besides the unreadable images' names, some tens of bytes an image are held.
 """
+
 from __future__ import annotations
 
 import hashlib
@@ -311,9 +312,7 @@ class Digests(Dataset):
         return hasher.digest()
 
 
-def duplicate_groups(
-    source: datasets.Dataset, sizes: np.ndarray, workers: int, progress: bool = False
-) -> list[np.ndarray]:
+def duplicate_groups(source: datasets.Dataset, sizes: np.ndarray, workers: int, progress: bool = False) -> list[np.ndarray]:
     """Rows of byte-identical images, a group each, in the order of the groups' first rows.
 
     Args:
@@ -486,9 +485,7 @@ def duplicates_text(report: Report) -> list[str]:
 def loading_text(report: Report) -> list[str]:
     """How fast images come, and how many processes a model needs."""
     side = report.suggestion.image_size_px
-    needs = ", ".join(
-        f"{plural(workers, 'worker')} for {rate:,.6g}" for rate, workers in report.workers_needed.items()
-    )
+    needs = ", ".join(f"{plural(workers, 'worker')} for {rate:,.6g}" for rate, workers in report.workers_needed.items())
     lines = [
         f"loading      {report.images_per_second:,.4g} images/s a worker at {side} px, files in the disk's cache",
         f"  a model's images/s need {needs}; this machine has {plural(report.cores, 'core')}",

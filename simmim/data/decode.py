@@ -4,6 +4,7 @@ A JPEG is decoded when a view asks for pixels, and no finer than the view needs;
 Images of 1 or 3 channels go through Pillow; arrays (`.npy`) and TIFF files with other counts are resized channel by
 channel by the same filter. Which filters there are: `INTERPOLATIONS`.
 """
+
 from __future__ import annotations
 
 import functools
@@ -92,7 +93,7 @@ TURNS = {
 }
 ORIENTATION = 0x0112  # TIFF's and EXIF's number of the tag; the next ones are TIFF's
 PHOTOMETRIC, SAMPLES_PER_PIXEL, EXTRA_SAMPLES = 262, 277, 338
-COLOUR_SAMPLES = {0: 1, 1: 1, 2: 3, 3: 1, 5: 4, 6: 3, 8: 3}  # by PHOTOMETRIC, without alpha or other extras
+COLOR_SAMPLES = {0: 1, 1: 1, 2: 3, 3: 1, 5: 4, 6: 3, 8: 3}  # by PHOTOMETRIC, without alpha or other extras
 
 
 class Picture:
@@ -212,11 +213,11 @@ class ArrayPicture(Picture):
 def open_picture(record: dict, channels: int | None, max_pixels: int = MAX_PIXELS) -> Picture:
     """Open one row's image, `{"bytes": …, "path": …}`, to be seen in so many channels.
 
-    With 1 or 3 channels gray and colour stand in for one another and transparency is laid over white; other counts are
+    With 1 or 3 channels gray and color stand in for one another and transparency is laid over white; other counts are
     the file's own. Values deeper than 8 bits are scaled by the image's own range.
 
     Args:
-        channels: None takes the file's: 1 for gray, 3 for colour, its count for arrays and other bands.
+        channels: None takes the file's: 1 for gray, 3 for color, its count for arrays and other bands.
         max_pixels: larger images are refused before they are decoded.
 
     Raises:
@@ -288,11 +289,11 @@ def on_white(image: Image.Image) -> Image.Image:
 
 
 def _gray_palette(image: Image.Image) -> bool:
-    """Whether all colours are gray that the image uses; scans often come so."""
+    """Whether all colors are gray that the image uses; scans often come so."""
     used = np.flatnonzero(image.histogram())
-    colours = np.reshape(image.getpalette("RGB"), (-1, 3))
-    colours = colours[used[used < len(colours)]]
-    return bool((colours == colours[:, :1]).all())
+    colors = np.reshape(image.getpalette("RGB"), (-1, 3))
+    colors = colors[used[used < len(colors)]]
+    return bool((colors == colors[:, :1]).all())
 
 
 def _scaled_image(image: Image.Image) -> Image.Image:
@@ -403,7 +404,7 @@ def _resized(image: Image.Image, box: Box, size: Size, interpolation: str) -> np
 
 
 def _tensor(pixels: np.ndarray, channels: int) -> Tensor:
-    """(bands, height, width) as a tensor of its own, gray repeated for colour."""
+    """(bands, height, width) as a tensor of its own, gray repeated for color."""
     return torch.from_numpy(np.array(np.broadcast_to(pixels, (channels, *pixels.shape[1:])), order="C"))
 
 
@@ -500,7 +501,7 @@ def _read_tiff(stream: BinaryIO, channels: int | None, max_pixels: int) -> np.nd
 
 
 def _pictured(values: np.ndarray, channels: int | None) -> Picture:
-    """An array (channels, height, width) as a picture: by Pillow, where it is gray or colour."""
+    """An array (channels, height, width) as a picture: by Pillow, where it is gray or color."""
     if len(values) not in (1, 3) or channels not in (None, 1, 3):
         return ArrayPicture(values)
     pixels = ArrayPicture(values).decoded().values.transpose(1, 2, 0)
@@ -508,11 +509,11 @@ def _pictured(values: np.ndarray, channels: int | None) -> Picture:
 
 
 def stated_channels(image: Image.Image) -> int:
-    """What a file opened by Pillow holds: 1 gray, 3 colour, whatever stands for it and with alpha or without; any other
+    """What a file opened by Pillow holds: 1 gray, 3 color, whatever stands for it and with alpha or without; any other
     count for a TIFF file with bands besides, which Pillow would drop."""
     if image.format == "TIFF":
         samples, extras = image.tag_v2.get(SAMPLES_PER_PIXEL, 1), image.tag_v2.get(EXTRA_SAMPLES, ())
-        beyond = samples - COLOUR_SAMPLES.get(image.tag_v2.get(PHOTOMETRIC), samples)
+        beyond = samples - COLOR_SAMPLES.get(image.tag_v2.get(PHOTOMETRIC), samples)
         if beyond > 1 or (beyond == 1 and extras == (0,)):
             return samples
     return 1 if image.mode[0] in "IF" or image.mode in ("1", "L", "LA", "La") else 3

@@ -2,6 +2,7 @@
 
 A million paths are one memory-mapped file that all loading processes share, and no Python objects.
 """
+
 from __future__ import annotations
 
 import hashlib
@@ -12,7 +13,7 @@ from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from simmim.files import whole_file, write_json
+from simmim.files import atomic_write, write_json
 
 if TYPE_CHECKING:
     import datasets
@@ -94,7 +95,7 @@ def index_folder(folder: str | Path) -> datasets.Dataset:
     scan = Scan(root)
     try:
         (place.parent).mkdir(parents=True, exist_ok=True)
-        with whole_file(place.with_suffix(".arrow")) as temporary:
+        with atomic_write(place.with_suffix(".arrow")) as temporary:
             count = write_paths(temporary, scan)
             if not count:
                 raise ValueError(nothing_found(folder, scan))

@@ -1,4 +1,5 @@
 """Labeled images: where they come from, a validation part, and so many labels a class."""
+
 from __future__ import annotations
 
 import csv
@@ -150,7 +151,7 @@ def by_class(data: datasets.Dataset, labels: list[str]) -> tuple[datasets.Datase
 
 
 def chosen(data: datasets.Dataset, rows: dict[str, list[int]], names: list[str]) -> datasets.Dataset:
-    """The given rows of each class, labelled by the class's place in `names`; no image is copied."""
+    """The given rows of each class, labeled by the class's place in `names`; no image is copied."""
     labels = [-1] * len(data)
     for label, name in enumerate(names):
         for row in rows[name]:
@@ -231,9 +232,7 @@ def read_csv(file: Path, column: str | None, label_column: str | None) -> tuple[
         names = reader.fieldnames or []
         column = column or next((name for name in PATH_COLUMNS if name in names), None)
         label_column = label_column or next((name for name in LABEL_COLUMNS if name in names), None)
-        for wanted, what, setting in (
-            (column, "paths", "data.column"), (label_column, "labels", "data.label_column")
-        ):  # fmt: skip
+        for wanted, what, setting in ((column, "paths", "data.column"), (label_column, "labels", "data.label_column")):
             if wanted not in names:
                 asked = f"no column {wanted!r}" if wanted else f"no column of {what}"
                 raise ValueError(f"{file} has {asked}: its columns are {', '.join(names)}; give {setting}")

@@ -1,4 +1,5 @@
 """Images and their masks, from folders, CSV files, or datasets with two columns of images."""
+
 from __future__ import annotations
 
 import csv

@@ -1,4 +1,5 @@
-"""What masks hold: the numbers in their files as they are stored, of a palette's PNG the indices, never the colours."""
+"""What masks hold: the numbers in their files as they are stored, of a palette's PNG the indices, never the colors."""
+
 from __future__ import annotations
 
 import io
@@ -81,7 +82,7 @@ def read_mask(record: dict) -> np.ndarray:
     they are deeper.
 
     Raises:
-        One of `UNREADABLE` when the file is broken or missing, holds colours or no whole numbers from 0 to 65,535, or is a
+        One of `UNREADABLE` when the file is broken or missing, holds colors or no whole numbers from 0 to 65,535, or is a
         JPEG, whose values are not exact.
     """
     with decoding():
@@ -110,12 +111,12 @@ def stored_values(image: Image.Image) -> np.ndarray:
     """The pixels of an opened image, upright, without any conversion.
 
     Raises:
-        ValueError: for colours and for JPEG.
+        ValueError: for colors and for JPEG.
     """
     if image.format in ("JPEG", "MPO"):
         raise ValueError("a JPEG, whose values are not exact: give PNG")
     if image.mode not in ("1", "L", "P", "I", "I;16", "I;16B", "I;16L"):
-        raise ValueError(f"holds colours (mode {image.mode}), expected one number a pixel: give a grayscale or palette PNG")
+        raise ValueError(f"holds colors (mode {image.mode}), expected one number a pixel: give a grayscale or palette PNG")
     # Pillow stretches gray values of 2 and 4 bits over 0 to 255.
     stretched = {"L;2": 85, "L;4": 17}.get(image.tile[0][3], 1) if image.format == "PNG" and image.tile else 1
     image.load()

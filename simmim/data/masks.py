@@ -2,6 +2,7 @@
 
 A mask is a picture of the image's size whose values are numbers of classes.
 """
+
 from __future__ import annotations
 
 import random

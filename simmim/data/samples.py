@@ -4,6 +4,7 @@ Everything random about a sample (its place in the order, its crop, flip and mas
 from nothing else, so that batches do not depend on the number of workers or devices, and a resumed run goes on as if it
 had never stopped.
 """
+
 from __future__ import annotations
 
 import copy
@@ -33,7 +34,7 @@ class ImageSamples(Dataset):
     where the source has labels; `skipped`, the (path, reason) of unreadable images that it replaces.
 
     Args:
-        view: `RandomView` or `CentreView`.
+        view: `RandomView` or `CenterView`.
         keep_decoded: hold decoded images in memory; for sets that fit.
     """
 
@@ -48,7 +49,7 @@ class ImageSamples(Dataset):
     ) -> None:
         self.max_pixels = max_pixels
         self.source, self.view, self.channels, self.seed = source, view, channels, seed
-        self.labelled = "label" in source.column_names
+        self.labeled = "label" in source.column_names
         self.kept: dict[int, tuple[Picture, int | None]] | None = {} if keep_decoded else None
 
     def __len__(self) -> int:
@@ -78,7 +79,7 @@ class ImageSamples(Dataset):
     def seen(self, index: int, generator: random.Random) -> dict:
         """The view of the image at `index`, with its label where there are labels."""
         picture, label = self.opened(index)
-        return {"image": self.view(picture, generator)} | ({"label": label} if self.labelled else {})
+        return {"image": self.view(picture, generator)} | ({"label": label} if self.labeled else {})
 
     def opened(self, index: int) -> tuple[Picture, int | None]:
         """The image at `index` and its label."""

@@ -1,4 +1,5 @@
 """Where images come from: every source becomes a `datasets.Dataset`, or a stream, with an undecoded column `image`."""
+
 from __future__ import annotations
 
 import glob

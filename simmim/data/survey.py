@@ -1,4 +1,5 @@
 """A look at a sample of a source's images, from which a run's defaults follow."""
+
 from __future__ import annotations
 
 from dataclasses import dataclass
@@ -22,7 +23,7 @@ class Survey:
 
     Attributes:
         short_side_px: median of the images' shorter sides.
-        channels: 1 where every sampled image is gray, 3 for colour, with gray among it or not, else the files' count.
+        channels: 1 where every sampled image is gray, 3 for color, with gray among it or not, else the files' count.
         decoded_mib: estimated size of all images decoded.
         mean, std: per channel, of values in [0, 1].
         sizes: (width, height) in pixels, upright, of each sampled image that could be read.
@@ -47,7 +48,7 @@ def survey(
 
     Raises:
         ValueError: when none of them can be read, with the first one's reason; when they differ in channels other than
-            as gray and colour do, with two files' counts.
+            as gray and color do, with two files' counts.
     """
     rows = np.unique(np.linspace(0, len(source) - 1, min(sampled, len(source))).round().astype(int))
     thumbnails, sizes = [], []
@@ -70,7 +71,7 @@ def survey(
         one, other = min(unlike), min(paths.keys() - {min(unlike)})
         raise ValueError(f"images differ in channels: {paths[one]} has {one}, {paths[other]} has {other}")
     channels = max(paths)
-    # Gray among colour is seen as colour.
+    # Gray among color is seen as color.
     seen = [np.broadcast_to(small, (channels, *small.shape[1:])).reshape(channels, -1) for small in thumbnails]
     values = np.concatenate(seen, axis=1) / 255
     return Survey(

@@ -1,4 +1,5 @@
-"""Views: what part of an image a model sees, and at what size. Normalising is the device's work."""
+"""Views: what part of an image a model sees, and at what size. Normalizing is the device's work."""
+
 from __future__ import annotations
 
 import math
@@ -38,7 +39,7 @@ class RandomView:
         return view.flip(-1) if mirrored else view
 
     def crop_box(self, image_size: Size, generator: random.Random) -> tuple[int, int, int, int]:
-        """Left, top, right, bottom of the crop in an image of (width, height); after ten misses the largest centred
+        """Left, top, right, bottom of the crop in an image of (width, height); after ten misses the largest centered
         crop that the ratios allow, as is usual."""
         width, height = image_size
         for _ in range(10):
@@ -55,7 +56,7 @@ class RandomView:
 
 
 @dataclass(frozen=True)
-class CentreView:
+class CenterView:
     """The view for evaluation: the central crop of the target's shape, or the whole image brought to that shape.
 
     Args:
@@ -94,7 +95,7 @@ class CentreView:
         return picture.crop((left, top, left + width, top + height), self.size, self.interpolation)
 
 
-def normalise(images: Tensor, mean: Sequence[float], std: Sequence[float]) -> Tensor:
+def normalize(images: Tensor, mean: Sequence[float], std: Sequence[float]) -> Tensor:
     """(B, channels, height, width) uint8 to float, zero mean and unit deviation by the given statistics of [0, 1]."""
     mean, std = (images.new_tensor(values, dtype=torch.float32).view(-1, 1, 1) for values in (mean, std))
     return (images.float() / 255 - mean) / std

@@ -2,6 +2,7 @@
 
 Shape letters: B images of a batch, C channels of a map, D values of a vector.
 """
+
 from __future__ import annotations
 
 from dataclasses import dataclass
@@ -9,10 +10,10 @@ from dataclasses import dataclass
 import torch.nn.functional as F
 from torch import Tensor
 
-from simmim.swinv2 import EncoderOutput, Size, SwinV2Config
+from simmim.encoders.base import EncoderConfig, EncoderOutput, Size
 
 POOLINGS = ("mean", "2x2")
-# A side of what is left of the pixels: 3,072 values in colour, over which logistic regression is still quick.
+# A side of what is left of the pixels: 3,072 values in color, over which logistic regression is still quick.
 PIXELS_SIDE = 32
 
 
@@ -44,15 +45,15 @@ class Feature:
         place = "final" if self.stage is None else f"stage {self.stage}"
         return place if self.pooling == "mean" else f"{place}, {self.pooling}"
 
-    def dim(self, config: SwinV2Config) -> int:
+    def dim(self, config: EncoderConfig) -> int:
         """D of an encoder of that architecture.
 
         Raises:
             ValueError: when it has no such stage.
         """
-        if self.stage is not None and self.stage >= len(config.dims):
-            raise ValueError(f"stage is {self.stage}: this encoder has stages 0 to {len(config.dims) - 1}")
-        return config.dims[-1 if self.stage is None else self.stage] * (4 if self.pooling == "2x2" else 1)
+        if self.stage is not None and self.stage >= len(config.channels):
+            raise ValueError(f"stage is {self.stage}: this encoder has stages 0 to {len(config.channels) - 1}")
+        return config.channels[-1 if self.stage is None else self.stage] * (4 if self.pooling == "2x2" else 1)
 
     def of(self, images: Tensor, output: EncoderOutput) -> Tensor:
         """(B, D) float32."""
@@ -64,7 +65,7 @@ class Feature:
 
 @dataclass(frozen=True)
 class Pixels:
-    """The image itself, normalised, averaged down to at most `PIXELS_SIDE` rows and columns: what a classifier has without
+    """The image itself, normalized, averaged down to at most `PIXELS_SIDE` rows and columns: what a classifier has without
     an encoder, and what features should beat.
 
     Args:
@@ -84,7 +85,7 @@ class Pixels:
         """For tables and keys: "pixels, 32×32"."""
         return f"pixels, {self.size[0]}×{self.size[1]}"
 
-    def dim(self, config: SwinV2Config) -> int:
+    def dim(self, config: EncoderConfig) -> int:
         """D, of an encoder of that many channels."""
         return config.in_channels * self.size[0] * self.size[1]
 
@@ -93,17 +94,19 @@ class Pixels:
         return F.adaptive_avg_pool2d(images.float(), self.size).flatten(1)
 
 
-def all_features(config: SwinV2Config, image_size: Size) -> tuple[Feature, ...]:
+def all_features(config: EncoderConfig, image_size: Size) -> tuple[Feature, ...]:
     """Every stage's and the final features, by each pooling that differs: a map of one token has no quarters."""
     found = []
-    for stage in (*range(len(config.dims)), None):
+    for stage in (*range(len(config.channels)), None):
         stride = config.strides[-1 if stage is None else stage]
         poolings = POOLINGS if max(image_size) > stride else ("mean",)
         found += [Feature(stage, pooling) for pooling in poolings]
     return tuple(found)
 
 
-def chosen_features(config: SwinV2Config, image_size: Size, stage: str = "all", pooling: str = "all") -> tuple[Feature, ...]:
+def chosen_features(
+    config: EncoderConfig, image_size: Size, stage: str = "all", pooling: str = "all"
+) -> tuple[Feature, ...]:
     """Of `all_features` those of one stage, one pooling, or both.
 
     Args:
@@ -113,7 +116,7 @@ def chosen_features(config: SwinV2Config, image_size: Size, stage: str = "all", 
     Raises:
         ValueError: for another stage or pooling, naming those there are; when none is left.
     """
-    stages = {"final": None, **{str(number): number for number in range(len(config.dims))}}
+    stages = {"final": None, **{str(number): number for number in range(len(config.channels))}}
     if stage != "all" and stage not in stages:
         raise ValueError(f"stage is {stage!r}: give all, {', '.join(stages)}")
     if pooling != "all" and pooling not in POOLINGS:

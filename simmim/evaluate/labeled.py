@@ -2,6 +2,7 @@
 
 Shape letters: N images, T of them to train on, D values of a vector. Labels are class indices from 0.
 """
+
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
@@ -10,10 +11,10 @@ from typing import TYPE_CHECKING, NamedTuple
 
 import numpy as np
 
-from simmim.checkpoint import Preprocessing
+from simmim.checkpoints.checkpoint import Preprocessing
 from simmim.data import LabeledSource
-from simmim.evaluate.vectors import USUAL, Embeddings, EncoderPass, Vector, embeddings
-from simmim.swinv2 import SwinV2
+from simmim.encoders.base import Encoder
+from simmim.evaluate.vectors import DEFAULT_PASS, Embeddings, EncoderPass, Vector, embeddings
 
 if TYPE_CHECKING:
     import datasets
@@ -48,11 +49,11 @@ def draw(source: LabeledSource, labels_per_class: int | None, seed: int, at_most
     parts = []
     for rows in source.drawn_rows(labels_per_class, seed):
         labels = np.repeat(np.arange(len(source.classes)), [len(rows[name]) for name in source.classes])
-        parts.append(thinned(Rows(np.array([row for name in source.classes for row in rows[name]]), labels), at_most))
+        parts.append(subsample(Rows(np.array([row for name in source.classes for row in rows[name]]), labels), at_most))
     return Draw(seed, *parts)
 
 
-def thinned(part: Rows, at_most: int | None) -> Rows:
+def subsample(part: Rows, at_most: int | None) -> Rows:
     """Every so manieth row, from the first to the last; as they are class by class, each class keeps its share."""
     if at_most is None or len(part.rows) <= at_most:
         return part
@@ -151,11 +152,11 @@ def pool(data: datasets.Dataset, rows: Sequence[np.ndarray]) -> Pool:
 
 
 def embed_pools(
-    encoder: SwinV2,
+    encoder: Encoder,
     preprocessing: Preprocessing,
     pools: Pools,
     features: Sequence[Vector],
-    how: EncoderPass = USUAL,
+    how: EncoderPass = DEFAULT_PASS,
     progress: Callable[[int], object] | None = None,
 ) -> list[Embeddings]:
     """Embeddings of each of the pools' parts.

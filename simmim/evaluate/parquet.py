@@ -1,4 +1,5 @@
 """Vectors to a Parquet file."""
+
 from __future__ import annotations
 
 import json
@@ -10,17 +11,16 @@ from typing import TYPE_CHECKING
 import numpy as np
 from tqdm import tqdm
 
-from simmim.checkpoint import SavedEncoder
+from simmim.checkpoints.checkpoint import SavedEncoder
 from simmim.data import open_images
 from simmim.evaluate.features import Feature
-from simmim.evaluate.vectors import USUAL, EncoderPass, check_any_read, embedded_batches, note_unreadable
-from simmim.files import whole_file
+from simmim.evaluate.vectors import DEFAULT_PASS, EncoderPass, check_any_read, embedded_batches, note_unreadable
+from simmim.files import atomic_write
 
 if TYPE_CHECKING:
     import datasets
 
 ROW_GROUP_BYTES = 32 * 2**20  # of vectors held before they are written, and a reader's smallest piece
-
 
 
 @dataclass(frozen=True)
@@ -44,7 +44,7 @@ def embed(
     out: str | Path,
     stage: int | None = None,
     pooling: str = "mean",
-    how: EncoderPass = USUAL,
+    how: EncoderPass = DEFAULT_PASS,
 ) -> EmbedResult:
     """Write every image's vector to the Parquet file `out`, whole or not at all.
 
@@ -86,7 +86,7 @@ def embed(
     rows_at_once = max(1, ROW_GROUP_BYTES // (4 * dim))
     count, unreadable, paths, vectors = 0, {}, [], []
 
-    with whole_file(out) as temporary:
+    with atomic_write(out) as temporary:
         # No dictionary: hardly two values of the vectors are alike.
         with pq.ParquetWriter(temporary, schema, use_dictionary=False) as writer:
 

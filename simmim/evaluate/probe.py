@@ -2,6 +2,7 @@
 
 Shape letters: N images, T of them to train on, D values of a vector. Labels are class indices from 0.
 """
+
 from __future__ import annotations
 
 import warnings
@@ -11,14 +12,13 @@ from typing import NamedTuple
 
 import numpy as np
 
-from simmim.evaluate.given import check_alike, checked
+from simmim.evaluate.validation import check_alike, checked
 
-# Inverse strengths of the probe's L2 penalty on standardised features. Where no cross-validation is possible, one that was
+# Inverse strengths of the probe's L2 penalty on standardized features. Where no cross-validation is possible, one that was
 # the best or within a point of it at 1, 2 and 5 labels a class of real digits, for three features.
 STRENGTHS = tuple(10.0**exponent for exponent in range(-4, 3))
 DEFAULT_STRENGTH = 0.1
 MAX_FOLDS, MAX_ITERATIONS = 5, 1000
-
 
 
 class CrossValidated(NamedTuple):
@@ -62,9 +62,9 @@ def linear_probe(
     test_labels: Sequence[int] | np.ndarray,
     seed: int = 0,
 ) -> ProbeResult:
-    """Logistic regression over standardised features, its penalty chosen by cross-validation on `train` alone.
+    """Logistic regression over standardized features, its penalty chosen by cross-validation on `train` alone.
 
-    Folds are stratified, as many as the smallest class has labels, at most 5; in each, features are standardised by what
+    Folds are stratified, as many as the smallest class has labels, at most 5; in each, features are standardized by what
     is fitted. Of strengths with equal accuracy the strongest penalty wins. With a single label in a class there is
     nothing to hold out: C is then `DEFAULT_STRENGTH`. Computed in float64, 8 · T · D bytes and some copies: for T up to
     some ten thousand.

@@ -1,4 +1,5 @@
 """What `simmim probe` and `simmim knn` do: every feature of an encoder on labeled images, over several draws of labels."""
+
 from __future__ import annotations
 
 import csv
@@ -9,15 +10,15 @@ from pathlib import Path
 
 from tqdm import tqdm
 
-from simmim.checkpoint import SavedEncoder
+from simmim.checkpoints.checkpoint import SavedEncoder
 from simmim.data import labeled_source
 from simmim.evaluate.features import Pixels, chosen_features
 from simmim.evaluate.labeled import all_unreadable, draw, embed_pools, pooled
-from simmim.evaluate.neighbours import check_vote
+from simmim.evaluate.neighbors import check_vote
 from simmim.evaluate.probe import check_installed
 from simmim.evaluate.stages import StageScores, estimate, knn_stages, mean_rows, probe_stages, stages_table, winner
-from simmim.evaluate.vectors import USUAL, EncoderPass
-from simmim.files import whole_file
+from simmim.evaluate.vectors import DEFAULT_PASS, EncoderPass
+from simmim.files import atomic_write
 
 METHODS = ("probe", "knn")
 ENDINGS = (".json", ".csv", ".md")
@@ -127,7 +128,7 @@ class Report:
         return None if None in each else {**estimate(each)._asdict(), "each": each}
 
 
-def compare(saved: SavedEncoder, asked: Comparison, how: EncoderPass = USUAL, quiet: bool = False) -> Report:
+def compare(saved: SavedEncoder, asked: Comparison, how: EncoderPass = DEFAULT_PASS, quiet: bool = False) -> Report:
     """Encode the images of all draws, each once, and judge every feature by every draw, plain pixels beside them.
 
     In memory are all features of all images drawn: for SwinV2-T and every feature 45 KB an image.
@@ -198,7 +199,7 @@ def write_report(report: Report, out: str | Path) -> Path:
         ValueError: as `check_out`.
     """
     path = check_out(out)
-    with whole_file(path) as temporary, temporary.open("w", newline="", encoding="utf-8") as file:
+    with atomic_write(path) as temporary, temporary.open("w", newline="", encoding="utf-8") as file:
         if path.suffix == ".json":
             file.write(json.dumps(report.as_dict(), indent=2, default=str) + "\n")
         elif path.suffix == ".md":

@@ -2,6 +2,7 @@
 
 Shape letters: N images, T of them to train on, D values of a vector. Labels are class indices from 0.
 """
+
 from __future__ import annotations
 
 import math
@@ -11,7 +12,7 @@ from typing import NamedTuple
 
 import numpy as np
 
-from simmim.evaluate.neighbours import knn, knn_held_out
+from simmim.evaluate.neighbors import knn, knn_held_out
 from simmim.evaluate.probe import linear_probe
 
 

@@ -2,6 +2,7 @@
 
 Shape letters: N images, B of a batch, D values of a vector.
 """
+
 from __future__ import annotations
 
 import contextlib
@@ -14,15 +15,14 @@ import torch
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
-from simmim.checkpoint import Preprocessing
-from simmim.data import UNREADABLE, CentreView, normalise, open_picture, reason, worker_count
+from simmim.checkpoints.checkpoint import Preprocessing
+from simmim.data import UNREADABLE, CenterView, normalize, open_picture, reason, worker_count
 from simmim.data.samples import leave_signals
+from simmim.encoders.base import Encoder
 from simmim.evaluate.features import Feature, Pixels
-from simmim.swinv2 import SwinV2
 
 if TYPE_CHECKING:
     import datasets
-
 
 
 Vector = Feature | Pixels
@@ -54,7 +54,7 @@ class EncoderPass:
             raise ValueError(f"workers is {self.workers}: give 0 to read in the main process, or more")
 
 
-USUAL = EncoderPass()
+DEFAULT_PASS = EncoderPass()
 
 
 class EmbeddedBatch(NamedTuple):
@@ -91,11 +91,11 @@ class Embeddings:
 
 
 def embeddings(
-    encoder: SwinV2,
+    encoder: Encoder,
     preprocessing: Preprocessing,
     source: datasets.Dataset,
     features: Sequence[Vector] = (Feature(),),
-    how: EncoderPass = USUAL,
+    how: EncoderPass = DEFAULT_PASS,
     progress: Callable[[int], object] | None = None,
 ) -> Embeddings:
     """Vectors of all images of `source`, several an image in one pass, held in memory.
@@ -134,11 +134,11 @@ def collected(batches: Iterable[EmbeddedBatch], progress: Callable[[int], object
 
 
 def embedded_batches(
-    encoder: SwinV2,
+    encoder: Encoder,
     preprocessing: Preprocessing,
     source: datasets.Dataset,
     features: Sequence[Vector] = (Feature(),),
-    how: EncoderPass = USUAL,
+    how: EncoderPass = DEFAULT_PASS,
 ) -> Iterator[EmbeddedBatch]:
     """As `embeddings`, batch by batch as they come; a batch without a readable image comes too.
 
@@ -147,14 +147,14 @@ def embedded_batches(
     """
     for feature in features:
         feature.dim(encoder.config)
-    views = viewed_batches(preprocessing, encoder.config.in_channels, source, how)
+    views = view_batches(preprocessing, encoder.config.in_channels, source, how)
     return encoded(encoder, preprocessing, views, tuple(features), how)
 
 
-def viewed_batches(
-    preprocessing: Preprocessing, channels: int, source: datasets.Dataset, how: EncoderPass = USUAL
+def view_batches(
+    preprocessing: Preprocessing, channels: int, source: datasets.Dataset, how: EncoderPass = DEFAULT_PASS
 ) -> DataLoader:
-    """What the encoder is to see of the images, `Viewed` batches, as often as they are gone through. Nothing is drawn from
+    """What the encoder is to see of the images, `ViewBatch` batches, as often as they are gone through. Nothing is drawn from
     torch's global generator.
 
     Raises:
@@ -177,11 +177,11 @@ def viewed_batches(
 
 
 def encoded(
-    encoder: SwinV2,
+    encoder: Encoder,
     preprocessing: Preprocessing,
-    views: Iterable[Viewed],
+    views: Iterable[ViewBatch],
     features: tuple[Vector, ...],
-    how: EncoderPass = USUAL,
+    how: EncoderPass = DEFAULT_PASS,
 ) -> Iterator[EmbeddedBatch]:
     """The views' vectors; the encoder's mode is as before when they end. Meanwhile nobody may change its weights."""
     device = torch.device(how.device)
@@ -196,7 +196,7 @@ def encoded(
         # Not around the loop: between two batches of a generator its caller would be without gradients as well. And not
         # inference mode: whatever is kept of the pass, by a sharded encoder for instance, training must be able to use.
         with torch.no_grad():
-            images = normalise(images.to(device, non_blocking=True), preprocessing.mean, preprocessing.std)
+            images = normalize(images.to(device, non_blocking=True), preprocessing.mean, preprocessing.std)
             with torch.autocast(device.type, dtype=how.autocast) if how.autocast else contextlib.nullcontext():
                 output = encoder(images.to(kind), return_stages=stages)
             return {feature.name: feature.of(images, output).cpu().numpy() for feature in features}
@@ -211,12 +211,12 @@ def encoded(
         encoder.train(was_training)
 
 
-def evaluation_view(preprocessing: Preprocessing) -> CentreView:
+def evaluation_view(preprocessing: Preprocessing) -> CenterView:
     """What an encoder's preprocessing sees of an image."""
-    return CentreView(preprocessing.image_size, preprocessing.crop, preprocessing.interpolation, preprocessing.fit)
+    return CenterView(preprocessing.image_size, preprocessing.crop, preprocessing.interpolation, preprocessing.fit)
 
 
-class Viewed(NamedTuple):
+class ViewBatch(NamedTuple):
     """Rows read: `images` (B, channels, height, width) uint8; the rest is as in `EmbeddedBatch`."""
 
     rows: list[int]
@@ -228,10 +228,10 @@ class Viewed(NamedTuple):
 class ViewedRows(Dataset):
     """By a range of rows their images' views; a batch at a time, so that one tensor leaves the process, not many."""
 
-    def __init__(self, source: datasets.Dataset, view: CentreView, channels: int) -> None:
+    def __init__(self, source: datasets.Dataset, view: CenterView, channels: int) -> None:
         self.source, self.view, self.channels = source, view, channels
 
-    def __getitem__(self, rows: range) -> Viewed:
+    def __getitem__(self, rows: range) -> ViewBatch:
         read, paths, views, unreadable = [], [], [], []
         for row in rows:
             record = self.source[row]["image"]
@@ -244,10 +244,10 @@ class ViewedRows(Dataset):
             read.append(row)
             paths.append(path)
         images = torch.stack(views) if views else torch.empty((0, self.channels, *self.view.size), dtype=torch.uint8)
-        return Viewed(read, paths, images, unreadable)
+        return ViewBatch(read, paths, images, unreadable)
 
 
-def as_it_is(viewed: Viewed) -> Viewed:
+def as_it_is(viewed: ViewBatch) -> ViewBatch:
     """For a loader whose samples are batches already."""
     return viewed
 

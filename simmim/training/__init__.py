@@ -3,11 +3,12 @@
 Training is one loop over steps: batches come from one endless stream (`simmim.data.SampleStream`), an epoch is a number
 of samples, and a run resumes at any step by taking the stream from there.
 """
+
 from simmim.training.interruption import Interrupted, StopOnSignal
 from simmim.training.logs import MetricsCsv
-from simmim.training.progress import ProgressLine, SkippedImages, StepSeeds, Throughput, usual_callbacks
+from simmim.training.progress import ProgressLine, SkippedImages, StepSeeds, Throughput, shared_callbacks
 from simmim.training.saving import SaveRun, usable_checkpoint
-from simmim.training.streams import NotePlaces, StreamData, ValidatedStreamData, per_device_batch
+from simmim.training.streams import StreamData, TrackStreamPosition, ValidatedStreamData, per_device_batch
 from simmim.training.trainer import (
     build_trainer,
     check_trainer_keys,
@@ -19,8 +20,26 @@ from simmim.training.trainer import (
 from simmim.training.watch import ActivationMonitor, NumericalGuard
 
 __all__ = [
-    "ActivationMonitor", "Interrupted", "MetricsCsv", "NotePlaces", "NumericalGuard", "ProgressLine", "SaveRun",
-    "SkippedImages", "StepSeeds", "StopOnSignal", "StreamData", "Throughput", "ValidatedStreamData", "build_trainer",
-    "check_trainer_keys", "default_precision", "device_type", "is_first_process", "machine", "per_device_batch",
-    "usable_checkpoint", "usual_callbacks",
-]  # fmt: skip
+    "ActivationMonitor",
+    "Interrupted",
+    "MetricsCsv",
+    "NumericalGuard",
+    "ProgressLine",
+    "SaveRun",
+    "SkippedImages",
+    "StepSeeds",
+    "StopOnSignal",
+    "StreamData",
+    "Throughput",
+    "TrackStreamPosition",
+    "ValidatedStreamData",
+    "build_trainer",
+    "check_trainer_keys",
+    "default_precision",
+    "device_type",
+    "is_first_process",
+    "machine",
+    "per_device_batch",
+    "shared_callbacks",
+    "usable_checkpoint",
+]

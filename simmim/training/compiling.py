@@ -1,4 +1,5 @@
 """torch.compile for the encoder's blocks, and what stands against it on a machine."""
+
 from __future__ import annotations
 
 import warnings
@@ -6,8 +7,9 @@ import warnings
 import pytorch_lightning as pl
 import torch
 
-from simmim.fused import first_line, kernels
-from simmim.swinv2 import SwinV2
+from simmim.encoders.base import Encoder
+from simmim.encoders.swinv2.kernels import kernels
+from simmim.messages import first_line
 
 
 class CompileBlocks(pl.Callback):
@@ -41,10 +43,10 @@ def why_not(device: torch.device) -> str:
     return ""
 
 
-def compile_blocks(encoder: SwinV2) -> None:
+def compile_blocks(encoder: Encoder) -> None:
     """Compile each block in place at its first call. Blocks of one stage that differ in their weights alone share what was
     compiled; names of weights stay."""
-    blocks = [block for stage in encoder.layers for block in stage.blocks]
+    blocks = encoder.blocks()
     # A block is compiled anew for evaluation and without gradients. Beyond the limit torch would silently not compile.
     config = torch._dynamo.config
     limit = "recompile_limit" if hasattr(config, "recompile_limit") else "cache_size_limit"

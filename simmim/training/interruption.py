@@ -1,4 +1,5 @@
 """Being asked to stop: signals are answered at the end of the step, with a checkpoint and an exit code of their own."""
+
 from __future__ import annotations
 
 import os

@@ -1,10 +1,11 @@
 """Where numbers and pictures go besides the screen: TensorBoard and metrics.csv always, Weights & Biases and MLflow when
 asked.
 
-Names are plain in metrics.csv (`loss`, `lr`) and grouped elsewhere (`loss/masked_l1`, `optimiser/learning_rate`): `Names`
+Names are plain in metrics.csv (`loss`, `lr`) and grouped elsewhere (`loss/masked_l1`, `optimizer/learning_rate`): `Names`
 holds the table. Nothing leaves the machine unless a service is asked for by name, and then what goes there is the run and
 not statistics about the user: see `WITHOUT_TELEMETRY`.
 """
+
 from __future__ import annotations
 
 import csv
@@ -25,9 +26,9 @@ from PIL import Image
 from pytorch_lightning.loggers import Logger, TensorBoardLogger
 from pytorch_lightning.utilities import rank_zero_only
 
-from simmim.files import whole_file
-from simmim.run_folder import CONFIG
-from simmim.swinv2 import nearest
+from simmim.files import atomic_write
+from simmim.messages import did_you_mean
+from simmim.training.run_folder import CONFIG
 
 if TYPE_CHECKING:
     from tensorboard.compat.proto.summary_pb2 import Summary
@@ -38,13 +39,13 @@ ALWAYS, SERVICES = ("tensorboard", "csv"), ("wandb", "mlflow")
 WITHOUT_TELEMETRY = {"wandb": {"WANDB_ERROR_REPORTING": "false"}, "mlflow": {"MLFLOW_DISABLE_TELEMETRY": "true"}}
 
 LOSSES = {
-    "masked_l1": "mean absolute error over the masked pixels; 1 is a standard deviation of the normalised images",
+    "masked_l1": "mean absolute error over the masked pixels; 1 is a standard deviation of the normalized images",
     "cross_entropy": "in nats; ln(classes) is a guess",
 }
 # As the modules log it: as the page shows it, and what its description says.
 GROUPED = {
-    "lr": ("optimiser/learning_rate", "of the group that learns fastest, at the step's batch size"),
-    "grad_norm": ("optimiser/gradient_norm", "L2 norm over all parameters, before clipping"),
+    "lr": ("optimizer/learning_rate", "of the group that learns fastest, at the step's batch size"),
+    "grad_norm": ("optimizer/gradient_norm", "L2 norm over all parameters, before clipping"),
     "images_per_s": ("speed/images_per_s", "over all devices, mean since the point before"),
     "data_wait_share": ("speed/data_wait_share", "share of the time that training waited for images, 0 to 1"),
     "accuracy": ("validation/accuracy", "share of the validation images, 0 to 1"),
@@ -59,13 +60,13 @@ GROUPED = {
 # Scalars that have their group already, one of many in it: what the group's are.
 FAMILIES = {
     "iou": "intersection over union of the class's given and predicted pixels in the validation masks, 0 to 1",
-    "knn": "share of labeled test images that their nearest labeled neighbours get right by these features, 0 to 1; chosen: "
+    "knn": "share of labeled test images that their nearest labeled neighbors get right by these features, 0 to 1; chosen: "
     "the features that training labels alone would choose, pixels: the plain images",
     "probe": "share of labeled test images that logistic regression over these frozen features gets right, 0 to 1; chosen: "
     "the features that training labels alone would choose, pixels: the plain images",
 }
 # Added by Lightning to whatever is logged. Batches come from one endless stream, so it is always 0.
-NOISE = ("epoch",)
+IGNORED_METRICS = ("epoch",)
 # Settings that HParams shows at first, where it has room for five; others are a tick away.
 FIRST_COLUMNS = ("batch_size", "epochs", "optim.lr", "model.mask_ratio", "preset", "labels_per_class", "freeze")
 OWN_ENTRIES: set[str] = set()  # ids of what this process has opened in W&B
@@ -83,7 +84,7 @@ def loggers_for(run: Path, wanted: Sequence[str] = (), loss: str = "training") -
     """
     for name in wanted:
         if name not in ALWAYS + SERVICES:
-            raise ValueError(f"unknown logger {name!r}{nearest(name, ALWAYS + SERVICES)}")
+            raise ValueError(f"unknown logger {name!r}{did_you_mean(name, ALWAYS + SERVICES)}")
         if name in SERVICES:
             spec = importlib.util.find_spec(name)
             # A folder of that name, as wandb leaves one where it ran, looks like a package without an origin.
@@ -99,7 +100,7 @@ class Names:
     """Plain names of scalars to grouped ones.
 
     Args:
-        loss: what training minimises.
+        loss: what training minimizes.
     """
 
     loss: str
@@ -122,7 +123,7 @@ class Names:
 
     def of(self, metrics: Mapping[str, float]) -> dict[str, float]:
         """Metrics by grouped names, without noise."""
-        return {self(name): value for name, value in metrics.items() if name not in NOISE}
+        return {self(name): value for name, value in metrics.items() if name not in IGNORED_METRICS}
 
 
 # --- What a run says of itself -----------------------------------------------------------------------------------------
@@ -133,7 +134,7 @@ class Sitting:
     """What the loggers are told when training starts or goes on.
 
     Args:
-        step: optimiser steps taken before, 0 in a new run.
+        step: optimizer steps taken before, 0 in a new run.
         config: text of the run's config.yaml.
         environment: what the sitting runs on, by name.
         validates: whether there are validation images.
@@ -149,7 +150,7 @@ class Sitting:
         return flat(yaml.safe_load(self.config) or {})
 
 
-class Described(Logger):
+class RunLogger(Logger):
     """A logger that takes more than numbers."""
 
     def describe(self, sitting: Sitting) -> None:
@@ -174,7 +175,7 @@ class DescribeRun(pl.Callback):
         config = (self.run / CONFIG).read_text(encoding="utf-8") if (self.run / CONFIG).is_file() else ""
         sitting = Sitting(trainer.global_step, config, environment_of(trainer), bool(trainer.enable_validation))
         for logger in trainer.loggers:
-            if isinstance(logger, Described):
+            if isinstance(logger, RunLogger):
                 logger.describe(sitting)
 
 
@@ -186,7 +187,7 @@ def log_picture(loggers: Iterable[Logger], name: str, picture: Image.Image, step
         caption: what the picture holds, its columns for instance.
     """
     for logger in loggers:
-        if isinstance(logger, Described):
+        if isinstance(logger, RunLogger):
             logger.log_picture(name, picture, step, caption)
 
 
@@ -229,7 +230,7 @@ def flat(values: Mapping, prefix: str = "") -> dict[str, bool | int | float | st
 # --- TensorBoard -------------------------------------------------------------------------------------------------------
 
 
-class TensorBoardPage(Described, TensorBoardLogger):
+class TensorBoardPage(RunLogger, TensorBoardLogger):
     """RUN/tensorboard: scalars in groups with descriptions, pictures, the configuration and the environment as texts, and
     the settings beside the final metrics under HParams.
 
@@ -282,7 +283,7 @@ class TensorBoardPage(Described, TensorBoardLogger):
 
         self.begin(step or 0)
         for name, value in metrics.items():
-            if name in NOISE:
+            if name in IGNORED_METRICS:
                 continue
             scalar = Summary.Value(tag=self.names(name), simple_value=float(value))
             if name not in self.told:
@@ -415,7 +416,7 @@ class MetricsCsv(Logger):
                 with self.path.open(newline="", encoding="utf-8") as file:
                     old = [row for row in csv.DictReader(file) if int(row["step"]) < self.rows[0]["step"]]
             self.columns = list(dict.fromkeys([*known, *(key for row in old for key in row)]))
-            with whole_file(self.path) as temporary, temporary.open("w", newline="", encoding="utf-8") as file:
+            with atomic_write(self.path) as temporary, temporary.open("w", newline="", encoding="utf-8") as file:
                 writer = csv.DictWriter(file, self.columns)
                 writer.writeheader()
                 writer.writerows(old)
@@ -438,7 +439,7 @@ class MetricsCsv(Logger):
 # --- Services ----------------------------------------------------------------------------------------------------------
 
 
-class Service(Described):
+class Service(RunLogger):
     """Weights & Biases or MLflow through Lightning's logger, with grouped names.
 
     It is opened when training starts, when the run folder is there; a resumed run goes on in the entry whose id it finds in

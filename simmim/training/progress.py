@@ -1,4 +1,5 @@
 """Callbacks that watch a run: seeds by step, the progress line, throughput, images that could not be read."""
+
 from __future__ import annotations
 
 import random
@@ -14,7 +15,7 @@ from simmim.training.compiling import CompileBlocks
 from simmim.training.watch import NumericalGuard
 
 
-def usual_callbacks(run: Path, settings, title: str, count: int, quiet: bool = False) -> list[pl.Callback]:
+def shared_callbacks(run: Path, settings, title: str, count: int, quiet: bool = False) -> list[pl.Callback]:
     """What both stages run with: seeds by step, throughput, the progress line, account of unreadable images, a guard against
     numbers that are not finite, and compiled blocks where they are asked for.
 

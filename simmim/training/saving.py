@@ -3,6 +3,7 @@
 RUN/checkpoints/ holds step-00001200.ckpt and the like; last.ckpt and best.ckpt are further names of two of them. A
 checkpoint is a zip archive, whose CRC-32 of every tensor tells a torn or altered file.
 """
+
 from __future__ import annotations
 
 import contextlib
@@ -21,9 +22,9 @@ from lightning_utilities.core.apply_func import apply_to_collection
 from pytorch_lightning.plugins.io import TorchCheckpointIO
 from torch import Tensor
 
-from simmim.convert.files import unpickled
-from simmim.files import whole_file
-from simmim.run_folder import BEST, CONFIG, LAST, checkpoints_folder
+from simmim.checkpoints.weight_files import unpickled
+from simmim.files import atomic_write
+from simmim.training.run_folder import BEST, CONFIG, LAST, checkpoints_folder
 
 STEP_FILE = re.compile(r"step-(\d+)\.ckpt$")
 
@@ -118,7 +119,7 @@ class CheckpointWriter(TorchCheckpointIO):
         """
         if not (self.run / CONFIG).is_file():
             raise FileNotFoundError(f"run folder {str(self.run)!r} is gone")
-        with whole_file(path) as temporary:
+        with atomic_write(path) as temporary:
             torch.save(checkpoint, temporary)
         also_name(path, path.with_name(LAST))
         if is_best:
@@ -154,16 +155,14 @@ class CheckpointWriter(TorchCheckpointIO):
 
 
 def in_model_order(state: dict, optimizer: torch.optim.Optimizer, module: torch.nn.Module) -> dict:
-    """An optimiser's state with parameters numbered as `module.parameters()` gives them, which is how sharded strategies
+    """An optimizer's state with parameters numbered as `module.parameters()` gives them, which is how sharded strategies
     number them, and not group after group. Loading goes by the groups' lists, so that either order will do there."""
     position = {id(parameter): index for index, parameter in enumerate(module.parameters())}
     parameters = [parameter for group in optimizer.param_groups for parameter in group["params"]]
     number = [position[id(parameter)] for parameter in parameters]
     return {
         "state": {number[key]: value for key, value in state["state"].items()},
-        "param_groups": [
-            {**group, "params": [number[key] for key in group["params"]]} for group in state["param_groups"]
-        ],
+        "param_groups": [{**group, "params": [number[key] for key in group["params"]]} for group in state["param_groups"]],
     }
 
 
@@ -243,7 +242,7 @@ class SaveRun(pl.Callback):
             self.losses.append(loss.detach())
 
     def on_save_checkpoint(self, trainer: pl.Trainer, module: pl.LightningModule, checkpoint: dict) -> None:
-        """Make the checkpoint one that any strategy takes up: the optimiser's parameters numbered as in the model. And put
+        """Make the checkpoint one that any strategy takes up: the optimizer's parameters numbered as in the model. And put
         the counters of Lightning's loops where it expects them: at the end of the batch before, whose validation it takes
         as done."""
         if getattr(module, "device_mesh", None) is None:

@@ -1,5 +1,6 @@
-"""One model over several devices: every block's parameters, gradients and optimiser state divided among them (FSDP2), by
+"""One model over several devices: every block's parameters, gradients and optimizer state divided among them (FSDP2), by
 Lightning's ModelParallelStrategy and torch's fully_shard."""
+
 from __future__ import annotations
 
 from collections.abc import Iterable
@@ -8,8 +9,6 @@ import pytorch_lightning as pl
 import torch
 from pytorch_lightning.strategies import ModelParallelStrategy, Strategy
 from torch import Tensor, nn
-
-from simmim.swinv2 import SwinV2Block
 
 FSDP = "fsdp"
 
@@ -31,16 +30,15 @@ def strategy_named(name: str | Strategy, devices: str | int, nodes: int) -> str 
 def shard(module: pl.LightningModule, model: nn.Module) -> None:
     """Divide `model` among the devices of the module's mesh, block by block; does nothing where there is no mesh.
 
-    To be called in `configure_model`, before optimisers are made.
+    To be called in `configure_model`, before optimizers are made.
     """
     if module.device_mesh is None or getattr(model, "is_sharded", False):
         return
     from torch.distributed.fsdp import fully_shard
 
     mesh = module.device_mesh["data_parallel"]
-    for part in model.modules():
-        if isinstance(part, SwinV2Block):
-            fully_shard(part, mesh=mesh)
+    for block in model.encoder.blocks():
+        fully_shard(block, mesh=mesh)
     fully_shard(model, mesh=mesh)
     model.is_sharded = True
 

@@ -1,4 +1,5 @@
 """Training data as one endless stream, taken up at any step; validation data in order."""
+
 from __future__ import annotations
 
 import pytorch_lightning as pl
@@ -11,7 +12,7 @@ class StreamData(pl.LightningDataModule):
     """The endless training stream, taken up where the trainer's step counter stands.
 
     Args:
-        batch_size: images of one optimiser step over all devices and accumulated batches.
+        batch_size: images of one optimizer step over all devices and accumulated batches.
     """
 
     def __init__(self, train: ImageSamples | StreamSamples, batch_size: int, accumulate: int, workers: int) -> None:
@@ -72,7 +73,7 @@ class StreamData(pl.LightningDataModule):
         self.resumed = state or None
 
 
-class NotePlaces(pl.Callback):
+class TrackStreamPosition(pl.Callback):
     """Tells the data of every batch that was trained on, so that a checkpoint knows the place in a stream."""
 
     def on_train_batch_end(self, trainer: pl.Trainer, module: pl.LightningModule, outputs, batch: dict, *_) -> None:

@@ -1,4 +1,5 @@
 """Lightning's Trainer as both stages use it, and what is asked of the machine before there is one."""
+
 from __future__ import annotations
 
 import inspect
@@ -15,8 +16,9 @@ import torch
 from pytorch_lightning.utilities import rank_zero_only
 from pytorch_lightning.utilities.exceptions import MisconfigurationException
 
-from simmim.fused import kernels, reason
-from simmim.swinv2 import SwinV2Config, nearest
+from simmim.encoders.base import EncoderConfig
+from simmim.encoders.swinv2.kernels import kernels, reason
+from simmim.messages import did_you_mean
 from simmim.training.logs import DescribeRun, loggers_for
 from simmim.training.saving import SaveRun
 from simmim.training.sharding import strategy_named
@@ -24,12 +26,30 @@ from simmim.training.sharding import strategy_named
 # What the run itself decides; everything else of the Trainer is open to the user as --trainer.KEY.
 OWN_TRAINER_KEYS = frozenset(
     (
-        "self", "devices", "precision", "logger", "callbacks", "max_epochs", "min_epochs", "max_steps", "min_steps",
-        "accumulate_grad_batches", "gradient_clip_val", "gradient_clip_algorithm", "use_distributed_sampler",
-        "default_root_dir", "enable_checkpointing", "enable_progress_bar", "enable_model_summary", "val_check_interval",
-        "check_val_every_n_epoch", "num_sanity_val_steps", "reload_dataloaders_every_n_epochs", "log_every_n_steps",
+        "self",
+        "devices",
+        "precision",
+        "logger",
+        "callbacks",
+        "max_epochs",
+        "min_epochs",
+        "max_steps",
+        "min_steps",
+        "accumulate_grad_batches",
+        "gradient_clip_val",
+        "gradient_clip_algorithm",
+        "use_distributed_sampler",
+        "default_root_dir",
+        "enable_checkpointing",
+        "enable_progress_bar",
+        "enable_model_summary",
+        "val_check_interval",
+        "check_val_every_n_epoch",
+        "num_sanity_val_steps",
+        "reload_dataloaders_every_n_epochs",
+        "log_every_n_steps",
     )
-)  # fmt: skip
+)
 
 
 def check_trainer_keys(extra: Mapping[str, Any]) -> None:
@@ -44,7 +64,7 @@ def check_trainer_keys(extra: Mapping[str, Any]) -> None:
             raise ValueError(f"setting 'trainer.{key}' belongs to the run: see its own settings by --help")
         if key not in known:
             names = [f"trainer.{name}" for name in known]
-            raise ValueError(f"unknown setting 'trainer.{key}'{nearest(f'trainer.{key}', names)}")
+            raise ValueError(f"unknown setting 'trainer.{key}'{did_you_mean(f'trainer.{key}', names)}")
 
 
 def is_first_process() -> bool:
@@ -59,9 +79,9 @@ def device_type() -> str:
     return "mps" if torch.backends.mps.is_available() else "cpu"
 
 
-def default_precision(device: str, encoder: SwinV2Config) -> str:
+def default_precision(device: str, encoder: EncoderConfig) -> str:
     """bf16-mixed where the hardware has it, else full precision; and that for nano, which is too small to gain by it."""
-    small = max(encoder.dims) <= 96
+    small = max(encoder.channels) <= 96
     if device == "cuda":
         has_bf16 = torch.cuda.is_bf16_supported()
     else:
@@ -84,7 +104,7 @@ def build_trainer(
     loggers: Sequence[str] = (),
     loss: str = "training",
 ) -> pl.Trainer:
-    """A Lightning Trainer that runs `steps` optimiser steps and logs to TensorBoard and metrics.csv in `run`.
+    """A Lightning Trainer that runs `steps` optimizer steps and logs to TensorBoard and metrics.csv in `run`.
 
     Args:
         loggers: services to log to besides, see `simmim.training.logs.loggers_for`.
@@ -94,7 +114,7 @@ def build_trainer(
         ValueError: when Lightning refuses the devices, precision or one of the `extra` settings, and for a logger that is
             not known or not installed.
     """
-    quieten()
+    silence_libraries()
     settings = {
         "accelerator": "auto",
         **extra,
@@ -153,7 +173,7 @@ def feeding_failed(error: Exception, item, otherwise=Queue._on_queue_feeder_erro
         otherwise(error, item)
 
 
-def quieten() -> None:
+def silence_libraries() -> None:
     """Keep Lightning's advice on things that are decided here off the screen; errors and our own lines stay."""
     for name in ("pytorch_lightning", "lightning.pytorch", "lightning_fabric"):
         logging.getLogger(name).setLevel(logging.ERROR)

@@ -1,8 +1,9 @@
 """What can go wrong inside the numbers: steps that are not finite, losses that jump, activations that grow with depth.
 
-`NumericalGuard` decides about every optimiser step; `ActivationMonitor` looks inside the encoder now and then and changes
+`NumericalGuard` decides about every optimizer step; `ActivationMonitor` looks inside the encoder now and then and changes
 nothing.
 """
+
 from __future__ import annotations
 
 import itertools
@@ -19,9 +20,8 @@ from pytorch_lightning.loggers import TensorBoardLogger
 from torch import Tensor, nn
 
 from simmim.data import ImageSamples, SampleStream
-from simmim.files import whole_file
-from simmim.run_folder import LAST, checkpoints_folder
-from simmim.swinv2 import SwinV2
+from simmim.files import atomic_write
+from simmim.training.run_folder import LAST, checkpoints_folder
 
 NON_FINITE_STEPS = "non-finite-steps.txt"
 HEADER = "step\tevent\tvalues\tfiles of the batch\n"
@@ -32,13 +32,13 @@ SPIKE_AT_LEAST = 0.1
 
 
 class NumericalGuard(pl.Callback):
-    """Skips optimiser steps whose loss or gradient is not finite, stops a run that has nothing else any more, and counts
+    """Skips optimizer steps whose loss or gradient is not finite, stops a run that has nothing else any more, and counts
     jumps of the loss.
 
-    A skipped step leaves weights and optimiser state as they are, bit for bit; the step counter, the schedule and the data
+    A skipped step leaves weights and optimizer state as they are, bit for bit; the step counter, the schedule and the data
     go on, so that a resumed run meets the same batches at the same steps and decides alike. Under several processes all
     decide by the mean of their values, which is finite only where all are. The module calls `judge_step` between clipping
-    and the optimiser.
+    and the optimizer.
 
     Metrics, every `log_every_n_steps`: `skipped_steps` and `loss_spikes`, both counted from the run's beginning. Every such
     step is a line of RUN/non-finite-steps.txt: step as in metrics.csv, skipped or spike, the values, and the batch's files.
@@ -85,7 +85,7 @@ class NumericalGuard(pl.Callback):
         if trainer.is_global_zero and self.path.is_file():
             _, *lines = self.path.read_text(encoding="utf-8").splitlines(keepends=True)
             kept = [line for line in lines if int(line.split("\t")[0]) < trainer.global_step]
-            with whole_file(self.path) as temporary:
+            with atomic_write(self.path) as temporary:
                 temporary.write_text(HEADER + "".join(kept), encoding="utf-8")
 
     def on_train_batch_start(self, trainer: pl.Trainer, module: pl.LightningModule, batch: dict, *_) -> None:
@@ -110,8 +110,8 @@ class NumericalGuard(pl.Callback):
             ValueError: when this is the `stop_after`-th skipped step in a row.
         """
         values = torch.stack([torch.stack(self.losses).sum().float(), norm.detach().float()])
-        # One wait for the device. On CUDA the host comes to the optimiser's kernels only when the backward pass is through,
-        # which costs the time to launch those of a fused AdamW; `normalise` waits like this at every step already.
+        # One wait for the device. On CUDA the host comes to the optimizer's kernels only when the backward pass is through,
+        # which costs the time to launch those of a fused AdamW; `normalize` waits like this at every step already.
         loss, norm = trainer.strategy.reduce(values, reduce_op="mean").tolist()
         if math.isfinite(loss) and math.isfinite(norm):
             self.in_a_row = 0
@@ -198,7 +198,7 @@ def judge_step(module: pl.LightningModule, optimizer: torch.optim.Optimizer, nor
 
 
 def drop_gradients(optimizer: torch.optim.Optimizer, scaler: torch.amp.GradScaler | None) -> None:
-    """Make the optimiser's next step one that changes nothing, neither weights nor its own state.
+    """Make the optimizer's next step one that changes nothing, neither weights nor its own state.
 
     Parameters without a gradient are passed over, weight decay and moments included, while the step itself is still called
     and counted. A float16 scaler that has yet to look at the gradients wants to find some, and passes over what is not
@@ -223,9 +223,7 @@ def batch_files(trainer: pl.Trainer, batch: Mapping, number: int) -> list[str]:
         places = [f"image {taken} of epoch {epoch} of worker {worker}" for worker, epoch, taken in batch["place"]]
         return [path or place for path, place in zip(paths, places)]
     samples: ImageSamples = trainer.datamodule.train
-    order = SampleStream(
-        len(samples), batch["images"], samples.seed, trainer.global_rank, trainer.world_size, start=number
-    )
+    order = SampleStream(len(samples), batch["images"], samples.seed, trainer.global_rank, trainer.world_size, start=number)
     unreadable = {path for path, _ in batch["skipped"]}
     files = []
     for index in map(samples.row_of, next(iter(order))):
@@ -272,7 +270,7 @@ class ActivationMonitor(pl.Callback):
         if step == before or step % self.every_steps or not trainer.is_global_zero:
             return
         self.seen = {}
-        for name, part in encoder_parts(module).items():
+        for name, part in module.model.encoder.named_stages().items():
             self.hooks.append(part.register_forward_hook(self.measure(name)))
 
     def measure(self, name: str):
@@ -298,7 +296,7 @@ class ActivationMonitor(pl.Callback):
         for logger in trainer.loggers:
             if isinstance(logger, TensorBoardLogger):
                 logger.log_metrics(scalars, step=self.step)
-        with whole_file(self.path) as temporary:
+        with atomic_write(self.path) as temporary:
             activation_plot([self.first, self.latest]).save(temporary, format="png")
 
     def on_exception(self, *_) -> None:
@@ -312,17 +310,6 @@ class ActivationMonitor(pl.Callback):
         self.hooks = []
 
 
-def encoder_parts(module: nn.Module) -> dict[str, nn.Module]:
-    """The blocks and mergings of the first encoder in `module`, in order, as stage0.block0, stage0.merging, …"""
-    encoder = next(part for part in module.modules() if isinstance(part, SwinV2))
-    parts = {}
-    for number, stage in enumerate(encoder.layers):
-        parts |= {f"stage{number}.block{index}": block for index, block in enumerate(stage.blocks)}
-        if stage.downsample is not None:
-            parts[f"stage{number}.merging"] = stage.downsample
-    return parts
-
-
 def amplitude(x: Tensor) -> tuple[Tensor, Tensor]:
     """Root mean square and largest magnitude of all elements: two scalars, at least float32."""
     x = x.to(torch.promote_types(x.dtype, torch.float32))
@@ -332,7 +319,7 @@ def amplitude(x: Tensor) -> tuple[Tensor, Tensor]:
     return largest * (x / largest.clamp(min=torch.finfo(x.dtype).tiny)).square_().mean().sqrt(), largest
 
 
-FIRST_COLOUR, LATEST_COLOUR, GRID_COLOUR = (150, 150, 150), (31, 90, 180), (225, 225, 225)
+FIRST_COLOR, LATEST_COLOR, GRID_COLOR = (150, 150, 150), (31, 90, 180), (225, 225, 225)
 PLOT_PX, MARGIN_PX = (900, 480), (70, 34, 20, 54)  # width, height; left, top, right, bottom
 
 
@@ -361,29 +348,29 @@ def activation_plot(measures: Sequence[Mapping]) -> Image.Image:
     draw = ImageDraw.Draw(picture)
     for decade in decades:
         y = place(0, 10.0**decade)[1]
-        draw.line([(left, y), (left + width, y)], fill=GRID_COLOUR)
+        draw.line([(left, y), (left + width, y)], fill=GRID_COLOR)
         draw.text((left - 8, y), f"1e{decade}", fill="black", anchor="rm", font_size=13)
     every = max(1, len(names) // 16)
     for index, name in enumerate(names):
         x = place(index, 1.0)[0]
         stage, part = name.split(".")
         if part == "merging":
-            draw.line([(x, top), (x, top + height)], fill=GRID_COLOUR, width=2)
+            draw.line([(x, top), (x, top + height)], fill=GRID_COLOR, width=2)
         elif part == "block0":
             draw.text((x, top + height + 22), stage, fill="black", anchor="ma", font_size=13)
         if part != "merging" and int(part.removeprefix("block")) % every == 0:
             draw.text((x, top + height + 6), part.removeprefix("block"), fill="black", anchor="ma", font_size=13)
-    for measure, colour in zip((measures[0], measures[-1]), (FIRST_COLOUR, LATEST_COLOUR)):
+    for measure, color in zip((measures[0], measures[-1]), (FIRST_COLOR, LATEST_COLOR)):
         for kind, thickness in (("max", 1), ("rms", 3)):
             shown = [(index, measure[kind].get(name, 0.0)) for index, name in enumerate(names)]
             points = [place(index, value) if 0 < value < math.inf else None for index, value in shown]
             for start, end in itertools.pairwise(points):
                 if start and end:
-                    draw.line([start, end], fill=colour, width=thickness)
+                    draw.line([start, end], fill=color, width=thickness)
             for x, y in filter(None, points if kind == "rms" else ()):
-                draw.ellipse((x - 4, y - 4, x + 4, y + 4), fill=colour)
-    texts = ((f"step {measures[0]['step']:,}", FIRST_COLOUR), (f"step {measures[-1]['step']:,}", LATEST_COLOUR))
+                draw.ellipse((x - 4, y - 4, x + 4, y + 4), fill=color)
+    texts = ((f"step {measures[0]['step']:,}", FIRST_COLOR), (f"step {measures[-1]['step']:,}", LATEST_COLOR))
     draw.text((left, 8), "activations after each block: root mean square (points), maximum (thin)", "black", font_size=13)
-    for number, (text, colour) in enumerate(texts):
-        draw.text((PLOT_PX[0] - right - 130 * (1 - number), 8), text, fill=colour, anchor="ra", font_size=13)
+    for number, (text, color) in enumerate(texts):
+        draw.text((PLOT_PX[0] - right - 130 * (1 - number), 8), text, fill=color, anchor="ra", font_size=13)
     return picture

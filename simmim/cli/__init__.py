@@ -1,0 +1,5 @@
+"""The command `simmim`. It imports everything lazily and is imported by nobody."""
+
+from simmim.cli.main import main
+
+__all__ = ["main"]

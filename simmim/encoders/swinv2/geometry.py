@@ -1,0 +1,117 @@
+"""Coordinates, indices and attention masks of windows: all that depends on sizes alone (sections 3.2 and 3.3 of the paper).
+
+They are cached here and not in buffers, so that one model takes any image size and a checkpoint holds nothing but learned
+weights. They are built outside inference mode, because a tensor made in an evaluation may be needed by a backward pass later.
+
+Shape letters: M windows of one image, N tokens of one window. Sizes are (height, width).
+"""
+
+from __future__ import annotations
+
+import math
+from functools import lru_cache
+
+import torch
+import torch.nn.functional as F
+from einops import rearrange
+from torch import Tensor
+
+from simmim.encoders.base import Size
+
+# Added to the logits of token pairs that the cyclic shift brought together. The reference's value: below every logit at
+# the initial temperature (−10 to 26), though not below every one at the lowest (−100 to 116).
+MASKED_LOGIT = -100.0
+
+
+@lru_cache(maxsize=256)
+def log_spaced_coords(window: Size, pretrained: Size, device: torch.device) -> Tensor:
+    """Log-spaced relative coordinates of all pairs of tokens in a window, equation 4 of the paper.
+
+    Offsets are scaled so that the pre-training window spans ±8, then sign(x) · log2(1 + |x|) / log2(8).
+
+    Returns:
+        ((2·height − 1) · (2·width − 1), 2) float32, rows first.
+    """
+    with torch.inference_mode(False), torch.no_grad():
+        axes = [
+            torch.arange(1 - side, side, dtype=torch.float32, device=device) * 8 / max(reference - 1, 1)
+            for side, reference in zip(window, pretrained)
+        ]
+        coords = torch.stack(torch.meshgrid(*axes, indexing="ij"), dim=-1).flatten(0, 1)
+        return torch.sign(coords) * torch.log2(1 + coords.abs()) / math.log2(8)
+
+
+@lru_cache(maxsize=256)
+def relative_position_index(window: Size, device: torch.device) -> Tensor:
+    """For each pair of a window's tokens the row of `log_spaced_coords` that holds their offset: (N · N,) int64."""
+    height, width = window
+    with torch.inference_mode(False), torch.no_grad():
+        rows = torch.arange(height, device=device).repeat_interleave(width)
+        columns = torch.arange(width, device=device).repeat(height)
+        row_offset = rows[:, None] - rows[None, :] + height - 1
+        column_offset = columns[:, None] - columns[None, :] + width - 1
+        return (row_offset * (2 * width - 1) + column_offset).flatten()
+
+
+@lru_cache(maxsize=64)
+def shift_regions(size: Size, window: Size, shift: Size, device: torch.device) -> Tensor:
+    """Which tokens of the shifted windows are neighbors in the image: those of one window with the same label.
+
+    Args:
+        size: the feature map in tokens, a multiple of the window.
+
+    Returns:
+        (M, N) int64 labels from 0 to 3.
+    """
+    with torch.inference_mode(False), torch.no_grad():
+        # The last `shift` rows and columns of the shifted map came from the image's other side.
+        rows, columns = (torch.arange(side, device=device) >= side - moved for side, moved in zip(size, shift))
+        return rearrange(rows[:, None] * 2 + columns[None, :].long(), "(m p) (n q) -> (m n) (p q)", p=window[0], q=window[1])
+
+
+@lru_cache(maxsize=64)
+def shift_mask(size: Size, window: Size, shift: Size, device: torch.device) -> Tensor:
+    """What keeps apart the tokens of a shifted window that are not neighbors in the image, for all windows.
+
+    Returns:
+        (M, N, N) as from `additive_mask`.
+    """
+    with torch.inference_mode(False), torch.no_grad():
+        return additive_mask(shift_regions(size, window, shift, device))
+
+
+def additive_mask(regions: Tensor) -> Tensor:
+    """Labels, (M, N), to what is added to the logits, (M, N, N) float32: 0 inside a region, else `MASKED_LOGIT`."""
+    return (regions[:, :, None] != regions[:, None, :]).to(torch.float32) * MASKED_LOGIT
+
+
+# --- Maps to windows ---------------------------------------------------------------------------------------------------
+
+
+def partition(x: Tensor, window: Size, shift: Size, padded: Size, shift_before_padding: bool) -> Tensor:
+    """(B, H, W, C) to windows, (B · M, N, C), padded to whole ones and shifted, in the order that is asked for."""
+    back = (-shift[0], -shift[1])
+    x = pad_to(roll(x, back), padded) if shift_before_padding else roll(pad_to(x, padded), back)
+    return rearrange(x, "b (m p) (n q) c -> (b m n) (p q) c", p=window[0], q=window[1])
+
+
+def merge_windows(
+    windows: Tensor, window: Size, shift: Size, padded: Size, size: Size, shift_before_padding: bool
+) -> Tensor:
+    """The inverse of `partition`: windows, (B · M, N, C), to a map of `size`, (B, H, W, C)."""
+    rows, columns = padded[0] // window[0], padded[1] // window[1]
+    x = rearrange(windows, "(b m n) (p q) c -> b (m p) (n q) c", m=rows, n=columns, p=window[0], q=window[1])
+    if shift_before_padding:
+        return roll(x[:, : size[0], : size[1]], shift)
+    return roll(x, shift)[:, : size[0], : size[1]]
+
+
+def roll(x: Tensor, shift: Size) -> Tensor:
+    """(B, H, W, C) moved cyclically down and right."""
+    return x.roll(shift, dims=(1, 2)) if any(shift) else x
+
+
+def pad_to(x: Tensor, size: Size) -> Tensor:
+    """(B, H, W, C) with zeros below and right of it."""
+    bottom, right = size[0] - x.shape[1], size[1] - x.shape[2]
+    return F.pad(x, (0, 0, 0, right, 0, bottom)) if bottom or right else x

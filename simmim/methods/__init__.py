@@ -1,0 +1,4 @@
+"""How an encoder learns without labels.
+
+`base` is the protocol, `registry` names the methods there are; each method is a file.
+"""

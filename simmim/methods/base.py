@@ -1,0 +1,174 @@
+"""The protocol between methods of pre-training and the rest of the toolkit.
+
+A method holds an encoder and whatever else it trains. Runs, checkpoints, exports and pictures use what this file declares
+and nothing else: they store a method's name and its state without knowing the shapes.
+
+Shape letters: B images, H W tokens of the first stage in height and width.
+"""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from typing import Any, ClassVar, NamedTuple, TypeVar
+
+import torch
+from torch import Tensor, nn
+
+from simmim.encoders.base import Encoder, EncoderConfig, Size, State
+from simmim.encoders.cost import LayerCost, Setup
+
+Settings = TypeVar("Settings", bound="MethodSettings")
+
+
+class MethodOutput(NamedTuple):
+    """What a method's forward pass returns.
+
+    Attributes:
+        loss: a scalar.
+        reconstruction: on request, and where the method predicts pixels, (B, channels, height, width); else None.
+    """
+
+    loss: Tensor
+    reconstruction: Tensor | None = None
+
+
+class Reconstruction(NamedTuple):
+    """What a method makes of images, for pictures.
+
+    Attributes:
+        mask: (B, H, W) bool at patch resolution, True = masked.
+        prediction: (B, channels, height, width) in the scale of the images.
+    """
+
+    mask: Tensor
+    prediction: Tensor
+
+
+@dataclass(frozen=True)
+class MethodSettings:
+    """Settings of the model in pre-training; each method adds its own in a subclass.
+
+    Args:
+        encoder: settings of the encoder that replace the preset's, such as window_size, drop_path_rate or depths.
+        checkpoint_activations: recompute activations in the backward pass: less memory, a third more time.
+        sequential_attention: attend to this number of windows at a time and recompute each group's attention in the
+            backward pass: less memory where images or windows are large.
+    """
+
+    encoder: dict[str, Any] = field(default_factory=dict)
+    checkpoint_activations: bool = False
+    sequential_attention: int | None = None
+
+    def resolve(self: Settings, image_size: Size, config: EncoderConfig) -> Settings:
+        """These settings with all filled in that the user left open.
+
+        Raises:
+            ValueError: when they cannot work on images of `image_size` (height, width) with that encoder.
+        """
+        return self
+
+    def with_encoder(self: Settings, encoder: dict[str, Any]) -> Settings:
+        """These settings with the resolved settings of the encoder."""
+        return replace(self, encoder=encoder)
+
+
+class Method(nn.Module, ABC):
+    """An encoder under one method of pre-training.
+
+    Attributes:
+        name: as it stands in settings and files.
+        title: as it stands in texts.
+        loss_name: of the loss, as metrics are grouped by it; described in `loss_description`.
+        settings_class: what `build` takes.
+        predicts_pixels: whether there are reconstructions to look at.
+    """
+
+    name: ClassVar[str]
+    title: ClassVar[str]
+    loss_name: ClassVar[str]
+    loss_description: ClassVar[str] = ""
+    settings_class: ClassVar[type[MethodSettings]] = MethodSettings
+    predicts_pixels: ClassVar[bool] = True
+
+    encoder: Encoder
+
+    @classmethod
+    @abstractmethod
+    def build(cls, encoder: Encoder, settings: Any) -> Method:
+        """The method around an encoder, freshly initialized, from resolved settings of `settings_class`."""
+
+    # --- training ----------------------------------------------------------------------------------------------------
+
+    @abstractmethod
+    def draw(self, image_size: Size, seeds: Sequence[int], device: torch.device) -> Tensor:
+        """The random part of a step on a batch, masks for instance: one row per image, from that image's seed alone, so
+        that it depends neither on the batch nor on the device's share of it."""
+
+    @abstractmethod
+    def forward(self, images: Tensor, drawn: Tensor, return_reconstruction: bool = False) -> MethodOutput:
+        """The loss of a batch.
+
+        Args:
+            images: (B, channels, height, width), float, normalized.
+            drawn: as from `draw`.
+        """
+
+    # --- looking at it -----------------------------------------------------------------------------------------------
+
+    def reconstruct(self, images: Tensor, drawn: Tensor) -> Reconstruction:
+        """What the method predicts of `images`, as pixels in their scale; where `predicts_pixels`."""
+        raise ValueError(f"{self.title} predicts no pixels: there is nothing to reconstruct")
+
+    def describe(self, image_size: Size) -> str:
+        """What a step does to images of `image_size`, in a line of the run's summary; empty for nothing."""
+        return ""
+
+    def provenance(self) -> dict[str, Any]:
+        """What an exported encoder says of how it was trained."""
+        return {}
+
+    # --- own state ---------------------------------------------------------------------------------------------------
+
+    def own_state(self) -> State:
+        """The weights that are not the encoder's."""
+        return {name: value for name, value in self.state_dict().items() if not name.startswith("encoder.")}
+
+    @classmethod
+    @abstractmethod
+    def expected_state(cls, config: EncoderConfig) -> Mapping[str, tuple[int, ...]]:
+        """Names and shapes of `own_state` around an encoder of that architecture."""
+
+    def load_own_state(self, state: Mapping[str, Tensor], provenance: Mapping[str, Any]) -> str:
+        """Take over the weights of an earlier run.
+
+        Args:
+            state: as of `expected_state` for this encoder.
+            provenance: what the earlier run said of itself.
+
+        Returns:
+            What was taken over, and what differs from the earlier run, in a line.
+        """
+        self.load_state_dict(state, strict=False)
+        return ", ".join(state)
+
+    def no_decay(self) -> tuple[str, ...]:
+        """Parts of the names of `own_state` whose weights never decay; each must match. Vectors never do."""
+        return ()
+
+    # --- cost --------------------------------------------------------------------------------------------------------
+
+    @classmethod
+    def head_flops(cls, config: EncoderConfig, image_size: Size, masked: float = 1.0) -> float:
+        """Forward FLOPs of what comes after the encoder, per image.
+
+        Args:
+            masked: share of the image that is predicted.
+        """
+        return 0.0
+
+    @classmethod
+    def head_cost(cls, config: EncoderConfig, image_size: Size, setup: Setup) -> LayerCost:
+        """Memory of what comes after the encoder's final norm, the loss included."""
+        return LayerCost(0, 0.0)

@@ -1,0 +1,114 @@
+"""Pixels as targets: the targets themselves, the linear layer that predicts them, and the loss over what is masked.
+
+Shape letters: B images, H W tokens of the first stage in height and width, C channels of the last feature map, h w its
+height and width. A mask is (B, H, W) bool at patch resolution, True = masked.
+"""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+from einops import rearrange
+from torch import Tensor, nn
+
+from simmim.encoders.base import Encoder
+from simmim.execution import at_least_float32, is_eager
+
+EMPTY_MASK = 1e-5  # pixels: the reference's guard against an empty mask, far below one pixel
+
+
+class PixelDecoder(nn.Linear):
+    """One linear layer from each token of the last feature map to the stride × stride cell of pixels that it stands for."""
+
+    def __init__(self, encoder: Encoder) -> None:
+        super().__init__(encoder.dim, encoder.stride**2 * encoder.config.in_channels)
+        self.stride, self.patch_size = encoder.stride, encoder.config.patch_size
+
+    def predict(self, features: Tensor, image_size: tuple[int, int]) -> Tensor:
+        """The last feature map, (B, C, h, w), to pixels, (B, channels, height, width)."""
+        pixels = self(rearrange(features, "b c h w -> b h w c"))
+        image = rearrange(pixels, "b h w (c p q) -> b c (h p) (w q)", p=self.stride, q=self.stride)
+        return image[..., : image_size[0], : image_size[1]]
+
+    def loss(self, features: Tensor, targets: Tensor, mask: Tensor) -> Tensor:
+        """`masked_l1` of what `predict` gives, without predicting cells that are not masked where that is cheaper.
+
+        Args:
+            features: (B, C, h, w).
+            targets: (B, channels, height, width).
+        """
+        cells = self.masked_cells(mask, targets)
+        if cells is None:
+            return masked_l1(self.predict(features, targets.shape[-2:]), targets, mask, self.patch_size)
+        pixels = self(rearrange(features, "b c h w -> b h w c")[cells])
+        expected = rearrange(at_least_float32(targets), "b c (h p) (w q) -> b h w c p q", p=self.stride, q=self.stride)
+        error = (pixels.to(expected.dtype) - expected[cells].flatten(1)).abs()
+        return error.sum() / (len(error) * self.stride**2 + EMPTY_MASK) / targets.shape[1]
+
+    def masked_cells(self, mask: Tensor, images: Tensor) -> Tensor | None:
+        """Which tokens of the last map are masked with their whole cell, (B, h, w) bool; None where all are to be predicted.
+
+        That is where a cell is masked in part, and where choosing costs more than it saves: a GPU would have to wait for the
+        number of cells, and a compiler to know it.
+        """
+        size = images.shape[-2:]
+        if mask.device.type != "cpu" or not is_eager() or size[0] % self.stride or size[1] % self.stride:
+            return None
+        side = self.stride // self.patch_size
+        patches = rearrange(mask, "b (h p) (w q) -> b h w (p q)", p=side, q=side)
+        whole = patches.all(dim=-1)
+        return whole if torch.equal(whole, patches.any(dim=-1)) else None
+
+
+def masked_l1(reconstruction: Tensor, target: Tensor, mask: Tensor, patch_size: int) -> Tensor:
+    """Mean absolute error over masked pixels and channels, equation 1 of the SimMIM paper; 0 where nothing is masked.
+
+    Args:
+        reconstruction: (B, channels, height, width), as `target`.
+        mask: (B, H, W) bool at patch resolution, True = masked.
+    """
+    target = at_least_float32(target)  # half precision cannot even count the pixels of a batch
+    pixels = mask.repeat_interleave(patch_size, 1).repeat_interleave(patch_size, 2)[:, None]
+    pixels = pixels[..., : target.shape[-2], : target.shape[-1]].to(target.dtype)
+    error = (reconstruction.to(target.dtype) - target).abs() * pixels
+    return error.sum() / (pixels.sum() + EMPTY_MASK) / target.shape[1]
+
+
+# --- Targets normalized over a sliding patch ---------------------------------------------------------------------------
+
+
+def sliding_statistics(images: Tensor, patch_px: int) -> tuple[Tensor, Tensor]:
+    """Mean and deviation of each pixel's neighborhood, a square of `patch_px` clipped at the border.
+
+    The deviation is sqrt(unbiased variance + 1e-6). A clipped square is a product of two intervals, so the mean over it
+    is the mean over rows of the mean over columns: 2 · 47 additions per pixel and not 47².
+
+    Args:
+        images: (B, channels, height, width), float.
+
+    Returns:
+        Two tensors of the images' shape.
+    """
+    # E[x²] − E[x]² in float32 has no digits left for a flat area of a contrasting image. MPS has no float64.
+    pixels = images.float() if images.device.type == "mps" else images.double()
+    mean = box_mean(pixels, patch_px)
+    count = box_count(images.shape[-2:], patch_px, pixels)
+    variance = (box_mean(pixels.square(), patch_px) - mean.square()) * count / (count - 1).clamp(min=1)
+    return mean.to(images.dtype), (variance.clamp(min=0) + 1e-6).sqrt().to(images.dtype)
+
+
+def box_mean(images: Tensor, patch_px: int) -> Tensor:
+    """Mean over the `patch_px` × `patch_px` square around each pixel, over what of it lies in the image."""
+    half = patch_px // 2
+    rows = F.avg_pool2d(images, (patch_px, 1), stride=1, padding=(half, 0), count_include_pad=False)
+    return F.avg_pool2d(rows, (1, patch_px), stride=1, padding=(0, half), count_include_pad=False)
+
+
+def box_count(size: tuple[int, int], patch_px: int, like: Tensor) -> Tensor:
+    """How many pixels of the square around each pixel lie in the image: (height, width), of `like`'s type."""
+    half = patch_px // 2
+    sides = []
+    for side in size:
+        position = torch.arange(side, device=like.device)
+        sides.append((position + half).clamp(max=side - 1) - (position - half).clamp(min=0) + 1)
+    return (sides[0][:, None] * sides[1][None, :]).to(like.dtype)

@@ -1,0 +1,201 @@
+"""SimMIM (arXiv 2111.09886): mask, encode, predict the pixels by one linear layer, L1 over what was masked.
+
+Shape letters: B images, H W tokens of the first stage in height and width, C channels of a feature map. A mask is
+(B, H, W) bool at patch resolution, True = masked.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from simmim.defaults import default_mask_unit
+from simmim.encoders.base import Encoder, EncoderConfig, Size
+from simmim.encoders.cost import LayerCost, Setup
+from simmim.methods.base import Method, MethodOutput, MethodSettings, Reconstruction
+from simmim.methods.masking import BlockMasking
+from simmim.methods.pixels import PixelDecoder, sliding_statistics
+
+
+@dataclass(frozen=True)
+class SimMIMSettings(MethodSettings):
+    """Masking, target, and changes to the preset's encoder.
+
+    Args:
+        mask_unit: side of a mask unit in pixels; by default the largest that leaves six units or more per side.
+        mask_ratio: share of the units that is masked.
+        norm_target_patch: side in pixels, odd, of the sliding patch that normalizes the target (47 as published for
+            192 px); raw pixels by default.
+        encoder: settings of the encoder that replace the preset's, such as window_size, drop_path_rate or depths.
+        checkpoint_activations: recompute activations in the backward pass: less memory, a third more time.
+        sequential_attention: attend to this number of windows at a time and recompute each group's attention in the
+            backward pass: less memory where images or windows are large.
+    """
+
+    mask_unit: int | None = None
+    mask_ratio: float = 0.6
+    norm_target_patch: int | None = None
+
+    def resolve(self, image_size: Size, config: EncoderConfig) -> SimMIMSettings:
+        """With a mask unit that suits the images.
+
+        Raises:
+            ValueError: when no unit fits, the given one does not divide the image, or nothing would be left visible.
+        """
+        unit = default_mask_unit(image_size, config.patch_size) if self.mask_unit is None else self.mask_unit
+        resolved = replace(self, mask_unit=unit)
+        resolved.masking(config.patch_size).num_masked_units(image_size)
+        return resolved
+
+    def masking(self, patch_size: int) -> BlockMasking:
+        """How masks are drawn, once resolved."""
+        assert self.mask_unit is not None, "settings are not resolved"
+        return BlockMasking(self.mask_unit, self.mask_ratio, patch_size)
+
+
+class SimMIM(Method):
+    """An encoder under masked image modeling.
+
+    Args:
+        encoder: any encoder; the mask token stands for masked patches after its `embed`.
+        norm_target_patch: side in pixels, odd, of the sliding patch by whose mean and deviation each target pixel is
+            normalized (47 for Swin V2's own pre-training); None predicts raw, that is only preprocessed, pixels.
+        masking: how masks are drawn; not needed where masks are given.
+    """
+
+    name = "simmim"
+    title = "SimMIM"
+    loss_name = "masked_l1"
+    loss_description = "mean absolute error over the masked pixels; 1 is a standard deviation of the normalized images"
+    settings_class = SimMIMSettings
+
+    def __init__(self, encoder: Encoder, norm_target_patch: int | None = None, masking: BlockMasking | None = None) -> None:
+        super().__init__()
+        if norm_target_patch is not None and (norm_target_patch < 3 or norm_target_patch % 2 == 0):
+            raise ValueError(f"norm_target_patch is {norm_target_patch}: give an odd number of pixels, 47 as published")
+        self.encoder = encoder
+        self.norm_target_patch, self.masking = norm_target_patch, masking
+        self.mask_token = nn.Parameter(torch.zeros(encoder.channels[0]))
+        self.decoder = PixelDecoder(encoder)
+        nn.init.trunc_normal_(self.mask_token, std=0.02)
+
+    @classmethod
+    def build(cls, encoder: Encoder, settings: SimMIMSettings) -> SimMIM:
+        """From resolved settings."""
+        return cls(encoder, settings.norm_target_patch, settings.masking(encoder.config.patch_size))
+
+    def forward(self, images: Tensor, mask: Tensor, return_reconstruction: bool = False) -> MethodOutput:
+        """Loss of predicting the masked pixels of `images` from the visible ones.
+
+        Args:
+            images: (B, channels, height, width), float, normalized.
+            mask: (B, H, W) bool, True = masked.
+        """
+        tokens = self.encoder.embed(images)
+        tokens = self.substitute(tokens, mask)
+        features = self.encoder.encode(tokens).features
+        loss = self.decoder.loss(features, self.targets(images), mask)
+        return MethodOutput(loss, self.decoder.predict(features, images.shape[-2:]) if return_reconstruction else None)
+
+    def substitute(self, tokens: Tensor, mask: Tensor) -> Tensor:
+        """Masked tokens, (B, H, W, C), replaced by the one learned mask token."""
+        if mask.shape != tokens.shape[:3] or mask.dtype != torch.bool:
+            raise ValueError(
+                f"mask is {mask.dtype} {tuple(mask.shape)}: expected bool {tuple(tokens.shape[:3])}, True = masked, "
+                "one entry per patch"
+            )
+        return torch.where(mask[..., None], self.mask_token.to(tokens.dtype), tokens)
+
+    def targets(self, images: Tensor) -> Tensor:
+        """What the masked pixels are compared with: the images, or the images normalized over a sliding patch."""
+        if self.norm_target_patch is None:
+            return images
+        mean, deviation = sliding_statistics(images, self.norm_target_patch)
+        return (images - mean) / deviation
+
+    def draw(self, image_size: Size, seeds: Sequence[int], device: torch.device) -> Tensor:
+        """Masks, (B, H, W) bool, True = masked."""
+        assert self.masking is not None, "masks are given to a SimMIM without masking"
+        return self.masking.draw(len(seeds), image_size, torch.Generator(device), list(seeds))
+
+    @torch.no_grad()
+    def reconstruct(self, images: Tensor, mask: Tensor) -> Reconstruction:
+        """The prediction as pixels in the scale of `images`, for pictures.
+
+        With normalized targets each pixel is put back to scale with the true local mean and deviation, which the
+        encoder does not predict: such a picture knows the masked area's brightness and contrast.
+        """
+        prediction = self(images, mask, return_reconstruction=True).reconstruction.to(images.dtype)
+        if self.norm_target_patch is not None:
+            mean, deviation = sliding_statistics(images, self.norm_target_patch)
+            prediction = prediction * deviation + mean
+        return Reconstruction(mask, prediction)
+
+    def describe(self, image_size: Size) -> str:
+        """How much is masked."""
+        assert self.masking is not None
+        units = math.prod(self.masking.grid(image_size))
+        return f"{self.masking.num_masked_units(image_size)} of {units} units of {self.masking.unit_px} px masked"
+
+    def provenance(self) -> dict[str, Any]:
+        """Masking and target."""
+        assert self.masking is not None
+        return {
+            "mask_unit": self.masking.unit_px,
+            "mask_ratio": self.masking.ratio,
+            "norm_target_patch": self.norm_target_patch,
+        }
+
+    # --- own state ---------------------------------------------------------------------------------------------------
+
+    @classmethod
+    def expected_state(cls, config: EncoderConfig) -> dict[str, tuple[int, ...]]:
+        """Mask token and decoder."""
+        outputs = config.strides[-1] ** 2 * config.in_channels
+        return {
+            "mask_token": (config.channels[0],),
+            "decoder.weight": (outputs, config.channels[-1]),
+            "decoder.bias": (outputs,),
+        }
+
+    def load_own_state(self, state: Mapping[str, Tensor], provenance: Mapping[str, Any]) -> str:
+        """Take over mask token and decoder, and note a decoder that was trained for other targets."""
+        super().load_own_state(state, provenance)
+        patch = provenance.get("norm_target_patch")
+        if patch and patch != self.norm_target_patch:
+            return (
+                f"mask token and decoder; they predict pixels normalized over {patch} px: "
+                f"model.norm_target_patch {patch} goes on like that"
+            )
+        return "mask token and decoder"
+
+    def no_decay(self) -> tuple[str, ...]:
+        """The mask token, as the reference means to."""
+        return ("mask_token",)
+
+    # --- cost --------------------------------------------------------------------------------------------------------
+
+    @classmethod
+    def head_flops(cls, config: EncoderConfig, image_size: Size, masked: float = 1.0) -> float:
+        """Of the decoder; on a CPU the cells that are masked alone are predicted (`PixelDecoder.masked_cells`)."""
+        tokens = math.prod(-(-side // config.strides[-1]) for side in image_size)
+        return masked * 2 * tokens * config.channels[-1] * config.in_channels * config.strides[-1] ** 2
+
+    @classmethod
+    def head_cost(cls, config: EncoderConfig, image_size: Size, setup: Setup) -> LayerCost:
+        """Decoder and loss."""
+        parameters = sum(math.prod(shape) for shape in cls.expected_state(config).values())
+        tokens = setup.batch_per_device * math.prod(-(-side // config.strides[-1]) for side in image_size)
+        pixels = setup.batch_per_device * math.prod(image_size) * config.in_channels
+        predicted = tokens * config.in_channels * config.strides[-1] ** 2
+        # What the decoder takes; the error of each pixel, and which pixels are masked; the copy of the weights that autocast
+        # makes.
+        kept = tokens * config.channels[-1] * setup.compute_bytes + pixels * 4 * (1 + 1 / config.in_channels)
+        copies = 0 if setup.compute_bytes == 4 else 2 * parameters
+        moments = pixels * 4 * 2
+        return LayerCost(parameters, kept + copies, forward=predicted * setup.compute_bytes + moments, backward=moments)
