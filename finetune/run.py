@@ -244,7 +244,7 @@ def summary(
         f"{f', the last {settings.train_stages} stages trained' if settings.train_stages else ''}"
         f", {parameters:.2f} M parameters trained",
         f"training {settings.epochs:g} epochs, {steps:,} steps of {settings.batch_size} images, peak learning rate "
-        f"{peak:.3g}, layer decay {settings.optim.layer_decay:g}, {settings.precision} on {machine(trainer)}",
+        f"{peak:.3g}, layer decay {settings.optim.layer_decay:g}, {settings.precision} on {machine(trainer, model.encoder)}",
         *(f"chosen   {reason}" for reason in reasons),
     ]
     if resumed:

@@ -239,7 +239,7 @@ def summary(
         f"{parameters:.2f} M parameters, {encoder.config.describe()}",
         f"method   {', '.join(filter(None, (model.title, model.describe(settings.size))))}",
         f"training {settings.epochs:g} epochs, {steps:,} steps of {settings.batch_size} images, peak learning rate "
-        f"{peak:.3g}, {settings.precision} on {machine(trainer)}",
+        f"{peak:.3g}, {settings.precision} on {machine(trainer, encoder)}",
     ]
     if probe:
         lines.append(f"probe    {probe}")

@@ -9,6 +9,7 @@ import pytest
 import torch
 from torch._dynamo.utils import counters
 
+from simmim.encoders.registry import build
 from simmim.encoders.swinv2 import SwinV2, SwinV2Config
 from simmim.pretrain.run import pretrain
 from simmim.pretrain.settings import PretrainSettings
@@ -45,7 +46,11 @@ def test_the_same_numbers_by_one_compilation_for_like_blocks(plain_lines):
 
 
 def test_without_a_compiler_there_is_a_reason(tmp_path):
-    program = "import torch; from simmim.training.compiling import why_not; print('because', why_not(torch.device('cpu')))"
+    program = (
+        "import torch; from simmim.encoders.registry import build, preset_config\n"
+        "from simmim.training.compiling import why_not\n"
+        "print('because', why_not(torch.device('cpu'), build(preset_config('nano'))))"
+    )
     environment = {
         **os.environ,
         "SIMMIM_KERNELS": "0",
@@ -62,24 +67,25 @@ def test_without_a_compiler_there_is_a_reason(tmp_path):
 @pytest.mark.parametrize("problem", ["", "no compiler"])
 def test_a_run_compiles_or_says_why_not(problem, digits, tmp_path, monkeypatch, capsys):
     compiled = []
-    monkeypatch.setattr(compiling, "why_not", lambda device: problem)
+    monkeypatch.setattr(compiling, "why_not", lambda device, encoder: problem)
     monkeypatch.setattr(compiling, "compile_blocks", compiled.append)
     settings = PretrainSettings(
         str(digits.unlabeled), str(tmp_path / "run"), preset="nano", image_size=32, epochs=1, batch_size=24, compile=True
     )
     pretrain(settings)
-    assert [type(encoder) for encoder in compiled] == ([] if problem else [SwinV2])
+    assert len(compiled) == (0 if problem else 1) and all(isinstance(encoder, SwinV2) for encoder in compiled)
     said = [line for line in capsys.readouterr().out.splitlines() if "not compiled" in line]
     assert said == ([f"note     blocks are not compiled by torch: {problem}"] if problem else [])
 
 
 def test_a_cpu_with_kernels_needs_none():
-    assert "faster on a CPU" in compiling.why_not(torch.device("cpu"))
+    assert "faster on a CPU" in compiling.why_not(torch.device("cpu"), build(SwinV2Config(16, (1,), (2,))))
 
 
 def test_a_quiet_run_says_nothing(monkeypatch, capsys):
-    monkeypatch.setattr(compiling, "why_not", lambda device: "no compiler")
-    trainer = SimpleNamespace(strategy=SimpleNamespace(root_device="cpu"), is_global_zero=True)
+    monkeypatch.setattr(compiling, "why_not", lambda device, encoder: "no compiler")
+    module = SimpleNamespace(model=SimpleNamespace(encoder=None))
+    trainer = SimpleNamespace(strategy=SimpleNamespace(root_device=torch.device("cpu")), is_global_zero=True)
     for quiet in (False, True):
-        compiling.CompileBlocks(quiet).setup(trainer, None, "fit")
+        compiling.CompileBlocks(quiet).setup(trainer, module, "fit")
     assert capsys.readouterr().out.count("no compiler") == 1

@@ -4,57 +4,82 @@ import ast
 import os
 import subprocess
 import sys
+from graphlib import CycleError, TopologicalSorter
 from pathlib import Path
 
 import pytest
 
 ROOT = Path(__file__).resolve().parent.parent
-PACKAGES = ("simmim", "pretrain", "finetune")
-FILES = {
-    ".".join(path.relative_to(ROOT).with_suffix("").parts): path
-    for package in PACKAGES
-    for path in sorted((ROOT / package).rglob("*.py"))
-}
-LEAVES = ("allocator", "arguments", "fused", "masking", "optim", "visualize", "defaults", "digits", "files")
-# Of the files that are no leaves: what of simmim each may import.
+STAGES = ("pretrain", "finetune")  # folders at the top, packages in simmim
+
+
+def files_of_the_library():
+    """Dotted module name to file; a package has the name of its folder."""
+    found = {}
+    for folder in ("simmim", *STAGES):
+        for path in sorted((ROOT / folder).rglob("*.py")):
+            parts = path.relative_to(ROOT).with_suffix("").parts
+            if parts[:2] in {("simmim", stage) for stage in STAGES}:
+                continue  # a link to the folder at the top
+            parts = ("simmim", *parts) if parts[0] in STAGES else parts
+            found[".".join(parts[:-1] if parts[-1] == "__init__" else parts)] = path
+    return found
+
+
+FILES = files_of_the_library()
+LEAVES = {path.stem for path in (ROOT / "simmim").glob("*.py")} - {"__init__"}
+# Of each package what of simmim its files may import. One way: a package imports those above it here.
 ALLOWED = {
-    "data": {"defaults", "files"},
-    "model": {"fused", "swinv2", "masking"},
-    "checkpoint": {"files", "swinv2"},
-    "convert": {"checkpoint", "files", "swinv2"},
-    "evaluate": {"checkpoint", "data", "files", "swinv2"},
-    "plan": {"defaults", "masking", "model", "swinv2"},
-    "run_folder": {"files"},
-    "swinv2": {"fused"},
-    "training": {"convert", "data", "files", "fused", "optim", "run_folder", "swinv2"},
+    "encoders": LEAVES,
+    "methods": LEAVES | {"encoders"},
+    "data": LEAVES,
+    "checkpoints": LEAVES | {"encoders", "methods"},
+    "planning": LEAVES | {"encoders", "methods"},
+    "evaluate": LEAVES | {"encoders", "methods", "data", "checkpoints"},
+    "training": LEAVES | {"encoders", "methods", "data", "checkpoints", "planning", "evaluate"},
+    "pretrain": LEAVES | {"encoders", "methods", "data", "checkpoints", "planning", "evaluate", "training"},
+    "finetune": LEAVES | {"encoders", "methods", "data", "checkpoints", "planning", "evaluate", "training"},
 }
+# Who may import concrete encoders besides the registry: the rows of the format tables.
+FORMAT_ROWS = "simmim.checkpoints.formats."
 TRAINING = ("pytorch_lightning", "datasets", "tensorboard", "torchmetrics", "jsonargparse")
 HEAVY = ("torch", "numpy", "PIL", "safetensors", *TRAINING)
+LONGEST_FILE, LONGEST_FUNCTION = 500, 60
 
 
-def imported(tree):
-    """Dotted names of all modules that a file imports, wherever in it; relative imports do not occur."""
-    names = set()
-    for node in ast.walk(tree):
+def tree_of(module):
+    """The syntax tree of a module's file."""
+    return ast.parse(FILES[module].read_text(encoding="utf-8"))
+
+
+def imported(tree, for_types=True):
+    """Dotted names of all modules that a tree imports, wherever in it; relative imports do not occur.
+
+    Args:
+        for_types: also what is imported under TYPE_CHECKING.
+    """
+    names, pending = set(), [tree]
+    while pending:
+        node = pending.pop()
         if isinstance(node, ast.Import):
             names |= {alias.name for alias in node.names}
         elif isinstance(node, ast.ImportFrom):
             assert node.level == 0, "relative import"
             names |= {node.module} | {f"{node.module}.{alias.name}" for alias in node.names}
+        if for_types or not (isinstance(node, ast.If) and getattr(node.test, "id", "") == "TYPE_CHECKING"):
+            pending += ast.iter_child_nodes(node)
     return names
 
 
-def ours(module):
-    """(package, file) pairs of this project's modules that `module` imports; file is "" for a package itself."""
-    found = set()
-    for name in imported(ast.parse(FILES[module].read_text(encoding="utf-8"))):
-        package, _, rest = name.partition(".")
-        if package in PACKAGES:
-            file = rest.split(".")[0]
-            inside = any(name == f"{package}.{file}" or name.startswith(f"{package}.{file}.") for name in FILES)
-            found.add((package, file if inside else ""))
-    home, _, rest = module.partition(".")
-    return found - {(home, ""), (home, rest.partition(".")[0])}
+def own_modules(module, for_types=True):
+    """The modules of this project that `module` imports, without the packages that it lies in."""
+    found = {name for name in imported(tree_of(module), for_types) if name in FILES}
+    return {name for name in found if not f"{module}.".startswith(f"{name}.")}
+
+
+def package_of(module):
+    """The part of simmim that a module belongs to: a package or a leaf."""
+    return module.split(".")[1] if "." in module else ""
 
 
 def loaded_by(statement, names):
@@ -69,70 +94,108 @@ def loaded_by(statement, names):
 
 
 def test_files_are_found():
-    """The reading itself: known imports are seen, those inside functions too."""
-    assert {"simmim.encoders.swinv2", "simmim.cli", "simmim.pretrain.run", "simmim.finetune.run"} <= FILES.keys()
-    assert ("simmim", "swinv2") in ours("simmim.methods.simmim") and ("simmim", "training") in ours("simmim.pretrain.run")
-    assert {("finetune", ""), ("pretrain", "")} <= ours("simmim.cli"), "imported inside functions"
+    """The reading itself: known imports are seen, those inside functions too, and every allowed package exists."""
+    assert {"simmim", "simmim.encoders.base", "simmim.pretrain.run", "simmim.finetune.run"} <= FILES.keys()
+    assert "simmim.encoders.base" in own_modules("simmim.methods.simmim")
+    assert "simmim.encoders.cost" in own_modules("simmim.encoders.base")
+    assert "simmim.encoders.cost" not in own_modules("simmim.encoders.base", for_types=False)
+    assert ALLOWED.keys() | LEAVES | {"cli", ""} == {package_of(module) for module in FILES}
 
 
 @pytest.mark.parametrize("module", sorted(FILES))
-def test_packages_import_downwards(module):
-    package = module.partition(".")[0]
-    allowed = {"simmim": {"simmim"}, "pretrain": {"simmim", "pretrain"}, "finetune": {"simmim", "finetune"}}[package]
-    if module != "simmim.cli":
-        assert {other for other, _ in ours(module)} <= allowed
-    assert ("simmim", "cli") not in ours(module), "nobody imports the command"
+def test_packages_import_one_way(module):
+    package = package_of(module)
+    others = {package_of(name) for name in own_modules(module)} - {package, ""}
+    assert "cli" not in others, "nobody imports the command"
+    if package in LEAVES:
+        assert others <= LEAVES
+    elif package not in ("cli", ""):
+        assert others <= ALLOWED[package]
 
 
 @pytest.mark.parametrize("module", sorted(FILES))
-def test_files_of_the_library_know_only_what_they_need(module):
-    package, _, rest = module.partition(".")
-    file = rest.partition(".")[0]  # of a folder of the library, the folder
-    if package == "simmim" and file not in ("cli", "__init__"):
-        known = {name for other, name in ours(module) if other == "simmim"}
-        assert known <= (set() if file in LEAVES else ALLOWED[file])
+def test_only_registries_know_concrete_encoders_and_methods(module):
+    """All else goes by the protocols in encoders/base.py and methods/base.py."""
+    allowed = module.startswith(("simmim.encoders.swinv2", FORMAT_ROWS)) or module == "simmim.encoders.registry"
+    concrete = {name for name in own_modules(module) if name.startswith("simmim.encoders.swinv2")}
+    assert allowed or not concrete, "a concrete encoder"
+    protocol = {"simmim.methods", "simmim.methods.base", "simmim.methods.registry"}
+    concrete = {name for name in own_modules(module) if package_of(name) == "methods"} - protocol
+    assert package_of(module) == "methods" or not concrete, "a concrete method"
+
+
+def test_no_imports_go_in_a_circle():
+    """Types alone do not count."""
+    graph = {module: own_modules(module, for_types=False) for module in FILES}
+    try:
+        TopologicalSorter(graph).prepare()
+    except CycleError as error:
+        pytest.fail(f"a circle: {' -> '.join(error.args[1])}")
 
 
 def test_model_files_know_no_training():
-    """No Trainer, logger, rank or path where the method is written down."""
-    for file in ("swinv2", "masking", "model", "optim"):
-        tree = ast.parse(FILES[f"simmim.{file}"].read_text(encoding="utf-8"))
-        names = {name.partition(".")[0] for name in imported(tree)}
-        assert names.isdisjoint((*TRAINING, "PIL", "os", "pathlib", "logging", "argparse")), file
+    """No Trainer, logger, rank or path where encoders and methods are written down."""
+    for module in FILES:
+        if module.startswith(("simmim.methods", "simmim.encoders")) and ".kernels" not in module:
+            names = {name.partition(".")[0] for name in imported(tree_of(module))}
+            assert names.isdisjoint((*TRAINING, "PIL", "os", "pathlib", "logging", "argparse")), module
 
 
-def test_the_command_imports_stages_lazily():
-    """At their tops the command and what reads its words import nothing but the standard library."""
-    own = ("simmim.cli.allocator", "simmim.cli.arguments")
-    for file in ("simmim.cli", *own):
-        tree = ast.parse(FILES[file].read_text(encoding="utf-8"))
+def is_table(function):
+    """Whether a function is a table: one call or literal after its docstring."""
+    return len([node for node in function.body if not isinstance(node, ast.Expr)]) <= 1
+
+
+@pytest.mark.parametrize("module", sorted(FILES))
+def test_files_and_functions_are_short(module):
+    """A file holds one concept. Kernels are as long as they are."""
+    lines = FILES[module].read_text(encoding="utf-8").splitlines()
+    assert len(lines) <= LONGEST_FILE
+    if ".kernels." in module:
+        return
+    for node in ast.walk(tree_of(module)):
+        if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef) and not is_table(node):
+            assert node.end_lineno - node.lineno < LONGEST_FUNCTION, node.name
+
+
+def test_the_command_imports_lazily():
+    """At their tops the command's files import nothing but the standard library and each other."""
+    for module in FILES:
+        if package_of(module) != "cli":
+            continue
+        tree = tree_of(module)
         tree.body = [node for node in tree.body if isinstance(node, ast.Import | ast.ImportFrom)]
-        names = {name.partition(".")[0] for name in imported(tree) if not name.startswith(own)}
-        assert names <= set(sys.stdlib_module_names), names - set(sys.stdlib_module_names)
+        light = ("simmim.cli", "simmim.messages")
+        names = {name.partition(".")[0] for name in imported(tree) if not name.startswith(light)}
+        assert names <= set(sys.stdlib_module_names), (module, names - set(sys.stdlib_module_names))
 
 
-@pytest.mark.parametrize("statement", ["import simmim, pretrain, finetune", "import simmim.cli, simmim.defaults"])
+@pytest.mark.parametrize(
+    "statement", ["import simmim, simmim.pretrain, simmim.finetune", "import simmim.cli, simmim.defaults"]
+)
 def test_importing_packages_loads_nothing_heavy(statement):
     assert loaded_by(statement, HEAVY) == []
 
 
 def test_importing_the_model_loads_no_training():
     names = ("torch", "torchvision", "PIL", *TRAINING)
-    assert loaded_by(
-        "import simmim.encoders.swinv2, simmim.methods.simmim, simmim.methods.masking, simmim.training.optim", names
-    ) == ["torch"]
+    modules = "simmim.encoders.registry, simmim.encoders.swinv2, simmim.methods.simmim, simmim.training.optim"
+    assert loaded_by(f"import {modules}", names) == ["torch"]
     assert loaded_by("from simmim import SwinV2, SimMIM, load_encoder", names) == ["torch"]
 
 
 def test_settings_load_no_training():
     """What --help needs; it should appear at once."""
-    assert loaded_by("import simmim.pretrain.settings, simmim.finetune.settings, simmim.data", TRAINING) == []
+    modules = "simmim.pretrain.settings, simmim.finetune.settings, simmim.data"
+    assert loaded_by(f"import {modules}", TRAINING) == []
 
 
-@pytest.mark.parametrize("package", PACKAGES)
+@pytest.mark.parametrize("package", ["simmim", "simmim.pretrain", "simmim.finetune"])
 def test_public_names_resolve(package):
     """Every name in a package's __all__ is there, and another is refused as usual."""
-    module = __import__(package)
+    module = sys.modules[__import__(package).__name__]
+    for part in package.split(".")[1:]:
+        module = getattr(module, part)
     for name in module.__all__:
         assert getattr(module, name) is not None
     with pytest.raises(AttributeError, match=f"module '{package}' has no attribute 'no_such_name'"):

@@ -442,16 +442,19 @@ def test_without_a_compiler_the_plain_lines_serve(tmp_path):
     assert kept.suffix == ".so"
 
 
-def test_a_run_says_whether_it_has_them(monkeypatch, tmp_path):
+def test_a_run_says_whether_it_has_kernels(monkeypatch, tmp_path):
     """Who trains on a CPU without a compiler should know why it is slow."""
-    from simmim.training import build_trainer, machine, trainer
+    from simmim.training import build_trainer, machine
 
     options = {"devices": 1, "precision": "32-true", "accumulate": 1, "callbacks": [], "log_every_steps": 1}
     built = build_trainer(tmp_path, 1, extra={"accelerator": "cpu"}, **options)
-    assert machine(built) == "1 × cpu with compiled kernels"
-    monkeypatch.setattr(trainer, "kernels", lambda: None)
-    monkeypatch.setattr(trainer, "reason", lambda: "no C compiler")
-    assert machine(built) == "1 × cpu, without compiled kernels and slower: no C compiler"
+    encoder = build(SwinV2Config(16, (1,), (2,)))
+    assert encoder.has_kernels(torch.device("cpu"))
+    assert machine(built, encoder) == "1 × cpu (compiled kernels)"
+    monkeypatch.setattr(dispatch, "kernels", lambda: None)
+    monkeypatch.setattr(dispatch, "reason", lambda: "no C compiler")
+    assert machine(built, encoder) == "1 × cpu (no compiled kernels, so slower: no C compiler)"
+    assert not encoder.has_kernels(torch.device("cpu"))
 
 
 def test_a_cache_that_others_may_write_is_not_used(tmp_path, monkeypatch):

@@ -241,6 +241,14 @@ class Encoder(nn.Module, ABC):
                     stack.enter_context(part.cache_while_fixed())
             yield
 
+    def has_kernels(self, device: torch.device) -> bool:
+        """Whether blocks are computed by kernels of the encoder's own on a device, and not by its plain lines."""
+        return False
+
+    def describe_kernels(self, device: torch.device) -> str:
+        """What the summary of a run says of kernels on a device: that there are some, or why not; empty for nothing."""
+        return ""
+
     # --- parts -------------------------------------------------------------------------------------------------------
 
     @abstractmethod

@@ -8,7 +8,6 @@ import pytorch_lightning as pl
 import torch
 
 from simmim.encoders.base import Encoder
-from simmim.encoders.swinv2.kernels import kernels
 from simmim.messages import first_line
 
 
@@ -24,16 +23,16 @@ class CompileBlocks(pl.Callback):
         if stage != "fit":
             return
         device = trainer.strategy.root_device
-        problem = why_not(device)
+        problem = why_not(device, module.model.encoder)
         if not problem:
             compile_blocks(module.model.encoder)
         elif trainer.is_global_zero and not self.quiet:
             print(f"note     blocks are not compiled by torch: {problem}", flush=True)
 
 
-def why_not(device: torch.device) -> str:
+def why_not(device: torch.device, encoder: Encoder) -> str:
     """What speaks against torch.compile on a device, as a line; empty for nothing. Tries it, on something small."""
-    if device.type == "cpu" and kernels():
+    if encoder.has_kernels(device):
         return "the encoder's own kernels are faster on a CPU"
     try:
         probe = torch.ones(64, device=device, requires_grad=True)

@@ -16,8 +16,7 @@ import torch
 from pytorch_lightning.utilities import rank_zero_only
 from pytorch_lightning.utilities.exceptions import MisconfigurationException
 
-from simmim.encoders.base import EncoderConfig
-from simmim.encoders.swinv2.kernels import kernels, reason
+from simmim.encoders.base import Encoder, EncoderConfig
 from simmim.messages import did_you_mean
 from simmim.training.logs import DescribeRun, loggers_for
 from simmim.training.saving import SaveRun
@@ -151,13 +150,11 @@ def build_trainer(
         raise ValueError(f"{what} does not work here: {first}") from error
 
 
-def machine(trainer: pl.Trainer) -> str:
-    """What a run is on: 8 × cuda, or 1 × cpu and whether the encoder's kernels could be compiled for it."""
-    device = trainer.strategy.root_device.type
-    text = f"{trainer.world_size} × {device}"
-    if device != "cpu":
-        return text
-    return f"{text} with compiled kernels" if kernels() else f"{text}, without compiled kernels and slower: {reason()}"
+def machine(trainer: pl.Trainer, encoder: Encoder) -> str:
+    """What a run is on: 8 × cuda, or 1 × cpu (compiled kernels)."""
+    device = trainer.strategy.root_device
+    note = encoder.describe_kernels(device)
+    return f"{trainer.world_size} × {device.type}" + (f" ({note})" if note else "")
 
 
 def thread_failed(failed, otherwise=threading.excepthook) -> None:

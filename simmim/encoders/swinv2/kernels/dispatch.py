@@ -18,6 +18,7 @@ from simmim.encoders.swinv2.geometry import log_spaced_coords
 from simmim.encoders.swinv2.kernels.block import bias_of_offsets, join_attention, join_mlp, merge
 from simmim.encoders.swinv2.kernels.eligibility import supports_block, supports_merging
 from simmim.encoders.swinv2.kernels.gpu import window_attention
+from simmim.encoders.swinv2.kernels.library import is_disabled, kernels, reason
 from simmim.encoders.swinv2.kernels.self_test import supports_attention
 from simmim.encoders.swinv2.kernels.windows import window_indices
 from simmim.encoders.swinv2.model import DropPath, Mlp, PatchMerging, SwinV2, SwinV2Block, WindowAttention, attend
@@ -142,8 +143,23 @@ class KernelMerging(PatchMerging):
         return super().forward(x)
 
 
+class KernelSwinV2(SwinV2):
+    """An encoder with kernels put in."""
+
+    def has_kernels(self, device: torch.device) -> bool:
+        """On a CPU, where they could be compiled."""
+        return device.type == "cpu" and not is_disabled() and kernels() is not None
+
+    def describe_kernels(self, device: torch.device) -> str:
+        """On a CPU, whether they could be compiled, else why not."""
+        if device.type != "cpu":
+            return ""
+        return "compiled kernels" if kernels() else f"no compiled kernels, so slower: {reason()}"
+
+
 KERNEL_CLASSES: dict[type[nn.Module], type[nn.Module]] = {
     WindowAttention: KernelAttention,
     SwinV2Block: KernelBlock,
     PatchMerging: KernelMerging,
+    SwinV2: KernelSwinV2,
 }

@@ -169,6 +169,8 @@ def is_disabled() -> bool:
 
 def reason() -> str:
     """Why `kernels` is None: one line."""
+    if os.environ.get(SWITCH) == "0":
+        return f"switched off by {SWITCH}=0"
     return problem[-1] if problem else ""
 
 
