@@ -7,7 +7,6 @@ imports are those of 0.1.0. To make everything anew, check out that commit elsew
 
 Paths are relative to this folder, so that a copy of it anywhere can be resumed.
 """
-
 from __future__ import annotations
 
 import contextlib
@@ -70,17 +69,17 @@ def draw_images() -> None:
     """Folders images, labeled and scenes."""
     generator = np.random.default_rng(0)
     for number in range(12):
-        save_image(HERE / "images" / f"{number:02d}.png", drawn(generator, CLASSES[number % 2])[0])
+        save_image(Path("images") / f"{number:02d}.png", drawn(generator, CLASSES[number % 2])[0])
     for part in ("train", "val"):
         for name in CLASSES:
             for number in range(4):
-                save_image(HERE / "labeled" / part / name / f"{number}.png", drawn(generator, name)[0])
+                save_image(Path("labeled") / part / name / f"{number}.png", drawn(generator, name)[0])
     for part, count in (("train", 4), ("val", 2)):
         for number in range(count):
             image, mask = drawn(generator, CLASSES[number % 2])
-            save_image(HERE / "scenes" / part / "images" / f"{number}.png", image)
-            save_image(HERE / "scenes" / part / "masks" / f"{number}.png", mask)
-    (HERE / "scenes" / "classes.txt").write_text("background\ncross\ndisk\n", encoding="utf-8")
+            save_image(Path("scenes") / part / "images" / f"{number}.png", image)
+            save_image(Path("scenes") / part / "masks" / f"{number}.png", mask)
+    Path("scenes", "classes.txt").write_text("background\ncross\ndisk\n", encoding="utf-8")
 
 
 def drawn(generator: np.random.Generator, name: str) -> tuple[np.ndarray, np.ndarray]:
@@ -133,15 +132,15 @@ def stopped_after(step: int):
 @contextlib.contextmanager
 def one_step_not_finite():
     """A context in which the loss of one pre-training step is not a number, so that checkpoints count a skipped step."""
-    from pretrain.module import PretrainingModule
+    from pretrain.module import SimMIMPretraining
 
-    training_step = PretrainingModule.training_step
+    training_step = SimMIMPretraining.training_step
 
     def step(self, batch, batch_idx):
         loss = training_step(self, batch, batch_idx)
         return loss * math.nan if self.trainer.global_step == NON_FINITE_STEP else loss
 
-    with mock.patch.object(PretrainingModule, "training_step", step):
+    with mock.patch.object(SimMIMPretraining, "training_step", step):
         yield
 
 
@@ -155,8 +154,8 @@ def keep(run: Path, *names: str) -> None:
 
 
 def without_folder(file: Path) -> None:
-    """Make the paths of images in a text file relative to this folder; runs write them absolute."""
-    file.write_text(file.read_text(encoding="utf-8").replace(f"{HERE}{os.sep}", ""), encoding="utf-8")
+    """Make the paths of images in a text file relative to the current folder; runs write them absolute."""
+    file.write_text(file.read_text(encoding="utf-8").replace(f"{Path.cwd()}{os.sep}", ""), encoding="utf-8")
 
 
 def last_checkpoint(run: Path) -> dict:
@@ -243,9 +242,9 @@ def make_segmenter() -> None:
 
 
 def check_resuming(scratch: Path) -> None:
-    """In a copy of this folder, resumed runs must end bit for bit as those that were not interrupted."""
+    """In a copy of the current folder, resumed runs must end bit for bit as those that were not interrupted."""
     copy = scratch / "copy"
-    shutil.copytree(HERE, copy)
+    shutil.copytree(Path.cwd(), copy)
     os.chdir(copy)
     simmim("pretrain", "--out=pretrain", "--resume")
     assert same(exported(copy / "pretrain"), load_file("pretrain-finished.safetensors"))
@@ -255,25 +254,30 @@ def check_resuming(scratch: Path) -> None:
     assert same(*(end["state_dict"] for end in ends))
     assert same(*(end["callbacks"]["AverageWeights"]["average"] for end in ends))
     assert same(exported(scratch / "whole-classifier"), exported(copy / "classifier-interrupted"))
-    os.chdir(HERE)
 
 
 def main() -> None:
-    """Delete what is here and make it anew."""
-    os.chdir(HERE)
+    """Make everything in a temporary folder, and put it beside this file once all is made and checked."""
     # The lines of PyTorch, and not the kernels that are compiled for the processor at hand.
     os.environ["SIMMIM_KERNELS"] = "0"
     torch.set_num_threads(1)
-    for path in HERE.iterdir():
-        if path.name != Path(__file__).name:
-            shutil.rmtree(path) if path.is_dir() else path.unlink()
-    draw_images()
-    with tempfile.TemporaryDirectory() as scratch:
-        make_pretraining(Path(scratch))
+    with tempfile.TemporaryDirectory() as name:
+        scratch, made = Path(name).resolve(), Path(name).resolve() / "made"
+        made.mkdir()
+        os.chdir(made)
+        draw_images()
+        make_pretraining(scratch)
         make_features()
-        make_classifiers(Path(scratch))
+        make_classifiers(scratch)
         make_segmenter()
-        check_resuming(Path(scratch))
+        check_resuming(scratch)
+        os.chdir(HERE)
+        for path in made.iterdir():
+            if path.is_dir():
+                shutil.rmtree(HERE / path.name, ignore_errors=True)
+                shutil.copytree(path, HERE / path.name)
+            else:
+                shutil.copyfile(path, HERE / path.name)
 
 
 if __name__ == "__main__":
