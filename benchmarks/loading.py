@@ -25,6 +25,8 @@ from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from pathlib import Path
 
+from simmim.defaults import IMAGENET_MEAN, IMAGENET_STD
+
 # Memory before indexing: imagefolder swells the process that the workers are forked from.
 PARTS = ("decoding", "waiting", "memory", "indexing")
 SIDE_PX = 192
@@ -32,7 +34,6 @@ SIDE_PX = 192
 PHOTOS = {(500, 375): 1.0, (1600, 1200): 4.0, (4000, 3000): 10.0}
 CONTENTS = ("tiled", "resized")
 INDEXING_GOAL, GROWTH_GOAL_PERCENT, GROWTH_SAMPLES = 50.0, 2.0, 20_000
-IMAGENET_MEAN, IMAGENET_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
 
 
 @dataclass(frozen=True)
@@ -114,10 +115,10 @@ def machine() -> dict[str, str | int]:
     import PIL
     import torch
 
-    from simmim.data import cores
+    from simmim.data import available_cores
 
     return {
-        "cores": cores(),
+        "cores": available_cores(),
         "system": platform.system(),
         "processor": platform.machine(),
         "python": platform.python_version(),
@@ -268,7 +269,7 @@ def waiting(folder: Path, scale: Scale) -> list[dict]:
     """
     from torch.utils.data import DataLoader
 
-    from simmim.data import SampleStream, batches
+    from simmim.data import EndlessBatchSampler, build_loader
 
     class Repeated(Usual):
         """An epoch long enough not to end while it is watched."""
@@ -285,7 +286,9 @@ def waiting(folder: Path, scale: Scale) -> list[dict]:
                 "usual": DataLoader(
                     Repeated(paths), scale.step_images, num_workers=workers, prefetch_factor=4, persistent_workers=True
                 ),
-                "ours": batches(samples, workers=workers, order=SampleStream(len(samples), scale.step_images, seed=0)),
+                "ours": build_loader(
+                    samples, workers=workers, order=EndlessBatchSampler(len(samples), scale.step_images, seed=0)
+                ),
             }
             watched = {name: waiting_share(loader, scale) for name, loader in loaders.items()}
             rows.append(
@@ -403,7 +406,7 @@ def memory(folder: Path, scale: Scale) -> dict:
     """
     import datasets
 
-    from simmim.data import ImageSamples, RandomView, SampleStream, batches
+    from simmim.data import EndlessBatchSampler, ImageSamples, RandomView, build_loader
     from simmim.data.index import write_paths
 
     paths = photographs(folder, (500, 375), scale.photos)
@@ -413,7 +416,7 @@ def memory(folder: Path, scale: Scale) -> dict:
     samples = ImageSamples(source, RandomView((SIDE_PX, SIDE_PX)), channels=3, seed=0)
     batch, workers = 32, 4
     warnings.filterwarnings("ignore", message="This DataLoader will create 4 worker")  # on fewer cores: meant so
-    loader = batches(samples, workers=workers, order=SampleStream(len(samples), batch, seed=0))
+    loader = build_loader(samples, workers=workers, order=EndlessBatchSampler(len(samples), batch, seed=0))
     stream = iter(loader)
     counts, looks = [], []
     between = math.ceil(scale.memory_samples / (scale.looks - 1) / batch)

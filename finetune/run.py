@@ -13,7 +13,7 @@ from pytorch_lightning.strategies import ModelParallelStrategy
 from torch import nn
 
 from simmim.checkpoints.checkpoint import Checkpoint, Preprocessing
-from simmim.data import survey, worker_count
+from simmim.data import default_num_workers, measure_images
 from simmim.finetune.averaging import AverageWeights, whole
 from simmim.finetune.early_stop import StopEarly
 from simmim.finetune.freezing import KeepFrozen, frozen_parts
@@ -85,7 +85,7 @@ def finetune(settings: TransferSettings, quiet: bool = False) -> FinetuneResult:
     task = task_of(settings)
     labels = task.read(settings)
     device = device_type()
-    images = survey(labels.train)
+    images = measure_images(labels.train)
     kept = images.decoded_mib <= KEEP_DECODED_MIB
 
     pl.seed_everything(settings.seed, workers=True, verbose=False)
@@ -95,7 +95,7 @@ def finetune(settings: TransferSettings, quiet: bool = False) -> FinetuneResult:
         settings,
         workers=settings.workers
         if settings.workers is not None
-        else (0 if kept and device == "cpu" else worker_count(device)),
+        else (0 if kept and device == "cpu" else default_num_workers(device)),
         precision=settings.precision or default_precision(device, start.encoder.config),
     )
     accumulate = settings.optim.accumulate

@@ -8,8 +8,10 @@ from typing import NamedTuple
 
 from simmim.checkpoints import read
 from simmim.checkpoints.checkpoint import Checkpoint, Preprocessing, build_encoder
-from simmim.data import IMAGENET_MEAN, IMAGENET_STD, Survey
+from simmim.data import ImageStatistics
 from simmim.defaults import (
+    IMAGENET_MEAN,
+    IMAGENET_STD,
     default_image_size,
     default_preset,
     encoder_channels,
@@ -36,7 +38,9 @@ class Start(NamedTuple):
     source: Checkpoint | None
 
 
-def starting_point(settings: TransferSettings, images: Survey, device: str, say: Callable[[str], object] | None) -> Start:
+def starting_point(
+    settings: TransferSettings, images: ImageStatistics, device: str, say: Callable[[str], object] | None
+) -> Start:
     """Pre-trained weights, an architecture without its weights (`encoder.like`), or a preset from scratch.
 
     Args:

@@ -13,7 +13,7 @@ import pytorch_lightning as pl
 import torch
 
 from simmim.checkpoints.checkpoint import Preprocessing
-from simmim.data import ImageSamples, collate, labeled_source
+from simmim.data import ImageSamples, collate, open_labeled_source
 from simmim.encoders.base import EncoderConfig
 from simmim.evaluate import EncoderPass, Pixels, StageScore, all_features, draw, knn_stages, pooled, probe_stages
 from simmim.evaluate.probe import check_installed
@@ -105,7 +105,7 @@ class LabeledProbe(pl.Callback):
         self.settings, self.seed, self.preprocessing, self.every_steps = settings, seed, preprocessing, every_steps
         self.channels, self.how = config.in_channels, EncoderPass(workers=workers)
         self.features, self.pixels = all_features(config, preprocessing.image_size), Pixels(preprocessing.image_size)
-        source = labeled_source(settings.data, settings.column, settings.label_column)
+        source = open_labeled_source(settings.data, settings.column, settings.label_column)
         everything = draw(source, settings.labels_per_class, seed)
         self.drawn = draw(source, settings.labels_per_class, seed, settings.max_images)
         self.counts = [(len(kept.rows), len(all_of.rows)) for kept, all_of in zip(self.drawn[1:], everything[1:])]

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import torch
 
-from simmim.data import UNREADABLE, CenterView, normalize, open_images, open_picture, reason
+from simmim.data import UNREADABLE, CenterView, describe_error, normalize, open_images, open_picture
 from simmim.files import atomic_write
 from simmim.pretrain.reconstruction_grid import reconstruction_grid
 from simmim.pretrain.run import load_pretrained
@@ -36,7 +36,7 @@ def reconstruct(run: str | Path, images: str | Path, out: str | Path, count: int
         try:
             pixels.append(view(open_picture(record, settings.data.channels)))
         except UNREADABLE as error:
-            first_error = first_error or f"{record['path']}: {reason(error)}"
+            first_error = first_error or f"{record['path']}: {describe_error(error)}"
         if len(pixels) == count:
             break
     if not pixels:

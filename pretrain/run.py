@@ -13,8 +13,17 @@ from torch import Tensor
 from simmim.checkpoints import read
 from simmim.checkpoints.checkpoint import Checkpoint, Preprocessing, build_encoder, save_checkpoint
 from simmim.checkpoints.weight_files import unpickled
-from simmim.data import CenterView, ImageSamples, RandomView, Source, StreamSamples, open_source, survey, worker_count
-from simmim.data.mask_sources import masks_among
+from simmim.data import (
+    CenterView,
+    ImageSamples,
+    RandomView,
+    Source,
+    StreamedSamples,
+    default_num_workers,
+    measure_images,
+    open_source,
+)
+from simmim.data.label_map_sources import note_on_label_maps
 from simmim.encoders import registry
 from simmim.methods.base import Method
 from simmim.methods.registry import default_method, method_named
@@ -57,7 +66,7 @@ def pretrain(settings: PretrainSettings) -> Path:
     settings, source, kept, initial = settled(settings)
     data, accumulate = settings.data, settings.optim.accumulate
 
-    steps_per_epoch = source.count / settings.batch_size
+    steps_per_epoch = source.num_images / settings.batch_size
     steps = max(1, round(settings.epochs * steps_per_epoch))
     pl.seed_everything(settings.seed, workers=True, verbose=False)
     model = build_model(settings)
@@ -77,7 +86,7 @@ def pretrain(settings: PretrainSettings) -> Path:
         state = {name.removeprefix("model."): value for name, value in state.items()}
         parts = {name: value for name, value in state.items() if not name.startswith("encoder.")}
         encoder = {name.removeprefix("encoder."): value for name, value in state.items() if name not in parts}
-        said = provenance(settings, model.provenance(), source.count, step)
+        said = provenance(settings, model.provenance(), source.num_images, step)
         said |= {"loss": round(save.mean_loss, 5)} if save.mean_loss is not None else {}
         trained = Checkpoint(
             model.encoder.config, encoder, preprocessing, run, provenance=said, method=model.name, pretraining=parts
@@ -86,7 +95,7 @@ def pretrain(settings: PretrainSettings) -> Path:
 
     save = SaveRun(run, settings.save_every_steps, settings.save_every_minutes, settings.keep_checkpoints, export)
     callbacks = [
-        *shared_callbacks(run, settings, "pre-training", source.count),
+        *shared_callbacks(run, settings, "pre-training", source.num_images),
         TrackStreamPosition(),
         Reconstructions(shown, run, every_steps=max(1, round(settings.reconstruct_every_epochs * steps_per_epoch))),
         ActivationMonitor(run, every_steps=max(1, round(settings.activations_every_epochs * steps_per_epoch))),
@@ -114,8 +123,8 @@ def pretrain(settings: PretrainSettings) -> Path:
         if trainer.is_global_zero:
             if initial:
                 print(lines)
-            print(summary(settings, model, source.count, steps, trainer, checkpoint, probe), flush=True)
-            if masks := masks_among(data.path):
+            print(summary(settings, model, source.num_images, steps, trainer, checkpoint, probe), flush=True)
+            if masks := note_on_label_maps(data.path):
                 print(f"note     {masks}", flush=True)
         stream = StreamData(samples, settings.batch_size, accumulate, settings.workers)
         trainer.fit(module, datamodule=stream, ckpt_path=checkpoint, weights_only=True)
@@ -132,26 +141,26 @@ def settled(settings: PretrainSettings) -> tuple[PretrainSettings, Source, bool,
     """
     data = settings.data
     source = open_source(data.path, data.column, data.streaming, data.count)
-    images = survey(source.head, data.channels, max_pixels=data.max_pixels)
+    images = measure_images(source.head, data.channels, max_pixels=data.max_pixels)
     device = device_type()
     kept = images.decoded_mib <= KEEP_DECODED_MIB and not source.streaming
     # A run that is resumed no longer needs what it began from, which may be gone by then.
     begun = settings.resume and any(checkpoints_folder(Path(settings.out).expanduser()).glob("*.ckpt"))
     initial = read(settings.init) if settings.init != "none" and not begun else None
     # Images that are in memory already are cropped faster than they could be sent between processes.
-    workers = 0 if kept and device == "cpu" else worker_count(device)
-    settings = resolve(settings, images, source.count, device, workers, initial)
+    workers = 0 if kept and device == "cpu" else default_num_workers(device)
+    settings = resolve(settings, images, source.num_images, device, workers, initial)
     precision = settings.precision or default_precision(device, settings.encoder_config())
     return replace(settings, precision=precision), source, kept, initial
 
 
-def training_samples(settings: PretrainSettings, source: Source, kept: bool) -> ImageSamples | StreamSamples:
+def training_samples(settings: PretrainSettings, source: Source, kept: bool) -> ImageSamples | StreamedSamples:
     """The images in their endless order, cropped and flipped as settings say."""
     data = settings.data
     view = RandomView(settings.size, data.crop_scale, data.crop_ratio, data.flip)
     how = (view, data.channels, settings.seed)
     if source.streaming:
-        return StreamSamples(source.images, *how, data.shuffle_buffer, data.max_pixels)
+        return StreamedSamples(source.images, *how, data.shuffle_buffer, data.max_pixels)
     return ImageSamples(source.images, *how, kept, data.max_pixels)
 
 

@@ -7,8 +7,10 @@ from dataclasses import dataclass, field, make_dataclass, replace
 from typing import Any, ClassVar
 
 from simmim.checkpoints.checkpoint import Checkpoint
-from simmim.data import IMAGENET_MEAN, IMAGENET_STD, Survey
+from simmim.data import ImageStatistics
 from simmim.defaults import (
+    IMAGENET_MEAN,
+    IMAGENET_STD,
     check_common,
     default_batch_size,
     default_image_size,
@@ -277,7 +279,12 @@ class PretrainSettings:
 
 
 def resolve(
-    settings: PretrainSettings, images: Survey, count: int, device: str, workers: int, source: Checkpoint | None = None
+    settings: PretrainSettings,
+    images: ImageStatistics,
+    count: int,
+    device: str,
+    workers: int,
+    source: Checkpoint | None = None,
 ) -> PretrainSettings:
     """Fill in all that the user left open.
 

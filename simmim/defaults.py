@@ -4,6 +4,9 @@ from __future__ import annotations
 
 import math
 
+# Per channel, of values in [0, 1]: ImageNet's, by which published weights for color images are normalized.
+IMAGENET_MEAN, IMAGENET_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
+
 
 def default_image_size(short_side_px: int) -> int:
     """192 px as published, or the multiple of 32 that smaller images reach; never under 32."""

@@ -16,7 +16,7 @@ import pytest
 from PIL import Image
 
 from simmim.data import check as check_module
-from simmim.data import survey
+from simmim.data import measure_images
 from simmim.data.check import as_json, check, histogram, median_of, render
 from simmim.pretrain.settings import PretrainSettings, resolve
 
@@ -118,7 +118,7 @@ def test_suggestions_are_the_defaults_of_pretraining(report, corpus):
     """What is suggested is what `simmim pretrain` would choose, and its line parses to just that."""
     from simmim.cli.arguments import parse
 
-    images = survey(source_of(sorted(corpus.iterdir())))
+    images = measure_images(source_of(sorted(corpus.iterdir())))
     assert images.short_side_px == report.short_side_px
     resolved = resolve(PretrainSettings(data="x", out="y"), images, report.images, "cpu", 0)
     suggestion, model = report.suggestion, resolved.model

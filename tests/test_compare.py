@@ -14,7 +14,7 @@ import torch
 from simmim.checkpoints import read_encoder
 from simmim.checkpoints.checkpoint import Preprocessing, save_encoder
 from simmim.cli import main
-from simmim.data import CenterView, labeled_images, labeled_source, open_images, open_picture
+from simmim.data import CenterView, open_images, open_labeled_source, open_picture, read_labeled_images
 from simmim.encoders.swinv2 import SwinV2, SwinV2Config
 from simmim.evaluate import (
     Comparison,
@@ -64,7 +64,7 @@ def without_split(digits, tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def digit_vectors(saved, digits):
-    found = labeled_images(digits.labeled, None, seed=0)
+    found = read_labeled_images(digits.labeled, None, seed=0)
     part = embeddings(saved.encoder, GRAY, found.train, all_features(saved.encoder.config, (32, 32)), HERE)
     return part.vectors, np.asarray(found.train["label"])[part.rows]
 
@@ -80,9 +80,9 @@ def paths(data):
 def test_a_draw_is_fine_tunings(digits, without_split, split):
     """The same images and labels, in the same order, for the same seed."""
     path = digits.labeled if split else without_split
-    source = labeled_source(path)
+    source = open_labeled_source(path)
     for count, seed in ((5, 0), (5, 1), (None, 3)):
-        drawn, theirs = draw(source, count, seed), labeled_images(path, count, seed)
+        drawn, theirs = draw(source, count, seed), read_labeled_images(path, count, seed)
         tested = source.train if source.validation is None else source.validation
         for part, data, labeled in ((drawn.train, source.train, theirs.train), (drawn.test, tested, theirs.validation)):
             assert paths(data.select(part.rows)) == paths(labeled)
@@ -96,7 +96,7 @@ def test_each_image_is_encoded_once_and_only_if_drawn(saved, digits, without_spl
     monkeypatch.setattr(SwinV2, "encode", lambda model, x, *how: seen.append(len(x)) or encode(model, x, *how))
     path = str(digits.labeled if split else without_split)
     compare(saved, Comparison(path, "knn", 3, seed=4, seeds=4), HERE, quiet=True)
-    drawn = [labeled_images(path, 3, seed) for seed in range(4, 8)]
+    drawn = [read_labeled_images(path, 3, seed) for seed in range(4, 8)]
     union = {name for found in drawn for part in (found.train, found.validation) for name in paths(part)}
     assert sum(seen) == len(union) < 240 + 60
 
@@ -111,7 +111,7 @@ def test_scores_are_those_of_each_draw_by_itself(saved, digits, without_split, s
     features = (*chosen_features(saved.encoder.config, (32, 32), "1"), pixels)
     assert report.seeds == (1, 2)
     for seed, scores in zip(report.seeds, report.draws):
-        found, parts = labeled_images(path, 4, seed), []
+        found, parts = read_labeled_images(path, 4, seed), []
         for data in (found.train, found.validation):
             vectors = embeddings(saved.encoder, GRAY, data, features, HERE).vectors
             parts += [vectors, np.asarray(data["label"])]
@@ -146,7 +146,7 @@ def test_unreadable_images_are_left_out_with_their_labels(saved, digits, tmp_pat
 
 def test_nothing_readable_of_a_draw(saved, digits, tmp_path):
     shutil.copytree(digits.labeled, tmp_path / "labeled")
-    source = labeled_source(tmp_path / "labeled")
+    source = open_labeled_source(tmp_path / "labeled")
     drawn = draw(source, 2, 0)
     pools = pooled(source, [drawn])
     (train, test) = (embeddings(saved.encoder, GRAY, part.data, how=HERE) for part in pools.parts)

@@ -14,19 +14,19 @@ from PIL import Image
 from simmim.data import (
     UNREADABLE,
     CenterView,
+    EndlessBatchSampler,
     ImageSamples,
-    InOrder,
     Picture,
     RandomView,
-    SampleStream,
-    batches,
+    SequentialBatchSampler,
+    build_loader,
     collate,
+    dataset_from_paths,
     find_images,
-    image_dataset,
-    labeled_images,
+    measure_images,
     open_picture,
     read_image,
-    survey,
+    read_labeled_images,
 )
 
 
@@ -110,7 +110,7 @@ def paths_and_labels(part):
 def test_plain_class_folders_hold_out_a_fifth_of_each(tmp_path):
     for name, count in {"cat": 10, "dog": 5, "ant": 2, "bee": 19}.items():
         write_empty(*(tmp_path / name / f"{number}.png" for number in range(count)))
-    labels = labeled_images(tmp_path, None, seed=0)
+    labels = read_labeled_images(tmp_path, None, seed=0)
     assert labels.classes == ("ant", "bee", "cat", "dog")
     train, validation = paths_and_labels(labels.train), paths_and_labels(labels.validation)
     assert Counter(label for _, label in validation) == {0: 1, 1: 3, 2: 2, 3: 1}
@@ -125,15 +125,15 @@ def test_labels_follow_the_seed(tmp_path):
     for name in ("a", "b", "c"):
         write_empty(*(tmp_path / name / f"{number:02d}.png" for number in range(20)))
     for count in (1, 5, 16):
-        labels = labeled_images(tmp_path, count, seed=3)
+        labels = read_labeled_images(tmp_path, count, seed=3)
         train, validation = paths_and_labels(labels.train), paths_and_labels(labels.validation)
         assert Counter(label for _, label in train) == {0: count, 1: count, 2: count}
         assert not set(train) & set(validation) and len(set(train)) == 3 * count
-        again = labeled_images(tmp_path, count, seed=3)
+        again = read_labeled_images(tmp_path, count, seed=3)
         assert (paths_and_labels(again.train), paths_and_labels(again.validation)) == (train, validation)
-        assert paths_and_labels(labeled_images(tmp_path, None, seed=3).validation) == validation
-    other = labeled_images(tmp_path, 5, seed=4)
-    assert paths_and_labels(other.train) != paths_and_labels(labeled_images(tmp_path, 5, seed=3).train)
+        assert paths_and_labels(read_labeled_images(tmp_path, None, seed=3).validation) == validation
+    other = read_labeled_images(tmp_path, 5, seed=4)
+    assert paths_and_labels(other.train) != paths_and_labels(read_labeled_images(tmp_path, 5, seed=3).train)
     assert paths_and_labels(other.validation) != validation
 
 
@@ -143,20 +143,20 @@ def test_train_and_validation_folders(tmp_path, validation_name):
     for name in ("x", "y"):
         write_empty(*(tmp_path / "train" / name / f"{number}.png" for number in range(6)))
         write_empty(*(tmp_path / validation_name / name / f"v{number}.png" for number in range(3)))
-    labels = labeled_images(tmp_path, None, seed=0)
+    labels = read_labeled_images(tmp_path, None, seed=0)
     assert labels.classes == ("x", "y")
     assert [path for path, _ in paths_and_labels(labels.train)] == find_images(tmp_path / "train")
     assert [path for path, _ in paths_and_labels(labels.validation)] == find_images(tmp_path / validation_name)
-    some = [paths_and_labels(labeled_images(tmp_path, 2, seed).train) for seed in (0, 0, 1)]
+    some = [paths_and_labels(read_labeled_images(tmp_path, 2, seed).train) for seed in (0, 0, 1)]
     assert some[0] == some[1] != some[2] and Counter(label for _, label in some[0]) == {0: 2, 1: 2}
     for seed in (0, 1):
-        assert labeled_images(tmp_path, 2, seed).validation["label"][:] == [0] * 3 + [1] * 3
+        assert read_labeled_images(tmp_path, 2, seed).validation["label"][:] == [0] * 3 + [1] * 3
 
 
 def test_class_called_test_is_a_class(tmp_path):
     """Without a train folder beside it, `test` is a class like another."""
     write_empty(*(tmp_path / name / f"{number}.png" for name in ("test", "flight") for number in range(5)))
-    assert labeled_images(tmp_path, None, 0).classes == ("flight", "test")
+    assert read_labeled_images(tmp_path, None, 0).classes == ("flight", "test")
 
 
 @pytest.mark.parametrize("count", [0, 9, 50])
@@ -165,7 +165,7 @@ def test_more_labels_than_images(tmp_path, count):
     write_empty(*(tmp_path / "few" / f"{number}.png" for number in range(10)))
     message = f"{count} labels per class asked for, class 'few' has 8 training images: give 1 to 8"
     with pytest.raises(ValueError, match=message):
-        labeled_images(tmp_path, count, 0)
+        read_labeled_images(tmp_path, count, 0)
 
 
 def test_class_folders_that_cannot_work(tmp_path):
@@ -183,7 +183,7 @@ def test_class_folders_that_cannot_work(tmp_path):
         "other": "classes differ between .*: only in one of them: b, c",
     }.items():
         with pytest.raises(ValueError, match=message):
-            labeled_images(tmp_path / name, None, 0)
+            read_labeled_images(tmp_path / name, None, 0)
 
 
 # --- decoding --------------------------------------------------------------------------------------------------------
@@ -345,11 +345,11 @@ def test_decompression_bombs_are_unreadable(tmp_path):
         open_picture(record(tmp_path / "bomb.png"), 1, max_pixels=9999)
 
 
-# --- survey ----------------------------------------------------------------------------------------------------------
+# --- image statistics ----------------------------------------------------------------------------------------------------
 
 
 def survey_of(folder, **arguments):
-    return survey(image_dataset(find_images(folder)), **arguments)
+    return measure_images(dataset_from_paths(find_images(folder)), **arguments)
 
 
 def test_survey_of_small_images(tmp_path):
@@ -425,7 +425,7 @@ def image_folder(tmp_path_factory):
 
 
 def samples_of(folder, seed=0, labels=None, keep_decoded=False, view=None):
-    source = image_dataset(find_images(folder), labels)
+    source = dataset_from_paths(find_images(folder), labels)
     return ImageSamples(source, view or RandomView((16, 16)), 3, seed, keep_decoded)
 
 
@@ -511,9 +511,9 @@ def test_kept_images_give_the_same_samples(damaged_folder):
     kept, fresh = samples_of(damaged_folder, keep_decoded=True), samples_of(damaged_folder)
     for key in [(epoch, index) for epoch in range(3) for index in range(10)]:
         assert same_sample(kept[key], fresh[key])
-    assert sorted(kept.kept) == [0, 1, 2, 5, 6, 7, 8, 9]
+    assert sorted(kept.cache) == [0, 1, 2, 5, 6, 7, 8, 9]
     folder_again = samples_of(damaged_folder, keep_decoded=True)
-    folder_again.kept[0] = (Picture(Image.new("RGB", (32, 32), "red")), None)
+    folder_again.cache[0] = (Picture(Image.new("RGB", (32, 32), "red")), None)
     assert (folder_again[5, 0]["image"][0] == 255).all(), "kept images are what is shown"
 
 
@@ -524,7 +524,7 @@ def test_workers_change_nothing(damaged_folder, keep_decoded):
     results = []
     for workers in (0, 1, 3):
         samples = samples_of(damaged_folder, seed=5, labels=range(10), keep_decoded=keep_decoded)
-        loader = batches(samples, workers, SampleStream(10, 4, seed=5))
+        loader = build_loader(samples, workers, EndlessBatchSampler(10, 4, seed=5))
         results.append(list(itertools.islice(loader, 7)))
         del loader
     for batch, *others in zip(*results):
@@ -541,7 +541,7 @@ def keys_of(stream, count):
 
 @pytest.mark.parametrize("count, batch_size", [(10, 4), (10, 5), (7, 3), (3, 8), (1, 1), (5, 7)])
 def test_every_epoch_is_a_permutation(count, batch_size):
-    taken = keys_of(SampleStream(count, batch_size, seed=0), 6 * count)
+    taken = keys_of(EndlessBatchSampler(count, batch_size, seed=0), 6 * count)
     assert {len(batch) for batch in taken} == {batch_size}
     keys = [key for batch in taken for key in batch]
     epochs = 6 * batch_size
@@ -553,33 +553,33 @@ def test_every_epoch_is_a_permutation(count, batch_size):
 
 
 def test_order_follows_the_seed():
-    assert keys_of(SampleStream(50, 8, seed=1), 20) == keys_of(SampleStream(50, 8, seed=1), 20)
-    assert keys_of(SampleStream(50, 8, seed=1), 20) != keys_of(SampleStream(50, 8, seed=2), 20)
+    assert keys_of(EndlessBatchSampler(50, 8, seed=1), 20) == keys_of(EndlessBatchSampler(50, 8, seed=1), 20)
+    assert keys_of(EndlessBatchSampler(50, 8, seed=1), 20) != keys_of(EndlessBatchSampler(50, 8, seed=2), 20)
 
 
 @pytest.mark.parametrize("world", [2, 3])
 def test_ranks_together_are_one_process(world):
     """Global batch by global batch, rank r holding its r-th part."""
-    alone = keys_of(SampleStream(10, 3 * world, seed=4), 11)
-    ranks = [keys_of(SampleStream(10, 3, 4, rank, world), 11) for rank in range(world)]
+    alone = keys_of(EndlessBatchSampler(10, 3 * world, seed=4), 11)
+    ranks = [keys_of(EndlessBatchSampler(10, 3, 4, rank, world), 11) for rank in range(world)]
     assert [list(itertools.chain(*parts)) for parts in zip(*ranks)] == alone
 
 
 @pytest.mark.parametrize("start", [1, 2, 5, 13])
 @pytest.mark.parametrize("rank, world", [(0, 1), (1, 2)])
 def test_start_skips_batches(start, rank, world):
-    whole = keys_of(SampleStream(10, 4, 0, rank, world), start + 8)
-    assert keys_of(SampleStream(10, 4, 0, rank, world, start), 8) == whole[start:]
+    whole = keys_of(EndlessBatchSampler(10, 4, 0, rank, world), start + 8)
+    assert keys_of(EndlessBatchSampler(10, 4, 0, rank, world, start), 8) == whole[start:]
 
 
 def test_stream_can_be_iterated_again():
-    stream = SampleStream(10, 4, 0)
+    stream = EndlessBatchSampler(10, 4, 0)
     assert keys_of(stream, 5) == keys_of(stream, 5)
 
 
 @pytest.mark.parametrize("count, batch_size, world", [(10, 4, 1), (10, 5, 1), (11, 3, 2), (2, 4, 3), (7, 2, 4), (64, 64, 1)])
 def test_in_order_covers_everything_once(count, batch_size, world):
-    ranks = [InOrder(count, batch_size, rank, world) for rank in range(world)]
+    ranks = [SequentialBatchSampler(count, batch_size, rank, world) for rank in range(world)]
     taken = [list(order) for order in ranks]
     assert sorted(key for rank in taken for batch in rank for key in batch) == [(0, index) for index in range(count)]
     assert [len(order) for order in ranks] == [len(batches) for batches in taken]

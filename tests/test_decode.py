@@ -17,7 +17,7 @@ import pytest
 import torch
 from PIL import Image
 
-from simmim.data import UNREADABLE, image_dataset, open_picture, read_image, reason, survey
+from simmim.data import UNREADABLE, dataset_from_paths, describe_error, measure_images, open_picture, read_image
 from simmim.data.decode import TURNS, JpegPicture, Picture, stored_box
 
 tifffile = pytest.importorskip("tifffile")
@@ -480,7 +480,7 @@ def test_broken_files_are_refused_with_their_reason(tmp_path, name):
     for each in records:
         with pytest.raises(UNREADABLE) as caught:
             seen(open_picture(each, channels))
-        line = reason(caught.value)
+        line = describe_error(caught.value)
         assert line and "\n" not in line and " at 0x" not in line and len(line) < 300
         assert re.search(message, line), line
 
@@ -515,7 +515,7 @@ def test_permission_refused_and_a_file_that_vanishes(tmp_path, monkeypatch):
     (tmp_path / "x.jpg").unlink()
     with pytest.raises(UNREADABLE) as caught:
         picture.crop((0, 0, 48, 32), (16, 24))
-    assert reason(caught.value) == "No such file or directory" and first.shape == (3, 16, 24)
+    assert describe_error(caught.value) == "No such file or directory" and first.shape == (3, 16, 24)
     Image.fromarray(RGB).save(tmp_path / "y.png")
 
     def refuse(*_):
@@ -524,7 +524,7 @@ def test_permission_refused_and_a_file_that_vanishes(tmp_path, monkeypatch):
     monkeypatch.setattr("builtins.open", refuse)  # the tests may run as root, who is refused nothing
     with pytest.raises(UNREADABLE) as caught:
         open_picture(record(tmp_path / "y.png"), 3)
-    assert reason(caught.value) == "Permission denied"
+    assert describe_error(caught.value) == "Permission denied"
     with pytest.raises(UNREADABLE, match="neither bytes nor a path"):
         open_picture({"path": None, "bytes": None}, 3)
 
@@ -615,7 +615,7 @@ def test_mutated_files_raise_nothing_else(tmp_path, name):
             picture = open_picture({"path": None, "bytes": bytes(mutated)}, chance.choice((channels, None)), 100_000)
             assert picture.crop((0, 0, *picture.size), (8, 8)).shape == (picture.channels, 8, 8)
         except UNREADABLE as error:
-            assert "\n" not in reason(error)
+            assert "\n" not in describe_error(error)
 
 
 # --- crops -----------------------------------------------------------------------------------------------------------
@@ -748,11 +748,11 @@ def test_boxes_that_rounding_put_outside(tmp_path):
             picture.crop(box, (4, 4))
 
 
-# --- survey ----------------------------------------------------------------------------------------------------------
+# --- image statistics ----------------------------------------------------------------------------------------------------
 
 
 def survey_of(folder, **arguments):
-    return survey(image_dataset(sorted(map(str, folder.iterdir()))), **arguments)
+    return measure_images(dataset_from_paths(sorted(map(str, folder.iterdir()))), **arguments)
 
 
 def test_survey_finds_channels_and_their_statistics(tmp_path):

@@ -24,7 +24,7 @@ from sklearn.preprocessing import StandardScaler
 
 from simmim.checkpoints import read_encoder
 from simmim.checkpoints.checkpoint import Preprocessing, save_encoder
-from simmim.data import labeled_images, open_images
+from simmim.data import open_images, read_labeled_images
 from simmim.encoders.swinv2 import SwinV2, SwinV2Config
 from simmim.evaluate import (
     DEFAULT_STRENGTH,
@@ -86,7 +86,7 @@ def some_digits(digits):
 @pytest.fixture(scope="module")
 def digit_vectors(digits, encoder):
     """Training and test embeddings of all digits by every feature, and their labels."""
-    found = labeled_images(digits.labeled, None, seed=0)
+    found = read_labeled_images(digits.labeled, None, seed=0)
     features, parts = all_features(encoder.config, GRAY.image_size), []
     for source in (found.train, found.validation):
         part = embeddings(encoder, GRAY, source, features, how=HERE)
@@ -183,7 +183,7 @@ def test_reading_processes_by_default(encoder, digits, monkeypatch):
         started.append(how["num_workers"])
         return load(*given, **how)
 
-    monkeypatch.setattr(vectors, "worker_count", lambda device: {"cpu": 3}[device])
+    monkeypatch.setattr(vectors, "default_num_workers", lambda device: {"cpu": 3}[device])
     monkeypatch.setattr(vectors, "DataLoader", noted)
     for batch_size, workers in ((64, None), (100, 2), (120, None), (240, 5), (64, 0)):
         embedded_batches(encoder, GRAY, source, how=EncoderPass(batch_size, workers))

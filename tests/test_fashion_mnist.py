@@ -11,7 +11,7 @@ from PIL import Image
 
 from simmim.data import open_images
 from simmim.data.decode import open_picture
-from simmim.data.labels import labeled_images
+from simmim.data.labels import read_labeled_images
 
 EACH = {"train": 6, "t10k": 3}  # images of each class
 
@@ -56,7 +56,7 @@ def test_images_and_classes_come_through_exactly(source, tmp_path):
     picture = open_picture(unlabeled[0]["image"], channels=1)
     assert picture.size == (28, 28)
 
-    read = labeled_images(str(out / "labeled"), None, seed=0)
+    read = read_labeled_images(str(out / "labeled"), None, seed=0)
     assert set(read.classes) == set(fashion_mnist.CLASSES)
     tested, tested_labels = drawn("t10k", 3)
     for part, pictures, numbers, each in ((read.train, images, labels, 6), (read.validation, tested, tested_labels, 2)):
@@ -69,7 +69,7 @@ def test_development_never_shows_a_test_image(source, tmp_path):
     out = tmp_path / "fm"
     counts = fashion_mnist.write_fashion_mnist(source, out, test=20, development=True)
     assert counts == {"unlabeled": 60, "labeled/train": 40, "labeled/test": 20}
-    read = labeled_images(str(out / "labeled"), None, seed=0)
+    read = read_labeled_images(str(out / "labeled"), None, seed=0)
     train, held_out = ({pixels(row).tobytes() for row in part} for part in (read.train, read.validation))
     assert train | held_out == {image.tobytes() for image in drawn("train", 6)[0]}
     assert not train & held_out

@@ -9,7 +9,7 @@ import torch
 
 from simmim import load_encoder
 from simmim.checkpoints.checkpoint import Preprocessing
-from simmim.data import labeled_images, normalize, open_picture
+from simmim.data import normalize, open_picture, read_labeled_images
 from simmim.finetune import ClassificationSettings, EncoderSettings, LabeledSettings, finetune, load_classifier, predict
 from simmim.finetune.augment.batch import BatchChanges
 from simmim.finetune.classification.model import ClassificationFinetuning, Classifier
@@ -39,7 +39,7 @@ def finished(digits, encoder_folder, tmp_path_factory):
 def test_the_best_classifier_is_kept(digits, finished):
     saved = load_classifier(finished.run)
     assert saved.classes == tuple("0123456789")
-    labels = labeled_images(digits.labeled, 4, seed=0)
+    labels = read_labeled_images(digits.labeled, 4, seed=0)
     pixels = torch.stack([open_picture(row["image"], 1).crop((0, 0, 28, 28), (32, 32)) for row in labels.validation])
     with torch.no_grad():
         logits = saved.model(normalize(pixels, saved.preprocessing.mean, saved.preprocessing.std))

@@ -2,15 +2,16 @@
 
 import io
 import random
+from pathlib import Path
 
 import datasets
 import numpy as np
 import pytest
 from PIL import Image
 
-from simmim.data.mask_sources import masks_among, read_pairs
-from simmim.data.mask_values import look_into, read_mask
-from simmim.data.masks import MaskScheme, drawn, labeled_masks
+from simmim.data.label_map_files import inspect_scenes, read_label_map
+from simmim.data.label_map_sources import note_on_label_maps, read_pairs
+from simmim.data.label_maps import ClassScheme, drawn, read_labeled_scenes
 
 
 def png(array, mode=None, palette=None, **save):
@@ -55,7 +56,7 @@ VALUES = np.arange(6, dtype=np.uint8).reshape(2, 3) % 4
     ids=["gray", "palette", "two bits", "transparent palette of one color", "16 bits"],
 )
 def test_values_are_read_as_they_are_stored(data):
-    assert np.array_equal(read_mask(record(data)), VALUES)
+    assert np.array_equal(read_label_map(record(data)), VALUES)
 
 
 @pytest.mark.parametrize("bits", [1, 2, 4])
@@ -72,14 +73,14 @@ def test_gray_masks_of_few_bits_are_not_stretched(bits):
 
     header = struct.pack(">IIBBBBB", 8, 2, bits, 0, 0, 0, 0)
     data = b"\x89PNG\r\n\x1a\n" + chunk(b"IHDR", header) + chunk(b"IDAT", zlib.compress(rows)) + chunk(b"IEND", b"")
-    assert np.array_equal(read_mask(record(data)), values)
+    assert np.array_equal(read_label_map(record(data)), values)
 
 
 def test_arrays_and_deep_values(tmp_path):
     deep = np.array([[0, 300], [65535, 7]])
     np.save(tmp_path / "mask.npy", deep)
-    assert np.array_equal(read_mask({"bytes": None, "path": str(tmp_path / "mask.npy")}), deep)
-    assert np.array_equal(read_mask(record(png(deep.astype(np.uint16)))), deep)
+    assert np.array_equal(read_label_map({"bytes": None, "path": str(tmp_path / "mask.npy")}), deep)
+    assert np.array_equal(read_label_map(record(png(deep.astype(np.uint16)))), deep)
 
 
 @pytest.mark.parametrize(
@@ -93,7 +94,7 @@ def test_arrays_and_deep_values(tmp_path):
 )
 def test_masks_that_cannot_be_read_are_refused(data, said):
     with pytest.raises((OSError, ValueError), match=said):
-        read_mask(record(data))
+        read_label_map(record(data))
 
 
 def test_jpeg_masks_are_refused(tmp_path):
@@ -101,21 +102,21 @@ def test_jpeg_masks_are_refused(tmp_path):
     (folder / "masks" / "03.png").unlink()
     Image.new("L", (12, 8)).save(folder / "masks" / "03.jpg")
     with pytest.raises(ValueError, match=r"mask .*03\.jpg cannot be read: a JPEG, whose values are not exact"):
-        labeled_masks(folder, None, 0)
+        read_labeled_scenes(folder, None, 0)
 
 
 def test_numbers_of_classes():
-    scheme = MaskScheme(("a", "b", "c"), (0, 128, 7), 255)
+    scheme = ClassScheme(("a", "b", "c"), (0, 128, 7), 255)
     mask = np.array([[0, 128], [7, 255]], dtype=np.uint8)
-    assert scheme.numbers(mask).tolist() == [[0, 1], [2, 255]] and scheme.numbers(mask).dtype == np.uint8
-    many = MaskScheme(tuple(map(str, range(300))), tuple(range(300)), 999)
-    assert many.numbers(np.array([[299, 999]], dtype=np.int32)).tolist() == [[299, many.ignored]]
-    assert many.ignored >= 300
+    assert scheme.class_ids(mask).tolist() == [[0, 1], [2, 255]] and scheme.class_ids(mask).dtype == np.uint8
+    many = ClassScheme(tuple(map(str, range(300))), tuple(range(300)), 999)
+    assert many.class_ids(np.array([[299, 999]], dtype=np.int32)).tolist() == [[299, many.ignored_id]]
+    assert many.ignored_id >= 300
 
 
 def test_a_fifth_is_held_out_before_labels_are_drawn(tmp_path):
     folder = scenes(tmp_path, count=20)
-    whole, few, other = (labeled_masks(folder, labels, seed) for labels, seed in ((None, 0), (4, 0), (None, 1)))
+    whole, few, other = (read_labeled_scenes(folder, labels, seed) for labels, seed in ((None, 0), (4, 0), (None, 1)))
 
     def names(data):
         return [row["path"] for row in data["image"]]
@@ -124,13 +125,15 @@ def test_a_fifth_is_held_out_before_labels_are_drawn(tmp_path):
     assert not set(names(whole.train)) & set(names(whole.validation))
     assert names(few.validation) == names(whole.validation) != names(other.validation)
     assert len(few.train) == 4 and set(names(few.train)) <= set(names(whole.train))
-    assert names(labeled_masks(folder, 4, 0).train) == names(few.train)
-    assert [row["path"].replace("masks", "images").replace("png", "jpg") for row in few.train["mask"]] == names(few.train)
+    assert names(read_labeled_scenes(folder, 4, 0).train) == names(few.train)
+    assert [row["path"].replace("masks", "images").replace("png", "jpg") for row in few.train["label_map"]] == names(
+        few.train
+    )
 
 
 def test_every_class_is_among_the_drawn():
-    scheme = MaskScheme(("0", "1", "2"), (0, 1, 2), 255)
-    found = look_into(datasets.Dataset.from_list([{"image": record(png(VALUES)), "mask": record(png(VALUES))}]))
+    scheme = ClassScheme(("0", "1", "2"), (0, 1, 2), 255)
+    found = inspect_scenes(datasets.Dataset.from_list([{"image": record(png(VALUES)), "label_map": record(png(VALUES))}]))
     common, rare = found[0].__class__("c", None, {0: 5, 1: 5}), found[0].__class__("r", None, {0: 5, 2: 1})
     many = [common] * 30 + [rare]
     for seed in range(5):
@@ -165,10 +168,10 @@ def test_layouts_give_the_same(tmp_path, layout):
     else:
         rows = [
             {
-                "picture": {"bytes": open(a["path"], "rb").read(), "path": None},  # noqa: SIM115
-                "annotation": {"bytes": open(b["path"], "rb").read(), "path": None},
+                "picture": {"bytes": Path(a["path"]).read_bytes(), "path": None},
+                "annotation": {"bytes": Path(b["path"]).read_bytes(), "path": None},
             }
-            for a, b in zip(pairs["image"], pairs["mask"])
+            for a, b in zip(pairs["image"], pairs["label_map"])
         ]
         features = datasets.Features({"picture": datasets.Image(), "annotation": datasets.Image()})
         table = datasets.Dataset.from_list(rows, features=features)
@@ -177,14 +180,14 @@ def test_layouts_give_the_same(tmp_path, layout):
             datasets.DatasetDict({"train": table, "validation": table}).save_to_disk(data)
         else:
             table.to_parquet(data)
-    found = labeled_masks(data, None, 0)
+    found = read_labeled_scenes(data, None, 0)
     divided = layout in ("csv", "parquet")
     assert (len(found.train), len(found.validation)) == ((5, 1) if divided else (6, 6))
     assert found.scheme.classes == ("0", "1", "2")
-    read = [read_mask(one) for one in read_pairs(str(data))["train"]["mask"]]
-    assert all(np.array_equal(a, read_mask(b)) for a, b in zip(read, pairs["mask"]))
+    read = [read_label_map(one) for one in read_pairs(str(data))["train"]["label_map"]]
+    assert all(np.array_equal(a, read_label_map(b)) for a, b in zip(read, pairs["label_map"]))
     assert found.pixels == tuple(
-        int(sum((read_mask(one) == value).sum() for one in found.train["mask"])) for value in range(3)
+        int(sum((read_label_map(one) == value).sum() for one in found.train["label_map"])) for value in range(3)
     )
 
 
@@ -196,24 +199,26 @@ def test_masks_among_images_are_noticed(tmp_path):
     for name in ("images", "labels"):
         (boxes / name).mkdir(parents=True)
     (boxes / "labels" / "0.txt").write_text("0 0.5 0.5 1 1")
-    assert masks_among(["hub/id", str(folder)]) == (
+    assert note_on_label_maps(["hub/id", str(folder)]) == (
         f"{folder / 'masks'} are masks, and count as images here like all else in {folder}: "
         f"give {folder / 'images'} to leave them out"
     )
-    assert str(parts / "train" / "images") in masks_among(str(parts))
-    assert [masks_among(str(one)) for one in (folder / "images", boxes, tmp_path / "absent", "photos/*.jpg")] == [""] * 4
+    assert str(parts / "train" / "images") in note_on_label_maps(str(parts))
+    assert [note_on_label_maps(str(one)) for one in (folder / "images", boxes, tmp_path / "absent", "photos/*.jpg")] == [
+        ""
+    ] * 4
 
 
 def test_class_names_and_values(tmp_path):
     folder = scenes(tmp_path)
     (folder / "classes.txt").write_text("ground\nhouse\ntree\n")
-    assert labeled_masks(folder, None, 0).scheme == MaskScheme(("ground", "house", "tree"), (0, 1, 2), 255)
-    assert labeled_masks(folder, None, 0, ignore_index=0, classes=("house", "tree")).scheme.values == (1, 2)
-    assert labeled_masks(folder, None, 0, classes=("c", "b", "a"), values=(2, 1, 0)).scheme.values == (2, 1, 0)
+    assert read_labeled_scenes(folder, None, 0).scheme == ClassScheme(("ground", "house", "tree"), (0, 1, 2), 255)
+    assert read_labeled_scenes(folder, None, 0, ignore_index=0, classes=("house", "tree")).scheme.values == (1, 2)
+    assert read_labeled_scenes(folder, None, 0, classes=("c", "b", "a"), values=(2, 1, 0)).scheme.values == (2, 1, 0)
     (folder / "classes.txt").unlink()
-    found = labeled_masks(folder, None, 0)
+    found = read_labeled_scenes(folder, None, 0)
     assert found.scheme.classes == ("0", "1", "2") and "3 values" in found.notes[0]
-    assert labeled_masks(folder, None, 0, ignore_index=0).scheme.classes == ("1", "2")
+    assert read_labeled_scenes(folder, None, 0, ignore_index=0).scheme.classes == ("1", "2")
 
 
 def test_binary_masks_of_0_and_255(tmp_path):
@@ -221,8 +226,8 @@ def test_binary_masks_of_0_and_255(tmp_path):
     for file in (folder / "masks").iterdir():
         Image.fromarray((np.array(Image.open(file)) > 0).astype(np.uint8) * 255).save(file)
     with pytest.raises(ValueError, match=r"only class '0' besides the ignored value 255.*data\.ignore_index -1"):
-        labeled_masks(folder, None, 0)
-    assert labeled_masks(folder, None, 0, ignore_index=-1).scheme.values == (0, 255)
+        read_labeled_scenes(folder, None, 0)
+    assert read_labeled_scenes(folder, None, 0, ignore_index=-1).scheme.values == (0, 255)
 
 
 def broken(folder, how):
@@ -287,7 +292,7 @@ def broken(folder, how):
 def test_wrong_labels_are_refused_with_file_and_value(tmp_path, how):
     said = broken(scenes(tmp_path), how)
     with pytest.raises(ValueError, match=said) as error:
-        labeled_masks(tmp_path, None, 0)
+        read_labeled_scenes(tmp_path, None, 0)
     assert "\n" not in str(error.value)
 
 
@@ -295,25 +300,25 @@ def test_parts_with_other_classes_are_refused(tmp_path):
     scenes(tmp_path / "train", classes=3)
     scenes(tmp_path / "val", classes=4)
     with pytest.raises(ValueError, match=r"classes differ between the training and the validation masks: '3' of .*val"):
-        labeled_masks(tmp_path, None, 0)
+        read_labeled_scenes(tmp_path, None, 0)
     scenes(tmp_path / "train", classes=4)
     (tmp_path / "train" / "classes.txt").write_text("a\nb\nc\nd\n")
     (tmp_path / "val" / "classes.txt").write_text("a\nb\nc\ne\n")
     with pytest.raises(ValueError, match=r"classes differ between .*only in one of them: d, e"):
-        labeled_masks(tmp_path, None, 0)
+        read_labeled_scenes(tmp_path, None, 0)
 
 
 def test_a_class_that_validation_lacks_is_said(tmp_path):
     scenes(tmp_path / "train", classes=4)
     scenes(tmp_path / "val", classes=3)
-    assert "no validation pixel of 3" in labeled_masks(tmp_path, None, 0).notes[-1]
+    assert "no validation pixel of 3" in read_labeled_scenes(tmp_path, None, 0).notes[-1]
 
 
 def test_an_unreadable_image_is_left_to_training(tmp_path):
     """A broken image is replaced when its turn comes, as everywhere; a broken mask is an error."""
     folder = scenes(tmp_path)
     (folder / "images" / "04.jpg").write_bytes(b"torn")
-    assert len(labeled_masks(folder, None, 0).train) == 8
+    assert len(read_labeled_scenes(folder, None, 0).train) == 8
 
 
 def test_turned_images_are_measured_upright(tmp_path):
@@ -321,4 +326,4 @@ def test_turned_images_are_measured_upright(tmp_path):
     exif = Image.Exif()
     exif[0x0112] = 6
     Image.new("RGB", (12, 8)).save(folder / "images" / "04.jpg", exif=exif)
-    assert len(labeled_masks(folder, None, 0).train) == 8
+    assert len(read_labeled_scenes(folder, None, 0).train) == 8

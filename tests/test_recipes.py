@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from simmim.cli.arguments import parse
-from simmim.data import Survey
+from simmim.data import ImageStatistics
 from simmim.encoders.swinv2 import SwinV2, SwinV2Config
 from simmim.finetune.classification.settings import ClassificationSettings
 from simmim.finetune.segmentation.model import HeadShape, Segmenter
@@ -22,7 +22,7 @@ CONFIGS = Path(__file__).parents[1] / "configs"
 PRETRAIN = sorted((CONFIGS / "pretrain").glob("*.yaml"))
 SEGMENTATION = sorted((CONFIGS / "finetune").glob("*-segmentation.yaml"))
 FINETUNE = sorted(set((CONFIGS / "finetune").glob("*.yaml")) - set(SEGMENTATION))
-PHOTOS = Survey(short_side_px=400, channels=3, decoded_mib=1e5, mean=(0.5,) * 3, std=(0.2,) * 3)
+PHOTOS = ImageStatistics(short_side_px=400, channels=3, decoded_mib=1e5, mean=(0.5,) * 3, std=(0.2,) * 3)
 
 
 def pretrain_settings(path, count=1_281_167):

@@ -9,8 +9,8 @@ import torch.nn.functional as F
 from PIL import Image
 
 from simmim.data import Picture, collate
-from simmim.data.mask_sources import read_pairs
-from simmim.data.masks import MaskScheme
+from simmim.data.label_map_sources import read_pairs
+from simmim.data.label_maps import ClassScheme
 from simmim.finetune.segmentation.views import (
     RandomScene,
     SceneSamples,
@@ -20,7 +20,7 @@ from simmim.finetune.segmentation.views import (
     scaled_size,
 )
 
-SCHEME = MaskScheme(tuple("abcdefgh"), tuple(range(8)), 255)
+SCHEME = ClassScheme(tuple("abcdefgh"), tuple(range(8)), 255)
 
 
 def view_of(**changes):
@@ -122,12 +122,12 @@ def test_samples_follow_from_seed_epoch_and_index(folder):
     source = read_pairs(str(folder))["train"]
     first, second = (SceneSamples(source, view_of(), SCHEME, 3, seed=3, keep_decoded=kept) for kept in (False, True))
     for key in ((0, 1), (4, 1), (0, 3)):
-        for name in ("image", "mask", "seed"):
+        for name in ("image", "label_map", "seed"):
             a, b = first[key][name], second[key][name]
             assert torch.equal(a, b) if isinstance(a, torch.Tensor) else a == b
-    assert not torch.equal(first[0, 1]["mask"], first[1, 1]["mask"])
+    assert not torch.equal(first[0, 1]["label_map"], first[1, 1]["label_map"])
     batch = collate([first[0, index] for index in range(4)])
-    assert batch["image"].shape == (4, 3, 32, 40) and batch["mask"].shape == (4, 32, 40)
+    assert batch["image"].shape == (4, 3, 32, 40) and batch["label_map"].shape == (4, 32, 40)
 
 
 def test_an_unreadable_image_is_replaced_with_its_mask(folder):
@@ -136,11 +136,11 @@ def test_an_unreadable_image_is_replaced_with_its_mask(folder):
     samples = SceneSamples(source, WholeScene(0), SCHEME, 3, seed=0)
     sample = samples[0, 2]
     assert [path for path, _ in sample["skipped"]] == [str(folder / "images" / "2.png")]
-    assert sample["image"].shape[1:] == sample["mask"].shape
+    assert sample["image"].shape[1:] == sample["label_map"].shape
 
 
 def test_evaluation_sees_all_of_the_image_and_the_mask_as_it_is(folder):
     source = read_pairs(str(folder))["train"]
     sample = SceneSamples(source, WholeScene(20), SCHEME, 3, seed=0)[0, 1]
     assert sample["image"].shape == (3, 20, 24)
-    assert np.array_equal(sample["mask"].numpy(), scene(41, 50)[1])
+    assert np.array_equal(sample["label_map"].numpy(), scene(41, 50)[1])

@@ -12,8 +12,8 @@ from torchmetrics.classification import MulticlassConfusionMatrix, MulticlassJac
 from simmim import load_encoder
 from simmim.checkpoints.checkpoint import Preprocessing, save_encoder
 from simmim.data import open_picture
-from simmim.data.mask_values import read_mask
-from simmim.data.masks import MaskScheme
+from simmim.data.label_map_files import read_label_map
+from simmim.data.label_maps import ClassScheme
 from simmim.encoders.swinv2 import SwinV2, SwinV2Config
 from simmim.finetune.segmentation.iou import class_table, iou_by_class, mean_iou, pixel_accuracy, write_class_rows
 from simmim.finetune.segmentation.model import (
@@ -114,7 +114,7 @@ def test_every_validation_counts_anew(saved):
     for _ in range(2):
         module.on_validation_epoch_start()
         for first in (0, 4):
-            batch = {"image": images[first : first + 4], "mask": given[first : first + 4].to(torch.uint8)}
+            batch = {"image": images[first : first + 4], "label_map": given[first : first + 4].to(torch.uint8)}
             with torch.no_grad():
                 module.validation_step(batch, 0)
         module.on_validation_epoch_end()
@@ -161,7 +161,7 @@ def saved():
     model = Segmenter(SwinV2(SwinV2Config(16, (1, 1), (1, 2), window_size=4)), 3, HeadShape(width=16)).eval()
     for parameter in model.parameters():
         parameter.data.add_(torch.randn_like(parameter) * 0.2)
-    scheme = MaskScheme(("ground", "house", "tree"), (0, 4, 7), 255)
+    scheme = ClassScheme(("ground", "house", "tree"), (0, 4, 7), 255)
     return SavedSegmenter(model, scheme, Preprocessing((32, 32), (0.4, 0.5, 0.6), (0.2, 0.2, 0.2)), 32, "auto")
 
 
@@ -230,7 +230,7 @@ def test_predicted_masks_are_the_segmenter_s_at_the_images_sizes(saved, folder, 
         factor = 32 / min(height, width)
         pixels = picture.crop((0, 0, width, height), (round(height * factor), round(width * factor)))
         logits = F.interpolate(saved.logits(pixels[None]), (height, width), mode="bilinear", align_corners=False)
-        mask = read_mask({"bytes": None, "path": str(tmp_path / "out" / "masks" / f"{name}.png")})
+        mask = read_label_map({"bytes": None, "path": str(tmp_path / "out" / "masks" / f"{name}.png")})
         expected = np.array(saved.scheme.values)[logits[0].argmax(dim=0).numpy()]
         assert mask.shape == (height, width) and (mask == expected).mean() > 0.9999, name
         totals += [int((mask == value).sum()) for value in saved.scheme.values]

@@ -15,7 +15,7 @@ from simmim import load_encoder
 from simmim.checkpoints.checkpoint import Preprocessing, save_encoder
 from simmim.cli import main
 from simmim.data import open_picture
-from simmim.data.mask_values import read_mask
+from simmim.data.label_map_files import read_label_map
 from simmim.encoders.swinv2 import SwinV2
 from simmim.finetune import SegmentationSettings, finetune, load_segmenter
 from simmim.finetune.segmentation.settings import HeadSettings, SceneSettings
@@ -71,7 +71,7 @@ def test_the_best_segmenter_is_kept(labeled, run):
     for file in sorted((labeled / "val" / "images").iterdir()):
         pixels = open_picture({"bytes": None, "path": str(file)}, 1).crop((0, 0, 40, 40), (32, 32))
         predicted = best_class(saved.logits(pixels[None]), (40, 40))[0].numpy()
-        given = read_mask({"bytes": None, "path": str(labeled / "val" / "masks" / file.name)})
+        given = read_label_map({"bytes": None, "path": str(labeled / "val" / "masks" / file.name)})
         for number in range(3):
             both[number] += ((given == number) & (predicted == number)).sum()
             either[number] += ((given == number) | (predicted == number)).sum()

@@ -7,8 +7,10 @@ import pytest
 import yaml
 
 from simmim.cli.arguments import parse
-from simmim.data import IMAGENET_MEAN, IMAGENET_STD, Survey
+from simmim.data import ImageStatistics
 from simmim.defaults import (
+    IMAGENET_MEAN,
+    IMAGENET_STD,
     default_batch_size,
     default_finetuning_epochs,
     default_image_size,
@@ -24,10 +26,10 @@ from simmim.methods.simmim import SimMIMSettings
 from simmim.pretrain.settings import DataSettings, OptimSettings, PretrainSettings, resolve
 from simmim.training.run_folder import as_yaml, differences, plain
 
-DIGITS = Survey(short_side_px=28, channels=1, decoded_mib=3.0, mean=(0.131,), std=(0.308,))
-PHOTOS = Survey(short_side_px=375, channels=3, decoded_mib=5e4, mean=(0.4, 0.4, 0.4), std=(0.2, 0.2, 0.2))
+DIGITS = ImageStatistics(short_side_px=28, channels=1, decoded_mib=3.0, mean=(0.131,), std=(0.308,))
+PHOTOS = ImageStatistics(short_side_px=375, channels=3, decoded_mib=5e4, mean=(0.4, 0.4, 0.4), std=(0.2, 0.2, 0.2))
 fine = partial(ClassificationSettings, data="x")
-THUMBNAILS = Survey(short_side_px=96, channels=3, decoded_mib=200.0, mean=(0.4, 0.4, 0.4), std=(0.2, 0.2, 0.2))
+THUMBNAILS = ImageStatistics(short_side_px=96, channels=3, decoded_mib=200.0, mean=(0.4, 0.4, 0.4), std=(0.2, 0.2, 0.2))
 
 
 def settings_for(**changes):

@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from simmim.data import find_images, index_folder, labeled_images, open_images, open_picture, open_source
+from simmim.data import find_images, index_folder, open_images, open_picture, open_source, read_labeled_images
 from simmim.data.index import Scan, cache_folder
 
 COUNT = 12
@@ -146,7 +146,7 @@ def test_every_kind_of_source_gives_the_same_images(folder, tmp_path, monkeypatc
         source = source if isinstance(source, list) else str(source)
         assert sorted(values(open_images(source))) == everything, source
         stream = open_source(source, streaming=True)
-        assert stream.count == COUNT, source
+        assert stream.num_images == COUNT, source
         assert sorted(values(stream.images)) == everything, source
         assert sorted(values(stream.head)) == everything, source
     monkeypatch.setattr(datasets, "load_dataset", lambda name, **_: datasets.load_from_disk(str(tmp_path / "saved")))
@@ -219,7 +219,7 @@ def test_labels_from_csv_parquet_and_splits_are_those_of_the_folders(tmp_path):
     data.save_to_disk(tmp_path / "saved")
     expected = None
     for source in ("folders", "labels.csv", "labels.parquet", "saved"):
-        labels = labeled_images(tmp_path / source, labels_per_class=3, seed=7)
+        labels = read_labeled_images(tmp_path / source, labels_per_class=3, seed=7)
         assert labels.classes == ("even", "odd")
         assert [value % 2 for value in values(labels.train)] == labels.train["label"]
         assert [value % 2 for value in values(labels.validation)] == labels.validation["label"]
@@ -231,7 +231,7 @@ def test_labels_from_csv_parquet_and_splits_are_those_of_the_folders(tmp_path):
         assert got == expected, "the same seed chooses the same images, wherever they come from"
     datasets.DatasetDict(train=data.select(range(16)), test=data.select(range(16, 20))).save_to_disk(tmp_path / "splits")
     with pytest.raises(ValueError, match="all images have the label 'odd'"):
-        labeled_images(tmp_path / "splits", None, seed=0)
+        read_labeled_images(tmp_path / "splits", None, seed=0)
 
 
 def test_labels_that_cannot_work(tmp_path):
@@ -244,4 +244,4 @@ def test_labels_that_cannot_work(tmp_path):
     ):
         (tmp_path / "labels.csv").write_text(content)
         with pytest.raises(ValueError, match=message):
-            labeled_images(tmp_path / "labels.csv", None, seed=0)
+            read_labeled_images(tmp_path / "labels.csv", None, seed=0)

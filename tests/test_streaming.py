@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 import torch
 
-from simmim.data import ImageSamples, RandomView, SampleStream, StreamSamples, batches, open_source
+from simmim.data import EndlessBatchSampler, ImageSamples, RandomView, StreamedSamples, build_loader, open_source
 from simmim.pretrain import DataSettings, PretrainSettings, SimMIMSettings, load_pretrained, pretrain
 
 COUNT = 29  # divides among nothing
@@ -28,7 +28,7 @@ def numbered(tmp_path_factory):
 
 def stream_of(numbered, shards, buffer=7):
     source = open_source(numbered).images.to_iterable_dataset(num_shards=shards)
-    return StreamSamples(source, RandomView((4, 4)), 3, seed=3, buffer=buffer)
+    return StreamedSamples(source, RandomView((4, 4)), 3, seed=3, buffer=buffer)
 
 
 def numbers(batch):
@@ -41,10 +41,10 @@ def test_every_sample_once_an_epoch_in_a_stream(numbered, ranks, workers, shards
     """Also where there are fewer shards than readers, or shards do not divide among them."""
     seen = {0: Counter(), 1: Counter()}
     for rank in range(ranks):
-        loader = batches(stream_of(numbered, shards).part(rank, ranks, 0, {}), workers, batch_size=2)
+        loader = build_loader(stream_of(numbered, shards).part(rank, ranks, 0, {}), workers, batch_size=2)
         # Enough for every worker to be through with two epochs.
         for batch in itertools.islice(loader, 2 * COUNT + 4):
-            for number, (_, epoch, _) in zip(numbers(batch), batch["place"]):
+            for number, (_, epoch, _) in zip(numbers(batch), batch["stream_position"]):
                 if epoch in seen:
                     seen[epoch][number] += 1
     for epoch, counts in seen.items():
@@ -58,7 +58,7 @@ def test_every_sample_once_an_epoch_by_number(numbered):
     samples = ImageSamples(images, RandomView((4, 4)), 3, seed=3)
     parts = []
     for rank in range(2):
-        loader = batches(samples, 2, SampleStream(COUNT, 4, seed=3, rank=rank, world=2))
+        loader = build_loader(samples, 2, EndlessBatchSampler(COUNT, 4, seed=3, rank=rank, world=2))
         parts.append([numbers(batch) for batch in itertools.islice(loader, 15)])
     order = [number for pair in zip(*parts) for part in pair for number in part]
     for epoch in range(4):
@@ -83,17 +83,17 @@ def test_epochs_and_seeds_have_orders_of_their_own(numbered):
 @pytest.mark.parametrize("workers", [0, 2, 3])
 def test_going_on_from_a_place_is_exact(numbered, workers):
     """After any number of batches, on to the next epoch and before it: same images, crops, mask seeds, in order."""
-    whole = list(itertools.islice(batches(stream_of(numbered, 4), workers, batch_size=3), 24))
+    whole = list(itertools.islice(build_loader(stream_of(numbered, 4), workers, batch_size=3), 24))
     for done in (1, 4, 11, 17):
         places = {}
         for batch in whole[:done]:
-            for worker, epoch, taken in batch["place"]:
+            for worker, epoch, taken in batch["stream_position"]:
                 places[worker] = (epoch, taken)
         part = stream_of(numbered, 4).part(0, 1, done, places)
-        for expected, batch in zip(whole[done:], batches(part, workers, batch_size=3)):
+        for expected, batch in zip(whole[done:], build_loader(part, workers, batch_size=3)):
             assert torch.equal(batch["image"], expected["image"])
             assert batch["seed"] == expected["seed"]
-            assert batch["place"] == expected["place"]
+            assert batch["stream_position"] == expected["stream_position"]
 
 
 def test_unreadable_rows_are_replaced_and_listed(tmp_path, numbered):
@@ -101,7 +101,7 @@ def test_unreadable_rows_are_replaced_and_listed(tmp_path, numbered):
     rows[5] = {"bytes": b"no picture", "path": "five.jpg"}
     rows[6] = {"bytes": b"", "path": "six.jpg"}
     stream = datasets.Dataset.from_dict({"image": rows}).to_iterable_dataset(num_shards=2)
-    samples = StreamSamples(stream, RandomView((4, 4)), 3, seed=0, buffer=5)
+    samples = StreamedSamples(stream, RandomView((4, 4)), 3, seed=0, buffer=5)
     epoch = list(itertools.islice(samples, 60))
     listed = {path for sample in epoch for path, _ in sample["skipped"]}
     assert listed == {"five.jpg", "six.jpg"}

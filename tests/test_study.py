@@ -16,7 +16,7 @@ from scipy.stats import ttest_rel
 from sklearn.model_selection import StratifiedKFold
 
 from simmim.cli import main
-from simmim.data import labeled_images
+from simmim.data import read_labeled_images
 from simmim.finetune import ClassificationSettings, EncoderSettings, LabeledSettings, StudySettings, finetune
 from simmim.finetune.classification.folds import fold_of
 from simmim.finetune.label_study.report import (
@@ -174,7 +174,7 @@ def test_a_fold_sees_none_of_the_validation_images(digits):
     from simmim.finetune.classification.task import Classification
 
     settings = ClassificationSettings(data=LabeledSettings(str(digits.labeled)), out="unused", labels_per_class=5, seed=3)
-    chosen = labeled_images(settings.data.path, 5, 3)
+    chosen = read_labeled_images(settings.data.path, 5, 3)
     ours = {row["image"]["path"] for row in chosen.train}
     held = []
     for part in range(3):

@@ -12,7 +12,7 @@ from PIL import Image
 from sklearn.metrics import confusion_matrix, f1_score, precision_recall_fscore_support, top_k_accuracy_score
 
 from simmim import load_encoder
-from simmim.data import CenterView, labeled_images
+from simmim.data import CenterView, read_labeled_images
 from simmim.defaults import default_drop_path, default_ema
 from simmim.encoders.swinv2 import PRESETS
 from simmim.finetune import ClassificationSettings, LabeledSettings, finetune, load_classifier
@@ -206,7 +206,7 @@ def test_balanced_epochs_show_classes_and_their_images_equally_often():
 
 
 def test_balanced_samples_follow_from_seed_epoch_and_index(digits):
-    labels = labeled_images(digits.labeled, None, seed=0)
+    labels = read_labeled_images(digits.labeled, None, seed=0)
     uneven = labels.train.select([*range(24), *range(24, 27)])  # 24 zeros and 3 ones
     first, second = (BalancedSamples(uneven, CenterView((32, 32)), 1, seed=5) for _ in range(2))
     keys = [(epoch, index) for epoch in (0, 1) for index in range(27)]

@@ -16,7 +16,7 @@ from PIL import Image
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 import simmim.pretrain.module
-from simmim.data import ImageSamples, RandomView, SampleStream, find_images, image_dataset
+from simmim.data import EndlessBatchSampler, ImageSamples, RandomView, dataset_from_paths, find_images
 from simmim.encoders.swinv2 import SwinV2, SwinV2Config
 from simmim.encoders.swinv2.model import DropPath
 from simmim.methods.masking import BlockMasking
@@ -65,7 +65,7 @@ def train(images, run, *callbacks, steps=STEPS, guard=True, resume=None, accumul
     model = SimMIM(SwinV2(CONFIG_OF_ENCODER, more.get("checkpoint_activations", False)))
     schedule = Schedule(2e-2, 10.0, 1.0, 1e-4).by_step(30, BATCH)
     module = PretrainingModule(model, BlockMasking(8, 0.5), (0.13,), (0.31,), schedule, 0.05, 5.0)
-    samples = ImageSamples(image_dataset(find_images(images)), RandomView((32, 32), flip=0.0), 1, seed=0)
+    samples = ImageSamples(dataset_from_paths(find_images(images)), RandomView((32, 32), flip=0.0), 1, seed=0)
     guards = [guard] if isinstance(guard, NumericalGuard) else [NumericalGuard(run)] * bool(guard)
     trainer = build_trainer(
         run,
@@ -122,7 +122,7 @@ def metrics(run):
 
 def files_of_step(images, step, batch=BATCH):
     paths = find_images(images)
-    keys = next(iter(SampleStream(len(paths), batch, 0, start=step)))
+    keys = next(iter(EndlessBatchSampler(len(paths), batch, 0, start=step)))
     return [str(paths[index]) for _, index in keys]
 
 
@@ -359,7 +359,7 @@ class Data(pl.LightningDataModule):
     def train_dataloader(self):
         rank = self.trainer.global_rank
         common = {"image": torch.ones(2, 3) + rank, "skipped": ()} | ({"file": ["a.png", None]} if rank else {})
-        batches = [{**common, "place": [(rank, 0, step)] * 2} for step in range(8)]
+        batches = [{**common, "stream_position": [(rank, 0, step)] * 2} for step in range(8)]
         return torch.utils.data.DataLoader(batches, batch_size=None)
 
 class Module(pl.LightningModule):

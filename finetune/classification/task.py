@@ -7,7 +7,7 @@ from dataclasses import replace
 from pathlib import Path
 
 from simmim.checkpoints.checkpoint import Checkpoint, Preprocessing
-from simmim.data import CenterView, ImageSamples, LabeledImages, RandomView, labeled_images
+from simmim.data import CenterView, ImageSamples, LabeledImages, RandomView, read_labeled_images
 from simmim.encoders.base import EncoderConfig
 from simmim.finetune.classification.balance import BalancedSamples, class_weights
 from simmim.finetune.classification.defaults import completed
@@ -26,7 +26,7 @@ class Classification(Task):
     def read(self, settings: ClassificationSettings) -> LabeledImages:
         """Images by class."""
         self.monitor, data = settings.monitor, settings.data
-        labels = labeled_images(data.path, settings.labels_per_class, settings.seed, data.column, data.label_column)
+        labels = read_labeled_images(data.path, settings.labels_per_class, settings.seed, data.column, data.label_column)
         return held_out_fold(labels, *data.fold, settings.seed) if data.fold else labels
 
     def completed(

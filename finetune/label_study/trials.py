@@ -157,13 +157,13 @@ def prepared(settings: StudySettings) -> tuple[StudySettings, list[Arm], dict[in
         ValueError: when the labels or an encoder cannot be read, no number of labels is left, or no run can start so.
     """
     from simmim.checkpoints import read
-    from simmim.data import cores, labeled_images, survey
+    from simmim.data import available_cores, measure_images, read_labeled_images
     from simmim.finetune.freezing import frozen_parts
     from simmim.finetune.start import starting_point
     from simmim.training import device_type
 
     data = settings.data
-    read_labels = labeled_images(data.path, None, settings.seed, data.column, data.label_column)
+    read_labels = read_labeled_images(data.path, None, settings.seed, data.column, data.label_column)
     counts = np.bincount(read_labels.train["label"], minlength=len(read_labels.classes))
     smallest, rarest = int(counts.min()), read_labels.classes[int(counts.argmin())]
     labels = {value: float(counts.mean()) if value == ALL else value for value in settings.labels}
@@ -178,7 +178,7 @@ def prepared(settings: StudySettings) -> tuple[StudySettings, list[Arm], dict[in
         )
     checkpoints = {name: read(path) for name, path in settings.arm_names().items()}
     small = checkpoints["pre-trained"].config.is_small
-    processes = settings.processes or (cores() if small and device_type() == "cpu" else 1)
+    processes = settings.processes or (available_cores() if small and device_type() == "cpu" else 1)
     settings = replace(settings, processes=processes)
     one = settings.run_settings()
     arms = [
@@ -187,7 +187,7 @@ def prepared(settings: StudySettings) -> tuple[StudySettings, list[Arm], dict[in
     ]
     if settings.scratch:
         arms.append(Arm("from scratch", from_scratch(one), arms[0].fingerprint))
-    images = survey(read_labels.train)
+    images = measure_images(read_labels.train)
     for arm in arms:  # what cannot start says so now, and not from the first trial
         encoder = starting_point(arm.settings, images, device_type(), None).encoder
         frozen_parts(encoder, arm.settings.freeze, arm.settings.train_stages)

@@ -17,7 +17,7 @@ from torchmetrics.classification import MulticlassConfusionMatrix
 from simmim.checkpoints import read_encoder
 from simmim.checkpoints.checkpoint import Preprocessing, mismatches, read_json, read_tensors, save_encoder, write_tensors
 from simmim.data import normalize
-from simmim.data.masks import MaskScheme
+from simmim.data.label_maps import ClassScheme
 from simmim.encoders.base import Encoder
 from simmim.files import write_json
 from simmim.finetune.augment.color import ColorSettings, recolor
@@ -170,7 +170,7 @@ class SegmentationFinetuning(TrainingModule):
         self,
         model: Segmenter,
         preprocessing: Preprocessing,
-        scheme: MaskScheme,
+        scheme: ClassScheme,
         inference: str,
         learning_rate: Callable[[int], float],
         optim: OptimSettings,
@@ -184,7 +184,7 @@ class SegmentationFinetuning(TrainingModule):
         self.color = ColorSettings(jitter=jitter)
         weights = None if class_weights is None else torch.tensor(class_weights)
         self.register_buffer("class_weights", weights, persistent=False)
-        self.counts = MulticlassConfusionMatrix(len(scheme.classes), ignore_index=scheme.ignored, validate_args=False)
+        self.counts = MulticlassConfusionMatrix(len(scheme.classes), ignore_index=scheme.ignored_id, validate_args=False)
         self.confusion: Tensor | None = None
         self.shown: list[Shown] = []
 
@@ -195,15 +195,15 @@ class SegmentationFinetuning(TrainingModule):
             images = recolor(images, batch["seed"], [[] for _ in images], self.color)
         normalized = normalize(images, self.preprocessing.mean, self.preprocessing.std)
         output = self.model(normalized, with_auxiliary=True)
-        loss = self.loss(output.logits, batch["mask"])
+        loss = self.loss(output.logits, batch["label_map"])
         if output.auxiliary is not None:
-            loss = loss + self.auxiliary * self.loss(output.auxiliary, batch["mask"])
+            loss = loss + self.auxiliary * self.loss(output.auxiliary, batch["label_map"])
         self.log("loss", loss, prog_bar=True, batch_size=len(images), sync_dist=True)
         return loss
 
     def loss(self, logits: Tensor, masks: Tensor) -> Tensor:
         """As it is trained by."""
-        return pixel_loss(logits, masks, self.scheme.ignored, self.class_weights, self.label_smoothing)
+        return pixel_loss(logits, masks, self.scheme.ignored_id, self.class_weights, self.label_smoothing)
 
     def on_validation_epoch_start(self) -> None:
         """Forget the pictures of the validation before."""
@@ -212,11 +212,11 @@ class SegmentationFinetuning(TrainingModule):
     def validation_step(self, batch: dict, batch_idx: int) -> None:
         """Count pixels by given and predicted class at the masks' own size."""
         images = normalize(batch["image"], self.preprocessing.mean, self.preprocessing.std)
-        masks = batch["mask"].long()
+        masks = batch["label_map"].long()
         logits = dense_logits(self.model, images, self.preprocessing.image_size, self.inference)
         predicted = best_class(logits, masks.shape[1:])
         self.counts.update(predicted, masks)
-        loss = pixel_loss(logits, masks, self.scheme.ignored)
+        loss = pixel_loss(logits, masks, self.scheme.ignored_id)
         self.log("validation_loss", loss, on_epoch=True, batch_size=len(images), sync_dist=True)
         for row in range(min(len(images), SHOWN_IMAGES - len(self.shown))):
             self.shown.append(Shown(*(part[row].cpu() for part in (batch["image"], masks, predicted))))
@@ -245,7 +245,7 @@ class SavedSegmenter:
     """
 
     model: Segmenter
-    scheme: MaskScheme
+    scheme: ClassScheme
     preprocessing: Preprocessing
     short_side: int
     inference: str
@@ -298,7 +298,7 @@ def load_segmenter(path: str | Path) -> SavedSegmenter:
         raise ValueError(f"{str(path)!r} holds an encoder but no segmenter: give a run of simmim finetune segmentation")
     description = read_json(folder / DESCRIPTION)
     try:
-        scheme = MaskScheme(tuple(description["classes"]), tuple(description["values"]), description["ignore_index"])
+        scheme = ClassScheme(tuple(description["classes"]), tuple(description["values"]), description["ignore_index"])
         shape = HeadShape(**description["head"])
         short_side, inference = description["short_side"], description["inference"]
     except (KeyError, TypeError) as error:

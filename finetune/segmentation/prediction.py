@@ -16,8 +16,8 @@ from PIL import Image
 from torch import Tensor
 from tqdm import tqdm
 
-from simmim.data import UNREADABLE, open_images, open_picture, reason
-from simmim.data.masks import CLASSES_FILE, MaskScheme
+from simmim.data import UNREADABLE, describe_error, open_images, open_picture
+from simmim.data.label_maps import CLASSES_FILE, ClassScheme
 from simmim.files import atomic_write
 from simmim.finetune.segmentation.model import SavedSegmenter, load_segmenter
 from simmim.finetune.segmentation.overlays import as_color, overlay, palette
@@ -104,7 +104,7 @@ def read_all(source, names: list[str], saved: SavedSegmenter, unreadable: dict[s
             picture = open_picture(record, channels)
             pixels = whole_picture(picture, saved.short_side)
         except UNREADABLE as error:
-            unreadable[record["path"] or f"row {row}"] = reason(error)
+            unreadable[record["path"] or f"row {row}"] = describe_error(error)
             continue
         yield Read(names[row], pixels, picture.size[::-1])
 
@@ -147,7 +147,7 @@ def output_names(paths: list[str | None], images: Path) -> list[str]:
     return names
 
 
-def write_mask(file: Path, mask: np.ndarray, scheme: MaskScheme) -> None:
+def write_mask(file: Path, mask: np.ndarray, scheme: ClassScheme) -> None:
     """A mask of classes' numbers with the values of the training masks: a palette PNG, or 16-bit gray where a value is above
     255; whole or not at all."""
     values = np.array(scheme.values)[mask]

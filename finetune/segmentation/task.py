@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 import sys
 from collections.abc import Callable, Iterable, Iterator
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -15,7 +15,7 @@ from PIL import Image
 from tqdm import tqdm
 
 from simmim.checkpoints.checkpoint import Preprocessing
-from simmim.data.masks import LabeledMasks, labeled_masks
+from simmim.data.label_maps import LabeledScenes, read_labeled_scenes
 from simmim.encoders.base import EncoderConfig
 from simmim.files import atomic_write
 from simmim.finetune.augment.color import ColorSettings, check_kornia, has_kornia
@@ -41,7 +41,7 @@ from simmim.finetune.task import Task
 from simmim.training.logs import log_picture
 
 if TYPE_CHECKING:
-    import datasets
+    pass
 
 CLASS_ROWS, PICTURE = "iou.csv", "masks.png"
 JITTER = 0.25  # half of what the published pipeline draws, whose images are thousands
@@ -52,25 +52,6 @@ VALIDATION_PIXELS = 2**18  # of one validation batch, where images are of one si
 VALIDATION_IMAGES = 64
 
 
-@dataclass(frozen=True)
-class LabeledScenes:
-    """`LabeledMasks` as `simmim.finetune.run` wants labels."""
-
-    masks: LabeledMasks
-
-    @property
-    def train(self) -> datasets.Dataset:
-        return self.masks.train
-
-    @property
-    def validation(self) -> datasets.Dataset:
-        return self.masks.validation
-
-    @property
-    def classes(self) -> tuple[str, ...]:
-        return self.masks.scheme.classes
-
-
 class Segmentation(Task):
     """A class for every pixel."""
 
@@ -79,7 +60,7 @@ class Segmentation(Task):
     def read(self, settings: SegmentationSettings) -> LabeledScenes:
         """Scenes, every mask looked into."""
         data = settings.data
-        masks = labeled_masks(
+        return read_labeled_scenes(
             data.path,
             settings.labels,
             settings.seed,
@@ -90,7 +71,6 @@ class Segmentation(Task):
             data.ignore_index,
             looking,
         )
-        return LabeledScenes(masks)
 
     def completed(
         self, settings: SegmentationSettings, labels: LabeledScenes, encoder: EncoderConfig, device: str
@@ -100,8 +80,8 @@ class Segmentation(Task):
         if settings.optim.lr is None and not small:
             settings = replace(settings, optim=replace(settings.optim, lr=PUBLISHED_LR))
         settings = with_schedule(settings, len(labels.train), device, small)
-        data, scheme = settings.data, labels.masks.scheme
-        reasons = list(labels.masks.notes)
+        data, scheme = settings.data, labels.scheme
+        reasons = list(labels.notes)
         jitter = data.color_jitter
         if jitter is None:
             jitter = JITTER if has_kornia() else 0.0
@@ -129,21 +109,21 @@ class Segmentation(Task):
         self, settings: SegmentationSettings, labels: LabeledScenes, channels: int, keep_decoded: bool
     ) -> tuple[SceneSamples, SceneSamples]:
         """Training samples, scaled, cropped and flipped at random, and whole validation scenes."""
-        data, masks = settings.data, labels.masks
+        data = settings.data
         fill = tuple(round(255 * mean) for mean in self.preprocessing.mean)
         random_view = RandomScene(
-            settings.size, data.short_side, data.scale, data.crop_class_share, data.flip, fill, masks.scheme.ignored
+            settings.size, data.short_side, data.scale, data.crop_class_share, data.flip, fill, labels.scheme.ignored_id
         )
         views = random_view, WholeScene(data.short_side)
         # Together only if they are of one size, before and after; one by one else.
-        sizes = set(masks.validation_sizes)
+        sizes = set(labels.validation_sizes)
         self.validation_batch = 1
         if len(sizes) == 1 and None not in sizes:
             area = max(math.prod(size) for size in (*sizes, scaled_size(*sizes, data.short_side)))
             self.validation_batch = min(max(1, VALIDATION_PIXELS // area), VALIDATION_IMAGES)
-        parts = zip((masks.train, masks.validation), views)
+        parts = zip((labels.train, labels.validation), views)
         train, validation = (
-            SceneSamples(part, view, masks.scheme, channels, settings.seed, keep_decoded) for part, view in parts
+            SceneSamples(part, view, labels.scheme, channels, settings.seed, keep_decoded) for part, view in parts
         )
         return train, validation
 
@@ -156,13 +136,13 @@ class Segmentation(Task):
         say: Callable[[str], object] | None,
     ) -> SegmentationFinetuning:
         """Encoder and heads, and how they learn."""
-        data, head, scheme = settings.data, settings.head, labels.masks.scheme
+        data, head, scheme = settings.data, settings.head, labels.scheme
         shape = HeadShape(head.width, head.norm, head.dropout, head.auxiliary > 0)
         model = Segmenter(start.encoder, len(scheme.classes), shape).train()
         if settings.init != "none":
             take_heads(model, settings.init, scheme.classes, say)
         self.scheme, self.preprocessing = scheme, start.preprocessing
-        weights = balanced_weights(labels.masks.pixels) if settings.class_weights == "balanced" else None
+        weights = balanced_weights(labels.pixels) if settings.class_weights == "balanced" else None
         return SegmentationFinetuning(
             model,
             start.preprocessing,

@@ -13,8 +13,8 @@ from torch import Tensor
 
 from simmim.data import ImageSamples, Picture, open_picture
 from simmim.data.decode import MAX_PIXELS, Size
-from simmim.data.mask_values import read_mask
-from simmim.data.masks import MaskScheme
+from simmim.data.label_map_files import read_label_map
+from simmim.data.label_maps import ClassScheme
 
 TRIES = 10  # crops drawn in search of one that is not nearly all of one class, as published
 
@@ -131,7 +131,7 @@ class SceneSamples(ImageSamples):
         self,
         source,
         view: Callable[[Picture, np.ndarray, random.Random], tuple[Tensor, Tensor]],
-        scheme: MaskScheme,
+        scheme: ClassScheme,
         channels: int,
         seed: int,
         keep_decoded: bool = False,
@@ -140,25 +140,25 @@ class SceneSamples(ImageSamples):
         super().__init__(source, view, channels, seed, keep_decoded, max_pixels)
         self.scheme = scheme
 
-    def seen(self, index: int, generator: random.Random) -> dict:
+    def view_of(self, index: int, generator: random.Random) -> dict:
         """The view of the scene at `index`."""
-        image, mask = self.view(*self.opened(index), generator)
-        return {"image": image, "mask": mask}
+        image, mask = self.view(*self.load(index), generator)
+        return {"image": image, "label_map": mask}
 
-    def opened(self, index: int) -> tuple[Picture, np.ndarray]:
+    def load(self, index: int) -> tuple[Picture, np.ndarray]:
         """The image at `index`, and its mask as classes' numbers.
 
         Raises:
             One of `UNREADABLE`, also for a mask that does not fit, which was looked at before the run.
         """
-        if self.kept is not None and index in self.kept:
-            return self.kept[index]
+        if self.cache is not None and index in self.cache:
+            return self.cache[index]
         row = self.source[index]
         picture = open_picture(row["image"], self.channels, self.max_pixels)
-        mask = self.scheme.numbers(read_mask(row["mask"]))
+        mask = self.scheme.class_ids(read_label_map(row["label_map"]))
         if mask.shape != picture.size[::-1]:
             raise ValueError(f"its mask has changed and is {mask.shape[1]}x{mask.shape[0]} pixels now")
-        if self.kept is not None:
-            self.kept[index] = picture.decoded(), mask
-            return self.kept[index]
+        if self.cache is not None:
+            self.cache[index] = picture.decoded(), mask
+            return self.cache[index]
         return picture, mask

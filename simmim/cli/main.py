@@ -427,21 +427,21 @@ def run_check_data(arguments: Sequence[str]) -> int:
         workers=(int, -1, "reading processes; by default one a core"),
         json=(bool, False, "print JSON and nothing else"),
     )
-    from simmim.data import cores, open_images
+    from simmim.data import available_cores, open_images
     from simmim.data.check import as_json, check, render
-    from simmim.data.mask_sources import masks_among
+    from simmim.data.label_map_sources import note_on_label_maps
     from simmim.training import device_type
 
     report = check(
         open_images(chosen.path, chosen.column or None),
-        workers=cores() if chosen.workers == -1 else chosen.workers,
+        workers=available_cores() if chosen.workers == -1 else chosen.workers,
         path=chosen.path,
         device=device_type(),
         images_per_second=chosen.images_per_second or None,
         progress=not chosen.json,
     )
     print(as_json(report) if chosen.json else render(report))
-    masks = masks_among(chosen.path)
+    masks = note_on_label_maps(chosen.path)
     if masks and not chosen.json:
         print(f"\nnote         {masks}")
     return 0 if report.sound else 1
@@ -472,7 +472,7 @@ def run_demo(arguments: Sequence[str]) -> None:
     print("1/4 writing 5,000 real handwritten digits", flush=True)
     digits = write_digits(out / "digits")
 
-    from simmim.data import cores
+    from simmim.data import available_cores
     from simmim.finetune import ClassificationSettings
     from simmim.finetune.label_study.report import comparison_table
     from simmim.finetune.label_study.trials import pretrained_and_scratch, run_arms
@@ -492,7 +492,7 @@ def run_demo(arguments: Sequence[str]) -> None:
     words = [*recipe, "--data", str(digits.labeled), "--out", str(out / "finetune"), "--init", str(run)]
     arms = pretrained_and_scratch(parse("finetune", ClassificationSettings, words), **SCRATCH_TWIN)
     labels = {5: 5, 10: 10}
-    result = run_arms(arms, labels, range(chosen.seeds), out / "finetune", processes=min(cores(), 4))
+    result = run_arms(arms, labels, range(chosen.seeds), out / "finetune", processes=min(available_cores(), 4))
     table = comparison_table(result.trials, result.arms, tuple(labels))
     (out / "table.md").write_text(table + "\n", encoding="utf-8")
     print(

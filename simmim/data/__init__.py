@@ -1,43 +1,50 @@
 """Images from anywhere to batches: sources, decoding, views, order."""
 
-from simmim.data.decode import UNREADABLE, Picture, open_picture, read_image, reason
-from simmim.data.index import EXTENSIONS, find_images, image_dataset, index_folder
-from simmim.data.labels import LabeledImages, LabeledSource, labeled_images, labeled_source
-from simmim.data.samples import ImageSamples, InOrder, SampleStream, StreamSamples, batches, collate, cores, worker_count
+from simmim.data.decode import UNREADABLE, Picture, describe_error, open_picture, read_image
+from simmim.data.image_statistics import ImageStatistics, measure_images
+from simmim.data.index import EXTENSIONS, dataset_from_paths, find_images, index_folder
+from simmim.data.labels import LabeledImages, LabeledSource, open_labeled_source, read_labeled_images
+from simmim.data.samples import (
+    EndlessBatchSampler,
+    ImageSamples,
+    SequentialBatchSampler,
+    StreamedSamples,
+    available_cores,
+    build_loader,
+    collate,
+    default_num_workers,
+)
 from simmim.data.sources import Source, open_images, open_source
-from simmim.data.survey import IMAGENET_MEAN, IMAGENET_STD, Survey, survey
 from simmim.data.views import CenterView, RandomView, normalize
 
 __all__ = [
     "EXTENSIONS",
-    "IMAGENET_MEAN",
-    "IMAGENET_STD",
     "UNREADABLE",
     "CenterView",
+    "EndlessBatchSampler",
     "ImageSamples",
-    "InOrder",
+    "ImageStatistics",
     "LabeledImages",
     "LabeledSource",
     "Picture",
     "RandomView",
-    "SampleStream",
+    "SequentialBatchSampler",
     "Source",
-    "StreamSamples",
-    "Survey",
-    "batches",
+    "StreamedSamples",
+    "available_cores",
+    "build_loader",
     "collate",
-    "cores",
+    "dataset_from_paths",
+    "default_num_workers",
+    "describe_error",
     "find_images",
-    "image_dataset",
     "index_folder",
-    "labeled_images",
-    "labeled_source",
+    "measure_images",
     "normalize",
     "open_images",
+    "open_labeled_source",
     "open_picture",
     "open_source",
     "read_image",
-    "reason",
-    "survey",
-    "worker_count",
+    "read_labeled_images",
 ]

@@ -25,9 +25,9 @@ from PIL import Image
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
-from simmim.data.decode import MAX_PIXELS, UNREADABLE, Picture, decoding, open_picture, orientation, reason
-from simmim.data.samples import cores
-from simmim.data.survey import survey
+from simmim.data.decode import MAX_PIXELS, UNREADABLE, Picture, decoding, describe_error, open_picture, orientation
+from simmim.data.image_statistics import measure_images
+from simmim.data.samples import available_cores
 from simmim.data.views import RandomView
 from simmim.defaults import default_image_size, default_mask_unit, default_preset, default_window
 
@@ -137,7 +137,7 @@ def check(
         raise ValueError(f"{path!r} holds no images")
     problem, channels = None, None  # where there is a problem, each image is seen in the channels that it has
     try:
-        channels = survey(source).channels
+        channels = measure_images(source).channels
     except ValueError as error:
         problem = str(error)
 
@@ -174,7 +174,7 @@ def check(
         duplicates=listed(source, groups),
         images_per_second=rate,
         workers_needed={needed: math.ceil(needed / rate) for needed in rates if rate},
-        cores=cores(),
+        cores=available_cores(),
         suggestion=suggestion,
     )
 
@@ -228,7 +228,7 @@ class Inspected(Dataset):
             width, height = picture.size
             picture.crop((0, 0, width, height), (min(height, LOOK_PX), min(width, LOOK_PX)))
         except Exception as error:  # of whatever kind: this command is the place to learn of it
-            why = reason(error) if isinstance(error, UNREADABLE) else f"{type(error).__name__}: {error}"
+            why = describe_error(error) if isinstance(error, UNREADABLE) else f"{type(error).__name__}: {error}"
             tally.unreadable.append((name_of(record, row), why))
             tally.unreadable_rows.append(row)
             return

@@ -265,7 +265,7 @@ def read_image(record: dict, channels: int) -> Image.Image:
     return open_picture(record, channels).decoded().image.convert("L" if channels == 1 else "RGB")
 
 
-def reason(error: Exception) -> str:
+def describe_error(error: Exception) -> str:
     """Why an image was not read, in one line that names no object in memory."""
     text = error.strerror if isinstance(error, OSError) and error.strerror else str(error)
     text = re.sub(r"<?\S+ object at 0x[0-9a-fA-F]+>?", "the data", " ".join(text.split()))
@@ -559,7 +559,7 @@ def decoding() -> Iterator[None]:
     except MemoryError as error:
         raise ValueError("not enough memory to decode it") from error
     except Exception as error:
-        raise ValueError(f"broken file ({type(error).__name__}: {reason(error)})") from error
+        raise ValueError(f"broken file ({type(error).__name__}: {describe_error(error)})") from error
     finally:
         with _LOCK:
             _entered -= 1

@@ -101,7 +101,7 @@ def index_folder(folder: str | Path) -> datasets.Dataset:
                 raise ValueError(nothing_found(folder, scan))
         write_json(place.with_suffix(".json"), {"version": VERSION, "root": root, "count": count, "stamps": scan.stamps})
     except OSError:  # no cache to be had: the index lives in memory, for this run
-        return image_dataset(list(Scan(root)))
+        return dataset_from_paths(list(Scan(root)))
     return read_arrow(place)
 
 
@@ -197,7 +197,7 @@ def write_paths(file: Path, paths: Iterable[str]) -> int:
     return count
 
 
-def image_dataset(paths: list[str], labels: list[int] | None = None) -> datasets.Dataset:
+def dataset_from_paths(paths: list[str], labels: list[int] | None = None) -> datasets.Dataset:
     """Paths as a dataset with a column `image`, undecoded, and a column `label` where there are labels."""
     import datasets
 

@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from simmim.data.index import find_images, image_dataset
+from simmim.data.index import dataset_from_paths, find_images
 from simmim.data.sources import HUB_ID, classify, found_column, image_column, load, without_telemetry
 
 if TYPE_CHECKING:
@@ -51,14 +51,14 @@ class LabeledSource:
     validation: datasets.Dataset | None = None
     validation_rows: Mapping[str, Sequence[int]] | None = None
 
-    def drawn_rows(self, labels_per_class: int | None, seed: int) -> tuple[dict[str, list[int]], dict[str, list[int]]]:
+    def draw_rows(self, labels_per_class: int | None, seed: int) -> tuple[dict[str, list[int]], dict[str, list[int]]]:
         """Rows by class name, to train on and to validate with; the latter of `train` where there is no `validation`.
 
         Args:
-            labels_per_class, seed: as of `labeled_images`, with the same choice for the same seed.
+            labels_per_class, seed: as of `read_labeled_images`, with the same choice for the same seed.
 
         Raises:
-            ValueError: as `labeled_images`.
+            ValueError: as `read_labeled_images`.
         """
         generator = random.Random(f"labels/{seed}")
         rows = {name: list(self.rows[name]) for name in self.classes}
@@ -84,15 +84,15 @@ class LabeledSource:
                 rows[name] = sorted(generator.sample(rows[name], labels_per_class))
         return rows, held_out
 
-    def drawn(self, labels_per_class: int | None, seed: int) -> LabeledImages:
-        """The images of `drawn_rows`."""
-        rows, held_out = self.drawn_rows(labels_per_class, seed)
+    def draw(self, labels_per_class: int | None, seed: int) -> LabeledImages:
+        """The images of `draw_rows`."""
+        rows, held_out = self.draw_rows(labels_per_class, seed)
         validation = self.train if self.validation is None else self.validation
         names = list(self.classes)
         return LabeledImages(chosen(self.train, rows, names), chosen(validation, held_out, names), self.classes)
 
 
-def labeled_images(
+def read_labeled_images(
     path: str | Path,
     labels_per_class: int | None,
     seed: int,
@@ -113,11 +113,11 @@ def labeled_images(
         ValueError: when there are fewer than two classes, the two parts' classes differ, a class has a single image and
             has to be divided, or fewer training images than asked for.
     """
-    return labeled_source(path, column, label_column).drawn(labels_per_class, seed)
+    return open_labeled_source(path, column, label_column).draw(labels_per_class, seed)
 
 
-def labeled_source(path: str | Path, column: str | None = None, label_column: str | None = None) -> LabeledSource:
-    """As `labeled_images`, without drawing: for those who draw more than once.
+def open_labeled_source(path: str | Path, column: str | None = None, label_column: str | None = None) -> LabeledSource:
+    """As `read_labeled_images`, without drawing: for those who draw more than once.
 
     Raises:
         ValueError: when there are fewer than two classes or the two parts' classes differ.
@@ -243,7 +243,7 @@ def read_csv(file: Path, column: str | None, label_column: str | None) -> tuple[
         if not path or not label:
             raise ValueError(f"{file}, line {number} has no {'path' if not path else 'label'}")
     home = file.resolve().parent
-    return image_dataset([os.path.join(home, path) for path, _ in rows]), [label for _, label in rows]
+    return dataset_from_paths([os.path.join(home, path) for path, _ in rows]), [label for _, label in rows]
 
 
 def read_class_folders(folder: Path) -> dict[str, tuple[datasets.Dataset, list[str]]]:
@@ -256,7 +256,7 @@ def read_class_folders(folder: Path) -> dict[str, tuple[datasets.Dataset, list[s
     for part, place in parts.items():
         paths_of = class_folders(place)
         labels = [name for name, paths in paths_of.items() for _ in paths]
-        read[part] = image_dataset([path for paths in paths_of.values() for path in paths]), labels
+        read[part] = dataset_from_paths([path for paths in paths_of.values() for path in paths]), labels
     return read
 
 

@@ -19,7 +19,7 @@ import torch
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, IterableDataset, Sampler, get_worker_info
 
-from simmim.data.decode import MAX_PIXELS, UNREADABLE, Picture, open_picture, reason
+from simmim.data.decode import MAX_PIXELS, UNREADABLE, Picture, describe_error, open_picture
 
 if TYPE_CHECKING:
     import datasets
@@ -50,7 +50,7 @@ class ImageSamples(Dataset):
         self.max_pixels = max_pixels
         self.source, self.view, self.channels, self.seed = source, view, channels, seed
         self.labeled = "label" in source.column_names
-        self.kept: dict[int, tuple[Picture, int | None]] | None = {} if keep_decoded else None
+        self.cache: dict[int, tuple[Picture, int | None]] | None = {} if keep_decoded else None
 
     def __len__(self) -> int:
         return len(self.source)
@@ -65,10 +65,10 @@ class ImageSamples(Dataset):
         skipped = []
         for _ in range(REPLACEMENTS_TRIED):
             try:
-                seen = self.seen(index, generator)
+                seen = self.view_of(index, generator)
                 break
             except UNREADABLE as error:
-                skipped.append((self.source[index]["image"]["path"], reason(error)))
+                skipped.append((self.source[index]["image"]["path"], describe_error(error)))
                 index = generator.randrange(len(self.source))
         else:
             raise ValueError(
@@ -76,24 +76,24 @@ class ImageSamples(Dataset):
             )
         return {**seen, "seed": generator.getrandbits(62), "skipped": skipped}
 
-    def seen(self, index: int, generator: random.Random) -> dict:
+    def view_of(self, index: int, generator: random.Random) -> dict:
         """The view of the image at `index`, with its label where there are labels."""
-        picture, label = self.opened(index)
+        picture, label = self.load(index)
         return {"image": self.view(picture, generator)} | ({"label": label} if self.labeled else {})
 
-    def opened(self, index: int) -> tuple[Picture, int | None]:
+    def load(self, index: int) -> tuple[Picture, int | None]:
         """The image at `index` and its label."""
-        if self.kept is not None and index in self.kept:
-            return self.kept[index]
+        if self.cache is not None and index in self.cache:
+            return self.cache[index]
         row = self.source[index]
         picture = open_picture(row["image"], self.channels, self.max_pixels)
-        if self.kept is not None:
-            self.kept[index] = picture.decoded(), row.get("label")
-            return self.kept[index]
+        if self.cache is not None:
+            self.cache[index] = picture.decoded(), row.get("label")
+            return self.cache[index]
         return picture, row.get("label")
 
 
-class SampleStream(Sampler):
+class EndlessBatchSampler(Sampler):
     """Endless batches of (epoch, index): the epochs' shuffles one after another, cut into global batches.
 
     Every epoch holds every sample exactly once, whatever the batch size; a batch may end one epoch and begin the next.
@@ -125,7 +125,7 @@ class SampleStream(Sampler):
             batch += 1
 
 
-class StreamSamples(IterableDataset):
+class StreamedSamples(IterableDataset):
     """Samples of a stream, endless: epoch after epoch in a shuffled order of its shards and through a shuffle buffer.
 
     Every (rank, worker) reads its own part of the stream, so that together they give each sample once an epoch. A worker
@@ -156,7 +156,7 @@ class StreamSamples(IterableDataset):
         self.rank, self.world, self.batches_done = 0, 1, 0
         self.places: dict[int, tuple[int, int]] = {}
 
-    def part(self, rank: int, world: int, batches_done: int, places: dict[int, tuple[int, int]]) -> StreamSamples:
+    def part(self, rank: int, world: int, batches_done: int, places: dict[int, tuple[int, int]]) -> StreamedSamples:
         """This rank's part, from where it had stopped."""
         part = copy.copy(self)
         part.rank, part.world, part.batches_done, part.places = rank, world, batches_done, dict(places)
@@ -183,7 +183,7 @@ class StreamSamples(IterableDataset):
                     view = self.view(picture, generator)
                     latest = row
                 except UNREADABLE as error:
-                    skipped.append((row["image"]["path"] or f"row {position} of part {node}", reason(error)))
+                    skipped.append((row["image"]["path"] or f"row {position} of part {node}", describe_error(error)))
                     if latest is None:
                         continue
                     view = self.view(open_picture(latest["image"], self.channels, self.max_pixels), generator)
@@ -191,7 +191,7 @@ class StreamSamples(IterableDataset):
                     continue
                 seed, place = generator.getrandbits(62), (worker, epoch, position + 1)
                 file = latest["image"]["path"]
-                yield {"image": view, "seed": seed, "skipped": skipped, "place": place, "file": file}
+                yield {"image": view, "seed": seed, "skipped": skipped, "stream_position": place, "file": file}
             if empty:
                 raise ValueError(f"a part of the stream (worker {node} of {nodes}) holds no images: use fewer workers")
             epoch, taken = epoch + 1, 0
@@ -208,7 +208,7 @@ class StreamSamples(IterableDataset):
             yield {"image": batch["image"][0]}
 
 
-class InOrder(Sampler):
+class SequentialBatchSampler(Sampler):
     """Batches of (0, index) in order, every sample once, the last batch as short as it comes out."""
 
     def __init__(self, count: int, batch_size: int, rank: int = 0, world: int = 1) -> None:
@@ -229,22 +229,22 @@ def collate(samples: list[dict]) -> dict:
         "seed": [sample["seed"] for sample in samples],
         "skipped": [entry for sample in samples for entry in sample["skipped"]],
     }
-    for name in ("place", "file"):
+    for name in ("stream_position", "file"):
         if name in samples[0]:
             batch[name] = [sample[name] for sample in samples]
-    if "mask" in samples[0]:
-        batch["mask"] = torch.stack([sample["mask"] for sample in samples])
+    if "label_map" in samples[0]:
+        batch["label_map"] = torch.stack([sample["label_map"] for sample in samples])
     if "label" in samples[0]:
         batch["label"] = torch.tensor([sample["label"] for sample in samples])
     return batch
 
 
-def batches(samples: Dataset, workers: int, order: Sampler | None = None, batch_size: int | None = None) -> DataLoader:
+def build_loader(samples: Dataset, workers: int, order: Sampler | None = None, batch_size: int | None = None) -> DataLoader:
     """A loader with `workers` processes, pinned where there is a GPU.
 
     Args:
         order: batches of keys, for `ImageSamples`.
-        batch_size: samples a batch, for `StreamSamples`, which have an order of their own.
+        batch_size: samples a batch, for `StreamedSamples`, which have an order of their own.
     """
     how = {"batch_sampler": order} if order is not None else {"batch_size": batch_size}
     return DataLoader(
@@ -255,11 +255,11 @@ def batches(samples: Dataset, workers: int, order: Sampler | None = None, batch_
         pin_memory=torch.cuda.is_available(),
         persistent_workers=workers > 0,
         prefetch_factor=4 if workers else None,
-        worker_init_fn=leave_signals,
+        worker_init_fn=ignore_signals,
     )
 
 
-def leave_signals(worker: int) -> None:
+def ignore_signals(worker: int) -> None:
     """In a loading process: what a terminal or a scheduler sends is for the process that trains. It sends to a group of
     processes, which this one leaves. SIGTERM stays as it is, because that is how loading processes are ended."""
     if hasattr(os, "setpgrp"):
@@ -269,11 +269,11 @@ def leave_signals(worker: int) -> None:
             signal.signal(getattr(signal, name), signal.SIG_IGN)
 
 
-def cores() -> int:
+def available_cores() -> int:
     """Processor cores that this process may use."""
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
-def worker_count(device: str) -> int:
+def default_num_workers(device: str) -> int:
     """Loading processes for this machine: all cores but one feed a GPU, up to 16; on a CPU, training needs them."""
-    return max(1, min(cores() - 1, 16)) if device != "cpu" else min(max(cores() // 4, 1), 4)
+    return max(1, min(available_cores() - 1, 16)) if device != "cpu" else min(max(available_cores() // 4, 1), 4)

@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from simmim.data.index import EXTENSIONS, image_dataset, index_folder
+from simmim.data.index import EXTENSIONS, dataset_from_paths, index_folder
 
 if TYPE_CHECKING:
     import datasets
@@ -31,13 +31,13 @@ class Source:
 
     Attributes:
         images: rows `{"image": {"bytes": …, "path": …}}`; a `datasets.IterableDataset` when streaming.
-        count: images in an epoch.
+        num_images: images in an epoch.
         head: some of the rows, by number; all of them unless streaming.
         streaming: whether rows come in their order only.
     """
 
     images: datasets.Dataset | datasets.IterableDataset
-    count: int
+    num_images: int
     head: datasets.Dataset
     streaming: bool
 
@@ -85,7 +85,7 @@ def open_images(path: str | Sequence[str], column: str | None = None) -> dataset
     if kind == "folder":
         return index_folder(path)
     if kind == "paths":
-        return image_dataset(files)
+        return dataset_from_paths(files)
     return image_column(load(kind, files), column, str(path))
 
 

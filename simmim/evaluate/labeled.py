@@ -44,10 +44,10 @@ def draw(source: LabeledSource, labels_per_class: int | None, seed: int, at_most
         at_most: of training and of test images each so many, evenly over the classes; None for all.
 
     Raises:
-        ValueError: as `simmim.data.labeled_images`.
+        ValueError: as `simmim.data.read_labeled_images`.
     """
     parts = []
-    for rows in source.drawn_rows(labels_per_class, seed):
+    for rows in source.draw_rows(labels_per_class, seed):
         labels = np.repeat(np.arange(len(source.classes)), [len(rows[name]) for name in source.classes])
         parts.append(subsample(Rows(np.array([row for name in source.classes for row in rows[name]]), labels), at_most))
     return Draw(seed, *parts)

@@ -11,7 +11,7 @@ from pathlib import Path
 from tqdm import tqdm
 
 from simmim.checkpoints.checkpoint import SavedEncoder
-from simmim.data import labeled_source
+from simmim.data import open_labeled_source
 from simmim.evaluate.features import Pixels, chosen_features
 from simmim.evaluate.labeled import all_unreadable, draw, embed_pools, pooled
 from simmim.evaluate.neighbors import check_vote
@@ -29,7 +29,7 @@ class Comparison:
     """What is compared, on which images.
 
     Args:
-        data: labeled images, as `simmim.data.labeled_images` takes them.
+        data: labeled images, as `simmim.data.read_labeled_images` takes them.
         method: probe, with k-NN beside it, or knn alone.
         labels_per_class: training images of each class; None for all.
         seed, seeds: so many draws of labels, with the seeds seed, seed + 1, …, each as fine-tuning draws them.
@@ -144,7 +144,7 @@ def compare(saved: SavedEncoder, asked: Comparison, how: EncoderPass = DEFAULT_P
     preprocessing = saved.preprocessing
     pixels = Pixels(preprocessing.image_size)
     features = (*chosen_features(saved.encoder.config, preprocessing.image_size, asked.stage, asked.pooling), pixels)
-    source = labeled_source(asked.data, asked.column, asked.label_column)
+    source = open_labeled_source(asked.data, asked.column, asked.label_column)
     if asked.seeds > 1 and asked.labels_per_class is None and source.validation is not None:
         raise ValueError(
             f"seeds is {asked.seeds}, and all labels of {asked.data!r} with its own test images are one draw and no more: "

@@ -16,8 +16,8 @@ from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
 from simmim.checkpoints.checkpoint import Preprocessing
-from simmim.data import UNREADABLE, CenterView, normalize, open_picture, reason, worker_count
-from simmim.data.samples import leave_signals
+from simmim.data import UNREADABLE, CenterView, default_num_workers, describe_error, normalize, open_picture
+from simmim.data.samples import ignore_signals
 from simmim.encoders.base import Encoder
 from simmim.evaluate.features import Feature, Pixels
 
@@ -168,11 +168,11 @@ def view_batches(
         ViewedRows(source, evaluation_view(preprocessing), channels),
         batch_size=None,
         sampler=pieces,
-        num_workers=min(worker_count(device.type) if how.workers is None else how.workers, len(pieces)),
+        num_workers=min(default_num_workers(device.type) if how.workers is None else how.workers, len(pieces)),
         collate_fn=as_it_is,
         pin_memory=device.type == "cuda",
         generator=torch.Generator(),
-        worker_init_fn=leave_signals,
+        worker_init_fn=ignore_signals,
     )
 
 
@@ -239,7 +239,7 @@ class ViewedRows(Dataset):
             try:
                 views.append(self.view(open_picture(record, self.channels)))
             except UNREADABLE as error:
-                unreadable.append((path, reason(error)))
+                unreadable.append((path, describe_error(error)))
                 continue
             read.append(row)
             paths.append(path)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytorch_lightning as pl
 import torch
 
-from simmim.data import ImageSamples, InOrder, SampleStream, StreamSamples, batches
+from simmim.data import EndlessBatchSampler, ImageSamples, SequentialBatchSampler, StreamedSamples, build_loader
 
 
 class StreamData(pl.LightningDataModule):
@@ -15,7 +15,7 @@ class StreamData(pl.LightningDataModule):
         batch_size: images of one optimizer step over all devices and accumulated batches.
     """
 
-    def __init__(self, train: ImageSamples | StreamSamples, batch_size: int, accumulate: int, workers: int) -> None:
+    def __init__(self, train: ImageSamples | StreamedSamples, batch_size: int, accumulate: int, workers: int) -> None:
         super().__init__()
         self.train, self.batch_size = train, batch_size
         self.accumulate, self.workers = accumulate, workers
@@ -27,12 +27,12 @@ class StreamData(pl.LightningDataModule):
         trainer = self.trainer
         share = per_device_batch(self.batch_size, trainer.world_size, self.accumulate)
         start = trainer.global_step * self.accumulate
-        if isinstance(self.train, StreamSamples):
+        if isinstance(self.train, StreamedSamples):
             self.places = self.resumed_places(start)
             part = self.train.part(trainer.global_rank, trainer.world_size, start, self.places)
-            return batches(part, self.workers, batch_size=share)
-        order = SampleStream(len(self.train), share, self.train.seed, trainer.global_rank, trainer.world_size, start)
-        return batches(self.train, self.workers, order)
+            return build_loader(part, self.workers, batch_size=share)
+        order = EndlessBatchSampler(len(self.train), share, self.train.seed, trainer.global_rank, trainer.world_size, start)
+        return build_loader(self.train, self.workers, order)
 
     def resumed_places(self, start: int) -> dict[int, tuple[int, int]]:
         """Where this rank's workers go on; where that cannot be told, at the beginning of a fresh epoch.
@@ -54,12 +54,12 @@ class StreamData(pl.LightningDataModule):
 
     def note_places(self, batch: dict) -> None:
         """Take notice of how far the workers are with this batch."""
-        for worker, epoch, taken in batch.get("place", ()):
+        for worker, epoch, taken in batch.get("stream_position", ()):
             self.places[worker] = (epoch, taken)
 
     def state_dict(self) -> dict:
         """Every rank's places in its stream; nothing for images by number, whose order follows from the step."""
-        if not isinstance(self.train, StreamSamples):
+        if not isinstance(self.train, StreamedSamples):
             return {}
         places = [{str(worker): list(place) for worker, place in self.places.items()}]
         if self.trainer.world_size > 1:
@@ -99,8 +99,10 @@ class ValidatedStreamData(StreamData):
     def val_dataloader(self):
         """Every validation sample once."""
         trainer = self.trainer
-        order = InOrder(len(self.validation), self.validation_batch_size, trainer.global_rank, trainer.world_size)
-        return batches(self.validation, self.workers, order)
+        order = SequentialBatchSampler(
+            len(self.validation), self.validation_batch_size, trainer.global_rank, trainer.world_size
+        )
+        return build_loader(self.validation, self.workers, order)
 
 
 def per_device_batch(batch_size: int, world: int, accumulate: int) -> int:

@@ -19,7 +19,7 @@ from PIL import Image, ImageDraw
 from pytorch_lightning.loggers import TensorBoardLogger
 from torch import Tensor, nn
 
-from simmim.data import ImageSamples, SampleStream
+from simmim.data import EndlessBatchSampler, ImageSamples
 from simmim.files import atomic_write
 from simmim.training.run_folder import LAST, checkpoints_folder
 
@@ -92,7 +92,7 @@ class NumericalGuard(pl.Callback):
         """Keep what tells the batch's files, but not its images."""
         if trainer.global_step != self.step:
             self.step, self.losses, self.batches = trainer.global_step, [], []
-        light = {name: value for name, value in batch.items() if name in ("skipped", "place", "file")}
+        light = {name: value for name, value in batch.items() if name in ("skipped", "stream_position", "file")}
         self.batches.append({**light, "images": len(batch["image"])})
 
     def on_before_backward(self, trainer: pl.Trainer, module: pl.LightningModule, loss: Tensor) -> None:
@@ -218,12 +218,14 @@ def batch_files(trainer: pl.Trainer, batch: Mapping, number: int) -> list[str]:
         batch: `images`, how many, and of the batch itself what is there of `skipped`, `place` and `file`.
         number: of the batch, from 0 in the run's beginning.
     """
-    if "place" in batch:
-        paths = batch.get("file", [None] * len(batch["place"]))
-        places = [f"image {taken} of epoch {epoch} of worker {worker}" for worker, epoch, taken in batch["place"]]
+    if "stream_position" in batch:
+        paths = batch.get("file", [None] * len(batch["stream_position"]))
+        places = [f"image {taken} of epoch {epoch} of worker {worker}" for worker, epoch, taken in batch["stream_position"]]
         return [path or place for path, place in zip(paths, places)]
     samples: ImageSamples = trainer.datamodule.train
-    order = SampleStream(len(samples), batch["images"], samples.seed, trainer.global_rank, trainer.world_size, start=number)
+    order = EndlessBatchSampler(
+        len(samples), batch["images"], samples.seed, trainer.global_rank, trainer.world_size, start=number
+    )
     unreadable = {path for path, _ in batch["skipped"]}
     files = []
     for index in map(samples.row_of, next(iter(order))):

@@ -13,6 +13,7 @@ from simmim.checkpoints.checkpoint import Checkpoint, Preprocessing, State, chec
 from simmim.checkpoints.formats import official
 from simmim.checkpoints.formats.key_tables import KeyTable, all_or_none, with_suffixes
 from simmim.checkpoints.weight_files import WeightFile
+from simmim.defaults import IMAGENET_MEAN, IMAGENET_STD
 from simmim.encoders.swinv2 import SwinV2Config
 
 OURS, THEIRS = "layers.{i}.blocks.{j}.", "encoder.layers.{i}.blocks.{j}."
@@ -140,7 +141,7 @@ def preprocessing(folder: Path, size: tuple[int, int], channels: int, descriptio
         expected = processor_config(described)
         if described.image_size == size and {name: stored.get(name) for name in expected} == expected:
             return described
-    default = (official.IMAGENET_MEAN, official.IMAGENET_STD) if channels == 3 else ((0.5,) * channels,) * 2
+    default = (IMAGENET_MEAN, IMAGENET_STD) if channels == 3 else ((0.5,) * channels,) * 2
     mean, std = (stored.get(name) or value for name, value in zip(("image_mean", "image_std"), default))
     resample = {number: name for name, number in RESAMPLE.items()}.get(stored.get("resample", 3), "bicubic")
     crop = stored.get("crop_size") if stored.get("do_center_crop") else None

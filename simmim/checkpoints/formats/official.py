@@ -12,11 +12,10 @@ from torch import Tensor
 from simmim.checkpoints.checkpoint import Checkpoint, Preprocessing, State, check_state, filled_windows
 from simmim.checkpoints.formats.key_tables import KeyTable, all_or_none, same, with_suffixes
 from simmim.checkpoints.weight_files import WeightFile, plain
+from simmim.defaults import IMAGENET_MEAN, IMAGENET_STD
 from simmim.encoders.swinv2.config import SwinV2Config
 from simmim.encoders.swinv2.geometry import log_spaced_coords, relative_position_index, shift_mask
 from simmim.encoders.swinv2.weights import infer_architecture
-
-IMAGENET_MEAN, IMAGENET_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
 
 BLOCK = "layers.{i}.blocks.{j}."
 # This toolkit's names are the authors'.

@@ -9,6 +9,7 @@ from simmim.checkpoints.checkpoint import Checkpoint, Preprocessing, State, chec
 from simmim.checkpoints.formats import official
 from simmim.checkpoints.formats.key_tables import KeyTable, all_or_none, with_suffixes
 from simmim.checkpoints.weight_files import WeightFile
+from simmim.defaults import IMAGENET_MEAN, IMAGENET_STD
 from simmim.encoders.swinv2.config import PRESETS, SwinV2Config
 from simmim.encoders.swinv2.weights import infer_architecture
 
@@ -99,8 +100,8 @@ def described_architecture(
     config = filled_windows(SwinV2Config(**shapes, window_size=window), pretrained, size)
     preprocessing = Preprocessing(
         size,
-        trained.get("mean", official.IMAGENET_MEAN),
-        trained.get("std", official.IMAGENET_STD),
+        trained.get("mean", IMAGENET_MEAN),
+        trained.get("std", IMAGENET_STD),
         trained.get("interpolation", "bicubic"),
         trained.get("crop_pct") or 0.875,
         "squash" if trained.get("crop_mode") == "squash" else "crop",

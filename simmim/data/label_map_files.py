@@ -13,8 +13,8 @@ from typing import TYPE_CHECKING, BinaryIO
 import numpy as np
 from PIL import Image, UnidentifiedImageError
 
-from simmim.data.decode import UNREADABLE, Size, decoding, open_picture, orientation, reason, turned
-from simmim.data.samples import cores
+from simmim.data.decode import UNREADABLE, Size, decoding, describe_error, open_picture, orientation, turned
+from simmim.data.samples import available_cores
 
 if TYPE_CHECKING:
     import datasets
@@ -40,7 +40,7 @@ class Scene:
     counts: dict[int, int]
 
 
-def look_into(data: datasets.Dataset, progress: Callable[[Iterable], Iterable] = iter) -> list[Scene]:
+def inspect_scenes(data: datasets.Dataset, progress: Callable[[Iterable], Iterable] = iter) -> list[Scene]:
     """Every mask of the rows `image`, `mask`.
 
     Raises:
@@ -50,20 +50,20 @@ def look_into(data: datasets.Dataset, progress: Callable[[Iterable], Iterable] =
     def records() -> Iterator[tuple]:
         for first in range(0, len(data), ROWS_AT_ONCE):
             rows = data[first : first + ROWS_AT_ONCE]
-            yield [(first + offset, *pair) for offset, pair in enumerate(zip(rows["image"], rows["mask"]))]
+            yield [(first + offset, *pair) for offset, pair in enumerate(zip(rows["image"], rows["label_map"]))]
 
-    with ThreadPoolExecutor(cores()) as pool:
-        found = itertools.chain.from_iterable(pool.map(lambda row: look_at(*row), some) for some in records())
+    with ThreadPoolExecutor(available_cores()) as pool:
+        found = itertools.chain.from_iterable(pool.map(lambda row: inspect_scene(*row), some) for some in records())
         return list(progress(found))
 
 
-def look_at(row: int, image: dict, mask: dict) -> Scene:
-    """One scene, as `look_into`."""
+def inspect_scene(row: int, image: dict, mask: dict) -> Scene:
+    """One scene, as `inspect_scenes`."""
     name, image_name = (record["path"] or f"row {row}" for record in (mask, image))
     try:
-        values = read_mask(mask)
+        values = read_label_map(mask)
     except UNREADABLE as error:
-        raise ValueError(f"mask {name} cannot be read: {reason(error)}") from error
+        raise ValueError(f"mask {name} cannot be read: {describe_error(error)}") from error
     try:
         size = upright_size(image)
     except UNREADABLE:
@@ -77,7 +77,7 @@ def look_at(row: int, image: dict, mask: dict) -> Scene:
     return Scene(name, size, {int(value): int(counts[value]) for value in np.flatnonzero(counts)})
 
 
-def read_mask(record: dict) -> np.ndarray:
+def read_label_map(record: dict) -> np.ndarray:
     """The values of one row's mask, `{"bytes": …, "path": …}`, as they are stored: (height, width) uint8, or int32 where
     they are deeper.
 

@@ -7,7 +7,7 @@ import os
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from simmim.data.index import find_images, image_dataset
+from simmim.data.index import dataset_from_paths, find_images
 from simmim.data.labels import IMAGE_FOLDER, MASK_FOLDERS, VALIDATION_NAMES, is_plain_folder, parts_of
 from simmim.data.sources import HUB_ID, classify, found_column, image_column
 
@@ -62,7 +62,7 @@ def paired_folders(folder: Path) -> dict[str, tuple[Path, Path]]:
     )
 
 
-def masks_among(path: str | list[str]) -> str:
+def note_on_label_maps(path: str | list[str]) -> str:
     """A sentence for those who take a folder of scenes for one of images alone; empty where there are no masks in it."""
     for one in [path] if isinstance(path, str) else path:
         folder = Path(one).expanduser()
@@ -137,7 +137,7 @@ def paired(images: list[str], masks: list[str]) -> datasets.Dataset:
     """Paths as undecoded columns."""
     import datasets
 
-    columns = image_dataset(images), image_dataset(masks).rename_column("image", "mask")
+    columns = dataset_from_paths(images), dataset_from_paths(masks).rename_column("image", "label_map")
     return datasets.concatenate_datasets(list(columns), axis=1)
 
 
@@ -157,7 +157,7 @@ def read_columns(data, column: str | None, mask_column: str | None, path: str) -
         raise ValueError(f"{path!r} has {asked}: its columns are {', '.join(names)}; give data.mask_column")
     masks = data.select_columns([mask_column]).cast_column(mask_column, datasets.Image(decode=False))
     return datasets.concatenate_datasets(
-        [image_column(data, column, path), masks.rename_column(mask_column, "mask")], axis=1
+        [image_column(data, column, path), masks.rename_column(mask_column, "label_map")], axis=1
     )
 
 

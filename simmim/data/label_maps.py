@@ -14,15 +14,15 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from simmim.data.decode import Size
-from simmim.data.mask_sources import CLASSES_FILE, named_classes, read_pairs
-from simmim.data.mask_values import VALUES, Scene, look_into
+from simmim.data.label_map_files import VALUES, Scene, inspect_scenes
+from simmim.data.label_map_sources import CLASSES_FILE, named_classes, read_pairs
 
 if TYPE_CHECKING:
     import datasets
 
 
 @dataclass(frozen=True)
-class MaskScheme:
+class ClassScheme:
     """Which value of a mask stands for which class.
 
     Attributes:
@@ -36,24 +36,24 @@ class MaskScheme:
     ignore_index: int
 
     @property
-    def ignored(self) -> int:
+    def ignored_id(self) -> int:
         """What stands for no class among the classes' numbers, whatever it is in the files."""
         return 255 if len(self.classes) <= 255 else VALUES - 1
 
     @property
     def dtype(self) -> np.dtype:
         """The smallest in which classes and `ignored` have room."""
-        return np.dtype(np.uint8 if self.ignored == 255 else np.int32)
+        return np.dtype(np.uint8 if self.ignored_id == 255 else np.int32)
 
-    def numbers(self, mask: np.ndarray) -> np.ndarray:
+    def class_ids(self, mask: np.ndarray) -> np.ndarray:
         """A mask as in a file, (height, width), to the classes' numbers from 0 on, and `ignored`."""
-        table = np.full(max(int(mask.max()), *self.values) + 1, self.ignored, dtype=self.dtype)
+        table = np.full(max(int(mask.max()), *self.values) + 1, self.ignored_id, dtype=self.dtype)
         table[list(self.values)] = np.arange(len(self.classes))
         return table[mask]
 
 
 @dataclass(frozen=True)
-class LabeledMasks:
+class LabeledScenes:
     """Labeled scenes read.
 
     Attributes:
@@ -66,13 +66,13 @@ class LabeledMasks:
 
     train: datasets.Dataset
     validation: datasets.Dataset
-    scheme: MaskScheme
+    scheme: ClassScheme
     pixels: tuple[int, ...]
     validation_sizes: tuple[Size | None, ...]
     notes: tuple[str, ...] = ()
 
 
-def labeled_masks(
+def read_labeled_scenes(
     path: str | Path,
     labels: int | None,
     seed: int,
@@ -82,7 +82,7 @@ def labeled_masks(
     values: Sequence[int] = (),
     ignore_index: int = 255,
     progress: Callable[[Iterable], Iterable] = iter,
-) -> LabeledMasks:
+) -> LabeledScenes:
     """Read labeled scenes, look into every mask, and choose what to train on and what to validate with.
 
     `path` is a folder with images/ and masks/, files of the same names apart from their endings; one with such folders in
@@ -105,7 +105,7 @@ def labeled_masks(
     """
     parts = read_pairs(str(path), column, mask_column)
     names = tuple(classes) or named_classes(Path(path).expanduser())
-    looked = {name: look_into(data, progress) for name, data in parts.items()}
+    looked = {name: inspect_scenes(data, progress) for name, data in parts.items()}
     notes = []
     if not names and not values:
         found = sorted({value for scenes in looked.values() for scene in scenes for value in scene.counts} - {ignore_index})
@@ -141,7 +141,7 @@ def labeled_masks(
     unseen = [name for name, count in zip(scheme.classes, pixels_of(validation_scenes, scheme)) if not count]
     if unseen:
         notes.append(f"no validation pixel of {', '.join(unseen)}: left out of the mean IoU unless predicted")
-    return LabeledMasks(
+    return LabeledScenes(
         data.select(rows),
         validation if held_out is None else validation.select(held_out),
         scheme,
@@ -154,7 +154,7 @@ def labeled_masks(
 # --- checks ------------------------------------------------------------------------------------------------------------
 
 
-def scheme_of(names: Sequence[str], values: Sequence[int], ignore_index: int, path: str) -> MaskScheme:
+def scheme_of(names: Sequence[str], values: Sequence[int], ignore_index: int, path: str) -> ClassScheme:
     """The classes with their values.
 
     Raises:
@@ -177,10 +177,10 @@ def scheme_of(names: Sequence[str], values: Sequence[int], ignore_index: int, pa
             f"the masks of {path!r} hold {held} besides the ignored value {ignore_index}: give at least two classes; where "
             f"{ignore_index} is one, give data.ignore_index -1"
         )
-    return MaskScheme(names, tuple(values), ignore_index)
+    return ClassScheme(names, tuple(values), ignore_index)
 
 
-def check_values(scenes: Sequence[Scene], scheme: MaskScheme) -> None:
+def check_values(scenes: Sequence[Scene], scheme: ClassScheme) -> None:
     """Refuse values that are no class.
 
     Raises:
@@ -201,7 +201,7 @@ def check_values(scenes: Sequence[Scene], scheme: MaskScheme) -> None:
             )
 
 
-def check_parts(train: Sequence[Scene], validation: Sequence[Scene], scheme: MaskScheme) -> None:
+def check_parts(train: Sequence[Scene], validation: Sequence[Scene], scheme: ClassScheme) -> None:
     """Refuse a validation part with classes that are not trained.
 
     Raises:
@@ -217,7 +217,7 @@ def check_parts(train: Sequence[Scene], validation: Sequence[Scene], scheme: Mas
             )
 
 
-def pixels_of(scenes: Iterable[Scene], scheme: MaskScheme) -> tuple[int, ...]:
+def pixels_of(scenes: Iterable[Scene], scheme: ClassScheme) -> tuple[int, ...]:
     """Pixels of each class."""
     totals = dict.fromkeys(scheme.values, 0)
     for scene in scenes:
@@ -227,7 +227,7 @@ def pixels_of(scenes: Iterable[Scene], scheme: MaskScheme) -> tuple[int, ...]:
 
 
 def drawn(
-    scenes: Sequence[Scene], rows: Sequence[int], labels: int, scheme: MaskScheme, generator: random.Random
+    scenes: Sequence[Scene], rows: Sequence[int], labels: int, scheme: ClassScheme, generator: random.Random
 ) -> list[int]:
     """So many of `rows`, by chance: first for each class without a scene yet, the rarest first, one that has it; then any.
 

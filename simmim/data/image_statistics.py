@@ -7,18 +7,16 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from simmim.data.decode import MAX_PIXELS, UNREADABLE, Picture, Size, open_picture, reason
+from simmim.data.decode import MAX_PIXELS, UNREADABLE, Picture, Size, describe_error, open_picture
 
 if TYPE_CHECKING:
     import datasets
-
-IMAGENET_MEAN, IMAGENET_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
 
 THUMBNAIL_PX = 64  # longer side; enough for means and deviations, and a large JPEG need not be decoded in full
 
 
 @dataclass(frozen=True)
-class Survey:
+class ImageStatistics:
     """What a sample of a source's images looks like.
 
     Attributes:
@@ -37,9 +35,9 @@ class Survey:
     sizes: tuple[Size, ...] = ()
 
 
-def survey(
+def measure_images(
     source: datasets.Dataset, channels: int | None = None, sampled: int = 256, max_pixels: int = MAX_PIXELS
-) -> Survey:
+) -> ImageStatistics:
     """Look at up to `sampled` images, evenly spread.
 
     Args:
@@ -60,7 +58,7 @@ def survey(
             picture = open_picture(record, channels, max_pixels)
             thumbnails.append(thumbnail(picture))
         except UNREADABLE as error:
-            first_error = first_error or f"{record['path']}: {reason(error)}"
+            first_error = first_error or f"{record['path']}: {describe_error(error)}"
             continue
         sizes.append(picture.size)
         paths.setdefault(picture.channels, f"{record['path'] or f'image {row}'}")
@@ -74,7 +72,7 @@ def survey(
     # Gray among color is seen as color.
     seen = [np.broadcast_to(small, (channels, *small.shape[1:])).reshape(channels, -1) for small in thumbnails]
     values = np.concatenate(seen, axis=1) / 255
-    return Survey(
+    return ImageStatistics(
         short_side_px=int(np.median([min(size) for size in sizes])),
         channels=channels,
         decoded_mib=float(np.mean([width * height for width, height in sizes])) * channels * len(source) / 2**20,
