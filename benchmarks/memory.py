@@ -1,9 +1,9 @@
-"""What one SimMIM training step takes in memory and time: plain, checkpointed, sequential, both; and what was predicted.
+"""Memory and time of one SimMIM training step, plain, checkpointed, sequential and both, beside the predicted memory.
 
     OMP_NUM_THREADS=1 .venv/bin/python benchmarks/memory.py --preset tiny --size 768 --window 24 --batch 1
 
-Prints a Markdown table. Each row is a fresh process that makes the model and the batch, takes one step of a nano encoder so
-that libraries are loaded, and then measures one forward and backward pass (with `--optimizer` AdamW's step too). Linux only.
+Prints a Markdown table. Each row is measured in a new process, which takes one step of a nano encoder so that libraries are
+loaded, and then measures one forward and backward pass. Linux only.
 """
 
 from __future__ import annotations
@@ -23,30 +23,31 @@ from torch.utils._pytree import tree_leaves
 
 MIB = 2**20
 MODES = {"plain": (False, False), "checkpointed": (True, False), "sequential": (False, True), "both": (True, True)}
-# The lines that every device runs are planned for, not the kernels of a CPU, which keep less.
-# glibc keeps freed blocks below its threshold, which rises with use, for reuse. Fixed at 64 KiB larger ones go back to the
-# system at once, so that the resident set follows the tensors, as a GPU's allocator would show them.
+# Plans are for the plain lines, which run on every device. The kernels for a CPU keep less.
+# glibc keeps freed blocks below a threshold for reuse, and raises the threshold with use. Fixed at 64 KiB, larger blocks
+# return to the system at once, so that the resident set follows the tensors as a GPU's allocator would.
 ENVIRONMENT = {"SIMMIM_KERNELS": "0", "MALLOC_MMAP_THRESHOLD_": "65536", "MALLOC_TRIM_THRESHOLD_": "65536"}
 
 
 class LiveBytes(TorchDispatchMode):
-    """While active, counts the bytes of the tensors that operators make, forward and backward, until they are freed.
+    """While active, counts the bytes of the tensors that operators return, forward and backward, until they are freed.
 
-    Exact and the same in every run; what kernels allocate inside themselves is not seen. Views count once, as their storage.
+    Exact, and the same in every run. Memory that operators allocate inside themselves is not counted. Views count once, as
+    their storage.
 
     Args:
-        known: tensors made before and not to be counted, with the storages that views of them share.
+        known: tensors that exist already; they and their views are not counted.
 
     Attributes:
         live: bytes now.
-        peak: most so far.
+        peak: the most bytes so far.
         largest: bytes of the largest tensor so far.
-        made: bytes of all so far, freed or not: traffic.
+        total: bytes of all tensors so far, freed or not.
     """
 
     def __init__(self, known=()) -> None:
         super().__init__()
-        self.live = self.peak = self.largest = self.made = 0
+        self.live = self.peak = self.largest = self.total = 0
         self.sizes = {tensor.untyped_storage()._cdata: 0 for tensor in known}
 
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):
@@ -56,7 +57,7 @@ class LiveBytes(TorchDispatchMode):
                 storage = tensor.untyped_storage()
                 if storage._cdata not in self.sizes:
                     self.sizes[storage._cdata] = storage.nbytes()
-                    self.live, self.made = self.live + storage.nbytes(), self.made + storage.nbytes()
+                    self.live, self.total = self.live + storage.nbytes(), self.total + storage.nbytes()
                     self.peak, self.largest = max(self.peak, self.live), max(self.largest, storage.nbytes())
                     weakref.finalize(storage, self._freed, storage._cdata)
         return out
@@ -66,7 +67,7 @@ class LiveBytes(TorchDispatchMode):
 
 
 def main(arguments: list[str] | None = None) -> int:
-    """Measure each mode in a process of its own, and print."""
+    """Measure each combination of options in its own process, and print the table."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--preset", default="tiny")
     parser.add_argument("--size", type=int, default=192, help="pixels")
@@ -97,10 +98,11 @@ def main(arguments: list[str] | None = None) -> int:
 
 
 def measure(chosen: argparse.Namespace) -> dict[str, float]:
-    """One mode: MiB above the state before the step, measured and predicted, and the step's processor time in seconds."""
-    from simmim.defaults import default_window
-    from simmim.encoders import swinv2
-    from simmim.planning.plan import Setup, memory
+    """MiB above the state before the step, measured and predicted, and the step's processor time in seconds."""
+    from simmim.encoders.cost import Setup
+    from simmim.encoders.swinv2 import PRESETS
+    from simmim.methods.simmim import SimMIM
+    from simmim.planning.step import step_memory
 
     torch.set_num_threads(int(os.environ.get("OMP_NUM_THREADS", "1")))
     checkpointed, sequential = MODES[chosen.child]
@@ -108,21 +110,21 @@ def measure(chosen: argparse.Namespace) -> dict[str, float]:
     half = chosen.precision == "bf16-mixed"
     take_step(make_model("nano", 4, checkpointed, at_once), torch.randn(1, 3, 32, 32), half)
 
-    window = chosen.window or default_window(chosen.size, swinv2.PRESETS[chosen.preset].patch_size)
+    window = chosen.window or PRESETS[chosen.preset].for_image_size((chosen.size, chosen.size))["window_size"]
     model = make_model(chosen.preset, window, checkpointed, at_once)
     images = torch.randn(chosen.batch, 3, chosen.size, chosen.size)
-    forget_caches()
+    clear_caches()
     Path("/proc/self/clear_refs").write_text("5", encoding="ascii")  # the high-water mark falls to what is resident now
     before, started = resident_mib("VmRSS"), time.process_time()
     take_step(model, images, half)
     seconds, peak = time.process_time() - started, resident_mib("VmHWM") - before
 
     model.zero_grad(set_to_none=True)
-    forget_caches()
+    clear_caches()
     with LiveBytes([*model.parameters(), images]) as live:
         take_step(model, images, half)
     setup = Setup(chosen.batch, 1, chosen.precision, "ddp", checkpointed, at_once, device="cpu")
-    predicted = memory(model.encoder.config, images.shape[-2:], setup)
+    predicted = step_memory(model.encoder.config, images.shape[-2:], setup, SimMIM)
     above = predicted.peak - predicted.parameters - predicted.optimizer - images.nbytes
     return {"peak": peak, "tensors": live.peak / MIB, "predicted": above / MIB, "seconds": seconds}
 
@@ -146,12 +148,13 @@ def take_step(model: torch.nn.Module, images: torch.Tensor, half: bool) -> float
     return loss.item()
 
 
-def forget_caches() -> None:
-    """What the encoder keeps from call to call belongs to the step that is measured."""
-    from simmim.encoders import swinv2
+def clear_caches() -> None:
+    """Empty the caches of the encoder's geometry, so that the next step fills them and is measured with them."""
+    from simmim.encoders.swinv2 import geometry
 
-    for name in ("log_spaced_coords", "relative_position_index", "shift_regions", "shift_mask"):
-        getattr(swinv2, name).cache_clear()
+    for function in vars(geometry).values():
+        if hasattr(function, "cache_clear"):
+            function.cache_clear()
 
 
 def resident_mib(field: str) -> float:
@@ -161,7 +164,7 @@ def resident_mib(field: str) -> float:
 
 
 def as_markdown(results: dict[str, dict[str, float]]) -> str:
-    """One row a mode; shares are of the first."""
+    """One row per combination of options; shares are of the first."""
     lines = [
         "| step | peak above start, MiB | share | tensors alone, MiB | predicted, MiB | predicted / peak | processor s |",
         "| --- | ---: | ---: | ---: | ---: | ---: | ---: |",

@@ -500,17 +500,19 @@ def as_markdown(found: dict[str, dict], work: Work) -> str:
     return "\n".join(lines)
 
 
-def operations(work: Work, whole: bool) -> int:
-    """Of the matrix products of one image's step; with the prediction of the whole image or of what is masked alone."""
+def operations(work: Work, whole: bool) -> float:
+    """FLOPs of the matrix products in one image's step, with the prediction of the whole image or of what is masked."""
+    from simmim.encoders.cost import Setup
     from simmim.encoders.swinv2 import SwinV2Config
-    from simmim.planning.plan import Setup, flops
+    from simmim.methods.simmim import SimMIM
+    from simmim.planning.step import cost_model, step_flops
 
     config = SwinV2Config.from_preset(work.preset, window_size=work.window)
-    setup = Setup(work.batch, 1, "32-true", "ddp", False, None, device=work.device)
+    size, setup = (work.size, work.size), Setup(work.batch, precision="32-true", device=work.device)
     if work.features:
-        return flops(config, (work.size, work.size), setup, predicted=0.0)[0]
+        return cost_model(config).flops(config, size, setup).forward
     masked = batch_of(work)[1].float().mean().item()
-    return flops(config, (work.size, work.size), setup, predicted=1.0 if whole else masked)[1]
+    return step_flops(config, size, setup, SimMIM, predicted=1.0 if whole else masked).training
 
 
 if __name__ == "__main__":

@@ -1,4 +1,4 @@
-"""What follows from the images and the machine where the user says nothing, and what cannot work on any."""
+"""Defaults that follow from the images and the machine, and checks of settings that both stages have."""
 
 from __future__ import annotations
 
@@ -9,23 +9,31 @@ IMAGENET_MEAN, IMAGENET_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
 
 
 def default_image_size(short_side_px: int) -> int:
-    """192 px as published, or the multiple of 32 that smaller images reach; never under 32."""
+    """192 px as published, or for smaller images the largest multiple of 32 that they reach; at least 32."""
     return min(max(short_side_px // 32 * 32, 32), 192)
 
 
 def plain_size(size: tuple[int, int]) -> int | tuple[int, int]:
-    """One number for a square, as settings state it."""
+    """One number for a square, as settings state it; else (height, width)."""
     return size[0] if size[0] == size[1] else size
 
 
+def as_size(size: int | tuple[int, int]) -> tuple[int, int]:
+    """One number for both sides, or (height, width) as they are: the inverse of `plain_size`."""
+    return (size, size) if isinstance(size, int) else size
+
+
 def encoder_channels(pretrained: int, images: int) -> int:
-    """The input channels to go on with: gray and color images are read as the encoder takes them; any other number of
-    channels has no such reading, and the encoder is adapted to it."""
+    """Input channels of a pre-trained encoder on new images.
+
+    Gray and color images are converted to what the encoder was trained on. To any other number of channels the encoder is
+    adapted.
+    """
     return pretrained if {pretrained, images} <= {1, 3} else images
 
 
 def default_preset(side_px: int, device: str) -> str:
-    """A model that the machine trains in hours: two stages for thumbnails, four for photographs, tiny on a GPU."""
+    """A preset that the machine trains in hours: nano for images up to 48 px, else micro on a CPU and tiny on a GPU."""
     if side_px <= 48:
         return "nano"
     return "micro" if device == "cpu" else "tiny"
@@ -37,7 +45,7 @@ def default_window(side_px: int, patch_size: int) -> int:
 
 
 def default_mask_unit(size: tuple[int, int], patch_size: int) -> int:
-    """The largest unit up to 32 px that leaves at least six a side, as 32 does at 192 px; four where six cannot be.
+    """The largest unit up to 32 px of which at least six fit on each side, as 32 px at 192 px; where none does, four or two.
 
     Raises:
         ValueError: when no multiple of the patch size divides the image.
@@ -53,38 +61,38 @@ def default_mask_unit(size: tuple[int, int], patch_size: int) -> int:
     )
 
 
-def default_pretraining_epochs(count: int) -> float:
-    """800 as published for small sets; from 25,000 images on as many as show 20 million crops, 100 at least."""
-    return float(min(max(math.ceil(20e6 / count), 100), 800))
+def default_pretraining_epochs(num_images: int) -> float:
+    """800 as published; for more than 25,000 images as many as make 20 million crops, at least 100."""
+    return float(min(max(math.ceil(20e6 / num_images), 100), 800))
 
 
-def default_finetuning_epochs(count: int, batch_size: int) -> float:
-    """100 as published; for a few labels as many as make 500 steps, and no more than that makes of a large set."""
-    return float(max(math.ceil(500 * batch_size / count), 30 if count > 20_000 else 100))
+def default_finetuning_epochs(num_images: int, batch_size: int) -> float:
+    """100 as published, 30 for more than 20,000 images; more where those make fewer than 500 steps."""
+    return float(max(math.ceil(500 * batch_size / num_images), 30 if num_images > 20_000 else 100))
 
 
 def default_ema(steps: int) -> float:
-    """Decay of an average over the last twentieth of a run, in which the cosine has all but come down, so that the average
-    does not lag behind; at most 0.9999."""
+    """Decay of the moving average of weights: an average over the last twentieth of a run, at most 0.9999.
+
+    By then the cosine schedule is nearly at its end, so the average does not lag behind the weights.
+    """
     return min(1 - 1 / max(steps / 20, 1), 0.9999)
 
 
-def default_drop_path(embed_dim: int, depths: tuple[int, ...]) -> float:
-    """Stochastic depth as published: 0.1, and 0.2 from large on; none for encoders so shallow that each block counts."""
-    if sum(depths) < 8:
-        return 0.0
-    return 0.2 if embed_dim >= 192 else 0.1
-
-
 def default_batch_size(device: str, small: bool) -> int:
-    """Large enough for the hardware, small enough for its memory."""
+    """Images per optimizer step.
+
+    Args:
+        device: cuda, mps or cpu.
+        small: as `EncoderConfig.is_small`.
+    """
     if device == "cpu":
         return 128 if small else 32
     return 512 if small else 128
 
 
 def check_common(settings) -> None:
-    """Refuse image size, workers, seed and devices out of range; both stages' settings have them.
+    """Refuse image size, workers, seed and devices out of range; the settings of both stages have them.
 
     Raises:
         ValueError: naming the setting.

@@ -1,4 +1,4 @@
-"""The plan against what real steps do: FLOPs against torch's counter, memory against the bytes of live tensors."""
+"""The plan compared with real steps: FLOPs with torch's counter, memory with the bytes of live tensors."""
 
 import itertools
 import json
@@ -18,16 +18,29 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 from torch.utils.flop_counter import FlopCounterMode
 
-from simmim.encoders import swinv2
-from simmim.encoders.swinv2 import PRESETS, SwinV2, SwinV2Config
+from simmim.encoders.cost import Setup
+from simmim.encoders.swinv2 import FAMILY, PRESETS, SwinV2, SwinV2Config
 from simmim.methods.simmim import SimMIM
-from simmim.planning.plan import GIB, USABLE_SHARE, Setup, cached_bytes, flops, memory, plan, plan_for, render
+from simmim.planning.plan import GIB, USABLE_SHARE, plan, plan_for
+from simmim.planning.report import render
+from simmim.planning.step import step_flops, step_memory
 from simmim.training.optim import adamw, parameter_groups
 
-pytestmark = pytest.mark.usefixtures("plain_lines")
+# Plans are for a GPU, which predicts every pixel; a CPU predicts only what is masked where that is cheaper.
+like_a_gpu = pytest.mark.usefixtures("plain_lines")
 ROOT = Path(__file__).parent.parent
-SWITCHES = {"plain": (False, None), "checkpointed": (True, None), "sequential": (False, 8), "both": (True, 8)}
+# checkpoint_activations and sequential_attention.
+OPTIONS = {"plain": (False, None), "checkpointed": (True, None), "sequential": (False, 8), "both": (True, 8)}
 ODD = SwinV2Config(24, (1, 2, 3), (3, 3, 6), window_size=5, in_channels=2, patch_size=2, mlp_ratio=3.0, extra_norm_every=2)
+
+
+def flops(config, size, setup, predicted=1.0):
+    found = step_flops(config, size, setup, SimMIM, predicted)
+    return found.forward, found.training
+
+
+def memory(config, size, setup):
+    return step_memory(config, size, setup, SimMIM)
 
 
 def make(config, size, batch, checkpointed, sequential, device="cpu"):
@@ -42,8 +55,9 @@ def make(config, size, batch, checkpointed, sequential, device="cpu"):
 # --- FLOPs ---------------------------------------------------------------------------------------------------------
 
 
+@like_a_gpu
 @pytest.mark.parametrize(
-    "config, size, batch, switches",
+    "config, size, batch, options",
     [
         (replace(PRESETS["tiny"], window_size=12), (192, 192), 2, "plain"),
         (replace(PRESETS["micro"], window_size=7), (104, 72), 3, "checkpointed"),  # padded in every stage
@@ -53,24 +67,21 @@ def make(config, size, batch, checkpointed, sequential, device="cpu"):
         (ODD, (39, 47), 1, "sequential"),
     ],
 )
-def test_flops(config, size, batch, switches):
+def test_flops(config, size, batch, options):
     """Forward within 0.1 %, a training step within 1 %."""
-    model, images, masks = make(config, size, batch, *SWITCHES[switches], device="meta")
+    model, images, masks = make(config, size, batch, *OPTIONS[options], device="meta")
     with FlopCounterMode(display=False) as counter:
         loss = model(images, masks).loss
         forward = counter.get_total_flops()
         loss.backward()
-    expected = flops(config, size, Setup(batch, 1, "32-true", "ddp", *SWITCHES[switches]))
+    expected = flops(config, size, Setup(batch, 1, "32-true", "ddp", *OPTIONS[options]))
     assert expected[0] == pytest.approx(forward / batch, rel=1e-3)
     assert expected[1] == pytest.approx(counter.get_total_flops() / batch, rel=0.01)
 
 
 @pytest.mark.parametrize("predicted", [0, 1])
-def test_flops_of_what_is_predicted(predicted, monkeypatch):
-    """A quarter of the image, or nothing, as SimMIM does on a CPU; a training step too."""
-    monkeypatch.undo()  # squares are chosen, on a CPU; its kernels are no products that could be counted
-    for name in ("takes", "supports_merging"):
-        monkeypatch.setattr(f"simmim.encoders.swinv2.kernels.{name}", lambda module, x: False)
+def test_flops_of_masked_cells(predicted):
+    """A CPU predicts the masked cells only: a quarter of the image, or nothing. FLOPs of forward pass and training step."""
     config, size = PRESETS["nano"], (64, 64)
     model, images, masks = make(config, size, 1, False, None)
     masks[:, : 8 * predicted, :8] = True
@@ -78,7 +89,7 @@ def test_flops_of_what_is_predicted(predicted, monkeypatch):
         loss = model(images, masks).loss
         forward = counter.get_total_flops()
         loss.backward()
-    expected = flops(config, size, Setup(1, 1, "32-true"), predicted=predicted / 4)
+    expected = flops(config, size, Setup(1, 1, "32-true"), predicted / 4)
     assert expected == (pytest.approx(forward, rel=1e-3), pytest.approx(counter.get_total_flops(), rel=0.01))
 
 
@@ -86,15 +97,14 @@ def test_flops_of_what_is_predicted(predicted, monkeypatch):
 
 
 def measured(config, size, setup):
-    """Bytes of all tensors after the forward pass, and at most, in a whole step with AdamW, from its second on."""
-    switches = setup.checkpoint_activations, setup.sequential_attention
-    model, images, masks = make(config, size, setup.batch_per_device, *switches)
+    """Bytes of all tensors after the forward pass and at the peak of a step with AdamW, which is not the first step."""
+    options = setup.checkpoint_activations, setup.sequential_attention
+    model, images, masks = make(config, size, setup.batch_per_device, *options)
     optimizer = adamw(parameter_groups(model, 1e-4, 0.05))
 
     def take_step(around=None):
         optimizer.zero_grad(set_to_none=True)
-        for cached in (swinv2.log_spaced_coords, swinv2.relative_position_index, swinv2.shift_mask, swinv2.shift_regions):
-            cached.cache_clear()
+        benchmark.clear_caches()
         with torch.autocast("cpu", torch.bfloat16, enabled=setup.precision == "bf16-mixed"):
             loss = model(images, masks).loss
         kept = around.live if around else 0
@@ -102,7 +112,7 @@ def measured(config, size, setup):
         optimizer.step()
         return kept
 
-    for parameter in model.parameters():  # the moments of step one, without its time
+    for parameter in model.parameters():  # the moments of a first step, without computing one
         parameter.grad = torch.zeros_like(parameter)
     optimizer.step()
     state = [value for moments in optimizer.state.values() for value in moments.values()]
@@ -125,7 +135,8 @@ CASES = {
 }
 
 
-@pytest.mark.parametrize("switches", SWITCHES)
+@like_a_gpu
+@pytest.mark.parametrize("options", OPTIONS)
 @pytest.mark.parametrize(
     "config, size, batch, precision",
     [
@@ -134,9 +145,9 @@ CASES = {
         for precision in precisions
     ],
 )
-def test_memory(config, size, batch, switches, precision):
-    """Parameters, gradients and moments within 0.1 %; what is kept and the peak, without what all modes share, in 10 %."""
-    setup = Setup(batch, 1, precision, "ddp", *SWITCHES[switches], device="cpu")
+def test_memory(config, size, batch, options, precision):
+    """Parameters, gradients and moments within 0.1 %. Activations, and the peak less what all options share, within 10 %."""
+    setup = Setup(batch, 1, precision, "ddp", *OPTIONS[options], device="cpu")
     predicted, real = memory(config, size, setup), measured(config, size, setup)
     assert predicted.parameters + predicted.gradients + predicted.optimizer == pytest.approx(real["state"], rel=1e-3)
     assert predicted.activations == pytest.approx(real["activations"], rel=0.1)
@@ -145,22 +156,22 @@ def test_memory(config, size, batch, switches, precision):
     assert predicted.peak < fixed + predicted.gradients + predicted.activations + predicted.working
 
 
+@like_a_gpu
 @pytest.mark.parametrize("sequential", [None, 2])
 @pytest.mark.parametrize("case", ["nano", "micro, padded", "odd"])
 def test_cached_bytes(case, sequential):
-    """Of the tensors that the encoder's caches hold after a step, and nothing else of other windows."""
+    """Bytes of the tensors that the encoder's caches hold after a forward pass."""
     config, size, *_ = CASES[case]
     model, images, masks = make(config, size, 1, False, sequential)
-    caches = (swinv2.log_spaced_coords, swinv2.relative_position_index, swinv2.shift_mask, swinv2.shift_regions)
-    for cached in caches:
-        cached.cache_clear()
+    benchmark.clear_caches()
     with torch.no_grad(), LiveBytes([*model.parameters(), images, masks]) as live:
         model(images, masks)
-    assert live.live == cached_bytes(config, size, Setup(1, 1, "32-true", sequential_attention=sequential))
+    setup = Setup(1, 1, "32-true", sequential_attention=sequential)
+    assert live.live == FAMILY.cost.cached_bytes(config, size, setup)
 
 
 def test_devices_and_strategies():
-    """DDP holds a whole copy and buckets of gradients on each device; FSDP a share, and a few units whole."""
+    """DDP holds a whole copy of the model and buckets of gradients on each device, FSDP a share and a few gathered units."""
     config, size = PRESETS["huge"], (192, 192)
     one, ddp, fsdp = (
         memory(config, size, Setup(4, devices, strategy=strategy))
@@ -173,13 +184,13 @@ def test_devices_and_strategies():
     assert one.optimizer == 8 * count and ddp.peak == one.peak + ddp.exchange
     assert fsdp.parameters == fsdp.gradients == math.ceil(4 * count / 8) and fsdp.optimizer == 2 * fsdp.parameters
     assert fsdp.activations == ddp.activations
-    blocks = [sum(p.numel() for p in block.parameters()) for stage in model.encoder.layers for block in stage.blocks]
+    blocks = [sum(p.numel() for p in block.parameters()) for block in model.encoder.blocks()]
     assert fsdp.exchange == 4 * (count - sum(blocks)) + 4 * 4 * max(blocks) < fsdp.peak < ddp.peak
-    assert memory(config, size, Setup(4, 1, strategy="fsdp")) == one  # one device has nobody to share with
+    assert memory(config, size, Setup(4, 1, strategy="fsdp")) == one  # one device shares with no other
 
 
 class ResidentBytes(TorchDispatchMode):
-    """As LiveBytes, but for storages that come and go under their tensors, as FSDP's do; slower."""
+    """As LiveBytes, but also right where a tensor's storage is freed and allocated again, as FSDP does; slower."""
 
     def __init__(self, known):
         super().__init__()
@@ -197,23 +208,23 @@ class ResidentBytes(TorchDispatchMode):
 
 @pytest.fixture
 def four_devices():
-    """A mesh of this process and three that are not there: what is sent arrives nowhere, but takes its memory here."""
+    """A mesh of this process and three that do not exist. Communication does nothing, but allocates its memory here."""
     fake = pytest.importorskip("torch.testing._internal.distributed.fake_pg")
     torch.distributed.init_process_group("fake", store=fake.FakeStore(), rank=0, world_size=4)
     yield torch.distributed.device_mesh.init_device_mesh("cpu", (4,))
     torch.distributed.destroy_process_group()
 
 
+@like_a_gpu
 def test_memory_under_fsdp(four_devices):
-    """Of a model whose parameters are most of it, divided block by block by fully_shard: within 8 %."""
+    """Memory of a model that is mostly parameters, sharded block by block by fully_shard, within 8 %."""
     from torch.distributed.fsdp import fully_shard
 
     config, size = SwinV2Config(96, (1, 1, 3), (3, 6, 12), window_size=6), (96, 96)
     for precision, checkpointed in itertools.product(("32-true", "bf16-mixed"), (False, True)):
         model, images, masks = make(config, size, 1, checkpointed, None)
-        for block in model.modules():
-            if isinstance(block, swinv2.SwinV2Block):
-                fully_shard(block, mesh=four_devices)
+        for block in model.encoder.blocks():
+            fully_shard(block, mesh=four_devices)
         fully_shard(model, mesh=four_devices)
 
         def take_step(model=model, images=images, masks=masks, half=precision == "bf16-mixed"):
@@ -232,7 +243,7 @@ def test_memory_under_fsdp(four_devices):
 
 
 def test_norms_are_wider_on_gpus_under_autocast():
-    """CUDA's autocast normalizes in float32, the processor's in bfloat16; without autocast there is no difference."""
+    """Autocast computes norms in float32 on CUDA and in bfloat16 on a CPU. Without autocast there is no difference."""
     config, size = replace(PRESETS["tiny"], window_size=12), (192, 192)
     gpu, cpu = (memory(config, size, Setup(16, device=device)) for device in ("cuda", "cpu"))
     assert 1.02 * cpu.activations < gpu.activations < 1.3 * cpu.activations
@@ -244,25 +255,26 @@ def test_norms_are_wider_on_gpus_under_autocast():
 
 
 def fits(result, setup):
+    """Whether a setup fits the memory that was planned for."""
     return memory(result.config, result.image_size, setup).peak <= result.device_memory_gib * USABLE_SHARE * GIB
 
 
-def test_switches_are_turned_on_in_order_until_it_fits():
-    """With ever less memory: nothing, checkpoints, FSDP too, sequential attention too, a smaller batch, nothing at all."""
-    config, seen = SwinV2Config.from_preset("large", window_size=32), []
+def test_options_are_turned_on_in_order_until_it_fits():
+    """As memory shrinks: no option, activation checkpoints, FSDP, sequential attention, a smaller batch, no setup."""
+    config, found = SwinV2Config.from_preset("large", window_size=32), []
     for gib in (*range(120, 1, -1), 1.5, 1.0, 0.5):
         result = plan(config, 512, devices=8, batch_per_device=8, device_memory_gib=gib)
         setup = result.recommended
         if setup is None:
-            seen.append(None)
-            assert result.largest_batch == 0 and not fits(result, replace(result.asked, batch_per_device=1))
+            found.append(None)
+            assert result.largest_batch == 0 and not fits(result, replace(result.requested, batch_per_device=1))
             continue
         assert fits(result, setup) and result.recommended_memory == memory(config, (512, 512), setup)
         assert fits(result, replace(setup, batch_per_device=result.largest_batch))
         assert not fits(result, replace(setup, batch_per_device=result.largest_batch + 1))
         sequential, smaller = setup.sequential_attention is not None, setup.batch_per_device < 8
-        seen.append((setup.checkpoint_activations, setup.strategy, sequential, smaller))
-    assert list(dict.fromkeys(seen)) == [
+        found.append((setup.checkpoint_activations, setup.strategy, sequential, smaller))
+    assert list(dict.fromkeys(found)) == [
         (False, "ddp", False, False),
         (True, "ddp", False, False),
         (True, "fsdp", False, False),
@@ -274,18 +286,19 @@ def test_switches_are_turned_on_in_order_until_it_fits():
 
 
 def test_giant_at_640_px_on_64_devices():
-    """What the paper's size needs; in a new process, so that what it takes itself is seen: seconds, and no memory."""
+    """The plan of the paper's largest run, in a new process, which shows that planning takes seconds and no memory."""
     code = (
-        "import resource, sys, simmim.planning.plan\n"
+        "import resource, sys\n"
+        "from simmim.planning import plan, report\n"
         "before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss\n"
-        "print(simmim.planning.plan.render(simmim.planning.plan.plan_for('giant-3b', 640, 64)))\n"
+        "print(report.render(plan.plan_for('giant-3b', 640, 64)))\n"
         "print('grown', (resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before) // 1024)\n"
         "print('loaded', [name for name in ('pytorch_lightning', 'datasets') if name in sys.modules])\n"
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=ROOT, timeout=100)
     assert (done.returncode, done.stderr) == (0, "")
     text = done.stdout
-    assert text.startswith("giant-3b, 640 × 640 px, window 40, bf16-mixed, 64 devices\n")
+    assert text.startswith("giant-3b, 640 × 640 px, window 40, patch 4 px, bf16-mixed, 64 devices\n")
     assert "2,997.8 M parameters in the encoder, 12.59 M in the head" in text
     assert re.search(r"^strategy +ddp +fsdp$", text, re.M) and re.search(r"^checkpoint_activations +off +on$", text, re.M)
     assert re.search(r"^  parameters +11\.2\d +0\.18$", text, re.M) and re.search(r"fits in 72\.0 of 80 +no +yes", text)
@@ -296,43 +309,47 @@ def test_giant_at_640_px_on_64_devices():
 def test_defaults_are_those_of_pretraining():
     result = plan_for("tiny", 192, device_memory_gib=24)
     assert result.config == replace(PRESETS["tiny"], window_size=12) and result.image_size == (192, 192)
-    assert result.asked == result.recommended == Setup(128) and result.largest_batch >= 128
-    assert plan_for("tiny", (192, 256), 4, batch=130).asked.batch_per_device == 33  # the last device's is smaller
-    assert plan_for("tiny", 192, window=6, sequential_attention=3, strategy="fsdp").asked.sequential_attention == 3
+    assert result.requested == result.recommended == Setup(128) and result.largest_batch >= 128
+    assert plan_for("tiny", (192, 256), 4, batch_size=130).requested.batch_per_device == 33  # the last device's is smaller
+    given = plan_for("tiny", 192, encoder={"window_size": 6}, sequential_attention=3, strategy="fsdp")
+    assert given.requested.sequential_attention == 3 and given.config.window_size == 6
     text = render(result)
-    assert "recommended" not in text and "as asked" in text and "one device" in text
-    assert text.splitlines()[-1].startswith("It fits as asked. The largest batch that then fits: ")
+    assert "recommended" not in text and "as requested" in text and "one device" in text
+    assert text.splitlines()[-1].startswith("It fits as requested. The largest batch that then fits: ")
     assert max(map(len, text.splitlines())) <= 120
     nothing = plan_for("giant-3b", 192, device_memory_gib=16)
-    assert nothing.recommended is None and render(nothing).splitlines()[-1].startswith("Not even one image a device fits")
+    assert nothing.recommended is None and render(nothing).splitlines()[-1].startswith("Not even one image per device fits")
 
 
 @pytest.mark.parametrize(
     "settings, message",
     [
         ({"preset": "gaint-3b"}, "unknown preset 'gaint-3b'; did you mean 'giant-3b'"),
-        ({"image": 3}, "image size is 3×3 px: give at least a patch of 4 px"),
-        ({"image": 191}, "no mask unit fits images of 191×191 px"),
+        ({"image_size": 3}, "image_size is 3×3 px: give at least a patch of 4 px"),
+        ({"image_size": 191}, "no mask unit fits images of 191×191 px"),
         ({"devices": 0}, "devices is 0: give 1 or more"),
-        ({"batch": 0}, "batch_per_device is 0"),
+        ({"batch_size": 0}, "batch_per_device is 0"),
         ({"precision": "16"}, "precision is '16': give bf16-mixed or 32-true"),
         ({"strategy": "deepspeed"}, "strategy is 'deepspeed': give ddp or fsdp"),
         ({"sequential_attention": 0}, "sequential_attention is 0"),
-        ({"device_memory_gib": 0}, "0 GiB of memory: give positive numbers"),
-        ({"window": -1}, "window_size is -1"),
+        ({"device_memory_gib": 0}, "device_memory_gib is 0: give a positive number"),
+        ({"encoder": {"window_size": -1}}, "window_size is -1"),
+        ({"encoder": {"window": 6}}, "unknown encoder setting 'window'; did you mean 'window_size'"),
+        ({"method": "simim"}, "unknown method 'simim'; did you mean 'simmim'"),
     ],
 )
 def test_settings_out_of_range(settings, message):
     with pytest.raises(ValueError, match=message):
-        plan_for(**{"preset": "tiny", "image": 192} | settings)
+        plan_for(**{"preset": "tiny", "image_size": 192} | settings)
 
 
 # --- the benchmark -------------------------------------------------------------------------------------------------
 
 
+@like_a_gpu
 @pytest.mark.skipif(not Path("/proc/self/clear_refs").exists(), reason="Linux only")
 def test_benchmark_measures_what_is_predicted(capsys):
-    """One mode, in this process, and the table of it."""
+    """One combination of options, in this process, and the table of it."""
     assert benchmark.main(["--preset", "nano", "--size", "32", "--batch", "64", "--child", "both"]) == 0
     row = json.loads(capsys.readouterr().out)
     assert row["predicted"] == pytest.approx(row["tensors"], rel=0.1) and row["seconds"] > 0

@@ -149,7 +149,7 @@ def step(config, size, batch=1, **switches):
         loss = model(images, mask).loss
         kept = live.live
         loss.backward()
-    return kept, live.peak, live.largest, live.made
+    return kept, live.peak, live.largest, live.total
 
 
 def test_peak_of_a_step():

@@ -17,8 +17,8 @@ from simmim.defaults import (
     default_mask_unit,
     default_preset,
     default_pretraining_epochs,
-    default_window,
 )
+from simmim.encoders.swinv2 import PRESETS
 from simmim.finetune.classification.settings import ClassificationSettings, LabeledSettings
 from simmim.finetune.settings import EncoderSettings
 from simmim.finetune.settings import OptimSettings as FinetuneOptimSettings
@@ -283,8 +283,9 @@ def test_default_preset_and_batch():
 
 
 def test_default_window():
-    assert default_window(192, 4) == 12 and default_window(32, 4) == 4 and default_window(96, 4) == 6
-    assert default_window(16, 4) == 4, "never under 4"
+    sides = {192: 12, 96: 6, 32: 4, 16: 4}
+    assert {side: PRESETS["nano"].for_image_size((side, side))["window_size"] for side in sides} == sides
+    assert PRESETS["nano"].for_image_size((96, 192)) == {"window_size": 6}, "the shorter side"
 
 
 @pytest.mark.parametrize(

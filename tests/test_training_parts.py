@@ -13,7 +13,7 @@ from sklearn.metrics import confusion_matrix, f1_score, precision_recall_fscore_
 
 from simmim import load_encoder
 from simmim.data import CenterView, read_labeled_images
-from simmim.defaults import default_drop_path, default_ema
+from simmim.defaults import default_ema
 from simmim.encoders.swinv2 import PRESETS
 from simmim.finetune import ClassificationSettings, LabeledSettings, finetune, load_classifier
 from simmim.finetune.averaging import AverageWeights, decay_at
@@ -334,7 +334,7 @@ def test_without_kornia(monkeypatch, digits, encoder_folder, tmp_path):
 
 
 def test_stochastic_depth_follows_from_depth():
-    rates = {name: default_drop_path(config.embed_dim, config.depths) for name, config in PRESETS.items()}
+    rates = {name: config.default_drop_path for name, config in PRESETS.items()}
     assert rates["nano"] == 0 and rates["micro"] == rates["tiny"] == rates["base"] == 0.1 and rates["large"] == 0.2
 
 

@@ -360,7 +360,8 @@ def run_plan(arguments: Sequence[str]) -> None:
         precision=(str, "bf16-mixed", "bf16-mixed or 32-true"),
         device_memory_gib=(float, 80.0, "of one device"),
     )
-    from simmim.planning.plan import plan_for, render
+    from simmim.planning.plan import plan_for
+    from simmim.planning.report import render
 
     planned = plan_for(
         chosen.preset,
@@ -369,7 +370,7 @@ def run_plan(arguments: Sequence[str]) -> None:
         chosen.batch or None,
         chosen.precision,
         chosen.device_memory_gib,
-        chosen.window or None,
+        {"window_size": chosen.window} if chosen.window else None,
     )
     print(render(planned))
 

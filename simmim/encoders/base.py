@@ -313,7 +313,7 @@ class EncoderFamily:
     build: Callable[..., Encoder]
     presets: Mapping[str, EncoderConfig]
     paper: str = ""
-    cost: CostModel | None = None
+    cost: CostModel[Any] | None = None
 
 
 def with_channels(weight: Tensor, channels: int) -> Tensor:

@@ -1,15 +1,21 @@
-"""What a training step costs, as encoders and methods state it and `simmim.planning` adds it up."""
+"""What a training step costs, as encoders and methods state it and `simmim.planning` adds it up.
+
+Shape letter: B images that one device takes at once. Sizes are (height, width).
+"""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Protocol
+from typing import Protocol, TypeVar
 
 from simmim.encoders.base import EncoderConfig, Size
 
 PRECISIONS = ("bf16-mixed", "32-true")
 STRATEGIES = ("ddp", "fsdp")
+DEVICES = ("cuda", "cpu")
+
+Config = TypeVar("Config", bound=EncoderConfig, contravariant=True)
 
 
 @dataclass(frozen=True)
@@ -18,12 +24,12 @@ class Setup:
 
     Args:
         batch_per_device: B, images that a device takes at once.
-        devices: how many share the work.
+        devices: number of devices that share the work.
         precision: bf16-mixed or 32-true, as Lightning names them.
-        strategy: ddp, a whole copy of the model on each device, or fsdp, each block a unit spread over all of them and
-            gathered in float32, as torch's fully_shard does without a policy of its own.
+        strategy: ddp keeps a whole copy of the model on each device. fsdp spreads each block over all devices and gathers
+            it in float32, as torch's fully_shard does without a policy of its own.
         checkpoint_activations, sequential_attention: as of `Encoder`.
-        device: cuda or cpu. Autocast normalizes in float32 on the former and in bfloat16 on the latter.
+        device: cuda or cpu. Autocast computes norms in float32 on the former and in bfloat16 on the latter.
 
     Raises:
         ValueError: for a setting out of range.
@@ -38,7 +44,7 @@ class Setup:
     device: str = "cuda"
 
     def __post_init__(self) -> None:
-        for name, known in (("precision", PRECISIONS), ("strategy", STRATEGIES), ("device", ("cuda", "cpu"))):
+        for name, known in (("precision", PRECISIONS), ("strategy", STRATEGIES), ("device", DEVICES)):
             if getattr(self, name) not in known:
                 raise ValueError(f"{name} is {getattr(self, name)!r}: give {' or '.join(known)}")
         for name in ("batch_per_device", "devices", "sequential_attention"):
@@ -48,12 +54,12 @@ class Setup:
 
     @property
     def compute_bytes(self) -> int:
-        """Of a number in matrix products."""
+        """Bytes per element of what matrix products take and return."""
         return 2 if self.precision == "bf16-mixed" else 4
 
     @property
     def norm_bytes(self) -> int:
-        """Of a number on the main path and in the norms that join it."""
+        """Bytes per element on the main path and in the norms that join it."""
         return 4 if self.device == "cuda" else self.compute_bytes
 
     @property
@@ -61,18 +67,23 @@ class Setup:
         """Whether each device holds only its share of the model."""
         return self.strategy == "fsdp" and self.devices > 1
 
+    def weight_copies(self, num_weights: int) -> int:
+        """Bytes of the copies that autocast makes of weights for matrix products. Under FSDP they are copies of the gathered
+        weights, and outlive those."""
+        return 0 if self.compute_bytes == 4 else self.compute_bytes * num_weights
+
 
 @dataclass(frozen=True)
 class LayerCost:
     """One step of the forward pass: memory in bytes on one device.
 
     Attributes:
-        parameters: how many, not bytes.
-        kept: from its forward pass to its backward pass.
-        cast: what autocast keeps of the weights until the whole forward pass is over, and no longer.
-        rebuilt: what the backward pass computes anew and keeps until it is through.
-        forward, backward: what either pass needs besides, temporarily.
-        gathered: under FSDP, its parameters whole, where it is a unit of its own.
+        parameters: number of parameters, not bytes.
+        kept: held from its forward pass to its backward pass.
+        cast: copies of weights that autocast holds until the whole forward pass is over.
+        rebuilt: what the backward pass recomputes and holds until it has passed this layer.
+        forward, backward: temporary memory of each pass besides.
+        gathered: under FSDP its whole parameters, where the layer is a unit that is gathered by itself; else 0.
     """
 
     parameters: int
@@ -86,23 +97,28 @@ class LayerCost:
 
 @dataclass(frozen=True)
 class Flops:
-    """Matrix products of one image, two FLOPs per multiply-add: of one pass forward, and of a training step."""
+    """FLOPs of matrix products per image, two per multiply-add.
+
+    Attributes:
+        forward: of one forward pass.
+        training: of a training step: forward and backward pass, with what the latter recomputes.
+    """
 
     forward: float
     training: float
 
 
-class CostModel(Protocol):
-    """FLOPs and memory of an encoder's training step, by arithmetic alone."""
+class CostModel(Protocol[Config]):
+    """FLOPs and memory of an encoder's training step, computed without allocating anything."""
 
-    def flops(self, config: EncoderConfig, image_size: Size, setup: Setup) -> Flops:
-        """Of the encoder on one image in a batch of `setup.batch_per_device`, recomputation included."""
+    def flops(self, config: Config, image_size: Size, setup: Setup) -> Flops:
+        """FLOPs of the encoder per image, in a batch of `setup.batch_per_device`."""
 
-    def layers(self, config: EncoderConfig, image_size: Size, setup: Setup) -> Sequence[LayerCost]:
-        """The encoder's steps in order, from the images to the final norm."""
+    def layers(self, config: Config, image_size: Size, setup: Setup) -> Sequence[LayerCost]:
+        """The encoder's layers in order, from the images to the final norm. Every parameter is in exactly one."""
 
-    def cached_bytes(self, config: EncoderConfig, image_size: Size, setup: Setup) -> int:
-        """What is cached from step to step: indices, attention masks."""
+    def cached_bytes(self, config: Config, image_size: Size, setup: Setup) -> int:
+        """Bytes that are cached between steps: indices, attention masks."""
 
-    def sequential_options(self, config: EncoderConfig, image_size: Size) -> int | None:
-        """The number of windows at a time to recommend where memory is short; None where attention is not sequential."""
+    def default_sequential_attention(self, config: Config, image_size: Size) -> int | None:
+        """The value of `sequential_attention` to recommend where memory is short; None where the encoder has none."""

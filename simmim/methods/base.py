@@ -8,6 +8,7 @@ Shape letters: B images, H W tokens of the first stage in height and width.
 
 from __future__ import annotations
 
+import math
 from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
@@ -160,15 +161,15 @@ class Method(nn.Module, ABC):
     # --- cost --------------------------------------------------------------------------------------------------------
 
     @classmethod
-    def head_flops(cls, config: EncoderConfig, image_size: Size, masked: float = 1.0) -> float:
-        """Forward FLOPs of what comes after the encoder, per image.
+    def head_flops(cls, config: EncoderConfig, image_size: Size, predicted: float = 1.0) -> float:
+        """FLOPs per image of what comes after the encoder, in the forward pass.
 
         Args:
-            masked: share of the image that is predicted.
+            predicted: share of the image that is predicted, in [0, 1].
         """
         return 0.0
 
     @classmethod
     def head_cost(cls, config: EncoderConfig, image_size: Size, setup: Setup) -> LayerCost:
-        """Memory of what comes after the encoder's final norm, the loss included."""
-        return LayerCost(0, 0.0)
+        """Memory of all that is not the encoder, the loss included; by default of the parameters alone."""
+        return LayerCost(sum(math.prod(shape) for shape in cls.expected_state(config).values()), 0.0)

@@ -181,21 +181,24 @@ class SimMIM(Method):
     # --- cost --------------------------------------------------------------------------------------------------------
 
     @classmethod
-    def head_flops(cls, config: EncoderConfig, image_size: Size, masked: float = 1.0) -> float:
-        """Of the decoder; on a CPU the cells that are masked alone are predicted (`PixelDecoder.masked_cells`)."""
+    def head_flops(cls, config: EncoderConfig, image_size: Size, predicted: float = 1.0) -> float:
+        """FLOPs of the decoder. A CPU predicts only the cells that are masked (`PixelDecoder.masked_cells`)."""
         tokens = math.prod(-(-side // config.strides[-1]) for side in image_size)
-        return masked * 2 * tokens * config.channels[-1] * config.in_channels * config.strides[-1] ** 2
+        return predicted * 2 * tokens * config.channels[-1] * config.in_channels * config.strides[-1] ** 2
 
     @classmethod
     def head_cost(cls, config: EncoderConfig, image_size: Size, setup: Setup) -> LayerCost:
-        """Decoder and loss."""
+        """Memory of decoder and loss, with every pixel predicted; the mask token counts among the parameters."""
         parameters = sum(math.prod(shape) for shape in cls.expected_state(config).values())
         tokens = setup.batch_per_device * math.prod(-(-side // config.strides[-1]) for side in image_size)
         pixels = setup.batch_per_device * math.prod(image_size) * config.in_channels
         predicted = tokens * config.in_channels * config.strides[-1] ** 2
-        # What the decoder takes; the error of each pixel, and which pixels are masked; the copy of the weights that autocast
-        # makes.
+        # The decoder's input; in float32 the error of each pixel, and which pixels are masked, once for all channels.
         kept = tokens * config.channels[-1] * setup.compute_bytes + pixels * 4 * (1 + 1 / config.in_channels)
-        copies = 0 if setup.compute_bytes == 4 else 2 * parameters
-        moments = pixels * 4 * 2
-        return LayerCost(parameters, kept + copies, forward=predicted * setup.compute_bytes + moments, backward=moments)
+        loss = pixels * 4 * 2
+        return LayerCost(
+            parameters,
+            kept + setup.weight_copies(parameters),
+            forward=predicted * setup.compute_bytes + loss,
+            backward=loss,
+        )

@@ -1,1 +1,4 @@
-"""What a run needs before it is started: parameters, FLOPs, memory."""
+"""What a pre-training run needs before it is started: parameters, FLOPs, memory, and the options that make it fit.
+
+`step` adds up one training step from what encoder and method state, `plan` searches for the options, `report` is the table.
+"""

@@ -6,6 +6,7 @@ from typing import Any
 
 from simmim.encoders.base import EncoderFamily
 from simmim.encoders.swinv2.config import PRESETS, SwinV2Config
+from simmim.encoders.swinv2.cost import SwinV2Cost
 from simmim.encoders.swinv2.model import SwinV2
 
 __all__ = ["FAMILY", "PRESETS", "SwinV2", "SwinV2Config", "build"]
@@ -18,4 +19,4 @@ def build(config: SwinV2Config, *arguments: Any) -> SwinV2:
     return kernels.use(SwinV2(config, *arguments))
 
 
-FAMILY = EncoderFamily("swinv2", "SwinV2", SwinV2Config, build, PRESETS, "arXiv 2111.09883")
+FAMILY = EncoderFamily("swinv2", "SwinV2", SwinV2Config, build, PRESETS, "arXiv 2111.09883", SwinV2Cost())
