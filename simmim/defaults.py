@@ -39,11 +39,6 @@ def default_preset(side_px: int, device: str) -> str:
     return "micro" if device == "cpu" else "tiny"
 
 
-def default_window(side_px: int, patch_size: int) -> int:
-    """A quarter of the first stage's map as published (12 at 192 px, patch 4), at least 4."""
-    return max(side_px // patch_size // 4, 4)
-
-
 def default_mask_unit(size: tuple[int, int], patch_size: int) -> int:
     """The largest unit up to 32 px of which at least six fit on each side, as 32 px at 192 px; where none does, four or two.
 

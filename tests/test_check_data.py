@@ -115,21 +115,22 @@ def test_listed_duplicates_are_limited_and_counted_in_full(corpus, monkeypatch):
 
 
 def test_suggestions_are_the_defaults_of_pretraining(report, corpus):
-    """What is suggested is what `simmim pretrain` would choose, and its line parses to just that."""
+    """The suggestion is what `simmim pretrain` would choose, and its command resolves to the same settings."""
     from simmim.cli.arguments import parse
 
     images = measure_images(source_of(sorted(corpus.iterdir())))
     assert images.short_side_px == report.short_side_px
     resolved = resolve(PretrainSettings(data="x", out="y"), images, report.images, "cpu", 0)
-    suggestion, model = report.suggestion, resolved.model
+    suggestion = report.suggestion
     assert (suggestion.image_size_px, suggestion.preset) == (resolved.image_size, resolved.preset)
-    assert (suggestion.window, suggestion.mask_unit_px) == (model.encoder["window_size"], model.mask_unit)
+    assert suggestion.mask_unit_px == resolved.model.mask_unit
     words = shlex.split(suggestion.command)
     assert words[:2] == ["simmim", "pretrain"]
     settings = parse("pretrain", PretrainSettings, words[2:])
     assert settings.data.path == "my photos"
     assert (settings.image_size, settings.preset) == (resolved.image_size, resolved.preset)
-    assert (settings.model.encoder, settings.model.mask_unit) == (model.encoder, model.mask_unit)
+    assert settings.model.mask_unit == resolved.model.mask_unit
+    assert resolve(settings, images, report.images, "cpu", 0).model == resolved.model
 
 
 def test_suggestions_follow_the_images_and_the_device(tmp_path):
@@ -140,7 +141,7 @@ def test_suggestions_follow_the_images_and_the_device(tmp_path):
     source = source_of(paths)
     for device, preset in {"cpu": "micro", "cuda": "tiny"}.items():
         suggestion = check(source, workers=0, device=device).suggestion
-        assert (suggestion.image_size_px, suggestion.window, suggestion.mask_unit_px) == (192, 12, 32)
+        assert (suggestion.image_size_px, suggestion.mask_unit_px) == (192, 32)
         assert suggestion.preset == preset
     assert check(source, workers=0).channels == 1
 

@@ -29,7 +29,7 @@ from simmim.data.decode import MAX_PIXELS, UNREADABLE, Picture, decoding, descri
 from simmim.data.image_statistics import measure_images
 from simmim.data.samples import available_cores
 from simmim.data.views import RandomView
-from simmim.defaults import default_image_size, default_mask_unit, default_preset, default_window
+from simmim.defaults import default_image_size, default_mask_unit, default_preset
 
 if TYPE_CHECKING:
     import datasets
@@ -48,10 +48,10 @@ BAR_WIDTH = 40
 
 @dataclass(frozen=True)
 class Suggestion:
-    """What `simmim pretrain` should be told for these images, and the line that tells it."""
+    """Settings of `simmim pretrain` for these images, and the command with them. The encoder's own settings, such as its
+    window, follow from the image size."""
 
     image_size_px: int
-    window: int
     mask_unit_px: int
     preset: str
     command: str
@@ -372,13 +372,13 @@ def loading_rate(
 def suggest(path: str, short_side_px: int, device: str) -> Suggestion:
     """The defaults of `simmim pretrain` for such images, spelled out: it samples, here every image was seen."""
     side = default_image_size(short_side_px)
-    preset, window = default_preset(side, device), default_window(side, PATCH_PX)
+    preset = default_preset(side, device)
     mask_unit = default_mask_unit((side, side), PATCH_PX)
     command = (
         f"simmim pretrain --data {shlex.quote(path)} --out runs/first --preset {preset} --image-size {side} "
-        f"--model.encoder.window_size {window} --model.mask_unit {mask_unit}"
+        f"--model.mask_unit {mask_unit}"
     )
-    return Suggestion(side, window, mask_unit, preset, command)
+    return Suggestion(side, mask_unit, preset, command)
 
 
 def median_of(counts: Counter[int]) -> int:
@@ -439,8 +439,8 @@ def render(report: Report) -> str:
         "",
         *loading_text(report),
         "",
-        f"suggested    image size {report.suggestion.image_size_px} px, window {report.suggestion.window}, "
-        f"mask unit {report.suggestion.mask_unit_px} px, preset {report.suggestion.preset}",
+        f"suggested    image size {report.suggestion.image_size_px} px, mask unit {report.suggestion.mask_unit_px} px, "
+        f"preset {report.suggestion.preset}",
         f"  {printable(report.suggestion.command)}",
     ]
     return "\n".join(lines)
