@@ -48,8 +48,8 @@ def main() -> None:
     with tempfile.TemporaryDirectory() as folder:
         digits = write_digits(Path(folder) / "digits", count=1000)
         settings = PretrainSettings(
-            str(digits.unlabeled),
-            str(Path(folder) / "run"),
+            data=str(digits.unlabeled),
+            out=str(Path(folder) / "run"),
             preset=chosen.preset,
             image_size=chosen.image_size,
             batch_size=chosen.batch_size,

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
 import copy
 from dataclasses import dataclass, replace
 from importlib import import_module
@@ -21,22 +20,20 @@ from simmim.finetune.settings import TransferSettings
 from simmim.finetune.start import starting_point
 from simmim.finetune.task import Labels, Task
 from simmim.training import (
-    SaveRun,
-    StopOnSignal,
+    SavePolicy,
+    Throughput,
+    TrainingRun,
     ValidatedStreamData,
-    build_trainer,
-    check_trainer_keys,
+    check_before_start,
     default_precision,
     device_type,
-    is_first_process,
     machine,
-    per_device_batch,
-    shared_callbacks,
-    usable_checkpoint,
+    run_training,
 )
-from simmim.training.run_folder import CONFIG, as_yaml, check_run_folder, locked_run_folder
+from simmim.training.logs import LossNames
+from simmim.training.run import KEEP_DECODED_MIB
+from simmim.training.run_folder import CONFIG, as_yaml
 
-KEEP_DECODED_MIB = 128
 TASKS = {
     "classification": ("simmim.finetune.classification.task", "Classification"),
     "segmentation": ("simmim.finetune.segmentation.task", "Segmentation"),
@@ -78,9 +75,7 @@ def finetune(settings: TransferSettings, quiet: bool = False) -> FinetuneResult:
     Raises:
         ValueError: for settings, labels or an encoder that cannot work, before anything is written.
     """
-    if is_first_process():
-        check_run_folder(settings.out, settings.resume, settings.overwrite)
-    check_trainer_keys(settings.trainer)
+    check_before_start(settings)
     say = None if quiet else print
     task = task_of(settings)
     labels = task.read(settings)
@@ -108,54 +103,43 @@ def finetune(settings: TransferSettings, quiet: bool = False) -> FinetuneResult:
     keep_frozen = KeepFrozen(frozen)
     train, validation = task.samples(settings, labels, start.encoder.config.in_channels, kept)
 
-    run = Path(settings.out).expanduser()
-    best = KeepBest(run, task, labels.classes, module.preprocessing, provenance(settings, len(labels.train), start.source))
-    save = SaveRun(run, every_steps=max(50, round(steps / settings.validations)), keep_best=False)
-    callbacks = [
-        *shared_callbacks(run, settings, "fine-tuning", len(labels.train), quiet),
-        keep_frozen,
-        *task.callbacks(settings, run),
-        best,
-        *([AverageWeights(settings.optim.ema)] if settings.optim.ema else []),
-        *([StopEarly(task.monitor, settings.patience)] if settings.patience else []),
-        save,
-        StopOnSignal(save),
-    ]
-    trainer = build_trainer(
-        run,
-        steps,
-        devices=settings.devices,
-        precision=settings.precision,
-        accumulate=accumulate,
-        callbacks=callbacks,
-        log_every_steps=min(settings.log_every_steps, steps),
-        extra=settings.trainer,
-        # A single validation is the one after the last step, below.
-        validate_every_steps=-(-steps // settings.validations) if settings.validations > 1 else steps + 1,
-        loggers=settings.loggers,
-        loss="cross_entropy",
-    )
-    per_device_batch(settings.batch_size, trainer.world_size, accumulate)
-    with locked_run_folder(settings) if is_first_process() else contextlib.nullcontext():
-        checkpoint = usable_checkpoint(run, say=print if is_first_process() else None) if settings.resume else None
-        if trainer.is_global_zero and not quiet:
-            print(summary(settings, module.model, labels, steps, reasons, trainer, checkpoint), flush=True)
-        stream = ValidatedStreamData(
+    folder = Path(settings.out).expanduser()
+    origin = provenance(settings, len(labels.train), start.source)
+    best = KeepBest(folder, task, labels.classes, module.preprocessing, origin)
+    run = TrainingRun(
+        settings=settings,
+        module=module,
+        data=ValidatedStreamData(
             train, settings.batch_size, accumulate, settings.workers, validation, task.validation_batch
-        )
-        trainer.fit(module, datamodule=stream, ckpt_path=checkpoint, weights_only=True)
-        # Steps rarely end on a validation: the last state is measured once more.
-        metrics = trainer.validate(module, datamodule=stream, verbose=False)[0]
-        best.consider(module, metrics[task.monitor])
-        for logger in trainer.loggers:
-            logger.finalize("success")  # again: the last picture has opened its file once more, and a thread writes to it
-    if trainer.is_global_zero and not quiet:
+        ),
+        num_images=len(labels.train),
+        num_steps=steps,
+        loss=LossNames("cross_entropy", "in nats; ln(classes) is a guess"),
+        save=SavePolicy(every_steps=max(50, round(steps / settings.validations)), keep_best=False),
+        summary=lambda trainer, resumed: summary(settings, module.model, labels, steps, reasons, trainer, resumed),
+        title="fine-tuning",
+        callbacks=(
+            keep_frozen,
+            *task.callbacks(settings, folder),
+            best,
+            *([AverageWeights(settings.optim.ema)] if settings.optim.ema else []),
+            *([StopEarly(task.monitor, settings.patience)] if settings.patience else []),
+        ),
+        throughput=Throughput(settings.batch_size),
+        max_skipped_share=0.0 if settings.data.strict else settings.data.max_skipped_share,
+        # A single validation is the one after the last step.
+        validate_every_steps=-(-steps // settings.validations) if settings.validations > 1 else steps + 1,
+        quiet=quiet,
+    )
+    finished = run_training(run)
+    metrics = finished.metrics
+    if finished.trainer.is_global_zero and not quiet:
         print(
             f"{task.monitor} {metrics[task.monitor]:.1%} at the end, {best.value:.1%} best, on {len(validation):,} "
-            f"validation images\n{task.closing(run)}best model: {run / 'encoder'}\n"
-            f"use it: simmim predict --run {run} --images PATH --out PREDICTIONS"
+            f"validation images\n{task.closing(folder)}best model: {folder / 'encoder'}\n"
+            f"use it: simmim predict --run {folder} --images PATH --out PREDICTIONS"
         )
-    return FinetuneResult(run, {name: float(value) for name, value in metrics.items()}, best.value)
+    return FinetuneResult(folder, metrics, best.value)
 
 
 class KeepBest(pl.Callback):
@@ -183,9 +167,8 @@ class KeepBest(pl.Callback):
         self.value = state["value"]
 
     def on_validation_end(self, trainer: pl.Trainer, module: pl.LightningModule) -> None:
-        """Consider what was just validated in the course of training."""
-        if trainer.state.fn == "fit":
-            self.consider(module, float(trainer.callback_metrics[self.task.monitor]))
+        """Consider what was just validated, in the course of training or after it."""
+        self.consider(module, float(trainer.callback_metrics[self.task.monitor]))
 
     def consider(self, module: pl.LightningModule, value: float) -> None:
         """Export if better than all before."""

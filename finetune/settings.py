@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field, replace
-from typing import Any, ClassVar
+from dataclasses import dataclass, replace
+from typing import ClassVar
 
-from simmim.defaults import check_common, default_batch_size, default_ema, default_finetuning_epochs
+from simmim.defaults import default_batch_size, default_ema, default_finetuning_epochs
 from simmim.training.optim import Schedule
+from simmim.training.settings import OptimizerSettings, RunSettings, check_positive
 
 
 @dataclass(frozen=True)
@@ -36,7 +37,7 @@ class EncoderSettings:
 
 
 @dataclass(frozen=True)
-class OptimSettings:
+class OptimSettings(OptimizerSettings):
     """AdamW with layer-wise decayed learning rates, given per 512 images of the batch.
 
     Args:
@@ -44,106 +45,61 @@ class OptimSettings:
             batch in use, up to 128 images.
         lr_factor: multiplies `lr`, or what it is by default.
         layer_decay: factor from each block to the one before it; by default 0.75 as published, and 0.65 in classification
-            with up to 20 labels a class.
+            with up to 20 labels per class.
         label_smoothing: share of the target spread over all classes.
         warmup_epochs: by default 20, or a fifth of shorter runs.
-        warmup_lr: where the warm-up starts.
-        min_lr: where the cosine ends.
-        weight_decay: for matrices alone.
-        clip: largest norm of the gradient.
-        accumulate: split each batch into so many forward passes, where memory is short.
         ema: decay of the average of the weights by which a run is validated and exported, 0 for none; by default one over
             the last twentieth of the steps, at most 0.9999.
     """
 
-    lr: float | None = None
+    warmup_lr: float = 2.5e-7
+    min_lr: float = 2.5e-7
     lr_factor: float = 1.0
     layer_decay: float | None = None
     label_smoothing: float = 0.1
-    warmup_epochs: float | None = None
-    warmup_lr: float = 2.5e-7
-    min_lr: float = 2.5e-7
-    weight_decay: float = 0.05
-    clip: float = 5.0
-    accumulate: int = 1
     ema: float | None = None
 
     def __post_init__(self) -> None:
+        super().__post_init__()
         if not 0 <= self.label_smoothing < 1:
             raise ValueError(f"optim.label_smoothing is {self.label_smoothing}: give a share in [0, 1)")
         if self.lr_factor <= 0:
             raise ValueError(f"optim.lr_factor is {self.lr_factor}: give a positive number")
-        if self.accumulate < 1:
-            raise ValueError(f"optim.accumulate is {self.accumulate}: give 1 or more")
-        if self.clip <= 0:
-            raise ValueError(f"optim.clip is {self.clip}: give a positive norm")
         if self.ema is not None and not 0 <= self.ema < 1:
             raise ValueError(f"optim.ema is {self.ema}: give a decay in [0, 1), 0 for no average")
 
 
 @dataclass(frozen=True, kw_only=True)
-class TransferSettings:
+class TransferSettings(RunSettings):
     """One fine-tuning run, whatever the task.
 
     Args:
-        out: run folder to make.
         init: pre-training run or exported encoder to start from, or none for the from-scratch twin.
         freeze: train the head alone.
-        train_stages: train the head, the final norm and so many of the encoder's last stages; all by default.
+        train_stages: train the head, the final norm and the last `train_stages` stages of the encoder; all by default.
         image_size: pixels, one number or height and width; the encoder's own by default.
-        epochs: passes over the training images; by default 100, and for a few labels as many as make 500 steps.
+        epochs: passes over the training images; by default 100, and for a few labels enough for 500 steps.
         steps: length in optimizer steps, in place of epochs.
-        batch_size: images an optimizer step, over all devices.
-        seed: of everything random, the choice of labels included.
-        workers: processes that load images, a device.
-        devices: how many, or auto for all.
-        precision: as Lightning names them.
-        compile: torch.compile for the encoder's blocks, as in pre-training.
-        resume: go on with the run in `out`, or start it if there is none.
-        overwrite: delete the run in `out` and start it anew.
-        validations: how often the validation images are looked at in the course of the run.
-        patience: stop when so many validations in a row brought nothing better; by default the run goes on to its end.
-        log_every_steps: metrics every so many steps.
-        loggers: services to log to beside TensorBoard and metrics.csv: wandb, mlflow.
+        seed: seed of everything random, the choice of labels included.
+        validations: number of validations in the course of the run.
+        patience: stop after `patience` validations in a row without a better result; by default the run goes to its end.
         encoder: changes to the encoder.
         optim: optimizer and schedule.
-        trainer: further settings of Lightning's Trainer.
     """
 
     task: ClassVar[str]  # as it stands in the command, and where `simmim.finetune.run` finds it
 
-    out: str
-    init: str = "none"
     freeze: bool = False
     train_stages: int | None = None
-    image_size: int | tuple[int, int] | None = None
-    epochs: float | None = None
     steps: int | None = None
-    batch_size: int | None = None
-    seed: int = 0
-    workers: int | None = None
-    devices: str | int = "auto"
-    precision: str | None = None
-    compile: bool = False
-    resume: bool = False
-    overwrite: bool = False
     validations: int = 10
     patience: int | None = None
-    log_every_steps: int = 10
-    loggers: str | tuple[str, ...] = ()
     encoder: EncoderSettings = EncoderSettings()
     optim: OptimSettings = OptimSettings()
-    trainer: dict[str, Any] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
-        names = self.loggers.split(",") if isinstance(self.loggers, str) else self.loggers
-        object.__setattr__(self, "loggers", tuple(name.strip() for name in names if name.strip()))
-        if isinstance(self.image_size, list):
-            object.__setattr__(self, "image_size", tuple(self.image_size))
-        for name in ("epochs", "steps", "batch_size", "log_every_steps", "validations", "patience", "train_stages"):
-            if getattr(self, name) is not None and getattr(self, name) <= 0:
-                raise ValueError(f"{name} is {getattr(self, name)}: give a positive number")
-        check_common(self)
+        super().__post_init__()
+        check_positive(self, ("steps", "validations", "patience", "train_stages"))
         scratch = self.init == "none"
         if not scratch and (self.encoder.like or self.encoder.preset):
             raise ValueError("encoder.like and encoder.preset describe an encoder from scratch: use them with --init none")
@@ -153,11 +109,6 @@ class TransferSettings:
             raise ValueError("--train-stages with --init none would keep random features: give an encoder by --init")
         if self.train_stages and self.freeze:
             raise ValueError("--freeze trains the head alone and --train-stages more than that: give one of them")
-
-    @property
-    def size(self) -> tuple[int, int]:
-        """(height, width) of the images, once resolved."""
-        return (self.image_size,) * 2 if isinstance(self.image_size, int) else self.image_size
 
     def label_provenance(self) -> dict:
         """What an exported model says of the choice of its labels."""

@@ -86,6 +86,7 @@ class LabeledProbe(pl.Callback):
         seed: of the draw of labels.
         preprocessing, config: what the encoder sees, and what it is.
         workers: reading processes.
+        throughput: of the run, which leaves the time of the measures out.
 
     Raises:
         ValueError: for labeled data that cannot be used, or scikit-learn missing where it is needed.
@@ -99,10 +100,12 @@ class LabeledProbe(pl.Callback):
         config: EncoderConfig,
         every_steps: int,
         workers: int,
+        throughput: Throughput,
     ) -> None:
         if settings.method == "probe":
             check_installed()
         self.settings, self.seed, self.preprocessing, self.every_steps = settings, seed, preprocessing, every_steps
+        self.throughput = throughput
         self.channels, self.how = config.in_channels, EncoderPass(workers=workers)
         self.features, self.pixels = all_features(config, preprocessing.image_size), Pixels(preprocessing.image_size)
         source = open_labeled_source(settings.data, settings.column, settings.label_column)
@@ -173,9 +176,7 @@ class LabeledProbe(pl.Callback):
             print(f"no measure on labeled images at step {self.step:,}: {error}", flush=True)
             return
         seconds = time.perf_counter() - begun
-        for callback in trainer.callbacks:
-            if isinstance(callback, Throughput):
-                callback.leave_out(seconds)
+        self.throughput.leave_out(seconds)
         if trainer.is_global_zero:
             method = self.settings.method
             trainer.progress_bar_metrics[method] = values["chosen" if "chosen" in values else "final"]

@@ -1,14 +1,14 @@
-"""A pre-training run put together: survey the images, settle what is open, train, leave an encoder behind."""
+"""A pre-training run: look at the images, resolve the settings, train, export the encoder."""
 
 from __future__ import annotations
 
-import contextlib
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
+from typing import NamedTuple
 
 import pytorch_lightning as pl
 from pytorch_lightning.strategies import ModelParallelStrategy
-from torch import Tensor
 
 from simmim.checkpoints import read
 from simmim.checkpoints.checkpoint import Checkpoint, Preprocessing, build_encoder, save_checkpoint
@@ -32,23 +32,46 @@ from simmim.pretrain.module import PretrainingModule
 from simmim.pretrain.settings import DataSettings, OptimSettings, PretrainSettings, ProbeSettings, resolve, settings_class
 from simmim.training import (
     ActivationMonitor,
-    SaveRun,
-    StopOnSignal,
+    SavedModel,
+    SavePolicy,
     StreamData,
-    TrackStreamPosition,
-    build_trainer,
-    check_trainer_keys,
+    Throughput,
+    TrainingRun,
+    check_before_start,
     default_precision,
     device_type,
-    is_first_process,
     machine,
-    per_device_batch,
-    shared_callbacks,
+    run_training,
     usable_checkpoint,
 )
-from simmim.training.run_folder import CONFIG, as_yaml, check_run_folder, checkpoints_folder, locked_run_folder
+from simmim.training.logs import LossNames
+from simmim.training.run import KEEP_DECODED_MIB
+from simmim.training.run_folder import CONFIG, as_yaml, checkpoints_folder
 
-KEEP_DECODED_MIB = 128  # sets that decode to less stay in memory, in each loading process
+
+class Resolved(NamedTuple):
+    """What a run is made of, once everything that the user left open is filled in.
+
+    Attributes:
+        settings: complete.
+        source: the images.
+        keep_decoded: whether images stay in memory once they are decoded.
+        initial: the checkpoint that the weights start from; None for fresh ones.
+    """
+
+    settings: PretrainSettings
+    source: Source
+    keep_decoded: bool
+    initial: Checkpoint | None
+
+    @property
+    def steps_per_epoch(self) -> float:
+        """Optimizer steps that see each image once."""
+        return self.source.num_images / self.settings.batch_size
+
+    def steps_in(self, epochs: float) -> int:
+        """Optimizer steps of some epochs, at least 1."""
+        return max(1, round(epochs * self.steps_per_epoch))
 
 
 def pretrain(settings: PretrainSettings) -> Path:
@@ -60,142 +83,154 @@ def pretrain(settings: PretrainSettings) -> Path:
     Raises:
         ValueError: for settings or images that cannot work, before anything is written.
     """
-    if is_first_process():
-        check_run_folder(settings.out, settings.resume, settings.overwrite)
-    check_trainer_keys(settings.trainer)
-    settings, source, kept, initial = settled(settings)
-    data, accumulate = settings.data, settings.optim.accumulate
-
-    steps_per_epoch = source.num_images / settings.batch_size
-    steps = max(1, round(settings.epochs * steps_per_epoch))
+    check_before_start(settings)
+    resolved = resolve_run(settings)
+    settings = resolved.settings
     pl.seed_everything(settings.seed, workers=True, verbose=False)
-    model = build_model(settings)
-    if initial:
-        lines = take_weights(model, initial)
-    schedule = settings.schedule().by_step(steps_per_epoch, settings.batch_size)
-    module = PretrainingModule(model, data.mean, data.std, schedule, settings.optim.weight_decay, settings.optim.clip)
-    samples = training_samples(settings, source, kept)
-    shown = ImageSamples(source.head, CenterView(settings.size), data.channels, settings.seed)
-
-    run = Path(settings.out).expanduser()
-    preprocessing = Preprocessing(settings.size, data.mean, data.std)
-    probe = labeled_probe(settings, preprocessing, steps_per_epoch)
-
-    def export(state: dict[str, Tensor], step: int) -> None:
-        """Refresh RUN/encoder from a checkpoint's weights, which are whole whatever the strategy."""
-        state = {name.removeprefix("model."): value for name, value in state.items()}
-        parts = {name: value for name, value in state.items() if not name.startswith("encoder.")}
-        encoder = {name.removeprefix("encoder."): value for name, value in state.items() if name not in parts}
-        said = provenance(settings, model.provenance(), source.num_images, step)
-        said |= {"loss": round(save.mean_loss, 5)} if save.mean_loss is not None else {}
-        trained = Checkpoint(
-            model.encoder.config, encoder, preprocessing, run, provenance=said, method=model.name, pretraining=parts
-        )
-        save_checkpoint(run / "encoder", trained)
-
-    save = SaveRun(run, settings.save_every_steps, settings.save_every_minutes, settings.keep_checkpoints, export)
-    callbacks = [
-        *shared_callbacks(run, settings, "pre-training", source.num_images),
-        TrackStreamPosition(),
-        Reconstructions(shown, run, every_steps=max(1, round(settings.reconstruct_every_epochs * steps_per_epoch))),
-        ActivationMonitor(run, every_steps=max(1, round(settings.activations_every_epochs * steps_per_epoch))),
-        *([probe] if probe else []),
-        save,
-        StopOnSignal(save),
-    ]
-    trainer = build_trainer(
-        run,
-        steps,
-        devices=settings.devices,
-        precision=settings.precision,
-        accumulate=accumulate,
-        callbacks=callbacks,
-        log_every_steps=min(settings.log_every_steps, steps),
-        extra=settings.trainer,
-        loggers=settings.loggers,
-        loss=model.loss_name,
-    )
-    per_device_batch(settings.batch_size, trainer.world_size, accumulate)
-    if probe and (trainer.is_global_zero or isinstance(trainer.strategy, ModelParallelStrategy)):
-        probe.read()
-    with locked_run_folder(settings) if is_first_process() else contextlib.nullcontext():
-        checkpoint = usable_checkpoint(run, say=print if is_first_process() else None) if settings.resume else None
-        if trainer.is_global_zero:
-            if initial:
-                print(lines)
-            print(summary(settings, model, source.num_images, steps, trainer, checkpoint, probe), flush=True)
-            if masks := note_on_label_maps(data.path):
-                print(f"note     {masks}", flush=True)
-        stream = StreamData(samples, settings.batch_size, accumulate, settings.workers)
-        trainer.fit(module, datamodule=stream, ckpt_path=checkpoint, weights_only=True)
-    if trainer.is_global_zero:
-        print(f"encoder: {run / 'encoder'}\nlook at it: tensorboard --logdir {run / 'tensorboard'}")
-    return run
+    method = build_method(settings)
+    notes = [load_initial_weights(method, resolved.initial)] if resolved.initial else []
+    run = training_run(resolved, method, notes)
+    finished = run_training(run)
+    if finished.trainer.is_global_zero:
+        print(f"encoder: {run.folder / 'encoder'}\nlook at it: tensorboard --logdir {run.folder / 'tensorboard'}")
+    return run.folder
 
 
-def settled(settings: PretrainSettings) -> tuple[PretrainSettings, Source, bool, Checkpoint | None]:
-    """Look at images, machine and the encoder to begin from, and fill in what the user left open.
+def training_run(resolved: Resolved, method: Method, notes: list[str]) -> TrainingRun:
+    """The run as `simmim.training.run` takes it.
 
-    Returns:
-        The settings, the images, whether they are kept in memory once decoded, and what the run begins from.
+    Args:
+        notes: lines to print before the summary.
     """
+    settings, source = resolved.settings, resolved.source
+    data, optim = settings.data, settings.optim
+    preprocessing = Preprocessing(settings.size, data.mean, data.std)
+    num_steps, throughput = resolved.steps_in(settings.epochs), Throughput(settings.batch_size)
+    probe = labeled_probe(resolved, preprocessing, throughput)
+    schedule = settings.schedule().by_step(resolved.steps_per_epoch, settings.batch_size)
+
+    def read_probe(trainer: pl.Trainer) -> None:
+        if probe and (trainer.is_global_zero or isinstance(trainer.strategy, ModelParallelStrategy)):
+            probe.read()
+
+    def text(trainer: pl.Trainer, resumed: Path | None) -> str:
+        masks = note_on_label_maps(data.path)
+        lines = [*notes, summary(settings, method, source.num_images, num_steps, trainer, resumed, probe)]
+        return "\n".join([*lines, f"note     {masks}"] if masks else lines)
+
+    return TrainingRun(
+        settings=settings,
+        module=PretrainingModule(method, data.mean, data.std, schedule, optim.weight_decay, optim.clip),
+        data=StreamData(training_samples(resolved), settings.batch_size, optim.accumulate, settings.workers),
+        num_images=source.num_images,
+        num_steps=num_steps,
+        loss=LossNames(method.loss_name, method.loss_description),
+        save=SavePolicy(
+            settings.save_every_steps,
+            settings.save_every_minutes,
+            settings.keep_checkpoints,
+            export=encoder_export(settings, method, preprocessing, source.num_images),
+        ),
+        summary=text,
+        title="pre-training",
+        callbacks=stage_callbacks(resolved, method, probe),
+        throughput=throughput,
+        check=read_probe,
+        max_skipped_share=0.0 if data.strict else data.max_skipped_share,
+    )
+
+
+def stage_callbacks(resolved: Resolved, method: Method, probe: LabeledProbe | None) -> tuple[pl.Callback, ...]:
+    """Pictures where the method predicts pixels, measures of activations, and the probe where there is one."""
+    settings, folder = resolved.settings, Path(resolved.settings.out).expanduser()
+    callbacks = []
+    if method.predicts_pixels:
+        samples = ImageSamples(resolved.source.head, CenterView(settings.size), settings.data.channels, settings.seed)
+        callbacks.append(Reconstructions(samples, folder, resolved.steps_in(settings.reconstruct_every_epochs)))
+    callbacks.append(ActivationMonitor(folder, resolved.steps_in(settings.activations_every_epochs)))
+    return (*callbacks, probe) if probe else tuple(callbacks)
+
+
+def encoder_export(
+    settings: PretrainSettings, method: Method, preprocessing: Preprocessing, num_images: int
+) -> Callable[[SavedModel], None]:
+    """A function that refreshes RUN/encoder from a checkpoint's weights."""
+    folder = Path(settings.out).expanduser()
+
+    def export(saved: SavedModel) -> None:
+        weights = {name.removeprefix("model."): value for name, value in saved.weights.items()}
+        own = {name: value for name, value in weights.items() if not name.startswith("encoder.")}
+        encoder = {name.removeprefix("encoder."): value for name, value in weights.items() if name not in own}
+        origin = provenance(settings, method.provenance(), num_images, saved.step)
+        if saved.mean_loss is not None:
+            origin["loss"] = round(saved.mean_loss, 5)
+        trained = Checkpoint(
+            method.encoder.config, encoder, preprocessing, folder, provenance=origin, method=method.name, pretraining=own
+        )
+        save_checkpoint(folder / "encoder", trained)
+
+    return export
+
+
+def resolve_run(settings: PretrainSettings) -> Resolved:
+    """Look at the images, the machine and the encoder to start from, and fill in what the user left open."""
     data = settings.data
     source = open_source(data.path, data.column, data.streaming, data.count)
     images = measure_images(source.head, data.channels, max_pixels=data.max_pixels)
     device = device_type()
-    kept = images.decoded_mib <= KEEP_DECODED_MIB and not source.streaming
-    # A run that is resumed no longer needs what it began from, which may be gone by then.
-    begun = settings.resume and any(checkpoints_folder(Path(settings.out).expanduser()).glob("*.ckpt"))
-    initial = read(settings.init) if settings.init != "none" and not begun else None
+    keep_decoded = images.decoded_mib <= KEEP_DECODED_MIB and not source.streaming
+    # A run that is resumed no longer needs the encoder it started from, which may be gone.
+    has_checkpoint = settings.resume and any(checkpoints_folder(Path(settings.out).expanduser()).glob("*.ckpt"))
+    initial = read(settings.init) if settings.init != "none" and not has_checkpoint else None
     # Images that are in memory already are cropped faster than they could be sent between processes.
-    workers = 0 if kept and device == "cpu" else default_num_workers(device)
+    workers = 0 if keep_decoded and device == "cpu" else default_num_workers(device)
     settings = resolve(settings, images, source.num_images, device, workers, initial)
     precision = settings.precision or default_precision(device, settings.encoder_config())
-    return replace(settings, precision=precision), source, kept, initial
+    return Resolved(replace(settings, precision=precision), source, keep_decoded, initial)
 
 
-def training_samples(settings: PretrainSettings, source: Source, kept: bool) -> ImageSamples | StreamedSamples:
+def training_samples(resolved: Resolved) -> ImageSamples | StreamedSamples:
     """The images in their endless order, cropped and flipped as settings say."""
-    data = settings.data
+    settings, source, data = resolved.settings, resolved.source, resolved.settings.data
     view = RandomView(settings.size, data.crop_scale, data.crop_ratio, data.flip)
-    how = (view, data.channels, settings.seed)
+    options = (view, data.channels, settings.seed)
     if source.streaming:
-        return StreamedSamples(source.images, *how, data.shuffle_buffer, data.max_pixels)
-    return ImageSamples(source.images, *how, kept, data.max_pixels)
+        return StreamedSamples(source.images, *options, data.shuffle_buffer, data.max_pixels)
+    return ImageSamples(source.images, *options, resolved.keep_decoded, data.max_pixels)
 
 
-def labeled_probe(settings: PretrainSettings, preprocessing: Preprocessing, steps_per_epoch: float) -> LabeledProbe | None:
-    """The look at labeled images that resolved settings ask for; None where they do not."""
+def labeled_probe(resolved: Resolved, preprocessing: Preprocessing, throughput: Throughput) -> LabeledProbe | None:
+    """The probe that resolved settings ask for; None where they do not."""
+    settings = resolved.settings
     if settings.probe.data is None:
         return None
-    every_steps = max(1, round(settings.probe.every_epochs * steps_per_epoch))
-    config = settings.encoder_config()
-    return LabeledProbe(settings.probe, settings.seed, preprocessing, config, every_steps, settings.workers)
+    every_steps, config = resolved.steps_in(settings.probe.every_epochs), settings.encoder_config()
+    return LabeledProbe(settings.probe, settings.seed, preprocessing, config, every_steps, settings.workers, throughput)
 
 
-def build_model(settings: PretrainSettings) -> Method:
+def build_method(settings: PretrainSettings) -> Method:
     """The method of resolved settings with its encoder, freshly initialized."""
     model = settings.model
     encoder = registry.build(settings.encoder_config(), model.checkpoint_activations, model.sequential_attention)
     return method_named(settings.method).build(encoder, model)
 
 
-def take_weights(model: Method, source: Checkpoint) -> str:
-    """Give `model` the weights of `source`, those of the method among them where it has them and they fit.
+def load_initial_weights(method: Method, source: Checkpoint) -> str:
+    """Load the weights of `source` into `method`, those of the method among them where it has them and they fit.
 
     Returns:
-        The report, a line each of what was loaded, adapted, missing and unexpected.
+        The report, with one line each for what was loaded, adapted, missing and unexpected.
     """
-    config = model.encoder.config
+    config = method.encoder.config
     saved = build_encoder(source, **{name: getattr(config, name) for name in vars(config)})
-    model.encoder.load_state_dict(saved.encoder.state_dict())
+    method.encoder.load_state_dict(saved.encoder.state_dict())
     report, shapes = str(saved.report), {name: tuple(value.shape) for name, value in source.pretraining.items()}
-    if source.pretraining and source.method != model.name:
-        report += f"\nadapted    the parts of {model.title} are fresh: the source was trained by {source.method}"
-    elif source.pretraining and shapes != dict(model.expected_state(config)):
-        report += f"\nadapted    the parts of {model.title} are fresh: those of the source are for other channels"
+    if source.pretraining and source.method != method.name:
+        report += f"\nadapted    the parts of {method.title} are fresh: the source was trained by {source.method}"
+    elif source.pretraining and shapes != dict(method.expected_state(config)):
+        report += f"\nadapted    the parts of {method.title} are fresh: those of the source are for other channels"
     elif source.pretraining:
-        report += f"\nloaded     {model.load_own_state(source.pretraining, source.provenance)}"
+        report += f"\nloaded     {method.load_own_state(source.pretraining, source.provenance)}"
     return report
 
 
@@ -267,7 +302,7 @@ def load_pretrained(run: str | Path) -> tuple[Method, PretrainSettings]:
     checkpoint = usable_checkpoint(Path(run).expanduser())
     if checkpoint is None:
         raise ValueError(f"run {str(run)!r} has no checkpoint yet: expected some in {checkpoints_folder(Path(run))}")
-    model = build_model(settings)
+    model = build_method(settings)
     state = unpickled(checkpoint)["state_dict"]
     model.load_state_dict({name.removeprefix("model."): value for name, value in state.items()})
     return model.eval(), settings

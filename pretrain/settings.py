@@ -4,14 +4,13 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass, field, make_dataclass, replace
-from typing import Any, ClassVar
+from typing import ClassVar
 
 from simmim.checkpoints.checkpoint import Checkpoint
 from simmim.data import ImageStatistics
 from simmim.defaults import (
     IMAGENET_MEAN,
     IMAGENET_STD,
-    check_common,
     default_batch_size,
     default_image_size,
     default_preset,
@@ -25,6 +24,7 @@ from simmim.messages import did_you_mean
 from simmim.methods.base import MethodSettings
 from simmim.methods.registry import default_method, method_named
 from simmim.training.optim import Schedule
+from simmim.training.settings import OptimizerSettings, RunSettings, check_positive
 
 
 @dataclass(frozen=True)
@@ -85,39 +85,25 @@ class DataSettings:
 
 
 @dataclass(frozen=True)
-class OptimSettings:
+class OptimSettings(OptimizerSettings):
     """AdamW, its schedule, and gradient clipping. Learning rates are per 512 images of the global batch.
 
     Args:
         lr: peak learning rate; by default 1e-4 as published for tiny to giant, 2e-3 for nano and micro.
         schedule: cosine or multistep.
         warmup_epochs: by default 10, or a tenth of shorter runs.
-        warmup_lr: where the warm-up starts.
-        min_lr: where the cosine ends.
         milestones: epochs at which multistep multiplies by gamma.
-        gamma: see milestones.
-        weight_decay: for matrices; never for biases, norms, mask token, temperatures and position MLPs.
-        clip: largest norm of the gradient.
-        accumulate: split each batch into so many forward passes, where memory is short.
+        gamma: factor of multistep.
     """
 
-    lr: float | None = None
-    schedule: str = "cosine"
-    warmup_epochs: float | None = None
     warmup_lr: float = 5e-7
-    min_lr: float = 0.0
+    schedule: str = "cosine"
     milestones: tuple[float, ...] = ()
     gamma: float = 0.1
-    weight_decay: float = 0.05
-    clip: float = 5.0
-    accumulate: int = 1
 
     def __post_init__(self) -> None:
+        super().__post_init__()
         object.__setattr__(self, "milestones", tuple(self.milestones))
-        if self.accumulate < 1:
-            raise ValueError(f"optim.accumulate is {self.accumulate}: give 1 or more")
-        if self.clip <= 0:
-            raise ValueError(f"optim.clip is {self.clip}: give a positive norm")
 
 
 @dataclass(frozen=True)
@@ -157,9 +143,6 @@ PROBE_METHODS = ("knn", "probe")
 # Pictures of a run, and measures of its activations: each takes about as long as a step.
 LOOKS, LOOK_STEPS = 20, 20
 POSITIVE = (
-    "epochs",
-    "batch_size",
-    "log_every_steps",
     "save_every_steps",
     "save_every_minutes",
     "keep_checkpoints",
@@ -168,70 +151,43 @@ POSITIVE = (
 )
 
 
-@dataclass(frozen=True)
-class PretrainSettings:
+@dataclass(frozen=True, kw_only=True)
+class PretrainSettings(RunSettings):
     """One pre-training run. Only the images and the run folder have no default.
 
     Args:
         data: the images; in Python a path alone will do.
-        out: run folder to make.
-        init: encoder to go on from, in any format that `simmim.load_encoder` reads; its mask token and decoder come along
-            where it has them. With none the encoder starts fresh.
+        init: encoder to start from, in any format that `simmim.load_encoder` reads; the weights of the method come along
+            where the file has them. With none the encoder starts fresh.
         method: how the encoder learns.
         preset: size of a fresh encoder: nano, micro, tiny, small, base, large, huge, giant-1b, giant-3b.
         image_size: pixels the crops are resized to, one number or height and width.
         epochs: passes over the images.
-        batch_size: images an optimizer step, over all devices.
-        seed: of everything random.
-        workers: processes that load images, a device.
-        devices: how many, or auto for all.
-        precision: as Lightning names them, 32-true or bf16-mixed say.
-        compile: torch.compile for the encoder's blocks: on a GPU, for a first step some minutes later. A CPU has kernels
-            of the encoder's own, which are faster.
-        resume: go on with the run in `out`, or start it if there is none.
-        overwrite: delete the run in `out` and start it anew.
-        reconstruct_every_epochs: a picture of reconstructions every so many epochs; by default twenty in all, of a short run
-            fewer.
-        save_every_steps: a checkpoint every so many steps; by default an epoch's, within 50 to 1000.
-        save_every_minutes: and every so many minutes.
-        keep_checkpoints: how many of the newest stay, beside the best.
-        activations_every_epochs: measures of every block's output every so many epochs; by default as often as pictures.
-        log_every_steps: metrics every so many steps.
-        loggers: services to log to beside TensorBoard and metrics.csv: wandb, mlflow.
+        reconstruct_every_epochs: a picture of reconstructions every `reconstruct_every_epochs` epochs; by default twenty
+            in all, fewer in a short run.
+        save_every_steps: a checkpoint every `save_every_steps` steps; by default once per epoch, within 50 to 1000 steps.
+        save_every_minutes: a checkpoint every `save_every_minutes` minutes as well.
+        keep_checkpoints: number of the newest checkpoints that stay, beside the best.
+        activations_every_epochs: a measure of every block's output every `activations_every_epochs` epochs; by default as
+            often as pictures.
         model: settings of the method, and changes to the preset's encoder.
         optim: optimizer and schedule.
-        probe: what the features are worth on a small labeled set, logged beside the loss.
-        trainer: further settings of Lightning's Trainer.
+        probe: accuracy of the features on a small labeled set, logged beside the loss.
     """
 
     may_change_on_resume: ClassVar[tuple[str, ...]] = ("probe",)
 
     data: DataSettings
-    out: str
-    init: str = "none"
     method: str = default_method()
     preset: str | None = None
-    image_size: int | tuple[int, int] | None = None
-    epochs: float | None = None
-    batch_size: int | None = None
-    seed: int = 0
-    workers: int | None = None
-    devices: str | int = "auto"
-    precision: str | None = None
-    compile: bool = False
-    resume: bool = False
-    overwrite: bool = False
     reconstruct_every_epochs: float | None = None
     save_every_steps: int | None = None
     save_every_minutes: float = 15.0
     keep_checkpoints: int = 2
     activations_every_epochs: float | None = None
-    log_every_steps: int = 10
-    loggers: str | tuple[str, ...] = ()
     model: MethodSettings | None = None
     optim: OptimSettings = OptimSettings()
     probe: ProbeSettings = ProbeSettings()
-    trainer: dict[str, Any] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
         if isinstance(self.data, str | list):
@@ -241,21 +197,10 @@ class PretrainSettings:
             object.__setattr__(self, "model", own(**(self.model or {})))
         if not isinstance(self.model, own):
             raise ValueError(f"model is {type(self.model).__name__}: the method {self.method} takes {own.__name__}")
-        names = self.loggers.split(",") if isinstance(self.loggers, str) else self.loggers
-        object.__setattr__(self, "loggers", tuple(name.strip() for name in names if name.strip()))
-        if isinstance(self.image_size, list):
-            object.__setattr__(self, "image_size", tuple(self.image_size))
-        for name in POSITIVE:
-            if getattr(self, name) is not None and getattr(self, name) <= 0:
-                raise ValueError(f"{name} is {getattr(self, name)}: give a positive number")
-        check_common(self)
+        super().__post_init__()
+        check_positive(self, POSITIVE)
         if self.init != "none" and self.preset:
-            raise ValueError("--preset describes a fresh encoder, and --init brings its own: give one of them")
-
-    @property
-    def size(self) -> tuple[int, int]:
-        """(height, width) of the crops, once resolved."""
-        return (self.image_size,) * 2 if isinstance(self.image_size, int) else self.image_size
+            raise ValueError("preset describes a fresh encoder, and init brings its own: give one of them")
 
     def encoder_config(self) -> EncoderConfig:
         """The architecture, once resolved."""
@@ -368,6 +313,6 @@ def settings_class(method: str) -> type[PretrainSettings]:
     """
     model = method_named(method).settings_class
     fields = [("method", str, field(default=method)), ("model", model, field(default=model()))]
-    return make_dataclass(
-        "PretrainSettings", fields, bases=(PretrainSettings,), frozen=True, namespace={"__doc__": PretrainSettings.__doc__}
-    )
+    namespace = {"__doc__": PretrainSettings.__doc__}
+    bases = (PretrainSettings,)
+    return make_dataclass("PretrainSettings", fields, bases=bases, namespace=namespace, frozen=True, kw_only=True)

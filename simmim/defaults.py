@@ -1,4 +1,4 @@
-"""Defaults that follow from the images and the machine, and checks of settings that both stages have."""
+"""Defaults that follow from the images and the machine."""
 
 from __future__ import annotations
 
@@ -84,22 +84,3 @@ def default_batch_size(device: str, small: bool) -> int:
     if device == "cpu":
         return 128 if small else 32
     return 512 if small else 128
-
-
-def check_common(settings) -> None:
-    """Refuse image size, workers, seed and devices out of range; the settings of both stages have them.
-
-    Raises:
-        ValueError: naming the setting.
-    """
-    size = settings.image_size
-    if size is not None and min(size if isinstance(size, tuple) else (size,)) < 1:
-        raise ValueError(f"image_size is {size}: give pixels, one number or height and width")
-    if settings.workers is not None and settings.workers < 0:
-        raise ValueError(f"workers is {settings.workers}: give 0 to load in the main process, or more")
-    if not 0 <= settings.seed < 2**32:
-        raise ValueError(f"seed is {settings.seed}: give a whole number from 0 to {2**32 - 1}")
-    devices = str(settings.devices)
-    listed = "," in devices and all(part.strip().isdecimal() for part in devices.split(","))
-    if devices != "auto" and not listed and not (devices.isdecimal() and int(devices) > 0):
-        raise ValueError(f"devices is {devices!r}: give how many, their numbers as in 0,1, or auto")

@@ -388,7 +388,7 @@ def parsed(*words):
 
 
 def test_short_and_long_words():
-    assert parsed() == PretrainSettings("images", "new")
+    assert parsed() == PretrainSettings(data="images", out="new")
     assert parsed() == parse("pretrain", PretrainSettings, ["--data.path=images", "--out=new"])
     for words in (["--image-size", "64"], ["--image_size", "64"], ["--image-size=64"], ["--image_size=64"]):
         assert parsed(*words).image_size == 64
@@ -427,11 +427,11 @@ def test_resuming_takes_the_runs_own_settings(tmp_path):
     """`--out RUN --resume` is all that need be said; what else is said comes after and so wins."""
     run = tmp_path / "run"
     run.mkdir()
-    settings = PretrainSettings("images", str(run), epochs=3.0, preset="nano")
+    settings = PretrainSettings(data="images", out=str(run), epochs=3.0, preset="nano")
     (run / "config.yaml").write_text(as_yaml(settings))
     for words in (["--out", str(run), "--resume"], ["--resume", f"--out={run}"], ["--resume=true", "--out", str(run)]):
         again = parse("pretrain", PretrainSettings, with_saved_config(words))
-        assert again == PretrainSettings("images", str(run), epochs=3.0, preset="nano", resume=True)
+        assert again == PretrainSettings(data="images", out=str(run), epochs=3.0, preset="nano", resume=True)
     again = parse("pretrain", PretrainSettings, with_saved_config(["--out", str(run), "--resume", "--workers", "7"]))
     assert (again.workers, again.epochs) == (7, 3.0)
     started = ["--resume", "--out", "absent", "--data", "images"]
@@ -442,7 +442,7 @@ def test_resuming_takes_the_runs_own_settings(tmp_path):
 @pytest.mark.parametrize(
     "words, settings",
     [
-        (f"{PRETRAIN} --epochs 3 --model.mask-ratio 0.5", PretrainSettings("images", "new", epochs=3.0)),
+        (f"{PRETRAIN} --epochs 3 --model.mask-ratio 0.5", PretrainSettings(data="images", out="new", epochs=3.0)),
         (f"{FINETUNE} --epochs 3", ClassificationSettings(data="labeled", out="new", epochs=3.0)),
     ],
 )

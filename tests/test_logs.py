@@ -36,7 +36,7 @@ CONFIG = "data:\n  path: images\nout: runs/a\nepochs: 2.0\nbatch_size: 32\noptim
 def settings(data, out, **more):
     model = SimMIMSettings(mask_unit=8, encoder=SMALL)
     common = {"preset": "nano", "epochs": 1.0, "batch_size": 32, "model": model, "log_every_steps": 2}
-    return PretrainSettings(DataSettings(str(data)), str(out), **{**common, **more})
+    return PretrainSettings(data=DataSettings(str(data)), out=str(out), **{**common, **more})
 
 
 def sitting(step=0, validates=False):

@@ -166,13 +166,13 @@ def test_other_channel_counts_pretrain(tmp_path):
         np.save(tmp_path / "tiles" / f"{number}.npy", generator.integers(0, 4000, (10, 40, 36), dtype=np.uint16))
     encoder = {**SMALL.encoder, "drop_path_rate": 0.0}
     common = {"preset": "nano", "epochs": 1.0, "batch_size": 8, "model": SimMIMSettings(mask_unit=8, encoder=encoder)}
-    run = pretrain(PretrainSettings(DataSettings(str(tmp_path / "tiles")), str(tmp_path / "run"), **common))
+    run = pretrain(PretrainSettings(data=DataSettings(str(tmp_path / "tiles")), out=str(tmp_path / "run"), **common))
     model, resolved = load_pretrained(run)
     assert resolved.data.channels == model.encoder.config.in_channels == 10
     assert len(resolved.data.mean) == len(resolved.data.std) == 10
     np.save(tmp_path / "tiles" / "odd.npy", np.zeros((4, 40, 36), np.uint16))
     with pytest.raises(ValueError, match=r"odd\.npy"):
-        pretrain(PretrainSettings(DataSettings(str(tmp_path / "tiles")), str(tmp_path / "odd"), **common))
+        pretrain(PretrainSettings(data=DataSettings(str(tmp_path / "tiles")), out=str(tmp_path / "odd"), **common))
 
 
 def test_normalized_target_trains_and_is_drawn(digits, tmp_path):

@@ -14,7 +14,7 @@ from simmim.finetune.classification.settings import ClassificationSettings
 from simmim.finetune.segmentation.model import HeadShape, Segmenter
 from simmim.finetune.segmentation.settings import SegmentationSettings
 from simmim.finetune.settings import with_schedule
-from simmim.pretrain.run import build_model
+from simmim.pretrain.run import build_method
 from simmim.pretrain.settings import PretrainSettings, resolve
 from simmim.training.optim import parameter_rules
 
@@ -46,7 +46,7 @@ def test_there_are_recipes_for_each_stage():
 def test_pretraining_recipe_builds(path):
     settings = pretrain_settings(path)
     with torch.device("meta"):
-        model = build_model(settings)
+        model = build_method(settings)
         images = torch.empty(2, 3, *settings.size)
         rows, columns = (side // settings.encoder_config().patch_size for side in settings.size)
         assert model(images, torch.ones(2, rows, columns, dtype=torch.bool)).loss.shape == ()

@@ -49,8 +49,8 @@ def run(digits, tmp_path_factory):
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(SaveRun, "on_train_batch_end", cut_off)
         with pytest.raises(RuntimeError, match="cut off"):
-            pretrain(PretrainSettings(data, out, **common, **often))
-    return pretrain(PretrainSettings(data, out, resume=True, **common, **often))
+            pretrain(PretrainSettings(data=data, out=out, **common, **often))
+    return pretrain(PretrainSettings(data=data, out=out, resume=True, **common, **often))
 
 
 class Page:

@@ -17,7 +17,7 @@ import uuid
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, NamedTuple
 
 import pytorch_lightning as pl
 import torch
@@ -38,10 +38,6 @@ ALWAYS, SERVICES = ("tensorboard", "csv"), ("wandb", "mlflow")
 # goes before.
 WITHOUT_TELEMETRY = {"wandb": {"WANDB_ERROR_REPORTING": "false"}, "mlflow": {"MLFLOW_DISABLE_TELEMETRY": "true"}}
 
-LOSSES = {
-    "masked_l1": "mean absolute error over the masked pixels; 1 is a standard deviation of the normalized images",
-    "cross_entropy": "in nats; ln(classes) is a guess",
-}
 # As the modules log it: as the page shows it, and what its description says.
 GROUPED = {
     "lr": ("optimizer/learning_rate", "of the group that learns fastest, at the step's batch size"),
@@ -72,12 +68,24 @@ FIRST_COLUMNS = ("batch_size", "epochs", "optim.lr", "model.mask_ratio", "preset
 OWN_ENTRIES: set[str] = set()  # ids of what this process has opened in W&B
 
 
-def loggers_for(run: Path, wanted: Sequence[str] = (), loss: str = "training") -> list[Logger]:
+class LossNames(NamedTuple):
+    """How loggers show the module's `loss`.
+
+    Attributes:
+        name: of the scalar inside its group, for example masked_l1.
+        description: text beside the plot; empty for none.
+    """
+
+    name: str = "training"
+    description: str = ""
+
+
+def loggers_for(run: Path, wanted: Sequence[str] = (), loss: LossNames | None = None) -> list[RunLogger]:
     """TensorBoard and metrics.csv in `run`, and the services that are wanted. Nothing is written yet.
 
     Args:
         wanted: of wandb and mlflow; tensorboard and csv may be named and come anyway.
-        loss: what the modules' loss is, of `LOSSES` for a description.
+        loss: how the module's loss is shown; by default as training.
 
     Raises:
         ValueError: for a name that is not known, naming the nearest, and for a service that is not installed.
@@ -90,7 +98,7 @@ def loggers_for(run: Path, wanted: Sequence[str] = (), loss: str = "training") -
             # A folder of that name, as wandb leaves one where it ran, looks like a package without an origin.
             if spec is None or spec.origin is None:
                 raise ValueError(f"logger {name!r} is not installed: pip install {name}")
-    names = Names(loss)
+    names = Names(loss or LossNames())
     services = [Service(name, run, names) for name in SERVICES if name in wanted]
     return [TensorBoardPage(run, names), MetricsCsv(run / "metrics.csv"), *services]
 
@@ -103,22 +111,22 @@ class Names:
         loss: what training minimizes.
     """
 
-    loss: str
+    loss: LossNames
 
     def __call__(self, name: str) -> str:
         """The grouped name; one that has a group already stays."""
         if name in GROUPED:
             return GROUPED[name][0]
         if name == "loss":
-            return f"loss/{self.loss}"
+            return f"loss/{self.loss.name}"
         if name == "validation_loss":
-            return f"validation/{self.loss}"
+            return f"validation/{self.loss.name}"
         return name if "/" in name else f"other/{name}"
 
     def description(self, name: str) -> str:
         """What stands beside the plot; empty for a scalar that is not in the tables."""
         if name in ("loss", "validation_loss"):
-            return LOSSES.get(self.loss, "")
+            return self.loss.description
         return GROUPED[name][1] if name in GROUPED else FAMILIES.get(name.partition("/")[0], "")
 
     def of(self, metrics: Mapping[str, float]) -> dict[str, float]:
@@ -151,15 +159,16 @@ class Sitting:
 
 
 class RunLogger(Logger):
-    """A logger that takes more than numbers."""
+    """A logger that may take more than metrics. What it cannot show it passes over, which is the default of each method."""
 
     def describe(self, sitting: Sitting) -> None:
         """What is to be logged from now on is the run's from `sitting.step` on."""
-        raise NotImplementedError
 
     def log_picture(self, name: str, picture: Image.Image, step: int, caption: str) -> None:
         """Show a picture. It replaces none of other steps."""
-        raise NotImplementedError
+
+    def log_per_block(self, scalars: Mapping[str, float], step: int) -> None:
+        """Show several scalars for each block of the encoder, by grouped names: too many for a table or a service."""
 
 
 class DescribeRun(pl.Callback):
@@ -175,11 +184,10 @@ class DescribeRun(pl.Callback):
         config = (self.run / CONFIG).read_text(encoding="utf-8") if (self.run / CONFIG).is_file() else ""
         sitting = Sitting(trainer.global_step, config, environment_of(trainer), bool(trainer.enable_validation))
         for logger in trainer.loggers:
-            if isinstance(logger, RunLogger):
-                logger.describe(sitting)
+            logger.describe(sitting)
 
 
-def log_picture(loggers: Iterable[Logger], name: str, picture: Image.Image, step: int, caption: str) -> None:
+def log_picture(loggers: Iterable[RunLogger], name: str, picture: Image.Image, step: int, caption: str) -> None:
     """Show a picture wherever pictures can be shown.
 
     Args:
@@ -187,8 +195,7 @@ def log_picture(loggers: Iterable[Logger], name: str, picture: Image.Image, step
         caption: what the picture holds, its columns for instance.
     """
     for logger in loggers:
-        if isinstance(logger, RunLogger):
-            logger.log_picture(name, picture, step, caption)
+        logger.log_picture(name, picture, step, caption)
 
 
 def environment_of(trainer: pl.Trainer) -> dict[str, str]:
@@ -307,6 +314,11 @@ class TensorBoardPage(RunLogger, TensorBoardLogger):
         self.experiment.add_image(f"images/{name}: {caption}", np.array(picture.convert("RGB")), step, dataformats="HWC")
 
     @rank_zero_only
+    def log_per_block(self, scalars: Mapping[str, float], step: int) -> None:
+        """As other scalars: each is in the group of its measure."""
+        self.log_metrics(scalars, step)
+
+    @rank_zero_only
     def save(self) -> None:
         """Write to the disk what there is. Lightning's own way would also leave an empty hparams.yaml."""
         if self._experiment is not None:
@@ -373,7 +385,7 @@ def hparams_summary(tag: str, **content) -> Summary:
 # --- metrics.csv -------------------------------------------------------------------------------------------------------
 
 
-class MetricsCsv(Logger):
+class MetricsCsv(RunLogger):
     """metrics.csv: a row a logged step, a column a metric. A resumed run drops rows from beyond its checkpoint."""
 
     def __init__(self, path: Path) -> None:

@@ -10,7 +10,7 @@ from torch import nn
 
 from simmim.training.optim import adamw, parameter_groups
 from simmim.training.sharding import clip_gradients, shard
-from simmim.training.watch import judge_step
+from simmim.training.watch import NumericalGuard
 
 
 class TrainingModule(pl.LightningModule):
@@ -21,7 +21,12 @@ class TrainingModule(pl.LightningModule):
         learning_rate: as a function of the optimizer step, from 0; of the last layers where there is layer decay.
         weight_decay, layer_decay: of `simmim.training.optim.parameter_groups`.
         clip: largest norm of the gradient.
+
+    Attributes:
+        guard: decides about every optimizer step before it is taken; None lets each pass. Set by the run.
     """
+
+    guard: NumericalGuard | None = None
 
     def __init__(
         self,
@@ -50,6 +55,7 @@ class TrainingModule(pl.LightningModule):
     def configure_gradient_clipping(self, optimizer, gradient_clip_val=None, gradient_clip_algorithm=None) -> None:
         """Clip by the norm over all parameters, and log that norm; a step that is not finite is skipped."""
         norm = clip_gradients(self.model.parameters(), self.clip)
-        judge_step(self, optimizer, norm)
+        if self.guard is not None:
+            self.guard.check_step(self.trainer, optimizer, norm)
         self.log("grad_norm", norm)
         self.log("lr", max(group["lr"] for group in optimizer.param_groups))

@@ -11,29 +11,6 @@ import pytorch_lightning as pl
 import torch
 from tqdm import tqdm
 
-from simmim.training.compiling import CompileBlocks
-from simmim.training.watch import NumericalGuard
-
-
-def shared_callbacks(run: Path, settings, title: str, count: int, quiet: bool = False) -> list[pl.Callback]:
-    """What both stages run with: seeds by step, throughput, the progress line, account of unreadable images, a guard against
-    numbers that are not finite, and compiled blocks where they are asked for.
-
-    Args:
-        settings: of either stage, resolved.
-        title: of the progress line.
-        count: images of an epoch.
-        quiet: show no progress, print nothing.
-    """
-    return [
-        StepSeeds(settings.seed),
-        Throughput(settings.batch_size),
-        *([] if quiet else [ProgressLine(title, settings.batch_size)]),
-        SkippedImages(run, count, 0.0 if settings.data.strict else settings.data.max_skipped_share),
-        NumericalGuard(run),
-        *([CompileBlocks(quiet)] if settings.compile else []),
-    ]
-
 
 class StepSeeds(pl.Callback):
     """Seeds torch anew at every batch from (seed, step, rank), so that stochastic depth in a resumed run is what it would

@@ -14,7 +14,9 @@ import time
 import zipfile
 from collections.abc import Callable
 from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import dataclass
 from pathlib import Path
+from typing import NamedTuple
 
 import pytorch_lightning as pl
 import torch
@@ -88,46 +90,79 @@ def damage(path: Path) -> str | None:
     return None
 
 
+class SavedModel(NamedTuple):
+    """What a checkpoint holds of the model, for an export beside it.
+
+    Attributes:
+        weights: by their names in the Lightning module, on the CPU; in one piece under every strategy.
+        step: optimizer steps taken.
+        mean_loss: over the steps since the checkpoint before; None where losses are not kept.
+    """
+
+    weights: dict[str, Tensor]
+    step: int
+    mean_loss: float | None
+
+
+@dataclass(frozen=True)
+class SavePolicy:
+    """When a run is saved, and what happens with each checkpoint.
+
+    Args:
+        every_steps, every_minutes: whichever comes first.
+        keep: number of the newest checkpoints that stay, beside the best.
+        keep_best: also keep, as best.ckpt, the checkpoint with the lowest mean loss since the one before it.
+        export: called in the writing thread after each checkpoint.
+    """
+
+    every_steps: int
+    every_minutes: float = 15.0
+    keep: int = 2
+    keep_best: bool = True
+    export: Callable[[SavedModel], None] | None = None
+
+
 class CheckpointWriter(TorchCheckpointIO):
-    """Lightning's way of writing checkpoints, moved aside: a copy of the state is taken at once, which costs a fraction of
-    a step, and a thread writes it while training goes on.
+    """Writes checkpoints beside the training. A copy of the state is taken at once, which costs a fraction of a step, and a
+    thread writes it while training goes on.
 
     Args:
         run: the run folder.
-        keep: how many of the newest checkpoints stay.
-        export: called in the thread with the weights by their names in the module and the step, to refresh what is
-            exported beside the checkpoint.
+
+    Attributes:
+        mean_loss, is_best: of the next checkpoint; set before it is saved, and handed to the thread with it.
     """
 
-    def __init__(self, run: Path, keep: int, export: Callable[[dict[str, Tensor], int], None] | None = None) -> None:
-        self.run, self.keep, self.export = run, keep, export
+    def __init__(self, run: Path, policy: SavePolicy) -> None:
+        self.run, self.policy = run, policy
         self.pool = ThreadPoolExecutor(1, thread_name_prefix="checkpoint")
         self.pending: Future | None = None
+        self.mean_loss: float | None = None
         self.is_best = False
 
     def save_checkpoint(self, checkpoint: dict, path, storage_options=None) -> None:
         """Take a copy of `checkpoint` and begin to write it; waits for the one before."""
         self.wait()
         copied = apply_to_collection(checkpoint, Tensor, lambda value: value.detach().to("cpu", copy=True))
-        self.pending = self.pool.submit(self.write, copied, Path(path), self.is_best)
+        self.pending = self.pool.submit(self.write, copied, Path(path), self.mean_loss, self.is_best)
 
-    def write(self, checkpoint: dict, path: Path, is_best: bool) -> None:
-        """The file, its other names, and the end of those that are too old.
+    def write(self, checkpoint: dict, path: Path, mean_loss: float | None, is_best: bool) -> None:
+        """Write the file and its other names, delete the oldest ones, export.
 
         Raises:
-            OSError: when there is no room or no folder left; what was there before stays.
+            OSError: when the disk is full or the run folder is gone; what was there before stays.
         """
         if not (self.run / CONFIG).is_file():
             raise FileNotFoundError(f"run folder {str(self.run)!r} is gone")
         with atomic_write(path) as temporary:
             torch.save(checkpoint, temporary)
-        also_name(path, path.with_name(LAST))
+        link_as(path, path.with_name(LAST))
         if is_best:
-            also_name(path, path.with_name(BEST))
-        for old in list(saved_steps(self.run).values())[self.keep :]:
+            link_as(path, path.with_name(BEST))
+        for old in list(saved_steps(self.run).values())[self.policy.keep :]:
             old.unlink(missing_ok=True)
-        if self.export:
-            self.export(checkpoint["state_dict"], checkpoint["global_step"])
+        if self.policy.export:
+            self.policy.export(SavedModel(checkpoint["state_dict"], checkpoint["global_step"], mean_loss))
 
     def wait(self) -> None:
         """Until what was begun is on the disk.
@@ -172,8 +207,8 @@ def loading_died(trainer: pl.Trainer, exception: BaseException) -> bool:
     return broken_pipe or "DataLoader worker" in str(exception)
 
 
-def also_name(file: Path, name: Path) -> None:
-    """Give `file` a second name, in place of what bore it before: a link where the disk has them, else a copy."""
+def link_as(file: Path, name: Path) -> None:
+    """Give `file` a second name, which replaces a file of that name: a link where the disk has them, else a copy."""
     temporary = name.with_name(f".{name.name}.new")
     temporary.unlink(missing_ok=True)
     try:
@@ -184,26 +219,11 @@ def also_name(file: Path, name: Path) -> None:
 
 
 class SaveRun(pl.Callback):
-    """Saves the run every so many steps and minutes, at its end, and when it is asked to stop.
+    """Saves the run as its policy says, at its end, and when it is asked to stop."""
 
-    Args:
-        every_steps, every_minutes: whichever comes first.
-        keep: how many checkpoints stay, beside the best.
-        export: as of `CheckpointWriter`.
-        keep_best: also keep, as best.ckpt, the one whose steps since the one before had the lowest mean loss.
-    """
-
-    def __init__(
-        self,
-        run: Path,
-        every_steps: int,
-        every_minutes: float = 15.0,
-        keep: int = 2,
-        export: Callable[[dict[str, Tensor], int], None] | None = None,
-        keep_best: bool = True,
-    ) -> None:
-        self.run, self.every_steps, self.every_s, self.keep_best = run, every_steps, every_minutes * 60, keep_best
-        self.writer = CheckpointWriter(run, keep, export)
+    def __init__(self, run: Path, policy: SavePolicy) -> None:
+        self.run, self.policy = run, policy
+        self.writer = CheckpointWriter(run, policy)
         self.saved_step, self.best = -1, float("inf")
         self.mean_loss: float | None = None
         self.losses: list[Tensor] = []
@@ -226,9 +246,9 @@ class SaveRun(pl.Callback):
         its validation has not run. From here to the batch's end there is no state to save."""
         if trainer.global_step != self.seen_step:
             self.seen_step = trainer.global_step
-            due = trainer.global_step % self.every_steps == 0
-            if not due and self.every_s < float("inf"):
-                late = time.monotonic() - self.saved_at > self.every_s
+            due = trainer.global_step % self.policy.every_steps == 0
+            if not due and self.policy.every_minutes < float("inf"):
+                late = time.monotonic() - self.saved_at > self.policy.every_minutes * 60
                 due = trainer.strategy.reduce_boolean_decision(late, all=False)
             if due:
                 self.save(trainer)
@@ -238,7 +258,7 @@ class SaveRun(pl.Callback):
         """Note the loss."""
         self.between_steps = True
         loss = outputs["loss"] if isinstance(outputs, dict) else outputs
-        if self.keep_best and isinstance(loss, Tensor):
+        if self.policy.keep_best and isinstance(loss, Tensor):
             self.losses.append(loss.detach())
 
     def on_save_checkpoint(self, trainer: pl.Trainer, module: pl.LightningModule, checkpoint: dict) -> None:
@@ -283,6 +303,7 @@ class SaveRun(pl.Callback):
                 self.mean_loss = float(finite.mean())
                 self.writer.is_best = self.mean_loss < self.best
                 self.best = min(self.mean_loss, self.best)
+        self.writer.mean_loss = self.mean_loss
         # First the metrics: a row of a step before the checkpoint would never be logged again.
         for logger in trainer.loggers:
             logger.save()

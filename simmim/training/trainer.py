@@ -3,23 +3,19 @@
 from __future__ import annotations
 
 import inspect
-import logging
-import threading
-import warnings
 from collections.abc import Mapping, Sequence
-from multiprocessing.queues import Queue
 from pathlib import Path
 from typing import Any
 
 import pytorch_lightning as pl
 import torch
+from pytorch_lightning.loggers import Logger
+from pytorch_lightning.plugins.io import CheckpointIO
 from pytorch_lightning.utilities import rank_zero_only
 from pytorch_lightning.utilities.exceptions import MisconfigurationException
 
 from simmim.encoders.base import Encoder, EncoderConfig
 from simmim.messages import did_you_mean
-from simmim.training.logs import DescribeRun, loggers_for
-from simmim.training.saving import SaveRun
 from simmim.training.sharding import strategy_named
 
 # What the run itself decides; everything else of the Trainer is open to the user as --trainer.KEY.
@@ -91,44 +87,41 @@ def default_precision(device: str, encoder: EncoderConfig) -> str:
 
 def build_trainer(
     run: Path,
-    steps: int,
+    num_steps: int,
     *,
     devices: str | int,
     precision: str,
     accumulate: int,
-    callbacks: list[pl.Callback],
+    callbacks: Sequence[pl.Callback],
     log_every_steps: int,
     extra: Mapping[str, Any],
     validate_every_steps: int | None = None,
-    loggers: Sequence[str] = (),
-    loss: str = "training",
+    loggers: Sequence[Logger] = (),
+    checkpoint_io: CheckpointIO | None = None,
 ) -> pl.Trainer:
-    """A Lightning Trainer that runs `steps` optimizer steps and logs to TensorBoard and metrics.csv in `run`.
+    """A Lightning Trainer that takes `num_steps` optimizer steps in the run folder `run`.
 
     Args:
-        loggers: services to log to besides, see `simmim.training.logs.loggers_for`.
-        loss: what the module's loss is, as it is to be called on the TensorBoard page: masked_l1, cross_entropy.
+        accumulate: forward passes per optimizer step.
+        extra: settings of the Trainer that the user gives.
+        validate_every_steps: None for no validation.
+        checkpoint_io: writes the checkpoints; Lightning's own by default.
 
     Raises:
-        ValueError: when Lightning refuses the devices, precision or one of the `extra` settings, and for a logger that is
-            not known or not installed.
+        ValueError: when Lightning refuses the devices, the precision or one of the `extra` settings.
     """
-    silence_libraries()
     settings = {
         "accelerator": "auto",
         **extra,
         "strategy": strategy_named(extra.get("strategy", "auto"), devices, extra.get("num_nodes", 1)),
         "devices": devices,
         "precision": precision,
-        "max_steps": steps,
+        "max_steps": num_steps,
         "max_epochs": -1,
         "accumulate_grad_batches": accumulate,
-        "logger": loggers_for(run, loggers, loss),
-        "callbacks": [DescribeRun(run), *callbacks],
-        "plugins": [
-            *(extra.get("plugins") or ()),
-            *(callback.writer for callback in callbacks if isinstance(callback, SaveRun)),
-        ],
+        "logger": list(loggers),
+        "callbacks": list(callbacks),
+        "plugins": [*(extra.get("plugins") or ()), *([checkpoint_io] if checkpoint_io else [])],
         "log_every_n_steps": log_every_steps,
         "use_distributed_sampler": False,
         "default_root_dir": run,
@@ -155,28 +148,3 @@ def machine(trainer: pl.Trainer, encoder: Encoder) -> str:
     device = trainer.strategy.root_device
     note = encoder.describe_kernels(device)
     return f"{trainer.world_size} × {device.type}" + (f" ({note})" if note else "")
-
-
-def thread_failed(failed, otherwise=threading.excepthook) -> None:
-    """A thread that could not write, TensorBoard's for instance, needs no traceback: the main thread hears of it and ends
-    the run with a line."""
-    if not issubclass(failed.exc_type, OSError):
-        otherwise(failed)
-
-
-def feeding_failed(error: Exception, item, otherwise=Queue._on_queue_feeder_error) -> None:
-    """Nor does a thread that feeds a loading process which has died: of that death the main thread hears too."""
-    if not isinstance(error, BrokenPipeError):
-        otherwise(error, item)
-
-
-def silence_libraries() -> None:
-    """Keep Lightning's advice on things that are decided here off the screen; errors and our own lines stay."""
-    for name in ("pytorch_lightning", "lightning.pytorch", "lightning_fabric"):
-        logging.getLogger(name).setLevel(logging.ERROR)
-    warnings.filterwarnings("ignore", message=".*does not have many workers.*")
-    threading.excepthook = thread_failed
-    Queue._on_queue_feeder_error = staticmethod(feeding_failed)
-    warnings.filterwarnings("ignore", message=".*lr_scheduler.step.*before.*optimizer.step.*")
-    warnings.filterwarnings("ignore", message=".*is not a resumable dataloader.*|.*dataloader that is not resumable.*")
-    warnings.filterwarnings("ignore", message=".*found in the `src` dir.*|.*treespec.*")

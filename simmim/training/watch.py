@@ -16,7 +16,6 @@ from pathlib import Path
 import pytorch_lightning as pl
 import torch
 from PIL import Image, ImageDraw
-from pytorch_lightning.loggers import TensorBoardLogger
 from torch import Tensor, nn
 
 from simmim.data import EndlessBatchSampler, ImageSamples
@@ -37,8 +36,8 @@ class NumericalGuard(pl.Callback):
 
     A skipped step leaves weights and optimizer state as they are, bit for bit; the step counter, the schedule and the data
     go on, so that a resumed run meets the same batches at the same steps and decides alike. Under several processes all
-    decide by the mean of their values, which is finite only where all are. The module calls `judge_step` between clipping
-    and the optimizer.
+    decide by the mean of their values, which is finite only where all are. `TrainingModule` calls
+    `check_step` between clipping and the optimizer.
 
     Metrics, every `log_every_n_steps`: `skipped_steps` and `loss_spikes`, both counted from the run's beginning. Every such
     step is a line of RUN/non-finite-steps.txt: step as in metrics.csv, skipped or spike, the values, and the batch's files.
@@ -100,7 +99,7 @@ class NumericalGuard(pl.Callback):
         scaler = getattr(trainer.precision_plugin, "scaler", None)
         self.losses.append(loss.detach() / scaler.get_scale() if scaler else loss.detach())
 
-    def judge(self, trainer: pl.Trainer, optimizer: torch.optim.Optimizer, norm: Tensor) -> None:
+    def check_step(self, trainer: pl.Trainer, optimizer: torch.optim.Optimizer, norm: Tensor) -> None:
         """Skip the step that `optimizer` is about to take, or let it pass.
 
         Args:
@@ -182,19 +181,6 @@ class NumericalGuard(pl.Callback):
         """Say so once more at the end."""
         if self.skipped and trainer.is_global_zero:
             print(f"{self.skipped} steps whose loss or gradient was not finite were skipped; see {self.path}")
-
-
-def judge_step(module: pl.LightningModule, optimizer: torch.optim.Optimizer, norm: Tensor) -> None:
-    """Have the run's `NumericalGuard`, if it has one, decide about the step that `optimizer` is about to take.
-
-    To be called in `configure_gradient_clipping`, where gradients are whole and nothing has been changed by them.
-
-    Args:
-        norm: of the gradient over all parameters, a scalar.
-    """
-    for callback in module.trainer.callbacks:
-        if isinstance(callback, NumericalGuard):
-            callback.judge(module.trainer, optimizer, norm)
 
 
 def drop_gradients(optimizer: torch.optim.Optimizer, scaler: torch.amp.GradScaler | None) -> None:
@@ -296,8 +282,7 @@ class ActivationMonitor(pl.Callback):
         self.first = self.first or self.latest
         scalars = {f"per_block/{kind}/{name}": self.latest[kind][name] for kind in ("rms", "max") for name in names}
         for logger in trainer.loggers:
-            if isinstance(logger, TensorBoardLogger):
-                logger.log_metrics(scalars, step=self.step)
+            logger.log_per_block(scalars, self.step)
         with atomic_write(self.path) as temporary:
             activation_plot([self.first, self.latest]).save(temporary, format="png")
 
