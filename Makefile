@@ -4,7 +4,7 @@ BIN := .venv/bin
 # Tests run in two processes of one thread each: small tensors gain nothing from more threads and lose much to contention.
 TEST_PROCESSES ?= 2
 
-.PHONY: install demo test lint clean
+.PHONY: install demo test lint format clean
 
 install: .venv/installed
 
@@ -26,6 +26,12 @@ test: install
 
 lint: install
 	$(BIN)/ruff check .
+	$(BIN)/ruff format --check --quiet .
+	$(BIN)/mypy
+
+format: install
+	$(BIN)/ruff check --fix .
+	$(BIN)/ruff format .
 
 clean:
 	rm -rf .venv build dist *.egg-info .pytest_cache .ruff_cache
