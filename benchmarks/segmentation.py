@@ -53,9 +53,8 @@ class Trial:
 
 def measured(trial: Trial, scenes: Path, init: str, out: Path, config: Path, steps: int) -> dict[str, float]:
     """Fine-tune and return the validation metrics of the last step."""
-    from simmim.cli.arguments import parse
+    from simmim.cli.train import finetune_settings
     from simmim.finetune.run import finetune
-    from simmim.finetune.segmentation.settings import SegmentationSettings
 
     labeled = scenes / "labeled"
     names = (labeled / "classes.txt").read_text(encoding="utf-8").split("\n")
@@ -64,7 +63,7 @@ def measured(trial: Trial, scenes: Path, init: str, out: Path, config: Path, ste
     words += ["--steps", str(steps), "--validations", "1"]
     words += ["--optim.lr", str(trial.lr), "--optim.layer_decay", str(trial.layer_decay)]
     words += ["--init", init] if trial.arm == ARMS[0] else ["--init", "none", "--encoder.like", init]
-    settings = parse("finetune segmentation", SegmentationSettings, words)
+    settings = finetune_settings("segmentation", words)
     settings = replace(settings, data=replace(settings.data, classes=tuple(filter(None, names))))
     metrics = finetune(settings, quiet=True).metrics
     return {name: metrics[name] for name in ("mean_iou", "pixel_accuracy")}

@@ -116,7 +116,7 @@ def test_listed_duplicates_are_limited_and_counted_in_full(corpus, monkeypatch):
 
 def test_suggestions_are_the_defaults_of_pretraining(report, corpus):
     """The suggestion is what `simmim pretrain` would choose, and its command resolves to the same settings."""
-    from simmim.cli.arguments import parse
+    from simmim.cli.train import pretrain_settings
 
     images = measure_images(source_of(sorted(corpus.iterdir())))
     assert images.short_side_px == report.short_side_px
@@ -126,7 +126,7 @@ def test_suggestions_are_the_defaults_of_pretraining(report, corpus):
     assert suggestion.mask_unit_px == resolved.model.mask_unit
     words = shlex.split(suggestion.command)
     assert words[:2] == ["simmim", "pretrain"]
-    settings = parse("pretrain", PretrainSettings, words[2:])
+    settings = pretrain_settings(words[2:])
     assert settings.data.path == "my photos"
     assert (settings.image_size, settings.preset) == (resolved.image_size, resolved.preset)
     assert settings.model.mask_unit == resolved.model.mask_unit

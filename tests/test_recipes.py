@@ -7,15 +7,14 @@ from pathlib import Path
 import pytest
 import torch
 
-from simmim.cli.arguments import parse
+from simmim.cli.train import finetune_settings as read_finetune_settings
+from simmim.cli.train import pretrain_settings as read_pretrain_settings
 from simmim.data import ImageStatistics
 from simmim.encoders.swinv2 import SwinV2, SwinV2Config
-from simmim.finetune.classification.settings import ClassificationSettings
 from simmim.finetune.segmentation.model import HeadShape, Segmenter
-from simmim.finetune.segmentation.settings import SegmentationSettings
 from simmim.finetune.settings import with_schedule
 from simmim.pretrain.run import build_method
-from simmim.pretrain.settings import PretrainSettings, resolve
+from simmim.pretrain.settings import resolve
 from simmim.training.optim import parameter_rules
 
 CONFIGS = Path(__file__).parents[1] / "configs"
@@ -26,14 +25,12 @@ PHOTOS = ImageStatistics(short_side_px=400, channels=3, decoded_mib=1e5, mean=(0
 
 
 def pretrain_settings(path, count=1_281_167):
-    settings = parse("pretrain", PretrainSettings, ["--config", str(path), "--data", "images", "--out", "run"])
+    settings = read_pretrain_settings(["--config", str(path), "--data", "images", "--out", "run"])
     return resolve(settings, PHOTOS, count, device="cpu", workers=0)
 
 
 def finetune_settings(path):
-    return parse(
-        "finetune classification", ClassificationSettings, ["--config", str(path), "--data", "images", "--out", "run"]
-    )
+    return read_finetune_settings("classification", ["--config", str(path), "--data", "images", "--out", "run"])
 
 
 def test_there_are_recipes_for_each_stage():
@@ -50,7 +47,7 @@ def test_pretraining_recipe_builds(path):
         images = torch.empty(2, 3, *settings.size)
         rows, columns = (side // settings.encoder_config().patch_size for side in settings.size)
         assert model(images, torch.ones(2, rows, columns, dtype=torch.bool)).loss.shape == ()
-    assert settings.masking().num_masked_units(settings.size) > 0
+    assert settings.model.masking(4).num_masked_units(settings.size) > 0
     rate = settings.schedule().by_step(1000, settings.batch_size)
     rates = [rate(step) for step in range(0, round(1000 * settings.epochs), 100)]
     assert math.isclose(max(rates), settings.optim.lr * settings.batch_size / 512)
@@ -67,7 +64,7 @@ def test_finetuning_recipe_builds(path):
         window = settings.encoder.window_size or 8
         encoder = SwinV2(SwinV2Config.from_preset("micro", window_size=window))
         assert encoder(torch.empty(1, 3, *settings.size)).pooled.shape == (1, encoder.dim)
-    scales = {rule.lr_scale for rule in parameter_rules(encoder, 0.05, settings.optim.layer_decay, (2, 2, 6, 2)).values()}
+    scales = {rule.lr_scale for rule in parameter_rules(encoder, 0.05, settings.optim.layer_decay).values()}
     assert len(scales) == 14  # patch embedding, twelve blocks, final norm
 
 
@@ -78,7 +75,7 @@ def test_there_are_recipes_for_segmentation():
 @pytest.mark.parametrize("path", SEGMENTATION, ids=lambda path: path.stem)
 def test_segmentation_recipe_builds(path):
     words = ["--config", str(path), "--data", "scenes", "--out", "run"]
-    settings = parse("finetune segmentation", SegmentationSettings, words)
+    settings = read_finetune_settings("segmentation", words)
     settings = with_schedule(settings, count=1000, device="cpu", small=False)
     rate = settings.schedule().by_step(1000 / settings.batch_size, settings.batch_size)
     warm = round(1000 / settings.batch_size * settings.optim.warmup_epochs)
@@ -88,14 +85,14 @@ def test_segmentation_recipe_builds(path):
         model = Segmenter(encoder, 20, HeadShape(settings.head.width, settings.head.norm or "batch"))
         height, width = settings.size
         assert model(torch.empty(2, 3, height, width)).shape == (2, 20, height // 4, width // 4)
-    parameter_rules(model, 0.05, settings.optim.layer_decay, (2, 2, 6, 2))  # every parameter has its place
+    parameter_rules(model, 0.05, settings.optim.layer_decay)  # every parameter has its place
 
 
 def test_base_recipe_is_the_published_one():
     settings = pretrain_settings(CONFIGS / "pretrain" / "swinv2-base-192.yaml")
     assert settings.encoder_config() == SwinV2Config(128, (2, 2, 18, 2), (4, 8, 16, 32), window_size=12, drop_path_rate=0.1)
     assert (settings.size, settings.model.mask_unit, settings.model.mask_ratio) == ((192, 192), 32, 0.6)
-    assert settings.masking().num_masked_units(settings.size) == 22
+    assert settings.model.masking(4).num_masked_units(settings.size) == 22
     assert settings.model.norm_target_patch == 47
     assert (settings.data.crop_scale, settings.data.crop_ratio) == ((0.67, 1.0), pytest.approx((3 / 4, 4 / 3)))
     rate = settings.schedule().by_step(625, global_batch=2048)

@@ -6,7 +6,7 @@ from functools import partial
 import pytest
 import yaml
 
-from simmim.cli.arguments import parse
+from simmim.cli.train import finetune_settings, pretrain_settings
 from simmim.data import ImageStatistics
 from simmim.defaults import (
     IMAGENET_MEAN,
@@ -53,7 +53,7 @@ def test_digits_on_a_laptop():
     assert (chosen.save_every_steps, chosen.reconstruct_every_epochs) == (50, 40.0)
     config = chosen.encoder_config()
     assert (config.in_channels, config.window_size, config.depths, config.patch_size) == (1, 4, (2, 2), 4)
-    assert chosen.masking().num_masked_units(chosen.size) == 39, "0.6 of 8 × 8 units, rounded up"
+    assert chosen.model.masking(4).num_masked_units(chosen.size) == 39, "0.6 of 8 × 8 units, rounded up"
 
 
 def test_short_runs_have_fewer_pictures():
@@ -75,7 +75,7 @@ def test_photos(device, preset, batch_size, lr):
     assert (chosen.data.mean, chosen.data.std) == (IMAGENET_MEAN, IMAGENET_STD)
     assert (chosen.epochs, chosen.optim.lr, chosen.optim.warmup_epochs) == (100.0, lr, 10)
     assert chosen.save_every_steps == 1000
-    assert chosen.masking().num_masked_units(chosen.size) == 22 and chosen.encoder_config().in_channels == 3
+    assert chosen.model.masking(4).num_masked_units(chosen.size) == 22 and chosen.encoder_config().in_channels == 3
 
 
 def test_thumbnails():
@@ -201,10 +201,10 @@ def test_settings_out_of_range(build, message):
 # --- round trips -----------------------------------------------------------------------------------------------------
 
 
-def read_back(command, settings, folder):
+def config_of(settings, folder):
     path = folder / "config.yaml"
     path.write_text(as_yaml(settings), encoding="utf-8")
-    return parse(command, type(settings), ["--config", str(path)])
+    return ["--config", str(path)]
 
 
 @pytest.mark.parametrize(
@@ -229,7 +229,7 @@ def read_back(command, settings, folder):
 )
 def test_pretraining_settings_survive_yaml(settings, tmp_path):
     """config.yaml, given to --config, is the same settings, types included."""
-    again = read_back("pretrain", settings, tmp_path)
+    again = pretrain_settings(config_of(settings, tmp_path))
     assert again == settings and differences(plain(settings), plain(again)) == []
     assert isinstance(again.data.crop_scale, tuple) and isinstance(again.optim.milestones, tuple)
     assert yaml.safe_load(as_yaml(settings)).keys().isdisjoint(("resume", "overwrite"))
@@ -253,7 +253,7 @@ def test_pretraining_settings_survive_yaml(settings, tmp_path):
     ],
 )
 def test_finetuning_settings_survive_yaml(settings, tmp_path):
-    again = read_back("finetune classification", settings, tmp_path)
+    again = finetune_settings("classification", config_of(settings, tmp_path))
     assert again == settings and isinstance(again.data.affine.degrees, float | int)
 
 
@@ -261,7 +261,7 @@ def test_later_words_win(tmp_path):
     path = tmp_path / "config.yaml"
     path.write_text(as_yaml(resolved(epochs=5.0)), encoding="utf-8")
     words = ["--epochs", "7", "--config", str(path), "--epochs", "9", "--model.mask-ratio=0.5", "--data", "other"]
-    again = parse("pretrain", PretrainSettings, words)
+    again = pretrain_settings(words)
     expected = resolved(epochs=5.0)
     expected = replace(expected, epochs=9.0, data=replace(expected.data, path="other"))
     assert again == replace(expected, model=replace(expected.model, mask_ratio=0.5))

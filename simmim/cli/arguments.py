@@ -1,147 +1,381 @@
-"""The words after `simmim COMMAND`: settings of a stage, or a few options; what is wrong with them is said in one line."""
+"""The words after `simmim COMMAND`, read into a dataclass of settings.
+
+Every field of the dataclass is a flag and a YAML key; nested dataclasses give dotted keys. jsonargparse converts the values
+and prints help and configuration. Names are checked before it sees them, so that an unknown one is refused with the nearest
+known one, and none of its messages has to be understood.
+"""
 
 from __future__ import annotations
 
-import re
-from collections.abc import Sequence
-from dataclasses import fields
-from itertools import pairwise
+import json
+import sys
+import types
+import typing
+from collections.abc import Mapping, Sequence
+from dataclasses import MISSING, dataclass, fields, is_dataclass
+from pathlib import Path
+from typing import Any
+
+from simmim.renamed_settings import current_name, with_current_names
 
 
 class UsageError(ValueError):
-    """What the user typed cannot work; the message says why and what would."""
+    """The user's words cannot work. The message says why, and what would."""
 
 
-SHORT_FLAGS = {"--data": "--data.path"}
-SWITCHES = ("--resume", "--overwrite", "--freeze")
+# A flag of its own for a setting that every run needs.
+SHORT_FLAGS = {"data": "data.path"}
+# Words that are no settings.
+CONFIG, HELP, PRINT_CONFIG = "config", "help", "print_config"
 
 
-def parse(name: str, settings_class: type, arguments: Sequence[str]):
-    """Parse the words after `simmim NAME` into a `settings_class`; prints and exits for --help and --print_config.
+# --- words -------------------------------------------------------------------------------------------------------------
 
-    Every field is a flag and a YAML key; --config FILE gives many at once and later words win.
+
+@dataclass(frozen=True)
+class Word:
+    """A flag with its value, or a word without a flag.
+
+    Attributes:
+        key: the flag's name, hyphens as underscores; empty for a word without a flag.
+        value: the text after it; None for a bare flag.
+    """
+
+    key: str
+    value: str | None
+
+
+def split_words(words: Sequence[str]) -> list[Word]:
+    """Pair flags with their values: `--key value`, `--key=value` or `--key` alone. A value does not begin with `--`."""
+    split, position = [], 0
+    while position < len(words):
+        word = words[position]
+        position += 1
+        if word == "-h":
+            split.append(Word(HELP, None))
+        elif not word.startswith("--"):
+            split.append(Word("", word))
+        else:
+            name, equals, value = word[2:].partition("=")
+            if not equals and position < len(words) and not words[position].startswith("--"):
+                equals, value = "=", words[position]
+                position += 1
+            split.append(Word(name.replace("-", "_"), value if equals else None))
+    return split
+
+
+def values_of(words: Sequence[str], key: str) -> list[str]:
+    """What `words` give for one flag, in their order; "true" where it is bare."""
+    return ["true" if word.value is None else word.value for word in split_words(words) if word.key == key]
+
+
+# --- settings ----------------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Schema:
+    """The settings of a dataclass.
+
+    Attributes:
+        hints: type of each setting, by dotted key.
+        groups: keys of nested dataclasses.
+        required: settings without a default.
+    """
+
+    hints: dict[str, Any]
+    groups: tuple[str, ...]
+    required: tuple[str, ...]
+
+    @classmethod
+    def of(cls, settings_class: type, prefix: str = "") -> Schema:
+        """The settings of `settings_class` and of the dataclasses inside it."""
+        hints, groups, required = {}, [], []
+        types_of_fields = typing.get_type_hints(settings_class)
+        for field in fields(settings_class):
+            key, hint = prefix + field.name, types_of_fields[field.name]
+            if is_dataclass(hint):
+                inner = cls.of(hint, key + ".")
+                hints |= inner.hints
+                groups += [key, *inner.groups]
+                inner_required = inner.required
+            else:
+                hints[key] = hint
+                inner_required = (key,)
+            if field.default is MISSING and field.default_factory is MISSING:
+                required += inner_required
+        return cls(hints, tuple(groups), tuple(required))
+
+    def accepts_any_key(self, key: str) -> bool:
+        """Whether `key` is inside a setting that is a mapping of free keys, such as `trainer`."""
+        return any(key.startswith(f"{name}.") and typing.get_origin(hint) is dict for name, hint in self.hints.items())
+
+    def current_key(self, key: str) -> str:
+        """The setting's name today: short flags are written out and renamed settings are found.
+
+        Raises:
+            UsageError: for an unknown setting, naming the nearest known one.
+        """
+        if key not in self.hints and SHORT_FLAGS.get(key) in self.hints:
+            key = SHORT_FLAGS[key]
+        if current_name(key) != key and current_name(key) in self.hints:
+            note_on_renamed(key)
+            key = current_name(key)
+        if key not in self.hints and key not in self.groups and not self.accepts_any_key(key):
+            raise UsageError(f"unknown setting {key!r}{nearest(key, list(self.hints))}")
+        return key
+
+    def leaves(self, values: Mapping, prefix: str = "") -> dict[str, Any]:
+        """Nested values by dotted key.
+
+        Raises:
+            UsageError: for an unknown key, and for a group that is no mapping.
+        """
+        found: dict[str, Any] = {}
+        for name, value in values.items():
+            key = f"{prefix}{name}"
+            if key in self.hints:
+                found[key] = value
+            elif key not in self.groups:
+                raise UsageError(f"unknown setting {key!r}{nearest(key, list(self.hints))}")
+            elif isinstance(value, Mapping):
+                found |= self.leaves(value, f"{key}.")
+            else:
+                first = next(name for name in self.hints if name.startswith(f"{key}."))
+                raise UsageError(f"{key} is a group of settings: give its keys, {first} for instance")
+        return found
+
+
+def note_on_renamed(key: str) -> None:
+    """Tell the user that a setting has a new name."""
+    print(f"note: {key} is now {current_name(key)}", file=sys.stderr)
+
+
+def nearest(name: str, known: Sequence[str]) -> str:
+    """The end of a message about an unknown name: the nearest known one, or all where none is near."""
+    import difflib
+
+    # A key may have a misspelled end (model.mask_ration) or lack its group (mask_ratio).
+    endings = {key.rsplit(".", 1)[-1]: key for key in known} | {key: key for key in known}
+    for text in (name, name.rsplit(".", 1)[-1]):
+        close = difflib.get_close_matches(text, endings, n=1, cutoff=0.5)
+        if close:
+            return f"; did you mean {endings[close[0]]!r}?"
+    return f"; known: {', '.join(known)}"
+
+
+# --- parsing -----------------------------------------------------------------------------------------------------------
+
+
+def parse(
+    name: str,
+    settings_class: type,
+    words: Sequence[str],
+    *,
+    result_class: type | None = None,
+    usage: str | None = None,
+    positional: str | None = None,
+    config: bool = False,
+    purpose: str | None = None,
+    helps: Mapping[str, str] | None = None,
+) -> Any:
+    """The words after `simmim NAME` as a `settings_class`. Prints and exits for --help and --print_config.
+
+    Args:
+        result_class: what to build from the values, where it is another class with the same fields.
+        usage: first line of the help; by default it lists all flags.
+        purpose: second line of the help; by default the first line of the dataclass's docstring.
+        positional: the setting that a word without a flag sets.
+        config: whether there are --config FILE, which gives many settings at once, and --print_config. Later words win.
+        helps: help of settings whose docstring cannot say it.
 
     Raises:
-        UsageError: for unknown keys, naming the nearest, and for values of the wrong type.
+        UsageError: for an unknown or missing setting, naming it, and for a value of the wrong type.
     """
-    from jsonargparse import ArgumentError, ArgumentParser
+    from jsonargparse import ArgumentError
+
+    purpose = purpose or settings_class.__doc__.splitlines()[0]
+    parser = make_parser(name, settings_class, usage, purpose, config, helps or {})
+    schema = Schema.of(settings_class)
+    split = split_words(words)
+    if any(word.key == HELP for word in split):
+        parser.print_help()
+        raise SystemExit(0)
+    given: list[tuple[str, Any]] = []
+    arguments = []
+    for word in with_values(split, schema, positional):
+        if config and word.key == CONFIG:
+            values, renamed = with_current_names(read_config(word.value))
+            for key in renamed:
+                note_on_renamed(key)
+            given += schema.leaves(values).items()
+            arguments.append(f"--config={json.dumps(values, default=str)}")
+        elif config and word.key == PRINT_CONFIG:
+            arguments.append("--print_config" + (f"={word.value}" if word.value else ""))
+        else:
+            key = schema.current_key(word.key)
+            given += in_group(key, word.value, schema)
+            arguments.append(f"--{key}={word.value}")
+    missing = [key for key in schema.required if key not in dict(given)]
+    if missing and not any(word.key == PRINT_CONFIG for word in split):
+        raise UsageError(f"missing: give {' and '.join(flag_of(key) for key in missing)}")
+    try:
+        values = parser.instantiate(parser.parse_args(arguments))
+    except ArgumentError as error:
+        raise UsageError(wrong_value(given, schema) or " ".join(str(error).split())) from None
+    return (result_class or settings_class)(**{field.name: getattr(values, field.name) for field in fields(settings_class)})
+
+
+def make_parser(
+    name: str, settings_class: type, usage: str | None, purpose: str, config: bool, helps: Mapping[str, str]
+) -> Any:
+    """jsonargparse's parser of a dataclass, whose docstrings are the help."""
+    from jsonargparse import ArgumentParser
 
     parser = ArgumentParser(
         prog=f"simmim {name}",
         exit_on_error=False,
         allow_abbrev=False,
-        # The parser's own would list every setting, a page before the first word on any.
-        usage=f"simmim {name} --data PATH --out RUN{'' if name == 'pretrain' else ' --init ENCODER'} [--SETTING VALUE …]",
-        description=settings_class.__doc__.splitlines()[0],
-        epilog="--data PATH is --data.path PATH; hyphens and underscores are alike: --image-size 192.",
+        usage=usage,
+        description=purpose,
+        epilog="Hyphens and underscores are alike: --batch-size 64." if not config else CONFIG_EPILOG,
     )
-    parser.add_argument("--config", action="config", help="YAML file of settings, a recipe of configs/ for instance.")
+    if config:
+        parser.add_argument("--config", action="config", help="YAML file of settings, a recipe of configs/ for instance.")
     parser.add_class_arguments(settings_class, None)
     for action in parser._actions:
-        if action.option_strings == ["--data"]:
+        if action.option_strings == ["--data"] and config:
             action.metavar, action.help = "PATH", "short for --data.path."
-    keys = [action.dest for action in parser._actions if action.dest not in ("help", "print_config")]
-    try:
-        values = parser.instantiate(parser.parse_args(canonical(arguments)))
-    except ArgumentError as error:
-        raise UsageError(explain(str(error), keys, given_configs(arguments))) from None
-    return settings_class(**{field.name: getattr(values, field.name) for field in fields(settings_class)})
+        action.help = helps.get(action.dest, action.help)
+    return parser
 
 
-def given_configs(arguments: Sequence[str]) -> list[str]:
-    """The files that --config names."""
-    apart = [word for before, word in pairwise(arguments) if before == "--config"]
-    return apart + [word.removeprefix("--config=") for word in arguments if word.startswith("--config=")]
+CONFIG_EPILOG = "--data PATH is --data.path PATH; hyphens and underscores are alike: --image-size 192."
 
 
-def canonical(arguments: Sequence[str]) -> list[str]:
-    """Words as the parser knows them: short flags long, hyphens in names underscores, bare switches true."""
-    words = []
-    for position, word in enumerate(arguments):
-        flag, equals, value = word.partition("=")
-        if flag.startswith("--"):
-            flag = "--" + flag[2:].replace("-", "_")
-            flag = SHORT_FLAGS.get(flag, flag)
-            following = arguments[position + 1] if position + 1 < len(arguments) else "--"
-            if flag in SWITCHES and not equals and following.startswith("--"):
-                equals, value = "=", "true"
-            word = flag + equals + value
-        words.append(word)
-    return words
-
-
-def explain(message: str, keys: Sequence[str], configs: Sequence[str] = ()) -> str:
-    """The parser's complaint in one line, with the nearest known key where one is unknown.
-
-    Args:
-        configs: the files that were given by --config.
-    """
-    unknown = re.search(r"[Uu]nrecognized arguments: (\S+)", message)
-    if unknown:
-        if not unknown[1].startswith("--"):
-            return f"unexpected word {unknown[1]!r}: every setting has a name, --data PATH for instance"
-        name = unknown[1].lstrip("-").partition("=")[0]
-        return f"unknown setting {name!r}{nearest(name, keys)}"
-    unknown = re.search(r"Group '([^']+)' does not accept (?:nested key|option) '([^']+)'", message)
-    if unknown:
-        name = f"{unknown[1]}.{unknown[2]}"
-        return f"unknown setting {name!r}{nearest(name, keys)}"
-    unknown = re.search(r"(?:[Kk]ey|[Oo]ption) '([^']+)' is not (?:expected|accepted|defined)", message)
-    if unknown:
-        return f"unknown setting {unknown[1]!r}{nearest(unknown[1], keys)}"
-    required = re.search(r'Key "([^"]+)" is required|required: (.+)', message)
-    if required:
-        names = re.split(r"[,\s]+", (required[1] or required[2]).strip())
-        flags = ["--data" if name == "data.path" else "--" + name.lstrip("-").replace("_", "-") for name in names if name]
-        return f"missing: give {' and '.join(flags)}"
-    absent = re.search(r'key "config": File does not exist: (.+)', message)
-    if absent:
-        return f"{absent[1].strip()} does not exist: --config takes a YAML file of settings"
-    broken = re.search(r'Problems parsing config: (.+?)(?: in "<unicode string>"(.*))?$', message, re.S)
-    if broken:
-        return f"{' or '.join(configs) or '--config'} is no YAML: {' '.join(broken[1].split())}{broken[2] or ''}"
-    wrong = re.search(r'key "([^"]+)":.*?(?:[Gg]iven|Got) value(?: type: [^\n]+?\s+Given value)?: (.+)', message, re.S)
-    expected = list(dict.fromkeys(re.findall(r"Expected an? (?:<class ')?([\w. \[\], ]+)", message)))
-    if wrong and expected:
-        kinds = {"int": "a whole number", "float": "a number", "bool": "true or false", "str": "text", "NoneType": ""}
-        wanted = " or ".join(filter(None, (kinds.get(kind, kind.strip()) for kind in expected)))
-        return f"{wrong[1]} is {' '.join(wrong[2].split())!r}: give {wanted}"
-    group = re.search(r'key "([^"]+)": Unable to load config', message)
-    if group:
-        return f"{group[1]} is a group of settings: give its keys, {group[1]}.path for instance"
-    return " ".join(line.strip() for line in message.splitlines() if line.strip())
-
-
-def options(name: str, arguments: Sequence[str], purpose: str, **flags: tuple[type, object, str]):
-    """Parse a command of a few flags, each (type, default, help); a default of ... makes it required.
+def with_values(split: Sequence[Word], schema: Schema, positional: str | None) -> list[Word]:
+    """Words with a value each: bare switches are true, a word without a flag sets the setting `positional`.
 
     Raises:
-        UsageError: for unknown or missing flags and wrong values.
+        UsageError: for a word that belongs to no flag, and for a flag without its value.
     """
+    complete = []
+    for word in split:
+        hint = schema.hints.get(word.key)
+        if not word.key:
+            if positional is None or word.value.startswith("-"):
+                raise UsageError(f"unexpected word {word.value!r}: every setting has a name, {example(schema)} for instance")
+            complete.append(Word(positional, word.value))
+        elif hint is bool and word.value is None:
+            complete.append(Word(word.key, "true"))
+        elif hint is bool and positional and word.value not in ("true", "false"):
+            complete += [Word(word.key, "true"), Word(positional, word.value)]
+        elif word.value is None and word.key != PRINT_CONFIG:
+            if word.key != CONFIG:
+                schema.current_key(word.key)
+            raise UsageError(f"{word.key} has no value: give --{word.key.replace('_', '-')} VALUE")
+        else:
+            complete.append(word)
+    return complete
+
+
+def example(schema: Schema) -> str:
+    """A setting to name in a message: the first that is required, else the first."""
+    return f"{flag_of(next(iter((*schema.required, *schema.hints))))} VALUE"
+
+
+def flag_of(key: str) -> str:
+    """The flag by which a setting is given."""
+    short = next((short for short, key_of_short in SHORT_FLAGS.items() if key_of_short == key), key)
+    return "--" + short.replace("_", "-")
+
+
+def read_config(path: str | None) -> dict[str, Any]:
+    """The settings of a YAML file.
+
+    Raises:
+        UsageError: when there is no such file or it holds no settings.
+    """
+    import yaml
+    from jsonargparse import get_loader
+
+    file = Path(path or "").expanduser()
+    if not file.is_file():
+        raise UsageError(f"{path!r} does not exist: --config takes a YAML file of settings")
+    try:
+        values = get_loader("yaml")(file.read_text(encoding="utf-8"))
+    except yaml.MarkedYAMLError as error:
+        where = f" in line {error.problem_mark.line + 1}" if error.problem_mark else ""
+        problem = ", ".join(text for text in (error.context, error.problem) if text)
+        raise UsageError(f"{path} is not valid YAML: {problem}{where}") from None
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
+        raise UsageError(f"{path} is not valid YAML: {error}") from None
+    if not isinstance(values, dict):
+        raise UsageError(f"{path} holds no settings: --config takes a YAML file of keys and values")
+    return values
+
+
+def in_group(key: str, text: str, schema: Schema) -> list[tuple[str, Any]]:
+    """The settings that a flag gives: itself, or those inside the mapping that is given for a group.
+
+    Raises:
+        UsageError: for an unknown key in that mapping.
+    """
+    if key not in schema.groups:
+        return [(key, text)]
+    import yaml
+    from jsonargparse import get_loader
+
+    try:
+        value = get_loader("yaml")(text)
+    except yaml.YAMLError:
+        value = None
+    return list(schema.leaves({key: value} if "." not in key else nested(key, value)).items())
+
+
+def nested(key: str, value: Any) -> dict[str, Any]:
+    """A value under a dotted key as nested mappings."""
+    for name in reversed(key.split(".")):
+        value = {name: value}
+    return value
+
+
+# --- values of the wrong type --------------------------------------------------------------------------------------------
+
+
+def wrong_value(given: Sequence[tuple[str, Any]], schema: Schema) -> str:
+    """A message about the first setting whose value is not of its type; empty where there is none."""
+    for key, value in given:
+        if key in schema.hints and not is_of_type(value, schema.hints[key]):
+            return f"{key} is {value!r}: give {described(schema.hints[key])}"
+    return ""
+
+
+def is_of_type(value: Any, hint: Any) -> bool:
+    """Whether jsonargparse can read `value`, text of a flag or a value of YAML, as a `hint`."""
     from jsonargparse import ArgumentError, ArgumentParser
 
-    parser = ArgumentParser(prog=f"simmim {name}", exit_on_error=False, allow_abbrev=False, description=purpose)
-    for flag, (kind, default, text) in flags.items():
-        required = {"required": True} if default is ... else {"default": default}
-        parser.add_argument(f"--{flag}", type=kind, help=text, **required)
+    parser = ArgumentParser(exit_on_error=False)
+    parser.add_argument("--value", type=hint)
     try:
-        return parser.parse_args(canonical_plain(arguments))
-    except ArgumentError as error:
-        raise UsageError(explain(str(error), list(flags))) from None
+        if isinstance(value, str):
+            parser.parse_args([f"--value={value}"])
+        else:
+            parser.parse_object({"value": value})
+    except ArgumentError:
+        return False
+    return True
 
 
-def canonical_plain(arguments: Sequence[str]) -> list[str]:
-    """As `canonical`, for commands without groups."""
-    return [word.replace("--data.path", "--data") for word in canonical(arguments)]
+NAMES_OF_TYPES = {int: "a whole number", float: "a number", bool: "true or false", str: "text", dict: "keys and values"}
 
 
-def nearest(name: str, known: Sequence[str]) -> str:
-    """The tail of a message: the nearest known name."""
-    import difflib
-
-    # A key may be a group's (model.mask_ration) or lack its group (mask_ratio).
-    endings = {key.rsplit(".", 1)[-1]: key for key in known} | {key: key for key in known}
-    close = difflib.get_close_matches(name, endings, n=1, cutoff=0.5)
-    if not close:
-        close = difflib.get_close_matches(name.rsplit(".", 1)[-1], endings, n=1, cutoff=0.5)
-    return f"; did you mean {endings[close[0]]!r}?" if close else f"; known: {', '.join(known)}"
+def described(hint: Any) -> str:
+    """What to give for a setting of this type."""
+    origin, inner = typing.get_origin(hint), typing.get_args(hint)
+    if origin in (typing.Union, types.UnionType):
+        return " or ".join(described(one) for one in inner if one is not types.NoneType)
+    if origin in (tuple, list):
+        elements = [one for one in inner if one is not Ellipsis]
+        listed = "…" if origin is list or Ellipsis in inner else ", ".join(described(one) for one in elements)
+        return f"a list, [{listed}]" if listed != "…" else f"a list, each {described(elements[0])}: [A, B]"
+    return NAMES_OF_TYPES.get(origin or hint, str(hint))

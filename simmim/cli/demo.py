@@ -1,0 +1,91 @@
+"""The demo: both stages on real digits."""
+
+from __future__ import annotations
+
+import shutil
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from simmim.cli.arguments import UsageError, parse
+
+# The from-scratch arm's own rates: the best of the search that configs/finetune/demo.yaml describes.
+SCRATCH_TWIN = {"scratch_lr": 0.32768, "scratch_layer_decay": 0.65}
+LABELS_PER_CLASS = (5, 10)
+
+
+@dataclass(frozen=True)
+class DemoOptions:
+    """Pre-train on 4,000 real digits, look at reconstructions, and compare with training from scratch on few labels.
+
+    Args:
+        out: folder to create.
+        seeds: fine-tuning runs per arm, each with labels of its own.
+        overwrite: delete the folder of an earlier demo first.
+    """
+
+    out: str = "demo-run"
+    seeds: int = 5
+    overwrite: bool = False
+
+
+def run_demo(words: Sequence[str]) -> None:
+    """simmim demo"""
+    options = parse("demo", DemoOptions, words)
+    out, started = Path(options.out).expanduser(), time.monotonic()
+    if options.seeds < 2:
+        raise UsageError(f"seeds is {options.seeds}: give 2 or more, so that there is a standard error")
+    if out.exists() and options.overwrite and (out / "digits").is_dir():
+        shutil.rmtree(out)
+    if out.is_file() or (out.exists() and any(out.iterdir())):
+        raise UsageError(f"{options.out!r} exists: simmim demo --overwrite starts again, --out gives another folder")
+    from simmim.cli.train import pretrain_settings
+    from simmim.data.digits import write_digits
+
+    print("1/4 writing 5,000 real handwritten digits", flush=True)
+    digits = write_digits(out / "digits")
+
+    from simmim.pretrain import pretrain
+    from simmim.pretrain.reconstruct import reconstruct
+
+    print("2/4 pre-training on 4,000 of them, without labels", flush=True)
+    recipe = ["--config", str(recipe_path("pretrain/demo.yaml"))]
+    run = pretrain(pretrain_settings([*recipe, "--data", str(digits.unlabeled), "--out", str(out / "pretrain")]))
+
+    print("3/4 reconstructing digits that the model has not seen", flush=True)
+    picture = reconstruct(run, digits.labeled / "test", out / "reconstructions.png", count=16)
+
+    print("4/4 fine-tuning with 5 and 10 labels per class, and the same from scratch", flush=True)
+    table = compare_with_scratch(run, digits.labeled, out, options.seeds)
+    (out / "table.md").write_text(table + "\n", encoding="utf-8")
+    print(
+        f"\nTest accuracy in percent on 1,000 digits, mean ± standard error:\n\n{table}\n\n"
+        f"reconstructions  {picture}\n"
+        f"encoder          {run / 'encoder'}\n"
+        f"curves           tensorboard --logdir {out}\n"
+        f"your own images  simmim pretrain --data FOLDER --out runs/first\n\n"
+        f"took {(time.monotonic() - started) / 60:.1f} minutes"
+    )
+
+
+def compare_with_scratch(run: Path, labeled: Path, out: Path, num_seeds: int) -> str:
+    """Fine-tune the encoder of `run` and its twin from scratch; the table of their accuracies."""
+    from simmim.cli.train import finetune_settings
+    from simmim.data import available_cores
+    from simmim.finetune.label_study.report import comparison_table
+    from simmim.finetune.label_study.trials import pretrained_and_scratch, run_arms
+
+    recipe = ["--config", str(recipe_path("finetune/demo.yaml"))]
+    words = [*recipe, "--data", str(labeled), "--out", str(out / "finetune"), "--init", str(run)]
+    arms = pretrained_and_scratch(finetune_settings("classification", words), **SCRATCH_TWIN)
+    labels = {number: number for number in LABELS_PER_CLASS}
+    result = run_arms(arms, labels, range(num_seeds), out / "finetune", processes=min(available_cores(), 4))
+    return comparison_table(result.trials, result.arms, LABELS_PER_CLASS)
+
+
+def recipe_path(name: str) -> Path:
+    """A recipe of configs/, in a checkout and in an installed package."""
+    import simmim
+
+    return Path(simmim.__file__).resolve().parent / "configs" / name

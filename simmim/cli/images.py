@@ -1,0 +1,128 @@
+"""The commands that look at images: check-data, reconstruct, predict."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from simmim.cli.arguments import parse
+from simmim.cli.features import print_unreadable
+
+
+@dataclass(frozen=True)
+class CheckDataOptions:
+    """Count, measure and try to read every image before hours are spent. Exit code 1 when one cannot be read.
+
+    Args:
+        path: folder of images, or any other source that pretrain reads; also without its flag.
+        column: holds the images, in sources with columns; detected by default.
+        images_per_second: throughput of the model, for the number of loading processes that keep up with it.
+        workers: reading processes; by default one per core.
+        json: print JSON and nothing else.
+    """
+
+    path: str
+    column: str | None = None
+    images_per_second: float | None = None
+    workers: int | None = None
+    json: bool = False
+
+
+def run_check_data(words: Sequence[str]) -> int:
+    """simmim check-data PATH"""
+    options = parse("check-data", CheckDataOptions, words, positional="path")
+    from simmim.data import available_cores, open_images
+    from simmim.data.check import as_json, check, render
+    from simmim.data.label_map_sources import note_on_label_maps
+    from simmim.training import device_type
+
+    report = check(
+        open_images(options.path, options.column),
+        workers=available_cores() if options.workers is None else options.workers,
+        path=options.path,
+        device=device_type(),
+        images_per_second=options.images_per_second,
+        progress=not options.json,
+    )
+    print(as_json(report) if options.json else render(report))
+    note = note_on_label_maps(options.path)
+    if note and not options.json:
+        print(f"\nnote         {note}")
+    return 0 if report.sound else 1
+
+
+@dataclass(frozen=True)
+class ReconstructOptions:
+    """Original, masked, prediction pasted and full prediction of some images, side by side.
+
+    Args:
+        run: run folder of simmim pretrain.
+        images: folder of images.
+        out: picture to write; must not exist yet.
+        count: number of images.
+        seed: of the choice of images and of the masks.
+    """
+
+    run: str
+    images: str
+    out: str = "reconstructions.png"
+    count: int = 8
+    seed: int = 0
+
+
+def run_reconstruct(words: Sequence[str]) -> None:
+    """simmim reconstruct"""
+    options = parse("reconstruct", ReconstructOptions, words)
+    from simmim.pretrain.reconstruct import reconstruct
+
+    path = reconstruct(options.run, options.images, options.out, options.count, options.seed)
+    print(f"reconstructions: {path}")
+
+
+@dataclass(frozen=True)
+class PredictOptions:
+    """Classes or label maps of a folder of images, by a fine-tuned encoder.
+
+    Args:
+        run: run folder of simmim finetune.
+        images: folder of images.
+        out: CSV file to write, predictions.csv by default; a folder, predictions by default, in segmentation. Must not
+            exist yet.
+        batch_size: images per forward pass.
+        workers: processes that load images, in classification; by default what suits the machine.
+        overlays: in segmentation, write the label maps' colors over the images too.
+    """
+
+    run: str
+    images: str
+    out: str | None = None
+    batch_size: int = 64
+    workers: int | None = None
+    overlays: bool = True
+
+
+def run_predict(words: Sequence[str]) -> None:
+    """simmim predict"""
+    options = parse("predict", PredictOptions, words)
+    from simmim.finetune.segmentation.model import holds_segmenter
+
+    if holds_segmenter(options.run):
+        return predict_label_maps(options)
+    from simmim.finetune import predict
+
+    out = options.out or "predictions.csv"
+    count, unreadable = predict(options.run, options.images, out, options.batch_size, options.workers)
+    print_unreadable(unreadable)
+    print(f"{count:,} images classified, {len(unreadable):,} unreadable: {out}")
+
+
+def predict_label_maps(options: PredictOptions) -> None:
+    """`simmim predict` for a segmentation run."""
+    from simmim.finetune.segmentation.prediction import segment
+
+    out = options.out or "predictions"
+    result = segment(options.run, options.images, out, options.batch_size, options.overlays)
+    print_unreadable(result.unreadable)
+    total = sum(result.pixels.values())
+    shares = ", ".join(f"{name} {count / total:.1%}" for name, count in result.pixels.items() if count)
+    print(f"{result.count:,} images segmented, {len(result.unreadable):,} unreadable: {out}\npixels   {shares}")

@@ -1,0 +1,129 @@
+"""The commands about models and their files: export, inspect, plan."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from simmim.cli.arguments import parse
+
+
+@dataclass(frozen=True)
+class ExportOptions:
+    """Write an encoder or a classifier in the format of another library, ready to load.
+
+    Args:
+        run: run folder, or an encoder in any known format.
+        out: folder to create.
+        format: one of the known formats.
+        form: encoder, simmim (with mask token and decoder) or classifier; the format's usual one by default.
+        image_size: side in pixels of the images, for formats with a fixed size; the size in training by default.
+        window_size: in training, for files that do not store it.
+        features: for onnx, pooled, or stages for the feature map of every stage.
+        dynamic_size: for onnx, accept images of any size.
+        license: for the model card; unknown by default.
+    """
+
+    run: str
+    out: str
+    format: str = "safetensors"
+    form: str | None = None
+    image_size: int | None = None
+    window_size: int | None = None
+    features: str = "pooled"
+    dynamic_size: bool = False
+    license: str | None = None
+
+
+def run_export(words: Sequence[str]) -> None:
+    """simmim export"""
+    helps = {"format": "safetensors (this toolkit's), official, timm, hf or onnx."}
+    options = parse("export", ExportOptions, words, helps=helps)
+    from simmim.checkpoints import read
+    from simmim.checkpoints.export import export
+
+    exported = export(
+        read(options.run, **window_of(options)),
+        options.format,
+        options.out,
+        options.form,
+        options.image_size and (options.image_size, options.image_size),
+        options.license,
+        options.features,
+        options.dynamic_size,
+    )
+    from simmim.finetune.segmentation.model import holds_segmenter
+
+    for note in exported.notes:
+        print(f"note: {note}")
+    if holds_segmenter(options.run):
+        print("note: the segmentation head is left out: simmim predict reads it from the run")
+    form = "encoder, mask token and decoder" if exported.form == "simmim" else exported.form
+    print(f"exported the {form} to {exported.folder}; load it with\n\n{exported.code}")
+
+
+@dataclass(frozen=True)
+class InspectOptions:
+    """What a weight file or folder is: format, architecture, provenance, whether it loads, what it can be exported as.
+
+    Args:
+        path: weight file, exported folder or run; also without its flag.
+        window_size: in training, for files that do not store it.
+    """
+
+    path: str
+    window_size: int | None = None
+
+
+def run_inspect(words: Sequence[str]) -> None:
+    """simmim inspect PATH"""
+    options = parse("inspect", InspectOptions, words, positional="path")
+    from simmim.checkpoints.inspect import inspect
+
+    print(inspect(options.path, **window_of(options)))
+
+
+def window_of(options: ExportOptions | InspectOptions) -> dict[str, int]:
+    """The window size as a keyword, where it is given."""
+    return {} if options.window_size is None else {"window_size": options.window_size}
+
+
+@dataclass(frozen=True)
+class PlanOptions:
+    """The memory and time that pre-training a model needs per device, and the settings with which it fits.
+
+    Args:
+        preset: size of the encoder.
+        image: side of the images in pixels.
+        devices: number of devices.
+        batch: images per optimizer step, over all devices; the default of pretrain by default.
+        window: side of the attention windows in tokens; the default of pretrain by default.
+        precision: bf16-mixed or 32-true.
+        device_memory_gib: memory of one device.
+    """
+
+    preset: str
+    image: int
+    devices: int = 1
+    batch: int | None = None
+    window: int | None = None
+    precision: str = "bf16-mixed"
+    device_memory_gib: float = 80.0
+
+
+def run_plan(words: Sequence[str]) -> None:
+    """simmim plan"""
+    options = parse("plan", PlanOptions, words)
+    from simmim.planning.plan import plan_for
+    from simmim.planning.report import render
+
+    planned = plan_for(
+        options.preset,
+        options.image,
+        options.devices,
+        options.batch,
+        options.precision,
+        options.device_memory_gib,
+        None if options.window is None else {"window_size": options.window},
+    )
+    print(render(planned))

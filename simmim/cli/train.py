@@ -1,0 +1,130 @@
+"""The commands that train: pretrain, finetune, study."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from importlib import import_module
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from simmim.cli.arguments import UsageError, nearest, parse, read_config, split_words, values_of
+
+if TYPE_CHECKING:
+    from simmim.finetune.label_study.settings import StudySettings
+    from simmim.finetune.settings import TransferSettings
+    from simmim.pretrain.settings import PretrainSettings
+
+
+def run_pretrain(words: Sequence[str]) -> None:
+    """simmim pretrain"""
+    settings = pretrain_settings(words)
+    from simmim.pretrain import pretrain
+
+    run = pretrain(settings)
+    from simmim.training import is_first_process
+
+    if not is_first_process():
+        return
+    print(
+        f"next: simmim reconstruct --run {run} --images {settings.data.path} --out grid.png\n"
+        f"      simmim finetune classification --init {run} --data LABELED_FOLDER --out {run}-finetuned"
+    )
+
+
+def pretrain_settings(words: Sequence[str]) -> PretrainSettings:
+    """The settings of `simmim pretrain`. The method says which settings there are under `model`."""
+    from simmim.methods.registry import default_method
+    from simmim.pretrain.settings import PretrainSettings, settings_class
+
+    words = with_saved_config(words)
+    usage = "simmim pretrain --data PATH --out RUN [--SETTING VALUE …]"
+    own = settings_class(method_in(words) or default_method())
+    return parse("pretrain", own, words, result_class=PretrainSettings, usage=usage, config=True)
+
+
+def method_in(words: Sequence[str]) -> str | None:
+    """The method that the words name, by a flag or in a --config file; the last one wins. None where there is none."""
+    method = None
+    for word in split_words(words):
+        if word.key == "method" and word.value:
+            method = word.value
+        elif word.key == "config":
+            method = read_config(word.value).get("method", method)
+    return method
+
+
+TASKS = {
+    "classification": ("simmim.finetune.classification.settings", "ClassificationSettings"),
+    "segmentation": ("simmim.finetune.segmentation.settings", "SegmentationSettings"),
+}
+
+
+def run_finetune(words: Sequence[str]) -> None:
+    """simmim finetune TASK"""
+    if words and words[0] in ("-h", "--help"):
+        print(f"usage: simmim finetune TASK [options]\n\ntasks: {', '.join(TASKS)}\n\n--help after a task lists its options")
+        return
+    if not words or words[0].startswith("-"):
+        raise UsageError(f"which task? give one of: simmim finetune {' | '.join(TASKS)}")
+    settings = finetune_settings(words[0], words[1:])
+    from simmim.finetune import finetune
+
+    finetune(settings)
+
+
+def finetune_settings(task: str, words: Sequence[str]) -> TransferSettings:
+    """The settings of `simmim finetune TASK`.
+
+    Raises:
+        UsageError: for an unknown task, naming the nearest known one.
+    """
+    if task not in TASKS:
+        raise UsageError(f"unknown task {task!r}{nearest(task, list(TASKS))}")
+    module, name = TASKS[task]
+    usage = f"simmim finetune {task} --data PATH --out RUN --init ENCODER [--SETTING VALUE …]"
+    settings_class = getattr(import_module(module), name)
+    return parse(f"finetune {task}", settings_class, with_saved_config(words), usage=usage, config=True)
+
+
+def run_study(words: Sequence[str]) -> int | None:
+    """simmim study"""
+    settings = study_settings(words)
+    from simmim.finetune import study
+    from simmim.finetune.label_study.report import report
+    from simmim.training.run_folder import CONFIG
+
+    try:
+        result = study(settings)
+    except KeyboardInterrupt:
+        if not (Path(settings.out).expanduser() / CONFIG).is_file():
+            raise
+        raise KeyboardInterrupt(f"simmim study --out {settings.out} --resume goes on") from None
+    print(f"\n{report(result)}\n\nplot and numbers: {settings.out}")
+    return 0
+
+
+def study_settings(words: Sequence[str]) -> StudySettings:
+    """The settings of `simmim study`."""
+    from simmim.finetune.label_study.settings import StudySettings
+
+    usage = "simmim study --data PATH --out RUN --init ENCODER [--SETTING VALUE …]"
+    return parse("study", StudySettings, with_saved_config(words), usage=usage, config=True)
+
+
+def with_saved_config(words: Sequence[str]) -> list[str]:
+    """With --resume, the run's own configuration comes first, so that --out alone has to be given again.
+
+    Raises:
+        UsageError: when there is no run to resume, and nothing to start one with.
+    """
+    resume, out = values_of(words, "resume"), values_of(words, "out")
+    if not resume or resume[-1] != "true" or not out:
+        return list(words)
+    from simmim.training.run_folder import CONFIG
+
+    saved = Path(out[-1]).expanduser() / CONFIG
+    if saved.is_file():
+        return ["--config", str(saved), *words]
+    if not any(values_of(words, key) for key in ("data", "data.path", "config")):
+        raise UsageError(f"no run to resume at {out[-1]!r}: there is no {saved}; --data starts a run there")
+    return list(words)
