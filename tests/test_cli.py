@@ -377,7 +377,7 @@ def test_help_explains_the_settings(capsys):
         main(["pretrain", "--help"])
     out = " ".join(capsys.readouterr().out.split())
     assert "share of the units that is masked" in out and "passes over the images" in out
-    assert "split each batch into so many forward passes" in out
+    assert "forward passes per optimizer step" in out
 
 
 # --- parsing ---------------------------------------------------------------------------------------------------------

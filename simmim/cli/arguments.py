@@ -217,7 +217,7 @@ def parse(
             arguments.append(f"--{key}={word.value}")
     missing = [key for key in schema.required if key not in dict(given)]
     if missing and not any(word.key == PRINT_CONFIG for word in split):
-        raise UsageError(f"missing: give {' and '.join(flag_of(key) for key in missing)}")
+        raise UsageError(f"missing: give {' and '.join(flag_of(key) for key in sorted(missing))}")
     try:
         values = parser.instantiate(parser.parse_args(arguments))
     except ArgumentError as error:

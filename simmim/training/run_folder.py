@@ -12,6 +12,7 @@ import yaml
 from filelock import FileLock, Timeout
 
 from simmim.files import atomic_write
+from simmim.renamed_settings import with_current_names
 
 CONFIG, CHECKPOINTS, LAST, BEST = "config.yaml", "checkpoints", "last.ckpt", "best.ckpt"
 LOCK = ".lock"
@@ -127,7 +128,7 @@ def write_run_folder(run: Path, settings) -> None:
             shutil.rmtree(entry) if entry.is_dir() and not entry.is_symlink() else entry.unlink()
     config = run / CONFIG
     if config.is_file():
-        started = yaml.safe_load(config.read_text(encoding="utf-8"))
+        started, _ = with_current_names(yaml.safe_load(config.read_text(encoding="utf-8")))
         changed = differences(with_defaults(started, settings), yaml.safe_load(as_yaml(settings)))
         free = (*MAY_CHANGE_ON_RESUME, *getattr(settings, "may_change_on_resume", ()))
         changed = [text for text in changed if text.split(" ")[0].split(".")[0] not in free]
