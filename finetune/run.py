@@ -19,20 +19,13 @@ from simmim.finetune.freezing import KeepFrozen, frozen_parts
 from simmim.finetune.settings import TransferSettings
 from simmim.finetune.start import starting_point
 from simmim.finetune.task import Labels, Task
-from simmim.training import (
-    SavePolicy,
-    Throughput,
-    TrainingRun,
-    ValidatedStreamData,
-    check_before_start,
-    default_precision,
-    device_type,
-    machine,
-    run_training,
-)
 from simmim.training.logs import LossNames
-from simmim.training.run import KEEP_DECODED_MIB
+from simmim.training.progress import Throughput
+from simmim.training.run import KEEP_DECODED_MIB, TrainingRun, check_before_start, run_training
 from simmim.training.run_folder import CONFIG, as_yaml
+from simmim.training.saving import SavePolicy
+from simmim.training.streams import ValidatedStreamData
+from simmim.training.trainer import default_precision, device_type, machine
 
 TASKS = {
     "classification": ("simmim.finetune.classification.task", "Classification"),

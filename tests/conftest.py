@@ -66,7 +66,7 @@ def encoder_folder(tmp_path_factory):
 @pytest.fixture
 def power_cut():
     """power_cut(after_step): a context that training breaks off in, after that step and what is saved at it."""
-    from simmim.training import SaveRun
+    from simmim.training.saving import SaveRun
 
     @contextmanager
     def power_cut(after_step):

@@ -444,7 +444,7 @@ def test_without_a_compiler_the_plain_lines_serve(tmp_path):
 
 def test_a_run_says_whether_it_has_kernels(monkeypatch, tmp_path):
     """Who trains on a CPU without a compiler should know why it is slow."""
-    from simmim.training import build_trainer, machine
+    from simmim.training.trainer import build_trainer, machine
 
     options = {"devices": 1, "precision": "32-true", "accumulate": 1, "callbacks": [], "log_every_steps": 1}
     built = build_trainer(tmp_path, 1, extra={"accelerator": "cpu"}, **options)

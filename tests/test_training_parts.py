@@ -24,7 +24,7 @@ from simmim.finetune.classification.model import ClassificationFinetuning
 from simmim.finetune.classification.report import class_table, confusion_picture, write_class_table
 from simmim.finetune.early_stop import StopEarly
 from simmim.finetune.settings import EncoderSettings, OptimSettings
-from simmim.training import SaveRun
+from simmim.training.saving import SaveRun
 
 
 def settings(digits, encoder_folder, out, **more):

@@ -22,9 +22,12 @@ from simmim.encoders.swinv2.model import DropPath
 from simmim.methods.masking import BlockMasking
 from simmim.methods.simmim import SimMIM
 from simmim.pretrain.module import PretrainingModule
-from simmim.training import SaveRun, StepSeeds, StreamData, build_trainer
 from simmim.training.optim import Schedule
+from simmim.training.progress import StepSeeds
 from simmim.training.run_folder import CONFIG
+from simmim.training.saving import SaveRun
+from simmim.training.streams import StreamData
+from simmim.training.trainer import build_trainer
 from simmim.training.watch import (
     ActivationMonitor,
     NumericalGuard,

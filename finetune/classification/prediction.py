@@ -14,7 +14,7 @@ from simmim.data import open_images
 from simmim.evaluate import EncoderPass, Feature, embedded_batches
 from simmim.files import atomic_write
 from simmim.finetune.classification.model import SavedClassifier, load_classifier
-from simmim.training import device_type
+from simmim.training.trainer import device_type
 
 
 def predict(

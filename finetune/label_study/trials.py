@@ -160,7 +160,7 @@ def prepared(settings: StudySettings) -> tuple[StudySettings, list[Arm], dict[in
     from simmim.data import available_cores, measure_images, read_labeled_images
     from simmim.finetune.freezing import frozen_parts
     from simmim.finetune.start import starting_point
-    from simmim.training import device_type
+    from simmim.training.trainer import device_type
 
     data = settings.data
     read_labels = read_labeled_images(data.path, None, settings.seed, data.column, data.label_column)

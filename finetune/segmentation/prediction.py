@@ -23,7 +23,7 @@ from simmim.finetune.segmentation.model import SavedSegmenter, load_segmenter
 from simmim.finetune.segmentation.overlays import as_color, overlay, palette
 from simmim.finetune.segmentation.sliding import Size, best_class
 from simmim.finetune.segmentation.views import whole_picture
-from simmim.training import device_type
+from simmim.training.trainer import device_type
 
 MASKS, OVERLAYS = "masks", "overlays"
 BATCH_PIXELS = 2**22  # of the images of one batch at the model's scale

@@ -37,7 +37,7 @@ def run_embed(words: Sequence[str]) -> None:
     options = parse("embed", EmbedOptions, words)
     from simmim.checkpoints import read_encoder
     from simmim.evaluate import EncoderPass, embed
-    from simmim.training import device_type
+    from simmim.training.trainer import device_type
 
     result = embed(
         read_encoder(options.run),
@@ -101,7 +101,7 @@ def compare_stages(method: str, words: Sequence[str], purpose: str) -> None:
     options = parse(method, CompareOptions, words, purpose=purpose)
     from simmim.checkpoints import read_encoder
     from simmim.evaluate import Comparison, EncoderPass, check_out, compare, write_report
-    from simmim.training import device_type
+    from simmim.training.trainer import device_type
 
     comparison = Comparison(
         options.data,

@@ -34,7 +34,7 @@ def run_check_data(words: Sequence[str]) -> int:
     from simmim.data import available_cores, open_images
     from simmim.data.check import as_json, check, render
     from simmim.data.label_map_sources import note_on_label_maps
-    from simmim.training import device_type
+    from simmim.training.trainer import device_type
 
     report = check(
         open_images(options.path, options.column),

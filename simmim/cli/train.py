@@ -21,7 +21,7 @@ def run_pretrain(words: Sequence[str]) -> None:
     from simmim.pretrain import pretrain
 
     run = pretrain(settings)
-    from simmim.training import is_first_process
+    from simmim.training.trainer import is_first_process
 
     if not is_first_process():
         return
