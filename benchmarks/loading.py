@@ -191,7 +191,7 @@ class Usual:
 
         with open(self.paths[index % len(self.paths)], "rb") as file:
             image = Image.open(file).convert("RGB")
-        left, top, right, bottom = self.view.crop_box(image.size, random)
+        left, top, right, bottom = self.view.crop_box(image.size[::-1], random)
         image = image.crop((left, top, right, bottom)).resize((SIDE_PX, SIDE_PX), Image.Resampling.BILINEAR)
         if random.random() < 0.5:
             image = image.transpose(Image.Transpose.FLIP_LEFT_RIGHT)

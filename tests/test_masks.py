@@ -244,7 +244,7 @@ def broken(folder, how):
         return r"masks/01\.png holds the value 2, expected 0 to 1, the values of 2 classes.*classes\.txt"
     if how == "other size":
         Image.new("L", (12, 9)).save(mask)
-        return r"mask .*04\.png is 12x9 pixels and its image .*04\.jpg 12x8"
+        return r"label map .*04\.png is 9x12 pixels and its image .*04\.jpg 8x12 \(height x width\)"
     if how == "no mask":
         mask.unlink()
         (folder / "masks" / "05.png").unlink()

@@ -76,10 +76,10 @@ def test_small_images_are_filled_to_the_right_and_below():
 
 
 def test_sizes_at_the_model_s_scale():
-    assert scaled_size((90, 60), 30) == (30, 45)
-    assert scaled_size((60, 90), 30, 2.0) == (90, 60)
-    assert scaled_size((90, 60), 0) == (60, 90)
-    assert scaled_size((1000, 1), 10, 0.01) == (1, 100)
+    assert scaled_size((60, 90), 30) == (30, 45)
+    assert scaled_size((90, 60), 30, 2.0) == (90, 60)
+    assert scaled_size((60, 90), 0) == (60, 90)
+    assert scaled_size((1, 1000), 10, 0.01) == (1, 100)
 
 
 @pytest.mark.parametrize("scaled", [(60, 90), (30, 45), (120, 180), (7, 200), (61, 37)])

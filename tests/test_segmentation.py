@@ -226,7 +226,7 @@ def test_predicted_masks_are_the_segmenter_s_at_the_images_sizes(saved, folder, 
     totals = np.zeros(3, dtype=int)
     for name, file in files.items():
         picture = open_picture({"bytes": None, "path": str(photos / file)}, 3)
-        height, width = picture.size[::-1]
+        height, width = picture.size
         factor = 32 / min(height, width)
         pixels = picture.crop((0, 0, width, height), (round(height * factor), round(width * factor)))
         logits = F.interpolate(saved.logits(pixels[None]), (height, width), mode="bilinear", align_corners=False)

@@ -193,7 +193,7 @@ def copy_of(labeled, folder):
     "how, said",
     [
         ("unknown value", r"mask .*00003\.png holds the value 9, expected 0 to 2"),
-        ("size", r"mask .*00003\.png is 41x40 pixels and its image .*00003\.png 40x40"),
+        ("size", r"label map .*00003\.png is 40x41 pixels and its image .*00003\.png 40x40 \(height x width\)"),
         ("no mask", r"image .*00003\.png has no mask"),
         ("classes", r"holds the value 2, expected 0 to 1"),
         ("empty", "images' is empty"),

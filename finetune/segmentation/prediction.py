@@ -106,7 +106,7 @@ def read_all(source, names: list[str], saved: SavedSegmenter, unreadable: dict[s
         except UNREADABLE as error:
             unreadable[record["path"] or f"row {row}"] = describe_error(error)
             continue
-        yield Read(names[row], pixels, picture.size[::-1])
+        yield Read(names[row], pixels, picture.size)
 
 
 def batches_of_one_size(images: Iterator[Read], batch_size: int) -> Iterator[list[Read]]:

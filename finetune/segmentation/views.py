@@ -20,9 +20,9 @@ TRIES = 10  # crops drawn in search of one that is not nearly all of one class, 
 
 
 def scaled_size(size: Size, short_side: int, factor: float = 1.0) -> Size:
-    """(height, width) to which an image of (width, height) is brought: its shorter side `short_side` pixels long, or as
-    it is for 0, times `factor`."""
-    width, height = size
+    """(height, width) to which an image of `size`, (height, width), is brought: its shorter side `short_side` pixels long,
+    or as it is for 0, times `factor`."""
+    height, width = size
     factor = factor * (short_side / min(size) if short_side else 1.0)
     return max(1, round(height * factor)), max(1, round(width * factor))
 
@@ -63,7 +63,7 @@ class RandomScene:
             seen = nearest_crop(mask, scaled, (top, left), (height, width))
             if self.class_share == 1 or largest_share(seen, self.ignored) <= self.class_share:
                 break
-        across, down = picture.size[0] / scaled[1], picture.size[1] / scaled[0]
+        down, across = picture.size[0] / scaled[0], picture.size[1] / scaled[1]
         box = (left * across, top * down, (left + width) * across, (top + height) * down)
         image = torch.tensor(self.fill, dtype=torch.uint8).view(-1, 1, 1).repeat(1, *self.size)
         image[:, :height, :width] = picture.crop(box, (height, width))
@@ -91,7 +91,8 @@ class WholeScene:
 
 def whole_picture(picture: Picture, short_side: int) -> Tensor:
     """All of a picture at `scaled_size`: (channels, height, width) uint8."""
-    return picture.crop((0, 0, *picture.size), scaled_size(picture.size, short_side))
+    height, width = picture.size
+    return picture.crop((0, 0, width, height), scaled_size(picture.size, short_side))
 
 
 def nearest_crop(mask: np.ndarray, scaled: Size, corner: Size, size: Size) -> np.ndarray:
@@ -156,8 +157,8 @@ class SceneSamples(ImageSamples):
         row = self.source[index]
         picture = open_picture(row["image"], self.channels, self.max_pixels)
         mask = self.scheme.class_ids(read_label_map(row["label_map"]))
-        if mask.shape != picture.size[::-1]:
-            raise ValueError(f"its mask has changed and is {mask.shape[1]}x{mask.shape[0]} pixels now")
+        if mask.shape != picture.size:
+            raise ValueError(f"its label map has changed and is {mask.shape[0]}x{mask.shape[1]} pixels now (height x width)")
         if self.cache is not None:
             self.cache[index] = picture.decoded(), mask
             return self.cache[index]

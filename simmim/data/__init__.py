@@ -1,9 +1,10 @@
 """Images from anywhere to batches: sources, decoding, views, order."""
 
-from simmim.data.decode import UNREADABLE, Picture, describe_error, open_picture, read_image
+from simmim.data.decode import Picture, open_picture, read_image
 from simmim.data.image_statistics import ImageStatistics, measure_images
 from simmim.data.index import EXTENSIONS, dataset_from_paths, find_images, index_folder
 from simmim.data.labels import LabeledImages, LabeledSource, open_labeled_source, read_labeled_images
+from simmim.data.pillow_guard import UNREADABLE, describe_error
 from simmim.data.samples import (
     EndlessBatchSampler,
     ImageSamples,

@@ -25,8 +25,9 @@ from PIL import Image
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
-from simmim.data.decode import MAX_PIXELS, UNREADABLE, Picture, decoding, describe_error, open_picture, orientation
+from simmim.data.decode import MAX_PIXELS, Picture, decoding, open_picture, read_orientation
 from simmim.data.image_statistics import measure_images
+from simmim.data.pillow_guard import UNREADABLE, describe_error
 from simmim.data.samples import available_cores
 from simmim.data.views import RandomView
 from simmim.defaults import default_image_size, default_mask_unit, default_preset
@@ -225,7 +226,7 @@ class Inspected(Dataset):
         tally.sizes.append(byte_size(record))
         try:
             picture = open_picture(record, self.channels, self.max_pixels)
-            width, height = picture.size
+            height, width = picture.size
             picture.crop((0, 0, width, height), (min(height, LOOK_PX), min(width, LOOK_PX)))
         except Exception as error:  # of whatever kind: this command is the place to learn of it
             why = describe_error(error) if isinstance(error, UNREADABLE) else f"{type(error).__name__}: {error}"
@@ -245,7 +246,7 @@ def header(record: dict) -> tuple[str, str, bool]:
     try:
         stored = record["path"] if record["bytes"] is None else io.BytesIO(record["bytes"])
         with decoding(), Image.open(stored) as image:
-            return image.format or "?", image.mode, orientation(image) != 1
+            return image.format or "?", image.mode, read_orientation(image) != 1
     except UNREADABLE:
         return os.path.splitext(record["path"] or "")[1][1:].upper() or "?", "array", False
 

@@ -7,7 +7,8 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from simmim.data.decode import MAX_PIXELS, UNREADABLE, Picture, Size, describe_error, open_picture
+from simmim.data.decode import MAX_PIXELS, Picture, Size, open_picture
+from simmim.data.pillow_guard import UNREADABLE, describe_error
 
 if TYPE_CHECKING:
     import datasets
@@ -24,7 +25,7 @@ class ImageStatistics:
         channels: 1 where every sampled image is gray, 3 for color, with gray among it or not, else the files' count.
         decoded_mib: estimated size of all images decoded.
         mean, std: per channel, of values in [0, 1].
-        sizes: (width, height) in pixels, upright, of each sampled image that could be read.
+        sizes: (height, width) in pixels, upright, of each sampled image that could be read.
     """
 
     short_side_px: int
@@ -75,7 +76,7 @@ def measure_images(
     return ImageStatistics(
         short_side_px=int(np.median([min(size) for size in sizes])),
         channels=channels,
-        decoded_mib=float(np.mean([width * height for width, height in sizes])) * channels * len(source) / 2**20,
+        decoded_mib=float(np.mean([height * width for height, width in sizes])) * channels * len(source) / 2**20,
         mean=tuple(round(float(value), 3) for value in values.mean(axis=1)),
         std=tuple(round(max(float(value), 0.01), 3) for value in values.std(axis=1)),
         sizes=tuple(sizes),
@@ -84,6 +85,7 @@ def measure_images(
 
 def thumbnail(picture: Picture) -> np.ndarray:
     """All of a picture, no side longer than `THUMBNAIL_PX`: (channels, height, width) uint8."""
-    scale = min(1.0, THUMBNAIL_PX / max(picture.size))
-    width, height = (max(1, round(side * scale)) for side in picture.size)
-    return picture.crop((0, 0, *picture.size), (height, width)).numpy()
+    height, width = picture.size
+    scale = min(1.0, THUMBNAIL_PX / max(height, width))
+    size = max(1, round(height * scale)), max(1, round(width * scale))
+    return picture.crop((0, 0, width, height), size).numpy()

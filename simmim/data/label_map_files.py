@@ -2,18 +2,19 @@
 
 from __future__ import annotations
 
-import io
 import itertools
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
-from pathlib import Path
-from typing import TYPE_CHECKING, BinaryIO
+from typing import TYPE_CHECKING
 
 import numpy as np
 from PIL import Image, UnidentifiedImageError
 
-from simmim.data.decode import UNREADABLE, Size, decoding, describe_error, open_picture, orientation, turned
+from simmim.data.decode import open_picture
+from simmim.data.orientation import Size, read_orientation, turn_upright, upright_size
+from simmim.data.pillow_guard import UNREADABLE, decoding, describe_error
+from simmim.data.records import open_record
 from simmim.data.samples import available_cores
 
 if TYPE_CHECKING:
@@ -31,7 +32,7 @@ class Scene:
 
     Attributes:
         name: the mask's file, or its row.
-        size: (width, height) of the image, upright; None where it cannot be read.
+        size: (height, width) of the image, upright; None where it cannot be read.
         counts: pixels of each value in the file.
     """
 
@@ -65,13 +66,13 @@ def inspect_scene(row: int, image: dict, mask: dict) -> Scene:
     except UNREADABLE as error:
         raise ValueError(f"mask {name} cannot be read: {describe_error(error)}") from error
     try:
-        size = upright_size(image)
+        size = read_size(image)
     except UNREADABLE:
         size = None  # an image that cannot be read is replaced and counted when its turn comes
-    if size is not None and size != values.shape[::-1]:
+    if size is not None and size != values.shape:
         raise ValueError(
-            f"mask {name} is {values.shape[1]}x{values.shape[0]} pixels and its image {image_name} {size[0]}x{size[1]}: "
-            "give masks of their images' sizes, upright"
+            f"label map {name} is {values.shape[0]}x{values.shape[1]} pixels and its image {image_name} {size[0]}x{size[1]} "
+            "(height x width): give label maps of their images' sizes, upright"
         )
     counts = np.bincount(values.ravel())
     return Scene(name, size, {int(value): int(counts[value]) for value in np.flatnonzero(counts)})
@@ -86,7 +87,7 @@ def read_label_map(record: dict) -> np.ndarray:
         JPEG, whose values are not exact.
     """
     with decoding():
-        with opened(record) as stream:
+        with open_record(record) as stream:
             if stream.read(6) == b"\x93NUMPY":
                 stream.seek(0)
                 values = np.load(stream, allow_pickle=False)
@@ -102,11 +103,6 @@ def read_label_map(record: dict) -> np.ndarray:
     return values.astype(np.int32)
 
 
-def opened(record: dict) -> BinaryIO:
-    """A row's bytes, or its file."""
-    return io.BytesIO(record["bytes"]) if record["bytes"] is not None else Path(record["path"]).open("rb")
-
-
 def stored_values(image: Image.Image) -> np.ndarray:
     """The pixels of an opened image, upright, without any conversion.
 
@@ -120,18 +116,18 @@ def stored_values(image: Image.Image) -> np.ndarray:
     # Pillow stretches gray values of 2 and 4 bits over 0 to 255.
     stretched = {"L;2": 85, "L;4": 17}.get(image.tile[0][3], 1) if image.format == "PNG" and image.tile else 1
     image.load()
-    return np.asarray(turned(image, orientation(image))) // (1 if image.mode == "1" else stretched)
+    return np.asarray(turn_upright(image, read_orientation(image))) // (1 if image.mode == "1" else stretched)
 
 
-def upright_size(record: dict) -> Size:
-    """(width, height) of an image, from its header where that tells.
+def read_size(record: dict) -> Size:
+    """(height, width) of an image, from its header where that tells.
 
     Raises:
         One of `UNREADABLE`.
     """
     with decoding():
         try:
-            with opened(record) as stream, Image.open(stream, formats=HEADER_FORMATS) as image:
-                return image.size[::-1] if orientation(image) >= 5 else image.size
+            with open_record(record) as stream, Image.open(stream, formats=HEADER_FORMATS) as image:
+                return upright_size(image, read_orientation(image))
         except UnidentifiedImageError:
             return open_picture(record, None).size

@@ -60,7 +60,7 @@ class LabeledScenes:
         train, validation: undecoded columns `image` and `mask`.
         scheme: the classes.
         pixels: training pixels of each class.
-        validation_sizes: (width, height) of the validation images, upright; an image that cannot be read has None.
+        validation_sizes: (height, width) of the validation images, upright; an image that cannot be read has None.
         notes: what was concluded and not given, a sentence each.
     """
 

@@ -21,7 +21,8 @@ import torch
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, IterableDataset, Sampler, get_worker_info
 
-from simmim.data.decode import MAX_PIXELS, UNREADABLE, Picture, describe_error, open_picture
+from simmim.data.decode import MAX_PIXELS, Picture, open_picture
+from simmim.data.pillow_guard import UNREADABLE, describe_error
 
 if TYPE_CHECKING:
     import datasets

@@ -10,7 +10,9 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from simmim.data.decode import Picture, Size, known_interpolation
+from simmim.data.orientation import Size
+from simmim.data.pictures import Picture
+from simmim.data.resizing import get_interpolation
 
 FITS = ("crop", "squash")
 
@@ -39,9 +41,9 @@ class RandomView:
         return view.flip(-1) if mirrored else view
 
     def crop_box(self, image_size: Size, generator: random.Random) -> tuple[int, int, int, int]:
-        """Left, top, right, bottom of the crop in an image of (width, height); after ten misses the largest centered
-        crop that the ratios allow, as is usual."""
-        width, height = image_size
+        """Left, top, right, bottom of the crop in an image of `image_size`, (height, width). After ten draws that do not
+        fit, the largest centered crop that the ratios allow, as in torchvision."""
+        height, width = image_size
         for _ in range(10):
             area = width * height * generator.uniform(*self.crop_scale)
             ratio = math.exp(generator.uniform(*map(math.log, self.crop_ratio)))
@@ -76,8 +78,8 @@ class CenterView:
     fit: str = "crop"
 
     def __post_init__(self) -> None:
-        # Here: while images are read, a ValueError would be taken for the image's.
-        known_interpolation(self.interpolation)
+        # Checked here: while images are read, a ValueError counts as a broken image.
+        get_interpolation(self.interpolation)
         if self.fit not in FITS:
             raise ValueError(f"unknown fit {self.fit!r}: give one of {', '.join(FITS)}")
         if not 0 < self.share <= 1:
@@ -85,13 +87,14 @@ class CenterView:
 
     def __call__(self, picture: Picture, generator: random.Random | None = None) -> Tensor:
         """The central view, (channels, height, width) uint8; draws nothing."""
+        image_height, image_width = picture.size
         if self.fit == "squash":
-            width, height = (side * self.share for side in picture.size)
+            height, width = image_height * self.share, image_width * self.share
         else:
             height, width = self.size
-            scale = min(picture.size[0] / width, picture.size[1] / height) * self.share
+            scale = min(image_width / width, image_height / height) * self.share
             height, width = height * scale, width * scale
-        left, top = (picture.size[0] - width) / 2, (picture.size[1] - height) / 2
+        left, top = (image_width - width) / 2, (image_height - height) / 2
         return picture.crop((left, top, left + width, top + height), self.size, self.interpolation)
 
 

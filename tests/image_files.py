@@ -1,0 +1,143 @@
+"""Writing image files for tests, and reading them back."""
+
+import io
+
+import numpy as np
+import torch
+from PIL import Image
+
+from simmim.data import read_image
+
+EXACT = {"quality": 100, "subsampling": 0}  # JPEG's least loss
+
+
+def random_pixels(*shape, seed=0):
+    return np.random.default_rng(seed).integers(0, 256, shape, dtype=np.uint8)
+
+
+def noise(*shape, seed=0, kind=np.uint8):
+    return np.random.default_rng(seed).integers(0, np.iinfo(kind).max + 1, shape, dtype=kind)
+
+
+def flat_blocks(*channels, seed=0):
+    """32x48 pixels in flat squares of 16: what lossy formats keep within a few levels."""
+    return np.random.default_rng(seed).integers(30, 226, (2, 3, *channels), dtype=np.uint8).repeat(16, 0).repeat(16, 1)
+
+
+def over_white(values, alpha):
+    alpha = np.asarray(alpha, dtype=np.float64)[..., None] / 255
+    return values * alpha + 255 * (1 - alpha)
+
+
+def by_range(values, low=None, high=None):
+    values = np.asarray(values, dtype=np.float64)
+    low, high = values.min() if low is None else low, values.max() if high is None else high
+    return (values - low) / (high - low) * 255
+
+
+def saved(pixels, mode=None, **options):
+    """Writes by Pillow, of copies: some of its formats leave their settings in the image."""
+    image = pixels if isinstance(pixels, Image.Image) else Image.fromarray(pixels, mode)
+    more = [frame.copy() for frame in options.pop("append_images", ())]
+    return lambda path: image.copy().save(path, **options, **({"append_images": more} if more else {}))
+
+
+def tiff(pixels, **options):
+    import tifffile
+
+    return lambda path: tifffile.imwrite(path, pixels, **options)
+
+
+def array(values):
+    def write(path):
+        with open(path, "wb") as file:
+            np.save(file, values)
+
+    return write
+
+
+def oriented(upright, number, **options):
+    exif = Image.Exif()
+    exif[0x0112] = number
+    stored = {
+        1: upright,
+        2: upright[:, ::-1],
+        3: upright[::-1, ::-1],
+        4: upright[::-1],
+        5: upright.swapaxes(0, 1),
+        6: np.rot90(upright, 1),
+        7: upright[::-1, ::-1].swapaxes(0, 1),
+        8: np.rot90(upright, -1),
+    }[number]
+    return saved(np.ascontiguousarray(stored), exif=exif, **options)
+
+
+def record(path):
+    return {"path": str(path), "bytes": None}
+
+
+def whole_pixels(picture):
+    """All pixels of a picture, (height, width, channels)."""
+    whole = picture.crop((0, 0, *picture.size[::-1]), picture.size)
+    assert whole.shape == (picture.channels, *picture.size)
+    assert whole.dtype == torch.uint8 and whole.is_contiguous()
+    return whole.permute(1, 2, 0).numpy()
+
+
+def photo(height, width, seed=0):
+    """Noise with a photograph's spectrum, 1/f, and hard edges."""
+    chance = np.random.default_rng(seed)
+    frequency = np.hypot(np.fft.fftfreq(height)[:, None], np.fft.rfftfreq(width)[None])
+    amplitude = 1 / np.maximum(frequency, 1 / max(width, height))
+    phases = [np.exp(2j * np.pi * chance.random(amplitude.shape)) for _ in range(4)]
+    layers = [np.fft.irfft2(amplitude * phase, (height, width)) for phase in phases]
+    layers = [layer / layer.std() for layer in layers]
+    pixels = np.stack([0.9 * layers[3] + 0.3 * layer for layer in layers[:3]], axis=-1)
+    for _ in range(20):
+        top, left = chance.integers(0, height), chance.integers(0, width)
+        pixels[top : top + height // 5, left : left + width // 5] += chance.normal(0, 0.7, 3)
+    return np.clip(128 + 50 * pixels, 0, 255).astype(np.uint8)
+
+
+def jpeg_bytes(pixels, **options):
+    file = io.BytesIO()
+    Image.fromarray(pixels).save(file, "JPEG", quality=90, **options)
+    return file.getvalue()
+
+
+def psnr(view, expected):
+    return 10 * np.log10(255**2 / max(np.mean((view.double().numpy() - expected.astype(np.float64)) ** 2), 1e-9))
+
+
+def write_images(folder, count, size=(32, 32), first=0):
+    folder.mkdir(parents=True, exist_ok=True)
+    paths = [folder / f"{first + number:03d}.png" for number in range(count)]
+    for number, path in enumerate(paths):
+        Image.fromarray(random_pixels(*size, 3, seed=first + number)).save(path)
+    return [str(path) for path in paths]
+
+
+def write_empty(*paths):
+    for path in paths:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.touch()
+
+
+def pixels_of(path, channels=3):
+    return np.asarray(read_image(record(path), channels))
+
+
+def broken_files(folder):
+    """Paths of files that no reader can make an image of."""
+    folder.mkdir(exist_ok=True)
+    Image.fromarray(random_pixels(64, 64, 3)).save(folder / "whole.png")
+    Image.fromarray(random_pixels(64, 64, 3)).save(folder / "whole.jpg")
+    for kind in ("png", "jpg"):
+        whole = folder / f"whole.{kind}"
+        (folder / f"cut.{kind}").write_bytes(whole.read_bytes()[: whole.stat().st_size // 2])
+        whole.unlink()
+    (folder / "text.png").write_text("not a picture, whatever its name says")
+    (folder / "empty.jpg").touch()
+    (folder / "header.png").write_bytes(b"\x89PNG\r\n\x1a\n")
+    (folder / "folder.png").mkdir()
+    return sorted(str(path) for path in folder.iterdir())

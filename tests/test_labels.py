@@ -1,0 +1,91 @@
+"""Labeled folders: classes, the validation part, and a number of labels per class drawn by the seed."""
+
+from collections import Counter
+
+import pytest
+from image_files import write_empty
+
+from simmim.data import find_images, read_labeled_images
+
+
+def paths_and_labels(part):
+    return list(zip([row["path"] for row in part["image"]], part["label"]))
+
+
+def test_plain_class_folders_hold_out_a_fifth_of_each(tmp_path):
+    for name, count in {"cat": 10, "dog": 5, "ant": 2, "bee": 19}.items():
+        write_empty(*(tmp_path / name / f"{number}.png" for number in range(count)))
+    labels = read_labeled_images(tmp_path, None, seed=0)
+    assert labels.classes == ("ant", "bee", "cat", "dog")
+    train, validation = paths_and_labels(labels.train), paths_and_labels(labels.validation)
+    assert Counter(label for _, label in validation) == {0: 1, 1: 3, 2: 2, 3: 1}
+    assert Counter(label for _, label in train) == {0: 1, 1: 16, 2: 8, 3: 4}
+    assert sorted(path for path, _ in train + validation) == find_images(tmp_path)
+    assert all(path.split("/")[-2] == labels.classes[label] for path, label in train + validation)
+
+
+def test_labels_follow_the_seed(tmp_path):
+    """Same seed, same labels; another seed, others. The hold-out does not depend on how many labels are used, and never
+    meets them."""
+    for name in ("a", "b", "c"):
+        write_empty(*(tmp_path / name / f"{number:02d}.png" for number in range(20)))
+    for count in (1, 5, 16):
+        labels = read_labeled_images(tmp_path, count, seed=3)
+        train, validation = paths_and_labels(labels.train), paths_and_labels(labels.validation)
+        assert Counter(label for _, label in train) == {0: count, 1: count, 2: count}
+        assert not set(train) & set(validation) and len(set(train)) == 3 * count
+        again = read_labeled_images(tmp_path, count, seed=3)
+        assert (paths_and_labels(again.train), paths_and_labels(again.validation)) == (train, validation)
+        assert paths_and_labels(read_labeled_images(tmp_path, None, seed=3).validation) == validation
+    other = read_labeled_images(tmp_path, 5, seed=4)
+    assert paths_and_labels(other.train) != paths_and_labels(read_labeled_images(tmp_path, 5, seed=3).train)
+    assert paths_and_labels(other.validation) != validation
+
+
+@pytest.mark.parametrize("validation_name", ["val", "valid", "validation", "test"])
+def test_train_and_validation_folders(tmp_path, validation_name):
+    """With folders for both nothing is held out, and the seed decides the labels alone."""
+    for name in ("x", "y"):
+        write_empty(*(tmp_path / "train" / name / f"{number}.png" for number in range(6)))
+        write_empty(*(tmp_path / validation_name / name / f"v{number}.png" for number in range(3)))
+    labels = read_labeled_images(tmp_path, None, seed=0)
+    assert labels.classes == ("x", "y")
+    assert [path for path, _ in paths_and_labels(labels.train)] == find_images(tmp_path / "train")
+    assert [path for path, _ in paths_and_labels(labels.validation)] == find_images(tmp_path / validation_name)
+    some = [paths_and_labels(read_labeled_images(tmp_path, 2, seed).train) for seed in (0, 0, 1)]
+    assert some[0] == some[1] != some[2] and Counter(label for _, label in some[0]) == {0: 2, 1: 2}
+    for seed in (0, 1):
+        assert read_labeled_images(tmp_path, 2, seed).validation["label"][:] == [0] * 3 + [1] * 3
+
+
+def test_class_called_test_is_a_class(tmp_path):
+    """Without a train folder beside it, `test` is a class like another."""
+    write_empty(*(tmp_path / name / f"{number}.png" for name in ("test", "flight") for number in range(5)))
+    assert read_labeled_images(tmp_path, None, 0).classes == ("flight", "test")
+
+
+@pytest.mark.parametrize("count", [0, 9, 50])
+def test_more_labels_than_images(tmp_path, count):
+    write_empty(*(tmp_path / "many" / f"{number}.png" for number in range(100)))
+    write_empty(*(tmp_path / "few" / f"{number}.png" for number in range(10)))
+    message = f"{count} labels per class asked for, class 'few' has 8 training images: give 1 to 8"
+    with pytest.raises(ValueError, match=message):
+        read_labeled_images(tmp_path, count, 0)
+
+
+def test_class_folders_that_cannot_work(tmp_path):
+    write_empty(*(tmp_path / "one/a" / f"{number}.png" for number in range(3)))
+    write_empty(tmp_path / "single/a/1.png", tmp_path / "single/b/1.png", tmp_path / "single/b/2.png")
+    write_empty(tmp_path / "blank/a/1.png", tmp_path / "blank/a/2.png")
+    (tmp_path / "blank/b").mkdir()
+    write_empty(*(tmp_path / "other" / part / "1.png" for part in ("train/a", "train/b", "val/a", "val/c")))
+    for name, message in {
+        "missing": "missing' does not exist: give a folder with one subfolder a class",
+        "one": "one' has 1 class folder: give at least two",
+        "one/a": "a' has 0 class folders: give at least two",
+        "single": "class 'a' has 1 image: give at least 2",
+        "blank": "b' is empty",
+        "other": "classes differ between .*: only in one of them: b, c",
+    }.items():
+        with pytest.raises(ValueError, match=message):
+            read_labeled_images(tmp_path / name, None, 0)
