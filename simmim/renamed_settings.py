@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Container, Mapping
 from typing import Any
 
 # Old name to new name, as dotted keys.
@@ -14,8 +14,11 @@ def current_name(key: str) -> str:
     return RENAMED_SETTINGS.get(key, key)
 
 
-def with_current_names(values: Mapping[str, Any]) -> tuple[dict[str, Any], list[str]]:
+def with_current_names(values: Mapping[str, Any], known: Container[str] | None = None) -> tuple[dict[str, Any], list[str]]:
     """Settings as nested mappings, with old names replaced.
+
+    Args:
+        known: the settings that there are, as dotted keys; a setting whose new name is not among them stays as it is.
 
     Returns:
         The settings, and the old names that were found, as dotted keys.
@@ -27,7 +30,7 @@ def with_current_names(values: Mapping[str, Any]) -> tuple[dict[str, Any], list[
     for old, new in RENAMED_SETTINGS.items():
         group, old_leaf = old.split(".")
         inside = renamed.get(group)
-        if not isinstance(inside, Mapping) or old_leaf not in inside:
+        if not isinstance(inside, Mapping) or old_leaf not in inside or (known is not None and new not in known):
             continue
         new_leaf = new.split(".")[1]
         if new_leaf in inside:

@@ -4,23 +4,17 @@ import json
 import os
 import subprocess
 import sys
-from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
 import pytest
-import yaml
 from PIL import Image
 
 from simmim.checkpoints import load_encoder
 from simmim.checkpoints.checkpoint import Preprocessing, save_encoder
 from simmim.cli import main
 from simmim.cli.main import COMMANDS
-from simmim.cli.train import finetune_settings, pretrain_settings
 from simmim.encoders.swinv2 import SwinV2, SwinV2Config
-from simmim.finetune.classification.settings import ClassificationSettings
-from simmim.pretrain.settings import PretrainSettings
-from simmim.training.run_folder import as_yaml
 
 ROOT = Path(__file__).resolve().parent.parent
 
@@ -378,93 +372,6 @@ def test_help_explains_the_settings(capsys):
     out = " ".join(capsys.readouterr().out.split())
     assert "share of the units that is masked" in out and "passes over the images" in out
     assert "forward passes per optimizer step" in out
-
-
-# --- parsing ---------------------------------------------------------------------------------------------------------
-
-
-def parsed(*words):
-    return pretrain_settings(["--data", "images", "--out", "new", *words])
-
-
-def test_short_and_long_words():
-    assert parsed() == PretrainSettings(data="images", out="new")
-    assert parsed() == pretrain_settings(["--data.path=images", "--out=new"])
-    for words in (["--image-size", "64"], ["--image_size", "64"], ["--image-size=64"], ["--image_size=64"]):
-        assert parsed(*words).image_size == 64
-    assert parsed("--image-size", "[64, 96]").size == (64, 96)
-    assert parsed("--model.mask-ratio", "0.5") == parsed("--model.mask_ratio=0.5")
-    assert parsed("--model.encoder.window-size", "5").model.encoder == {"window_size": 5}
-    assert parsed("--devices", "2").devices in (2, "2") and parsed("--devices", "auto").devices == "auto"
-
-
-def test_hyphens_in_values_stay():
-    settings = pretrain_settings(["--data", "my-images", "--out=runs/a-b", "--preset", "giant-1b"])
-    assert (settings.data.path, settings.out, settings.preset) == ("my-images", "runs/a-b", "giant-1b")
-
-
-def test_switches():
-    """Bare, with a value, at the end or in the middle."""
-    assert parsed().resume is False
-    for words in (["--resume"], ["--resume", "--seed", "3"], ["--resume=true"], ["--resume", "true"]):
-        assert parsed(*words).resume is True
-    assert parsed("--resume", "false").resume is False and parsed("--overwrite", "--resume=false").overwrite is True
-    words = ["--data", "x", "--init", "enc", "--freeze", "--out", "new"]
-    assert finetune_settings("classification", words).freeze is True
-
-
-def test_values_keep_their_types():
-    words = ["--epochs", "3", "--optim.lr", "1e-3", "--seed", "7", "--trainer.benchmark", "true", "--out", "007"]
-    settings = parsed(*words)
-    assert (settings.epochs, settings.optim.lr, settings.seed, settings.trainer) == (3.0, 1e-3, 7, {"benchmark": True})
-    assert settings.out == "007" and isinstance(settings.epochs, float)
-    assert parsed("--preset", "null").preset is None
-    assert parsed("--data.mean", "[0.5]", "--data.std", "[0.25]").data.mean == (0.5,)
-
-
-def test_resuming_takes_the_runs_own_settings(tmp_path):
-    """`--out RUN --resume` is all that need be said; what else is said comes after and so wins."""
-    run = tmp_path / "run"
-    run.mkdir()
-    settings = PretrainSettings(data="images", out=str(run), epochs=3.0, preset="nano")
-    (run / "config.yaml").write_text(as_yaml(settings))
-    for words in (["--out", str(run), "--resume"], ["--resume", f"--out={run}"], ["--resume=true", "--out", str(run)]):
-        again = pretrain_settings(words)
-        assert again == PretrainSettings(data="images", out=str(run), epochs=3.0, preset="nano", resume=True)
-    again = pretrain_settings(["--out", str(run), "--resume", "--workers", "7"])
-    assert (again.workers, again.epochs) == (7, 3.0)
-    for words in ([f"--out={run}"], [f"--out={run}", "--resume=false"], ["--resume"]):
-        with pytest.raises(ValueError, match="missing: give --data"):
-            pretrain_settings(words)
-    started = pretrain_settings(["--resume", "--out", "absent", "--data", "images"])
-    assert started == PretrainSettings(data="images", out="absent", resume=True)
-
-
-@pytest.mark.parametrize(
-    "words, settings",
-    [
-        (f"{PRETRAIN} --epochs 3 --model.mask-ratio 0.5", PretrainSettings(data="images", out="new", epochs=3.0)),
-        (f"{FINETUNE} --epochs 3", ClassificationSettings(data="labeled", out="new", epochs=3.0)),
-    ],
-)
-def test_printed_config_reads_back(words, settings, capsys, tmp_path, place, monkeypatch):
-    """--print_config prints all settings as YAML, runs nothing, and what it printed is a --config."""
-    monkeypatch.chdir(place)
-    before = listing(place)
-    with pytest.raises(SystemExit) as ended:
-        main([*words.split(), "--print_config"])
-    out, err = capsys.readouterr()
-    assert ended.value.code == 0 and err == "" and listing(place) == before
-    values = yaml.safe_load(out)
-    assert values["epochs"] == 3.0 and values["data"]["path"] == settings.data.path
-    (tmp_path / "printed.yaml").write_text(out)
-    config = ["--config", str(tmp_path / "printed.yaml")]
-    if isinstance(settings, ClassificationSettings):
-        again = finetune_settings("classification", config)
-    else:
-        again = pretrain_settings(config)
-        settings = replace(settings, model=replace(settings.model, mask_ratio=0.5))
-    assert again == settings
 
 
 # --- export ----------------------------------------------------------------------------------------------------------

@@ -204,7 +204,7 @@ def parse(
     arguments = []
     for word in with_values(split, schema, positional):
         if config and word.key == CONFIG:
-            values, renamed = with_current_names(read_config(word.value))
+            values, renamed = with_current_names(read_config(word.value), schema.hints)
             for key in renamed:
                 note_on_renamed(key)
             given += schema.leaves(values).items()

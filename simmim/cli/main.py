@@ -128,7 +128,7 @@ def with_flags(message: str) -> str:
 
 
 # Not inside paths and quotations.
-SETTING_WITH_VALUE = r"(?<![\w./'\"-])([a-z][a-z0-9_]*(?:\.[a-z][a-z0-9_]*)*): (true|false|none)(?![\w./'\"-])"
+SETTING_WITH_VALUE = r"(?<![\w./'\"-])([a-z][a-z0-9_]*(?:\.[a-z][a-z0-9_]*)*): (true|false|none)(?![\w/'\"-]|\.\w)"
 
 
 def flag_with_value(match: re.Match) -> str:
