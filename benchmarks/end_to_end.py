@@ -21,7 +21,9 @@ import sys
 import tempfile
 from pathlib import Path
 
-from step import ROOT, Work, ask, listen, write_weights
+from contenders import Work
+from processes import Worker
+from step import ROOT, write_weights
 
 CROP = (500, 375)  # pixels, as ImageNet's images have on average
 LOGGED_EVERY, FIRST_ROWS = 2, 2
@@ -103,19 +105,14 @@ def command_rate(run: Path, images: Path, work: Work, steps: int, workers: int) 
 
 def bare_rate(work: Work, steps: int) -> float:
     """Images a second of the step alone."""
-    server = subprocess.Popen(
-        [sys.executable, str(ROOT / "benchmarks/step.py"), "--serve", "ours"],
-        stdin=subprocess.PIPE,
-        stdout=subprocess.PIPE,
-        text=True,
-    )
+    worker = Worker([str(ROOT / "benchmarks/step.py"), "--serve", "ours"])
     try:
-        ask(server, json.dumps(vars(work)))
-        listen(server)  # two steps more, and what they took in memory
-        asked = f"steps {LOGGED_EVERY}"
-        return statistics.median(work.batch / ask(server, asked)["seconds"] for _ in range(steps // LOGGED_EVERY))
+        worker.ask(json.dumps(vars(work)))
+        worker.read()  # the peak of memory
+        question = f"steps {LOGGED_EVERY}"
+        return statistics.median(work.batch / worker.ask(question)["seconds"] for _ in range(steps // LOGGED_EVERY))
     finally:
-        server.kill()
+        worker.close()
 
 
 if __name__ == "__main__":

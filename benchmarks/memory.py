@@ -15,9 +15,9 @@ import subprocess
 import sys
 import time
 import weakref
-from pathlib import Path
 
 import torch
+from processes import reset_peak, resident_mib
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
@@ -114,7 +114,7 @@ def measure(chosen: argparse.Namespace) -> dict[str, float]:
     model = make_model(chosen.preset, window, checkpointed, at_once)
     images = torch.randn(chosen.batch, 3, chosen.size, chosen.size)
     clear_caches()
-    Path("/proc/self/clear_refs").write_text("5", encoding="ascii")  # the high-water mark falls to what is resident now
+    reset_peak()
     before, started = resident_mib("VmRSS"), time.process_time()
     take_step(model, images, half)
     seconds, peak = time.process_time() - started, resident_mib("VmHWM") - before
@@ -155,12 +155,6 @@ def clear_caches() -> None:
     for function in vars(geometry).values():
         if hasattr(function, "cache_clear"):
             function.cache_clear()
-
-
-def resident_mib(field: str) -> float:
-    """The process's resident set, VmRSS, or its high-water mark, VmHWM, in MiB."""
-    status = Path("/proc/self/status").read_text(encoding="ascii")
-    return next(int(line.split()[1]) / 1024 for line in status.splitlines() if line.startswith(field))
 
 
 def as_markdown(results: dict[str, dict[str, float]]) -> str:
