@@ -15,9 +15,23 @@ import torch
 from simmim.checkpoints.checkpoint import Preprocessing
 from simmim.data import ImageSamples, collate, open_labeled_source
 from simmim.encoders.base import EncoderConfig
-from simmim.evaluate import EncoderPass, Pixels, StageScore, all_features, draw, knn_stages, pooled, probe_stages
-from simmim.evaluate.probe import check_installed
-from simmim.evaluate.vectors import Embeddings, ViewBatch, check_any_read, collected, encoded, note_unreadable, view_batches
+from simmim.evaluate import (
+    Embeddings,
+    EncoderPass,
+    FeatureScore,
+    Pixels,
+    ViewBatch,
+    all_features,
+    check_any_readable,
+    check_scikit_learn,
+    collect_embeddings,
+    draw_labels,
+    encode_views,
+    load_views,
+    pool_draws,
+    record_unreadable,
+    score_features,
+)
 from simmim.pretrain.module import PretrainingModule
 from simmim.pretrain.reconstruction_grid import COLUMNS, reconstruction_grid
 from simmim.pretrain.settings import ProbeSettings
@@ -103,19 +117,19 @@ class LabeledProbe(pl.Callback):
         throughput: Throughput,
     ) -> None:
         if settings.method == "probe":
-            check_installed()
+            check_scikit_learn()
         self.settings, self.seed, self.preprocessing, self.every_steps = settings, seed, preprocessing, every_steps
         self.throughput = throughput
         self.channels, self.how = config.in_channels, EncoderPass(workers=workers)
         self.features, self.pixels = all_features(config, preprocessing.image_size), Pixels(preprocessing.image_size)
         source = open_labeled_source(settings.data, settings.column, settings.label_column)
-        everything = draw(source, settings.labels_per_class, seed)
-        self.drawn = draw(source, settings.labels_per_class, seed, settings.max_images)
+        everything = draw_labels(source, settings.labels_per_class, seed)
+        self.drawn = draw_labels(source, settings.labels_per_class, seed, settings.max_images)
         self.counts = [(len(kept.rows), len(all_of.rows)) for kept, all_of in zip(self.drawn[1:], everything[1:])]
-        self.pools = pooled(source, [self.drawn])
+        self.pools = pool_draws(source, [self.drawn])
         self.views: list[Iterable[ViewBatch]] = []
         self.unreadable: dict[str, str] = {}
-        self.baseline: StageScore | None = None
+        self.baseline: FeatureScore | None = None
         self.step = 0  # of the last measure; batches that are accumulated in one step end at the same one
 
     def read(self) -> None:
@@ -127,15 +141,15 @@ class LabeledProbe(pl.Callback):
         image_bytes = self.channels * self.preprocessing.image_size[0] * self.preprocessing.image_size[1]
         kept = image_bytes * sum(len(part.rows) for part in self.pools.parts) <= KEEP_VIEWS_MIB * 2**20
         for part in self.pools.parts:
-            views = view_batches(self.preprocessing, self.channels, part.data, self.how)
+            views = load_views(self.preprocessing, self.channels, part.data, self.how)
             readable, seen, unreadable = 0, [], {}
             for viewed in views:
                 readable += len(viewed.rows)
-                note_unreadable(unreadable, viewed.unreadable)
+                record_unreadable(unreadable, viewed.unreadable)
                 seen.append(viewed)
                 if readable and not kept:
                     break
-            check_any_read(readable, unreadable)
+            check_any_readable(readable, unreadable)
             self.unreadable |= unreadable
             self.views.append(seen if kept else views)
 
@@ -191,22 +205,20 @@ class LabeledProbe(pl.Callback):
         how = EncoderPass(device=module.device)
         with torch.random.fork_rng(devices=[]), whole(module), trainer.precision_plugin.forward_context():
             encoder = module.model.encoder
-            return [collected(encoded(encoder, self.preprocessing, views, features, how)) for views in self.views]
+            return [
+                collect_embeddings(encode_views(encoder, self.preprocessing, views, features, how)) for views in self.views
+            ]
 
     def values(self, embedded: list[Embeddings]) -> dict[str, float]:
         """Test accuracies in [0, 1]: by the features' names without blanks, of the chosen one, and of plain pixels."""
         split = self.pools.split(self.drawn, embedded)
-        given = (split.train, split.train_labels, split.test, split.test_labels, self.settings.k)
-        if self.settings.method == "probe":
-            scores = probe_stages(*given, seed=self.seed, baseline=self.pixels.name)
-        else:
-            scores = knn_stages(*given, baseline=self.pixels.name)
+        scores = score_features(split, self.settings.method, self.settings.k, baseline=self.pixels.name)
         self.baseline = self.baseline or scores.row(self.pixels.name)
         values = {
             row.name.replace(", ", ".").replace(" ", ""): row.accuracy for row in scores.rows if row.name != self.pixels.name
         }
-        if scores.winner is not None:
-            values["chosen"] = scores.winner.accuracy
+        if scores.best is not None:
+            values["chosen"] = scores.best.accuracy
         return values | {"pixels": self.baseline.accuracy}
 
 

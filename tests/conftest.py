@@ -6,6 +6,7 @@ import tempfile
 from contextlib import contextmanager
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 
@@ -92,3 +93,19 @@ def plain_lines(monkeypatch):
     monkeypatch.setattr("simmim.methods.pixels.PixelDecoder.masked_cells", lambda self, mask, images: None)
     with kernels.disabled():
         yield
+
+
+@pytest.fixture(scope="session")
+def digit_vectors(digits):
+    """Vectors and labels of all digits, with every feature of a random encoder."""
+    from random_encoders import GRAY, random_encoder
+
+    from simmim.data import read_labeled_images
+    from simmim.evaluate import EncoderPass, Split, all_features, collect_embeddings, embed_batches
+
+    encoder, images, parts = random_encoder(), read_labeled_images(digits.labeled, None, seed=0), []
+    for source in (images.train, images.validation):
+        batches = embed_batches(encoder, GRAY, source, all_features(encoder.config, GRAY.image_size), EncoderPass(workers=0))
+        embedded = collect_embeddings(batches)
+        parts += [embedded.vectors, np.asarray(source["label"])[embedded.rows]]
+    return Split(0, *parts)

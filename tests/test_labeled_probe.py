@@ -108,7 +108,7 @@ def test_figures_are_those_of_the_exported_encoder(watched, digits):
         assert last[f"knn/{name}"] == pytest.approx(row.knn, abs=1.1 / 60), name
     agree = [last[f"knn/{row.name.replace(', ', '.').replace(' ', '')}"] == row.knn for row in report.draws[0].rows[:-1]]
     assert sum(agree) >= 5, "but for one image on the border in one feature, exactly"
-    assert last["knn/chosen"] == pytest.approx(report.draws[0].winner.knn, abs=0.02)
+    assert last["knn/chosen"] == pytest.approx(report.draws[0].best.knn, abs=0.02)
 
 
 def test_tensorboard_groups_and_describes_them(watched):

@@ -11,7 +11,7 @@ from torch import Tensor
 from tqdm import tqdm
 
 from simmim.data import open_images
-from simmim.evaluate import EncoderPass, Feature, embedded_batches
+from simmim.evaluate import EncoderPass, Feature, embed_batches
 from simmim.files import atomic_write
 from simmim.finetune.classification.model import SavedClassifier, load_classifier
 from simmim.training.trainer import device_type
@@ -68,7 +68,7 @@ def classified(
     The head goes over the vectors that `simmim embed` writes, so that both see images alike.
     """
     feature, head = Feature(), saved.model.head
-    for batch in embedded_batches(saved.model.encoder, saved.preprocessing, source, (feature,), how):
+    for batch in embed_batches(saved.model.encoder, saved.preprocessing, source, (feature,), how):
         with torch.inference_mode():
             shares = head(torch.from_numpy(batch.vectors[feature.name]).to(head.weight)).softmax(dim=1)
         yield batch.paths, shares, batch.unreadable

@@ -36,16 +36,16 @@ def run_embed(words: Sequence[str]) -> None:
     """simmim embed"""
     options = parse("embed", EmbedOptions, words)
     from simmim.checkpoints import read_encoder
-    from simmim.evaluate import EncoderPass, embed
+    from simmim.evaluate import EncoderPass, write_embeddings
     from simmim.training.trainer import device_type
 
-    result = embed(
+    result = write_embeddings(
         read_encoder(options.run),
         options.images,
         options.out,
         stage=options.stage,
         pooling=options.pooling,
-        how=EncoderPass(options.batch_size, options.workers, device_type()),
+        options=EncoderPass(options.batch_size, options.workers, device_type()),
     )
     print_unreadable(result.unreadable)
     print(f"{result.count:,} vectors of {result.dim:,} values, {len(result.unreadable):,} images unreadable: {options.out}")
@@ -100,7 +100,7 @@ def compare_stages(method: str, words: Sequence[str], purpose: str) -> None:
     """`simmim probe` and `simmim knn`."""
     options = parse(method, CompareOptions, words, purpose=purpose)
     from simmim.checkpoints import read_encoder
-    from simmim.evaluate import Comparison, EncoderPass, check_out, compare, write_report
+    from simmim.evaluate import Comparison, EncoderPass, check_report_file, compare, write_report
     from simmim.training.trainer import device_type
 
     comparison = Comparison(
@@ -116,7 +116,7 @@ def compare_stages(method: str, words: Sequence[str], purpose: str) -> None:
         label_column=options.label_column,
     )
     if options.out:
-        check_out(options.out)
+        check_report_file(options.out)
     encoder_pass = EncoderPass(options.batch_size, options.workers, device_type())
     report = compare(read_encoder(options.run), comparison, encoder_pass)
     print_unreadable(report.unreadable)

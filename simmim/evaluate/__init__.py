@@ -1,53 +1,79 @@
-"""What a frozen encoder is worth: embeddings, k-NN, linear probe, and the stage whose features serve best.
+"""Evaluation of frozen encoders: embeddings, k-NN, linear probe, and the choice of the best stage.
 
-From images to a verdict: which vector stands for an image (`features`), images to vectors (`vectors`), vectors to a file
-(`parquet`) or, with labels, to accuracies (`neighbors`, `probe`), of every stage (`stages`) and over several draws of
-labels (`labeled`), which `report` puts together. Functions take and return values; what writes a file is named for it.
+`features` defines the vectors of an image, `embeddings` computes them, `parquet` writes them to a file. `neighbors` and
+`probe` turn vectors and labels into accuracies, `scores` compares the features by them, `labeled` draws labels, and `report`
+joins all of it. Functions take and return values; only `write_…` functions write files.
 """
 
-from simmim.evaluate.features import Feature, Pixels, all_features, chosen_features
-from simmim.evaluate.labeled import Draw, Pools, Split, draw, embed_pools, pooled
-from simmim.evaluate.neighbors import knn, knn_held_out, knn_predict
-from simmim.evaluate.parquet import EmbedResult, embed
-from simmim.evaluate.probe import DEFAULT_STRENGTH, STRENGTHS, CrossValidated, ProbeResult, linear_probe
-from simmim.evaluate.report import Comparison, Report, check_out, compare, write_report
-from simmim.evaluate.stages import StageScore, StageScores, knn_stages, probe_stages, stages_table
-from simmim.evaluate.vectors import EmbeddedBatch, Embeddings, EncoderPass, embedded_batches, embeddings
+from simmim.evaluate.embeddings import (
+    EmbeddedBatch,
+    Embeddings,
+    EncoderPass,
+    ViewBatch,
+    check_any_readable,
+    collect_embeddings,
+    embed_batches,
+    encode_views,
+    load_views,
+    record_unreadable,
+)
+from simmim.evaluate.features import AnyFeature, Feature, Pixels, all_features, select_features
+from simmim.evaluate.labeled import Draw, LabeledRows, Pools, Split, draw_labels, embed_pools, pool_draws, subsample
+from simmim.evaluate.neighbors import held_out_knn_accuracy, knn_accuracy, knn_predict
+from simmim.evaluate.parquet import WrittenEmbeddings, write_embeddings
+from simmim.evaluate.probe import (
+    DEFAULT_STRENGTH,
+    STRENGTHS,
+    CrossValidated,
+    ProbeResult,
+    check_scikit_learn,
+    linear_probe,
+)
+from simmim.evaluate.report import Comparison, Report, check_report_file, compare, write_report
+from simmim.evaluate.scores import FeatureScore, FeatureScores, score_features, scores_table
 
 __all__ = [
     "DEFAULT_STRENGTH",
     "STRENGTHS",
+    "AnyFeature",
     "Comparison",
     "CrossValidated",
     "Draw",
-    "EmbedResult",
     "EmbeddedBatch",
     "Embeddings",
     "EncoderPass",
     "Feature",
+    "FeatureScore",
+    "FeatureScores",
+    "LabeledRows",
     "Pixels",
     "Pools",
     "ProbeResult",
     "Report",
     "Split",
-    "StageScore",
-    "StageScores",
+    "ViewBatch",
+    "WrittenEmbeddings",
     "all_features",
-    "check_out",
-    "chosen_features",
+    "check_any_readable",
+    "check_report_file",
+    "check_scikit_learn",
+    "collect_embeddings",
     "compare",
-    "draw",
-    "embed",
+    "draw_labels",
+    "embed_batches",
     "embed_pools",
-    "embedded_batches",
-    "embeddings",
-    "knn",
-    "knn_held_out",
+    "encode_views",
+    "held_out_knn_accuracy",
+    "knn_accuracy",
     "knn_predict",
-    "knn_stages",
     "linear_probe",
-    "pooled",
-    "probe_stages",
-    "stages_table",
+    "load_views",
+    "pool_draws",
+    "record_unreadable",
+    "score_features",
+    "scores_table",
+    "select_features",
+    "subsample",
+    "write_embeddings",
     "write_report",
 ]

@@ -1,6 +1,6 @@
-"""Which vector stands for an image: a stage's map or the final one, pooled; and plain pixels, to compare with.
+"""Features of an image: the pooled map of a stage or of the final norm, and plain pixels to compare with.
 
-Shape letters: B images of a batch, C channels of a map, D values of a vector.
+Shape letters: B images of a batch, D values of a feature vector.
 """
 
 from __future__ import annotations
@@ -13,21 +13,22 @@ from torch import Tensor
 from simmim.encoders.base import EncoderConfig, EncoderOutput, Size
 
 POOLINGS = ("mean", "2x2")
-# A side of what is left of the pixels: 3,072 values in color, over which logistic regression is still quick.
+# Largest side of the pixel feature: 3,072 values in color, for which logistic regression is still fast.
 PIXELS_SIDE = 32
 
 
 @dataclass(frozen=True)
 class Feature:
-    """A vector that stands for an image.
+    """A vector per image, pooled from one of the encoder's maps.
 
     Args:
-        stage: a stage's map, from 0, before merging and without the final norm; None for the last one's after the norm.
-        pooling: mean of the map, C values; or 2x2, the means of its quarters, 4 · C values, channel by channel. Quarters
-            of a map with an odd side share its middle.
+        stage: number of the stage, from 0, whose map before downsampling and without the final norm is pooled; None for
+            the last map after the norm.
+        pooling: mean of the map, as many values as it has channels; or 2x2, the means of its quarters, four values per
+            channel. Quarters of a map with an odd side share its middle.
 
     Raises:
-        ValueError: for another pooling or a negative stage.
+        ValueError: for an unknown pooling or a stage that is no number from 0.
     """
 
     stage: int | None = None
@@ -41,12 +42,12 @@ class Feature:
 
     @property
     def name(self) -> str:
-        """For tables and keys: "stage 2", "stage 2, 2x2", "final"."""
-        place = "final" if self.stage is None else f"stage {self.stage}"
-        return place if self.pooling == "mean" else f"{place}, {self.pooling}"
+        """Name in tables and keys: "stage 2", "stage 2, 2x2", "final"."""
+        stage = "final" if self.stage is None else f"stage {self.stage}"
+        return stage if self.pooling == "mean" else f"{stage}, {self.pooling}"
 
     def dim(self, config: EncoderConfig) -> int:
-        """D of an encoder of that architecture.
+        """D for an encoder of this architecture.
 
         Raises:
             ValueError: when it has no such stage.
@@ -55,8 +56,13 @@ class Feature:
             raise ValueError(f"stage is {self.stage}: this encoder has stages 0 to {len(config.channels) - 1}")
         return config.channels[-1 if self.stage is None else self.stage] * (4 if self.pooling == "2x2" else 1)
 
-    def of(self, images: Tensor, output: EncoderOutput) -> Tensor:
-        """(B, D) float32."""
+    def extract(self, images: Tensor, output: EncoderOutput) -> Tensor:
+        """The vectors of a batch, (B, D) float32.
+
+        Args:
+            images: what the encoder saw, (B, channels, height, width).
+            output: what it returned, with the maps of all stages where `stage` names one.
+        """
         if self.stage is None and self.pooling == "mean":
             return output.pooled.float()
         features = (output.features if self.stage is None else output.stages[self.stage]).float()
@@ -65,64 +71,71 @@ class Feature:
 
 @dataclass(frozen=True)
 class Pixels:
-    """The image itself, normalized, averaged down to at most `PIXELS_SIDE` rows and columns: what a classifier has without
-    an encoder, and what features should beat.
+    """The normalized image itself, averaged down to at most `PIXELS_SIDE` pixels per side.
+
+    This is what a classifier has without an encoder, so features should be better.
 
     Args:
         image_size: (height, width) that the encoder sees.
     """
 
     image_size: Size
-    stage = None  # none of the encoder's maps is needed
+    stage = None  # needs no map of the encoder
 
     @property
     def size(self) -> Size:
-        """(height, width) of what is left."""
-        return tuple(min(side, PIXELS_SIDE) for side in self.image_size)
+        """(height, width) of the reduced image."""
+        return (min(self.image_size[0], PIXELS_SIDE), min(self.image_size[1], PIXELS_SIDE))
 
     @property
     def name(self) -> str:
-        """For tables and keys: "pixels, 32×32"."""
+        """Name in tables and keys: "pixels, 32×32"."""
         return f"pixels, {self.size[0]}×{self.size[1]}"
 
     def dim(self, config: EncoderConfig) -> int:
-        """D, of an encoder of that many channels."""
+        """D for an encoder with as many input channels as this architecture."""
         return config.in_channels * self.size[0] * self.size[1]
 
-    def of(self, images: Tensor, output: EncoderOutput) -> Tensor:
-        """(B, D) float32."""
+    def extract(self, images: Tensor, output: EncoderOutput) -> Tensor:
+        """The vectors of a batch, (B, D) float32; the arguments are as of `Feature.extract`."""
         return F.adaptive_avg_pool2d(images.float(), self.size).flatten(1)
 
 
+AnyFeature = Feature | Pixels
+
+
 def all_features(config: EncoderConfig, image_size: Size) -> tuple[Feature, ...]:
-    """Every stage's and the final features, by each pooling that differs: a map of one token has no quarters."""
-    found = []
+    """The features of every stage and the final ones, by each pooling that differs: a map of one token has no quarters."""
+    features = []
     for stage in (*range(len(config.channels)), None):
         stride = config.strides[-1 if stage is None else stage]
         poolings = POOLINGS if max(image_size) > stride else ("mean",)
-        found += [Feature(stage, pooling) for pooling in poolings]
-    return tuple(found)
+        features += [Feature(stage, pooling) for pooling in poolings]
+    return tuple(features)
 
 
-def chosen_features(
+def select_features(
     config: EncoderConfig, image_size: Size, stage: str = "all", pooling: str = "all"
 ) -> tuple[Feature, ...]:
-    """Of `all_features` those of one stage, one pooling, or both.
+    """Those of `all_features` with one stage, one pooling, or both.
 
     Args:
-        stage: all, final, or a stage's number.
+        stage: all, final, or the number of a stage.
         pooling: all, mean or 2x2.
 
     Raises:
-        ValueError: for another stage or pooling, naming those there are; when none is left.
+        ValueError: for an unknown stage or pooling, naming the known ones; when no feature is left.
     """
     stages = {"final": None, **{str(number): number for number in range(len(config.channels))}}
     if stage != "all" and stage not in stages:
         raise ValueError(f"stage is {stage!r}: give all, {', '.join(stages)}")
     if pooling != "all" and pooling not in POOLINGS:
         raise ValueError(f"unknown pooling {pooling!r}: give all, {', '.join(POOLINGS)}")
-    found = [feature for feature in all_features(config, image_size) if stage == "all" or feature.stage == stages[stage]]
-    kept = tuple(feature for feature in found if pooling in ("all", feature.pooling))
-    if not kept:
+    selected = tuple(
+        feature
+        for feature in all_features(config, image_size)
+        if (stage == "all" or feature.stage == stages[stage]) and pooling in ("all", feature.pooling)
+    )
+    if not selected:
         raise ValueError(f"the map of stage {stage!r} is a single token, which has no quarters: give pooling mean")
-    return kept
+    return selected

@@ -1,6 +1,6 @@
-"""Labeled images as training and test vectors, of several draws of labels, every image encoded once.
+"""Labeled images as training and test vectors for several draws of labels. Each image is encoded once.
 
-Shape letters: N images, T of them to train on, D values of a vector. Labels are class indices from 0.
+Shape letters: N images, T of them to train on, D values of a feature vector. Labels are class indices from 0.
 """
 
 from __future__ import annotations
@@ -14,34 +14,40 @@ import numpy as np
 from simmim.checkpoints.checkpoint import Preprocessing
 from simmim.data import LabeledSource
 from simmim.encoders.base import Encoder
-from simmim.evaluate.vectors import DEFAULT_PASS, Embeddings, EncoderPass, Vector, embeddings
+from simmim.evaluate.embeddings import DEFAULT_PASS, Embeddings, EncoderPass, collect_embeddings, embed_batches
+from simmim.evaluate.features import AnyFeature
 
 if TYPE_CHECKING:
     import datasets
 
 
-class Rows(NamedTuple):
-    """Rows of a dataset and their labels, two times (N,) int64, class by class."""
+class LabeledRows(NamedTuple):
+    """Rows of a dataset and their labels, (N,) int64 each, class by class."""
 
     rows: np.ndarray
     labels: np.ndarray
 
 
 class Draw(NamedTuple):
-    """What to train on and what to test with, by rows of a `LabeledSource`; test rows are of its `validation`, or where
-    there is none of its `train`."""
+    """A random choice of images to train on and to test with.
+
+    Attributes:
+        seed: that it was drawn with.
+        train: rows of `LabeledSource.train`.
+        test: rows of `LabeledSource.validation`, or of `train` where there is no such part.
+    """
 
     seed: int
-    train: Rows
-    test: Rows
+    train: LabeledRows
+    test: LabeledRows
 
 
-def draw(source: LabeledSource, labels_per_class: int | None, seed: int, at_most: int | None = None) -> Draw:
-    """The images that `simmim finetune` takes for the same seed.
+def draw_labels(source: LabeledSource, labels_per_class: int | None, seed: int, max_images: int | None = None) -> Draw:
+    """The images that `simmim finetune` uses with the same seed.
 
     Args:
-        labels_per_class: training images of each class; None for all.
-        at_most: of training and of test images each so many, evenly over the classes; None for all.
+        labels_per_class: training images per class; None for all.
+        max_images: upper limit of training images and of test images, chosen evenly over the classes; None for all.
 
     Raises:
         ValueError: as `simmim.data.read_labeled_images`.
@@ -49,54 +55,70 @@ def draw(source: LabeledSource, labels_per_class: int | None, seed: int, at_most
     parts = []
     for rows in source.draw_rows(labels_per_class, seed):
         labels = np.repeat(np.arange(len(source.classes)), [len(rows[name]) for name in source.classes])
-        parts.append(subsample(Rows(np.array([row for name in source.classes for row in rows[name]]), labels), at_most))
+        labeled = LabeledRows(np.array([row for name in source.classes for row in rows[name]]), labels)
+        parts.append(subsample(labeled, max_images))
     return Draw(seed, *parts)
 
 
-def subsample(part: Rows, at_most: int | None) -> Rows:
-    """Every so manieth row, from the first to the last; as they are class by class, each class keeps its share."""
-    if at_most is None or len(part.rows) <= at_most:
-        return part
-    kept = np.linspace(0, len(part.rows) - 1, at_most).round().astype(np.int64)
-    return Rows(part.rows[kept], part.labels[kept])
+def subsample(labeled: LabeledRows, max_images: int | None) -> LabeledRows:
+    """At most `max_images` rows, evenly spaced from the first to the last. Rows are class by class, so each class keeps its
+    share."""
+    if max_images is None or len(labeled.rows) <= max_images:
+        return labeled
+    kept = np.linspace(0, len(labeled.rows) - 1, max_images).round().astype(np.int64)
+    return LabeledRows(labeled.rows[kept], labeled.labels[kept])
 
 
 class Split(NamedTuple):
-    """A draw's vectors, by the features' names (T, D) and (N, D), and labels, (T,) and (N,)."""
+    """The vectors of one draw.
+
+    Attributes:
+        seed: of the draw.
+        train, test: (T, D) and (N, D) by name of the feature.
+        train_labels, test_labels: (T,) and (N,) class indices.
+    """
 
     seed: int
-    train: dict[str, np.ndarray]
-    train_labels: np.ndarray
-    test: dict[str, np.ndarray]
-    test_labels: np.ndarray
+    train: Mapping[str, np.ndarray]
+    train_labels: Sequence[int] | np.ndarray
+    test: Mapping[str, np.ndarray]
+    test_labels: Sequence[int] | np.ndarray
 
 
 @dataclass(frozen=True)
 class Pool:
-    """Some rows of a dataset, each once, that several draws take theirs from.
+    """Rows of a dataset that one or more draws use, each once.
 
     Attributes:
-        data: these rows alone, with the column `image`.
-        rows: (N,) int64, ascending, their numbers in the dataset they are of.
+        data: only these rows, with the column `image`.
+        rows: (N,) int64, ascending, their numbers in the whole dataset.
     """
 
     data: datasets.Dataset
     rows: np.ndarray
 
-    def found(self, rows: np.ndarray, embedded: Embeddings) -> tuple[np.ndarray, np.ndarray]:
-        """Of the asked rows whether each could be read, (N,) bool, and where those that could are in `embedded`."""
-        place = np.full(len(self.rows), -1)
-        place[embedded.rows] = np.arange(len(embedded.rows))
-        places = place[np.searchsorted(self.rows, rows)]
-        return places >= 0, places[places >= 0]
+    def locate(self, rows: np.ndarray, embedded: Embeddings) -> tuple[np.ndarray, np.ndarray]:
+        """Where the vectors of some rows are.
+
+        Args:
+            rows: (N,) numbers in the whole dataset.
+            embedded: of this pool.
+
+        Returns:
+            Whether each could be read, (N,) bool, and the positions in `embedded` of those that could.
+        """
+        position = np.full(len(self.rows), -1)
+        position[embedded.rows] = np.arange(len(embedded.rows))
+        positions = position[np.searchsorted(self.rows, rows)]
+        return positions >= 0, positions[positions >= 0]
 
 
 @dataclass(frozen=True)
 class Pools:
-    """What has to be encoded for some draws: no image twice, and none that no draw has.
+    """The images that must be encoded for some draws: no image twice, and none that no draw uses.
 
     Attributes:
-        train, test: may be the same object, where test images are held out of the training part.
+        train, test: the same object where test images are held out of the training part.
     """
 
     train: Pool
@@ -107,45 +129,49 @@ class Pools:
         """The one pool or both."""
         return (self.train,) if self.test is self.train else (self.train, self.test)
 
-    def split(self, drawn: Draw, embedded: Sequence[Embeddings]) -> Split:
-        """One draw's vectors and labels, without the images that could not be read.
+    def split(self, draw: Draw, embedded: Sequence[Embeddings]) -> Split:
+        """Vectors and labels of one draw, without the images that could not be read.
 
         Args:
             embedded: of each of `parts`.
 
         Raises:
-            ValueError: when nothing of its training or of its test images could be read, or only one class of the former.
+            ValueError: when none of its training or of its test images could be read, or only one class of the former.
         """
-        values = []
-        for which, part, pool, found in (
-            ("training", drawn.train, self.train, embedded[0]),
-            ("test", drawn.test, self.test, embedded[-1]),
-        ):
-            readable, places = pool.found(part.rows, found)
-            if not len(places):
-                raise ValueError(f"none of the {len(part.rows)} {which} images of seed {drawn.seed} can be read")
-            if which == "training" and len(np.unique(part.labels[readable])) == 1 < len(np.unique(part.labels)):
-                path, why = next(iter(found.unreadable.items()))
-                raise ValueError(
-                    f"the training images of seed {drawn.seed} that can be read are all of one class; of the others the "
-                    f"first, {path}: {why}"
-                )
-            values += [{name: vectors[places] for name, vectors in found.vectors.items()}, part.labels[readable]]
-        return Split(drawn.seed, *values)
+        train_embedded, test_embedded = embedded[0], embedded[-1]
+        readable, positions = self.train.locate(draw.train.rows, train_embedded)
+        test_readable, test_positions = self.test.locate(draw.test.rows, test_embedded)
+        for part, found in (("training", readable), ("test", test_readable)):
+            if not found.any():
+                raise ValueError(f"none of the {len(found)} {part} images of seed {draw.seed} can be read")
+        train_labels = draw.train.labels[readable]
+        if len(np.unique(train_labels)) == 1 < len(np.unique(draw.train.labels)):
+            path, reason = next(iter(train_embedded.unreadable.items()))
+            raise ValueError(
+                f"the training images of seed {draw.seed} that can be read are all of one class; of the others the "
+                f"first, {path}: {reason}"
+            )
+        return Split(
+            draw.seed,
+            {name: vectors[positions] for name, vectors in train_embedded.vectors.items()},
+            train_labels,
+            {name: vectors[test_positions] for name, vectors in test_embedded.vectors.items()},
+            draw.test.labels[test_readable],
+        )
 
 
-def pooled(source: LabeledSource, draws: Sequence[Draw]) -> Pools:
+def pool_draws(source: LabeledSource, draws: Sequence[Draw]) -> Pools:
     """The images of all draws together."""
     if source.validation is None:
-        both = pool(source.train, [part.rows for drawn in draws for part in (drawn.train, drawn.test)])
+        both = pool_rows(source.train, [part.rows for draw in draws for part in (draw.train, draw.test)])
         return Pools(both, both)
     return Pools(
-        pool(source.train, [drawn.train.rows for drawn in draws]),
-        pool(source.validation, [drawn.test.rows for drawn in draws]),
+        pool_rows(source.train, [draw.train.rows for draw in draws]),
+        pool_rows(source.validation, [draw.test.rows for draw in draws]),
     )
 
 
-def pool(data: datasets.Dataset, rows: Sequence[np.ndarray]) -> Pool:
+def pool_rows(data: datasets.Dataset, rows: Sequence[np.ndarray]) -> Pool:
     """The rows that are in any of `rows`."""
     union = np.unique(np.concatenate(rows))
     return Pool(data.select(union), union)
@@ -155,18 +181,24 @@ def embed_pools(
     encoder: Encoder,
     preprocessing: Preprocessing,
     pools: Pools,
-    features: Sequence[Vector],
-    how: EncoderPass = DEFAULT_PASS,
+    features: Sequence[AnyFeature],
+    options: EncoderPass = DEFAULT_PASS,
     progress: Callable[[int], object] | None = None,
 ) -> list[Embeddings]:
-    """Embeddings of each of the pools' parts.
+    """Vectors of each of the pools' parts.
+
+    Args:
+        progress: as of `collect_embeddings`.
 
     Raises:
-        ValueError: as `embeddings`.
+        ValueError: as `embed_batches` and `collect_embeddings`.
     """
-    return [embeddings(encoder, preprocessing, part.data, features, how, progress) for part in pools.parts]
+    return [
+        collect_embeddings(embed_batches(encoder, preprocessing, part.data, features, options), progress)
+        for part in pools.parts
+    ]
 
 
-def all_unreadable(embedded: Sequence[Embeddings]) -> Mapping[str, str]:
-    """Reason by path of every image that could not be read."""
-    return {path: why for part in embedded for path, why in part.unreadable.items()}
+def unreadable_images(embedded: Sequence[Embeddings]) -> Mapping[str, str]:
+    """Reason by path of each image that could not be read."""
+    return {path: reason for part in embedded for path, reason in part.unreadable.items()}

@@ -1,4 +1,4 @@
-"""Vectors to a Parquet file."""
+"""Feature vectors to a Parquet file."""
 
 from __future__ import annotations
 
@@ -13,24 +13,28 @@ from tqdm import tqdm
 
 from simmim.checkpoints.checkpoint import SavedEncoder
 from simmim.data import open_images
+from simmim.encoders.registry import config_as_dict
+from simmim.evaluate.embeddings import DEFAULT_PASS, EncoderPass, check_any_readable, embed_batches, record_unreadable
 from simmim.evaluate.features import Feature
-from simmim.evaluate.vectors import DEFAULT_PASS, EncoderPass, check_any_read, embedded_batches, note_unreadable
 from simmim.files import atomic_write
 
 if TYPE_CHECKING:
     import datasets
+    import pyarrow as pa
+    import pyarrow.parquet as pq
 
-ROW_GROUP_BYTES = 32 * 2**20  # of vectors held before they are written, and a reader's smallest piece
+ROW_GROUP_BYTES = 32 * 2**20  # of vectors in memory before they are written, and the least that a reader reads at once
+SUFFIXES = (".parquet", ".pq")
 
 
 @dataclass(frozen=True)
-class EmbedResult:
-    """What `embed` has written.
+class WrittenEmbeddings:
+    """What `write_embeddings` has written.
 
     Attributes:
-        count: rows of the file, one an image that could be read.
+        count: rows of the file, one per image that could be read.
         dim: values of a vector.
-        unreadable: reason by path of every image that could not be read.
+        unreadable: reason by path of each image that could not be read.
     """
 
     count: int
@@ -38,76 +42,102 @@ class EmbedResult:
     unreadable: dict[str, str]
 
 
-def embed(
+def write_embeddings(
     saved: SavedEncoder,
     images: str | Path | Sequence[str] | datasets.Dataset,
     out: str | Path,
     stage: int | None = None,
     pooling: str = "mean",
-    how: EncoderPass = DEFAULT_PASS,
-) -> EmbedResult:
-    """Write every image's vector to the Parquet file `out`, whole or not at all.
+    options: EncoderPass = DEFAULT_PASS,
+) -> WrittenEmbeddings:
+    """Write the vector of every image to the Parquet file `out`, whole or not at all.
 
-    Columns: `path`, text, and `vector`, a list of D float32; rows in the order of the images. A row group of
-    about 32 MiB is in memory, whatever the number of images. The file's schema says under the key `simmim`, as JSON, which
-    encoder, preprocessing and feature the vectors are from.
+    Columns are `path`, text, and `vector`, a list of D float32. Rows are in the order of the images. Vectors of about 32 MiB
+    are in memory, whatever the number of images. The schema's metadata has a key `simmim`, whose JSON names encoder,
+    preprocessing and feature.
 
     Args:
-        images: as `simmim.data.open_images` takes them, or a dataset that it has opened.
+        images: as of `simmim.data.open_images`, or a dataset that it has opened.
         stage, pooling: as of `Feature`.
 
     Raises:
-        ValueError: when `out` exists, and as `embeddings`.
+        ValueError: when `out` exists or does not end in .parquet, when no image can be read, and as `embed_batches`.
     """
-    import pyarrow as pa
     import pyarrow.parquet as pq
 
     out = Path(out).expanduser()
-    if out.suffix.lower() not in (".parquet", ".pq"):
+    if out.suffix.lower() not in SUFFIXES:
         raise ValueError(f"{str(out)!r} is no Parquet file's name: end it in .parquet")
     if out.exists():
         raise ValueError(f"{str(out)!r} exists: give a new file")
     feature = Feature(stage, pooling)
     dim = feature.dim(saved.encoder.config)
     source = images if hasattr(images, "column_names") else open_images(images)
-    batches = embedded_batches(saved.encoder, saved.preprocessing, source, (feature,), how)
+    batches = embed_batches(saved.encoder, saved.preprocessing, source, (feature,), options)
+    schema = embeddings_schema(saved, feature)
+    count, unreadable = 0, {}
+    with atomic_write(out) as temporary:
+        # No dictionary encoding: hardly any two values are equal.
+        with (
+            pq.ParquetWriter(temporary, schema, use_dictionary=False) as writer,
+            tqdm(total=len(source), desc="embedding", unit="image") as bar,
+        ):
+            rows = RowGroupWriter(writer, schema, dim)
+            for batch in batches:
+                record_unreadable(unreadable, batch.unreadable)
+                count += len(batch.rows)
+                rows.add(batch.paths, batch.vectors[feature.name])
+                bar.update(len(batch.rows) + len(batch.unreadable))
+            rows.write()
+        check_any_readable(count, unreadable)
+    return WrittenEmbeddings(count, dim, unreadable)
+
+
+def embeddings_schema(saved: SavedEncoder, feature: Feature) -> pa.Schema:
+    """The columns `path` and `vector`, and as metadata where the vectors come from."""
+    import pyarrow as pa
+
     origin = {
         "encoder": str(saved.report.source),
         "provenance": saved.provenance,
-        "architecture": saved.encoder.config.as_dict(),
+        "architecture": config_as_dict(saved.encoder.config),
         "preprocessing": asdict(saved.preprocessing),
-        "stage": stage,
-        "pooling": pooling,
+        "stage": feature.stage,
+        "pooling": feature.pooling,
     }
-    schema = pa.schema(
-        {"path": pa.string(), "vector": pa.list_(pa.float32(), dim)},
+    return pa.schema(
+        {"path": pa.string(), "vector": pa.list_(pa.float32(), feature.dim(saved.encoder.config))},
         metadata={"simmim": json.dumps(origin, default=str)},
     )
-    rows_at_once = max(1, ROW_GROUP_BYTES // (4 * dim))
-    count, unreadable, paths, vectors = 0, {}, [], []
 
-    with atomic_write(out) as temporary:
-        # No dictionary: hardly two values of the vectors are alike.
-        with pq.ParquetWriter(temporary, schema, use_dictionary=False) as writer:
 
-            def write() -> None:
-                """What is held, as one row group."""
-                values = pa.FixedSizeListArray.from_arrays(pa.array(np.concatenate(vectors).reshape(-1)), dim)
-                columns = [pa.array(paths, pa.string()), values]
-                writer.write_table(pa.Table.from_arrays(columns, schema=schema), row_group_size=len(paths))
-                paths.clear()
-                vectors.clear()
+class RowGroupWriter:
+    """Collects paths and vectors and writes them as row groups of about `ROW_GROUP_BYTES`.
 
-            with tqdm(total=len(source), desc="embedding", unit="image") as bar:
-                for batch in batches:
-                    note_unreadable(unreadable, batch.unreadable)
-                    count += len(batch.rows)
-                    paths += batch.paths
-                    vectors.append(batch.vectors[feature.name])
-                    if len(paths) >= rows_at_once:
-                        write()
-                    bar.update(len(batch.rows) + len(batch.unreadable))
-            if paths:
-                write()
-        check_any_read(count, unreadable)
-    return EmbedResult(count, dim, unreadable)
+    Args:
+        dim: values of a vector.
+    """
+
+    def __init__(self, writer: pq.ParquetWriter, schema: pa.Schema, dim: int) -> None:
+        self.writer, self.schema, self.dim = writer, schema, dim
+        self.rows_per_group = max(1, ROW_GROUP_BYTES // (4 * dim))
+        self.paths: list[str] = []
+        self.vectors: list[np.ndarray] = []
+
+    def add(self, paths: Sequence[str], vectors: np.ndarray) -> None:
+        """Collect the vectors, (B, dim) float32, of some images, and write once they are enough."""
+        self.paths += paths
+        self.vectors.append(vectors)
+        if len(self.paths) >= self.rows_per_group:
+            self.write()
+
+    def write(self) -> None:
+        """Write what is collected as one row group; nothing where nothing is."""
+        import pyarrow as pa
+
+        if self.paths:
+            values = pa.FixedSizeListArray.from_arrays(pa.array(np.concatenate(self.vectors).reshape(-1)), self.dim)
+            columns = [pa.array(self.paths, pa.string()), values]
+            table = pa.Table.from_arrays(columns, schema=self.schema)
+            self.writer.write_table(table, row_group_size=len(self.paths))
+        self.paths, self.vectors = [], []

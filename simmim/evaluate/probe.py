@@ -1,6 +1,6 @@
-"""The linear probe: logistic regression over frozen features, its penalty chosen by cross-validation.
+"""The linear probe: logistic regression on frozen features, its penalty chosen by cross-validation.
 
-Shape letters: N images, T of them to train on, D values of a vector. Labels are class indices from 0.
+Shape letters: N images, T of them to train on, D values of a feature vector. Labels are class indices from 0.
 """
 
 from __future__ import annotations
@@ -12,17 +12,17 @@ from typing import NamedTuple
 
 import numpy as np
 
-from simmim.evaluate.validation import check_alike, checked
+from simmim.evaluate.validation import check_same_dim, validate_labeled_vectors
 
-# Inverse strengths of the probe's L2 penalty on standardized features. Where no cross-validation is possible, one that was
-# the best or within a point of it at 1, 2 and 5 labels a class of real digits, for three features.
+# Inverse strengths of the L2 penalty on standardized features. The default is for where cross-validation is not possible: at
+# 1, 2 and 5 labels per class of real digits it was the best or within a point of the best, for three features.
 STRENGTHS = tuple(10.0**exponent for exponent in range(-4, 3))
 DEFAULT_STRENGTH = 0.1
 MAX_FOLDS, MAX_ITERATIONS = 5, 1000
 
 
 class CrossValidated(NamedTuple):
-    """Accuracy over the folds, in [0, 1], with one strength of the penalty."""
+    """Mean and standard deviation over the folds of the accuracy, in [0, 1], with one inverse strength of the penalty."""
 
     c: float
     mean: float
@@ -31,15 +31,15 @@ class CrossValidated(NamedTuple):
 
 @dataclass(frozen=True)
 class ProbeResult:
-    """A linear classifier over frozen features.
+    """The result of a linear classifier on frozen features.
 
     Attributes:
         accuracy: on the test vectors, in [0, 1].
         c: inverse strength of the L2 penalty, scikit-learn's C.
-        predictions: (N,) int64, the test vectors' classes.
+        predictions: (N,) int64, the class of each test vector.
         cross_validation: on the training vectors, for each of `STRENGTHS`; empty where it was not possible.
-        folds: of the cross-validation; 0 where it was not possible.
-        converged: whether the final fit has, within `MAX_ITERATIONS`.
+        folds: number of folds of the cross-validation; 0 where it was not possible.
+        converged: whether the final fit converged within `MAX_ITERATIONS`.
     """
 
     accuracy: float
@@ -51,7 +51,7 @@ class ProbeResult:
 
     @property
     def cross_validated(self) -> float | None:
-        """The chosen strength's accuracy on the training vectors, held out in turn; None where that was not possible."""
+        """Cross-validated accuracy of the chosen strength; None where it was not possible."""
         return max((row.mean for row in self.cross_validation), default=None)
 
 
@@ -62,31 +62,31 @@ def linear_probe(
     test_labels: Sequence[int] | np.ndarray,
     seed: int = 0,
 ) -> ProbeResult:
-    """Logistic regression over standardized features, its penalty chosen by cross-validation on `train` alone.
+    """Logistic regression on standardized features, its penalty chosen by cross-validation on `train` alone.
 
-    Folds are stratified, as many as the smallest class has labels, at most 5; in each, features are standardized by what
-    is fitted. Of strengths with equal accuracy the strongest penalty wins. With a single label in a class there is
-    nothing to hold out: C is then `DEFAULT_STRENGTH`. Computed in float64, 8 · T · D bytes and some copies: for T up to
-    some ten thousand.
+    Folds are stratified. There are as many as the smallest class has labels, at most 5. In each fold, features are
+    standardized by the vectors that are fitted. Of strengths with equal accuracy the strongest penalty wins. Where a class
+    has a single label, no fold can be held out and C is `DEFAULT_STRENGTH`. Everything is computed in float64, which takes
+    8 · T · D bytes and some copies: suitable for T up to some ten thousand.
 
     Args:
         train, test: (T, D) and (N, D).
-        train_labels, test_labels: (T,) and (N,) class indices; test labels without training vectors count as missed.
+        train_labels, test_labels: (T,) and (N,) class indices; a test label without training vectors counts as wrong.
         seed: of the division into folds.
 
     Raises:
         ValueError: for vectors that are no finite matrix, of different D, or that do not match their labels; fewer than
             two classes; scikit-learn not installed.
     """
-    check_installed()
+    check_scikit_learn()
     from sklearn.model_selection import StratifiedKFold
 
-    train, train_labels = checked(train, train_labels, "train", np.float64)
-    test, test_labels = checked(test, test_labels, "test", np.float64)
-    check_alike(train, test)
-    found, counts = np.unique(train_labels, return_counts=True)
-    if len(found) < 2:
-        raise ValueError(f"all train labels are {found[0]}: give vectors of at least two classes")
+    train, train_labels = validate_labeled_vectors(train, train_labels, "train", np.float64)
+    test, test_labels = validate_labeled_vectors(test, test_labels, "test", np.float64)
+    check_same_dim(train, test)
+    classes, counts = np.unique(train_labels, return_counts=True)
+    if len(classes) < 2:
+        raise ValueError(f"all train labels are {classes[0]}: give vectors of at least two classes")
     folds = min(MAX_FOLDS, int(counts.min()))
     folds = folds if folds > 1 else 0
     c, table = DEFAULT_STRENGTH, ()
@@ -97,17 +97,17 @@ def linear_probe(
             accuracies.append([np.mean(predict(train[held_out]) == train_labels[held_out]) for predict, _ in fits])
         means, stds = np.mean(accuracies, axis=0), np.std(accuracies, axis=0)
         table = tuple(CrossValidated(*map(float, row)) for row in zip(STRENGTHS, means, stds))
-        c = max(table, key=lambda row: row.mean).c  # of equals the first
+        c = max(table, key=lambda row: row.mean).c  # the first of equals
     ((predict, converged),) = logistic_fits(train, train_labels, (c,))
     predictions = predict(test)
     return ProbeResult(float(np.mean(predictions == test_labels)), c, predictions, table, folds, converged)
 
 
-def check_installed() -> None:
-    """See that scikit-learn is there, before minutes are spent on features for it.
+def check_scikit_learn() -> None:
+    """Check that scikit-learn is installed, before minutes are spent on computing features.
 
     Raises:
-        ValueError: saying how to install it.
+        ValueError: when it is not, naming the extra.
     """
     try:
         import sklearn.model_selection  # noqa: F401
@@ -120,8 +120,16 @@ def check_installed() -> None:
 def logistic_fits(
     vectors: np.ndarray, labels: np.ndarray, strengths: Sequence[float]
 ) -> Iterator[tuple[Callable[[np.ndarray], np.ndarray], bool]]:
-    """For one C after another, ascending, how to classify vectors and whether the fit has converged. Use each before the
-    next: they are one model, which starts from its last solution."""
+    """Fit one inverse strength after another.
+
+    All fits share one model, and each starts from the solution before it. So a classifier must be used before the next fit.
+
+    Args:
+        strengths: in ascending order.
+
+    Yields:
+        A function from vectors to classes, and whether the fit converged.
+    """
     from sklearn.exceptions import ConvergenceWarning
     from sklearn.linear_model import LogisticRegression
     from sklearn.preprocessing import StandardScaler
@@ -131,7 +139,7 @@ def logistic_fits(
     model = LogisticRegression(max_iter=MAX_ITERATIONS, warm_start=True)
 
     def predict(others: np.ndarray) -> np.ndarray:
-        """Classes by the model as it is fitted now."""
+        """Classes by the current fit."""
         return model.predict(scaler.transform(others))
 
     for c in strengths:

@@ -1,27 +1,26 @@
-"""What `simmim probe` and `simmim knn` do: every feature of an encoder on labeled images, over several draws of labels."""
+"""`simmim probe` and `simmim knn`: every feature of an encoder on labeled images, over several draws of labels."""
 
 from __future__ import annotations
 
 import csv
 import json
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 
 from tqdm import tqdm
 
 from simmim.checkpoints.checkpoint import SavedEncoder
-from simmim.data import open_labeled_source
-from simmim.evaluate.features import Pixels, chosen_features
-from simmim.evaluate.labeled import all_unreadable, draw, embed_pools, pooled
-from simmim.evaluate.neighbors import check_vote
-from simmim.evaluate.probe import check_installed
-from simmim.evaluate.stages import StageScores, estimate, knn_stages, mean_rows, probe_stages, stages_table, winner
-from simmim.evaluate.vectors import DEFAULT_PASS, EncoderPass
+from simmim.data import LabeledSource, open_labeled_source
+from simmim.evaluate.embeddings import DEFAULT_PASS, EncoderPass
+from simmim.evaluate.features import Pixels, select_features
+from simmim.evaluate.labeled import Draw, draw_labels, embed_pools, pool_draws, unreadable_images
+from simmim.evaluate.neighbors import check_knn_settings
+from simmim.evaluate.probe import check_scikit_learn
+from simmim.evaluate.scores import METHODS, FeatureScores, best_score, estimate, mean_scores, score_features, scores_table
 from simmim.files import atomic_write
 
-METHODS = ("probe", "knn")
-ENDINGS = (".json", ".csv", ".md")
+SUFFIXES = (".json", ".csv", ".md")
 
 
 @dataclass(frozen=True)
@@ -29,13 +28,14 @@ class Comparison:
     """What is compared, on which images.
 
     Args:
-        data: labeled images, as `simmim.data.read_labeled_images` takes them.
+        data: labeled images, as of `simmim.data.read_labeled_images`.
         method: probe, with k-NN beside it, or knn alone.
-        labels_per_class: training images of each class; None for all.
-        seed, seeds: so many draws of labels, with the seeds seed, seed + 1, …, each as fine-tuning draws them.
-        stage, pooling: of which features, as of `chosen_features`.
+        labels_per_class: training images per class; None for all.
+        seed: of the first draw of labels, which is that of fine-tuning with the same seed.
+        seeds: number of draws, with the seeds seed, seed + 1, ….
+        stage, pooling: of which features, as of `select_features`.
         k, temperature: as of `knn_predict`.
-        column, label_column: which columns hold image and label; found by default.
+        column, label_column: names of the columns with image and label; found by default.
 
     Raises:
         ValueError: for values out of range.
@@ -62,22 +62,22 @@ class Comparison:
             raise ValueError(f"seed is {self.seed}: give 0 or more")
         if self.labels_per_class is not None and self.labels_per_class < 1:
             raise ValueError(f"labels_per_class is {self.labels_per_class}: give 1 or more, or leave it out for all")
-        check_vote(self.k, self.temperature)
+        check_knn_settings(self.k, self.temperature)
 
 
 @dataclass(frozen=True)
 class Report:
-    """What came out.
+    """The result of a comparison.
 
     Attributes:
-        comparison: what was asked.
-        encoder: where it was read from.
-        provenance: where it comes from, as far as its files tell.
-        classes: names, in the labels' order.
-        counts: training and test images of a draw, on average over the draws, of those that could be read.
-        draws: a score each.
+        comparison: what was asked for.
+        encoder: where the encoder was read from.
+        provenance: how the encoder was trained, as far as its files tell.
+        classes: names, in the order of the labels.
+        counts: number of training and of test images that could be read, on average over the draws.
+        draws: scores of each draw.
         seeds: of the draws.
-        unreadable: reason by path.
+        unreadable: reason by path of each image that could not be read.
     """
 
     comparison: Comparison
@@ -85,25 +85,27 @@ class Report:
     provenance: Mapping
     classes: tuple[str, ...]
     counts: tuple[float, float]
-    draws: tuple[StageScores, ...]
+    draws: tuple[FeatureScores, ...]
     seeds: tuple[int, ...]
     unreadable: Mapping[str, str] = field(default_factory=dict)
 
     def table(self) -> str:
-        """As Markdown, with a line about the images."""
-        asked, (train, test) = self.comparison, self.counts
-        labels = "all labels" if asked.labels_per_class is None else f"{asked.labels_per_class} labels a class"
+        """A line about the images, then `scores_table`."""
+        count, (train, test) = self.comparison.labels_per_class, self.counts
+        labels = "all labels" if count is None else f"{count} labels per class"
         draws = f", mean ± standard error over {len(self.draws)} draws" if len(self.draws) > 1 else ""
-        said = f"Accuracy in percent on {test:,.0f} images; {train:,.0f} to train on, {len(self.classes)} classes, {labels}"
-        return f"{said}{draws}.\n\n{stages_table(*self.draws)}"
+        return (
+            f"Accuracy in percent on {test:,.0f} images; {train:,.0f} to train on, {len(self.classes)} classes, "
+            f"{labels}{draws}.\n\n{scores_table(*self.draws)}"
+        )
 
     def as_dict(self) -> dict:
-        """Everything, as JSON takes it; accuracies in [0, 1]."""
-        best = winner(mean_rows(self.draws), self.draws[0].baseline)
+        """Everything as plain values for JSON; accuracies in [0, 1]."""
+        best = best_score(mean_scores(self.draws), self.draws[0].baseline)
         return {
             "encoder": self.encoder,
             "provenance": dict(self.provenance),
-            **{name: getattr(self.comparison, name) for name in vars(self.comparison)},
+            **asdict(self.comparison),
             "classes": list(self.classes),
             "train_images": self.counts[0],
             "test_images": self.counts[1],
@@ -115,90 +117,106 @@ class Report:
                     "feature": row.name,
                     "values": row.dim,
                     "converged": row.converged,
-                    **{name: self.figures(row.name, name) for name in ("knn", "probe", "cross_validated")},
+                    **{name: self.statistics(row.name, name) for name in ("knn", "probe", "cross_validated")},
                     "c": [scores.row(row.name).c for scores in self.draws],
                 }
                 for row in self.draws[0].rows
             ],
         }
 
-    def figures(self, feature: str, name: str) -> dict | None:
-        """One figure of a feature: mean, standard error and each draw's; None where there is none."""
-        each = [getattr(scores.row(feature), name) for scores in self.draws]
+    def statistics(self, feature: str, field: str) -> dict | None:
+        """Mean, standard error and each value over the draws of a field of `FeatureScore`; None where one is missing."""
+        each = [getattr(scores.row(feature), field) for scores in self.draws]
         return None if None in each else {**estimate(each)._asdict(), "each": each}
 
 
-def compare(saved: SavedEncoder, asked: Comparison, how: EncoderPass = DEFAULT_PASS, quiet: bool = False) -> Report:
-    """Encode the images of all draws, each once, and judge every feature by every draw, plain pixels beside them.
+def compare(saved: SavedEncoder, comparison: Comparison, options: EncoderPass = DEFAULT_PASS, quiet: bool = False) -> Report:
+    """Encode the images of all draws, each once, and score every feature and plain pixels with every draw.
 
-    In memory are all features of all images drawn: for SwinV2-T and every feature 45 KB an image.
+    All features of all these images are in memory: 45 KB per image for SwinV2-T with every feature.
 
     Args:
-        quiet: show no bars.
+        quiet: show no progress bars.
 
     Raises:
-        ValueError: for labeled data, an encoder's stage or draws that cannot be; scikit-learn not installed and asked for.
+        ValueError: for labeled data that cannot be used, an unknown stage, or more draws than there are; when scikit-learn
+            is needed and not installed.
     """
-    if asked.method == "probe":
-        check_installed()
-    preprocessing = saved.preprocessing
+    if comparison.method == "probe":
+        check_scikit_learn()
+    config, preprocessing = saved.encoder.config, saved.preprocessing
     pixels = Pixels(preprocessing.image_size)
-    features = (*chosen_features(saved.encoder.config, preprocessing.image_size, asked.stage, asked.pooling), pixels)
-    source = open_labeled_source(asked.data, asked.column, asked.label_column)
-    if asked.seeds > 1 and asked.labels_per_class is None and source.validation is not None:
-        raise ValueError(
-            f"seeds is {asked.seeds}, and all labels of {asked.data!r} with its own test images are one draw and no more: "
-            "give labels_per_class, or one seed"
-        )
-    draws = [draw(source, asked.labels_per_class, asked.seed + number) for number in range(asked.seeds)]
-    pools = pooled(source, draws)
+    features = (*select_features(config, preprocessing.image_size, comparison.stage, comparison.pooling), pixels)
+    source = open_labeled_source(comparison.data, comparison.column, comparison.label_column)
+    draws = draw_all(source, comparison)
+    pools = pool_draws(source, draws)
     with tqdm(total=sum(len(part.rows) for part in pools.parts), desc="embedding", unit="image", disable=quiet) as bar:
-        embedded = embed_pools(saved.encoder, preprocessing, pools, features, how, bar.update)
+        embedded = embed_pools(saved.encoder, preprocessing, pools, features, options, bar.update)
     scores, counts = [], []
-    with tqdm(total=len(draws) * len(features), desc=asked.method, unit="fit", disable=quiet) as bar:
-        for drawn in draws:
-            split = pools.split(drawn, embedded)
-            given = (split.train, split.train_labels, split.test, split.test_labels, asked.k, asked.temperature)
-            common = {"progress": lambda row: bar.update(), "baseline": pixels.name}
-            if asked.method == "probe":
-                scores.append(probe_stages(*given, seed=drawn.seed, **common))
-            else:
-                scores.append(knn_stages(*given, **common, device=how.device))
+    with tqdm(total=len(draws) * len(features), desc=comparison.method, unit="fit", disable=quiet) as bar:
+        for draw in draws:
+            split = pools.split(draw, embedded)
+            scores.append(
+                score_features(
+                    split,
+                    comparison.method,
+                    comparison.k,
+                    comparison.temperature,
+                    progress=lambda row: bar.update(),
+                    baseline=pixels.name,
+                    device=options.device,
+                )
+            )
             counts.append((len(split.train_labels), len(split.test_labels)))
     return Report(
-        asked,
+        comparison,
         str(saved.report.source),
         saved.provenance,
         source.classes,
-        tuple(sum(column) / len(counts) for column in zip(*counts)),
+        (sum(train for train, _ in counts) / len(counts), sum(test for _, test in counts) / len(counts)),
         tuple(scores),
-        tuple(drawn.seed for drawn in draws),
-        all_unreadable(embedded),
+        tuple(draw.seed for draw in draws),
+        unreadable_images(embedded),
     )
 
 
-def check_out(out: str | Path) -> Path:
-    """The file that results are to go to, before they are computed.
+def draw_all(source: LabeledSource, comparison: Comparison) -> list[Draw]:
+    """The draws of a comparison.
 
     Raises:
-        ValueError: when it exists, or its ending is of no kind that can be written.
+        ValueError: when all draws would be the same; as `draw_labels`.
+    """
+    if comparison.seeds > 1 and comparison.labels_per_class is None and source.validation is not None:
+        raise ValueError(
+            f"seeds is {comparison.seeds}, but with all labels of {comparison.data!r} and its own test images every draw is "
+            "the same: give labels_per_class, or one seed"
+        )
+    seeds = range(comparison.seed, comparison.seed + comparison.seeds)
+    return [draw_labels(source, comparison.labels_per_class, seed) for seed in seeds]
+
+
+def check_report_file(out: str | Path) -> Path:
+    """The path of a report to be written, checked before the results are computed.
+
+    Raises:
+        ValueError: when it exists, or its suffix is not one of `SUFFIXES`.
     """
     path = Path(out).expanduser()
-    if path.suffix not in ENDINGS:
-        raise ValueError(f"{str(out)!r} is of no known kind: end it in {', '.join(ENDINGS)}")
+    if path.suffix not in SUFFIXES:
+        raise ValueError(f"{str(out)!r} is of no known format: end it in {', '.join(SUFFIXES)}")
     if path.exists():
         raise ValueError(f"{str(out)!r} exists: give a new file")
     return path
 
 
 def write_report(report: Report, out: str | Path) -> Path:
-    """Write `out`, whole or not at all: everything as JSON, a row for each draw and feature as CSV, or the table as
-    Markdown, by its ending.
+    """Write `out`, whole or not at all, in the format of its suffix: everything as JSON, a row per draw and feature as CSV,
+    or the table as Markdown.
 
     Raises:
-        ValueError: as `check_out`.
+        ValueError: as `check_report_file`.
     """
-    path = check_out(out)
+    path = check_report_file(out)
     with atomic_write(path) as temporary, temporary.open("w", newline="", encoding="utf-8") as file:
         if path.suffix == ".json":
             file.write(json.dumps(report.as_dict(), indent=2, default=str) + "\n")
@@ -208,5 +226,5 @@ def write_report(report: Report, out: str | Path) -> Path:
             writer = csv.writer(file)
             writer.writerow(["seed", "feature", "values", "knn", "probe", "c", "cross_validated", "converged", "chosen"])
             for seed, scores in zip(report.seeds, report.draws):
-                writer.writerows([seed, *row, int(row == scores.winner)] for row in scores.rows)
+                writer.writerows([seed, *row, int(row == scores.best)] for row in scores.rows)
     return path

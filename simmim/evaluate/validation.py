@@ -1,4 +1,4 @@
-"""What is given to the evaluations: vectors and labels, checked.
+"""Checks of the vectors and labels that k-NN and linear probe receive.
 
 Shape letters: N images, D values of a vector.
 """
@@ -10,44 +10,47 @@ from collections.abc import Sequence
 import numpy as np
 
 
-def checked_vectors(vectors: np.ndarray, which: str, kind: type = np.float32) -> np.ndarray:
-    """`vectors` as (N, D) of `kind`.
+def validate_vectors(vectors: np.ndarray, part: str, dtype: type = np.float32) -> np.ndarray:
+    """`vectors` as a writable (N, D) array of `dtype`.
+
+    Args:
+        part: train or test, for the message.
 
     Raises:
         ValueError: when they are no matrix, empty or not finite.
     """
-    vectors = np.require(vectors, kind, ["C", "W"])  # what Arrow shows of its memory cannot be written, which torch minds
+    vectors = np.require(vectors, dtype, ["C", "W"])  # Arrow's memory is read-only, and torch warns about that
     if vectors.ndim != 2 or not vectors.size:
-        raise ValueError(f"{which} vectors have shape {vectors.shape}: give (images, values), at least one of each")
+        raise ValueError(f"{part} vectors have shape {vectors.shape}: give (images, values), at least one of each")
     if not np.isfinite(vectors).all():
         row = int(np.flatnonzero(~np.isfinite(vectors).all(axis=1))[0])
-        raise ValueError(f"{which} vector {row} is not finite: leave it out, or embed without autocast")
+        raise ValueError(f"{part} vector {row} is not finite: leave it out, or embed without autocast")
     return vectors
 
 
-def checked(
-    vectors: np.ndarray, labels: Sequence[int] | np.ndarray, which: str, kind: type = np.float32
+def validate_labeled_vectors(
+    vectors: np.ndarray, labels: Sequence[int] | np.ndarray, part: str, dtype: type = np.float32
 ) -> tuple[np.ndarray, np.ndarray]:
-    """`vectors` as by `checked_vectors`, and one label for each, (N,) int64.
+    """`vectors` as by `validate_vectors`, and one label per vector, (N,) int64.
 
     Raises:
-        ValueError: when they are not that.
+        ValueError: as `validate_vectors`; when the labels are not one class index from 0 per vector.
     """
-    vectors, labels = checked_vectors(vectors, which, kind), np.asarray(labels)
+    vectors, labels = validate_vectors(vectors, part, dtype), np.asarray(labels)
     if labels.shape != (len(vectors),):
-        raise ValueError(f"{which} labels have shape {labels.shape}: give one for each of {len(vectors)} vectors")
+        raise ValueError(f"{part} labels have shape {labels.shape}: give one for each of {len(vectors)} vectors")
     if labels.dtype.kind not in "iu":
-        raise ValueError(f"{which} labels are of type {labels.dtype}: give class indices, whole numbers from 0")
+        raise ValueError(f"{part} labels are of type {labels.dtype}: give class indices, whole numbers from 0")
     if labels.min() < 0:
-        raise ValueError(f"a {which} label is {labels.min()}: give class indices from 0")
+        raise ValueError(f"a {part} label is {labels.min()}: give class indices from 0")
     return vectors, labels.astype(np.int64)
 
 
-def check_alike(train: np.ndarray, test: np.ndarray) -> None:
-    """Refuse vectors of different lengths.
+def check_same_dim(train: np.ndarray, test: np.ndarray) -> None:
+    """Check that training and test vectors have the same D.
 
     Raises:
-        ValueError: with both.
+        ValueError: naming both.
     """
     if train.shape[1] != test.shape[1]:
         raise ValueError(f"train vectors have {train.shape[1]} values, test vectors {test.shape[1]}: give the same feature")
