@@ -2,10 +2,10 @@
 
     .venv/bin/python benchmarks/compare_versions.py --old DIR --new DIR --threads 1
 
-DIR is a checkout of this repository. Each version runs in a process of its own, with the same threads, initial weights, images
-and masks, and computes only when it is asked to. A round asks both for one step of benchmarks/step.py (forward, backward, fused
-AdamW), in alternating order. Prints the median time of each, the median of the rounds' ratios, and the largest difference
-between the losses of the same step. Versions 0.1 and later.
+DIR is a checkout of this repository, of version 0.1 or later. Each version runs in a process of its own, with the same
+threads, initial weights, images and masks, and computes only when it is asked to. A round asks both for one step of
+benchmarks/step.py (forward, backward, fused AdamW), in alternating order. Prints the median time of each, the median of the
+rounds' ratios, and the largest difference between the losses of the same step.
 """
 
 from __future__ import annotations

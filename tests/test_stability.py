@@ -1,8 +1,9 @@
-"""benchmarks/stability.py, Swin V2's experiments in small: what it finds, and that its default is the toolkit's encoder."""
+"""benchmarks/stability.py: its result, and its default variant against the toolkit's encoder."""
 
 import stability
 import torch
 from PIL import Image
+from stability_variants import Variant, build_model
 
 from simmim.encoders.swinv2 import SwinV2
 
@@ -20,24 +21,24 @@ def test_the_benchmark_finds_less_growth_with_post_norm(tmp_path, capsys):
         assert picture.size > (800, 600)
 
 
-def test_the_benchmark_compares_with_the_toolkits_own_encoder():
-    """Its default variant is `SwinV2`, image sizes with padding and windows that moved included; the others are not."""
+def test_the_default_variant_is_the_toolkits_encoder():
+    """The default variant equals `SwinV2`, with padding and at other windows than in training; the others differ."""
     images = torch.randn(2, 3, 48, 40)
     for depths in ((2, 2), (2,)):
-        model = stability.make_model(stability.Variant(), 16, depths, 3).encoder
+        model = build_model(Variant(), 16, depths, 3).encoder
         for parameter in model.parameters():
             torch.nn.init.normal_(parameter, std=0.5)
         stock = SwinV2(model.config)
         stock.load_state_dict(model.state_dict())
         for window in (4, 6):
-            for block in (*stability.blocks_of(model), *stability.blocks_of(stock)):
+            for block in (*model.blocks(), *stock.blocks()):
                 block.window_size, block.pretrained_window = window, 4
             with torch.no_grad():
                 torch.testing.assert_close(model(images).features, stock(images).features)
     for change in ({"norm": "pre"}, {"attention": "dot"}, {"bias": "table"}, {"bias": "linear"}):
-        other = stability.make_model(stability.Variant(**change), 16, (2,), 3).encoder
+        other = build_model(Variant(**change), 16, (2,), 3).encoder
         other.load_state_dict(stock.state_dict(), strict=False)
-        for block in stability.blocks_of(other):
+        for block in other.blocks():
             block.window_size, block.pretrained_window = 6, 4
         with torch.no_grad():
             assert (other(images).features - stock(images).features).abs().max() > 0.01, change
