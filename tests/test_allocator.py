@@ -1,4 +1,4 @@
-"""Freed memory is kept, in a process of its own: what is told to the C library is not taken back."""
+"""Freed memory is kept. Each test runs in a process of its own: the C library's configuration cannot be unended."""
 
 import os
 import subprocess
@@ -25,25 +25,25 @@ print(page_faults() - before)
 PAGES = 2**24 * 4 // 4096  # of one of the tensors
 
 
-def said_by(mode, **environment):
-    done = subprocess.run(
+def output_of(mode, **environment):
+    ended = subprocess.run(
         [sys.executable, "-c", SCRIPT, mode], capture_output=True, text=True, timeout=120, env={**os.environ, **environment}
     )
-    assert done.returncode == 0, done.stderr
-    return done.stdout.split()
+    assert ended.returncode == 0, ended.stderr
+    return ended.stdout.split()
 
 
 @pytest.mark.skipif(not sys.platform.startswith("linux"), reason="glibc only")
-def test_pages_are_asked_for_once():
-    (faults,) = said_by("leave")
+def test_pages_are_allocated_once():
+    (faults,) = output_of("leave")
     assert int(faults) > 5 * PAGES
-    told, kept = said_by("keep")
-    assert told == "True" and int(kept) < int(faults) / 10
+    configured, kept = output_of("keep")
+    assert configured == "True" and int(kept) < int(faults) / 10
 
 
 @pytest.mark.skipif(not sys.platform.startswith("linux"), reason="glibc only")
 @pytest.mark.parametrize(
     "name, value", [("MALLOC_TRIM_THRESHOLD_", "131072"), ("GLIBC_TUNABLES", "glibc.malloc.mmap_max=9")]
 )
-def test_the_users_own_choice_stands(name, value):
-    assert said_by("keep", **{name: value})[0] == "False"
+def test_the_users_configuration_wins(name, value):
+    assert output_of("keep", **{name: value})[0] == "False"

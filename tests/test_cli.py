@@ -1,7 +1,8 @@
-"""The command: what works, and wrong input refused in one line, with exit code 2 and nothing written."""
+"""The command: help, exit codes, and wrong input refused in one line with exit code 2 and nothing written."""
 
 import json
 import os
+import resource
 import subprocess
 import sys
 from pathlib import Path
@@ -20,7 +21,7 @@ ROOT = Path(__file__).resolve().parent.parent
 
 
 def in_subprocess(*arguments, cwd):
-    """The command in a Python of its own, as a user runs it."""
+    """The command in a process of its own, as a user runs it."""
     return subprocess.run(
         [sys.executable, "-m", "simmim.cli", *arguments],
         capture_output=True,
@@ -39,7 +40,7 @@ def write_images(folder, count=8):
 
 @pytest.fixture(scope="module")
 def place(tmp_path_factory):
-    """A folder with one of everything that the refused calls below mention."""
+    """A folder with everything that the refused calls below name."""
     here = tmp_path_factory.mktemp("cli")
     write_images(here / "images")
     for name in ("a", "b"):
@@ -89,7 +90,7 @@ PROBE, KNN = "probe --run encoder --data split", "knn --run encoder --data split
 
 
 @pytest.mark.parametrize(
-    "words, said",
+    "words, texts",
     [
         ("pretrian --data images", ["unknown command 'pretrian'", "did you mean 'pretrain'?"]),
         ("--data images", ["unknown command '--data'", "known: demo, check-data, pretrain"]),
@@ -212,39 +213,39 @@ PROBE, KNN = "probe --run encoder --data split", "knn --run encoder --data split
         ("demo --sedes 3 --out new", ["unknown setting 'sedes'", "'seeds'?"]),
     ],
 )
-def test_wrong_input(place, monkeypatch, capsys, words, said):
-    """Exit code 2; one line on stderr that says what is meant and nothing on stdout; no file made or changed."""
+def test_wrong_input(place, monkeypatch, capsys, words, texts):
+    """Exit code 2, one line on stderr that explains it, nothing on stdout, no file created or changed."""
     monkeypatch.chdir(place)
     before = listing(place)
     assert main(words.split()) == 2
     out, err = capsys.readouterr()
     assert out == "" and err.count("\n") == 1 and err.startswith("simmim: ") and err.endswith("\n")
-    assert all(text in err for text in said), err
+    assert all(text in err for text in texts), err
     assert listing(place) == before
 
 
 @pytest.mark.parametrize(
-    "words, said",
+    "words, text",
     [
         (f"{PRETRAIN} --model.mask_ration 0.5", "did you mean 'model.mask_ratio'?"),
         ("export --run absent --out new", "no encoder at 'absent'"),
         ("pretrain --data images --out full", "folder 'full' is not empty and holds no run"),
     ],
 )
-def test_wrong_input_on_the_command_line(place, words, said):
-    """The same from outside: the exit code, and no warning or traceback around the line."""
-    done = in_subprocess(*words.split(), cwd=place)
-    assert (done.returncode, done.stdout) == (2, "")
-    assert done.stderr.count("\n") == 1 and done.stderr.startswith("simmim: ") and said in done.stderr
+def test_wrong_input_in_a_process_of_its_own(place, words, text):
+    """The exit code, and no warning or traceback around the line."""
+    ended = in_subprocess(*words.split(), cwd=place)
+    assert (ended.returncode, ended.stdout) == (2, "")
+    assert ended.stderr.count("\n") == 1 and ended.stderr.startswith("simmim: ") and text in ended.stderr
     assert not (place / "new").exists()
 
 
 def test_a_class_that_cannot_be_read_is_named(place, monkeypatch, capsys):
-    """After the images have been looked at, so below a progress bar."""
+    """After the images were read, so below a progress bar."""
     monkeypatch.chdir(place)
     assert main(["probe", "--run", "encoder", "--data", "half"]) == 2
-    said = capsys.readouterr().err.splitlines()[-1]
-    assert "that can be read are all of one class" in said and "half/b/0.png: not an image" in said
+    line = capsys.readouterr().err.splitlines()[-1]
+    assert "that can be read are all of one class" in line and "half/b/0.png: not an image" in line
 
 
 def test_interruption(monkeypatch, capsys):
@@ -256,7 +257,7 @@ def test_interruption(monkeypatch, capsys):
     assert capsys.readouterr().err == "simmim: interrupted\n"
 
 
-def test_an_interrupted_study_says_how_to_go_on(place, monkeypatch, capsys):
+def test_an_interrupted_study_says_how_to_resume(place, monkeypatch, capsys):
     def interrupted(settings):
         raise KeyboardInterrupt
 
@@ -268,12 +269,12 @@ def test_an_interrupted_study_says_how_to_go_on(place, monkeypatch, capsys):
 
 
 @pytest.mark.parametrize("words", ["inspect encoder", "check-data images --workers 0"])
-def test_output_that_is_read_no_further_is_no_error(place, words):
+def test_output_that_the_reader_closes_is_no_error(place, words):
     """As by `simmim inspect … | head -1`."""
     reader, writer = os.pipe()
     os.close(reader)
     environment = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
-    done = subprocess.run(
+    ended = subprocess.run(
         [sys.executable, "-m", "simmim.cli", *words.split()],
         stdout=writer,
         stderr=subprocess.PIPE,
@@ -282,10 +283,10 @@ def test_output_that_is_read_no_further_is_no_error(place, words):
         env=environment,
     )
     os.close(writer)
-    assert done.returncode == 141 and "Broken" not in done.stderr and "Traceback" not in done.stderr
+    assert ended.returncode == 141 and "Broken" not in ended.stderr and "Traceback" not in ended.stderr
 
 
-def test_errors_of_ours_are_not_hidden(monkeypatch):
+def test_bugs_are_not_hidden(monkeypatch):
     def broken(run, **_):
         raise RuntimeError("a bug")
 
@@ -313,10 +314,18 @@ def test_overview_loads_nothing_heavy(words, tmp_path):
         "import sys; from simmim.cli import main; main(sys.argv[1:]); "
         "print(sorted({'torch', 'numpy', 'PIL', 'datasets', 'jsonargparse', 'pytorch_lightning'} & set(sys.modules)))"
     )
-    done = subprocess.run(
+    ended = subprocess.run(
         [sys.executable, "-c", code, *words], capture_output=True, text=True, cwd=ROOT, check=True, timeout=60
     )
-    assert done.stdout.splitlines()[-1] == "[]"
+    assert ended.stdout.splitlines()[-1] == "[]"
+
+
+def test_overview_appears_at_once(tmp_path):
+    """Within 0.3 s of processor time; by the clock where the machine is free."""
+    before = resource.getrusage(resource.RUSAGE_CHILDREN)
+    assert in_subprocess("--help", cwd=tmp_path).returncode == 0
+    after = resource.getrusage(resource.RUSAGE_CHILDREN)
+    assert after.ru_utime + after.ru_stime - before.ru_utime - before.ru_stime < 0.3
 
 
 SHARED = [
@@ -378,7 +387,7 @@ def test_help_explains_the_settings(capsys):
 
 
 def test_export_copies_the_encoder(place, tmp_path, capsys):
-    """Into a new or an empty folder; what it prints names the place."""
+    """Into a new or an empty folder, which the output names."""
     before = listing(place / "encoder")
     (tmp_path / "empty").mkdir()
     for out in (tmp_path / "new" / "deep", tmp_path / "empty"):
@@ -391,7 +400,7 @@ def test_export_copies_the_encoder(place, tmp_path, capsys):
     assert load_encoder(out).config == load_encoder(place / "encoder").config and listing(place / "encoder") == before
 
 
-def test_check_data_tells_by_its_exit_code_what_it_found(place, monkeypatch, capsys):
+def test_exit_codes_of_check_data(place, monkeypatch, capsys):
     monkeypatch.chdir(place)
     assert main(["check-data", "images"]) == 0
     assert "all readable" in capsys.readouterr().out
@@ -406,6 +415,6 @@ def test_check_data_tells_by_its_exit_code_what_it_found(place, monkeypatch, cap
         (place / "images" / "torn.png").unlink()
     assert main(["check-data", "scenes"]) == 0
     assert "scenes/masks are masks, and count as images here" in capsys.readouterr().out
-    for words, said in (([], "missing: give --path"), (["absent"], "does not exist"), (["images", "--jsn"], "'json'?")):
+    for words, text in (([], "missing: give --path"), (["absent"], "does not exist"), (["images", "--jsn"], "'json'?")):
         assert main(["check-data", *words]) == 2
-        assert said in capsys.readouterr().err
+        assert text in capsys.readouterr().err

@@ -1,4 +1,4 @@
-"""One top-level package, `simmim`: a user's own `pretrain` and `finetune` do not get in its way, and the wheel holds all of it."""
+"""One top-level package, `simmim`: a user's own `pretrain` and `finetune` do not disturb it, and the wheel is complete."""
 
 import importlib.util
 import os
