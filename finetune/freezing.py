@@ -1,4 +1,4 @@
-"""What of an encoder is trained: all of it, its last stages, or nothing but the head."""
+"""Which parts of an encoder are trained: all of it, its last stages, or nothing but the head."""
 
 from __future__ import annotations
 
@@ -11,21 +11,21 @@ from simmim.encoders.base import Encoder
 
 
 def frozen_parts(encoder: Encoder, freeze: bool, train_stages: int | None) -> list[nn.Module]:
-    """The parts of an encoder that stay as they are.
+    """The parts of an encoder that are not trained.
 
     Args:
-        freeze: all of it.
-        train_stages: train so many of its last stages and the final norm; the patch embedding counts with the first stage,
-            a merging with the stage before it. None for all.
+        freeze: whether the whole encoder is frozen.
+        train_stages: train this number of last stages and the final norm; None for all. The patch embedding belongs to the
+            first stage, a downsampling to the stage before it.
 
     Raises:
-        ValueError: when it does not have so many stages.
+        ValueError: when the encoder has fewer stages.
     """
     if freeze:
         return [encoder]
-    stages = encoder.stage_modules()
     if train_stages is None:
         return []
+    stages = encoder.stage_modules()
     if train_stages > len(stages):
         raise ValueError(f"train_stages is {train_stages}, the encoder has {len(stages)} stages: give 1 to {len(stages)}")
     return [part for stage in stages[: len(stages) - train_stages] for part in stage]
@@ -33,10 +33,10 @@ def frozen_parts(encoder: Encoder, freeze: bool, train_stages: int | None) -> li
 
 class KeepFrozen(pl.Callback):
     """Keeps parts of a model out of training: without gradients, which also spares the backward pass through them, and in
-    evaluation mode, without stochastic depth and with batch statistics left alone.
+    evaluation mode, without stochastic depth and with fixed batch statistics.
 
     Args:
-        parts: frozen from now on, so that an optimizer that is made later does not hold them.
+        parts: frozen at once, so that an optimizer that is built later does not hold their parameters.
     """
 
     def __init__(self, parts: Sequence[nn.Module]) -> None:
@@ -45,7 +45,7 @@ class KeepFrozen(pl.Callback):
             part.requires_grad_(False)
 
     def on_train_batch_start(self, *_) -> None:
-        """Whatever put the model into training mode."""
+        """Set evaluation mode again, as Lightning sets the model to training mode."""
         for part in self.parts:
             if part.training:
                 part.eval()

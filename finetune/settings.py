@@ -1,9 +1,10 @@
-"""Settings that every task of stage 2 shares, and how what the user leaves open follows from encoder, labels and machine."""
+"""Settings that all tasks of stage 2 share, and how open ones follow from encoder, labels and machine."""
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass, replace
-from typing import ClassVar
+from typing import ClassVar, TypeVar
 
 from simmim.defaults import default_batch_size, default_ema, default_finetuning_epochs
 from simmim.training.optim import Schedule
@@ -15,13 +16,15 @@ class EncoderSettings:
     """The encoder where it is changed or trained from scratch.
 
     Args:
-        preset: size of an encoder from scratch; with `--init none` alone.
-        like: run or encoder whose architecture and preprocessing an encoder from scratch takes; its weights stay behind.
-        drop_path_rate: stochastic depth; by default 0 for fewer than 8 blocks, 0.2 from large on, else 0.1, as published.
-        window_size: other attention windows than the encoder was pre-trained with, whose position bias moves over; by
-            default it grows with the image size.
+        preset: size of an encoder from scratch, with init: none.
+        like: run or encoder that lends architecture and preprocessing, but no weights, to an encoder from scratch.
+        drop_path_rate: stochastic depth, in encoders that have it; by default 0 for fewer than 8 blocks, 0.2 from large on,
+            else 0.1, as published.
+        window_size: side of the attention windows in tokens, in encoders that have them; by default it grows with the image
+            size. The position bias of pre-training is adapted.
         checkpoint_activations: recompute activations in the backward pass: less memory, a third more time.
-        sequential_attention: attend to so many windows at a time: less memory where images or windows are large.
+        sequential_attention: windows that are attended to at a time, in encoders that have them: less memory where images or
+            windows are large.
     """
 
     preset: str | None = None
@@ -33,7 +36,24 @@ class EncoderSettings:
 
     def __post_init__(self) -> None:
         if self.window_size is not None and self.window_size < 1:
-            raise ValueError(f"encoder.window_size is {self.window_size}: give tokens a side, 1 or more")
+            raise ValueError(f"encoder.window_size is {self.window_size}: give tokens per side, 1 or more")
+
+
+@dataclass(frozen=True)
+class LabeledDataSettings:
+    """The labeled images of any task.
+
+    Args:
+        path: the labeled images.
+        column: holds the images, in sources with columns; detected by default.
+        strict: stop at the first image that cannot be read.
+        max_skipped_share: stop when a larger share of the training images cannot be read.
+    """
+
+    path: str
+    column: str | None = None
+    strict: bool = False
+    max_skipped_share: float = 0.05
 
 
 @dataclass(frozen=True)
@@ -41,15 +61,15 @@ class OptimSettings(OptimizerSettings):
     """AdamW with layer-wise decayed learning rates, given per 512 images of the batch.
 
     Args:
-        lr: peak learning rate of the head; by default 1.25e-3 as published, and for nano and micro what is 4e-3 at the
-            batch in use, up to 128 images.
-        lr_factor: multiplies `lr`, or what it is by default.
+        lr: peak learning rate of the head; by default 1.25e-3 as published, and for nano and micro 4e-3 per batch of up to
+            128 images.
+        lr_factor: factor of `lr`, or of its default.
         layer_decay: factor from each block to the one before it; by default 0.75 as published, and 0.65 in classification
             with up to 20 labels per class.
         label_smoothing: share of the target spread over all classes.
         warmup_epochs: by default 20, or a fifth of shorter runs.
-        ema: decay of the average of the weights by which a run is validated and exported, 0 for none; by default one over
-            the last twentieth of the steps, at most 0.9999.
+        ema: decay of the moving average of the weights that is validated and exported, 0 for none; by default an average
+            over the last twentieth of the steps, at most 0.9999.
     """
 
     warmup_lr: float = 2.5e-7
@@ -74,6 +94,7 @@ class TransferSettings(RunSettings):
     """One fine-tuning run, whatever the task.
 
     Args:
+        data: the labeled images; in Python a path is enough.
         init: pre-training run or exported encoder to start from, or none for the from-scratch twin.
         freeze: train the head alone.
         train_stages: train the head, the final norm and the last `train_stages` stages of the encoder; all by default.
@@ -87,8 +108,9 @@ class TransferSettings(RunSettings):
         optim: optimizer and schedule.
     """
 
-    task: ClassVar[str]  # as it stands in the command, and where `simmim.finetune.run` finds it
+    task: ClassVar[str]  # its name in `simmim.finetune.registry.TASKS`
 
+    data: LabeledDataSettings
     freeze: bool = False
     train_stages: int | None = None
     steps: int | None = None
@@ -102,51 +124,68 @@ class TransferSettings(RunSettings):
         check_positive(self, ("steps", "validations", "patience", "train_stages"))
         scratch = self.init == "none"
         if not scratch and (self.encoder.like or self.encoder.preset):
-            raise ValueError("encoder.like and encoder.preset describe an encoder from scratch: use them with --init none")
+            raise ValueError("encoder.like and encoder.preset describe an encoder from scratch: use them with init: none")
         if self.freeze and scratch:
-            raise ValueError("--freeze with --init none would train a head on random features: give an encoder by --init")
+            raise ValueError("freeze: true with init: none would train a head on random features: give an encoder by init")
         if self.train_stages and scratch:
-            raise ValueError("--train-stages with --init none would keep random features: give an encoder by --init")
+            raise ValueError("train_stages with init: none would keep random features: give an encoder by init")
         if self.train_stages and self.freeze:
-            raise ValueError("--freeze trains the head alone and --train-stages more than that: give one of them")
-
-    def label_provenance(self) -> dict:
-        """What an exported model says of the choice of its labels."""
-        return {}
+            raise ValueError("freeze: true trains the head alone and train_stages more than that: give one of them")
 
     def schedule(self) -> Schedule:
-        """The learning rate's course, once resolved."""
+        """The course of the learning rate, once resolved."""
         optim = self.optim
         return Schedule(optim.lr, self.epochs, optim.warmup_epochs, optim.warmup_lr, min_lr=optim.min_lr)
 
+    def num_steps(self, num_images: int) -> int:
+        """Optimizer steps of the run, once resolved.
+
+        Args:
+            num_images: training images.
+        """
+        return max(1, round(self.epochs * (num_images / self.batch_size)))
+
+    def learning_rate(self, num_images: int) -> Callable[[int], float]:
+        """Learning rate of the head by optimizer step, once resolved.
+
+        Args:
+            num_images: training images.
+        """
+        return self.schedule().by_step(num_images / self.batch_size, self.batch_size)
+
 
 PUBLISHED_LAYER_DECAY = 0.75
+Settings = TypeVar("Settings", bound=TransferSettings)
 
 
 def default_lr(small: bool, batch_size: int) -> float:
-    """Peak learning rate of the head per 512 images: 1.25e-3 as published. For encoders of nano's or micro's width 4e-3 at
-    any batch of up to 128 images, and in proportion beyond: with a few labels batches are small, and rates of 1.5e-3 to
-    1.6e-2 at 25 and 32 images were the best on digits and garments (the searches that configs/finetune tells of)."""
+    """Peak learning rate of the head per 512 images.
+
+    1.25e-3 as published. For encoders of nano's or micro's width 4e-3 at any batch of up to 128 images, and in proportion
+    beyond: with few labels batches are small, and rates of 1.5e-3 to 1.6e-2 at 25 and 32 images were the best on digits and
+    garments (the searches are in configs/finetune).
+    """
     return 4e-3 * 512 / min(batch_size, 128) if small else 1.25e-3
 
 
-def with_schedule(settings: TransferSettings, count: int, device: str, small: bool) -> TransferSettings:
-    """Settings with length, batch, peak learning rate and warm-up filled in where they are open.
+def resolve_schedule(settings: Settings, num_images: int, device: str, small: bool) -> Settings:
+    """Settings with length, batch size, peak learning rate, layer decay, warm-up and averaging resolved.
 
     Args:
-        count: training images.
+        num_images: training images.
+        device: cuda, mps or cpu.
         small: whether the encoder is of nano's or micro's width.
 
     Raises:
         ValueError: when both epochs and steps are given and differ.
     """
-    batch_size = settings.batch_size or min(default_batch_size(device, small), count)
-    epochs = settings.epochs or default_finetuning_epochs(count, batch_size)
+    batch_size = settings.batch_size or min(default_batch_size(device, small), num_images)
+    epochs = settings.epochs or default_finetuning_epochs(num_images, batch_size)
     if settings.steps:
-        epochs = settings.steps * batch_size / count
-        if settings.epochs and round(settings.epochs * count / batch_size) != settings.steps:
+        epochs = settings.steps * batch_size / num_images
+        if settings.epochs and round(settings.epochs * num_images / batch_size) != settings.steps:
             raise ValueError(
-                f"both --epochs {settings.epochs:g} and --steps {settings.steps} are given and differ: give one of them"
+                f"both epochs {settings.epochs:g} and steps {settings.steps} are given and differ: give one of them"
             )
     optim = settings.optim
     optim = replace(
@@ -155,6 +194,6 @@ def with_schedule(settings: TransferSettings, count: int, device: str, small: bo
         lr_factor=1.0,
         layer_decay=optim.layer_decay if optim.layer_decay is not None else PUBLISHED_LAYER_DECAY,
         warmup_epochs=optim.warmup_epochs if optim.warmup_epochs is not None else min(20, epochs / 5),
-        ema=optim.ema if optim.ema is not None else default_ema(round(epochs * count / batch_size)),
+        ema=optim.ema if optim.ema is not None else default_ema(round(epochs * num_images / batch_size)),
     )
     return replace(settings, epochs=epochs, batch_size=batch_size, optim=optim)

@@ -1,14 +1,14 @@
-"""Where a fine-tuned run starts: pre-trained weights, an architecture without them, or a preset."""
+"""Where a fine-tuning run starts: pre-trained weights, an architecture without its weights, or a preset."""
 
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import replace
-from typing import NamedTuple
+from dataclasses import fields, replace
+from typing import Any, NamedTuple
 
 from simmim.checkpoints import read
 from simmim.checkpoints.checkpoint import Checkpoint, Preprocessing, build_encoder
-from simmim.data import ImageStatistics
+from simmim.data import ImageStatistics, default_num_workers
 from simmim.defaults import (
     IMAGENET_MEAN,
     IMAGENET_STD,
@@ -19,102 +19,142 @@ from simmim.defaults import (
 )
 from simmim.encoders import registry
 from simmim.encoders.base import Encoder, EncoderConfig, with_fields
-from simmim.finetune.settings import EncoderSettings, TransferSettings
+from simmim.finetune.settings import EncoderSettings, Settings
+from simmim.training.run import KEEP_DECODED_MIB
+from simmim.training.trainer import default_precision
+
+# Fields of an encoder's configuration that fine-tuning may change. An encoder need not have them.
+OPTIONAL_FIELDS = ("window_size", "drop_path_rate")
 
 
 class Start(NamedTuple):
-    """What there is before the first step.
+    """The state before the first step, apart from the task.
 
     Attributes:
-        encoder: to train.
-        preprocessing: that it goes with.
-        settings: with image size and window filled in.
-        source: what the weights were read from; None where they are random.
+        encoder: the encoder to train.
+        preprocessing: the preprocessing of its images.
+        settings: with image size, encoder, workers and precision resolved.
+        source: what encoder or architecture were read from; None for a preset.
+        keep_decoded: whether decoded images fit into memory.
     """
 
     encoder: Encoder
     preprocessing: Preprocessing
-    settings: TransferSettings
+    settings: Settings
     source: Checkpoint | None
+    keep_decoded: bool
 
 
-def starting_point(
-    settings: TransferSettings, images: ImageStatistics, device: str, say: Callable[[str], object] | None
+def find_start(
+    settings: Settings, images: ImageStatistics, device: str, report_line: Callable[[str], object] | None = None
 ) -> Start:
-    """Pre-trained weights, an architecture without its weights (`encoder.like`), or a preset from scratch.
+    """Pre-trained weights (`init`), an architecture without its weights (`encoder.like`), or a preset from scratch.
 
     Args:
-        images: what the training images are like.
-        say: is told how the weights were loaded.
+        images: statistics of the training images.
+        device: cuda, mps or cpu.
+        report_line: called with the report of the weights that were loaded.
+
+    Raises:
+        ValueError: when there is no encoder, it lacks a setting that is given, or images are smaller than its patch.
     """
     source = settings.init if settings.init != "none" else settings.encoder.like
-    chosen = settings.encoder
     if source is None:
-        size = settings.image_size or default_image_size(images.short_side_px)
-        side = size if isinstance(size, int) else min(size)
-        preset = chosen.preset or default_preset(side, device)
-        square = (size, size) if isinstance(size, int) else size
-        config = registry.preset_config(preset, in_channels=images.channels)
-        config = with_fields(config, **{**config.for_image_size(square), **changes_of(chosen, config)})
-        mean, std = (IMAGENET_MEAN, IMAGENET_STD) if images.channels == 3 else (images.mean, images.std)
-        resolved = replace(chosen, preset=preset, **resolved_changes(config))
-        settings = replace(settings, image_size=size, encoder=resolved)
-        check_size(settings, config.patch_size)
-        preprocessing = Preprocessing(settings.size, mean, std)
-        encoder = registry.build(config, chosen.checkpoint_activations, chosen.sequential_attention)
-        return Start(encoder, preprocessing, settings, None)
+        checkpoint = None
+        encoder, preprocessing, settings = start_from_preset(settings, images, device)
+    else:
+        checkpoint = read(source, **given_fields(settings.encoder))
+        encoder, preprocessing, settings = start_from_checkpoint(settings, checkpoint, images.channels, report_line)
+    keep_decoded = images.decoded_mib <= KEEP_DECODED_MIB
+    workers = settings.workers
+    if workers is None:
+        # Images in memory are cropped faster than they could be sent between processes.
+        workers = 0 if keep_decoded and device == "cpu" else default_num_workers(device)
+    precision = settings.precision or default_precision(device, encoder.config)
+    settings = replace(settings, workers=workers, precision=precision)
+    return Start(encoder, preprocessing, settings, checkpoint, keep_decoded)
 
-    checkpoint = read(source, **({"window_size": chosen.window_size} if chosen.window_size else {}))
-    pretrained_size = checkpoint.preprocessing.image_size
-    size = settings.image_size or plain_size(pretrained_size)
-    settings = replace(settings, image_size=size)
-    channels = encoder_channels(checkpoint.config.in_channels, images.channels)
-    config = with_fields(checkpoint.config.moved(pretrained_size, settings.size), in_channels=channels)
-    config = with_fields(config, **changes_of(chosen, config))
-    settings = replace(settings, encoder=replace(chosen, **resolved_changes(config)))
-    saved = build_encoder(checkpoint, **{name: getattr(config, name) for name in vars(config)})
-    encoder, preprocessing = saved.encoder, saved.preprocessing
+
+def start_from_preset(settings: Settings, images: ImageStatistics, device: str) -> tuple[Encoder, Preprocessing, Settings]:
+    """A fresh encoder of a preset, its preprocessing by the statistics of the images, and the resolved settings."""
+    chosen = settings.encoder
+    settings = replace(settings, image_size=settings.image_size or default_image_size(images.short_side_px))
+    preset = chosen.preset or default_preset(min(settings.size), device)
+    config = registry.preset_config(preset, in_channels=images.channels)
+    config = apply_encoder_settings(with_fields(config, **config.for_image_size(settings.size)), chosen)
+    settings = replace(settings, encoder=replace(resolved_encoder_settings(chosen, config), preset=preset))
+    check_size(settings, config)
+    mean, std = (IMAGENET_MEAN, IMAGENET_STD) if images.channels == 3 else (images.mean, images.std)
+    encoder = registry.build(config, chosen.checkpoint_activations, chosen.sequential_attention)
+    return encoder, Preprocessing(settings.size, mean, std), settings
+
+
+def start_from_checkpoint(
+    settings: Settings, checkpoint: Checkpoint, channels: int, report_line: Callable[[str], object] | None
+) -> tuple[Encoder, Preprocessing, Settings]:
+    """The encoder of a checkpoint, adapted to images and settings, its preprocessing, and the resolved settings. With `init`
+    none the weights are fresh.
+
+    Args:
+        channels: of the training images.
+    """
+    chosen, trained_size = settings.encoder, checkpoint.preprocessing.image_size
+    settings = replace(settings, image_size=settings.image_size or plain_size(trained_size))
+    config = checkpoint.config.moved(trained_size, settings.size)
+    config = with_fields(config, in_channels=encoder_channels(checkpoint.config.in_channels, channels))
+    config = apply_encoder_settings(config, chosen)
+    settings = replace(settings, encoder=resolved_encoder_settings(chosen, config))
+    check_size(settings, config)
+    saved = build_encoder(checkpoint, **{field.name: getattr(config, field.name) for field in fields(config)})
+    encoder = saved.encoder
     if settings.init == "none":
         encoder = registry.build(encoder.config.untrained())
-    elif say:
-        say(str(saved.report))
-    encoder.checkpoint_activations, encoder.sequential_attention = chosen.checkpoint_activations, chosen.sequential_attention
-    # Views of training are bilinear, whatever the encoder saw before; so is the view that evaluates them.
-    preprocessing = replace(preprocessing, image_size=settings.size, interpolation="bilinear", fit="crop")
-    check_size(settings, encoder.config.patch_size)
-    return Start(encoder, preprocessing, settings, checkpoint)
+    elif report_line:
+        report_line(str(saved.report))
+    encoder.save_memory(chosen.checkpoint_activations, chosen.sequential_attention)
+    # Training views are bilinear, whatever the encoder was trained on before; so is the view that evaluates them.
+    preprocessing = replace(saved.preprocessing, image_size=settings.size, interpolation="bilinear", fit="crop")
+    return encoder, preprocessing, settings
 
 
-def check_size(settings: TransferSettings, patch_size: int) -> None:
+def check_size(settings: Settings, config: EncoderConfig) -> None:
     """Refuse images that are smaller than one patch.
 
     Raises:
         ValueError: naming the least size.
     """
-    if min(settings.size) < patch_size:
-        raise ValueError(f"image_size is {settings.image_size}, less than a patch of the encoder: give {patch_size} or more")
+    if min(settings.size) < config.patch_size:
+        raise ValueError(
+            f"image_size is {settings.image_size}, less than a patch of the encoder: give {config.patch_size} or more"
+        )
 
 
-# Settings of an encoder that fine-tuning may change, where the encoder has them.
-CHANGEABLE = ("window_size", "drop_path_rate")
+# --- Settings of the encoder -------------------------------------------------------------------------------------------
 
 
-def changes_of(chosen: EncoderSettings, config: EncoderConfig) -> dict:
-    """What the user changes of `config`, and stochastic depth where that is left open.
+def given_fields(chosen: EncoderSettings) -> dict[str, Any]:
+    """The optional fields that the user gives."""
+    values = {name: getattr(chosen, name) for name in OPTIONAL_FIELDS}
+    return {name: value for name, value in values.items() if value is not None}
+
+
+def apply_encoder_settings(config: EncoderConfig, chosen: EncoderSettings) -> EncoderConfig:
+    """`config` with the fields that the user gives, and with default stochastic depth where the user leaves it open.
 
     Raises:
-        ValueError: for a setting that the encoder does not have.
+        ValueError: for a field that the encoder does not have.
     """
-    known = vars(config)
-    changes = {name: getattr(chosen, name) for name in CHANGEABLE if getattr(chosen, name) is not None}
-    for name in changes:
+    known = {field.name for field in fields(config)}
+    changes = given_fields(chosen)
+    for name, value in changes.items():
         if name not in known:
-            raise ValueError(f"encoder.{name} is {changes[name]}: this encoder has no such setting, leave it out")
+            title = registry.family_of(config).title
+            raise ValueError(f"encoder.{name} is {value}: {title} encoders have no such setting, leave it out")
     if "drop_path_rate" in known:
         changes.setdefault("drop_path_rate", config.default_drop_path)
-    return changes
+    return with_fields(config, **changes)
 
 
-def resolved_changes(config: EncoderConfig) -> dict:
-    """The settings of `EncoderSettings` that say what `config` says; None for those that the encoder does not have."""
-    return {name: getattr(config, name, None) for name in CHANGEABLE}
+def resolved_encoder_settings(chosen: EncoderSettings, config: EncoderConfig) -> EncoderSettings:
+    """`chosen` with the optional fields of `config`; None for those that the encoder does not have."""
+    return replace(chosen, **{name: getattr(config, name, None) for name in OPTIONAL_FIELDS})

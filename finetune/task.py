@@ -1,91 +1,88 @@
-"""What a labeled task brings to a fine-tuned run; `simmim.finetune.run` does what all tasks share."""
+"""What a labeled task contributes to a fine-tuning run; `simmim.finetune.run` does what all tasks share."""
 
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any
 
 import pytorch_lightning as pl
 from torch import nn
 from torch.utils.data import Dataset
 
-from simmim.checkpoints.checkpoint import Preprocessing
-from simmim.encoders.base import EncoderConfig
+from simmim.checkpoints.checkpoint import Checkpoint
 from simmim.finetune.settings import TransferSettings
-from simmim.finetune.start import Start
+from simmim.training.logs import LossNames
+from simmim.training.module import TrainingModule
+
+ReportLine = Callable[[str], object]  # prints or logs one line of text
 
 
-class Labels(Protocol):
-    """Labeled images read: `train` and `validation` are datasets with a column `image`, undecoded, and the task's own."""
+def no_report(run: Path, module: pl.LightningModule) -> None:
+    """Write nothing."""
 
-    train: Any
-    validation: Any
+
+def no_text(run: Path) -> str:
+    """No text."""
+    return ""
+
+
+@dataclass(frozen=True, kw_only=True)
+class PreparedTask:
+    """All that a run needs to know of its task, from settings and labels.
+
+    Attributes:
+        settings: resolved; no setting is open.
+        module: what is trained. Its `model` holds an encoder as `encoder` and is in training mode.
+        source: what the encoder was read from; None for a preset.
+        train, validation: samples by (epoch, index).
+        validation_batch_size: validation images per batch and device.
+        classes: names of the classes.
+        monitor: the validation metric by which the best model is chosen, as the module logs it: in [0, 1], higher is better.
+        loss: under which name and description loggers show the module's loss.
+        save: writes a model into a folder so that it can be read without the run. Called with folder, model and provenance.
+        provenance: what an exported model says of the choice of its labels.
+        reasons: a line for each value that was chosen for the user: the value, then why.
+        callbacks: further callbacks. They are called before the best model is exported.
+        report: writes into the run folder what the validation that has just ended says of the best model so far. Called with
+            run folder and module, in the first process alone.
+        closing_text: text about the best model to print at the end of the run, lines that end in a line break; empty for
+            none. Called with the run folder.
+    """
+
+    settings: TransferSettings
+    module: TrainingModule
+    source: Checkpoint | None
+    train: Dataset
+    validation: Dataset
+    validation_batch_size: int
     classes: tuple[str, ...]
+    monitor: str
+    loss: LossNames
+    save: Callable[[Path, nn.Module, dict], object]
+    provenance: Mapping[str, Any] = field(default_factory=dict)
+    reasons: tuple[str, ...] = ()
+    callbacks: tuple[pl.Callback, ...] = ()
+    report: Callable[[Path, pl.LightningModule], object] = no_report
+    closing_text: Callable[[Path], str] = no_text
 
 
 class Task(ABC):
-    """One labeled task. Its methods are called in this order.
-
-    Attributes:
-        monitor: of the validation metrics the one by which the best model is chosen, as the module logs it, in [0, 1].
-        validation_batch: validation images at a time.
-    """
-
-    monitor: str
-    validation_batch: int = 64
+    """One labeled task. It has no state: `prepare` returns all that a run needs."""
 
     @abstractmethod
-    def read(self, settings: TransferSettings) -> Labels:
-        """The labeled images.
+    def prepare(self, settings: TransferSettings, device: str, report_line: ReportLine | None = None) -> PreparedTask:
+        """Read the labels, resolve the settings, and build samples, model and training module.
 
-        Raises:
-            ValueError: when they cannot serve.
-        """
-
-    @abstractmethod
-    def completed(
-        self, settings: TransferSettings, labels: Labels, encoder: EncoderConfig, device: str
-    ) -> tuple[TransferSettings, list[str]]:
-        """Settings with what the user left open filled in, and a line for each choice that needs a reason."""
-
-    @abstractmethod
-    def module(
-        self,
-        settings: TransferSettings,
-        start: Start,
-        labels: Labels,
-        learning_rate: Callable[[int], float],
-        say: Callable[[str], object] | None,
-    ) -> pl.LightningModule:
-        """What is trained; its `model` has an `encoder` and is in training mode.
+        Weights are drawn from torch's global generator, which the run has seeded.
 
         Args:
-            learning_rate: as a function of the optimizer step, from 0.
-            say: is told what becomes of a head that came with the encoder.
+            settings: of this task's settings class.
+            device: cuda, mps or cpu.
+            report_line: called with a line for what was loaded, and for a head that came with the encoder.
+
+        Raises:
+            ValueError: for settings, labels or an encoder that cannot work. Nothing has been written.
         """
-
-    @abstractmethod
-    def samples(
-        self, settings: TransferSettings, labels: Labels, channels: int, keep_decoded: bool
-    ) -> tuple[Dataset, Dataset]:
-        """Samples to train on and to validate with, by (epoch, index)."""
-
-    def report(self, run: Path, module: pl.LightningModule) -> None:  # noqa: B027
-        """Write down what the validation that has just ended says of `module`'s model, the best so far. Called by the first
-        process alone."""
-
-    def closing(self, run: Path) -> str:
-        """What is said of the best model when the run is through; empty for nothing."""
-        return ""
-
-    def callbacks(self, settings: TransferSettings, run: Path) -> list[pl.Callback]:
-        """What else runs along."""
-        return []
-
-    @abstractmethod
-    def save(
-        self, folder: Path, model: nn.Module, classes: tuple[str, ...], preprocessing: Preprocessing, provenance: dict
-    ) -> None:
-        """Write the model so that it can be read without the run."""

@@ -15,7 +15,7 @@ from simmim.finetune.augment.batch import BatchChanges
 from simmim.finetune.augment.color import MOVING, OPERATIONS, Change, ColorSettings, movements, operations_for, recolor
 from simmim.finetune.augment.erasing import AREA, erase, erased_box
 from simmim.finetune.augment.mixing import Mix, MixSettings, cut, mix
-from simmim.finetune.classification.model import shared_cross_entropy
+from simmim.finetune.classification.module import shared_cross_entropy
 
 SEEDS = list(range(3000))
 PLAIN = {"mean": (0.0,) * 3, "std": (1.0,) * 3}

@@ -12,7 +12,8 @@ from simmim.checkpoints.checkpoint import Preprocessing
 from simmim.data import normalize, open_picture, read_labeled_images
 from simmim.finetune import ClassificationSettings, EncoderSettings, LabeledSettings, finetune, load_classifier, predict
 from simmim.finetune.augment.batch import BatchChanges
-from simmim.finetune.classification.model import ClassificationFinetuning, Classifier
+from simmim.finetune.classification.model import Classifier
+from simmim.finetune.classification.module import ClassificationFinetuning
 from simmim.finetune.settings import OptimSettings
 
 

@@ -12,7 +12,7 @@ from simmim.cli.train import pretrain_settings as read_pretrain_settings
 from simmim.data import ImageStatistics
 from simmim.encoders.swinv2 import SwinV2, SwinV2Config
 from simmim.finetune.segmentation.model import HeadShape, Segmenter
-from simmim.finetune.settings import with_schedule
+from simmim.finetune.settings import resolve_schedule
 from simmim.pretrain.run import build_method
 from simmim.pretrain.settings import resolve
 from simmim.training.optim import parameter_rules
@@ -57,7 +57,7 @@ def test_pretraining_recipe_builds(path):
 
 @pytest.mark.parametrize("path", FINETUNE, ids=lambda path: path.stem)
 def test_finetuning_recipe_builds(path):
-    settings = with_schedule(finetune_settings(path), count=1000, device="cpu", small=True)
+    settings = resolve_schedule(finetune_settings(path), num_images=1000, device="cpu", small=True)
     rate = settings.schedule().by_step(100, settings.batch_size)
     assert math.isclose(rate(round(100 * settings.optim.warmup_epochs)), settings.optim.lr * settings.batch_size / 512)
     with torch.device("meta"):
@@ -76,7 +76,7 @@ def test_there_are_recipes_for_segmentation():
 def test_segmentation_recipe_builds(path):
     words = ["--config", str(path), "--data", "scenes", "--out", "run"]
     settings = read_finetune_settings("segmentation", words)
-    settings = with_schedule(settings, count=1000, device="cpu", small=False)
+    settings = resolve_schedule(settings, num_images=1000, device="cpu", small=False)
     rate = settings.schedule().by_step(1000 / settings.batch_size, settings.batch_size)
     warm = round(1000 / settings.batch_size * settings.optim.warmup_epochs)
     assert math.isclose(rate(warm), settings.optim.lr * settings.batch_size / 512, rel_tol=1e-3)

@@ -14,21 +14,14 @@ from simmim.checkpoints.checkpoint import Preprocessing, save_encoder
 from simmim.data import open_picture
 from simmim.data.label_map_files import read_label_map
 from simmim.data.label_maps import ClassScheme
-from simmim.encoders.swinv2 import SwinV2, SwinV2Config
-from simmim.finetune.segmentation.iou import class_table, iou_by_class, mean_iou, pixel_accuracy, write_class_rows
-from simmim.finetune.segmentation.model import (
-    HeadShape,
-    SavedSegmenter,
-    SegmentationFinetuning,
-    Segmenter,
-    balanced_weights,
-    load_segmenter,
-    pixel_loss,
-    save_segmenter,
-)
+from simmim.encoders.registry import build
+from simmim.encoders.swinv2 import SwinV2Config
+from simmim.finetune.segmentation.iou import class_table, iou_by_class, mean_iou, pixel_accuracy, write_class_table
+from simmim.finetune.segmentation.model import HeadShape, SavedSegmenter, Segmenter, load_segmenter, save_segmenter
+from simmim.finetune.segmentation.module import SegmentationFinetuning, balanced_weights, pixel_loss
 from simmim.finetune.segmentation.overlays import MIN_CELL_PX, overlay, overlay_grid, palette
 from simmim.finetune.segmentation.prediction import output_names, segment
-from simmim.finetune.segmentation.sliding import best_class
+from simmim.finetune.segmentation.sliding import most_likely_class
 from simmim.finetune.settings import OptimSettings
 
 
@@ -68,7 +61,7 @@ def test_counts_of_parts_add_up():
 
 def test_table_of_classes(tmp_path):
     confusion = torch.tensor([[6, 2, 0], [1, 3, 0], [0, 0, 0]])
-    write_class_rows(tmp_path / "iou.csv", confusion, ("ground", "house", "tree, tall"))
+    write_class_table(tmp_path / "iou.csv", confusion, ("ground", "house", "tree, tall"))
     lines = class_table(tmp_path / "iou.csv").splitlines()
     assert lines[2] == "| ground | 66.7% | 75.0% | 85.7% | 66.7% |"
     assert lines[3] == "| house | 50.0% | 75.0% | 60.0% | 33.3% |"
@@ -110,7 +103,7 @@ def test_every_validation_counts_anew(saved):
     module.log, module.log_dict = (lambda *_, **__: None), (lambda values, **_: logged.update(values))
     given, _ = random_masks(classes=3, shape=(8, 32, 32))
     images = torch.randint(0, 256, (8, 3, 32, 32), dtype=torch.uint8)
-    expected = confusion_of(given, best_class(saved.logits(images), (32, 32)), 3)
+    expected = confusion_of(given, most_likely_class(saved.logits(images), (32, 32)), 3)
     for _ in range(2):
         module.on_validation_epoch_start()
         for first in (0, 4):
@@ -158,7 +151,7 @@ def test_grid_shows_every_image_and_class():
 @pytest.fixture(scope="module")
 def saved():
     torch.manual_seed(0)
-    model = Segmenter(SwinV2(SwinV2Config(16, (1, 1), (1, 2), window_size=4)), 3, HeadShape(width=16)).eval()
+    model = Segmenter(build(SwinV2Config(16, (1, 1), (1, 2), window_size=4)), 3, HeadShape(width=16)).eval()
     for parameter in model.parameters():
         parameter.data.add_(torch.randn_like(parameter) * 0.2)
     scheme = ClassScheme(("ground", "house", "tree"), (0, 4, 7), 255)

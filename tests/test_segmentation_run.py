@@ -19,7 +19,7 @@ from simmim.data.label_map_files import read_label_map
 from simmim.encoders.swinv2 import SwinV2
 from simmim.finetune import SegmentationSettings, finetune, load_segmenter
 from simmim.finetune.segmentation.settings import HeadSettings, SceneSettings
-from simmim.finetune.segmentation.sliding import best_class
+from simmim.finetune.segmentation.sliding import most_likely_class
 from simmim.finetune.settings import EncoderSettings, OptimSettings
 
 
@@ -70,7 +70,7 @@ def test_the_best_segmenter_is_kept(labeled, run):
     both, either = np.zeros(3), np.zeros(3)
     for file in sorted((labeled / "val" / "images").iterdir()):
         pixels = open_picture({"bytes": None, "path": str(file)}, 1).crop((0, 0, 40, 40), (32, 32))
-        predicted = best_class(saved.logits(pixels[None]), (40, 40))[0].numpy()
+        predicted = most_likely_class(saved.logits(pixels[None]), (40, 40))[0].numpy()
         given = read_label_map({"bytes": None, "path": str(labeled / "val" / "masks" / file.name)})
         for number in range(3):
             both[number] += ((given == number) & (predicted == number)).sum()
@@ -90,7 +90,7 @@ def test_what_a_run_shows(run):
     events = EventAccumulator(str(run / "tensorboard"), size_guidance={"images": 0})
     events.Reload()
     tags = events.Tags()
-    assert any("masks: image, given, predicted" in tag for tag in tags["images"])
+    assert any("masks: image, labels, prediction" in tag for tag in tags["images"])
     expected = {"validation/mean_iou", "validation/pixel_accuracy", "iou/zero", "validation/cross_entropy"}
     assert expected <= set(tags["scalars"])
     assert Image.open(run / "masks.png").width > 300
@@ -156,7 +156,7 @@ def test_images_of_other_sizes_and_a_head_of_the_same_classes(labeled, run, tmp_
     words += "--batch-size 4 --optim.lr 1e-9 --head.width 16 --data.short_side 0 --data.inference slide --validations 1"
     assert main(words.split()) == 0
     said = capsys.readouterr().out
-    assert "heads of the same 3 classes taken over" in said
+    assert "heads of the same 3 classes loaded" in said
     before, after = (dict(load_segmenter(place).model.named_parameters()) for place in (run, tmp_path / "run"))
     for name, value in before.items():
         torch.testing.assert_close(after[name], value, atol=1e-6, rtol=0)

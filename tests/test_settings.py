@@ -188,7 +188,7 @@ def test_settings_that_cannot_be_resolved(changes, message):
         (lambda: FinetuneOptimSettings(clip=-1.0), "optim.clip is -1.0"),
         (lambda: fine(out="run", validations=0), "validations is 0: give a positive number"),
         (lambda: fine(out="run", workers=-2), "workers is -2"),
-        (lambda: fine(out="run", freeze=True), "--freeze with --init none would train a head on random"),
+        (lambda: fine(out="run", freeze=True), "freeze: true with init: none would train a head on random"),
         (lambda: fine(out="run", init="enc", encoder=EncoderSettings(like="a")), "use them with --init none"),
         (lambda: fine(out="run", init="enc", encoder=EncoderSettings(preset="nano")), "with --init none"),
     ],

@@ -9,7 +9,14 @@ import torch.nn.functional as F
 import simmim.finetune.segmentation.sliding as sliding
 from simmim.encoders.swinv2 import SwinV2, SwinV2Config
 from simmim.finetune.segmentation.model import HeadShape, Segmenter
-from simmim.finetune.segmentation.sliding import OVERLAP, best_class, dense_logits, filled_up, sliding_logits, window_starts
+from simmim.finetune.segmentation.sliding import (
+    OVERLAP,
+    dense_logits,
+    most_likely_class,
+    pad_to,
+    sliding_logits,
+    window_starts,
+)
 
 
 @pytest.fixture(scope="module")
@@ -59,7 +66,7 @@ def test_windows_at_once_do_not_matter(model, monkeypatch):
     images = torch.randn(1, 3, 50, 80)
     with torch.no_grad():
         found = sliding_logits(model, images, (32, 32))
-        monkeypatch.setattr(sliding, "WINDOWS_AT_ONCE", 1)
+        monkeypatch.setattr(sliding, "WINDOWS_PER_FORWARD", 1)
         torch.testing.assert_close(sliding_logits(model, images, (32, 32)), found, atol=1e-6, rtol=1e-5)
 
 
@@ -78,15 +85,15 @@ def test_auto_sees_images_whole_up_to_four_windows():
 
 def test_small_images_are_filled_with_the_mean():
     images = torch.ones(1, 2, 3, 5)
-    filled = filled_up(images, (4, 4))
+    filled = pad_to(images, (4, 4))
     assert filled.shape == (1, 2, 4, 5)
     assert torch.equal(filled[:, :, :3], images) and not filled[:, :, 3:].any()
 
 
 @pytest.mark.parametrize("at_once", [2**26, 100, 1])
 def test_classes_are_those_of_the_enlarged_logits(monkeypatch, at_once):
-    monkeypatch.setattr(sliding, "SCORES_AT_ONCE", at_once)
+    monkeypatch.setattr(sliding, "MAX_SCORES", at_once)
     logits = torch.randn(2, 7, 5, 6)
     expected = F.interpolate(logits, (13, 17), mode="bilinear", align_corners=False).argmax(dim=1)
-    assert torch.equal(best_class(logits, (13, 17)), expected)
-    assert torch.equal(best_class(logits, (5, 6)), logits.argmax(dim=1))
+    assert torch.equal(most_likely_class(logits, (13, 17)), expected)
+    assert torch.equal(most_likely_class(logits, (5, 6)), logits.argmax(dim=1))

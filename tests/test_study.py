@@ -18,7 +18,7 @@ from sklearn.model_selection import StratifiedKFold
 from simmim.cli import main
 from simmim.data import read_labeled_images
 from simmim.finetune import ClassificationSettings, EncoderSettings, LabeledSettings, StudySettings, finetune
-from simmim.finetune.classification.folds import fold_of
+from simmim.finetune.classification.folds import assign_folds
 from simmim.finetune.label_study.report import (
     comparison_table,
     equivalent_labels,
@@ -158,27 +158,27 @@ def test_trials_are_read_as_they_were_written(tmp_path):
 def test_folds_are_stratified_and_even():
     """As scikit-learn divides: each class evenly, the parts' sizes too; every label in one part; by the seed alone."""
     labels = np.repeat([0, 1, 2], [7, 5, 6])
-    parts = fold_of(labels, 3, seed=4)
+    parts = assign_folds(labels, 3, seed=4)
     for label in range(3):
         counts = np.bincount(parts[labels == label], minlength=3)
         assert counts.max() - counts.min() <= 1
     sizes = sorted(np.bincount(parts))
     reference = sorted(len(held) for _, held in StratifiedKFold(3, shuffle=True, random_state=0).split(labels, labels))
     assert sizes == reference == [6, 6, 6]
-    assert (parts == fold_of(labels, 3, seed=4)).all() and (parts != fold_of(labels, 3, seed=5)).any()
-    with pytest.raises(ValueError, match="class 1 has 5 labels: 6 parts need as many"):
-        fold_of(labels, 6, seed=0)
+    assert (parts == assign_folds(labels, 3, seed=4)).all() and (parts != assign_folds(labels, 3, seed=5)).any()
+    with pytest.raises(ValueError, match="class 1 has 5 labels, which cannot be divided into 6 parts"):
+        assign_folds(labels, 6, seed=0)
 
 
 def test_a_fold_sees_none_of_the_validation_images(digits):
-    from simmim.finetune.classification.task import Classification
+    from simmim.finetune.classification.task import read_labels
 
     settings = ClassificationSettings(data=LabeledSettings(str(digits.labeled)), out="unused", labels_per_class=5, seed=3)
     chosen = read_labeled_images(settings.data.path, 5, 3)
     ours = {row["image"]["path"] for row in chosen.train}
     held = []
     for part in range(3):
-        fold = Classification().read(replace(settings, data=replace(settings.data, fold=(part, 3))))
+        fold = read_labels(replace(settings, data=replace(settings.data, fold=(part, 3))))
         train, validation = ({row["image"]["path"] for row in rows} for rows in (fold.train, fold.validation))
         assert train | validation == ours and not train & validation
         held += sorted(validation)

@@ -18,9 +18,9 @@ from simmim.encoders.swinv2 import PRESETS
 from simmim.finetune import ClassificationSettings, LabeledSettings, finetune, load_classifier
 from simmim.finetune.averaging import AverageWeights, decay_at
 from simmim.finetune.classification.balance import BalancedSamples, balanced_order, class_weights
-from simmim.finetune.classification.defaults import completed, with_augmentation
+from simmim.finetune.classification.defaults import resolve_augmentation, resolve_settings
 from simmim.finetune.classification.metrics import ClassMetrics, class_rows
-from simmim.finetune.classification.model import ClassificationFinetuning
+from simmim.finetune.classification.module import ClassificationFinetuning
 from simmim.finetune.classification.report import class_table, confusion_picture, write_class_table
 from simmim.finetune.early_stop import StopEarly
 from simmim.finetune.settings import EncoderSettings, OptimSettings
@@ -174,12 +174,17 @@ def test_stops_when_nothing_gets_better_and_stays_stopped(digits, encoder_folder
     assert trained_state(again.run)["global_step"] == 16 and again.metrics == result.metrics
 
 
-def test_patience_counts_on_after_a_resume():
-    first = StopEarly("accuracy", 3)
-    first.best, first.without = 0.5, 2
-    second = StopEarly("accuracy", 3)
-    second.load_state_dict(first.state_dict())
-    assert (second.best, second.without) == (0.5, 2)
+@pytest.mark.parametrize(
+    "state",
+    [
+        {"best": 0.5, "without": 2},  # as version 0.1 wrote it
+        {"best_score": torch.tensor(0.5), "wait_count": 2, "patience": 3, "stopped_epoch": 0},
+    ],
+)
+def test_patience_counts_on_after_a_resume(state):
+    stop = StopEarly("accuracy", 3)
+    stop.load_state_dict(state)
+    assert (stop.best_score.item(), stop.wait_count) == (0.5, 2)
 
 
 # --- balance ---------------------------------------------------------------------------------------------------------
@@ -303,7 +308,7 @@ def test_a_run_leaves_the_report_of_its_best_model(digits, encoder_folder, tmp_p
 
 
 @pytest.mark.parametrize(
-    "side, channels, a_class, expected",
+    "side, channels, per_class, expected",
     [
         (32, 1, 10, (0.0, 0.0, 0.0, 0.0, 0.0, 1.0)),
         (32, 3, 5000, (0.5, 0.0, 0.0, 0.0, 0.0, 1.0)),
@@ -312,20 +317,20 @@ def test_a_run_leaves_the_report_of_its_best_model(digits, encoder_folder, tmp_p
         (128, 1, 1300, (0.5, 5.0, 0.8, 1.0, 0.25, 0.875)),
     ],
 )
-def test_augmentation_follows_from_size_and_labels(side, channels, a_class, expected):
-    data, reasons = with_augmentation(LabeledSettings("x"), side, channels, a_class)
+def test_augmentation_follows_from_size_and_labels(side, channels, per_class, expected):
+    data, reasons = resolve_augmentation(LabeledSettings("x"), side, channels, per_class)
     assert (data.flip, data.rand_augment, data.mixup, data.cutmix, data.erasing, data.evaluation_crop) == expected
-    assert len(reasons) == 1 and f"{side} px" in reasons[0] and f"{a_class:,} labels a class" in reasons[0]
+    assert len(reasons) == 1 and f"{side} px" in reasons[0] and f"{per_class:,} labels per class" in reasons[0]
     given = LabeledSettings("x", flip=0.25, mixup=0.1, evaluation_crop=0.5)
-    kept, _ = with_augmentation(given, side, channels, a_class)
+    kept, _ = resolve_augmentation(given, side, channels, per_class)
     assert (kept.flip, kept.mixup, kept.evaluation_crop) == (0.25, 0.1, 0.5), "what is given wins"
-    assert with_augmentation(data, side, channels, a_class) == (data, []), "what is settled stays so"
+    assert resolve_augmentation(data, side, channels, per_class) == (data, []), "what is resolved stays so"
 
 
 def test_without_kornia(monkeypatch, digits, encoder_folder, tmp_path):
     monkeypatch.setattr("simmim.finetune.augment.color.has_kornia", lambda: False)
     monkeypatch.setattr("simmim.finetune.classification.defaults.has_kornia", lambda: False)
-    data, reasons = with_augmentation(LabeledSettings("x"), 224, 3, 10)
+    data, reasons = resolve_augmentation(LabeledSettings("x"), 224, 3, 10)
     assert data.rand_augment == 0 and "kornia is not installed" in reasons[-1]
     asked = LabeledSettings(str(digits.labeled), rand_augment=5.0)
     with pytest.raises(ValueError, match=r"need kornia, .* pip install 'simmim-toolkit\[finetune\]'"):
@@ -372,7 +377,7 @@ def test_an_encoder_of_another_channel_count_is_adapted_and_says_so(encoder_fold
         (lambda: LabeledSettings("x", balance="weight"), "unknown data.balance 'weight'; did you mean 'weights'"),
         (lambda: ClassificationSettings(data="x", out="y", monitor="acuracy"), "monitor 'acuracy'; did you mean 'accuracy'"),
         (lambda: ClassificationSettings(data="x", out="y", init="e", train_stages=0), "train_stages is 0: give a positive"),
-        (lambda: ClassificationSettings(data="x", out="y", train_stages=1), "--train-stages with --init none"),
+        (lambda: ClassificationSettings(data="x", out="y", train_stages=1), "train_stages with init: none"),
         (lambda: ClassificationSettings(data="x", out="y", init="e", train_stages=1, freeze=True), "give one of them"),
         (lambda: ClassificationSettings(data="x", out="y", patience=0), "patience is 0: give a positive number"),
         (lambda: OptimSettings(ema=1.0), r"optim.ema is 1.0: give a decay in \[0, 1\)"),
@@ -383,12 +388,12 @@ def test_settings_out_of_range(make, message):
         make()
 
 
-@pytest.mark.parametrize("labels, decay, why", [(20, 0.65, "for 20 labels a class"), (21, 0.75, "as published")])
+@pytest.mark.parametrize("labels, decay, why", [(20, 0.65, "for 20 labels per class"), (21, 0.75, "as published")])
 def test_few_labels_keep_the_first_layers(encoder_folder, labels, decay, why):
     config = load_encoder(encoder_folder).config
     settings = ClassificationSettings(data="images", out="run", image_size=32)
-    chosen, reasons = completed(settings, 10 * labels, 10, config, "cpu")
+    chosen, reasons = resolve_settings(settings, 10 * labels, 10, config, "cpu")
     assert chosen.optim.layer_decay == decay and f"layer decay {decay}: {why}" in reasons
     given = replace(settings, optim=OptimSettings(layer_decay=0.9))
-    chosen, reasons = completed(given, 10 * labels, 10, config, "cpu")
+    chosen, reasons = resolve_settings(given, 10 * labels, 10, config, "cpu")
     assert chosen.optim.layer_decay == 0.9 and not any("layer decay" in reason for reason in reasons)

@@ -410,7 +410,7 @@ def test_two_processes_decide_alike(tmp_path):
 
 def test_fine_tuning_is_guarded_too(digits, tmp_path, monkeypatch):
     from simmim.finetune import ClassificationSettings, LabeledSettings, finetune
-    from simmim.finetune.classification.model import ClassificationFinetuning
+    from simmim.finetune.classification.module import ClassificationFinetuning
     from simmim.finetune.settings import EncoderSettings
 
     whole = ClassificationFinetuning.training_step

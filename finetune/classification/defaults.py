@@ -7,113 +7,123 @@ from dataclasses import replace
 from simmim.encoders.base import EncoderConfig
 from simmim.finetune.augment.color import check_kornia, has_kornia
 from simmim.finetune.classification.settings import ClassificationSettings, LabeledSettings
-from simmim.finetune.settings import PUBLISHED_LAYER_DECAY, with_schedule
+from simmim.finetune.settings import PUBLISHED_LAYER_DECAY, resolve_schedule
 
-# A side in pixels up to which images are thumbnails, seen whole in evaluation.
-THUMBNAIL_PX = 64
-# Up to so many labels a class the first layers are kept nearer to what pre-training made of them: of 1 to 0.5, 0.65 was the
-# best at 5 and 10 labels a class of real digits (configs/finetune/demo.yaml).
-FEW_A_CLASS, LAYER_DECAY_OF_FEW = 20, 0.65
-# From so many images a class on, sets are large enough for what the papers do to ImageNet's 1,300 a class.
-MANY_A_CLASS = 500
+THUMBNAIL_PX = 64  # images up to this side are thumbnails, which evaluation sees whole
+# With few labels the first layers stay nearer to their pre-trained weights: of 1 to 0.5, 0.65 was the best at 5 and 10
+# labels per class of real digits (configs/finetune/demo.yaml).
+FEW_PER_CLASS, FEW_LABELS_LAYER_DECAY = 20, 0.65
+# From this number of images per class on, sets are large enough for what the papers do to ImageNet's 1,300 per class.
+MANY_PER_CLASS = 500
 
 
-def completed(
-    settings: ClassificationSettings, count: int, classes: int, encoder: EncoderConfig, device: str
+def resolve_settings(
+    settings: ClassificationSettings, num_images: int, num_classes: int, encoder: EncoderConfig, device: str
 ) -> tuple[ClassificationSettings, list[str]]:
-    """Settings with nothing left open, and a line for each choice: what was chosen, then why.
+    """Settings with nothing left open, and a line for each choice: the value, then why.
 
     Args:
-        settings: with image size and what belongs to the encoder filled in.
-        count: training images.
+        settings: with image size and the encoder's settings resolved.
+        num_images: training images.
         encoder: as it is trained.
+        device: cuda, mps or cpu.
 
     Raises:
-        ValueError: where augmentation is asked for whose library is missing; as `with_schedule`.
+        ValueError: where kornia is needed and missing; as `resolve_schedule`.
     """
-    small = encoder.is_small
-    given = settings
-    if settings.optim.layer_decay is None:
-        few = count / classes <= FEW_A_CLASS
-        decay = LAYER_DECAY_OF_FEW if few else PUBLISHED_LAYER_DECAY
-        settings = replace(settings, optim=replace(settings.optim, layer_decay=decay))
-    settings = with_schedule(settings, count, device, small)
-    reasons = schedule_reasons(given, settings, count, device, small)
-    if given.optim.layer_decay is None:
-        why = f"for {count / classes:,.0f} labels a class" if few else "as published"
-        reasons.append(f"layer decay {decay:g}: {why}")
-    data, more = with_augmentation(settings.data, min(settings.size), encoder.in_channels, count / classes)
+    small, per_class = encoder.is_small, num_images / num_classes
+    resolved, decay_reasons = resolve_layer_decay(settings, per_class)
+    resolved = resolve_schedule(resolved, num_images, device, small)
+    schedule = schedule_reasons(settings, resolved, num_images, device, small)
+    data, augmentation_reasons = resolve_augmentation(settings.data, min(settings.size), encoder.in_channels, per_class)
     check_kornia(data.changes().color)
-    return replace(settings, data=data), [*reasons, *more]
+    return replace(resolved, data=data), [*schedule, *decay_reasons, *augmentation_reasons]
+
+
+def resolve_layer_decay(settings: ClassificationSettings, per_class: float) -> tuple[ClassificationSettings, list[str]]:
+    """Settings with the layer decay resolved, and the reason.
+
+    Args:
+        per_class: training images per class.
+    """
+    if settings.optim.layer_decay is not None:
+        return settings, []
+    few = per_class <= FEW_PER_CLASS
+    decay = FEW_LABELS_LAYER_DECAY if few else PUBLISHED_LAYER_DECAY
+    reason = f"for {per_class:,.0f} labels per class" if few else "as published"
+    return replace(settings, optim=replace(settings.optim, layer_decay=decay)), [f"layer decay {decay:g}: {reason}"]
 
 
 def schedule_reasons(
-    given: ClassificationSettings, settings: ClassificationSettings, count: int, device: str, small: bool
+    given: ClassificationSettings, resolved: ClassificationSettings, num_images: int, device: str, small: bool
 ) -> list[str]:
-    """Why length, batch, rate, averaging and stochastic depth are what they are, where they were open."""
-    steps = settings.epochs * count / settings.batch_size
+    """Why batch size, length, learning rate and averaging have their values, where the user left them open."""
+    steps = resolved.epochs * num_images / resolved.batch_size
     reasons = []
     if given.batch_size is None:
-        whole = settings.batch_size == count
-        why = "all training images" if whole else f"a {'small' if small else 'large'} encoder on {device}"
-        reasons.append(f"batch {settings.batch_size}: {why}")
+        all_images = resolved.batch_size == num_images
+        reason = "all training images" if all_images else f"a {'small' if small else 'large'} encoder on {device}"
+        reasons.append(f"batch size {resolved.batch_size}: {reason}")
     if given.epochs is None and given.steps is None:
-        why = {100.0: "as published", 30.0: "for more than 20,000 images"}.get(settings.epochs, "which make 500 steps")
-        reasons.append(f"{settings.epochs:g} epochs: {why}")
+        reason = {100.0: "as published", 30.0: "for more than 20,000 images"}.get(resolved.epochs, "500 steps")
+        reasons.append(f"{resolved.epochs:g} epochs: {reason}")
     if given.optim.lr is None:
-        why = "for nano and micro" if small else "as published"
-        reasons.append(f"learning rate {settings.optim.lr:g} per 512 images: {why}")
-    if given.optim.ema is None and settings.optim.ema:
-        over = 1 / (1 - settings.optim.ema)
-        reasons.append(f"averaged weights, decay {settings.optim.ema:.4g}: over about {over:,.0f} of {steps:,.0f} steps")
+        reason = "for nano and micro" if small else "as published"
+        reasons.append(f"learning rate {resolved.optim.lr:g} per 512 images: {reason}")
+    if given.optim.ema is None and resolved.optim.ema:
+        over = 1 / (1 - resolved.optim.ema)
+        reasons.append(f"averaged weights, decay {resolved.optim.ema:.4g}: over about {over:,.0f} of {steps:,.0f} steps")
     return reasons
 
 
-def with_augmentation(
-    data: LabeledSettings, side_px: int, channels: int, images_per_class: float
+def resolve_augmentation(
+    data: LabeledSettings, side_px: int, channels: int, per_class: float
 ) -> tuple[LabeledSettings, list[str]]:
-    """Data settings with augmentation and evaluation crop filled in, and the reasons.
+    """Data settings with augmentation and evaluation crop resolved, and the reasons.
 
-    Thumbnails have no room for boxes and remapped colors, and gray ones are mostly signs, which a mirror turns into others
-    and a crop cuts; rotations, shears and shifts serve them best.
-    Mixing images pays where there are many and the run is long; with few labels it keeps a short run from learning them.
+    Args:
+        side_px: the shorter side of the images.
+        channels: of the images.
+        per_class: training images per class.
     """
-    thumbnail, many = side_px <= THUMBNAIL_PX, images_per_class >= MANY_A_CLASS
+    defaults = default_augmentation(side_px, channels, per_class)
+    needs_kornia = defaults["rand_augment"] > 0 and data.rand_augment is None and not has_kornia()
+    if needs_kornia:
+        defaults["rand_augment"] = 0.0
+    changes = {name: value for name, value in defaults.items() if getattr(data, name) is None}
+    reasons = []
+    if changes:
+        kind = f"{'gray' if channels == 1 else 'color'} images" if side_px <= THUMBNAIL_PX else "images"
+        values = ", ".join(f"{name} {range_text(value)}" for name, value in changes.items())
+        reasons.append(f"{values}: for {kind} of {side_px} px and {per_class:,.0f} labels per class")
+    if needs_kornia:
+        reasons.append("no RandAugment: kornia is not installed (pip install 'simmim-toolkit[finetune]')")
+    return replace(data, **changes), reasons
+
+
+def default_augmentation(side_px: int, channels: int, per_class: float) -> dict[str, float | tuple[float, float]]:
+    """The augmentation that suits images and labels, by names of `LabeledSettings`.
+
+    Thumbnails are too small for erased boxes and remapped colors. Gray ones are mostly signs, which mirroring turns into
+    others and cropping cuts; rotations, shears and shifts serve them best.
+    Mixing images helps with many images and a long run; with few labels it keeps a short run from learning them.
+    """
+    thumbnail, many = side_px <= THUMBNAIL_PX, per_class >= MANY_PER_CLASS
+    sign = thumbnail and channels == 1
     if thumbnail:
-        kind = f"{'gray' if channels == 1 else 'color'} images of {side_px} px"
-        chosen = {
-            "crop_scale": (1.0, 1.0) if channels == 1 else (0.5, 1.0),
-            "flip": 0.0 if channels == 1 else 0.5,
-            "rand_augment": 0.0,
-            "erasing": 0.0,
-        }
+        chosen = {"crop_scale": (1.0, 1.0) if sign else (0.5, 1.0), "flip": 0.0 if sign else 0.5}
+        chosen |= {"rand_augment": 0.0, "erasing": 0.0}
     else:
-        kind = f"images of {side_px} px"
-        chosen = {
-            "crop_scale": (0.08, 1.0) if many else (0.3, 1.0),
-            "flip": 0.5,
-            "rand_augment": 9.0 if channels == 3 else 5.0,
-            "erasing": 0.25 if many else 0.0,
-        }
+        chosen = {"crop_scale": (0.08, 1.0) if many else (0.3, 1.0), "flip": 0.5}
+        chosen |= {"rand_augment": 9.0 if channels == 3 else 5.0, "erasing": 0.25 if many else 0.0}
     mixed = many and not thumbnail
     chosen |= {"color_jitter": 0.0, "mixup": 0.8 if mixed else 0.0, "cutmix": 1.0 if mixed else 0.0}
     chosen["evaluation_crop"] = 1.0 if thumbnail else 0.875
-    missing = chosen["rand_augment"] > 0 and data.rand_augment is None and not has_kornia()
-    if missing:
-        chosen["rand_augment"] = 0.0
-    filled = {name: value for name, value in chosen.items() if getattr(data, name) is None}
-    reasons = []
-    if filled:
-        labels = f"{images_per_class:,.0f} labels a class"
-        shown = ", ".join(f"{name} {described(value)}" for name, value in filled.items())
-        reasons.append(f"{shown}: for {kind} and {labels}")
-    if missing:
-        reasons.append("no RandAugment: kornia is not installed (pip install 'simmim-toolkit[finetune]')")
-    return replace(data, **filled), reasons
+    return chosen
 
 
-def described(value: float | tuple[float, float]) -> str:
-    """A setting's value in words."""
+def range_text(value: float | tuple[float, float]) -> str:
+    """A number, or a range, as text."""
     if value == (1.0, 1.0):
         return "1"
     return f"{value[0]:g} to {value[1]:g}" if isinstance(value, tuple) else f"{value:g}"

@@ -1,22 +1,15 @@
-"""Classification: mean-pooled features of the final norm, one linear layer, cross entropy to mixed and smoothed targets."""
+"""A classifier: one linear layer on an encoder's mean-pooled features, and how it is saved and loaded."""
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 from simmim.checkpoints import read_encoder
 from simmim.checkpoints.checkpoint import Preprocessing, save_encoder
-from simmim.data import normalize
 from simmim.encoders.base import Encoder
-from simmim.finetune.augment.batch import BatchChanges
-from simmim.finetune.classification.metrics import ClassMetrics
-from simmim.finetune.settings import OptimSettings
-from simmim.training.module import TrainingModule
 
 
 class Classifier(nn.Module):
@@ -32,73 +25,6 @@ class Classifier(nn.Module):
     def forward(self, images: Tensor) -> Tensor:
         """Normalized images, (B, channels, height, width), to logits, (B, classes)."""
         return self.head(self.encoder(images).pooled)
-
-
-class ClassificationFinetuning(TrainingModule):
-    """Trains a `Classifier`, the encoder layer-wise slower than the head; frozen parts not at all.
-
-    Args:
-        model: what is trained.
-        preprocessing: by whose statistics images are normalized; saved with the model.
-        changes: of the training images.
-        learning_rate: as a function of the optimizer step, from 0.
-        optim: decay, smoothing, clipping.
-        class_weights: (classes,), what an image of each class counts in training; all 1 by default.
-    """
-
-    def __init__(
-        self,
-        model: Classifier,
-        preprocessing: Preprocessing,
-        changes: BatchChanges,
-        learning_rate: Callable[[int], float],
-        optim: OptimSettings,
-        class_weights: Tensor | None = None,
-    ) -> None:
-        super().__init__(model, learning_rate, optim.weight_decay, optim.clip, optim.layer_decay)
-        self.preprocessing, self.changes, self.label_smoothing = preprocessing, changes, optim.label_smoothing
-        # Follows from the labels: a checkpoint need not hold it.
-        self.register_buffer("class_weights", class_weights, persistent=False)
-        self.metrics = ClassMetrics(model.head.out_features)
-        self.confusions: Tensor | None = None
-
-    def training_step(self, batch: dict, batch_idx: int) -> Tensor:
-        """Cross entropy with smoothed labels on changed images, mixed ones towards both their classes."""
-        labels, seeds, smoothing = batch["label"], batch["seed"], self.label_smoothing
-        images = self.changes.changed(batch["image"], seeds, self.preprocessing.mean, self.preprocessing.std)
-        if self.changes.mixing.active or self.class_weights is not None:
-            targets = F.one_hot(labels, self.model.head.out_features).float()
-            images, targets = self.changes.mixed(images, targets, seeds)
-            loss = shared_cross_entropy(self.model(images).float(), targets, smoothing, self.class_weights)
-        else:
-            loss = F.cross_entropy(self.model(images).float(), labels, label_smoothing=smoothing)
-        self.log("loss", loss, prog_bar=True, batch_size=len(images), sync_dist=True)
-        return loss
-
-    def validation_step(self, batch: dict, batch_idx: int) -> None:
-        """Loss over all validation images, and the rates of `ClassMetrics`."""
-        logits = self.model(normalize(batch["image"], self.preprocessing.mean, self.preprocessing.std)).float()
-        self.metrics.update(logits, batch["label"])
-        for name, metric in self.metrics.rates.items():
-            self.log(name, metric, on_epoch=True, prog_bar=name == "accuracy", batch_size=len(logits))
-        loss = F.cross_entropy(logits, batch["label"])
-        self.log("validation_loss", loss, on_epoch=True, batch_size=len(logits), sync_dist=True)
-
-    def on_validation_epoch_end(self) -> None:
-        """Keep the table of confusions, a row a true class, until the next validation."""
-        self.confusions = self.metrics.confusion_table()
-
-
-def shared_cross_entropy(logits: Tensor, targets: Tensor, smoothing: float, class_weights: Tensor | None = None) -> Tensor:
-    """Mean cross entropy towards several classes an image.
-
-    Args:
-        logits: (B, classes).
-        targets: (B, classes), shares of the classes; `smoothing` of each is then spread over all classes.
-        class_weights: (classes,); an image counts as its classes do, in their shares.
-    """
-    losses = F.cross_entropy(logits, targets, label_smoothing=smoothing, reduction="none")
-    return losses.mean() if class_weights is None else (losses * (targets @ class_weights)).mean()
 
 
 @dataclass(frozen=True)

@@ -9,7 +9,7 @@ from simmim.finetune.augment.affine import AffineSettings
 from simmim.finetune.augment.batch import BatchChanges
 from simmim.finetune.augment.color import HIGHEST_MAGNITUDE, ColorSettings
 from simmim.finetune.augment.mixing import MixSettings
-from simmim.finetune.settings import TransferSettings
+from simmim.finetune.settings import LabeledDataSettings, TransferSettings
 from simmim.messages import did_you_mean
 
 BALANCES = ("none", "weights", "sampling")
@@ -17,18 +17,15 @@ MONITORS = ("accuracy", "macro_f1")
 
 
 @dataclass(frozen=True)
-class LabeledSettings:
+class LabeledSettings(LabeledDataSettings):
     """The labeled images and how they are augmented.
 
     Args:
         path: folder with a folder for each class, or with train and val (or test) folders that have them; or a CSV file of
             paths and labels, Parquet files, a saved datasets folder, a hub id.
-        column: which holds the images, in sources that have columns; found by default.
-        label_column: which holds the labels; found by default.
-        strict: stop at the first image that cannot be read.
-        max_skipped_share: stop when a larger share of the training images cannot be read.
-        balance: what is done about classes of different sizes: none; weights, to weigh each image by how rare its class is;
-            sampling, to show all classes equally often, images of rare classes again and again.
+        label_column: holds the labels, in sources with columns; detected by default.
+        balance: for classes of different sizes: none; weights, to weight the loss of each image by the rarity of its class;
+            sampling, to show all classes equally often, images of rare classes repeatedly.
         crop_scale: range of the random crop's share of the image's area; what suits image size and labels by default.
         crop_ratio: range of the crop's width over height.
         flip: probability of mirroring left and right; by default 0.5, for gray images up to 64 px, mostly signs, 0.
@@ -47,11 +44,7 @@ class LabeledSettings:
             with it; the validation images are not looked at.
     """
 
-    path: str
-    column: str | None = None
     label_column: str | None = None
-    strict: bool = False
-    max_skipped_share: float = 0.05
     balance: str = "none"
     crop_scale: tuple[float, float] | None = None
     crop_ratio: tuple[float, float] = (0.75, 1.3333333333333333)
@@ -129,7 +122,3 @@ class ClassificationSettings(TransferSettings):
         super().__post_init__()
         if self.monitor not in MONITORS:
             raise ValueError(f"unknown monitor {self.monitor!r}{did_you_mean(self.monitor, MONITORS)}")
-
-    def label_provenance(self) -> dict:
-        """How many labels of each class."""
-        return {"labels_per_class": self.labels_per_class}

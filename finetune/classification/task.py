@@ -1,100 +1,119 @@
-"""Classification as a task: what is read, what follows where the user says nothing, what is trained."""
+"""Classification as a task: which labels are read, what they determine, and what is trained."""
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 
-from simmim.checkpoints.checkpoint import Checkpoint, Preprocessing
-from simmim.data import CenterView, ImageSamples, LabeledImages, RandomView, read_labeled_images
-from simmim.encoders.base import EncoderConfig
+from torch import Tensor
+
+from simmim.checkpoints.checkpoint import Checkpoint
+from simmim.data import CenterView, ImageSamples, LabeledImages, RandomView, measure_images, read_labeled_images
 from simmim.finetune.classification.balance import BalancedSamples, class_weights
-from simmim.finetune.classification.defaults import completed
-from simmim.finetune.classification.folds import held_out_fold
-from simmim.finetune.classification.model import ClassificationFinetuning, Classifier, save_classifier
+from simmim.finetune.classification.defaults import resolve_settings
+from simmim.finetune.classification.folds import hold_out_fold
+from simmim.finetune.classification.model import Classifier, save_classifier
+from simmim.finetune.classification.module import ClassificationFinetuning
 from simmim.finetune.classification.report import CAPTION, CLASSES, class_table, write_class_report
 from simmim.finetune.classification.settings import ClassificationSettings
-from simmim.finetune.start import Start
-from simmim.finetune.task import Task
-from simmim.training.logs import log_picture
+from simmim.finetune.start import Start, find_start
+from simmim.finetune.task import PreparedTask, ReportLine, Task
+from simmim.training.logs import LossNames, log_picture
+
+VALIDATION_BATCH_SIZE = 64
+LOSS = LossNames("cross_entropy", "in nats; ln(classes) is a guess")
 
 
 class Classification(Task):
-    """One class an image."""
+    """One class per image."""
 
-    def read(self, settings: ClassificationSettings) -> LabeledImages:
-        """Images by class."""
-        self.monitor, data = settings.monitor, settings.data
-        labels = read_labeled_images(data.path, settings.labels_per_class, settings.seed, data.column, data.label_column)
-        return held_out_fold(labels, *data.fold, settings.seed) if data.fold else labels
-
-    def completed(
-        self, settings: ClassificationSettings, labels: LabeledImages, encoder: EncoderConfig, device: str
-    ) -> tuple[ClassificationSettings, list[str]]:
-        """Length, batch, rates, augmentation and evaluation crop."""
-        return completed(settings, len(labels.train), len(labels.classes), encoder, device)
-
-    def samples(
-        self, settings: ClassificationSettings, labels: LabeledImages, channels: int, keep_decoded: bool
-    ) -> tuple[ImageSamples, ImageSamples]:
-        """Training samples, cropped and flipped at random, and validation samples, cropped in the center."""
-        data = settings.data
-        views = (
-            RandomView(settings.size, data.crop_scale, data.crop_ratio, data.flip),
-            CenterView(settings.size, data.evaluation_crop),
-        )
-        kind = BalancedSamples if data.balance == "sampling" else ImageSamples
-        return (
-            kind(labels.train, views[0], channels, settings.seed, keep_decoded),
-            ImageSamples(labels.validation, views[1], channels, settings.seed, keep_decoded),
+    def prepare(self, settings: ClassificationSettings, device: str, report_line: ReportLine | None = None) -> PreparedTask:
+        """Images by class, a linear head on the encoder's pooled features, cross entropy."""
+        labels = read_labels(settings)
+        start = find_start(settings, measure_images(labels.train), device, report_line)
+        config, num_classes = start.encoder.config, len(labels.classes)
+        settings, reasons = resolve_settings(start.settings, len(labels.train), num_classes, config, device)
+        module = build_module(settings, start, labels, report_line)
+        train, validation = build_samples(settings, labels, config.in_channels, start.keep_decoded)
+        return PreparedTask(
+            settings=settings,
+            module=module,
+            source=start.source,
+            train=train,
+            validation=validation,
+            validation_batch_size=VALIDATION_BATCH_SIZE,
+            classes=labels.classes,
+            monitor=settings.monitor,
+            loss=LOSS,
+            save=partial(save_classifier, classes=labels.classes, preprocessing=module.preprocessing),
+            provenance={"labels_per_class": settings.labels_per_class},
+            reasons=tuple(reasons),
+            report=partial(report_validation, classes=labels.classes),
+            closing_text=closing_text,
         )
 
-    def module(
-        self,
-        settings: ClassificationSettings,
-        start: Start,
-        labels: LabeledImages,
-        learning_rate: Callable[[int], float],
-        say: Callable[[str], object] | None,
-    ) -> ClassificationFinetuning:
-        """Encoder and head, and how they learn."""
-        # What was read is in evaluation mode, which Lightning would leave as it is: without stochastic depth.
-        model = Classifier(start.encoder, len(labels.classes)).train()
-        if settings.init != "none" and start.source.head:
-            take_head(model, start.source, labels.classes, say)
-        preprocessing = replace(start.preprocessing, crop=settings.data.evaluation_crop)
-        weights = None
-        if settings.data.balance == "weights":
-            weights = class_weights(labels.train["label"], len(labels.classes))
-        changes = settings.data.changes()
-        self.classes = labels.classes
-        return ClassificationFinetuning(model, preprocessing, changes, learning_rate, settings.optim, weights)
 
-    def report(self, run: Path, module: ClassificationFinetuning) -> None:
-        """classes.csv and confusions.png, which TensorBoard shows too."""
-        if module.confusions is not None:
-            picture = write_class_report(run, module.confusions, self.classes)
-            step = max(module.trainer.global_step - 1, 0)
-            log_picture(module.trainer.loggers, "confusions", picture, step, CAPTION)
+def read_labels(settings: ClassificationSettings) -> LabeledImages:
+    """The labeled images; in cross-validation the training images alone, of which a part is held out.
 
-    def closing(self, run: Path) -> str:
-        """Precision, recall and F1 by class."""
-        return f"{class_table(run / CLASSES)}\n" if (run / CLASSES).is_file() else ""
-
-    def save(
-        self, folder: Path, model: Classifier, classes: tuple[str, ...], preprocessing: Preprocessing, provenance: dict
-    ) -> None:
-        """As `simmim.finetune.load_classifier` reads it."""
-        save_classifier(folder, model, classes, preprocessing, provenance)
+    Raises:
+        ValueError: when the labels cannot be read or are too few.
+    """
+    data = settings.data
+    labels = read_labeled_images(data.path, settings.labels_per_class, settings.seed, data.column, data.label_column)
+    return hold_out_fold(labels, *data.fold, settings.seed) if data.fold else labels
 
 
-def take_head(model: Classifier, source: Checkpoint, classes: tuple[str, ...], say: Callable[[str], object] | None) -> None:
-    """The source's head where it is for the same classes; else it is fresh. Either is said."""
+def build_module(
+    settings: ClassificationSettings, start: Start, labels: LabeledImages, report_line: ReportLine | None
+) -> ClassificationFinetuning:
+    """Encoder, head and how they are trained; the head's weights come from the source where it is for the same classes."""
+    # An encoder that was read is in evaluation mode, which Lightning would keep: without stochastic depth.
+    model = Classifier(start.encoder, len(labels.classes)).train()
+    if settings.init != "none" and start.source.head:
+        load_head(model, start.source, labels.classes, report_line)
+    preprocessing = replace(start.preprocessing, crop=settings.data.evaluation_crop)
+    weights: Tensor | None = None
+    if settings.data.balance == "weights":
+        weights = class_weights(labels.train["label"], len(labels.classes))
+    learning_rate = settings.learning_rate(len(labels.train))
+    return ClassificationFinetuning(model, preprocessing, settings.data.changes(), learning_rate, settings.optim, weights)
+
+
+def load_head(model: Classifier, source: Checkpoint, classes: tuple[str, ...], report_line: ReportLine | None) -> None:
+    """Load the source's head where it is for the same classes, else keep the fresh one. Either is reported."""
     if source.classes == tuple(classes):
         model.head.load_state_dict(source.head)
-        text = f"head of the same {len(classes)} classes taken over"
+        text = f"head of the same {len(classes)} classes loaded"
     else:
         text = f"head of {len(source.classes)} classes replaced by a fresh one of {len(classes)}"
-    if say:
-        say(f"adapted    {text}")
+    if report_line:
+        report_line(f"adapted    {text}")
+
+
+def build_samples(
+    settings: ClassificationSettings, labels: LabeledImages, channels: int, keep_decoded: bool
+) -> tuple[ImageSamples, ImageSamples]:
+    """Training samples, cropped and flipped at random, and validation samples, cropped in the center."""
+    data = settings.data
+    train_view = RandomView(settings.size, data.crop_scale, data.crop_ratio, data.flip)
+    train_class = BalancedSamples if data.balance == "sampling" else ImageSamples
+    validation_view = CenterView(settings.size, data.evaluation_crop)
+    return (
+        train_class(labels.train, train_view, channels, settings.seed, keep_decoded),
+        ImageSamples(labels.validation, validation_view, channels, settings.seed, keep_decoded),
+    )
+
+
+def report_validation(run: Path, module: ClassificationFinetuning, classes: tuple[str, ...]) -> None:
+    """Write classes.csv and confusions.png, which TensorBoard shows too."""
+    if module.confusions is not None:
+        picture = write_class_report(run, module.confusions, classes)
+        step = max(module.trainer.global_step - 1, 0)
+        log_picture(module.trainer.loggers, "confusions", picture, step, CAPTION)
+
+
+def closing_text(run: Path) -> str:
+    """Precision, recall and F1 of each class."""
+    return f"{class_table(run / CLASSES)}\n" if (run / CLASSES).is_file() else ""

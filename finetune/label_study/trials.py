@@ -159,7 +159,7 @@ def prepared(settings: StudySettings) -> tuple[StudySettings, list[Arm], dict[in
     from simmim.checkpoints import read
     from simmim.data import available_cores, measure_images, read_labeled_images
     from simmim.finetune.freezing import frozen_parts
-    from simmim.finetune.start import starting_point
+    from simmim.finetune.start import find_start
     from simmim.training.trainer import device_type
 
     data = settings.data
@@ -189,7 +189,7 @@ def prepared(settings: StudySettings) -> tuple[StudySettings, list[Arm], dict[in
         arms.append(Arm("from scratch", from_scratch(one), arms[0].fingerprint))
     images = measure_images(read_labels.train)
     for arm in arms:  # what cannot start says so now, and not from the first trial
-        encoder = starting_point(arm.settings, images, device_type(), None).encoder
+        encoder = find_start(arm.settings, images, device_type(), None).encoder
         frozen_parts(encoder, arm.settings.freeze, arm.settings.train_stages)
     return settings, arms, dict(sorted(labels.items(), key=lambda item: item[1]))
 

@@ -1,7 +1,7 @@
-"""How well predicted masks fit given ones: intersection over union by class, its mean, and pixel accuracy.
+"""Metrics of predicted label maps: intersection over union by class, its mean, and pixel accuracy.
 
-Functions of a confusion matrix, (classes, classes), whose rows are the given classes and whose columns the predicted
-ones, in pixels; ignored pixels are not in it.
+Functions of a confusion matrix, (classes, classes) in pixels: a row per labeled class, a column per predicted class. Ignored
+pixels are not counted.
 """
 
 from __future__ import annotations
@@ -19,29 +19,29 @@ COLUMNS = ("class", "IoU", "recall", "precision", "pixels")
 
 
 def iou_by_class(confusion: Tensor) -> Tensor:
-    """Intersection over union of each class, float64; nan for a class that is neither given nor predicted anywhere."""
+    """Intersection over union of each class, float64; nan for a class that is neither labeled nor predicted anywhere."""
     confusion = confusion.double()
-    both = confusion.diagonal()
-    return both / (confusion.sum(dim=0) + confusion.sum(dim=1) - both)
+    intersection = confusion.diagonal()
+    return intersection / (confusion.sum(dim=0) + confusion.sum(dim=1) - intersection)
 
 
 def mean_iou(confusion: Tensor) -> float:
-    """Mean over the classes that are given or predicted somewhere; nan where no pixel counts."""
+    """Mean over the classes that are labeled or predicted somewhere; nan where all pixels are ignored."""
     return iou_by_class(confusion).nanmean().item()
 
 
 def pixel_accuracy(confusion: Tensor) -> float:
-    """Share of the pixels whose class is predicted; nan where no pixel counts."""
+    """Share of the pixels whose class is predicted; nan where all pixels are ignored."""
     confusion = confusion.double()
     return (confusion.diagonal().sum() / confusion.sum()).item()
 
 
-def write_class_rows(file: Path, confusion: Tensor, classes: Sequence[str]) -> None:
-    """A CSV file, a row a class: IoU, recall and precision, empty where a class is not given or not predicted, and the given
-    pixels' share."""
-    given, predicted = confusion.double().sum(dim=1), confusion.double().sum(dim=0)
-    both = confusion.double().diagonal()
-    columns = [iou_by_class(confusion), both / given, both / predicted, given / given.sum()]
+def write_class_table(file: Path, confusion: Tensor, classes: Sequence[str]) -> None:
+    """Write a CSV file with a row per class: IoU, recall and precision, empty where a class is not labeled or not predicted,
+    and the share of the labeled pixels."""
+    labeled, predicted = confusion.double().sum(dim=1), confusion.double().sum(dim=0)
+    correct = confusion.double().diagonal()
+    columns = [iou_by_class(confusion), correct / labeled, correct / predicted, labeled / labeled.sum()]
     with atomic_write(file) as temporary, temporary.open("w", newline="", encoding="utf-8") as text:
         writer = csv.writer(text)
         writer.writerow(COLUMNS)
@@ -50,7 +50,7 @@ def write_class_rows(file: Path, confusion: Tensor, classes: Sequence[str]) -> N
 
 
 def class_table(file: Path) -> str:
-    """What `write_class_rows` wrote as a Markdown table, in percent."""
+    """The file of `write_class_table` as a Markdown table, in percent."""
     with file.open(newline="", encoding="utf-8") as text:
         _, *rows = csv.reader(text)
     lines = [f"| {' | '.join(COLUMNS)} |", "| --- | ---: | ---: | ---: | ---: |"]

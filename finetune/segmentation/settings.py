@@ -6,26 +6,23 @@ from dataclasses import dataclass
 from typing import ClassVar
 
 from simmim.finetune.segmentation.upernet import check_head
-from simmim.finetune.settings import EncoderSettings, OptimSettings, TransferSettings
+from simmim.finetune.settings import EncoderSettings, LabeledDataSettings, OptimSettings, TransferSettings
 
 INFERENCES = ("auto", "whole", "slide")
 
 
 @dataclass(frozen=True)
-class SceneSettings:
+class SceneSettings(LabeledDataSettings):
     """The labeled images, the classes, and how training varies them.
 
     Args:
         path: folder with images/ and masks/ whose files have the same names, or with train/ and val/ (or test/) that have
             these; or a CSV file of image and mask paths, Parquet files, a saved datasets folder, a hub id.
-        column: which holds the images, in sources that have columns; found by default.
-        mask_column: which holds the masks; found by default.
+        mask_column: holds the label maps, in sources with columns; detected by default.
         classes: names in the order of the masks' values; by default those in PATH/classes.txt, one a line, or else the
             values that occur.
         values: mask value of each class; 0, 1, … by default.
         ignore_index: mask value of pixels that count for nothing; -1 for none.
-        strict: stop at the first image that cannot be read.
-        max_skipped_share: stop when a larger share of the training images cannot be read.
         short_side: pixels to which images are brought before anything else; by default the shorter of image_size, so that a
             crop sees about as much as in pre-training; 0 leaves them as they are.
         scale: range of the random resizing in training, drawn on a log scale.
@@ -37,14 +34,10 @@ class SceneSettings:
             times the area of image_size.
     """
 
-    path: str
-    column: str | None = None
     mask_column: str | None = None
     classes: tuple[str, ...] = ()
     values: tuple[int, ...] = ()
     ignore_index: int = 255
-    strict: bool = False
-    max_skipped_share: float = 0.05
     short_side: int | None = None
     scale: tuple[float, float] = (0.5, 2.0)
     crop_class_share: float = 0.75
@@ -120,7 +113,3 @@ class SegmentationSettings(TransferSettings):
         if self.class_weights not in ("none", "balanced"):
             raise ValueError(f"class_weights is {self.class_weights!r}: give none or balanced")
         super().__post_init__()
-
-    def label_provenance(self) -> dict:
-        """How many labeled scenes."""
-        return {"labels": self.labels}

@@ -155,11 +155,20 @@ class Encoder(nn.Module, ABC):
         self, config: EncoderConfig, checkpoint_activations: bool = False, sequential_attention: int | None = None
     ) -> None:
         super().__init__()
+        self.config = config
+        self.save_memory(checkpoint_activations, sequential_attention)
+
+    def save_memory(self, checkpoint_activations: bool, sequential_attention: int | None) -> None:
+        """Set how the backward pass saves memory, as the constructor does. For encoders that were loaded: no file holds these
+        arguments.
+
+        Raises:
+            ValueError: as the constructor.
+        """
         if sequential_attention is not None and not self.supports_sequential_attention:
             raise ValueError(f"sequential_attention is {sequential_attention}: this encoder has no windows, leave it out")
         if sequential_attention is not None and sequential_attention < 1:
             raise ValueError(f"sequential_attention is {sequential_attention}: give 1 window at a time or more, or none")
-        self.config = config
         self.checkpoint_activations, self.sequential_attention = checkpoint_activations, sequential_attention
 
     # --- sizes -------------------------------------------------------------------------------------------------------

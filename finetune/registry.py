@@ -1,0 +1,66 @@
+"""Labeled tasks by name. The only file that knows concrete tasks; each is imported when it is first asked for.
+
+A new task is a folder with a `settings.py` and a `task.py`, and a line in `TASKS`.
+"""
+
+from __future__ import annotations
+
+from importlib import import_module
+from typing import TYPE_CHECKING, NamedTuple
+
+from simmim.messages import did_you_mean
+
+if TYPE_CHECKING:
+    from simmim.finetune.settings import TransferSettings
+    from simmim.finetune.task import Task
+
+
+class TaskEntry(NamedTuple):
+    """Where a task is defined.
+
+    Attributes:
+        package: its modules `settings` and `task` define the two classes.
+        settings: name of the settings class, a subclass of `TransferSettings`.
+        task: name of the `Task`.
+    """
+
+    package: str
+    settings: str
+    task: str
+
+
+TASKS = {
+    "classification": TaskEntry("simmim.finetune.classification", "ClassificationSettings", "Classification"),
+    "segmentation": TaskEntry("simmim.finetune.segmentation", "SegmentationSettings", "Segmentation"),
+}
+
+
+def settings_class(name: str) -> type[TransferSettings]:
+    """The settings class of a task. Imports no training library.
+
+    Raises:
+        ValueError: for an unknown task, naming the nearest known one.
+    """
+    entry = task_entry(name)
+    return getattr(import_module(f"{entry.package}.settings"), entry.settings)
+
+
+def task_named(name: str) -> Task:
+    """The task of that name.
+
+    Raises:
+        ValueError: as `settings_class`.
+    """
+    entry = task_entry(name)
+    return getattr(import_module(f"{entry.package}.task"), entry.task)()
+
+
+def task_entry(name: str) -> TaskEntry:
+    """The row of `TASKS`.
+
+    Raises:
+        ValueError: as `settings_class`.
+    """
+    if name not in TASKS:
+        raise ValueError(f"unknown task {name!r}{did_you_mean(name, TASKS)}")
+    return TASKS[name]

@@ -1,0 +1,88 @@
+"""What the user leaves open of a segmentation run, as it follows from label maps, encoder and machine, and why."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import torch
+
+from simmim.data.label_maps import LabeledScenes
+from simmim.finetune.augment.color import ColorSettings, check_kornia, has_kornia
+from simmim.finetune.segmentation.settings import HeadSettings, SceneSettings, SegmentationSettings
+from simmim.finetune.settings import resolve_schedule
+
+JITTER = 0.25  # half of the published pipeline's, which is for thousands of images
+MIN_IMAGES_FOR_BATCH_NORM = 4  # the statistics of fewer images are noise
+PUBLISHED_WIDTH, SMALL_WIDTH = 512, 64  # channels of the head; the latter for encoders of nano's and micro's width
+# Per 512 images: the published 6e-5 at 16. With nano and micro most of what learns is the head: their usual rate.
+PUBLISHED_LR = 1.92e-3
+
+
+def resolve_settings(
+    settings: SegmentationSettings, labels: LabeledScenes, small: bool, device: str
+) -> tuple[SegmentationSettings, list[str]]:
+    """Settings with nothing left open, and a line for each choice that needs a reason.
+
+    Args:
+        settings: with image size and the encoder's settings filled in.
+        small: whether the encoder is of nano's or micro's width.
+        device: cuda, mps or cpu.
+
+    Raises:
+        ValueError: where kornia is needed and missing, and for batch norms of a single image; as `resolve_schedule`.
+    """
+    if settings.optim.lr is None and not small:
+        settings = replace(settings, optim=replace(settings.optim, lr=PUBLISHED_LR))
+    settings = resolve_schedule(settings, len(labels.train), device, small)
+    data, data_reasons = resolve_data(settings.data, labels, min(settings.size))
+    head, head_reasons = resolve_head(settings.head, images_per_forward(settings, device), small)
+    return replace(settings, data=data, head=head), [*labels.notes, *data_reasons, *head_reasons]
+
+
+def resolve_data(data: SceneSettings, labels: LabeledScenes, side_px: int) -> tuple[SceneSettings, list[str]]:
+    """Classes as they were read, scale and color jitter.
+
+    Args:
+        side_px: the shorter side of the crops.
+
+    Raises:
+        ValueError: where kornia is needed and missing.
+    """
+    reasons, jitter = [], data.color_jitter
+    if jitter is None:
+        jitter = JITTER if has_kornia() else 0.0
+        if not jitter:
+            reasons.append("no color jitter: kornia is not installed (pip install 'simmim-toolkit[finetune]')")
+    check_kornia(ColorSettings(jitter=jitter))
+    short_side = side_px if data.short_side is None else data.short_side
+    scheme = labels.scheme
+    data = replace(data, classes=scheme.classes, values=scheme.values, short_side=short_side, color_jitter=jitter)
+    return data, reasons
+
+
+def resolve_head(head: HeadSettings, num_images: int, small: bool) -> tuple[HeadSettings, list[str]]:
+    """Width and norms.
+
+    Args:
+        num_images: per device and forward pass.
+
+    Raises:
+        ValueError: for batch norms of a single image.
+    """
+    reasons = []
+    head = replace(head, width=head.width or (SMALL_WIDTH if small else PUBLISHED_WIDTH))
+    if head.norm is None:
+        head = replace(head, norm="batch" if num_images >= MIN_IMAGES_FOR_BATCH_NORM else "image")
+        reasons.append(f"head.norm {head.norm}: {num_images} images per device and forward pass")
+    elif head.norm == "batch" and num_images < 2:
+        raise ValueError("head.norm is batch, with 1 image per device and forward pass: give more, or head.norm image")
+    return head, reasons
+
+
+def images_per_forward(settings: SegmentationSettings, device: str) -> int:
+    """Images per forward pass on one device, as far as it is known before there is a trainer."""
+    if isinstance(settings.devices, int) or settings.devices.isdecimal():
+        num_devices = max(1, int(settings.devices))
+    else:
+        num_devices = torch.cuda.device_count() if device == "cuda" else 1
+    return settings.batch_size // num_devices // settings.optim.accumulate
