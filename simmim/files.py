@@ -42,3 +42,16 @@ def write_json(path: Path, value: dict) -> None:
     """`value` as indented JSON, whole or not at all."""
     with atomic_write(path) as temporary:
         temporary.write_text(json.dumps(value, indent=2) + "\n", encoding="utf-8")
+
+
+def read_json(path: Path) -> dict:
+    """The JSON object in a file; an empty dict where the file holds another kind of JSON value.
+
+    Raises:
+        ValueError: when the file holds no JSON.
+    """
+    try:
+        value = json.loads(path.read_text(encoding="utf-8"))
+    except (json.JSONDecodeError, UnicodeDecodeError) as error:
+        raise ValueError(f"{path} is not valid JSON: {error}") from error
+    return value if isinstance(value, dict) else {}

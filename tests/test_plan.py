@@ -7,8 +7,9 @@ import re
 import subprocess
 import sys
 import weakref
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from pathlib import Path
+from types import SimpleNamespace
 
 import memory as benchmark
 import pytest
@@ -18,8 +19,12 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 from torch.utils.flop_counter import FlopCounterMode
 
-from simmim.encoders.cost import Setup
+from simmim.encoders import registry
+from simmim.encoders.base import EncoderConfig, EncoderFamily
+from simmim.encoders.cost import Flops, LayerCost, Setup
 from simmim.encoders.swinv2 import FAMILY, PRESETS, SwinV2, SwinV2Config
+from simmim.methods.base import Method
+from simmim.methods.registry import METHODS
 from simmim.methods.simmim import SimMIM
 from simmim.planning.plan import GIB, USABLE_SHARE, plan, plan_for
 from simmim.planning.report import render
@@ -263,7 +268,7 @@ def test_options_are_turned_on_in_order_until_it_fits():
     """As memory shrinks: no option, activation checkpoints, FSDP, sequential attention, a smaller batch, no setup."""
     config, found = SwinV2Config.from_preset("large", window_size=32), []
     for gib in (*range(120, 1, -1), 1.5, 1.0, 0.5):
-        result = plan(config, 512, devices=8, batch_per_device=8, device_memory_gib=gib)
+        result = plan(config, 512, Setup(8, 8), gib)
         setup = result.recommended
         if setup is None:
             found.append(None)
@@ -341,6 +346,87 @@ def test_defaults_are_those_of_pretraining():
 def test_settings_out_of_range(settings, message):
     with pytest.raises(ValueError, match=message):
         plan_for(**{"preset": "tiny", "image_size": 192} | settings)
+
+
+# --- other encoders and methods ------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class ToyConfig(EncoderConfig):
+    """One stage, no windows, no preset of a paper."""
+
+    in_channels: int = 3
+    patch_size: int = 4
+    width: int = 8
+    input_projection = "patches.weight"
+    size_fields = ("width",)
+    channels = property(lambda self: (self.width,))
+    strides = property(lambda self: (self.patch_size,))
+    num_blocks = 1
+
+    def describe(self):
+        return f"width {self.width}"
+
+
+class ToyCost:
+    """A cost model in round numbers: 1,000 parameters, 1 GiB per image and a thousandth of it with checkpoints."""
+
+    def flops(self, config, image_size, setup):
+        return Flops(2e9, 6e9)
+
+    def layers(self, config, image_size, setup):
+        return [LayerCost(1000, setup.batch_per_device * (GIB / 1000 if setup.checkpoint_activations else GIB))]
+
+    def cached_bytes(self, config, image_size, setup):
+        return 0
+
+    def default_sequential_attention(self, config, image_size):
+        return None
+
+
+class ToyMethod(Method):
+    """A head of 24 parameters that states no cost. Plans call class methods only, so it needs no forward pass."""
+
+    name, title = "toy", "Toy"
+
+    @classmethod
+    def expected_state(cls, config):
+        return {"head.weight": (config.channels[0], config.in_channels)}
+
+
+@pytest.fixture
+def register_toy(monkeypatch):
+    """register_toy(cost): an encoder family and a method named toy, each in its registry by one line."""
+    monkeypatch.setitem(registry.FAMILIES, "toy", "toy_family")
+    monkeypatch.setitem(METHODS, "toy", ("toy_family", "ToyMethod"))
+
+    def register(cost):
+        family = EncoderFamily("toy", "Toy", ToyConfig, None, {"toy-8": ToyConfig()}, cost=cost)
+        monkeypatch.setitem(sys.modules, "toy_family", SimpleNamespace(FAMILY=family, ToyMethod=ToyMethod))
+
+    return register
+
+
+def test_another_family_and_method(register_toy):
+    """Options that the encoder does not have are not recommended, and nothing is built."""
+    register_toy(ToyCost())
+    result = plan_for("toy-8", 64, 2, batch_size=200, device_memory_gib=10, method="toy")
+    assert (result.encoder_parameters, result.head_parameters) == (1000, 24)
+    assert (result.forward_flops, result.training_flops) == (2 * 10**9, 6 * 10**9)
+    assert result.memory.activations == 100 * GIB
+    assert result.recommended == Setup(100, 2, checkpoint_activations=True)
+    assert 8990 < result.largest_batch <= 9000
+    assert render(result).splitlines()[0] == "toy-8, 64 × 64 px, width 8, bf16-mixed, 2 devices"
+    assert "To fit, use checkpoint_activations. The largest" in render(result)
+    assert plan_for("toy-8", 64, batch_size=10**6, device_memory_gib=1e-6, method="toy").recommended is None
+    with pytest.raises(ValueError, match="sequential_attention is 4: this encoder has no windows"):
+        plan_for("toy-8", 64, sequential_attention=4)
+
+
+def test_a_family_without_a_cost_model(register_toy):
+    register_toy(None)
+    with pytest.raises(ValueError, match="Toy encoders cannot be planned: their family has no cost model"):
+        plan_for("toy-8", 64)
 
 
 # --- the benchmark -------------------------------------------------------------------------------------------------

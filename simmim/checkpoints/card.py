@@ -1,76 +1,89 @@
-"""Model cards: what an exported folder says of itself to whoever finds it."""
+"""Model cards: what an exported folder says of itself."""
 
 from __future__ import annotations
 
-from simmim.checkpoints.checkpoint import FORMAT_NAMES, Checkpoint
+from typing import Any
+
+from simmim.checkpoints.checkpoint import Checkpoint
+from simmim.checkpoints.formats.base import CLASSIFIER, Format
 from simmim.encoders import registry
+from simmim.methods.registry import METHODS, method_named
 
-LIBRARIES = {"safetensors": "simmim", "official": "pytorch", "timm": "timm", "hf": "transformers", "onnx": "onnx"}
-# Shown apart from the recipe.
-DATA, METRICS = ("data", "images", "labels_per_class", "classes"), ("metrics", "accuracy", "loss")
+# Entries of the provenance that have sections of their own; all others are the recipe.
+DATA = ("data", "images", "labels_per_class", "classes")
+METRICS = ("metrics", "accuracy", "loss")
 
 
-def model_card(checkpoint: Checkpoint, format: str, form: str, notes: tuple[str, ...], license: str, code: str) -> str:
+def model_card(checkpoint: Checkpoint, format: Format, form: str, notes: tuple[str, ...], license: str) -> str:
     """A README.md with the front matter that model hubs read: license, data, recipe, metrics, how to load it.
 
     Args:
-        code: lines of Python that load it, from a folder called FOLDER, which holds wherever it goes.
+        notes: as from `Format.limits`.
     """
     config, preprocessing, provenance = checkpoint.config, checkpoint.preprocessing, checkpoint.provenance
-    preset = registry.preset_name(config)
-    title = f"SwinV2 {preset or f'{config.embed_dim}-{list(config.depths)}'}, {provenance.get('method', form)}"
-    height, width = preprocessing.image_size
-    values = sum(value.numel() for value in checkpoint.encoder.values())
+    family = registry.family_of(config)
+    size = registry.preset_name(config) or f"with channels {list(config.channels)}"
     data = {name: provenance[name] for name in DATA if name in provenance}
     metrics = {name: provenance[name] for name in METRICS if name in provenance}
     recipe = {name: value for name, value in provenance.items() if name not in (*data, *metrics, "license")}
-    task = "image-classification" if form == "classifier" else "image-feature-extraction"
     lines = [
         "---",
         f"license: {license}",
-        f"library_name: {LIBRARIES[format]}",
-        f"pipeline_tag: {task}",
-        "tags: [swin-transformer-v2, simmim, self-supervised]",
+        f"library_name: {format.library}",
+        f"pipeline_tag: {'image-classification' if form == CLASSIFIER else 'image-feature-extraction'}",
+        f"tags: [{family.name}, {checkpoint.method}, self-supervised]",
         "---",
         "",
-        f"# {title}",
+        f"# {family.title} {size}, {provenance.get('method', form)}",
         "",
-        f"A Swin Transformer V2 (arXiv 2111.09883) of {values / 1e6:.2f} M parameters"
-        + (" with a classifier's head" if form == "classifier" else "")
-        + (", with SimMIM's mask token and decoder (arXiv 2111.09886)" if form == "simmim" else "")
-        + ".",
+        f"{opening(checkpoint, form)}.",
         "",
         "| | |",
         "| --- | --- |",
         f"| license | {license} |",
-        f"| stages | {len(config.depths)}, channels {list(config.dims)}, strides {list(config.strides)} |",
-        f"| window | {config.window_size}, pre-trained with {list(config.pretrained_window_sizes)} |",
-        f"| images | {config.in_channels} channels, {height}×{width} px, {preprocessing.interpolation}, "
-        + (f"central crop {preprocessing.crop:g}" if preprocessing.fit == "crop" else "squashed")
-        + f", values in [0, 1], mean {rounded(preprocessing.mean)}, std {rounded(preprocessing.std)} |",
+        f"| stages | {len(config.channels)}, channels {list(config.channels)}, strides {list(config.strides)} px |",
+        f"| encoder | {config.describe()} |",
+        f"| images | {preprocessing.describe()}, values in [0, 1], mean {rounded(preprocessing.mean)}, "
+        f"std {rounded(preprocessing.std)} |",
         "",
-        "## Data",
-        "",
-        *(listed(data) or ["Not recorded."]),
-        "",
-        "## Recipe",
-        "",
-        *(listed(recipe) or ["Not recorded."]),
-        "",
-        "## Metrics",
-        "",
-        *(listed(metrics) or ["None recorded."]),
-        "",
+        *section("Data", bullets(data) or ["Not recorded."]),
+        *section("Recipe", bullets(recipe) or ["Not recorded."]),
+        *section("Metrics", bullets(metrics) or ["None recorded."]),
     ]
-    if form == "classifier":
-        lines += ["## Classes", "", ", ".join(checkpoint.classes), ""]
+    if form == CLASSIFIER:
+        lines += section("Classes", [", ".join(checkpoint.classes)])
     if notes:
-        lines += [f"## In {FORMAT_NAMES.get(format, format)}", "", *(f"- {note}" for note in notes), ""]
-    return "\n".join([*lines, "## Loading", "", "```python", code, "```", ""])
+        lines += section(f"In {format.title}", [f"- {note}" for note in notes])
+    # A relative name, which is right wherever the folder goes.
+    lines += section("Loading", ["```python", format.loading_code(checkpoint, form, "FOLDER"), "```"])
+    return "\n".join(lines)
 
 
-def listed(values: dict) -> list[str]:
-    """A line a value, nested ones in a line of their own."""
+def opening(checkpoint: Checkpoint, form: str) -> str:
+    """What the folder holds, in a sentence."""
+    family = registry.family_of(checkpoint.config)
+    values = sum(value.numel() for value in checkpoint.encoder.values())
+    text = f"A {family.title} encoder{citation(family.paper)} of {values / 1e6:.2f} M parameters"
+    if form == CLASSIFIER:
+        return f"{text} with a classifier's head"
+    if form in METHODS:
+        method = method_named(form)
+        return f"{text}, with the {method.own_parts} of {method.title}{citation(method.paper)}"
+    return text
+
+
+def citation(paper: str) -> str:
+    """A paper in parentheses; nothing if there is none."""
+    return f" ({paper})" if paper else ""
+
+
+def section(title: str, lines: list[str]) -> list[str]:
+    """A heading, the lines, and an empty line after each."""
+    return [f"## {title}", "", *lines, ""]
+
+
+def bullets(values: dict[str, Any]) -> list[str]:
+    """A line per value."""
     return [f"- {name.replace('_', ' ')}: {value}" for name, value in values.items() if value is not None]
 
 

@@ -3,58 +3,60 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
-from simmim.checkpoints.checkpoint import FORMAT_NAMES, Checkpoint, build_encoder
-from simmim.checkpoints.export import FORMATS, chosen_form, limits
+from simmim.checkpoints.checkpoint import Checkpoint
+from simmim.checkpoints.fitting import build_encoder, own_parts
+from simmim.checkpoints.formats import registry as formats
+from simmim.checkpoints.formats.base import Format
 from simmim.checkpoints.reading import read
 from simmim.encoders import registry
 
 
-def inspect(path: str | Path, **overrides) -> str:
-    """Format, architecture, provenance, the loading report and the formats it can be exported in, a line each.
+def inspect(path: str | Path, **overrides: Any) -> str:
+    """Format, architecture, provenance, the loading report and the formats that it can be exported as, one per line.
 
     Args:
         overrides: as of `load_encoder`.
 
     Raises:
-        ValueError: as `load_encoder`, when it does not load.
+        ValueError: as `load_encoder`, if it does not load.
     """
     checkpoint = read(path, **overrides)
     saved = build_encoder(checkpoint, **overrides)
-    config, preprocessing = saved.encoder.config, saved.preprocessing
-    height, width = preprocessing.image_size
-    parts = ["encoder", *(["mask token and decoder"] if checkpoint.pretraining else [])]
-    if checkpoint.head:
-        named = ", ".join(checkpoint.classes[:5]) + (", …" if len(checkpoint.classes) > 5 else "")
-        parts.append(f"head of {len(checkpoint.classes)} classes: {named}")
+    config = saved.encoder.config
+    family = registry.family_of(config)
     known = [f"{name} {value}" for name, value in checkpoint.provenance.items() if value is not None]
-    stages = ", ".join(
-        f"{depth} × {dim} channels at stride {stride}"
-        for depth, dim, stride in zip(config.depths, config.dims, config.strides)
-    )
+    stages = zip(config.channels, config.strides)
     rows = [
-        ("format", f"{checkpoint.format}, as of {FORMAT_NAMES[checkpoint.format]}"),
-        ("holds", "; ".join(parts)),
-        ("size", f"{registry.preset_name(config) or 'none of the presets'}, {saved.report.values / 1e6:.2f} M parameters"),
-        ("stages", stages),
-        ("heads", f"{list(config.num_heads)}, patch {config.patch_size} px"),
-        ("window", f"{config.window_size}, pre-trained with {list(config.pretrained_window_sizes)}"),
-        (
-            "images",
-            f"{height}×{width} px, {config.in_channels} channels, {preprocessing.interpolation}, "
-            + (f"central crop {preprocessing.crop:g}" if preprocessing.fit == "crop" else "squashed"),
-        ),
+        ("format", f"{checkpoint.format} ({formats.format_named(checkpoint.format).title})"),
+        ("holds", "; ".join(held_parts(checkpoint))),
+        ("encoder", f"{family.title} {registry.preset_name(config) or 'of no preset'}, {saved.report.values / 1e6:.2f} M values"),
+        ("stages", ", ".join(f"{channels} channels at stride {stride} px" for channels, stride in stages)),
+        ("settings", config.describe()),
+        ("images", saved.preprocessing.describe()),
         ("from", ", ".join(known) or "not recorded"),
-        *((line[:10].strip(), line[11:]) for line in str(saved.report).splitlines()),
-        ("exports as", "; ".join(exportable(checkpoint, format) for format in FORMATS)),
+        *saved.report.rows(),
+        ("exports as", "; ".join(export_outlook(checkpoint, formats.format_named(name)) for name in formats.names())),
     ]
     return "\n".join(f"{name:<10} {text}" for name, text in rows)
 
 
-def exportable(checkpoint: Checkpoint, format: str) -> str:
-    """The format's name, with what to know about it in brackets."""
+def held_parts(checkpoint: Checkpoint) -> list[str]:
+    """Encoder, the method's own weights and head, as far as there are such."""
+    parts = ["encoder"]
+    if checkpoint.pretraining:
+        parts.append(own_parts(checkpoint))
+    if checkpoint.head:
+        names = ", ".join(checkpoint.classes[:5]) + (", …" if len(checkpoint.classes) > 5 else "")
+        parts.append(f"head of {len(checkpoint.classes)} classes: {names}")
+    return parts
+
+
+def export_outlook(checkpoint: Checkpoint, format: Format) -> str:
+    """The format's name, with what to know about it in parentheses."""
     try:
-        notes = limits(checkpoint, format, chosen_form(checkpoint, format, None))
+        notes = format.limits(checkpoint, format.default_form(checkpoint))
     except ValueError as error:
-        return f"not {format} ({error})"
-    return f"{format} ({', '.join(notes)})" if notes else format
+        return f"not {format.name} ({error})"
+    return f"{format.name} ({', '.join(notes)})" if notes else format.name

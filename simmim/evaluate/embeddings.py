@@ -10,7 +10,7 @@ from __future__ import annotations
 import contextlib
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
 import torch
@@ -101,7 +101,8 @@ def collect_embeddings(batches: Iterable[EmbeddedBatch], progress: Callable[[int
     Raises:
         ValueError: when no image could be read.
     """
-    kept, unreadable = [], {}
+    kept: list[EmbeddedBatch] = []
+    unreadable: dict[str, str] = {}
     for batch in batches:
         record_unreadable(unreadable, batch.unreadable)
         kept.append(batch)
@@ -241,8 +242,8 @@ class ViewDataset(Dataset):
         return ViewBatch(readable, paths, images, unreadable)
 
 
-def return_unchanged(batch: ViewBatch) -> ViewBatch:
-    """The `collate_fn` of items that are batches already."""
+def return_unchanged(batch: Any) -> Any:
+    """The `collate_fn` of a loader whose items are batches already."""
     return batch
 
 

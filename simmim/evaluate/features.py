@@ -63,9 +63,13 @@ class Feature:
             images: what the encoder saw, (B, channels, height, width).
             output: what it returned, with the maps of all stages where `stage` names one.
         """
-        if self.stage is None and self.pooling == "mean":
-            return output.pooled.float()
-        features = (output.features if self.stage is None else output.stages[self.stage]).float()
+        if self.stage is None:
+            if self.pooling == "mean":
+                return output.pooled.float()
+            features = output.features.float()
+        else:
+            assert output.stages is not None, "the encoder was not asked for its stages"
+            features = output.stages[self.stage].float()
         return features.mean(dim=(2, 3)) if self.pooling == "mean" else F.adaptive_avg_pool2d(features, 2).flatten(1)
 
 

@@ -6,7 +6,7 @@ import json
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 from tqdm import tqdm
@@ -72,10 +72,13 @@ def write_embeddings(
         raise ValueError(f"{str(out)!r} exists: give a new file")
     feature = Feature(stage, pooling)
     dim = feature.dim(saved.encoder.config)
-    source = images if hasattr(images, "column_names") else open_images(images)
+    if isinstance(images, Path):
+        images = str(images)
+    source: Any = images if hasattr(images, "column_names") else open_images(images)
     batches = embed_batches(saved.encoder, saved.preprocessing, source, (feature,), options)
     schema = embeddings_schema(saved, feature)
-    count, unreadable = 0, {}
+    count = 0
+    unreadable: dict[str, str] = {}
     with atomic_write(out) as temporary:
         # No dictionary encoding: hardly any two values are equal.
         with (

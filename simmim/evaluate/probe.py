@@ -89,7 +89,8 @@ def linear_probe(
         raise ValueError(f"all train labels are {classes[0]}: give vectors of at least two classes")
     folds = min(MAX_FOLDS, int(counts.min()))
     folds = folds if folds > 1 else 0
-    c, table = DEFAULT_STRENGTH, ()
+    c = DEFAULT_STRENGTH
+    table: tuple[CrossValidated, ...] = ()
     if folds:
         accuracies = []
         for fitted, held_out in StratifiedKFold(folds, shuffle=True, random_state=seed).split(train, train_labels):

@@ -13,7 +13,7 @@ from tqdm import tqdm
 from simmim.checkpoints.checkpoint import SavedEncoder
 from simmim.data import LabeledSource, open_labeled_source
 from simmim.evaluate.embeddings import DEFAULT_PASS, EncoderPass
-from simmim.evaluate.features import Pixels, select_features
+from simmim.evaluate.features import AnyFeature, Pixels, select_features
 from simmim.evaluate.labeled import Draw, draw_labels, embed_pools, pool_draws, unreadable_images
 from simmim.evaluate.neighbors import check_knn_settings
 from simmim.evaluate.probe import check_scikit_learn
@@ -146,7 +146,10 @@ def compare(saved: SavedEncoder, comparison: Comparison, options: EncoderPass = 
         check_scikit_learn()
     config, preprocessing = saved.encoder.config, saved.preprocessing
     pixels = Pixels(preprocessing.image_size)
-    features = (*select_features(config, preprocessing.image_size, comparison.stage, comparison.pooling), pixels)
+    features: tuple[AnyFeature, ...] = (
+        *select_features(config, preprocessing.image_size, comparison.stage, comparison.pooling),
+        pixels,
+    )
     source = open_labeled_source(comparison.data, comparison.column, comparison.label_column)
     draws = draw_all(source, comparison)
     pools = pool_draws(source, draws)

@@ -147,14 +147,14 @@ def mean_scores(draws: Sequence[FeatureScores]) -> list[FeatureScore]:
     means = []
     for name in [row.name for row in draws[0].rows]:
         rows = [scores.row(name) for scores in draws]
-        strengths = [row.c for row in rows]
+        strengths = [row.c for row in rows if row.c is not None]
         means.append(
             FeatureScore(
                 name,
                 rows[0].dim,
                 float(np.mean([row.knn for row in rows])),
                 mean_or_none([row.probe for row in rows]),
-                None if None in strengths else float(np.exp(np.mean(np.log(strengths)))),
+                float(np.exp(np.mean(np.log(strengths)))) if strengths else None,
                 mean_or_none([row.cross_validated for row in rows]),
                 all(row.converged for row in rows),
             )
@@ -164,7 +164,8 @@ def mean_scores(draws: Sequence[FeatureScores]) -> list[FeatureScore]:
 
 def mean_or_none(values: Sequence[float | None]) -> float | None:
     """The mean; None where a value is None."""
-    return None if None in values else float(np.mean(values))
+    present = [value for value in values if value is not None]
+    return float(np.mean(present)) if len(present) == len(values) else None
 
 
 def scores_table(*draws: FeatureScores) -> str:

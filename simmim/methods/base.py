@@ -81,6 +81,8 @@ class Method(nn.Module, ABC):
     Attributes:
         name: as it stands in settings and files.
         title: as it stands in texts.
+        own_parts: what the method trains beside the encoder, in words: "mask token and decoder".
+        paper: what a model card cites.
         loss_name: of the loss, as metrics are grouped by it; described in `loss_description`.
         settings_class: what `build` takes.
         predicts_pixels: whether there are reconstructions to look at.
@@ -88,6 +90,8 @@ class Method(nn.Module, ABC):
 
     name: ClassVar[str]
     title: ClassVar[str]
+    own_parts: ClassVar[str] = "own weights"
+    paper: ClassVar[str] = ""
     loss_name: ClassVar[str]
     loss_description: ClassVar[str] = ""
     settings_class: ClassVar[type[MethodSettings]] = MethodSettings

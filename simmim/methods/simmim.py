@@ -70,6 +70,8 @@ class SimMIM(Method):
 
     name = "simmim"
     title = "SimMIM"
+    own_parts = "mask token and decoder"
+    paper = "arXiv 2111.09886"
     loss_name = "masked_l1"
     loss_description = "mean absolute error over the masked pixels; 1 is a standard deviation of the normalized images"
     settings_class = SimMIMSettings
@@ -169,10 +171,10 @@ class SimMIM(Method):
         patch = provenance.get("norm_target_patch")
         if patch and patch != self.norm_target_patch:
             return (
-                f"mask token and decoder; they predict pixels normalized over {patch} px: "
+                f"{self.own_parts}; they predict pixels normalized over {patch} px: "
                 f"model.norm_target_patch {patch} goes on like that"
             )
-        return "mask token and decoder"
+        return self.own_parts
 
     def no_decay(self) -> tuple[str, ...]:
         """The mask token, as the reference means to."""

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -52,14 +52,8 @@ class Plan:
 def plan(
     config: EncoderConfig,
     image_size: int | Size,
-    devices: int = 1,
-    batch_per_device: int = 1,
-    precision: str = "bf16-mixed",
-    strategy: str = "ddp",
-    checkpoint_activations: bool = False,
-    sequential_attention: int | None = None,
+    requested: Setup,
     device_memory_gib: float = 80.0,
-    device: str = "cuda",
     title: str = "encoder",
     method: str | None = None,
 ) -> Plan:
@@ -67,10 +61,10 @@ def plan(
 
     Args:
         image_size: pixels, one number or (height, width).
+        requested: the setup to start from.
         device_memory_gib: memory of one device, of which `USABLE_SHARE` is planned for.
         title: name of the model, for the report.
         method: name of the method of pre-training; the default one where None.
-        devices, batch_per_device, precision, strategy, checkpoint_activations, sequential_attention, device: as of `Setup`.
 
     Raises:
         ValueError: for a setting out of range, and for an encoder whose family has no cost model.
@@ -80,10 +74,11 @@ def plan(
         raise ValueError(f"image_size is {size[0]}×{size[1]} px: give positive numbers")
     if device_memory_gib <= 0:
         raise ValueError(f"device_memory_gib is {device_memory_gib:g}: give a positive number")
-    requested = Setup(batch_per_device, devices, precision, strategy, checkpoint_activations, sequential_attention, device)
     at_once = cost_model(config).default_sequential_attention(config, size)
-    if sequential_attention is not None and at_once is None:
-        raise ValueError(f"sequential_attention is {sequential_attention}: this encoder has no windows, leave it out")
+    if requested.sequential_attention is not None and at_once is None:
+        raise ValueError(
+            f"sequential_attention is {requested.sequential_attention}: this encoder has no windows, leave it out"
+        )
     method = method or default_method()
     method_class = method_named(method)
 
@@ -93,11 +88,7 @@ def plan(
     def fits(setup: Setup) -> bool:
         return memory(setup).peak <= device_memory_gib * USABLE_SHARE * GIB
 
-    setups = setups_to_try(requested, at_once)
-    recommended = next(filter(fits, setups), None)
-    largest = largest_batch(recommended or setups[-1], fits)
-    if recommended is None and largest:
-        recommended = replace(setups[-1], batch_per_device=largest)
+    recommended, largest = choose_setup(setups_to_try(requested, at_once), fits)
     flops = step_flops(config, size, requested, method_class)
     return Plan(
         title=title,
@@ -112,7 +103,7 @@ def plan(
         requested=requested,
         memory=memory(requested),
         recommended=recommended,
-        recommended_memory=recommended and memory(recommended),
+        recommended_memory=memory(recommended) if recommended else None,
         largest_batch=largest,
     )
 
@@ -134,7 +125,7 @@ def plan_for(
         image_size: pixels, one number or (height, width).
         batch_size: images per optimizer step, over all devices.
         encoder: settings of the encoder that replace the preset's; those that follow from the image size do so by default.
-        setup: `strategy`, `checkpoint_activations`, `sequential_attention` and `device` of `plan`.
+        setup: `strategy`, `checkpoint_activations`, `sequential_attention` and `device` of `Setup`.
 
     Raises:
         ValueError: for an unknown preset or setting of the encoder, naming the nearest known one; for a setting out of
@@ -150,17 +141,8 @@ def plan_for(
     if devices < 1:
         raise ValueError(f"devices is {devices}: give 1 or more")
     batch_size = default_batch_size("cuda", config.is_small) if batch_size is None else batch_size
-    return plan(
-        config,
-        size,
-        devices,
-        math.ceil(batch_size / devices),
-        precision,
-        device_memory_gib=device_memory_gib,
-        title=preset,
-        method=method,
-        **setup,
-    )
+    requested = Setup(math.ceil(batch_size / devices), devices, precision, **setup)
+    return plan(config, size, requested, device_memory_gib, title=preset, method=method)
 
 
 def setups_to_try(requested: Setup, sequential_attention: int | None) -> list[Setup]:
@@ -179,6 +161,15 @@ def setups_to_try(requested: Setup, sequential_attention: int | None) -> list[Se
         at_once = requested.sequential_attention or sequential_attention
         setups += [replace(setup, sequential_attention=at_once) for setup in (checkpointed, sharded)]
     return setups
+
+
+def choose_setup(setups: Sequence[Setup], fits: Callable[[Setup], bool]) -> tuple[Setup | None, int]:
+    """The first setup that fits, else the last one with a smaller batch, or None; and the largest batch that it fits with."""
+    for setup in setups:
+        if fits(setup):
+            return setup, largest_batch(setup, fits)
+    largest = largest_batch(setups[-1], fits)
+    return replace(setups[-1], batch_per_device=largest) if largest else None, largest
 
 
 def largest_batch(setup: Setup, fits: Callable[[Setup], bool], limit: int = MAX_BATCH) -> int:

@@ -1,48 +1,68 @@
-"""Key tables: our name of each tensor against another format's, one table a format, read in both directions."""
+"""Key tables: this toolkit's name of each tensor and another format's, read in both directions."""
 
 from __future__ import annotations
 
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 
 import torch
 from torch import Tensor
 
-from simmim.checkpoints.checkpoint import State, shapes_of
-from simmim.encoders.swinv2 import SwinV2Config
+from simmim.checkpoints.fitting import shapes_of
+from simmim.encoders.base import EncoderConfig, State
+
+Row = tuple[str, str]
 
 
 @dataclass(frozen=True)
 class KeyTable:
-    """Rows of (our name, their name). {i} is the stage, {j} the block, {next} the stage after; a name of theirs with a
-    choice, "self.(query|key|value).weight", stands for tensors that are ours when joined along their first axis. Names
-    outside the encoder, `pretraining` and `head`, stand in tables of their own."""
+    """Rows of (our name, their name) for one encoder family in one format.
 
-    encoder: tuple[tuple[str, str], ...]
-    pretraining: tuple[tuple[str, str], ...] = ()
-    head: tuple[tuple[str, str], ...] = ()
+    {i} and {j} stand for numbers, of a stage and a block for instance; {next} stands for i + 1. A name of theirs with a
+    choice, "self.(query|key|value).weight", stands for tensors that are ours when they are joined along the first axis.
 
-    def names(self, config: SwinV2Config) -> dict[str, tuple[str, ...]]:
-        """Every tensor of an encoder: our name to theirs, one or several."""
-        ours, theirs = list(shapes_of(config)), {}
-        for our_name in ours:
-            stage, block = (re.search(pattern, our_name) for pattern in (r"layers\.(\d+)", r"blocks\.(\d+)"))
-            i, j = (int(found[1]) if found else -1 for found in (stage, block))
-            template = re.sub(r"layers\.\d+", "layers.{i}", re.sub(r"blocks\.\d+", "blocks.{j}", our_name))
-            row = next((their for our, their in self.encoder if our == template), None)
-            if row is not None:
-                theirs[our_name] = tuple(name.format(i=i, j=j, next=i + 1) for name in choices(row))
-        missing = [name for name in ours if name not in theirs]
+    Args:
+        encoder: rows of the encoder's tensors.
+        pretraining: rows of SimMIM's mask token and decoder, for formats that hold them.
+        head: rows of a classifier's head.
+    """
+
+    encoder: tuple[Row, ...]
+    pretraining: tuple[Row, ...] = ()
+    head: tuple[Row, ...] = ()
+
+    def names(self, config: EncoderConfig) -> dict[str, tuple[str, ...]]:
+        """Every tensor of an encoder: our name to theirs, one or several.
+
+        Raises:
+            ValueError: if the format has no place for a tensor.
+        """
+        names = {our_name: self.their_names(our_name) for our_name in shapes_of(config)}
+        missing = [our_name for our_name, theirs in names.items() if not theirs]
         if missing:
-            raise ValueError(
-                f"this format has no place for {missing[0]} and {len(missing) - 1} more: extra norms on the main path (huge "
-                "and giants) are for the formats safetensors and official alone"
-            )
-        return theirs
+            more = f" and {len(missing) - 1} more" if len(missing) > 1 else ""
+            raise ValueError(f"this format has no place for {missing[0]}{more}: export as safetensors")
+        return names
 
-    def from_ours(self, state: State, config: SwinV2Config, prefix: str = "") -> State:
+    @cached_property
+    def patterns(self) -> list[tuple[re.Pattern[str], str]]:
+        """The rows of `encoder` with a pattern for our name: "{i}" matches a number."""
+        return [(re.compile(re.sub(r"\\\{(\w)\\\}", r"(?P<\1>\\d+)", re.escape(ours))), theirs) for ours, theirs in self.encoder]
+
+    def their_names(self, our_name: str) -> tuple[str, ...]:
+        """What one tensor of ours is called; empty if there is no row for it."""
+        for pattern, theirs in self.patterns:
+            match = pattern.fullmatch(our_name)
+            if match:
+                numbers = {letter: int(number) for letter, number in match.groupdict().items()}
+                numbers["next"] = numbers.get("i", 0) + 1
+                return tuple(name.format(**numbers) for name in choices(theirs))
+        return ()
+
+    def from_ours(self, state: State, config: EncoderConfig, prefix: str = "") -> State:
         """An encoder's weights under their names."""
         theirs = {}
         for our_name, names in self.names(config).items():
@@ -50,11 +70,11 @@ class KeyTable:
                 theirs[prefix + name] = part
         return theirs
 
-    def to_ours(self, tensors: Mapping[str, Tensor], config: SwinV2Config, prefix: str = "") -> tuple[State, list[str]]:
-        """As many of an encoder's weights as `tensors` has, under our names; and the names that nothing was made of.
+    def to_ours(self, tensors: Mapping[str, Tensor], config: EncoderConfig, prefix: str = "") -> tuple[State, list[str]]:
+        """The encoder's weights among `tensors` under our names, as many as there are; and the names that are left over.
 
         Raises:
-            ValueError: when parts of one of our tensors do not go together.
+            ValueError: if parts of one of our tensors differ in shape.
         """
         state, used = {}, set()
         for our_name, names in self.names(config).items():
@@ -69,36 +89,36 @@ class KeyTable:
         return state, [name for name in tensors if name not in used]
 
 
-def all_or_none(rows: tuple[tuple[str, str], ...], tensors: Mapping[str, Tensor], source: Path) -> State:
-    """Tensors that are of use together, under our names; {} where a file holds none of them.
+def all_or_none(rows: tuple[Row, ...], tensors: Mapping[str, Tensor], source: Path) -> State:
+    """Tensors that are useful only together, under our names; {} if a file holds none of them.
 
     Raises:
-        ValueError: naming what is missing where it holds some.
+        ValueError: naming what is missing, if the file holds only some.
     """
-    found = {ours: tensors[theirs] for ours, theirs in rows if theirs in tensors}
-    missing = [theirs for ours, theirs in rows if ours not in found]
-    if found and missing:
-        beside = ", ".join(theirs for ours, theirs in rows if ours in found)
-        raise ValueError(f"{source} holds {beside} and no {', '.join(missing)}: expected all or none; fetch it again")
-    return found
+    state = {ours: tensors[theirs] for ours, theirs in rows if theirs in tensors}
+    missing = [theirs for ours, theirs in rows if ours not in state]
+    if state and missing:
+        present = ", ".join(theirs for ours, theirs in rows if ours in state)
+        raise ValueError(f"{source} holds {present} and no {', '.join(missing)}: expected all or none; fetch it again")
+    return state
+
+
+def prefix_of(tensors: Mapping[str, Tensor], anchor: str) -> str:
+    """What stands before the encoder's names, in front of `anchor`, the end of a name that every encoder has."""
+    return next(name for name in tensors if name.endswith(anchor)).removesuffix(anchor)
 
 
 def choices(name: str) -> list[str]:
     """ "a.(b|c).d" as "a.b.d" and "a.c.d"."""
-    found = re.search(r"\(([^)]+)\)", name)
-    return [name] if not found else [name.replace(found[0], choice) for choice in found[1].split("|")]
+    match = re.search(r"\(([^)]+)\)", name)
+    return [name] if not match else [name.replace(match[0], choice) for choice in match[1].split("|")]
 
 
-def same(*templates: str) -> tuple[tuple[str, str], ...]:
+def same_names(*templates: str) -> tuple[Row, ...]:
     """Rows of names that are alike in both formats."""
     return tuple((name, name) for name in templates)
 
 
-def both(name: str) -> tuple[str, str]:
-    """The weight and the bias of a layer."""
-    return f"{name}.weight", f"{name}.bias"
-
-
-def with_suffixes(ours: str, theirs: str) -> tuple[tuple[str, str], ...]:
-    """Rows for the weight and the bias of a layer."""
-    return tuple(zip(both(ours), both(theirs)))
+def weight_and_bias(ours: str, theirs: str) -> tuple[Row, ...]:
+    """Rows of the weight and the bias of a layer."""
+    return tuple((f"{ours}.{part}", f"{theirs}.{part}") for part in ("weight", "bias"))

@@ -126,8 +126,9 @@ class SwinV2Config(EncoderConfig):
         return 0.2 if self.embed_dim >= 192 else 0.1
 
     def describe(self) -> str:
-        """Window and patch."""
-        return f"window {self.window_size}, patch {self.patch_size} px"
+        """Window, the windows of pre-training where they are recorded, and patch."""
+        trained = f" (pre-trained with {list(self.pretrained_window_sizes)})" if self.pretrained_window_sizes else ""
+        return f"window {self.window_size}{trained}, patch {self.patch_size} px"
 
     @classmethod
     def from_preset(cls, preset: str, **overrides: Any) -> SwinV2Config:

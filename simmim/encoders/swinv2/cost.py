@@ -14,6 +14,7 @@ import math
 from dataclasses import dataclass
 from functools import lru_cache
 from itertools import pairwise
+from typing import cast
 
 import torch
 from torch import nn
@@ -21,7 +22,7 @@ from torch import nn
 from simmim.encoders.base import Size
 from simmim.encoders.cost import Flops, LayerCost, Setup
 from simmim.encoders.swinv2.config import SwinV2Config
-from simmim.encoders.swinv2.model import CPB_HIDDEN, PIECE_LOGITS, SwinV2
+from simmim.encoders.swinv2.model import CPB_HIDDEN, PIECE_LOGITS, Stage, SwinV2
 
 
 class SwinV2Cost:
@@ -160,10 +161,11 @@ def parameter_counts(config: SwinV2Config) -> ParameterCounts:
     def count(part: nn.Module) -> int:
         return sum(parameter.numel() for parameter in part.parameters())
 
+    stages = cast("list[Stage]", list(encoder.layers))
     return ParameterCounts(
         count(encoder.patch_embed),
-        tuple(tuple(count(block) for block in stage.blocks) for stage in encoder.layers),
-        tuple(count(stage.downsample) for stage in encoder.layers[:-1]),
+        tuple(tuple(count(block) for block in stage.blocks) for stage in stages),
+        tuple(count(stage.downsample) for stage in stages if stage.downsample is not None),
         count(encoder.norm),
     )
 

@@ -1,0 +1,77 @@
+"""What formats of other libraries share: tables of rows by encoder family, and this toolkit's description in config.json."""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Iterator, Mapping
+from importlib import import_module
+from typing import Any, ClassVar
+
+from simmim.checkpoints.checkpoint import Checkpoint, Preprocessing
+from simmim.checkpoints.formats.base import CLASSIFIER, Format
+from simmim.checkpoints.source import Source
+from simmim.encoders import registry as encoders
+from simmim.encoders.base import EncoderConfig, State
+
+
+class Rows(ABC):
+    """One encoder family in one format: its rows of the format's tables."""
+
+    @abstractmethod
+    def detect(self, source: Source) -> bool:
+        """Whether a file holds an encoder of this family in this format."""
+
+    @abstractmethod
+    def read(self, source: Source, overrides: Mapping[str, Any]) -> Checkpoint:
+        """As `Format.read`."""
+
+    @abstractmethod
+    def state(self, checkpoint: Checkpoint, form: str) -> State:
+        """Every tensor of the format's weight file, under the format's names."""
+
+    def differences(self, checkpoint: Checkpoint, form: str) -> tuple[str, ...]:
+        """As `Format.differences`."""
+        return ()
+
+
+class ForeignFormat(Format):
+    """A format of another library that is read, too. Its `families` have `Rows`."""
+
+    families: ClassVar[dict[str, str]]
+
+    def detect(self, source: Source) -> bool:
+        return any(rows.detect(source) for rows in self.all_rows())
+
+    def read(self, source: Source, overrides: Mapping[str, Any]) -> Checkpoint:
+        return next(rows for rows in self.all_rows() if rows.detect(source)).read(source, overrides)
+
+    def differences(self, checkpoint: Checkpoint, form: str) -> tuple[str, ...]:
+        return self.rows_for(checkpoint.config).differences(checkpoint, form)
+
+    def all_rows(self) -> Iterator[Rows]:
+        """The rows of every family."""
+        return (import_module(module).ROWS for module in self.families.values())
+
+
+# --- this toolkit's description in config.json -----------------------------------------------------------------------
+
+
+def description_of(checkpoint: Checkpoint, form: str) -> dict[str, Any]:
+    """What this toolkit writes under its key of another library's config.json, so that reading restores what the format has
+    no place for."""
+    return {
+        "architecture": encoders.config_as_dict(checkpoint.config),
+        "preprocessing": vars(checkpoint.preprocessing),
+        "provenance": checkpoint.provenance,
+        "classes": list(checkpoint.classes) if form == CLASSIFIER else [],
+    }
+
+
+def described_config(description: Mapping[str, Any]) -> EncoderConfig:
+    """The architecture in a description."""
+    return encoders.config_from_dict(description["architecture"])
+
+
+def described_preprocessing(description: Mapping[str, Any]) -> Preprocessing:
+    """The preprocessing in a description."""
+    return Preprocessing(**description["preprocessing"])

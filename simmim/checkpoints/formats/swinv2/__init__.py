@@ -1,0 +1,1 @@
+"""SwinV2's rows in the tables of foreign formats, one file per format."""

@@ -1,0 +1,229 @@
+"""SwinV2 in transformers: Swinv2Model, Swinv2ForMaskedImageModeling and Swinv2ForImageClassification."""
+
+from __future__ import annotations
+
+import re
+from collections import Counter
+from collections.abc import Mapping
+from typing import Any
+
+from torch import Tensor
+
+from simmim.checkpoints.checkpoint import Checkpoint
+from simmim.checkpoints.fitting import check_state
+from simmim.checkpoints.formats.base import CLASSIFIER, ENCODER
+from simmim.checkpoints.formats.foreign import described_config
+from simmim.checkpoints.formats.huggingface import HuggingFaceFormat, HuggingFaceRows, read_preprocessing
+from simmim.checkpoints.formats.key_tables import KeyTable, prefix_of, weight_and_bias
+from simmim.checkpoints.formats.parts import SIMMIM, class_names, parts_of_form, read_head, read_simmim
+from simmim.checkpoints.formats.swinv2.recognition import (
+    is_swinv2,
+    padding_note,
+    refuse_extra_norms,
+    with_pretrained_windows,
+)
+from simmim.checkpoints.source import CONFIG, Source
+from simmim.encoders.base import Size, State
+from simmim.encoders.swinv2.config import SwinV2Config
+
+OURS, THEIRS = "layers.{i}.blocks.{j}.", "encoder.layers.{i}.blocks.{j}."
+SELF = THEIRS + "attention.self."
+TABLE = KeyTable(
+    encoder=(
+        *weight_and_bias("patch_embed.proj", "embeddings.patch_embeddings.projection"),
+        *weight_and_bias("patch_embed.norm", "embeddings.norm"),
+        (OURS + "attn.qkv.weight", SELF + "(query|key|value).weight"),
+        (OURS + "attn.q_bias", SELF + "query.bias"),
+        (OURS + "attn.v_bias", SELF + "value.bias"),
+        (OURS + "attn.logit_scale", SELF + "logit_scale"),
+        *weight_and_bias(OURS + "attn.cpb_mlp.0", SELF + "continuous_position_bias_mlp.0"),
+        (OURS + "attn.cpb_mlp.2.weight", SELF + "continuous_position_bias_mlp.2.weight"),
+        *weight_and_bias(OURS + "attn.proj", THEIRS + "attention.output.dense"),
+        *weight_and_bias(OURS + "norm1", THEIRS + "layernorm_before"),  # named for V1: in V2 it comes after its branch
+        *weight_and_bias(OURS + "mlp.fc1", THEIRS + "intermediate.dense"),
+        *weight_and_bias(OURS + "mlp.fc2", THEIRS + "output.dense"),
+        *weight_and_bias(OURS + "norm2", THEIRS + "layernorm_after"),
+        ("layers.{i}.downsample.reduction.weight", "encoder.layers.{i}.downsample.reduction.weight"),
+        *weight_and_bias("layers.{i}.downsample.norm", "encoder.layers.{i}.downsample.norm"),
+        *weight_and_bias("norm", "layernorm"),
+    ),
+    pretraining=(
+        ("mask_token", "swinv2.embeddings.mask_token"),
+        ("decoder.weight", "decoder.0.weight"),
+        ("decoder.bias", "decoder.0.bias"),
+    ),
+    head=weight_and_bias("head", "classifier"),
+)
+PROJECTION = "embeddings.patch_embeddings.projection.weight"
+CLASSES = {
+    ENCODER: "Swinv2Model",
+    SIMMIM: "Swinv2ForMaskedImageModeling",
+    CLASSIFIER: "Swinv2ForImageClassification",
+}
+# What SwinV2 has as published; transformers' configuration could say otherwise.
+FIXED = {"hidden_act": "gelu", "qkv_bias": True, "use_absolute_embeddings": False, "layer_norm_eps": 1e-5}
+
+
+class SwinV2HuggingFace(HuggingFaceRows):
+    """transformers' Swinv2 models."""
+
+    def detect(self, source: Source) -> bool:
+        return is_swinv2(source.weights.tensors, PROJECTION)
+
+    def read(self, source: Source, overrides: Mapping[str, Any]) -> Checkpoint:
+        file = source.weights
+        config, size, notes = read_architecture(source)
+        prefix = prefix_of(file.tensors, PROJECTION)
+        # Of the blocks that the file has and not of those that the configuration says, so that the two can be compared.
+        depths = depths_of(file.tensors, prefix)
+        state, left_over = TABLE.to_ours(file.tensors, SwinV2Config(1, depths, (1,) * len(depths)), prefix)
+        known = {theirs for _, theirs in (*TABLE.pretraining, *TABLE.head)} | {prefix + "embeddings.mask_token"}
+        buffers = ("relative_coords_table", "relative_position_index")
+        extra = [name for name in left_over if name not in known and not name.endswith(buffers)]
+        check_state(config, state | {name: file.tensors[name] for name in extra}, file.source)
+        head = read_head(TABLE, file.tensors, file)
+        pretraining, more_notes = read_simmim(TABLE.pretraining, file.tensors, file)
+        labels = source.config.get("id2label") or {}
+        origin = {"origin": "transformers", "architectures": source.config.get("architectures")}
+        return Checkpoint(
+            config,
+            state,
+            read_preprocessing(source, size, config.in_channels),
+            file.source,
+            "hf",
+            provenance=source.description.get("provenance", origin),
+            pretraining=pretraining,
+            head=head,
+            classes=class_names([labels[key] for key in sorted(labels, key=int)], head),
+            notes=notes + more_notes,
+        )
+
+    def state(self, checkpoint: Checkpoint, form: str) -> State:
+        prefix = "" if form == ENCODER else "swinv2."
+        encoder = TABLE.from_ours(checkpoint.encoder, checkpoint.config, prefix)
+        return encoder | parts_of_form(TABLE, checkpoint, form)
+
+    def folder_config(self, checkpoint: Checkpoint, form: str) -> dict[str, Any]:
+        config, fields = checkpoint.config, checkpoint.config.as_dict()
+        height, width = checkpoint.preprocessing.image_size
+        stages = [f"stage{stage + 1}" for stage in range(len(config.depths))]
+        return {
+            "model_type": "swinv2",
+            "architectures": [CLASSES[form]],
+            "image_size": height if height == width else [height, width],
+            "patch_size": config.patch_size,
+            "num_channels": config.in_channels,
+            "embed_dim": config.embed_dim,
+            "depths": fields["depths"],
+            "num_heads": fields["num_heads"],
+            "num_layers": len(config.depths),
+            "hidden_size": config.channels[-1],
+            "window_size": config.window_size,
+            # 0 stands for the window in use, which 1 means where a map has but one token.
+            "pretrained_window_sizes": [0 if side == 1 else side for side in fields["pretrained_window_sizes"]],
+            "mlp_ratio": config.mlp_ratio,
+            "drop_path_rate": config.drop_path_rate,
+            "encoder_stride": config.strides[-1],
+            "stage_names": ["stem", *stages],
+            "out_features": stages,
+            "out_indices": list(range(1, len(stages) + 1)),
+            "dtype": "float32",
+            **FIXED,
+        }
+
+    def backbone_class(self) -> str:
+        return "Swinv2Backbone"
+
+    def differences(self, checkpoint: Checkpoint, form: str) -> tuple[str, ...]:
+        refuse_extra_norms(checkpoint, HuggingFaceFormat.title)
+        difference = window_difference(checkpoint.config, checkpoint.preprocessing.image_size)
+        if difference:
+            raise ValueError(f"{difference}: export as safetensors, timm or onnx, or at another image size")
+        return padding_note(checkpoint, HuggingFaceFormat.title, shifts_before_padding=False)
+
+
+ROWS = SwinV2HuggingFace()
+
+
+# --- the architecture ------------------------------------------------------------------------------------------------
+
+
+def depths_of(tensors: Mapping[str, Tensor], prefix: str) -> tuple[int, ...]:
+    """The number of blocks in each stage, by their names."""
+    block = re.compile(re.escape(prefix) + r"encoder\.layers\.(\d+)\.blocks\.(\d+)\.")
+    blocks = {(int(match[1]), int(match[2])) for name in tensors if (match := block.match(name))}
+    return tuple(Counter(stage for stage, _ in sorted(blocks)).values())
+
+
+def read_architecture(source: Source) -> tuple[SwinV2Config, Size, tuple[str, ...]]:
+    """The encoder's configuration, the size of its images, and notes.
+
+    Raises:
+        ValueError: if there is no configuration of a Swinv2, or it differs from the published architecture.
+    """
+    stored, path = source.config, source.folder / CONFIG
+    if stored.get("model_type") != "swinv2":
+        says = f"{CONFIG} beside it says model_type {stored['model_type']!r}" if "model_type" in stored else ""
+        raise ValueError(
+            f"{source.file} holds a model of transformers and {says or f'no {CONFIG} lies beside it'}: give a whole folder, "
+            "with model_type 'swinv2'"
+        )
+    for name, value in FIXED.items():
+        if stored.get(name, value) != value:
+            raise ValueError(
+                f"{path} says {name} {stored[name]!r}: Swin Transformer V2 as published, and so this toolkit, has {value!r}"
+            )
+    size = stored.get("image_size", 224)
+    size = (size, size) if isinstance(size, int) else tuple(size)
+    config = SwinV2Config(
+        embed_dim=stored.get("embed_dim", 96),
+        depths=stored.get("depths", (2, 2, 6, 2)),
+        num_heads=stored.get("num_heads", (3, 6, 12, 24)),
+        window_size=stored.get("window_size", 7),
+        patch_size=stored.get("patch_size", 4),
+        in_channels=stored.get("num_channels", 3),
+        mlp_ratio=float(stored.get("mlp_ratio", 4.0)),
+        drop_path_rate=stored.get("drop_path_rate", 0.1),
+    )
+    pretrained = stored.get("pretrained_window_sizes") or (0,) * len(config.depths)
+    # 0 stands for the window in use, and that is transformers' own.
+    pretrained = [side or own for side, own in zip(pretrained, windows_of_transformers(config, size))]
+    config = with_pretrained_windows(config, pretrained, size)
+    if source.description:
+        described = described_config(source.description)
+        # transformers has no place for this field.
+        if {**described.as_dict(), "shift_before_padding": False} == config.as_dict():
+            config = described
+    difference = window_difference(config, size)
+    return config, size, (difference,) if difference else ()
+
+
+def windows_of_transformers(config: SwinV2Config, image_size: Size) -> list[int]:
+    """The window of each stage in transformers' Swinv2, which is fixed when the model is built."""
+    height = image_size[0] // config.patch_size
+    return [min(config.window_size, height // 2**stage) for stage in range(len(config.depths))]
+
+
+def window_difference(config: SwinV2Config, image_size: Size) -> str | None:
+    """Why transformers' Swinv2 computes something else than this encoder, or None.
+
+    It fixes every stage's window when it is built: from the height alone, and from a map size that it rounds down where
+    merging rounds up.
+    """
+    theirs, ours = windows_of_transformers(config, image_size), config.windows(image_size)
+    size = "×".join(map(str, image_size))
+    if any(window != (side, side) for window, side in zip(ours, theirs)):
+        return f"transformers' Swinv2 uses windows {theirs} where this encoder at {size} px has {list(ours)}"
+    height, width = (-(-side // config.patch_size) for side in image_size)
+    for stage, (side, depth) in enumerate(zip(theirs, config.depths)):
+        shifted = image_size[0] // config.patch_size // 2**stage > side
+        if depth > 1 and ((height > side) != shifted or (width > side) != shifted):
+            return (
+                f"transformers' Swinv2 looks at the height alone and at {size} px {'shifts' if shifted else 'does not shift'}"
+                f" both sides of stage {stage + 1}'s map, {height}×{width} tokens with windows of {side}"
+            )
+        height, width = -(-height // 2), -(-width // 2)
+    pretrained = config.pretrained_window_sizes or ()
+    if not all(isinstance(side, int) for side in pretrained):
+        return f"transformers' Swinv2 has square windows only, and this encoder was pre-trained with {list(pretrained)}"
+    return None

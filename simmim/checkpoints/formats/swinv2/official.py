@@ -1,0 +1,265 @@
+"""SwinV2 in the authors' checkpoints: names, the buffers that their modules store, and their training configuration."""
+
+from __future__ import annotations
+
+import math
+import re
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+
+from simmim.checkpoints.checkpoint import Checkpoint, Preprocessing
+from simmim.checkpoints.fitting import check_state
+from simmim.checkpoints.formats.foreign import described_config, described_preprocessing
+from simmim.checkpoints.formats.key_tables import KeyTable, prefix_of, same_names, weight_and_bias
+from simmim.checkpoints.formats.official import OfficialRows
+from simmim.checkpoints.formats.parts import SIMMIM, class_names, parts_of_form, read_head, read_simmim
+from simmim.checkpoints.formats.swinv2.recognition import AUTHORS_PROJECTION, is_swinv2, with_pretrained_windows
+from simmim.checkpoints.source import Source
+from simmim.checkpoints.weight_files import WeightFile, as_plain_values
+from simmim.defaults import IMAGENET_MEAN, IMAGENET_STD
+from simmim.encoders.base import Size, State
+from simmim.encoders.swinv2.config import SwinV2Config, as_pair
+from simmim.encoders.swinv2.geometry import log_spaced_coords, relative_position_index, shift_mask
+
+BLOCK = "layers.{i}.blocks.{j}."
+# This toolkit's names are the authors'.
+TABLE = KeyTable(
+    encoder=same_names(
+        *(f"patch_embed.{name}.{part}" for name in ("proj", "norm") for part in ("weight", "bias")),
+        *(BLOCK + f"attn.{name}" for name in ("qkv.weight", "q_bias", "v_bias", "logit_scale")),
+        *(BLOCK + f"attn.cpb_mlp.{name}" for name in ("0.weight", "0.bias", "2.weight")),
+        *(BLOCK + f"attn.proj.{part}" for part in ("weight", "bias")),
+        *(BLOCK + f"mlp.{name}.{part}" for name in ("fc1", "fc2") for part in ("weight", "bias")),
+        *(BLOCK + f"{name}.{part}" for name in ("norm1", "norm2", "norm3") for part in ("weight", "bias")),
+        *("layers.{i}.downsample." + name for name in ("reduction.weight", "norm.weight", "norm.bias")),
+        *("norm.weight", "norm.bias"),
+    ),
+    pretraining=(
+        ("mask_token", "encoder.mask_token"),
+        ("decoder.weight", "decoder.0.weight"),
+        ("decoder.bias", "decoder.0.bias"),
+    ),
+    head=weight_and_bias("head", "head"),
+)
+# Fields of our configuration that the authors' configuration has, too.
+SIZES = {"embed_dim": "EMBED_DIM", "depths": "DEPTHS", "num_heads": "NUM_HEADS", "mlp_ratio": "MLP_RATIO"}
+# Derived from sizes. The authors' modules store them; here they are only a source of the sizes.
+BUFFERS = re.compile(r"relative_coords_table$|relative_position_index$|attn_mask$|\.k_bias$")
+# Windows and image sizes in pixels, as published file names have them: window12_192, window12to16_192to256.
+FILE_NAME = re.compile(r"window(\d+)(?:to(\d+))?_(\d{2,4})(?:to(\d{2,4}))?")
+
+
+class SwinV2Official(OfficialRows):
+    """The authors' SwinV2: classifiers, SimMIM models, and encoders alone."""
+
+    def detect(self, source: Source) -> bool:
+        return is_swinv2(source.weights.tensors, AUTHORS_PROJECTION)
+
+    def read(self, source: Source, overrides: Mapping[str, Any]) -> Checkpoint:
+        file, description = source.weights, source.description
+        tensors = {name.replace("rpe_mlp", "cpb_mlp"): value for name, value in file.tensors.items()}
+        prefix = prefix_of(tensors, AUTHORS_PROJECTION)
+        encoder = {name.removeprefix(prefix): value for name, value in tensors.items() if name.startswith(prefix)}
+        buffers = {name: encoder.pop(name) for name in list(encoder) if BUFFERS.search(name)}
+        settings = as_plain_values(file.values.get("config") or {})
+        if description:
+            config, preprocessing, notes = described_config(description), described_preprocessing(description), ()
+        else:
+            config, preprocessing, notes = find_architecture(encoder, buffers, settings, file, overrides)
+        state, left_over = TABLE.to_ours(encoder, config)
+        left_over += [name for name in tensors if not name.startswith(prefix)]
+        known = {theirs.removeprefix(prefix) for _, theirs in (*TABLE.pretraining, *TABLE.head)} | {"mask_token"}
+        extra = [name for name in left_over if name not in known]
+        check_state(config, state | {name: tensors.get(name, encoder.get(name)) for name in extra}, file.source)
+        head = read_head(TABLE, encoder, file)
+        # The mask token is a part of the authors' encoder, whatever its prefix.
+        mask_token = {"encoder.mask_token": encoder["mask_token"]} if "mask_token" in encoder else {}
+        pretraining, more_notes = read_simmim(TABLE.pretraining, tensors | mask_token, file)
+        return Checkpoint(
+            config,
+            state,
+            preprocessing,
+            file.source,
+            "official",
+            provenance=description.get("provenance", provenance_in(settings, bool(pretraining))),
+            pretraining=pretraining,
+            head=head,
+            classes=class_names(description.get("classes"), head),
+            notes=notes + more_notes,
+        )
+
+    def state(self, checkpoint: Checkpoint, form: str) -> State:
+        """With the authors' prefix in the form simmim, without it in the forms encoder and classifier."""
+        prefix = "encoder." if form == SIMMIM else ""
+        encoder = {**checkpoint.encoder, **buffers_of(checkpoint.config, checkpoint.preprocessing.image_size)}
+        return {prefix + name: value for name, value in encoder.items()} | parts_of_form(TABLE, checkpoint, form)
+
+    def settings(self, checkpoint: Checkpoint) -> dict[str, Any]:
+        config, provenance = checkpoint.config, checkpoint.provenance
+        height, width = checkpoint.preprocessing.image_size
+        data: dict[str, Any] = {"IMG_SIZE": height if height == width else [height, width]}
+        if "mask_ratio" in provenance:
+            data |= {"MASK_PATCH_SIZE": provenance["mask_unit"], "MASK_RATIO": provenance["mask_ratio"]}
+        fields = config.as_dict()
+        model = {
+            "TYPE": "swinv2",
+            "DROP_PATH_RATE": config.drop_path_rate,
+            "SWINV2": {
+                **{theirs: fields[ours] for ours, theirs in SIZES.items()},
+                "WINDOW_SIZE": config.window_size,
+                "PRETRAINED_WINDOW_SIZES": fields["pretrained_window_sizes"],
+                "PATCH_SIZE": config.patch_size,
+                "IN_CHANS": config.in_channels,
+            },
+        }
+        if provenance.get("norm_target_patch"):
+            model["SIMMIM"] = {"NORM_TARGET": {"ENABLE": True, "PATCH_SIZE": provenance["norm_target_patch"]}}
+        return {"DATA": data, "MODEL": model}
+
+    def differences(self, checkpoint: Checkpoint, form: str) -> tuple[str, ...]:
+        height, width = checkpoint.preprocessing.image_size
+        if height == width and checkpoint.config.windows_divide((height, width)):
+            return ()
+        return (f"the authors' modules take square images that windows divide, which {height}×{width} px are not",)
+
+
+ROWS = SwinV2Official()
+
+
+# --- reading the architecture ----------------------------------------------------------------------------------------
+
+Architecture = tuple[SwinV2Config, Preprocessing, tuple[str, ...]]
+
+
+def find_architecture(
+    state: State, buffers: State, settings: Mapping, file: WeightFile, overrides: Mapping[str, Any]
+) -> Architecture:
+    """Architecture and preprocessing of a file without this toolkit's description, and notes on what was concluded.
+
+    Sizes are in the weights. The window is in the stored buffers, the stored configuration, the file's name, or the user's
+    `window_size`; the first of these that tells it is believed.
+
+    Raises:
+        ValueError: if nothing tells the window.
+    """
+    stored = settings.get("MODEL", {}).get("SWINV2", {})
+    # What the configuration says must agree with the weights: otherwise a missing block would go unnoticed.
+    stated = {ours: stored[theirs] for ours, theirs in SIZES.items() if theirs in stored}
+    sizes = SwinV2Config.infer(state) | with_tuples(stated)
+    windows, pretrained, image = windows_in_buffers(buffers, sizes)
+    window = max(windows) if windows else stored.get("WINDOW_SIZE")
+    image = settings.get("DATA", {}).get("IMG_SIZE") or image
+    pretrained = pretrained or stored.get("PRETRAINED_WINDOW_SIZES")
+    if windows and stored.get("WINDOW_SIZE", 0) > window:
+        # The maps are smaller than the window, which larger images will use in full.
+        window = stored["WINDOW_SIZE"]
+    notes = []
+    if window is None:
+        window, pretrained, image, note = window_without_buffers(sizes, pretrained, image, file, overrides)
+        notes.append(note)
+    if image is None:
+        image = window * sizes["patch_size"] * 8
+        notes.append(f"image size assumed to be {image} px, eight windows per side")
+    size = tuple(image) if isinstance(image, list | tuple) else (image, image)
+    drop_path = settings.get("MODEL", {}).get("DROP_PATH_RATE", 0.0)
+    config = SwinV2Config(**sizes, window_size=window, drop_path_rate=drop_path)
+    channels = sizes["in_channels"]
+    mean, std = (IMAGENET_MEAN, IMAGENET_STD) if channels == 3 else ((0.5,) * channels, (0.5,) * channels)
+    is_classifier = any(name.startswith("head") for name in state)
+    preprocessing = Preprocessing(size, mean, std, *(("bicubic", 0.875) if is_classifier else ()))
+    return with_pretrained_windows(config, pretrained, size), preprocessing, tuple(notes)
+
+
+def with_tuples(fields: Mapping[str, Any]) -> dict[str, Any]:
+    """Fields with tuples for lists, as a configuration has them."""
+    return {name: tuple(value) if isinstance(value, list) else value for name, value in fields.items()}
+
+
+def window_without_buffers(
+    sizes: Mapping[str, Any], pretrained: Any, image: Any, file: WeightFile, overrides: Mapping[str, Any]
+) -> tuple[int, Any, Any, str]:
+    """Window, windows of pre-training and image size by the file's name or the user's `window_size`, and a note.
+
+    Raises:
+        ValueError: if neither tells the window.
+    """
+    match = FILE_NAME.search(f"{file.source.stem} {file.source.parent.name}")
+    if match:
+        window, image = int(match[2] or match[1]), image or int(match[4] or match[3])
+        if match[2]:
+            before = SwinV2Config(**{**sizes, "window_size": int(match[1])}).windows((int(match[3]),) * 2)
+            pretrained = tuple(side for side, _ in before)
+        return window, pretrained, image, f"window {window} and {image} px by the file's name"
+    if overrides.get("window_size"):
+        window = overrides["window_size"]
+        return window, pretrained, image, f"window {window} as given by window_size"
+    raise ValueError(
+        f"{file.source} does not tell its window: no stored buffers or configuration, and no name like "
+        "window8_256; give the window it was trained with, window_size"
+    )
+
+
+def windows_in_buffers(buffers: State, sizes: Mapping[str, Any]) -> tuple[tuple[int, ...], tuple[int, ...], int | None]:
+    """What stored buffers say: the window of each stage, the window that it was pre-trained with, and the side of the images
+    in pixels; empty and None where they are not stored.
+
+    For a window of w tokens that was pre-trained with p, the largest log-spaced coordinate is
+    log2(1 + 8 (w − 1) / (p − 1)) / 3 (equation 4 of the paper), which gives p. The mask of a shifted block has one row per
+    window of the map.
+    """
+    windows, pretrained, image = [], [], None
+    for stage, depth in enumerate(sizes["depths"]):
+        table = buffers.get(f"layers.{stage}.blocks.0.attn.relative_coords_table")
+        if table is None:
+            return (), (), image
+        window = (table.shape[1] + 1) // 2
+        windows.append(window)
+        largest = float(table.max())
+        pretrained.append(round(1 + 8 * (window - 1) / (2 ** (3 * largest) - 1)) if window > 1 and largest > 0 else window)
+        masks = [buffers.get(f"layers.{stage}.blocks.{block}.attn_mask") for block in range(depth)]
+        mask = next((mask for mask in masks if mask is not None), None)
+        stride = sizes["patch_size"] * 2**stage
+        if image is None and (mask is not None or depth > 1):
+            # A stage of two blocks or more without a mask has one window.
+            image = window * stride * (math.isqrt(len(mask)) if mask is not None else 1)
+    return tuple(windows), tuple(pretrained), image
+
+
+def provenance_in(settings: Mapping, has_pretraining: bool) -> dict[str, Any]:
+    """What the stored configuration tells of the training."""
+    provenance = {"origin": "the authors' code", "method": "SimMIM" if has_pretraining else "classification"}
+    data, simmim = settings.get("DATA", {}), settings.get("MODEL", {}).get("SIMMIM", {})
+    if "EPOCHS" in settings.get("TRAIN", {}):
+        provenance["epochs"] = settings["TRAIN"]["EPOCHS"]
+    if "MASK_RATIO" in data:
+        provenance |= {"mask_unit": data.get("MASK_PATCH_SIZE"), "mask_ratio": data["MASK_RATIO"]}
+    target = simmim.get("NORM_TARGET", {})
+    if target.get("ENABLE"):
+        provenance["norm_target_patch"] = target.get("PATCH_SIZE", 47)
+    return provenance
+
+
+# --- writing ---------------------------------------------------------------------------------------------------------
+
+
+def buffers_of(config: SwinV2Config, image_size: Size) -> State:
+    """What the authors' modules store beside the weights, so that they load the file strictly."""
+    height, width = (side // config.patch_size for side in image_size)
+    cpu, buffers = torch.device("cpu"), {}
+    for stage, (depth, window) in enumerate(zip(config.depths, config.windows(image_size))):
+        shift = tuple(side // 2 if size > side else 0 for side, size in zip(window, (height, width)))
+        pretrained = as_pair(config.pretrained_window_sizes[stage]) if config.pretrained_window_sizes else window
+        tokens = window[0] * window[1]
+        for block in range(depth):
+            name = BLOCK.format(i=stage, j=block)
+            table = log_spaced_coords(window, pretrained, cpu).view(1, 2 * window[0] - 1, 2 * window[1] - 1, 2)
+            buffers[name + "attn.relative_coords_table"] = table.clone()
+            index = relative_position_index(window, cpu).view(tokens, tokens)
+            buffers[name + "attn.relative_position_index"] = index.clone()
+            if block % 2 and any(shift):
+                padded = tuple(-(-size // side) * side for size, side in zip((height, width), window))
+                buffers[name + "attn_mask"] = shift_mask(padded, window, shift, cpu).clone()
+        height, width = -(-height // 2), -(-width // 2)
+    return buffers
