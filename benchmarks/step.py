@@ -104,9 +104,8 @@ def write_weights(folder: Path, preset: str, size: int, window: int) -> None:
     from safetensors.torch import save_file
 
     from simmim.checkpoints.checkpoint import Checkpoint, Preprocessing
-    from simmim.checkpoints.formats.huggingface import folder_config, state_for
-    from simmim.checkpoints.formats.official import state_for as state_for_authors
-    from simmim.checkpoints.formats.timm import state_for as state_for_timm
+    from simmim.checkpoints.formats.base import ExportOptions
+    from simmim.checkpoints.formats.registry import format_named
     from simmim.encoders.swinv2 import SwinV2, SwinV2Config
     from simmim.methods.simmim import SimMIM
 
@@ -124,12 +123,10 @@ def write_weights(folder: Path, preset: str, size: int, window: int) -> None:
         source=folder,
         pretraining=model.own_state(),
     )
-    save_file(state_for_timm(checkpoint, "encoder"), folder / "timm.safetensors")
-    save_file(state_for_authors(checkpoint, "simmim"), folder / "authors.safetensors")
-    hf = folder / "transformers"
-    hf.mkdir()
-    save_file(state_for(checkpoint, "simmim"), hf / "model.safetensors", metadata={"format": "pt"})
-    (hf / "config.json").write_text(json.dumps(folder_config(checkpoint, "simmim")), encoding="utf-8")
+    for format, form, file in (("timm", "encoder", "timm"), ("official", "simmim", "authors")):
+        save_file(format_named(format).rows_for(config).state(checkpoint, form), folder / f"{file}.safetensors")
+    (folder / "transformers").mkdir()
+    format_named("hf").write(checkpoint, "simmim", folder / "transformers", ExportOptions())
 
 
 # --- A contender's process ---------------------------------------------------------------------------------------------

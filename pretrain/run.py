@@ -11,8 +11,10 @@ import pytorch_lightning as pl
 from pytorch_lightning.strategies import ModelParallelStrategy
 
 from simmim.checkpoints import read
-from simmim.checkpoints.checkpoint import Checkpoint, Preprocessing, build_encoder, save_checkpoint
-from simmim.checkpoints.weight_files import unpickled
+from simmim.checkpoints.checkpoint import Checkpoint, Preprocessing
+from simmim.checkpoints.fitting import build_encoder
+from simmim.checkpoints.own_files import save_checkpoint
+from simmim.checkpoints.weight_files import read_torch_file
 from simmim.data import (
     CenterView,
     ImageSamples,
@@ -217,9 +219,9 @@ def load_initial_weights(method: Method, source: Checkpoint) -> str:
     method.encoder.load_state_dict(saved.encoder.state_dict())
     report, shapes = str(saved.report), {name: tuple(value.shape) for name, value in source.pretraining.items()}
     if source.pretraining and source.method != method.name:
-        report += f"\nadapted    the parts of {method.title} are fresh: the source was trained by {source.method}"
+        report += f"\nadapted    {method.own_parts} are fresh: the source was trained by {source.method}"
     elif source.pretraining and shapes != dict(method.expected_state(config)):
-        report += f"\nadapted    the parts of {method.title} are fresh: those of the source are for other channels"
+        report += f"\nadapted    {method.own_parts} are fresh: those of the source are for other channels"
     elif source.pretraining:
         report += f"\nloaded     {method.load_own_state(source.pretraining, source.provenance)}"
     return report
@@ -294,7 +296,7 @@ def load_pretrained(run: str | Path) -> tuple[Method, PretrainSettings]:
     if checkpoint is None:
         raise ValueError(f"run {str(run)!r} has no checkpoint yet: expected some in {checkpoints_folder(Path(run))}")
     model = build_method(settings)
-    state = unpickled(checkpoint)["state_dict"]
+    state = read_torch_file(checkpoint)["state_dict"]
     model.load_state_dict({name.removeprefix("model."): value for name, value in state.items()})
     return model.eval(), settings
 

@@ -14,7 +14,7 @@ _HOMES = {
     "BlockMasking": "simmim.methods.masking",
     "SimMIM": "simmim.methods.simmim",
     "load_encoder": "simmim.checkpoints",
-    "save_encoder": "simmim.checkpoints.checkpoint",
+    "save_encoder": "simmim.checkpoints",
 }
 __all__ = [*_HOMES, "__version__"]
 

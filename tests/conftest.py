@@ -53,7 +53,8 @@ def digits(tmp_path_factory):
 @pytest.fixture(scope="session")
 def encoder_folder(tmp_path_factory):
     """A small encoder of gray 32 px images in three stages, no parameter of which has the value that it begins with."""
-    from simmim.checkpoints.checkpoint import Preprocessing, save_encoder
+    from simmim.checkpoints.checkpoint import Preprocessing
+    from simmim.checkpoints.own_files import save_encoder
     from simmim.encoders.swinv2 import SwinV2, SwinV2Config
 
     torch.manual_seed(0)

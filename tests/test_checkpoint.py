@@ -2,6 +2,7 @@
 
 import json
 import os
+import resource
 import stat
 from dataclasses import replace
 from pathlib import Path
@@ -11,7 +12,10 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from simmim.checkpoints import load_encoder, read_encoder
-from simmim.checkpoints.checkpoint import CONFIG, WEIGHTS, Preprocessing, save_encoder
+from simmim.checkpoints.checkpoint import Preprocessing
+from simmim.checkpoints.own_files import WEIGHTS, save_encoder
+from simmim.checkpoints.source import CONFIG
+from simmim.encoders.registry import build
 from simmim.encoders.swinv2 import SwinV2, SwinV2Config
 from simmim.files import atomic_write, write_json
 
@@ -22,9 +26,10 @@ COLOR = Preprocessing((32, 32), (0.485, 0.456, 0.406), (0.229, 0.224, 0.225))
 
 @torch.no_grad()
 def random_encoder(config, seed=0):
-    """Every parameter random, norm gains included: fresh blocks are the identity and would agree with anything."""
+    """With the kernels, as encoders are loaded. Every parameter is random, those of norms too: fresh blocks are the identity
+    and would agree with anything."""
     generator = torch.Generator().manual_seed(seed)
-    encoder = SwinV2(config)
+    encoder = build(config)
     for parameter in encoder.parameters():
         parameter.normal_(0, 0.3, generator=generator)
     return encoder.eval()
@@ -141,8 +146,8 @@ def test_what_a_checkpoint_contains(saved):
     encoder = SwinV2(TINY)
     assert load_file(saved / WEIGHTS).keys() == {name for name, _ in encoder.named_parameters()}
     assert json.loads((saved / CONFIG).read_text()) == {
-        "format": "simmim-swinv2-encoder",
-        "architecture": {**TINY.as_dict(), "pretrained_window_sizes": [4, 4]},
+        "format": "simmim-encoder",
+        "architecture": {"family": "swinv2", **TINY.as_dict(), "pretrained_window_sizes": [4, 4]},
         "preprocessing": {
             "image_size": [32, 32],
             "mean": [0.485, 0.456, 0.406],
@@ -200,7 +205,7 @@ def test_broken_json(saved, content):
 @pytest.mark.parametrize("content", ["[]", "{}", '"text"', "null", '{"format": "timm"}', '{"model_type": "swinv2"}'])
 def test_another_format(saved, content):
     (saved / CONFIG).write_text(content)
-    refused(saved / CONFIG, 'does not describe an encoder of this toolkit: expected "format": "simmim-swinv2-encoder"')
+    refused(saved / CONFIG, 'does not describe an encoder of this toolkit: expected "format": "simmim-encoder"')
 
 
 def with_architecture(folder, **changes):
@@ -280,24 +285,22 @@ def test_json_that_cannot_be_written_leaves_the_old(tmp_path):
     assert os.listdir(tmp_path) == ["x.json"]
 
 
-def test_weights_that_cannot_be_saved_leave_the_old(saved, monkeypatch):
+def test_weights_that_cannot_be_saved_leave_the_old(saved):
+    """A disk that takes no more than a kilobyte of a file."""
     before = {path.name: path.read_bytes() for path in saved.iterdir()}
-
-    def fail(state, path, metadata):
-        Path(path).write_bytes(b"half")
-        raise OSError("No space left on device")
-
-    monkeypatch.setattr("simmim.checkpoints.checkpoint.save_file", fail)
-    with pytest.raises(OSError, match="No space"):
-        save_encoder(saved, random_encoder(TINY, seed=5), COLOR, {})
+    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (1024, limits[1]))
+    try:
+        with pytest.raises(OSError, match=r"encoder\.safetensors cannot be written: .*File too large"):
+            save_encoder(saved, random_encoder(TINY, seed=5), COLOR, {})
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
     assert {path.name: path.read_bytes() for path in saved.iterdir()} == before
 
 
 def test_oblong_pretraining_loads_bit_identical(tmp_path):
     """Where a map is lower than the window, height and width were scaled apart, and so they are after loading."""
-    encoder = SwinV2(SwinV2Config(16, (1, 1, 1), (2, 2, 2), window_size=8)).eval()
-    for parameter in encoder.parameters():
-        parameter.data.normal_(0, 0.3)
+    encoder = random_encoder(SwinV2Config(16, (1, 1, 1), (2, 2, 2), window_size=8))
     images = torch.randn(1, 3, 64, 128)
     folder = save_encoder(tmp_path, encoder, replace(COLOR, image_size=(64, 128)), {})
     with torch.no_grad():

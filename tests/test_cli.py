@@ -12,7 +12,8 @@ import pytest
 from PIL import Image
 
 from simmim.checkpoints import load_encoder
-from simmim.checkpoints.checkpoint import Preprocessing, save_encoder
+from simmim.checkpoints.checkpoint import Preprocessing
+from simmim.checkpoints.own_files import save_encoder
 from simmim.cli import main
 from simmim.cli.main import COMMANDS
 from simmim.encoders.swinv2 import SwinV2, SwinV2Config
@@ -147,7 +148,7 @@ PROBE, KNN = "probe --run encoder --data split", "knn --run encoder --data split
         ("export --run model.pth --out new", ["model.pth is no"]),
         ("export --run encoder --out full", ["'full' exists and is not empty: give a new folder"]),
         ("export --run encoder --out model.pth", ["'model.pth' exists"]),
-        ("export --run encoder --out new --format onxx", ["unknown format 'onxx'", "known: safetensors"]),
+        ("export --run encoder --out new --format onxx", ["unknown format 'onxx'", "did you mean 'onnx'?"]),
         ("export --rum encoder --out new", ["unknown setting 'rum'", "'run'?"]),
         ("export --out new", ["missing: give --run"]),
         ("predict --run absent --images images --out new", ["no encoder at 'absent'"]),

@@ -11,7 +11,8 @@ import pytest
 import torch
 
 from simmim.checkpoints import read_encoder
-from simmim.checkpoints.checkpoint import Preprocessing, save_encoder
+from simmim.checkpoints.checkpoint import Preprocessing
+from simmim.checkpoints.own_files import save_encoder
 from simmim.cli import main
 from simmim.data import CenterView, open_images, open_labeled_source, open_picture, read_labeled_images
 from simmim.encoders.swinv2 import SwinV2, SwinV2Config

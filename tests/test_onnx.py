@@ -15,9 +15,11 @@ import torch
 from test_checkpoint import random_encoder, random_images
 from torch import nn
 
-from simmim.checkpoints.formats import onnx as convert
-from simmim.checkpoints.formats.onnx import check_sizes, export_onnx
+from simmim.checkpoints.formats.onnx import OnnxCheck, OnnxFormat, export_onnx
+from simmim.checkpoints.formats.swinv2.onnx import ROWS as SWINV2
+from simmim.checkpoints.formats.swinv2.onnx import SwinV2Onnx
 from simmim.encoders.swinv2 import SwinV2, SwinV2Config
+from simmim.encoders.swinv2.geometry import MASKED_LOGIT
 
 ROOT = Path(__file__).resolve().parent.parent
 TINY = SwinV2Config(16, (2, 2), (2, 4), window_size=4)
@@ -92,7 +94,7 @@ def test_a_fixed_size_at_any_batch(exported, name, size):
 def test_any_size_and_batch_in_one_file(exported, name):
     encoder = random_encoder(CONFIGS[name])
     _, session = exported(encoder, dynamic_size=True)
-    for number, size in enumerate([*SIZES, *check_sizes(encoder)]):
+    for number, size in enumerate([*SIZES, *SWINV2.check_sizes(encoder)]):
         images = random_images(1 + number % 8, encoder.config.in_channels, *size)
         (pooled,) = session.run(["pooled"], {"images": images.numpy()})
         assert_close(pooled, encoder(images).pooled, size)
@@ -176,10 +178,10 @@ def test_one_file_of_the_encoders_own_weights(exported, dynamic):
         ("nano", 4, 64, True),
     ],
 )
-def test_files_are_little_larger_than_the_weights(tmp_path, monkeypatch, preset, window, side, dynamic):
-    monkeypatch.setattr(convert, "BATCHES", (1,))  # batches are tested above, and here slow
+def test_files_are_little_larger_than_the_weights(tmp_path, preset, window, side, dynamic):
+    check = OnnxCheck(batches=(1,))  # batches are tested above, and slow here
     encoder = random_encoder(SwinV2Config.from_preset(preset, window_size=window))
-    assert export_onnx(encoder, tmp_path / "encoder.onnx", (side, side), dynamic_size=dynamic) < 1e-4
+    assert export_onnx(encoder, tmp_path / "encoder.onnx", (side, side), dynamic_size=dynamic, check=check) < 1e-4
     weights = 4 * sum(parameter.numel() for parameter in encoder.parameters())
     assert weights < (tmp_path / "encoder.onnx").stat().st_size < 1.05 * weights
 
@@ -209,35 +211,46 @@ def test_export_is_quiet_and_leaves_all_as_it_was(exported, capfd):
 # --- the check -------------------------------------------------------------------------------------------------------
 
 
-def mask_nothing(monkeypatch):
-    """Breaks the graph where windows are shifted."""
-    monkeypatch.setattr(convert, "MASKED_LOGIT", 0.0)
+class WithoutMask(SwinV2Onnx):
+    """A wrong graph: tokens attend across the borders that shifting brings into a window."""
+
+    def compose(self, *arguments):
+        model = super().compose(*arguments)
+        for tensor in model.graph.initializer:
+            if tensor.name == f"float_{MASKED_LOGIT}":
+                tensor.CopyFrom(onnx.numpy_helper.from_array(np.array(0.0, np.float32), tensor.name))
+        return model
+
+
+ROWS = WithoutMask()
+
+
+@pytest.fixture
+def without_mask(monkeypatch):
+    """SwinV2's row of the format table is the wrong graph."""
+    monkeypatch.setitem(OnnxFormat.families, "swinv2", __name__)
 
 
 @pytest.mark.parametrize("outputs", ["pooled", "stages"])
 @pytest.mark.parametrize("dynamic", [False, True])
-def test_a_file_with_other_numbers_is_refused(tmp_path, monkeypatch, outputs, dynamic):
-    mask_nothing(monkeypatch)
+def test_a_file_with_other_numbers_is_refused(tmp_path, without_mask, outputs, dynamic):
     with pytest.raises(ValueError, match=r"is off by .* in ONNX Runtime, more than .*: no file was written"):
         export_onnx(random_encoder(TINY), tmp_path / "encoder.onnx", (32, 48), outputs, dynamic_size=dynamic)
     assert list(tmp_path.iterdir()) == []
 
 
-def test_other_sizes_are_checked(tmp_path, monkeypatch):
+def test_other_sizes_are_checked(tmp_path, without_mask):
     """At 16 × 16 pixels one window covers the map and nothing is shifted: only other sizes show the damage."""
-    mask_nothing(monkeypatch)
     export_onnx(random_encoder(TINY), tmp_path / "fixed.onnx", (16, 16))
     with pytest.raises(ValueError, match="of 20 × 16 pixels is off by"):
         export_onnx(random_encoder(TINY), tmp_path / "any.onnx", (16, 16), dynamic_size=True)
     assert [path.name for path in tmp_path.iterdir()] == ["fixed.onnx"]
 
 
-def test_the_difference_found_is_returned(tmp_path, monkeypatch):
+def test_the_difference_found_is_returned(tmp_path, without_mask):
     """The largest of all batches: here of the third image alone, with a tolerance that accepts it."""
-    mask_nothing(monkeypatch)
-    monkeypatch.setattr(convert, "TOLERANCE", 10.0)
     encoder = random_encoder(TINY)
-    found = export_onnx(encoder, tmp_path / "encoder.onnx", (32, 48))
+    found = export_onnx(encoder, tmp_path / "encoder.onnx", (32, 48), check=OnnxCheck(tolerance=10.0))
     images = torch.randn(8, 3, 32, 48, generator=torch.Generator().manual_seed(0))
     (pooled,) = session_of(tmp_path / "encoder.onnx").run(None, {"images": images.numpy()})
     with torch.no_grad():
@@ -266,7 +279,7 @@ def test_a_refused_export_leaves_an_earlier_file(exported, monkeypatch):
     encoder = random_encoder(TINY)
     file, _ = exported(encoder)
     before = file.read_bytes()
-    mask_nothing(monkeypatch)
+    monkeypatch.setitem(OnnxFormat.families, "swinv2", __name__)
     with pytest.raises(ValueError, match="is off by"):
         export_onnx(encoder, file, (32, 48))
     assert file.read_bytes() == before and len(list(file.parent.iterdir())) == 1
@@ -308,6 +321,7 @@ def test_missing_packages(tmp_path, monkeypatch, package):
 
 
 def test_importing_loads_neither_package():
-    code = "import sys, simmim.checkpoints.formats.onnx; print([name for name in ('onnx', 'onnxruntime') if name in sys.modules])"
+    modules = "simmim.checkpoints.formats.onnx, simmim.checkpoints.formats.swinv2.onnx"
+    code = f"import sys, {modules}; print([name for name in ('onnx', 'onnxruntime') if name in sys.modules])"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=ROOT, timeout=100)
     assert (done.stdout, done.stderr) == ("[]\n", "")

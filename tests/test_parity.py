@@ -1,6 +1,6 @@
 """The same features from the same file in other libraries: what timm and transformers save is read and computed as they
 do it, and what this toolkit exports they load whole and compute as it does. The authors' code stands in golden numbers
-(test_convert.py, test_golden.py)."""
+(test_authors_files.py, test_golden.py)."""
 
 import fcntl
 import importlib.util
@@ -15,15 +15,15 @@ from pathlib import Path
 import matplotlib.cbook
 import pytest
 import torch
+from conversion import random_checkpoint
 from PIL import Image
 from safetensors.torch import load_file, save_file
-from test_convert import random_checkpoint
 from test_swinv2 import random_images, randomize, run_transformers
 
 from simmim import load_encoder
 from simmim.checkpoints import read, read_encoder
-from simmim.checkpoints.checkpoint import build_encoder
 from simmim.checkpoints.export import export
+from simmim.checkpoints.fitting import build_encoder
 from simmim.data import CenterView, normalize, open_picture
 from simmim.encoders.swinv2 import SwinV2, SwinV2Config
 from simmim.methods.simmim import SimMIM

@@ -10,12 +10,12 @@ import subprocess
 import sys
 import types
 from dataclasses import replace
+from importlib import import_module
 from pathlib import Path
 
 import pytest
 import torch
-from safetensors.torch import save_file
-from test_convert import (
+from conversion import (
     CLASSES,
     FORMATS,
     SMALL,
@@ -25,16 +25,20 @@ from test_convert import (
     released,
     rewritten,
     same_tensors,
+    source_of,
     weights_file,
 )
+from safetensors.torch import save_file
 
 from simmim import load_encoder
-from simmim.checkpoints.checkpoint import HEAD_CONFIG, check_head, check_pretraining, save_checkpoint
+from simmim.checkpoints import read, read_encoder
 from simmim.checkpoints.export import export
-from simmim.checkpoints.formats import huggingface, official, timm
-from simmim.checkpoints.formats.huggingface import read
-from simmim.checkpoints.reading import read_encoder
-from simmim.checkpoints.weight_files import WeightFile, read_weight_file
+from simmim.checkpoints.fitting import check_head, check_pretraining
+from simmim.checkpoints.formats.registry import format_named
+from simmim.checkpoints.formats.swinv2.huggingface import PROJECTION
+from simmim.checkpoints.formats.swinv2.official import BUFFERS
+from simmim.checkpoints.own_files import HEAD_CONFIG, save_checkpoint
+from simmim.checkpoints.weight_files import read_weight_file
 from simmim.cli import main
 from simmim.encoders.swinv2 import SwinV2Config
 
@@ -142,15 +146,11 @@ def test_the_command_refuses_a_file_that_would_run_code(digits, tmp_path, capsys
 # --- strictness ------------------------------------------------------------------------------------------------------
 
 
-def rows_of(format):
-    return {"official": official, "timm": timm, "hf": huggingface}[format].TABLE
-
-
 def our_names(format, config, form):
     """Their name of every tensor in a file to ours."""
     if format == "safetensors":
         return {name: name for name in random_checkpoint(config, (32, 32)).encoder}
-    table = rows_of(format)
+    table = import_module(format_named(format).families["swinv2"]).TABLE
     prefix = {("official", "simmim"): "encoder.", ("hf", "simmim"): "swinv2.", ("hf", "classifier"): "swinv2."}
     prefix = prefix.get((format, form), "")
     names = {prefix + their: our for our, theirs in table.names(config).items() for their in theirs}
@@ -166,7 +166,7 @@ def test_every_tensor_counts(format, form, tmp_path):
     file = weights_file(folder)
     whole, content = file.read_bytes(), read_weight_file(file)
     names = our_names(format, checkpoint.config, form)
-    stored = {name for name in content.tensors if not official.BUFFERS.search(name)}
+    stored = {name for name in content.tensors if not BUFFERS.search(name)}
     assert stored == names.keys()
     for theirs, ours in names.items():
         for change in ("missing", "reshaped"):
@@ -212,35 +212,36 @@ def test_another_preset_or_depth_is_named(format, tmp_path):
     assert "\n" not in str(caught.value)
 
 
-def test_sizes_that_the_files_own_configuration_contradicts(tmp_path):
-    """Without this toolkit's description: the authors' configuration, timm's arguments and timm's names count as well."""
+def test_sizes_that_the_files_own_configuration_contradicts():
+    """Without this toolkit's description: the authors' configuration, timm's arguments and names, transformers'."""
     tiny = random_checkpoint(SwinV2Config.from_preset("tiny"), (256, 256), (), meta=True)
     small = random_checkpoint(SwinV2Config.from_preset("small"), (256, 256), (), meta=True)
-    said = r"The file holds depths \(2, 2, 18, 2\) for \(2, 2, 6, 2\), as the preset small has"
-    file = WeightFile(Path("model.pth"), official.state_for(small, "encoder"), {"config": official.settings_for(tiny)})
-    with pytest.raises(ValueError, match=said):
-        official.read(file, {}, {})
-    file = WeightFile(Path("model.bin"), timm.state_for(small, "encoder"))
-    described_so = timm.folder_config(tiny, "encoder", "mit")
-    with pytest.raises(ValueError, match=said):
-        timm.read(file, {}, {}, described_so)
-    del described_so["model_args"]
-    with pytest.raises(ValueError, match=said):
-        timm.read(file, {}, {}, described_so)
-    file = WeightFile(Path("model.bin"), huggingface.state_for(small, "encoder"))
-    with pytest.raises(ValueError, match=said):
-        huggingface.read(file, {}, huggingface.folder_config(tiny, "encoder"), tmp_path)
+    message = r"The file holds depths \(2, 2, 18, 2\) for \(2, 2, 6, 2\), as the preset small has"
+    for format in ("official", "timm", "hf"):
+        source, other = (source_of(checkpoint, format, "encoder", described=False) for checkpoint in (small, tiny))
+        stated = replace(source, config=other.config, weights=replace(source.weights, values=other.weights.values))
+        with pytest.raises(ValueError, match=message):
+            format_named(format).read(stated, {})
+    named = {key: value for key, value in stated_by_timm(tiny).items() if key != "model_args"}
+    source = replace(source_of(small, "timm", "encoder", described=False), config=named)
+    with pytest.raises(ValueError, match=message):
+        format_named("timm").read(source, {})
+
+
+def stated_by_timm(checkpoint):
+    return source_of(checkpoint, "timm", "encoder", described=False).config
 
 
 def test_parts_of_another_size_are_refused(tmp_path):
     checkpoint = random_checkpoint(SMALL, (32, 32))
-    for state, check, said in (
-        ({"weight": torch.zeros(2, 9), "bias": torch.zeros(2)}, check_head, r"\(2, 9\).*expected for 3 classes.*\(3, 16\)"),
-        ({"mask_token": torch.zeros(8)}, check_pretraining, r"mask_token.*expected of this encoder's mask token"),
+    with pytest.raises(ValueError, match=r"holds a head .*\(2, 9\).*expected .*\(3, 16\).* for 3 classes"):
+        check_head({"weight": torch.zeros(2, 9), "bias": torch.zeros(2)}, CLASSES, SMALL, Path("file"))
+    with pytest.raises(
+        ValueError, match=r"does not fit SimMIM with this encoder: 2 missing \(decoder\.weight, decoder\.bias\)"
     ):
-        arguments = (CLASSES, SMALL) if check is check_head else (SMALL,)
-        with pytest.raises(ValueError, match=said):
-            check(state, *arguments, Path("file"))
+        check_pretraining(replace(checkpoint, pretraining={"mask_token": torch.zeros(8)}), Path("file"))
+    with pytest.raises(ValueError, match=r"file: unknown method 'mae'; known: simmim"):
+        check_pretraining(replace(checkpoint, method="mae"), Path("file"))
     folder = export(checkpoint, "hf", tmp_path / "hf", "encoder").folder
     wider = "encoder.layers.0.blocks.0.attention.self.key.weight"
     rewritten(folder, lambda state: {**state, wider: torch.zeros(8, 9)})
@@ -248,7 +249,7 @@ def test_parts_of_another_size_are_refused(tmp_path):
         read(folder)
     folder = save_checkpoint(tmp_path / "ours", checkpoint)
     (folder / HEAD_CONFIG).unlink()
-    with pytest.raises(ValueError, match=r"head\.safetensors lies there without head\.json"):
+    with pytest.raises(ValueError, match=r"head\.safetensors has no head\.json"):
         read(folder)
 
 
@@ -260,7 +261,7 @@ def test_a_mask_token_without_a_decoder_is_left_out_and_said(tmp_path):
         rewritten(folder, lambda state, name=name: {**state, name: torch.zeros(1, 1, 8)})
         saved = read_encoder(folder)
         assert same_tensors(saved.checkpoint.encoder, checkpoint.encoder) and not saved.checkpoint.pretraining
-        assert saved.report.adapted == ("mask token left out, which has no decoder beside it",)
+        assert saved.report.adapted == ("mask token ignored: there is no decoder",)
 
 
 # --- wrong input through the command ---------------------------------------------------------------------------------
@@ -279,7 +280,7 @@ def swin_v1(prefix=""):
 
 def swin_v1_of_transformers():
     block = "swin.encoder.layers.0.blocks.0.attention.self."
-    return {block + "relative_position_bias_table": torch.zeros(4, 4), f"swin.{huggingface.ANCHOR}": torch.zeros(4, 3, 4, 4)}
+    return {block + "relative_position_bias_table": torch.zeros(4, 4), f"swin.{PROJECTION}": torch.zeros(4, 3, 4, 4)}
 
 
 @pytest.fixture(scope="module")
@@ -300,12 +301,16 @@ def place(tmp_path_factory):
     optimizer = torch.optim.AdamW([torch.nn.Parameter(torch.zeros(3))])
     torch.save(optimizer.state_dict(), here / "optimizer.pth")
     torch.save({"optimizer": optimizer.state_dict(), "epoch": 3}, here / "optimizer_only.pth")
-    incomplete = {name: value for name, value in official.state_for(good, "encoder").items() if "logit_scale" not in name}
+    incomplete = {
+        name: value
+        for name, value in format_named("official").rows_for(SMALL).state(good, "encoder").items()
+        if "logit_scale" not in name
+    }
     torch.save({"model": incomplete}, here / "incomplete.pth")
     for name, change in (("relu", {"hidden_act": "relu"}), ("absolute", {"use_absolute_embeddings": True})):
         folder = export(good, "hf", here / name, "encoder").folder
-        described_so = json.loads((folder / "config.json").read_text())
-        (folder / "config.json").write_text(json.dumps(described_so | change))
+        config_file = json.loads((folder / "config.json").read_text())
+        (folder / "config.json").write_text(json.dumps(config_file | change))
     (export(good, "hf", here / "no config", "encoder").folder / "config.json").unlink()
     weightless = export(good, "hf", here / "weightless", "encoder").folder
     (weightless / "model.safetensors").unlink()
@@ -318,7 +323,7 @@ def place(tmp_path_factory):
 
 
 UNREADABLE = {
-    "resnet.pth": ["holds a ResNet", "Expected a Swin Transformer V2"],
+    "resnet.pth": ["holds a ResNet", "Expected an encoder (SwinV2) of this toolkit"],
     "v1.pth": ["Swin Transformer V1"],
     "v1_simmim.pth": ["Swin Transformer V1"],
     "v1 hf": ["Swin Transformer V1"],
@@ -355,8 +360,11 @@ def test_unreadable_files_are_refused_by_every_command(name, place, digits, monk
     [
         ("--out full", ["'full' exists and is not empty: give a new folder"]),
         ("--out text.txt", ["'text.txt' exists"]),
-        ("--out new --format onxx", ["unknown format 'onxx'; known: safetensors, official, timm, hf, onnx"]),
-        ("--out new --form head", ["unknown form 'head'; known: encoder, simmim, classifier"]),
+        (
+            "--out new --format onxx",
+            ["unknown format 'onxx'; did you mean 'onnx'? known: hf, official, onnx, safetensors, timm"],
+        ),
+        ("--out new --form head", ["unknown form 'head'; known: classifier, encoder, simmim"]),
         ("--out new --form classifier", ["has no head: it cannot be exported in the form classifier"]),
         ("--out new --form simmim", ["has no mask token and decoder"]),
         ("--out new --format timm --form simmim", ["has no mask token and decoder"]),
@@ -373,7 +381,12 @@ def test_a_form_the_format_has_not(tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
     for format in ("timm", "onnx"):
         words = ["export", "--run", "encoder", "--out", "new", "--format", format, "--form", "simmim"]
-        refused(words, [f"{format} knows no SimMIM form"], tmp_path, capsys)
+        refused(
+            words,
+            [f"{format} has no place for the mask token and decoder of SimMIM: export as safetensors or official or hf"],
+            tmp_path,
+            capsys,
+        )
 
 
 def test_an_onnx_export_says_that_it_is_one(tmp_path):

@@ -10,7 +10,8 @@ from PIL import Image
 from torchmetrics.classification import MulticlassConfusionMatrix, MulticlassJaccardIndex
 
 from simmim import load_encoder
-from simmim.checkpoints.checkpoint import Preprocessing, save_encoder
+from simmim.checkpoints.checkpoint import Preprocessing
+from simmim.checkpoints.own_files import save_encoder
 from simmim.data import open_picture
 from simmim.data.label_map_files import read_label_map
 from simmim.data.label_maps import ClassScheme

@@ -12,7 +12,8 @@ import torch
 from PIL import Image
 
 from simmim import load_encoder
-from simmim.checkpoints.checkpoint import Preprocessing, save_encoder
+from simmim.checkpoints.checkpoint import Preprocessing
+from simmim.checkpoints.own_files import save_encoder
 from simmim.cli import main
 from simmim.data import open_picture
 from simmim.data.label_map_files import read_label_map

@@ -24,7 +24,7 @@ import torch
 import torch.nn.functional as F
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from simmim.checkpoints.formats.huggingface import TABLE
+from simmim.checkpoints.formats.swinv2.huggingface import TABLE
 from simmim.encoders import swinv2
 from simmim.encoders.swinv2 import PRESETS, SwinV2, SwinV2Config
 from simmim.encoders.swinv2.geometry import log_spaced_coords, relative_position_index, shift_mask

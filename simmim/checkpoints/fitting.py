@@ -121,8 +121,16 @@ def likely_cause(config: EncoderConfig, state: Mapping[str, Tensor]) -> str:
     if not differing:
         return ""
     fields = ", ".join(f"{name} {inferred[name]} for {getattr(config, name)}" for name in differing)
-    preset = registry.preset_name(replace(config, **inferred)) if set(config.size_fields) & set(differing) else None
+    preset = preset_of(config, inferred) if set(config.size_fields) & set(differing) else None
     return f". The file holds {fields}" + (f", as the preset {preset} has" if preset else "")
+
+
+def preset_of(config: EncoderConfig, fields: Mapping[str, Any]) -> str | None:
+    """The preset of `config` with other fields; None if there is none, or no such encoder."""
+    try:
+        return registry.preset_name(replace(config, **fields))
+    except ValueError:
+        return None
 
 
 def check_pretraining(checkpoint: Checkpoint, source: Path) -> None:
@@ -150,6 +158,7 @@ def check_head(head: Mapping[str, Tensor], classes: tuple[str, ...], config: Enc
     """
     if not head:
         return
-    problems = mismatches({"weight": (len(classes), config.channels[-1]), "bias": (len(classes),)}, head)
-    if problems:
-        raise ValueError(f"{source} does not fit {len(classes)} classes with this encoder: {problems}")
+    shapes = {name: tuple(value.shape) for name, value in head.items()}
+    expected = {"weight": (len(classes), config.channels[-1]), "bias": (len(classes),)}
+    if shapes != expected:
+        raise ValueError(f"{source} holds a head {shapes}: expected {expected} for {len(classes)} classes and this encoder")

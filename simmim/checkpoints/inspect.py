@@ -27,11 +27,12 @@ def inspect(path: str | Path, **overrides: Any) -> str:
     config = saved.encoder.config
     family = registry.family_of(config)
     known = [f"{name} {value}" for name, value in checkpoint.provenance.items() if value is not None]
+    size = registry.preset_name(config) or "of no preset"
     stages = zip(config.channels, config.strides)
     rows = [
         ("format", f"{checkpoint.format} ({formats.format_named(checkpoint.format).title})"),
         ("holds", "; ".join(held_parts(checkpoint))),
-        ("encoder", f"{family.title} {registry.preset_name(config) or 'of no preset'}, {saved.report.values / 1e6:.2f} M values"),
+        ("encoder", f"{family.title} {size}, {saved.report.values / 1e6:.2f} M values"),
         ("stages", ", ".join(f"{channels} channels at stride {stride} px" for channels, stride in stages)),
         ("settings", config.describe()),
         ("images", saved.preprocessing.describe()),

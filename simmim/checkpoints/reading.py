@@ -99,6 +99,6 @@ def detect_format(source: Source) -> Format:
             return format
     families = ", ".join(registry.family(name).title for name in registry.FAMILIES)
     raise ValueError(
-        f"{source.file} holds {describe_network(source.weights.tensors)}. Expected an encoder ({families}) in a known format "
-        f"({', '.join(format.title for format in formats)})"
+        f"{source.file} holds {describe_network(source.weights.tensors)}. Expected an encoder ({families}) of "
+        f"{', '.join(format.title for format in formats)}"
     )

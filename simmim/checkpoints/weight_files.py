@@ -76,10 +76,17 @@ def read_safetensors(path: Path) -> State:
 
 
 def write_safetensors(path: Path, state: Mapping[str, Tensor]) -> None:
-    """Tensors to a safetensors file, atomically."""
+    """Tensors to a safetensors file, atomically.
+
+    Raises:
+        OSError: if the disk is full, for instance.
+    """
     state = {name: value.detach().cpu().contiguous() for name, value in state.items()}
     with atomic_write(path) as temporary:
-        save_file(state, temporary, metadata={"format": "pt"})
+        try:
+            save_file(state, temporary, metadata={"format": "pt"})
+        except SafetensorError as error:
+            raise OSError(f"{path} cannot be written: {error}") from error
 
 
 def half_to_float32(value: Tensor) -> Tensor:
@@ -133,7 +140,7 @@ def explain_refusal(path: Path, message: str) -> str:
     match = re.search(r"(?:global|GLOBAL) (\S+)", message) or re.search(r"function (\S+)", message)
     function = match[1].rstrip(".,") if match else None
     if function:
-        return f"{path} asks to call {function} when it is read, which plain weights do not: refused, and nothing of it was run"
+        return f"{path} asks to call {function} when it is read, which plain weights do not: refused, and nothing was run"
     return f"{path} is not a whole PyTorch file, or asks for more than plain weights need: fetch it again"
 
 

@@ -16,7 +16,8 @@ class ExportOptions:
         run: run folder, or an encoder in any known format.
         out: folder to create.
         format: one of the known formats.
-        form: encoder, simmim (with mask token and decoder) or classifier; the format's usual one by default.
+        form: encoder, classifier, or the name of the method of pre-training for the encoder with the method's own weights
+            (simmim: mask token and decoder); the format's usual one by default.
         image_size: side in pixels of the images, for formats with a fixed size; the size in training by default.
         window_size: in training, for files that do not store it.
         features: for onnx, pooled, or stages for the feature map of every stage.
@@ -37,7 +38,9 @@ class ExportOptions:
 
 def run_export(words: Sequence[str]) -> None:
     """simmim export"""
-    helps = {"format": "safetensors (this toolkit's), official, timm, hf or onnx."}
+    from simmim.checkpoints.formats.registry import names
+
+    helps = {"format": f"{', '.join(names())}; the first is this toolkit's own."}
     options = parse("export", ExportOptions, words, helps=helps)
     from simmim.checkpoints import read
     from simmim.checkpoints.export import export
@@ -58,8 +61,7 @@ def run_export(words: Sequence[str]) -> None:
         print(f"note: {note}")
     if holds_segmenter(options.run):
         print("note: the segmentation head is left out: simmim predict reads it from the run")
-    form = "encoder, mask token and decoder" if exported.form == "simmim" else exported.form
-    print(f"exported the {form} to {exported.folder}; load it with\n\n{exported.code}")
+    print(f"exported the {exported.contents} to {exported.folder}; load it with\n\n{exported.code}")
 
 
 @dataclass(frozen=True)

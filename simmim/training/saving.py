@@ -24,7 +24,7 @@ from lightning_utilities.core.apply_func import apply_to_collection
 from pytorch_lightning.plugins.io import TorchCheckpointIO
 from torch import Tensor
 
-from simmim.checkpoints.weight_files import unpickled
+from simmim.checkpoints.weight_files import read_torch_file
 from simmim.files import atomic_write
 from simmim.training.run_folder import BEST, CONFIG, LAST, checkpoints_folder
 
@@ -86,7 +86,7 @@ def damage(path: Path) -> str | None:
         return str(error) or type(error).__name__
     if broken:
         return f"its part {broken} does not fit its checksum"
-    unpickled(path)
+    read_torch_file(path)
     return None
 
 

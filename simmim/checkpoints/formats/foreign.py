@@ -5,13 +5,15 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from collections.abc import Iterator, Mapping
 from importlib import import_module
+from pathlib import Path
 from typing import Any, ClassVar
 
 from simmim.checkpoints.checkpoint import Checkpoint, Preprocessing
-from simmim.checkpoints.formats.base import CLASSIFIER, Format
-from simmim.checkpoints.source import Source
+from simmim.checkpoints.formats.base import CLASSIFIER, ExportOptions, Format
+from simmim.checkpoints.source import CONFIG, DESCRIPTION, Source
 from simmim.encoders import registry as encoders
 from simmim.encoders.base import EncoderConfig, State
+from simmim.files import write_json
 
 
 class Rows(ABC):
@@ -47,6 +49,15 @@ class ForeignFormat(Format):
 
     def differences(self, checkpoint: Checkpoint, form: str) -> tuple[str, ...]:
         return self.rows_for(checkpoint.config).differences(checkpoint, form)
+
+    @abstractmethod
+    def folder_config(self, checkpoint: Checkpoint, form: str, options: ExportOptions) -> dict[str, Any]:
+        """The config.json of an exported folder, without this toolkit's description."""
+
+    def write_config(self, checkpoint: Checkpoint, form: str, folder: Path, options: ExportOptions) -> None:
+        """Write config.json."""
+        config = self.folder_config(checkpoint, form, options)
+        write_json(folder / CONFIG, {**config, DESCRIPTION: description_of(checkpoint, form)})
 
     def all_rows(self) -> Iterator[Rows]:
         """The rows of every family."""

@@ -4,12 +4,12 @@ from __future__ import annotations
 
 from abc import abstractmethod
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 from simmim.checkpoints.checkpoint import Checkpoint, Preprocessing
 from simmim.checkpoints.formats.base import CLASSIFIER, ENCODER, ExportOptions
-from simmim.checkpoints.formats.foreign import ForeignFormat, Rows, described_preprocessing, description_of
-from simmim.checkpoints.source import CONFIG, DESCRIPTION, Source
+from simmim.checkpoints.formats.foreign import ForeignFormat, Rows, described_preprocessing
+from simmim.checkpoints.source import Source
 from simmim.checkpoints.weight_files import INDEX, TORCH_INDEX, write_safetensors
 from simmim.defaults import IMAGENET_MEAN, IMAGENET_STD
 from simmim.encoders.base import Size
@@ -43,7 +43,7 @@ class HuggingFaceFormat(ForeignFormat):
     title = "transformers"
     library = "transformers"
     weight_names = ("model.safetensors", INDEX, "pytorch_model.bin", TORCH_INDEX)
-    families = {"swinv2": "simmim.checkpoints.formats.swinv2.huggingface"}
+    families: ClassVar[dict[str, str]] = {"swinv2": "simmim.checkpoints.formats.swinv2.huggingface"}
     methods = ("simmim",)
 
     def differences(self, checkpoint: Checkpoint, form: str) -> tuple[str, ...]:
@@ -62,12 +62,10 @@ class HuggingFaceFormat(ForeignFormat):
 
     def write(self, checkpoint: Checkpoint, form: str, folder: Path, options: ExportOptions) -> None:
         write_safetensors(folder / "model.safetensors", self.rows_for(checkpoint.config).state(checkpoint, form))
-        config = self.folder_config(checkpoint, form)
-        write_json(folder / CONFIG, {**config, DESCRIPTION: description_of(checkpoint, form)})
+        self.write_config(checkpoint, form, folder, options)
         write_json(folder / PROCESSOR, processor_config(checkpoint.preprocessing))
 
-    def folder_config(self, checkpoint: Checkpoint, form: str) -> dict[str, Any]:
-        """The config.json without this toolkit's part."""
+    def folder_config(self, checkpoint: Checkpoint, form: str, options: ExportOptions) -> dict[str, Any]:
         config = self.rows_for(checkpoint.config).folder_config(checkpoint, form)
         if form == CLASSIFIER:
             config["id2label"] = dict(enumerate(checkpoint.classes))

@@ -50,7 +50,11 @@ class KeyTable:
     @cached_property
     def patterns(self) -> list[tuple[re.Pattern[str], str]]:
         """The rows of `encoder` with a pattern for our name: "{i}" matches a number."""
-        return [(re.compile(re.sub(r"\\\{(\w)\\\}", r"(?P<\1>\\d+)", re.escape(ours))), theirs) for ours, theirs in self.encoder]
+
+        def pattern(ours: str) -> re.Pattern[str]:
+            return re.compile(re.sub(r"\\\{(\w)\\\}", r"(?P<\1>\\d+)", re.escape(ours)))
+
+        return [(pattern(ours), theirs) for ours, theirs in self.encoder]
 
     def their_names(self, our_name: str) -> tuple[str, ...]:
         """What one tensor of ours is called; empty if there is no row for it."""

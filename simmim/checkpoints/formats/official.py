@@ -4,15 +4,13 @@ from __future__ import annotations
 
 from abc import abstractmethod
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 
 from simmim.checkpoints.checkpoint import Checkpoint
 from simmim.checkpoints.formats.base import ExportOptions
-from simmim.checkpoints.formats.foreign import ForeignFormat, Rows, description_of
-from simmim.checkpoints.source import CONFIG, DESCRIPTION
-from simmim.files import write_json
+from simmim.checkpoints.formats.foreign import ForeignFormat, Rows
 
 
 class OfficialRows(Rows):
@@ -30,7 +28,7 @@ class OfficialFormat(ForeignFormat):
     title = "the authors' code"
     library = "pytorch"
     weight_names = ("model.pth",)
-    families = {"swinv2": "simmim.checkpoints.formats.swinv2.official"}
+    families: ClassVar[dict[str, str]] = {"swinv2": "simmim.checkpoints.formats.swinv2.official"}
     methods = ("simmim",)
     prefers_pretraining = True
 
@@ -39,7 +37,10 @@ class OfficialFormat(ForeignFormat):
         # Clones, because a file holds the whole storage of a tensor.
         weights = {name: value.detach().cpu().clone() for name, value in rows.state(checkpoint, form).items()}
         torch.save({"model": weights, "config": rows.settings(checkpoint)}, folder / "model.pth")
-        write_json(folder / CONFIG, {"format": self.name, DESCRIPTION: description_of(checkpoint, form)})
+        self.write_config(checkpoint, form, folder, options)
+
+    def folder_config(self, checkpoint: Checkpoint, form: str, options: ExportOptions) -> dict[str, Any]:
+        return {"format": self.name}
 
     def loading_code(self, checkpoint: Checkpoint, form: str, path: str) -> str:
         return (

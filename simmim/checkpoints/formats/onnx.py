@@ -1,7 +1,7 @@
 """An encoder as one ONNX file, checked against PyTorch before it appears. Such files are run and not read back.
 
-The graph is composed node by node and not traced: PyTorch's exporter needed 100 s for a tiny encoder with symbolic sizes, and
-with fixed ones it stored masks and indices beside the weights.
+The graph is composed node by node and not traced. PyTorch's exporter needed 100 s for a tiny encoder with symbolic sizes;
+with fixed sizes it stored masks and indices beside the weights.
 """
 
 from __future__ import annotations
@@ -12,7 +12,7 @@ from abc import ABC, abstractmethod
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from torch import nn
@@ -49,7 +49,7 @@ class OnnxFormat(Format):
     title = "ONNX"
     library = "onnx"
     weight_names = ("model.onnx",)
-    families = {"swinv2": "simmim.checkpoints.formats.swinv2.onnx"}
+    families: ClassVar[dict[str, str]] = {"swinv2": "simmim.checkpoints.formats.swinv2.onnx"}
 
     def detect(self, source: Source) -> bool:
         return source.file.suffix == ".onnx"

@@ -36,9 +36,7 @@ def class_names(stored: list | tuple | None, head: State) -> tuple[str, ...]:
     return names if len(names) == count else tuple(f"class {number}" for number in range(count))
 
 
-def read_simmim(
-    rows: tuple[Row, ...], tensors: Mapping[str, Tensor], file: WeightFile
-) -> tuple[State, tuple[str, ...]]:
+def read_simmim(rows: tuple[Row, ...], tensors: Mapping[str, Tensor], file: WeightFile) -> tuple[State, tuple[str, ...]]:
     """Mask token and decoder in our shapes, {} if there is no decoder; and notes.
 
     Raises:

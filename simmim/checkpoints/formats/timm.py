@@ -8,11 +8,9 @@ from typing import Any, ClassVar
 
 from simmim.checkpoints.checkpoint import Checkpoint
 from simmim.checkpoints.formats.base import CLASSIFIER, ExportOptions
-from simmim.checkpoints.formats.foreign import ForeignFormat, Rows, description_of
-from simmim.checkpoints.source import CONFIG, DESCRIPTION
+from simmim.checkpoints.formats.foreign import ForeignFormat, Rows
 from simmim.checkpoints.weight_files import write_safetensors
 from simmim.encoders.base import EncoderConfig
-from simmim.files import write_json
 
 
 class TimmRows(Rows):
@@ -41,15 +39,13 @@ class TimmFormat(ForeignFormat):
     title = "timm"
     library = "timm"
     weight_names = ("model.safetensors", "pytorch_model.bin")
-    families = {"swinv2": "simmim.checkpoints.formats.swinv2.timm"}
+    families: ClassVar[dict[str, str]] = {"swinv2": "simmim.checkpoints.formats.swinv2.timm"}
 
     def write(self, checkpoint: Checkpoint, form: str, folder: Path, options: ExportOptions) -> None:
         write_safetensors(folder / "model.safetensors", self.rows_for(checkpoint.config).state(checkpoint, form))
-        config = self.folder_config(checkpoint, form, options.license)
-        write_json(folder / CONFIG, {**config, DESCRIPTION: description_of(checkpoint, form)})
+        self.write_config(checkpoint, form, folder, options)
 
-    def folder_config(self, checkpoint: Checkpoint, form: str, license: str) -> dict[str, Any]:
-        """The config.json without this toolkit's part."""
+    def folder_config(self, checkpoint: Checkpoint, form: str, options: ExportOptions) -> dict[str, Any]:
         rows: TimmRows = self.rows_for(checkpoint.config)
         preprocessing = checkpoint.preprocessing
         classes = list(checkpoint.classes) if form == CLASSIFIER else []
@@ -72,7 +68,7 @@ class TimmFormat(ForeignFormat):
                 "num_classes": len(classes),
                 "first_conv": rows.first_conv,
                 "classifier": rows.classifier,
-                "license": license,
+                "license": options.license,
                 **({"label_names": classes} if classes else {}),
             },
         }

@@ -218,9 +218,10 @@ def window_difference(config: SwinV2Config, image_size: Size) -> str | None:
     for stage, (side, depth) in enumerate(zip(theirs, config.depths)):
         shifted = image_size[0] // config.patch_size // 2**stage > side
         if depth > 1 and ((height > side) != shifted or (width > side) != shifted):
+            shifts = "shifts" if shifted else "does not shift"
             return (
-                f"transformers' Swinv2 looks at the height alone and at {size} px {'shifts' if shifted else 'does not shift'}"
-                f" both sides of stage {stage + 1}'s map, {height}×{width} tokens with windows of {side}"
+                f"transformers' Swinv2 looks at the height alone and at {size} px {shifts} both "
+                f"sides of stage {stage + 1}'s map, {height}×{width} tokens with windows of {side}"
             )
         height, width = -(-height // 2), -(-width // 2)
     pretrained = config.pretrained_window_sizes or ()

@@ -1,7 +1,7 @@
 """SwinV2 as an ONNX graph: the functions follow `simmim.encoders.swinv2.model` module by module.
 
-Parameters keep their state-dict names, layouts and bytes. A size is an int where the image size is fixed, and then folds into
-constants, or a `RuntimeLength` where it is known only at run time; the code is the same.
+Parameters keep their state-dict names, layouts and bytes. A size is an int where the image size is fixed, and folds into
+constants; it is a `RuntimeLength` where it is known only at run time. The code is the same.
 
 Shape letters as in `simmim.encoders.swinv2.model`: B images, H W height and width of a feature map in tokens, C channels,
 h heads, D channels of a head, M windows of one image, N tokens of one window.

@@ -25,9 +25,7 @@ def is_swinv2(names: Iterable[str], projection: str) -> bool:
     )
 
 
-def with_pretrained_windows(
-    config: SwinV2Config, sizes: Sequence[int | Size] | None, image_size: Size
-) -> SwinV2Config:
+def with_pretrained_windows(config: SwinV2Config, sizes: Sequence[int | Size] | None, image_size: Size) -> SwinV2Config:
     """`config` with the windows of pre-training that another library states.
 
     Args:
