@@ -7,7 +7,8 @@ from dataclasses import fields, replace
 from typing import Any, NamedTuple
 
 from simmim.checkpoints import read
-from simmim.checkpoints.checkpoint import Checkpoint, Preprocessing, build_encoder
+from simmim.checkpoints.checkpoint import Checkpoint, Preprocessing
+from simmim.checkpoints.fitting import build_encoder
 from simmim.data import ImageStatistics, default_num_workers
 from simmim.defaults import (
     IMAGENET_MEAN,

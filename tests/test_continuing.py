@@ -130,14 +130,14 @@ def finetune_words(digits, out, init, *more):
 @pytest.mark.parametrize(
     "classes, said",
     [
-        (tuple("0123456789"), "adapted    head of the same 10 classes taken over"),
+        (tuple("0123456789"), "adapted    head of the same 10 classes loaded"),
         (tuple("9876543210"), "adapted    head of 10 classes replaced by a fresh one of 10"),
         (CLASSES, "adapted    head of 3 classes replaced by a fresh one of 10"),
         ((), ""),
     ],
 )
 def test_finetuning_keeps_the_head_of_the_same_classes(classes, said, digits, tmp_path, monkeypatch, capsys):
-    from simmim.finetune.classification.model import ClassificationFinetuning
+    from simmim.finetune.classification.module import ClassificationFinetuning
 
     checkpoint = random_checkpoint(replace(SMALL, in_channels=1), (32, 32), classes)
     folder = export(checkpoint, "timm", tmp_path / "source").folder
@@ -152,7 +152,7 @@ def test_finetuning_keeps_the_head_of_the_same_classes(classes, said, digits, tm
 
 def test_the_encoder_trains_in_training_mode(gray_checkpoint, digits, tmp_path, monkeypatch):
     """Stochastic depth acts on an encoder that was read, as on a fresh one."""
-    from simmim.finetune.classification.model import ClassificationFinetuning
+    from simmim.finetune.classification.module import ClassificationFinetuning
 
     modes, step = set(), ClassificationFinetuning.training_step
 

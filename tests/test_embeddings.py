@@ -20,7 +20,8 @@ from PIL import Image
 from random_encoders import CONFIG, GRAY, random_encoder
 
 from simmim.checkpoints import read_encoder
-from simmim.checkpoints.checkpoint import Preprocessing, save_encoder
+from simmim.checkpoints.checkpoint import Preprocessing
+from simmim.checkpoints.own_files import save_encoder
 from simmim.data import default_num_workers, open_images
 from simmim.encoders.swinv2 import SwinV2Config
 from simmim.evaluate import (

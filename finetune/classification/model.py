@@ -8,7 +8,8 @@ from pathlib import Path
 from torch import Tensor, nn
 
 from simmim.checkpoints import read_encoder
-from simmim.checkpoints.checkpoint import Preprocessing, save_encoder
+from simmim.checkpoints.checkpoint import Preprocessing
+from simmim.checkpoints.own_files import save_encoder
 from simmim.encoders.base import Encoder
 
 

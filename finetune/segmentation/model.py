@@ -11,11 +11,14 @@ from einops import rearrange
 from torch import Tensor, nn
 
 from simmim.checkpoints import read_encoder
-from simmim.checkpoints.checkpoint import Preprocessing, mismatches, read_json, read_tensors, save_encoder, write_tensors
+from simmim.checkpoints.checkpoint import Preprocessing
+from simmim.checkpoints.fitting import mismatches
+from simmim.checkpoints.own_files import save_encoder
+from simmim.checkpoints.weight_files import read_safetensors, write_safetensors
 from simmim.data import normalize
 from simmim.data.label_maps import ClassScheme
 from simmim.encoders.base import Encoder
-from simmim.files import write_json
+from simmim.files import read_json, write_json
 from simmim.finetune.segmentation.sliding import dense_logits
 from simmim.finetune.segmentation.upernet import FCN, POOL_SCALES, UPerNet
 
@@ -132,7 +135,7 @@ class SavedSegmenter:
 def save_segmenter(folder: Path, saved: SavedSegmenter, provenance: dict) -> None:
     """Write encoder and heads into `folder`. Readers of the encoder alone ignore the heads' files."""
     save_encoder(folder, saved.model.encoder, saved.preprocessing, provenance)
-    write_tensors(folder / WEIGHTS, saved.model.head_state())
+    write_safetensors(folder / WEIGHTS, saved.model.head_state())
     description = {
         "task": "segmentation",
         **asdict(saved.scheme),
@@ -173,7 +176,7 @@ def load_segmenter(path: str | Path) -> SavedSegmenter:
     except (KeyError, TypeError) as error:
         raise ValueError(f"{folder / DESCRIPTION} is damaged ({error}): fine-tune again") from error
     model = Segmenter(saved.encoder, len(scheme.classes), shape)
-    load_heads(model, read_tensors(folder / WEIGHTS), folder / WEIGHTS)
+    load_heads(model, read_safetensors(folder / WEIGHTS), folder / WEIGHTS)
     return SavedSegmenter(model.eval(), scheme, saved.preprocessing, short_side, inference)
 
 
