@@ -1,4 +1,4 @@
-"""The look at labeled images while pre-training: right numbers, at the right steps, and training none the wiser."""
+"""The probe on labeled images during pre-training: its accuracies, its steps, and that it does not change training."""
 
 import csv
 import random
@@ -18,7 +18,7 @@ from simmim.pretrain import callbacks as callbacks_module
 from simmim.pretrain.callbacks import LabeledProbe
 
 HERE = EncoderPass(workers=0)
-# Stochastic depth, so that a number drawn out of turn would be felt.
+# With stochastic depth, an extra random draw would change the losses.
 SMALL = SimMIMSettings(mask_unit=8, encoder={"embed_dim": 16, "depths": [1, 1], "num_heads": [1, 2], "drop_path_rate": 0.3})
 EVERY_5 = 5 * 32 / 240  # epochs
 FEATURES = ("stage0", "stage0.2x2", "stage1", "stage1.2x2", "final", "final.2x2")
@@ -51,7 +51,7 @@ def rows(run):
 
 
 def measures(run):
-    """Step to the row's figures, without times."""
+    """Accuracies by step."""
     found = {}
     for row in rows(run):
         if row.get("probe_s"):
@@ -61,7 +61,7 @@ def measures(run):
 
 
 def trained(run):
-    """What training left: losses, rates and norms by step, and all weights."""
+    """Losses, learning rates and gradient norms by step, and all weights."""
     log = [[row["step"], row["loss"], row["lr"], row["grad_norm"]] for row in rows(run) if row["loss"]]
     return log, load_pretrained(run)[0].state_dict()
 
@@ -87,7 +87,7 @@ def watched(digits, tmp_path_factory):
 
 
 def test_steps_and_figures(watched):
-    """After step 1, every 5th, and the last, which is no multiple; every feature, the chosen one and plain pixels."""
+    """After step 1, every 5th and the last step, which is no multiple: every feature, the chosen one and plain pixels."""
     found = measures(watched)
     assert list(found) == [0, 4, 9, 14, 16]
     for values in found.values():
@@ -100,14 +100,14 @@ def test_steps_and_figures(watched):
 
 
 def test_figures_are_those_of_the_exported_encoder(watched, digits):
-    """By the command that reads images and weights from the disk."""
+    """The command, which reads images and weights from the disk, computes the same accuracies."""
     report = compare(read_encoder(watched), Comparison(str(digits.labeled), "knn", 8, k=5), HERE, quiet=True)
     last = measures(watched)[16]
     for row in report.draws[0].rows:
         name = "pixels" if row.name.startswith("pixels") else row.name.replace(", ", ".").replace(" ", "")
         assert last[f"knn/{name}"] == pytest.approx(row.knn, abs=1.1 / 60), name
     agree = [last[f"knn/{row.name.replace(', ', '.').replace(' ', '')}"] == row.knn for row in report.draws[0].rows[:-1]]
-    assert sum(agree) >= 5, "but for one image on the border in one feature, exactly"
+    assert sum(agree) >= 5, "exactly, except for an image between two classes in one feature"
     assert last["knn/chosen"] == pytest.approx(report.draws[0].best.knn, abs=0.02)
 
 
@@ -124,7 +124,7 @@ def test_tensorboard_groups_and_describes_them(watched):
 
 
 def test_logistic_regression(digits, tmp_path, capsys):
-    """The other method; and a cap on images, which is said, as is the latest figure beside the progress bar."""
+    """The other method with a limit on images, which the summary names; the latest accuracy is beside the progress bar."""
     probe = {"method": "probe", "labels_per_class": None, "max_images": 40, "every_epochs": None}
     run = pretrain(settings(digits, tmp_path / "run", probe, epochs=2 * 32 / 240))
     out, err = capsys.readouterr()
@@ -146,8 +146,8 @@ def test_weights_and_losses_are_the_same_without_it(watched, plain):
 
 
 def test_global_state_is_left_alone(digits, plain, tmp_path, monkeypatch):
-    """Generators and modes before and after each measure; images read each time, by a process; accumulated batches."""
-    measure, seen = LabeledProbe.measure, []
+    """Random generators and modes are the same after each measure, with images that a process reads each time."""
+    measure, steps = LabeledProbe.measure, []
 
     def state(module):
         modes = {name: part.training for name, part in module.named_modules()}
@@ -159,16 +159,16 @@ def test_global_state_is_left_alone(digits, plain, tmp_path, monkeypatch):
         measure(self, trainer, module)
         assert state(module) == before
         assert all(not isinstance(views, list) for views in self.views)
-        seen.append(trainer.global_step)
+        steps.append(trainer.global_step)
 
     monkeypatch.setattr(callbacks_module, "KEEP_VIEWS_MIB", 0)
     monkeypatch.setattr(LabeledProbe, "measure", compared)
     run = pretrain(settings(digits, tmp_path / "run", workers=1))
-    assert seen == [1, 5, 10, 15, 17]
+    assert steps == [1, 5, 10, 15, 17]
     assert_same_training(run, plain)
 
 
-def test_a_resumed_run_measures_what_the_uninterrupted_one_would(digits, watched, tmp_path, power_cut):
+def test_a_resumed_run_has_the_measures_of_an_uninterrupted_one(digits, watched, tmp_path, power_cut):
     with power_cut(after_step=11):
         pretrain(settings(digits, tmp_path / "run"))
     run = pretrain(settings(digits, tmp_path / "run", resume=True))
@@ -176,11 +176,11 @@ def test_a_resumed_run_measures_what_the_uninterrupted_one_would(digits, watched
     assert measures(run) == measures(watched)
     before = (run / "metrics.csv").read_text()
     pretrain(settings(digits, tmp_path / "run", resume=True))
-    assert (run / "metrics.csv").read_text() == before, "a finished run has nothing to add"
+    assert (run / "metrics.csv").read_text() == before, "a finished run adds nothing"
 
 
-def test_it_may_be_added_when_a_run_is_resumed(digits, plain, tmp_path):
-    """It is no part of what a run is."""
+def test_a_resumed_run_may_add_the_probe(digits, plain, tmp_path):
+    """The settings of the probe may change on resume."""
     shutil.copytree(plain, tmp_path / "run")
     for checkpoint in (tmp_path / "run" / "checkpoints").iterdir():
         if "12" not in checkpoint.name:
@@ -191,7 +191,7 @@ def test_it_may_be_added_when_a_run_is_resumed(digits, plain, tmp_path):
 
 
 def test_half_precision(digits, tmp_path):
-    """The pass computes as training does, and leaves that alone too."""
+    """The probe computes in the precision of training, and does not change training in bfloat16."""
     common = {"precision": "bf16-mixed", "epochs": 6 * 32 / 240}
     runs = [pretrain(settings(digits, tmp_path / str(probe), probe, **common)) for probe in (True, False)]
     (log, weights), (other_log, other) = map(trained, runs)
@@ -199,8 +199,8 @@ def test_half_precision(digits, tmp_path):
     assert measures(runs[0])[5]["knn/final.2x2"] > 0.2
 
 
-def test_time_is_not_taken_for_training_or_waiting(digits, tmp_path, monkeypatch):
-    """A measure of a second between steps of milliseconds."""
+def test_its_time_is_not_counted_as_training_or_waiting(digits, tmp_path, monkeypatch):
+    """Measures take a second, steps take milliseconds."""
     values = LabeledProbe.values
     monkeypatch.setattr(LabeledProbe, "values", lambda self, embedded: time.sleep(1.0) or values(self, embedded))
     run = pretrain(settings(digits, tmp_path / "run", epochs=8 * 32 / 240, log_every_steps=1))
@@ -212,7 +212,7 @@ def test_time_is_not_taken_for_training_or_waiting(digits, tmp_path, monkeypatch
         assert float(after[step]["images_per_s"]) > 32 / 0.9 and float(after[step]["data_wait_share"]) < 0.95
 
 
-def test_a_failed_measure_is_told_and_the_run_goes_on(digits, plain, tmp_path, monkeypatch, capsys):
+def test_training_goes_on_after_a_failed_measure(digits, plain, tmp_path, monkeypatch, capsys):
     values = LabeledProbe.values
 
     def fails(self, embedded):
@@ -230,7 +230,7 @@ def test_a_failed_measure_is_told_and_the_run_goes_on(digits, plain, tmp_path, m
 # --- labeled data ----------------------------------------------------------------------------------------------------
 
 
-def test_unreadable_images_are_said_and_left_out(digits, tmp_path, capsys):
+def test_unreadable_images_are_named_and_left_out(digits, tmp_path, capsys):
     shutil.copytree(digits.labeled, tmp_path / "labeled")
     torn = next((tmp_path / "labeled" / "test" / "7").iterdir())
     torn.write_bytes(b"")
@@ -242,7 +242,7 @@ def test_unreadable_images_are_said_and_left_out(digits, tmp_path, capsys):
 
 
 def test_labeled_data_that_cannot_be_used(digits, tmp_path):
-    """Nothing is written."""
+    """The run stops before anything is written."""
     for path in (tmp_path / "torn" / part / name for part in ("train", "test") for name in "ab"):
         path.mkdir(parents=True)
         (path / "1.png").write_bytes(b"no image")
@@ -271,14 +271,14 @@ def test_labeled_data_that_cannot_be_used(digits, tmp_path):
 
 @pytest.fixture(scope="module")
 def alone(digits, tmp_path_factory):
-    """One process, without a probe, and without stochastic depth, which is drawn for each process."""
+    """One process without a probe, and without stochastic depth, whose draws depend on the process."""
     model = SimMIMSettings(mask_unit=8, encoder={**SMALL.encoder, "drop_path_rate": 0.0})
     return pretrain(settings(digits, tmp_path_factory.mktemp("alone") / "run", probe=False, model=model))
 
 
 @pytest.mark.parametrize("strategy", ["ddp", "fsdp"])
 def test_two_processes(fork_server, digits, alone, tmp_path, strategy):
-    """Training as of one process without a probe, and figures as of the exported encoder but for an image at a border."""
+    """Training is that of one process without a probe, and accuracies are those of the exported encoder."""
     run = tmp_path / "run"
     words = [
         "pretrain",
