@@ -123,6 +123,7 @@ def training_run(prepared: PreparedTask, best: KeepBest, quiet: bool) -> Trainin
         max_skipped_share=0.0 if settings.data.strict else settings.data.max_skipped_share,
         # A single validation is the one after the last step.
         validate_every_steps=math.ceil(steps_per_validation) if settings.validations > 1 else num_steps + 1,
+        monitor=prepared.monitor,
         quiet=quiet,
     )
 

@@ -14,7 +14,7 @@ from torch.utils.data import Dataset
 
 from simmim.checkpoints.checkpoint import Checkpoint
 from simmim.finetune.settings import TransferSettings
-from simmim.training.logs import LossNames
+from simmim.training.loggers import LossNames
 from simmim.training.module import TrainingModule
 
 ReportLine = Callable[[str], object]  # prints or logs one line of text

@@ -35,7 +35,7 @@ from simmim.evaluate import (
 from simmim.pretrain.module import PretrainingModule
 from simmim.pretrain.reconstruction_grid import COLUMNS, reconstruction_grid
 from simmim.pretrain.settings import ProbeSettings
-from simmim.training.logs import log_picture
+from simmim.training.loggers import log_picture
 from simmim.training.progress import Throughput
 
 KEEP_VIEWS_MIB = 512  # labeled images that take less stay in memory as the encoder sees them, and are read once

@@ -15,20 +15,19 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 
 from simmim.finetune import ClassificationSettings, EncoderSettings, LabeledSettings, finetune
 from simmim.pretrain import DataSettings, PretrainSettings, SimMIMSettings, pretrain
-from simmim.training import logs
-from simmim.training.logs import (
-    GROUPED,
-    WITHOUT_TELEMETRY,
+from simmim.training.saving import SaveRun
+from simmim.training.loggers import (
+    SERVICES,
+    LossNames,
     MetricsCsv,
     Names,
-    Service,
-    Sitting,
+    Session,
     TensorBoardPage,
-    flat,
+    build_loggers,
     log_picture,
-    loggers_for,
 )
-from simmim.training.saving import SaveRun
+from simmim.training.loggers.base import flatten
+from simmim.training.loggers.names import GROUPED
 
 SMALL = {"embed_dim": 16, "depths": [1, 1], "num_heads": [1, 2]}
 CONFIG = "data:\n  path: images\nout: runs/a\nepochs: 2.0\nbatch_size: 32\noptim:\n  lr: 0.002\n"
@@ -40,15 +39,15 @@ def settings(data, out, **more):
     return PretrainSettings(data=DataSettings(str(data)), out=str(out), **{**common, **more})
 
 
-def sitting(step=0, validates=False):
-    return Sitting(step, CONFIG, {"torch": "2", "devices": "1 × cpu"}, validates)
+def session(step=0):
+    return Session(step, CONFIG, {"torch": "2", "devices": "1 × cpu"}, monitor=None)
 
 
 # --- names -----------------------------------------------------------------------------------------------------------
 
 
 def test_names_are_grouped():
-    names = Names("masked_l1")
+    names = Names(LossNames("masked_l1", "mean absolute error"))
     plain = ("loss", "lr", "grad_norm", "images_per_s", "data_wait_share", "accuracy", "validation_loss", "skipped_steps")
     assert [names(name) for name in plain] == [
         "loss/masked_l1",
@@ -62,7 +61,7 @@ def test_names_are_grouped():
     ]
     assert names("per_block/rms/stage0.block1") == "per_block/rms/stage0.block1", "has a group already"
     assert names("temperature") == "other/temperature"
-    assert names.of({"loss": 1.0, "epoch": 0}) == {"loss/masked_l1": 1.0}
+    assert names.grouped({"loss": 1.0, "epoch": 0}) == {"loss/masked_l1": 1.0}
     assert len({names(name) for name in [*GROUPED, "loss", "validation_loss"]}) == len(GROUPED) + 2
     assert all(names.description(name) for name in [*GROUPED, "loss", "validation_loss"])
     assert names.description("temperature") == ""
@@ -70,7 +69,7 @@ def test_names_are_grouped():
 
 def test_settings_are_flattened():
     values = {"a": {"b": {"c": 1.5}, "d": [1, 2]}, "e": None, "f": True, "g": {}, "h": "no"}
-    assert flat(values) == {"a.b.c": 1.5, "a.d": "[1, 2]", "e": "none", "f": True, "g": "{}", "h": "no"}
+    assert flatten(values) == {"a.b.c": 1.5, "a.d": "[1, 2]", "e": "none", "f": True, "g": "{}", "h": "no"}
 
 
 # --- what is asked for -------------------------------------------------------------------------------------------------
@@ -78,7 +77,7 @@ def test_settings_are_flattened():
 
 def test_tensorboard_and_csv_always_and_nothing_is_written_yet(tmp_path):
     for wanted in ((), ("tensorboard",), ("csv", "tensorboard")):
-        assert [type(logger) for logger in loggers_for(tmp_path / "run", wanted)] == [TensorBoardPage, MetricsCsv]
+        assert [type(logger) for logger in build_loggers(tmp_path / "run", wanted)] == [TensorBoardPage, MetricsCsv]
     assert not (tmp_path / "run").exists()
 
 
@@ -99,7 +98,7 @@ def test_loggers_that_are_not_installed_are_refused(tmp_path, monkeypatch, name)
     for spec in (None, folder):
         monkeypatch.setattr(importlib.util, "find_spec", lambda asked, spec=spec: spec if asked == name else found(asked))
         with pytest.raises(ValueError, match=f"logger '{name}' is not installed: pip install {name}"):
-            loggers_for(tmp_path / "run", (name,))
+            build_loggers(tmp_path / "run", (name,))
 
 
 def test_loggers_as_they_are_typed():
@@ -141,27 +140,27 @@ class Recorder(Logger):
 
 @pytest.mark.parametrize("kind", ["wandb", "mlflow"])
 def test_services_get_grouped_names_settings_and_pictures(tmp_path, monkeypatch, kind):
-    for variable in WITHOUT_TELEMETRY[kind]:
+    for variable in SERVICES[kind].environment:
         monkeypatch.delenv(variable, raising=False)
     recorder, asked = Recorder(), []
 
-    def open_recorder(run, known):
-        assert {name: os.environ.get(name) for name in WITHOUT_TELEMETRY[kind]} == WITHOUT_TELEMETRY[kind]
-        asked.append(known)
+    def open_recorder(self, entry_id):
+        assert {name: os.environ.get(name) for name in SERVICES[kind].environment} == SERVICES[kind].environment
+        asked.append(entry_id)
         return recorder
 
-    monkeypatch.setattr(logs, f"open_{kind}", open_recorder)
-    service = Service(kind, tmp_path, Names("masked_l1"))
+    monkeypatch.setattr(SERVICES[kind], "open_logger", open_recorder)
+    service = SERVICES[kind](tmp_path, Names(LossNames("masked_l1")))
     service.finalize("success")
     assert asked == [] and recorder.calls == [], "a service is opened by a run that trains"
-    service.describe(sitting())
+    service.describe(session())
     service.log_metrics({"loss": 0.5, "epoch": 0}, 3)
     picture = Image.new("RGB", (4, 4))
     log_picture([MetricsCsv(tmp_path / "metrics.csv"), service], "reconstructions", picture, 3, "original, masked")
     service.finalize("success")
     image = recorder.calls[2]
     assert recorder.calls[:2] == [
-        ("settings", flat(yaml.safe_load(CONFIG))),
+        ("settings", flatten(yaml.safe_load(CONFIG))),
         ("metrics", {"loss/masked_l1": 0.5}, 3),
     ]
     if kind == "wandb":
@@ -170,22 +169,22 @@ def test_services_get_grouped_names_settings_and_pictures(tmp_path, monkeypatch,
         assert image == ("image", "id-1", picture, {"artifact_file": "reconstructions/step-0000003.png"})
     assert recorder.calls[3:] == [("finalize", "success")]
     assert (tmp_path / f"{kind}.id").read_text() == "id-1\n" and asked == [None]
-    Service(kind, tmp_path, Names("masked_l1")).log_metrics({"loss": 0.25}, 4)
+    SERVICES[kind](tmp_path, Names(LossNames("masked_l1"))).log_metrics({"loss": 0.25}, 4)
     assert asked == [None, "id-1"], "a resumed run goes on in its entry"
 
 
 def test_the_users_telemetry_setting_goes_before(tmp_path, monkeypatch):
     monkeypatch.setenv("MLFLOW_DISABLE_TELEMETRY", "false")
-    monkeypatch.setattr(logs, "open_mlflow", lambda run, known: Recorder())
-    Service("mlflow", tmp_path, Names("x")).log_metrics({"loss": 1.0}, 0)
+    monkeypatch.setattr(SERVICES["mlflow"], "open_logger", lambda self, entry_id: Recorder())
+    SERVICES["mlflow"](tmp_path, Names(LossNames("x"))).log_metrics({"loss": 1.0}, 0)
     assert os.environ["MLFLOW_DISABLE_TELEMETRY"] == "false"
 
 
 def test_a_service_that_cannot_be_opened_says_so_in_a_line(tmp_path, monkeypatch):
     monkeypatch.delenv("WANDB_ERROR_REPORTING", raising=False)
-    monkeypatch.setattr(logs, "open_wandb", lambda run, known: {}["no API key\nlong story"])
+    monkeypatch.setattr(SERVICES["wandb"], "open_logger", lambda self, entry_id: {}["no API key\nlong story"])
     with pytest.raises(ValueError, match=r"^logger 'wandb' cannot be opened: .*no API key.*; WANDB_MODE=offline keeps"):
-        Service("wandb", tmp_path, Names("x")).log_metrics({"loss": 1.0}, 0)
+        SERVICES["wandb"](tmp_path, Names(LossNames("x"))).log_metrics({"loss": 1.0}, 0)
     assert not (tmp_path / "wandb.id").exists()
 
 
@@ -248,12 +247,12 @@ def steps_of(folder, tag):
     return [(event.step, event.value) for event in read(folder).Scalars(tag)]
 
 
-def test_a_sitting_takes_back_what_lay_beyond_its_checkpoint(tmp_path):
+def test_a_session_takes_back_what_lay_beyond_its_checkpoint(tmp_path):
     """Scalars, sparse ones and those never logged again, and pictures; twice over."""
-    names = Names("masked_l1")
+    names = Names(LossNames("masked_l1"))
     for begins, ends, value in ((0, 8, 1.0), (5, 9, 2.0), (7, 10, 3.0)):
         page = TensorBoardPage(tmp_path, names)
-        page.describe(sitting(begins))
+        page.describe(session(begins))
         for step in range(begins, ends):
             page.log_metrics({"loss": value}, step)
             if step == 7:
@@ -275,17 +274,17 @@ def test_a_sitting_takes_back_what_lay_beyond_its_checkpoint(tmp_path):
 def test_a_page_that_is_not_described_begins_with_its_first_number(tmp_path):
     """A finished run that is resumed trains no more and only validates."""
     for value in (0.5, 0.75):
-        page = TensorBoardPage(tmp_path, Names("cross_entropy"))
+        page = TensorBoardPage(tmp_path, Names(LossNames("cross_entropy")))
         page.log_metrics({"accuracy": value}, 9)
         page.finalize("success")
     assert steps_of(tmp_path / "tensorboard", "validation/accuracy") == [(9, 0.75)]
 
 
 def test_the_folder_holds_nothing_but_events(tmp_path):
-    page = TensorBoardPage(tmp_path, Names("masked_l1"))
+    page = TensorBoardPage(tmp_path, Names(LossNames("masked_l1")))
     page.save()
     assert not (tmp_path / "tensorboard").exists(), "nothing logged, nothing written"
-    page.describe(sitting())
+    page.describe(session())
     page.save()
     page.finalize("success")
     assert [name.split(".")[0] for name in os.listdir(tmp_path / "tensorboard")] == ["events"]
@@ -313,7 +312,7 @@ def test_finetuning_logs_validation_and_training_in_one_chart(digits, tmp_path):
             log_every_steps=1,
         )
     ).run
-    events, names = read(run / "tensorboard"), Names("cross_entropy")
+    events, names = read(run / "tensorboard"), Names(LossNames("cross_entropy"))
     tags = set(events.Tags()["scalars"])
     assert {"loss/cross_entropy", "validation/cross_entropy", "validation/accuracy", "optimizer/learning_rate"} <= tags
     assert tags == {names(column) for column in rows(run)[0] if column not in ("step", "epoch")}

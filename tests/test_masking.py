@@ -130,7 +130,7 @@ def test_settings_out_of_range(settings, message):
 )
 def test_units_that_do_not_fit(unit_px, size, message):
     masking = BlockMasking(unit_px)
-    for call in (masking.grid, masking.masked_units, lambda size: masking.draw(1, size, generator())):
+    for call in (masking.grid, masking.num_masked_units, lambda size: masking.draw(1, size, generator())):
         with pytest.raises(ValueError, match=message):
             call(size)
 

@@ -7,8 +7,8 @@ import torch
 
 from simmim.encoders.swinv2 import SwinV2, SwinV2Config
 from simmim.methods.masking import BlockMasking
-from simmim.methods.pixels import masked_l1
-from simmim.methods.simmim import SimMIM, sliding_statistics
+from simmim.methods.pixels import masked_l1, sliding_statistics
+from simmim.methods.simmim import SimMIM
 
 
 @torch.no_grad()
@@ -156,14 +156,14 @@ def test_forward_at_sizes_the_stride_does_not_divide(size, norm_target_patch):
 
 @pytest.mark.parametrize("norm_target_patch", [None, 5])
 @pytest.mark.parametrize("share", [0.0, 0.6, 1.0])
-def test_squares_that_nobody_asks_for_are_not_predicted(share, norm_target_patch):
-    """Loss and every gradient are those of the whole picture, whose squares of 8 px are masked whole or not at all."""
+def test_only_masked_cells_are_predicted(share, norm_target_patch):
+    """Loss and every gradient equal those of predicting all pixels. Cells of 8 px are masked as a whole or not at all."""
     model = random_model(norm_target_patch).double()
     generator = torch.Generator().manual_seed(2)
     images = torch.randn(3, 3, 40, 24, generator=generator).double()
-    squares = torch.rand(3, 5, 3, generator=generator) < share
-    mask = squares.repeat_interleave(2, 1).repeat_interleave(2, 2)
-    assert torch.equal(model.masked_squares(mask, images), squares)
+    cells = torch.rand(3, 5, 3, generator=generator) < share
+    mask = cells.repeat_interleave(2, 1).repeat_interleave(2, 2)
+    assert torch.equal(model.decoder.masked_cells(mask, images), cells)
     predicted = []
     model.decoder.register_forward_hook(lambda module, inputs, output: predicted.append(output[..., 0].numel()))
     found = []
@@ -172,32 +172,32 @@ def test_squares_that_nobody_asks_for_are_not_predicted(share, norm_target_patch
         output = model(images, mask, return_reconstruction=whole)
         output.loss.backward()
         found.append((output.loss.detach(), *(parameter.grad for parameter in model.parameters())))
-    assert predicted == [squares.sum().item(), 3 * 5 * 3]
+    assert predicted == [cells.sum().item(), 3 * 5 * 3]
     torch.testing.assert_close(found[0], found[1], atol=1e-12, rtol=1e-9)
 
 
-def test_squares_masked_in_part_are_predicted_whole():
+def test_all_cells_are_predicted_where_one_is_masked_in_part():
     model, images = random_model(), torch.zeros(1, 3, 16, 16)
     mask = torch.zeros(1, 4, 4, dtype=torch.bool)
-    assert torch.equal(model.masked_squares(mask, images), torch.zeros(1, 2, 2, dtype=torch.bool))
+    assert torch.equal(model.decoder.masked_cells(mask, images), torch.zeros(1, 2, 2, dtype=torch.bool))
     mask[0, 0, :2] = True
-    assert model.masked_squares(mask, images) is None
+    assert model.decoder.masked_cells(mask, images) is None
     mask[0, 1, :2] = True
-    assert model.masked_squares(mask, images).tolist() == [[[True, False], [False, False]]]
-    assert model.masked_squares(mask, images[..., :15]) is None
+    assert model.decoder.masked_cells(mask, images).tolist() == [[[True, False], [False, False]]]
+    assert model.decoder.masked_cells(mask, images[..., :15]) is None
 
 
-def test_prediction_puts_each_token_on_its_square():
-    """Output (channel · stride + row) · stride + column of a token is that pixel of its square."""
+def test_prediction_puts_each_token_on_its_cell():
+    """Output (channel · stride + row) · stride + column of a token is that pixel of its cell."""
     model = random_model(in_channels=2)
     features = torch.randn(1, 32, 3, 4)
-    image = model.predict(features, (24, 32))
+    image = model.decoder.predict(features, (24, 32))
     assert image.shape == (1, 2, 24, 32)
     for row, column, channel, p, q in [(0, 0, 0, 0, 0), (2, 1, 1, 3, 6), (1, 3, 0, 7, 2)]:
         pixels = model.decoder(features[0, :, row, column])
         actual = image[0, channel, row * 8 + p, column * 8 + q]
         torch.testing.assert_close(actual, pixels[(channel * 8 + p) * 8 + q], atol=1e-5, rtol=0)
-    assert torch.equal(model.predict(features, (20, 29)), image[..., :20, :29])
+    assert torch.equal(model.decoder.predict(features, (20, 29)), image[..., :20, :29])
 
 
 def test_bfloat16_autocast_is_near_float32():
@@ -285,8 +285,8 @@ def test_reconstruct_inverts_normalized_targets(norm_target_patch, monkeypatch):
     model = random_model(norm_target_patch)
     images, mask = random_batch(2, 3, 36, 40)
     images = images * 0.3 + 1
-    monkeypatch.setattr(model, "predict", lambda features, size: model.targets(images))
-    torch.testing.assert_close(model.reconstruct(images, mask), images, atol=1e-5, rtol=0)
+    monkeypatch.setattr(model.decoder, "predict", lambda features, size: model.targets(images))
+    torch.testing.assert_close(model.reconstruct(images, mask).prediction, images, atol=1e-5, rtol=0)
     assert model(images, mask).loss == 0
 
 
@@ -296,9 +296,11 @@ def test_reconstruct_is_the_prediction_put_to_scale():
     mean, deviation = sliding_statistics(images, 5)
     with torch.no_grad():
         prediction = raw(images, mask, return_reconstruction=True).reconstruction
-    assert torch.equal(raw.reconstruct(images, mask), prediction)
-    torch.testing.assert_close(normalized.reconstruct(images, mask), mean + deviation * prediction, atol=1e-5, rtol=0)
-    assert not raw.reconstruct(images, mask).requires_grad
+    assert torch.equal(raw.reconstruct(images, mask).prediction, prediction)
+    torch.testing.assert_close(
+        normalized.reconstruct(images, mask).prediction, mean + deviation * prediction, atol=1e-5, rtol=0
+    )
+    assert not raw.reconstruct(images, mask).prediction.requires_grad
 
 
 # --- parity --------------------------------------------------------------------------------------------------------

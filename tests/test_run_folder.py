@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 import yaml
 
-from simmim.training.logs import MetricsCsv
+from simmim.training.loggers import MetricsCsv
 from simmim.training.run_folder import as_yaml, check_run_folder, checkpoints_folder, differences, locked_run_folder, plain
 
 

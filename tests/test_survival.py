@@ -1,22 +1,25 @@
 """Real runs killed, stopped and starved: what is resumed ends as the uninterrupted run does, and nothing is lost."""
 
 import csv
-import multiprocessing
+import logging
 import os
 import pickle
 import random
 import shutil
 import signal
+import threading
 import time
+import warnings
 import zipfile
 
 import pytest
 import torch
 from safetensors.torch import load_file
 
+from simmim.data.samples import quiet_context
+from simmim.training.quiet import LOGGERS, quiet_libraries
 from simmim.training.run_folder import checkpoints_folder
 from simmim.training.saving import damage, saved_steps, usable_checkpoint
-from simmim.training.trainer import silence_libraries
 
 STEPS = 60
 SMALL = (
@@ -329,6 +332,8 @@ def test_a_full_disk(start, uninterrupted, stopped):
 
 READ_ONLY = """
 import errno, simmim.files as files
+from simmim.data.samples import quiet_context
+from simmim.training.quiet import LOGGERS, quiet_libraries
 from simmim.training.run_folder import checkpoints_folder
 from pathlib import Path
 make = files.tempfile.mkstemp
@@ -398,14 +403,32 @@ def test_a_run_folder_is_one_process_s(start, uninterrupted, tmp_path):
     assert_same_end(run, uninterrupted("in-memory"))
 
 
-def test_a_pipe_to_a_process_that_died_says_nothing(capfd):
-    """The thread that feeds it fails after the main one has said its line, or before; any other failure is told."""
-    silence_libraries()
-    for item, said in ((1, False), (lambda: None, True)):  # a lambda cannot be sent
-        queue = multiprocessing.get_context("fork").Queue()
-        if not said:
+def test_a_pipe_to_a_dead_process_prints_no_traceback(capfd):
+    """The thread that feeds the process fails then. Any other failure of that thread is printed."""
+    for item, is_printed in ((1, False), (lambda: None, True)):  # a lambda cannot be sent
+        queue = quiet_context().Queue()
+        if not is_printed:
             queue._reader.close()
         queue.put(item)
         queue.close()
         queue.join_thread()
-        assert ("Error" in capfd.readouterr().err) == said
+        assert ("Error" in capfd.readouterr().err) == is_printed
+
+
+def test_libraries_are_quiet_inside_a_run_alone(capfd):
+    """A thread that cannot write prints nothing, other failures are printed, and everything is restored after the run."""
+
+    def fail(error):
+        raise error
+
+    def printed(error):
+        thread = threading.Thread(target=fail, args=(error,))
+        thread.start()
+        thread.join()
+        return type(error).__name__ in capfd.readouterr().err
+
+    before = threading.excepthook, warnings.filters[:], [logging.getLogger(name).level for name in LOGGERS]
+    with pytest.raises(KeyError), quiet_libraries():
+        assert not printed(OSError("disk full")) and printed(RuntimeError("other"))
+        raise KeyError
+    assert (threading.excepthook, warnings.filters[:], [logging.getLogger(name).level for name in LOGGERS]) == before

@@ -24,12 +24,13 @@ from tensorboard.backend.event_processing.event_file_loader import EventFileLoad
 
 from simmim.pretrain import DataSettings, PretrainSettings, SimMIMSettings, pretrain
 from simmim.pretrain.reconstruction_grid import COLUMNS
-from simmim.training.logs import Names, flat
 from simmim.training.saving import SaveRun
+from simmim.training.loggers import LossNames, Names
+from simmim.training.loggers.base import flatten
 
 LOCAL = build_opener(ProxyHandler({}))  # whatever proxy the machine has, it is not for this
 START_WITHIN_S, LOADED_WITHIN_S = 60.0, 60.0
-NAMES = Names("masked_l1")
+NAMES = Names(LossNames("masked_l1"))
 
 
 @pytest.fixture(scope="module")
@@ -198,7 +199,7 @@ def test_texts_hold_configuration_and_environment(run, page):
 
 
 def test_hyperparameters_stand_beside_the_final_metrics(run, page):
-    settings = flat(yaml.safe_load((run / "config.yaml").read_text(encoding="utf-8")))
+    settings = flatten(yaml.safe_load((run / "config.yaml").read_text(encoding="utf-8")))
     line = session(page)
     assert line["name"] == str(run)
     assert line["hparams"] == settings and settings["model.mask_ratio"] == 0.6

@@ -19,7 +19,7 @@ from simmim.finetune.classification.report import CAPTION, CLASSES, class_table,
 from simmim.finetune.classification.settings import ClassificationSettings
 from simmim.finetune.start import Start, find_start
 from simmim.finetune.task import PreparedTask, ReportLine, Task
-from simmim.training.logs import LossNames, log_picture
+from simmim.training.loggers import LossNames, log_picture
 
 VALIDATION_BATCH_SIZE = 64
 LOSS = LossNames("cross_entropy", "in nats; ln(classes) is a guess")

@@ -12,7 +12,7 @@ from simmim.files import atomic_write
 from simmim.finetune.segmentation.iou import class_table, write_class_table
 from simmim.finetune.segmentation.module import SegmentationFinetuning, ShownImage
 from simmim.finetune.segmentation.overlays import COLUMNS, overlay_grid
-from simmim.training.logs import log_picture
+from simmim.training.loggers import log_picture
 
 CLASSES, PICTURE = "iou.csv", "masks.png"
 

@@ -30,7 +30,7 @@ from simmim.finetune.segmentation.settings import SceneSettings, SegmentationSet
 from simmim.finetune.segmentation.views import RandomScene, SceneSamples, WholeScene, scaled_size
 from simmim.finetune.start import Start, find_start
 from simmim.finetune.task import PreparedTask, ReportLine, Task
-from simmim.training.logs import LossNames
+from simmim.training.loggers import LossNames
 
 VALIDATION_PIXELS = 2**18  # per validation batch, where all images have one size
 MAX_VALIDATION_IMAGES = 64

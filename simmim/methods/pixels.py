@@ -18,7 +18,7 @@ EMPTY_MASK = 1e-5  # pixels: the reference's guard against an empty mask, far be
 
 
 class PixelDecoder(nn.Linear):
-    """One linear layer from each token of the last feature map to the stride × stride cell of pixels that it stands for."""
+    """One linear layer that predicts, from each token of the last feature map, its cell of stride × stride pixels."""
 
     def __init__(self, encoder: Encoder) -> None:
         super().__init__(encoder.dim, encoder.stride**2 * encoder.config.in_channels)
@@ -30,26 +30,31 @@ class PixelDecoder(nn.Linear):
         image = rearrange(pixels, "b h w (c p q) -> b c (h p) (w q)", p=self.stride, q=self.stride)
         return image[..., : image_size[0], : image_size[1]]
 
-    def loss(self, features: Tensor, targets: Tensor, mask: Tensor) -> Tensor:
-        """`masked_l1` of what `predict` gives, without predicting cells that are not masked where that is cheaper.
+    def loss(self, features: Tensor, targets: Tensor, mask: Tensor, prediction: Tensor | None = None) -> Tensor:
+        """`masked_l1` between prediction and targets, a scalar.
+
+        Without a prediction, only the cells that are masked are predicted, where that is cheaper than to predict all.
 
         Args:
             features: (B, C, h, w).
             targets: (B, channels, height, width).
+            mask: (B, H, W) bool, True = masked.
+            prediction: as from `predict`.
         """
-        cells = self.masked_cells(mask, targets)
+        cells = self.masked_cells(mask, targets) if prediction is None else None
         if cells is None:
-            return masked_l1(self.predict(features, targets.shape[-2:]), targets, mask, self.patch_size)
+            prediction = self.predict(features, targets.shape[-2:]) if prediction is None else prediction
+            return masked_l1(prediction, targets, mask, self.patch_size)
         pixels = self(rearrange(features, "b c h w -> b h w c")[cells])
         expected = rearrange(at_least_float32(targets), "b c (h p) (w q) -> b h w c p q", p=self.stride, q=self.stride)
         error = (pixels.to(expected.dtype) - expected[cells].flatten(1)).abs()
         return error.sum() / (len(error) * self.stride**2 + EMPTY_MASK) / targets.shape[1]
 
     def masked_cells(self, mask: Tensor, images: Tensor) -> Tensor | None:
-        """Which tokens of the last map are masked with their whole cell, (B, h, w) bool; None where all are to be predicted.
+        """Tokens of the last map whose cell is masked as a whole, (B, h, w) bool; None where all cells are to be predicted.
 
-        That is where a cell is masked in part, and where choosing costs more than it saves: a GPU would have to wait for the
-        number of cells, and a compiler to know it.
+        All are predicted where some cell is masked in part, and where the choice would cost more than it saves: a GPU would
+        wait for the number of cells, and a compiler would need to know it.
         """
         size = images.shape[-2:]
         if mask.device.type != "cpu" or not is_eager() or size[0] % self.stride or size[1] % self.stride:
@@ -98,14 +103,14 @@ def sliding_statistics(images: Tensor, patch_px: int) -> tuple[Tensor, Tensor]:
 
 
 def box_mean(images: Tensor, patch_px: int) -> Tensor:
-    """Mean over the `patch_px` × `patch_px` square around each pixel, over what of it lies in the image."""
+    """Mean over the part inside the image of the `patch_px` × `patch_px` square around each pixel."""
     half = patch_px // 2
     rows = F.avg_pool2d(images, (patch_px, 1), stride=1, padding=(half, 0), count_include_pad=False)
     return F.avg_pool2d(rows, (1, patch_px), stride=1, padding=(0, half), count_include_pad=False)
 
 
 def box_count(size: tuple[int, int], patch_px: int, like: Tensor) -> Tensor:
-    """How many pixels of the square around each pixel lie in the image: (height, width), of `like`'s type."""
+    """Number of pixels that the square around each pixel has inside the image: (height, width), of `like`'s type."""
     half = patch_px // 2
     sides = []
     for side in size:

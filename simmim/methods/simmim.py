@@ -101,8 +101,9 @@ class SimMIM(Method):
         tokens = self.encoder.embed(images)
         tokens = self.substitute(tokens, mask)
         features = self.encoder.encode(tokens).features
-        loss = self.decoder.loss(features, self.targets(images), mask)
-        return MethodOutput(loss, self.decoder.predict(features, images.shape[-2:]) if return_reconstruction else None)
+        prediction = self.decoder.predict(features, images.shape[-2:]) if return_reconstruction else None
+        loss = self.decoder.loss(features, self.targets(images), mask, prediction)
+        return MethodOutput(loss, prediction)
 
     def substitute(self, tokens: Tensor, mask: Tensor) -> Tensor:
         """Masked tokens, (B, H, W, C), replaced by the one learned mask token."""

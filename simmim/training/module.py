@@ -8,9 +8,9 @@ import pytorch_lightning as pl
 import torch
 from torch import nn
 
+from simmim.training.numerical_guard import NumericalGuard
 from simmim.training.optim import adamw, parameter_groups
 from simmim.training.sharding import clip_gradients, shard
-from simmim.training.watch import NumericalGuard
 
 
 class TrainingModule(pl.LightningModule):

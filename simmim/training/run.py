@@ -16,8 +16,9 @@ import pytorch_lightning as pl
 
 from simmim.training.compiling import CompileBlocks
 from simmim.training.interruption import StopOnSignal
-from simmim.training.logs import DescribeRun, LossNames, loggers_for
+from simmim.training.loggers import DescribeRun, LossNames, build_loggers
 from simmim.training.module import TrainingModule
+from simmim.training.numerical_guard import NumericalGuard
 from simmim.training.progress import ProgressLine, SkippedImages, StepSeeds, Throughput
 from simmim.training.quiet import quiet_libraries
 from simmim.training.run_folder import check_run_folder, locked_run_folder
@@ -25,7 +26,6 @@ from simmim.training.saving import SavePolicy, SaveRun, usable_checkpoint
 from simmim.training.settings import RunSettings
 from simmim.training.streams import StreamData, TrackStreamPosition, per_device_batch
 from simmim.training.trainer import build_trainer, check_trainer_keys, is_first_process
-from simmim.training.watch import NumericalGuard
 
 KEEP_DECODED_MIB = 128  # images that decode to less stay in memory, in each loading process
 
@@ -50,6 +50,7 @@ class TrainingRun:
             cannot work.
         max_skipped_share: of the images seen; more unreadable ones stop the run. 0 stops it at the first.
         validate_every_steps: None where there are no validation images.
+        monitor: validation metric by which the best model is chosen; None where there are no validation images.
         quiet: print nothing and show no progress.
     """
 
@@ -67,6 +68,7 @@ class TrainingRun:
     check: Callable[[pl.Trainer], None] = lambda trainer: None
     max_skipped_share: float = 0.05
     validate_every_steps: int | None = None
+    monitor: str | None = None
     quiet: bool = False
 
     @property
@@ -107,7 +109,7 @@ def ordered_callbacks(run: TrainingRun, guard: NumericalGuard, save: SaveRun) ->
         "compile": (CompileBlocks(run.quiet),) if settings.compile else (),
     }
     return [
-        DescribeRun(run.folder),  # loggers learn what the run is before anything is logged
+        DescribeRun(run.folder, run.monitor),  # loggers learn what the run is before anything is logged
         StepSeeds(settings.seed),  # before anything that draws random numbers in a batch
         run.throughput,  # takes the time at a batch's end before callbacks that take long
         *optional["progress"],  # shows metrics that later callbacks of the step before have set
@@ -142,7 +144,7 @@ def run_training(run: TrainingRun) -> FinishedRun:
             log_every_steps=min(settings.log_every_steps, run.num_steps),
             extra=settings.trainer,
             validate_every_steps=run.validate_every_steps,
-            loggers=loggers_for(run.folder, settings.loggers, run.loss),
+            loggers=build_loggers(run.folder, settings.loggers, run.loss),
         )
         per_device_batch(settings.batch_size, trainer.world_size, settings.optim.accumulate)
         run.check(trainer)

@@ -1,7 +1,6 @@
-"""Steps that are not finite, loss spikes, and activations: what is skipped, counted, listed, measured, and left alone."""
+"""Steps that are not finite and loss spikes: what is skipped, counted, listed, and left alone."""
 
 import copy
-import functools
 import math
 import os
 import shutil
@@ -13,123 +12,19 @@ import pytest
 import pytorch_lightning as pl
 import torch
 from PIL import Image
-from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+from short_runs import BATCH, STEPS, Recorder, equal, files_of_step, listed, lose, metrics, train
 
 import simmim.pretrain.module
-from simmim.data import EndlessBatchSampler, ImageSamples, RandomView, dataset_from_paths, find_images
-from simmim.encoders.swinv2 import SwinV2, SwinV2Config
-from simmim.encoders.swinv2.model import DropPath
-from simmim.methods.masking import BlockMasking
-from simmim.methods.simmim import SimMIM
-from simmim.pretrain.module import PretrainingModule
+from simmim.data import find_images
+from simmim.training.numerical_guard import NumericalGuard, describe_spike, drop_gradients
 from simmim.training.optim import Schedule
-from simmim.training.progress import StepSeeds
-from simmim.training.run_folder import CONFIG
-from simmim.training.saving import SaveRun
-from simmim.training.streams import StreamData
-from simmim.training.trainer import build_trainer
-from simmim.training.watch import (
-    ActivationMonitor,
-    NumericalGuard,
-    activation_plot,
-    amplitude,
-    drop_gradients,
-)
 
 ROOT = Path(__file__).resolve().parent.parent
-CONFIG_OF_ENCODER = SwinV2Config(16, (2, 1), (1, 2), window_size=4, in_channels=1, drop_path_rate=0.2)
-BATCH, STEPS, SAVE_EVERY = 8, 12, 4
-
-
-class Recorder(pl.Callback):
-    """Copies of weights, optimizer state and rate after every step."""
-
-    def __init__(self):
-        self.after = {}
-
-    def on_train_batch_end(self, trainer, module, *_):
-        state = trainer.optimizers[0].state_dict()
-        self.after[trainer.global_step - 1] = copy.deepcopy(
-            {"weights": module.state_dict(), "optimizer": state["state"], "lr": state["param_groups"][0]["lr"]}
-        )
-
-
-def run_folder(path):
-    path.mkdir(exist_ok=True)
-    (path / CONFIG).touch()
-    (path / "checkpoints").mkdir(exist_ok=True)
-    return path
-
-
-def train(images, run, *callbacks, steps=STEPS, guard=True, resume=None, accumulate=1, precision="32-true", **more):
-    """A short pre-training run as `pretrain` assembles it; the callbacks given run last but for saving."""
-    run_folder(run)
-    torch.manual_seed(0)
-    model = SimMIM(SwinV2(CONFIG_OF_ENCODER, more.get("checkpoint_activations", False)))
-    schedule = Schedule(2e-2, 10.0, 1.0, 1e-4).by_step(30, BATCH)
-    module = PretrainingModule(model, BlockMasking(8, 0.5), (0.13,), (0.31,), schedule, 0.05, 5.0)
-    samples = ImageSamples(dataset_from_paths(find_images(images)), RandomView((32, 32), flip=0.0), 1, seed=0)
-    guards = [guard] if isinstance(guard, NumericalGuard) else [NumericalGuard(run)] * bool(guard)
-    trainer = build_trainer(
-        run,
-        steps,
-        devices=1,
-        precision=precision,
-        accumulate=accumulate,
-        callbacks=[StepSeeds(0), *guards, *callbacks, SaveRun(run, more.get("save_every", SAVE_EVERY))],
-        log_every_steps=more.get("log_every", 1),
-        extra={"accelerator": "cpu"},
-    )
-    stream = StreamData(samples, BATCH, accumulate, workers=0)
-    trainer.fit(module, datamodule=stream, ckpt_path=resume, weights_only=True)
-    return module
 
 
 @pytest.fixture(scope="module")
 def images(digits):
     return digits.unlabeled
-
-
-def lose(monkeypatch, factors, part=0):
-    """Multiply the loss of some steps: {step: factor}, of their `part`-th accumulated batch."""
-    whole = PretrainingModule.training_step
-
-    def training_step(self, batch, batch_idx):
-        loss = whole(self, batch, batch_idx)
-        wanted = batch_idx % self.trainer.accumulate_grad_batches == part
-        return loss * factors.get(self.global_step, 1.0) if wanted else loss
-
-    monkeypatch.setattr(PretrainingModule, "training_step", training_step)
-
-
-def equal(first, second):
-    """Whether nested dicts and lists of tensors and numbers are the same bit for bit."""
-    if isinstance(first, torch.Tensor):
-        return torch.equal(first, second)
-    if isinstance(first, dict):
-        return first.keys() == second.keys() and all(equal(value, second[name]) for name, value in first.items())
-    return first == second
-
-
-def listed(run):
-    """non-finite-steps.txt as {step: (event, values, files)}."""
-    path = run / "non-finite-steps.txt"
-    lines = [line.split("\t") for line in path.read_text().splitlines()] if path.is_file() else []
-    return {int(step): (event, values, files) for step, event, values, *files in lines[1:]}
-
-
-def metrics(run):
-    header, *rows = [line.split(",") for line in (run / "metrics.csv").read_text().splitlines()]
-    return {name: [row[column] for row in rows] for column, name in enumerate(header)}
-
-
-def files_of_step(images, step, batch=BATCH):
-    paths = find_images(images)
-    keys = next(iter(EndlessBatchSampler(len(paths), batch, 0, start=step)))
-    return [str(paths[index]) for _, index in keys]
-
-
-# The guard.
 
 
 def test_a_healthy_run_is_not_touched(images, tmp_path):
@@ -263,7 +158,7 @@ def test_without_a_checkpoint_the_message_promises_none(images, tmp_path, monkey
     lose(monkeypatch, {0: math.nan, 1: math.nan})
     with pytest.raises(ValueError, match="no checkpoint was saved before") as stopped:
         train(images, tmp_path / "run", guard=NumericalGuard(tmp_path / "run", stop_after=2))
-    assert "--init" not in str(stopped.value)
+    assert "saved weights" not in str(stopped.value)
 
 
 def test_a_resumed_run_decides_alike(images, tmp_path, monkeypatch, power_cut):
@@ -271,9 +166,7 @@ def test_a_resumed_run_decides_alike(images, tmp_path, monkeypatch, power_cut):
     lose(monkeypatch, factors)
 
     def guard(run):
-        guard = NumericalGuard(run, stop_after=4)
-        monkeypatch.setattr("simmim.training.watch.PAST_AT_LEAST", 4)
-        return guard
+        return NumericalGuard(run, stop_after=4, min_past=4)
 
     whole = train(images, tmp_path / "whole", guard=guard(tmp_path / "whole"))
 
@@ -313,11 +206,7 @@ def test_what_is_a_spike(tmp_path):
     """Against the median ± deviation of the past, neither of which one spike moves."""
 
     def spikes(past, loss):
-        guard = NumericalGuard(tmp_path)
-        guard.note = lambda *_: None
-        guard.past.extend(past)
-        guard.watch_loss(None, loss)
-        return guard.spikes
+        return int(bool(describe_spike(past, loss, mads=10.0)))
 
     noisy = [1.0 + 0.01 * (-1) ** step for step in range(100)]
     assert [spikes(noisy, loss) for loss in (0.1, 1.09, 1.101)] == [0, 0, 1]
@@ -325,9 +214,15 @@ def test_what_is_a_spike(tmp_path):
     wide = [1.0 + 0.1 * (-1) ** step for step in range(100)]
     assert [spikes(wide, loss) for loss in (1.99, 2.01)] == [0, 1]
     assert [spikes([1.0] * 100, loss) for loss in (1.09, 1.11)] == [0, 1], "a plateau without noise"
-    assert spikes(noisy[:19], 100.0) == 0, "too little past to tell"
     with pytest.raises(ValueError, match="give 1 step or more"):
         NumericalGuard(tmp_path, stop_after=0)
+
+
+def test_few_losses_are_no_past(images, tmp_path, monkeypatch):
+    """A jump among the first 20 losses is not compared with anything."""
+    lose(monkeypatch, {19: 100.0, 21: 100.0})
+    train(images, tmp_path / "run", steps=22)
+    assert list(listed(tmp_path / "run")) == [21]
 
 
 def test_every_kind_of_optimizer_passes_over_dropped_gradients():
@@ -356,7 +251,7 @@ TWO_PROCESSES = """
 import sys, torch
 import pytorch_lightning as pl
 from pathlib import Path
-from simmim.training.watch import NumericalGuard, judge_step
+from simmim.training.numerical_guard import NumericalGuard
 
 class Data(pl.LightningDataModule):
     def train_dataloader(self):
@@ -377,7 +272,7 @@ class Module(pl.LightningModule):
     def configure_optimizers(self):
         return torch.optim.AdamW(self.parameters(), lr=0.1, fused=True)
     def configure_gradient_clipping(self, optimizer, *_, **__):
-        judge_step(self, optimizer, torch.nn.utils.clip_grad_norm_(self.parameters(), 5.0))
+        guard.check_step(self.trainer, optimizer, torch.nn.utils.clip_grad_norm_(self.parameters(), 5.0))
     def on_train_batch_end(self, *_):
         self.seen = [*getattr(self, "seen", []), self.layer.weight.detach().clone()]
     def on_train_end(self):
@@ -386,8 +281,9 @@ class Module(pl.LightningModule):
 run = Path(sys.argv[1])
 torch.set_num_threads(1)
 pl.seed_everything(0)
+guard = NumericalGuard(run)
 trainer = pl.Trainer(
-    accelerator="cpu", devices=2, strategy="ddp_fork", max_epochs=1, callbacks=[NumericalGuard(run)], logger=False,
+    accelerator="cpu", devices=2, strategy="ddp_fork", max_epochs=1, callbacks=[guard], logger=False,
     use_distributed_sampler=False, enable_checkpointing=False, enable_progress_bar=False, enable_model_summary=False)
 trainer.fit(Module(), datamodule=Data())
 """
@@ -418,14 +314,7 @@ def test_fine_tuning_is_guarded_too(digits, tmp_path, monkeypatch):
     def training_step(self, batch, batch_idx):
         return whole(self, batch, batch_idx) * (math.nan if self.global_step == 2 else 1.0)
 
-    usual = sys.modules["simmim.finetune.run"].shared_callbacks
-
-    def guarded(run, *rest):
-        callbacks = usual(run, *rest)
-        return callbacks if any(isinstance(one, NumericalGuard) for one in callbacks) else [*callbacks, NumericalGuard(run)]
-
     monkeypatch.setattr(ClassificationFinetuning, "training_step", training_step)
-    monkeypatch.setattr("simmim.finetune.run.shared_callbacks", guarded)
     settings = ClassificationSettings(
         data=LabeledSettings(str(digits.labeled), flip=0.0),
         out=str(tmp_path / "run"),
@@ -449,8 +338,8 @@ def test_a_whole_pre_training_run_is_watched(digits, tmp_path, monkeypatch):
     encoder = {"embed_dim": 16, "depths": [1, 1], "num_heads": [1, 2]}
     run = pretrain(
         PretrainSettings(
-            DataSettings(str(digits.unlabeled)),
-            str(tmp_path / "run"),
+            data=DataSettings(str(digits.unlabeled)),
+            out=str(tmp_path / "run"),
             preset="nano",
             epochs=1.0,
             batch_size=40,
@@ -484,101 +373,3 @@ def test_bfloat16_learns_as_float32_does(images, tmp_path):
     full, half = smooth
     assert full[-1] < 0.7 * full[0]
     assert (half / full - 1).abs().max() < 0.005
-
-
-# The monitor.
-
-
-class Keep(pl.Callback):
-    """The model and batch as they are when the monitor measures."""
-
-    def __init__(self, step):
-        self.step = step
-
-    def on_train_batch_start(self, trainer, module, batch, batch_idx):
-        if trainer.global_step == self.step:
-            self.model, self.batch = copy.deepcopy(module.model).double(), copy.deepcopy(batch)
-            self.generator = torch.get_rng_state()
-
-
-def drop_as_float32(block, x):
-    """`DropPath.forward` with float32's draws, which float64's are not."""
-    return block.__class__.forward(block, torch.ones(len(x), 1, 1, 1)) * x
-
-
-@pytest.mark.parametrize("checkpoint_activations", [False, True])
-def test_amplitudes_are_those_of_a_float64_computation(images, tmp_path, checkpoint_activations):
-    monitor, keep = ActivationMonitor(tmp_path / "run", every_steps=5), Keep(step=5)
-    module = train(images, tmp_path / "run", keep, monitor, steps=7, checkpoint_activations=checkpoint_activations)
-    seen = {}
-    for name, part in keep.model.encoder.named_stages().items():
-        part.register_forward_hook(lambda part, inputs, output, name=name: seen.update({name: output.detach()}))
-    for block in keep.model.modules():
-        if isinstance(block, DropPath):
-            block.forward = functools.partial(drop_as_float32, block)
-    inputs, mask = module.inputs(keep.batch)
-    torch.set_rng_state(keep.generator)
-    with torch.no_grad():
-        keep.model(inputs.double(), mask)
-    assert list(seen) == list(monitor.latest["rms"]) == ["stage0.block0", "stage0.block1", "stage0.merging", "stage1.block0"]
-    for name, output in seen.items():
-        assert monitor.latest["rms"][name] == pytest.approx(output.square().mean().sqrt().item(), rel=1e-5)
-        assert monitor.latest["max"][name] == pytest.approx(output.abs().max().item(), rel=1e-5)
-    assert (monitor.first["step"], monitor.latest["step"]) == (0, 5)
-
-    events = EventAccumulator(str(tmp_path / "run" / "tensorboard"))
-    events.Reload()
-    scalars = events.Scalars("per_block/rms/stage0.merging")
-    assert [event.step for event in scalars] == [0, 5]
-    assert scalars[1].value == pytest.approx(monitor.latest["rms"]["stage0.merging"])
-    assert {f"per_block/max/{name}" for name in seen} <= set(events.Tags()["scalars"])
-    assert not any(name.startswith("activations") for name in metrics(tmp_path / "run"))
-
-
-@pytest.mark.parametrize("checkpoint_activations", [False, True])
-def test_watching_activations_changes_nothing(images, tmp_path, checkpoint_activations):
-    class NoHooks(pl.Callback):
-        """Hooks are there for a measured forward pass and at no other time."""
-
-        def on_before_backward(self, trainer, module, loss):
-            assert not any(part._forward_hooks for part in module.modules())
-
-    how = {"steps": 6, "checkpoint_activations": checkpoint_activations, "accumulate": 2}
-    plain = train(images, tmp_path / "plain", **how)
-    watched = train(images, tmp_path / "watched", ActivationMonitor(tmp_path / "watched", 2), NoHooks(), **how)
-    assert equal(plain.state_dict(), watched.state_dict())
-    for name in ("loss", "grad_norm"):
-        assert metrics(tmp_path / "plain")[name] == metrics(tmp_path / "watched")[name]
-
-
-def test_a_resumed_run_still_shows_its_first_measure(images, tmp_path):
-    train(images, tmp_path / "run", ActivationMonitor(tmp_path / "run", 2), steps=4)
-    monitor = ActivationMonitor(tmp_path / "run", 2)
-    train(images, tmp_path / "run", monitor, steps=8, resume=tmp_path / "run" / "checkpoints" / "last.ckpt")
-    assert (monitor.first["step"], monitor.latest["step"]) == (0, 6)
-    with Image.open(tmp_path / "run" / "activations.png") as picture:
-        assert picture.size == (900, 480)
-
-
-def test_amplitude_of_what_float32_cannot_square():
-    x = torch.tensor([3e30, -4e30])
-    assert [value.item() for value in amplitude(x)] == pytest.approx([math.sqrt(12.5) * 1e30, 4e30], rel=1e-6)
-    assert [value.item() for value in amplitude(torch.zeros(3))] == [0.0, 0.0]
-    assert all(math.isnan(value.item()) for value in amplitude(torch.tensor([1.0, math.nan])))
-    assert amplitude(torch.ones(2, dtype=torch.bfloat16))[0].dtype == torch.float32
-
-
-def test_the_plot_has_both_measures_and_survives_any_value():
-    names = [*(f"stage0.block{index}" for index in range(3)), "stage0.merging", "stage1.block0"]
-
-    def measure(step, values):
-        return {"step": step, "rms": dict(zip(names, values)), "max": dict(zip(names, [10 * value for value in values]))}
-
-    first, latest = measure(0, [1.0] * 5), measure(1000, [1.0, 10.0, 100.0, 1.0, 1000.0])
-    colors = {color for _, color in activation_plot([first, latest]).getcolors(10**6)}
-    assert {(150, 150, 150), (31, 90, 180)} <= colors
-    for odd in ([math.nan] * 5, [math.inf, 1.0, 0.0, 1.0, 1e300], [0.0] * 5):
-        activation_plot([first, measure(1, odd)])
-        activation_plot([measure(1, odd), measure(1, odd)])
-    with pytest.raises(ValueError, match="give 1 or more"):
-        ActivationMonitor(Path("run"), 0)
