@@ -32,6 +32,7 @@ from simmim.methods.registry import default_method, method_named
 from simmim.pretrain.callbacks import LabeledProbe, Reconstructions
 from simmim.pretrain.module import PretrainingModule
 from simmim.pretrain.settings import DataSettings, OptimSettings, PretrainSettings, ProbeSettings, resolve, settings_class
+from simmim.training.activations import ActivationMonitor
 from simmim.training.loggers import LossNames
 from simmim.training.progress import Throughput
 from simmim.training.run import KEEP_DECODED_MIB, TrainingRun, check_before_start, run_training
@@ -39,7 +40,6 @@ from simmim.training.run_folder import CONFIG, as_yaml, checkpoints_folder
 from simmim.training.saving import SavedModel, SavePolicy, usable_checkpoint
 from simmim.training.streams import StreamData
 from simmim.training.trainer import default_precision, device_type, machine
-from simmim.training.activations import ActivationMonitor
 
 
 class Resolved(NamedTuple):

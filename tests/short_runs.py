@@ -10,15 +10,15 @@ from simmim.encoders.swinv2 import SwinV2, SwinV2Config
 from simmim.methods.masking import BlockMasking
 from simmim.methods.simmim import SimMIM
 from simmim.pretrain.module import PretrainingModule
-from simmim.training.numerical_guard import NumericalGuard
-from simmim.training.saving import SavePolicy, SaveRun
-from simmim.training.progress import StepSeeds
-from simmim.training.streams import StreamData
-from simmim.training.trainer import build_trainer
 from simmim.training.loggers import build_loggers
+from simmim.training.numerical_guard import NumericalGuard
 from simmim.training.optim import Schedule
+from simmim.training.progress import StepSeeds
 from simmim.training.quiet import quiet_libraries
 from simmim.training.run_folder import CONFIG
+from simmim.training.saving import SavePolicy, SaveRun
+from simmim.training.streams import StreamData
+from simmim.training.trainer import build_trainer
 
 CONFIG_OF_ENCODER = SwinV2Config(16, (2, 1), (1, 2), window_size=4, in_channels=1, drop_path_rate=0.2)
 BATCH, STEPS, SAVE_EVERY = 8, 12, 4

@@ -15,7 +15,6 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 
 from simmim.finetune import ClassificationSettings, EncoderSettings, LabeledSettings, finetune
 from simmim.pretrain import DataSettings, PretrainSettings, SimMIMSettings, pretrain
-from simmim.training.saving import SaveRun
 from simmim.training.loggers import (
     SERVICES,
     LossNames,
@@ -28,6 +27,7 @@ from simmim.training.loggers import (
 )
 from simmim.training.loggers.base import flatten
 from simmim.training.loggers.names import GROUPED
+from simmim.training.saving import SaveRun
 
 SMALL = {"embed_dim": 16, "depths": [1, 1], "num_heads": [1, 2]}
 CONFIG = "data:\n  path: images\nout: runs/a\nepochs: 2.0\nbatch_size: 32\noptim:\n  lr: 0.002\n"

@@ -24,9 +24,9 @@ from tensorboard.backend.event_processing.event_file_loader import EventFileLoad
 
 from simmim.pretrain import DataSettings, PretrainSettings, SimMIMSettings, pretrain
 from simmim.pretrain.reconstruction_grid import COLUMNS
-from simmim.training.saving import SaveRun
 from simmim.training.loggers import LossNames, Names
 from simmim.training.loggers.base import flatten
+from simmim.training.saving import SaveRun
 
 LOCAL = build_opener(ProxyHandler({}))  # whatever proxy the machine has, it is not for this
 START_WITHIN_S, LOADED_WITHIN_S = 60.0, 60.0
