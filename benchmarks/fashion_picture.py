@@ -11,8 +11,8 @@ import statistics
 import sys
 from pathlib import Path
 
-from simmim.finetune.label_study.report import draw, read_trials
-from simmim.finetune.label_study.trials import StudyResult
+from simmim.finetune.label_study.report import draw
+from simmim.finetune.label_study.results import StudyResult, read_trials
 
 
 def main(arguments: list[str] | None = None) -> int:

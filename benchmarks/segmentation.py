@@ -26,7 +26,7 @@ from typing import NamedTuple
 
 from tqdm import tqdm
 
-from simmim.finetune.label_study.pool import results, trial_pool
+from simmim.finetune.label_study.pool import run_in_pool, trial_pool
 from simmim.finetune.label_study.report import check_libraries, comparison_table
 
 TUNING_SEED = 1000  # of the first tuning trial; seeds of the comparison count from 0
@@ -84,7 +84,7 @@ def run_all(trials: Sequence[Trial], out: Path, pool: ProcessPoolExecutor, **opt
     done = read_trials(out / "trials.csv")
     missing = [trial for trial in trials if trial not in done]
     with tqdm(total=len(missing), unit="run") as bar:
-        for trial, metrics in results(pool, partial(run_trial, out=out, **options), missing):
+        for trial, metrics in run_in_pool(pool, partial(run_trial, out=out, **options), missing):
             done[trial] = metrics
             append_trial(out / "trials.csv", trial, metrics)
             bar.set_postfix_str(f"{trial.arm}, {trial.labels} labels: {metrics['mean_iou']:.1%}")
@@ -130,7 +130,7 @@ def results_table(done: dict[Trial, dict[str, float]]) -> str:
     percent."""
     scores = [Score(trial.arm, trial.labels, trial.seed, metrics["mean_iou"]) for trial, metrics in done.items()]
     labels = sorted({score.labels for score in scores})
-    return comparison_table(scores, ARMS, labels, unit="labeled scenes", won=True)
+    return comparison_table(scores, ARMS, labels, unit="labeled scenes", show_won=True)
 
 
 def main() -> int:

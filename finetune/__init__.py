@@ -16,7 +16,7 @@ _HOMES = {
     "AffineSettings": "simmim.finetune.augment.affine",
     "EncoderSettings": "simmim.finetune.settings",
     "OptimSettings": "simmim.finetune.settings",
-    "study": "simmim.finetune.label_study.trials",
+    "study": "simmim.finetune.label_study.study",
     "StudySettings": "simmim.finetune.label_study.settings",
 }
 __all__ = list(_HOMES)

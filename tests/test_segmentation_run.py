@@ -139,7 +139,7 @@ def test_norms_follow_from_the_images_of_a_forward_pass(labeled, encoder_folder,
     small = settings(labeled, encoder_folder, tmp_path / "run", batch_size=6, optim=OptimSettings(accumulate=3), steps=2)
     assert load_segmenter(finetune(small, quiet=True).run).model.shape.norm == "image"
     alone = settings(labeled, encoder_folder, tmp_path / "alone", batch_size=1, head=HeadSettings(width=16, norm="batch"))
-    with pytest.raises(ValueError, match=r"head\.norm is batch, with 1 image a device"):
+    with pytest.raises(ValueError, match=r"head\.norm is batch, with 1 image per device"):
         finetune(alone, quiet=True)
     assert not (tmp_path / "alone").exists()
 

@@ -1,4 +1,4 @@
-"""Accuracy against labels: the arithmetic by hand, the fairness of the tuning, and a study as a user runs it."""
+"""Accuracy against labels: statistics against known numbers, equal tuning of all arms, and a study by the command."""
 
 import csv
 import json
@@ -19,26 +19,17 @@ from simmim.cli import main
 from simmim.data import read_labeled_images
 from simmim.finetune import ClassificationSettings, EncoderSettings, LabeledSettings, StudySettings, finetune
 from simmim.finetune.classification.folds import assign_folds
+from simmim.finetune.label_study.arms import Arm, pretrained_and_scratch
 from simmim.finetune.label_study.report import (
     comparison_table,
     equivalent_labels,
+    gain_sentences,
     mean_and_error,
-    paired,
+    paired_gain,
     plot,
-    read_trials,
-    sentences,
-    write_trials,
 )
-from simmim.finetune.label_study.trials import (
-    Arm,
-    Rates,
-    StudyResult,
-    Trial,
-    best_rates,
-    job_of,
-    pretrained_and_scratch,
-    run_arms,
-)
+from simmim.finetune.label_study.results import Rates, StudyResult, Trial, read_trials, write_trials
+from simmim.finetune.label_study.trials import Tuning, best_rates, build_job, run_arms
 from simmim.finetune.settings import OptimSettings
 
 
@@ -46,7 +37,7 @@ def trial(arm, labels, seed, accuracy, lr=0.1, loss=1.0, fold=None):
     return Trial(arm, labels, seed, Rates(lr, 0.75), accuracy, loss, fold)
 
 
-# --- The arithmetic --------------------------------------------------------------------------------------------------
+# --- Statistics ------------------------------------------------------------------------------------------------------
 
 
 def test_mean_and_error():
@@ -73,7 +64,7 @@ def test_comparison_table():
     ]
     p = [ttest_rel(accuracies["ours", labels], accuracies["theirs", labels]).pvalue for labels in (5, "all")]
     expected = [
-        "| labels a class | ours | theirs | paired gain | seeds |",
+        "| labels per class | ours | theirs | paired gain | seeds |",
         "| ---: | ---: | ---: | ---: | ---: |",
         f"| 5 | 70.0 ± 5.8 | 50.0 ± 5.8 | +20.0 ± 10.0 (p = {p[0]:.2g}) | 3 |",
         f"| all | 90.0 ± 0.0 | 92.0 ± 0.6 | -2.0 ± 0.6 (p = {p[1]:.2g}) | 3 |",
@@ -85,12 +76,12 @@ def test_comparison_table():
 
 
 def test_pairing_is_by_seed():
-    """Two arms that differ by 10 points under every seed: an exact gain, however much the seeds differ; of seeds that one
-    arm alone has nothing is said."""
+    """Two arms that differ by 12.5 points with every seed have an exact gain, however much the seeds differ. A seed that one
+    arm alone has does not count."""
     trials = [trial("b", 1, seed, seed / 16) for seed in (5, 1, 3)]
     trials += [trial("a", 1, seed, seed / 16 + 0.125) for seed in (1, 3, 5, 7)]
-    gain = paired(trials, "a", "b", 1)
-    assert (gain.mean, gain.error, gain.seeds) == (12.5, 0.0, 3) and math.isnan(gain.p)
+    gain = paired_gain(trials, "a", "b", 1)
+    assert (gain.mean, gain.error, gain.num_seeds) == (12.5, 0.0, 3) and math.isnan(gain.p)
 
 
 def test_p_is_the_paired_t_test_s():
@@ -98,10 +89,10 @@ def test_p_is_the_paired_t_test_s():
     ours, theirs = generator.random((2, 7))
     trials = [trial("a", 1, seed, value) for seed, value in enumerate(ours)]
     trials += [trial("b", 1, seed, value) for seed, value in enumerate(theirs)]
-    assert paired(trials, "a", "b", 1).p == pytest.approx(ttest_rel(ours, theirs).pvalue, rel=1e-9)
+    assert paired_gain(trials, "a", "b", 1).p == pytest.approx(ttest_rel(ours, theirs).pvalue, rel=1e-9)
 
 
-def test_labels_of_the_same_worth():
+def test_equivalent_labels():
     """Between 10 labels at 60 % and 40 at 80 %, 70 % are half-way by logarithm: 20 labels."""
     trials = [trial("b", 10, 0, 0.6), trial("b", 40, 0, 0.8)]
     places = {10: 10, 40: 40}
@@ -112,7 +103,7 @@ def test_labels_of_the_same_worth():
 
 
 def result_of(gains, scratch=(0.5, 0.6, 0.7)):
-    """A study of 10, 20 and 40 labels, three seeds, whose pre-trained arm gains what is given."""
+    """A study of 10, 20 and 40 labels with three seeds, whose pre-trained arm has these gains."""
     trials, noise = [], (-0.01, 0.0, 0.01)
     for labels, base, gain in zip((10, 20, 40), scratch, gains):
         for seed in range(3):
@@ -122,18 +113,21 @@ def result_of(gains, scratch=(0.5, 0.6, 0.7)):
 
 
 def test_sentences():
-    said = sentences(result_of((0.15, 0.05, 0.001)))
-    assert said[0].startswith("At 10 labels a class pre-training gains 15.0 ± 0.3 points over from scratch (p < 0.001, ")
-    assert said[0].endswith("over 3 seeds) and saves 18 labels a class: from scratch needs 28 to get there.")
-    assert said[1].endswith("and saves 8 labels a class: from scratch needs 28 to get there.")
-    assert said[2].endswith(", which may be chance.")
+    sentences = gain_sentences(result_of((0.15, 0.05, 0.001)))
+    assert sentences[0].startswith(
+        "With 10 labels per class pre-training gains 15.0 ± 0.3 points over from scratch (p < 0.001, "
+    )
+    saved = "labels per class: from scratch needs 28 for the same score."
+    assert sentences[0].endswith(f"over 3 seeds) and saves 18 {saved}")
+    assert sentences[1].endswith(f"and saves 8 {saved}")
+    assert sentences[2].endswith(", which may be chance.")
 
 
-def test_sentence_where_the_other_never_gets_there_and_where_it_is_better():
-    said = sentences(result_of((0.25, -0.1, 0.1)))
-    assert said[0].endswith("; from scratch does not get there with 40.")
-    assert "pre-training loses 10.0 ± 0.3 points over from scratch" in said[1] and "saves" not in said[1]
-    assert said[2].endswith("over 3 seeds)."), "no larger number of labels was tried"
+def test_sentence_where_the_other_arm_never_reaches_the_score_and_where_it_is_better():
+    sentences = gain_sentences(result_of((0.25, -0.1, 0.1)))
+    assert sentences[0].endswith("; from scratch does not reach that score with 40.")
+    assert "pre-training loses 10.0 ± 0.3 points over from scratch" in sentences[1] and "saves" not in sentences[1]
+    assert sentences[2].endswith("over 3 seeds)."), "no larger number of labels was tried"
 
 
 def test_the_plot_shows_every_number():
@@ -185,50 +179,34 @@ def test_a_fold_sees_none_of_the_validation_images(digits):
     assert sorted(held) == sorted(ours)
 
 
-def test_the_rate_of_the_highest_held_out_accuracy_is_chosen():
+def test_the_rates_of_the_highest_held_out_accuracy_are_chosen():
     trials = [
         *(trial("a", 5, 0, accuracy, lr=0.1, fold=(part, 2)) for part, accuracy in enumerate((0.5, 0.7))),
         *(trial("a", 5, 0, accuracy, lr=0.2, fold=(part, 2)) for part, accuracy in enumerate((0.6, 0.7))),
         *(trial("a", 5, 0, accuracy, lr=0.3, loss=0.9, fold=(part, 2)) for part, accuracy in enumerate((0.8, 0.5))),
     ]
-    assert best_rates(trials).lr_factor == 0.3, "0.2 and 0.3 are alike in accuracy, 0.3 has the lower loss"
+    assert best_rates(trials).lr_factor == 0.3, "0.2 and 0.3 have the same accuracy, 0.3 the lower loss"
     assert best_rates(trials[:4]).lr_factor == 0.2
 
 
-def test_every_arm_is_tuned_on_the_same_grid_with_its_own_labels(tmp_path, monkeypatch):
-    """With the accuracy of each trial made up: which trials there are, and which rates the final ones have."""
+def test_every_arm_is_tuned_on_the_same_grid_with_its_own_labels(tmp_path):
+    """With given accuracies: which trials are run, and with which rates the final ones."""
     base = ClassificationSettings(data="images", out="unused", init="enc", optim=OptimSettings(lr=0.1, layer_decay=0.7))
     arms = [Arm("pre-trained", base), Arm("from scratch", replace(base, init="none"))]
     best = {("enc", 5): 0.3, ("enc", 2): 0.1, ("none", 5): 0.1, ("none", 2): 0.03}
-    ran = []
+    jobs = []
 
-    def made_up(job, out, keep_weights):
+    def run(job):
         settings = job.settings
-        ran.append(job)
-        wanted = best.get((settings.init, settings.labels_per_class))
-        return {"accuracy": 0.9 if settings.optim.lr_factor == wanted else 0.5, "validation_loss": 1.0}
+        jobs.append(job)
+        best_factor = best.get((settings.init, settings.labels_per_class))
+        return {"accuracy": 0.9 if settings.optim.lr_factor == best_factor else 0.5, "validation_loss": 1.0}
 
-    class Inline:
-        def __init__(self, *_, **__):
-            pass
-
-        def submit(self, function, *arguments):
-            from concurrent.futures import Future
-
-            future = Future()
-            future.set_result(function(*arguments))
-            return future
-
-        def shutdown(self, **_):
-            pass
-
-    monkeypatch.setattr("simmim.finetune.label_study.pool.ProcessPoolExecutor", Inline)
-    monkeypatch.setattr("simmim.finetune.label_study.trials.run_trial", made_up)
-    grid = [Rates(lr, 0.7) for lr in (0.03, 0.1, 0.3)]
-    result = run_arms(arms, {1: 1, 2: 2, 5: 5}, (0, 1), tmp_path, grid=grid, folds=3)
-    held_out = [job for job in ran if job.settings.data.fold]
+    tuning = Tuning(tuple(Rates(factor, 0.7) for factor in (0.03, 0.1, 0.3)), num_folds=3)
+    result = run_arms(arms, {1: 1, 2: 2, 5: 5}, (0, 1), tmp_path, processes=0, tuning=tuning, run=run)
+    held_out = [job for job in jobs if job.settings.data.fold]
     assert len(held_out) == 2 * 3 * (2 + 3), "arms × rates × folds, no more folds than labels"
-    assert {job.settings.seed for job in held_out} == {0} and len({job.name for job in ran}) == len(ran)
+    assert {job.settings.seed for job in held_out} == {0} and len({job.name for job in jobs}) == len(jobs)
     rates = {(t.arm, t.labels): t.rates.lr_factor for t in result.trials}
     assert rates == {
         ("pre-trained", 1): 0.1,
@@ -241,24 +219,24 @@ def test_every_arm_is_tuned_on_the_same_grid_with_its_own_labels(tmp_path, monke
     assert len(result.trials) == 2 * 3 * 2 and len(result.tuning) == len(held_out)
 
 
-def test_a_job_is_known_by_all_it_depends_on():
+def test_the_identity_of_a_job_holds_all_that_its_result_depends_on():
     base = ClassificationSettings(data="images", out="unused", init="enc")
-    job = job_of(Arm("a", base, 7), 5, 0, Rates(0.1, 0.7))
-    same = job_of(Arm("a", replace(base, out="elsewhere", workers=3), 7), 5, 0, Rates(0.1, 0.7))
+    job = build_job(Arm("a", base, 7), 5, 0, Rates(0.1, 0.7))
+    same = build_job(Arm("a", replace(base, out="elsewhere", workers=3), 7), 5, 0, Rates(0.1, 0.7))
     assert job.identity == same.identity
     for other in (
-        job_of(Arm("a", base, 8), 5, 0, Rates(0.1, 0.7)),
-        job_of(Arm("a", replace(base, steps=3), 7), 5, 0, Rates(0.1, 0.7)),
-        job_of(Arm("a", base, 7), 5, 1, Rates(0.1, 0.7)),
-        job_of(Arm("a", base, 7), 5, 0, Rates(0.2, 0.7)),
-        job_of(Arm("a", base, 7), 5, 0, Rates(0.1, 0.7), (0, 2)),
+        build_job(Arm("a", base, 8), 5, 0, Rates(0.1, 0.7)),
+        build_job(Arm("a", replace(base, steps=3), 7), 5, 0, Rates(0.1, 0.7)),
+        build_job(Arm("a", base, 7), 5, 1, Rates(0.1, 0.7)),
+        build_job(Arm("a", base, 7), 5, 0, Rates(0.2, 0.7)),
+        build_job(Arm("a", base, 7), 5, 0, Rates(0.1, 0.7), (0, 2)),
     ):
         assert other.identity != job.identity
 
 
 @pytest.mark.skipif(not Path("/proc/self/status").exists(), reason="reads /proc")
 def test_a_killed_study_leaves_no_process(digits, encoder_folder, tmp_path):
-    """SIGKILL to the study alone; its trials' processes notice. What was finished is taken up when it goes on."""
+    """SIGKILL to the study alone; the processes of its trials end too."""
     call = words(digits, encoder_folder, tmp_path / "study", "--labels", "2", "--steps", "100000", "--lr-factors", "[1]")
     with (tmp_path / "log").open("w") as log:
         study = subprocess.Popen([sys.executable, "-m", "simmim.cli", *call], stdout=log, stderr=log, start_new_session=True)
@@ -272,7 +250,7 @@ def test_a_killed_study_leaves_no_process(digits, encoder_folder, tmp_path):
 
 
 def wait_until(done, seconds=90.0):
-    """Look ten times a second until it is so."""
+    """Poll ten times a second until `done()` is true."""
     end = time.monotonic() + seconds
     while not done():
         assert time.monotonic() < end, "waited too long"
@@ -280,12 +258,12 @@ def wait_until(done, seconds=90.0):
 
 
 def children_of(process):
-    """Process numbers of those that `process` has started."""
+    """Ids of the processes that `process` has started."""
     return [int(number) for number in Path(f"/proc/{process}/task/{process}/children").read_text().split()]
 
 
 def alive(process):
-    """Whether it runs, and is not only left for somebody to take notice of its end."""
+    """Whether a process runs and is not a zombie."""
     try:
         return "Z" not in Path(f"/proc/{process}/status").read_text().split("State:")[1].split()[0]
     except FileNotFoundError:
@@ -296,7 +274,7 @@ def alive(process):
 
 
 def test_twin_from_scratch():
-    """Everything alike but the weights, and the learning rate and layer decay that suit it."""
+    """All settings are the same but for the weights, and the learning rate and layer decay that suit them."""
     optim = OptimSettings(lr=0.1, layer_decay=0.7)
     settings = ClassificationSettings(data="images", out="run", init="enc", optim=optim, epochs=3.0)
     pretrained, scratch = pretrained_and_scratch(settings, scratch_lr=0.2, scratch_layer_decay=0.9)
@@ -342,7 +320,7 @@ def test_a_study_by_the_command(finished, encoder_folder):
             assert first["accuracy"] == same["accuracy"], "the same encoder under another name"
     table = (finished / "table.md").read_text(encoding="utf-8")
     mean = statistics.fmean(float(by_kind["2", seed, "from scratch"]["accuracy"]) for seed in "01")
-    assert f"| {100 * mean:.1f} ± " in table.splitlines()[3] and table.count("\n- At ") == 4
+    assert f"| {100 * mean:.1f} ± " in table.splitlines()[3] and table.count("\n- With ") == 4
     assert (finished / "study.png").read_bytes().startswith(b"\x89PNG")
     kept = finished / "runs/2-labels/from-scratch-seed-1"
     assert (kept / "metrics.csv").is_file() and not (kept / "checkpoints").exists() and not (kept / "encoder").exists()
@@ -366,7 +344,8 @@ def test_a_trial_is_a_run_with_the_same_labels(finished, digits, encoder_folder,
 
 
 def test_a_study_goes_on_and_grows(finished, digits, encoder_folder, capsys):
-    """What is there is not run again; what is missing or of other weights is; more seeds and labels may be asked."""
+    """Trials with a stored result are not run again, those that are missing or of other weights are; seeds and labels may be
+    added."""
     before = rows(finished / "results.csv")
     written = {file: file.stat().st_mtime_ns for file in (finished / "trials").rglob("*.json")}
     lost = finished / "trials/1-labels/pre-trained-seed-0.json"
@@ -386,17 +365,17 @@ def test_a_study_goes_on_and_grows(finished, digits, encoder_folder, capsys):
 @pytest.mark.parametrize(
     "more, said",
     [
-        (("--labels", "999"), "999 labels a class asked for, class '0' has 24 training images: give up to 24, or all"),
-        (("--labels", "0"), "labels a class '0' is not a number from 1 on"),
+        (("--labels", "999"), "999 labels per class asked for, class '0' has 24 training images: give up to 24, or all"),
+        (("--labels", "0"), "labels per class '0' is not a number from 1 on"),
         (("--labels", "2,2"), "give different numbers"),
-        (("--labels", "few"), "labels a class 'few' is not a number"),
+        (("--labels", "few"), "labels per class 'few' is not a number"),
         (("--seeds", "1"), "seeds is 1: give 2 or more"),
-        (("--lr-factors", "[0]"), "give positive multiples of optim.lr"),
+        (("--lr-factors", "[0]"), "give positive factors of optim.lr"),
         (("--layer-decays", "[1.5]"), "layer_decays are (1.5,): give factors in (0, 1]"),
         (("--scratch", "false"), "there is nothing to compare with"),
-        (("--init", "none"), "a study compares an encoder with others: give it by --init"),
-        (("--labels-per-class", "3"), "give a study's as --labels 1,5,20"),
-        (("--data.fold", "[0,2]"), "it cross-validates by --folds"),
+        (("--init", "none"), "a study compares an encoder with others: give it by init"),
+        (("--labels-per-class", "3"), "give a study's numbers by labels, as in 1,5,20"),
+        (("--data.fold", "[0,2]"), "give the number of parts of its cross-validation by folds"),
         (("--against", "no/such/encoder"), "no/such/encoder"),
         (("--data", "no/such/folder"), "no/such/folder"),
         (("--image-size", "3"), "less than a patch of the encoder: give 4 or more"),
@@ -409,7 +388,7 @@ def test_refused(more, said, digits, encoder_folder, tmp_path, capsys):
     assert len(lines) == 1 and said in lines[0] and not out.exists()
 
 
-def test_a_study_that_exists_is_not_run_over(finished, digits, encoder_folder, capsys):
+def test_an_existing_study_is_not_overwritten(finished, digits, encoder_folder, capsys):
     before = sorted(Path(finished).rglob("*"))
     assert main(words(digits, encoder_folder, finished)) == 2
     assert "--resume" in capsys.readouterr().err and sorted(Path(finished).rglob("*")) == before

@@ -9,8 +9,7 @@ from pathlib import Path
 from PIL import Image
 from scipy.stats import ttest_rel
 
-from simmim.finetune.label_study.report import write_trials
-from simmim.finetune.label_study.trials import Rates, Trial
+from simmim.finetune.label_study.results import Rates, Trial, write_trials
 
 ROOT = Path(__file__).resolve().parent.parent
 OURS, THEIRS = (0.30, 0.28, 0.31), (0.27, 0.28, 0.25)

@@ -1,4 +1,4 @@
-"""Settings of the study: those of a classification run, and what is varied over them."""
+"""Settings of a study: those of a classification run, and what is varied over them."""
 
 from __future__ import annotations
 
@@ -13,20 +13,21 @@ ALL = "all"
 
 @dataclass(frozen=True, kw_only=True)
 class StudySettings(ClassificationSettings):
-    """Accuracy against labels a class: pre-trained, from scratch and any other encoder, several seeds each.
+    """Accuracy against labels per class: pre-trained, from scratch and other encoders, several seeds each.
 
     Args:
-        labels: labels a class, separated by commas; all is every training image.
-        seeds: trials of each kind; every seed has labels, initial weights and an order of its own, the same for all arms.
+        labels: numbers of labels per class, separated by commas; all is every training image.
+        seeds: trials of each arm per number of labels. A seed determines labels, initial weights and order, for all arms
+            alike.
         against: further encoders to compare with, paths separated by commas.
         scratch: compare with the same architecture from scratch.
-        lr_factors: learning rates that every arm tries at every number of labels, as multiples of optim.lr; by
-            cross-validation on the labels alone. One number tunes nothing.
+        lr_factors: factors of optim.lr that every arm tries at every number of labels, by cross-validation on the labels
+            alone. A single one tunes nothing.
         layer_decays: layer decays tried together with them; by default that of optim.
-        folds: of the cross-validation; fewer where a class has fewer labels.
-        tuning_seeds: draws of labels that are cross-validated; the best rate over all serves every seed.
-        processes: trials at once; by default one a core for nano and micro on a CPU, else one.
-        keep_weights: keep every trial's checkpoints and encoder, and not its curves alone.
+        folds: number of parts of the cross-validation; fewer where a class has fewer labels.
+        tuning_seeds: choices of labels that are cross-validated; the best rates over all serve every seed.
+        processes: trials at a time; by default one per core for nano and micro on a CPU, else one.
+        keep_weights: keep checkpoints and encoder of every trial, not its curves alone.
     """
 
     task: ClassVar[str] = "classification"
@@ -47,13 +48,13 @@ class StudySettings(ClassificationSettings):
     def __post_init__(self) -> None:
         super().__post_init__()
         if self.init == "none":
-            raise ValueError("a study compares an encoder with others: give it by --init")
+            raise ValueError("a study compares an encoder with others: give it by init")
         if self.labels_per_class is not None:
-            raise ValueError("labels_per_class is of one run: give a study's as --labels 1,5,20")
+            raise ValueError("labels_per_class is a setting of a single run: give a study's numbers by labels, as in 1,5,20")
         if self.data.fold is not None:
-            raise ValueError("data.fold is the study's own: it cross-validates by --folds")
-        given = str(self.labels).split(",") if isinstance(self.labels, str | int) else self.labels
-        object.__setattr__(self, "labels", tuple(labels_of(value) for value in given))
+            raise ValueError("data.fold is set by the study: give the number of parts of its cross-validation by folds")
+        labels = str(self.labels).split(",") if isinstance(self.labels, str | int) else self.labels
+        object.__setattr__(self, "labels", tuple(parse_labels(value) for value in labels))
         against = self.against.split(",") if isinstance(self.against, str) else self.against
         object.__setattr__(self, "against", tuple(path.strip() for path in against if path.strip()))
         for name in ("lr_factors", "layer_decays"):
@@ -61,22 +62,22 @@ class StudySettings(ClassificationSettings):
         if not self.labels or len(set(self.labels)) < len(self.labels):
             raise ValueError(f"labels are {self.labels}: give different numbers, 1,5,20 for instance")
         if not self.lr_factors or min(self.lr_factors) <= 0:
-            raise ValueError(f"lr_factors are {self.lr_factors}: give positive multiples of optim.lr; 1 alone tunes nothing")
+            raise ValueError(f"lr_factors are {self.lr_factors}: give positive factors of optim.lr; 1 alone tunes nothing")
         if any(not 0 < decay <= 1 for decay in self.layer_decays):
             raise ValueError(f"layer_decays are {self.layer_decays}: give factors in (0, 1]")
         if not self.scratch and not self.against:
-            raise ValueError("there is nothing to compare with: leave scratch true, or give an encoder by --against")
+            raise ValueError("there is nothing to compare with: leave scratch true, or give an encoder by against")
         for name, least in (("seeds", 2), ("folds", 2), ("tuning_seeds", 1), ("processes", 1)):
             value = getattr(self, name)
             if value is not None and value < least:
                 raise ValueError(f"{name} is {value}: give {least} or more")
 
     def run_settings(self) -> ClassificationSettings:
-        """Those of one run, of the arm that starts from `init`."""
+        """Settings of one run of the arm that starts from `init`."""
         return ClassificationSettings(**{field.name: getattr(self, field.name) for field in fields(ClassificationSettings)})
 
     def arm_names(self) -> dict[str, str]:
-        """Encoder by arm: "pre-trained", and the others by their folders' names, numbered where two are alike."""
+        """Encoder by arm: "pre-trained", and the others by the names of their folders, numbered where two are equal."""
         names = {"pre-trained": self.init}
         for path in self.against:
             name, number = Path(path).name, 2
@@ -86,13 +87,13 @@ class StudySettings(ClassificationSettings):
         return names
 
 
-def labels_of(value: Any) -> int | str:
-    """A number of labels a class, or all.
+def parse_labels(value: Any) -> int | str:
+    """A number of labels per class, or "all".
 
     Raises:
         ValueError: for anything else.
     """
     text = str(value).strip()
     if text != ALL and not (text.isdecimal() and int(text) > 0):
-        raise ValueError(f"labels a class {text!r} is not a number from 1 on: give numbers or {ALL}, 1,5,20,{ALL}")
+        raise ValueError(f"labels per class {text!r} is not a number from 1 on: give numbers or {ALL}, 1,5,20,{ALL}")
     return ALL if text == ALL else int(text)

@@ -73,8 +73,9 @@ def compare_with_scratch(run: Path, labeled: Path, out: Path, num_seeds: int) ->
     """Fine-tune the encoder of `run` and its twin from scratch; the table of their accuracies."""
     from simmim.cli.train import finetune_settings
     from simmim.data import available_cores
+    from simmim.finetune.label_study.arms import pretrained_and_scratch
     from simmim.finetune.label_study.report import comparison_table
-    from simmim.finetune.label_study.trials import pretrained_and_scratch, run_arms
+    from simmim.finetune.label_study.trials import run_arms
 
     recipe = ["--config", str(recipe_path("finetune/demo.yaml"))]
     words = [*recipe, "--data", str(labeled), "--out", str(out / "finetune"), "--init", str(run)]

@@ -1,0 +1,105 @@
+"""What a study measures: trials and their scores, in memory and as CSV files."""
+
+from __future__ import annotations
+
+import csv
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import NamedTuple
+
+from simmim.files import atomic_write
+from simmim.finetune.label_study.settings import parse_labels
+
+COLUMNS = ("arm", "labels_per_class", "seed", "lr_factor", "layer_decay", "fold", "accuracy", "cross_entropy")
+
+
+class Rates(NamedTuple):
+    """What is tuned.
+
+    Attributes:
+        lr_factor: factor of the peak learning rate.
+        layer_decay: None for a run's default.
+    """
+
+    lr_factor: float
+    layer_decay: float | None
+
+    def __str__(self) -> str:
+        """As part of a file's name."""
+        decay = "" if self.layer_decay is None else f"-decay-{self.layer_decay:g}"
+        return f"lr-times-{self.lr_factor:g}{decay}"
+
+
+@dataclass(frozen=True)
+class Trial:
+    """One finished fine-tuning run.
+
+    Args:
+        arm: name of its arm.
+        labels: number per class, or "all".
+        seed: of labels, initial weights and order.
+        rates: that it was trained with.
+        score: accuracy after the last step, in [0, 1], on the validation images or on the held-out fold. The validation
+            images choose nothing.
+        loss: mean cross entropy on the same images.
+        fold: (part, number of parts) in cross-validation.
+    """
+
+    arm: str
+    labels: int | str
+    seed: int
+    rates: Rates
+    score: float
+    loss: float
+    fold: tuple[int, int] | None = None
+
+
+@dataclass(frozen=True)
+class StudyResult:
+    """A finished study.
+
+    Attributes:
+        arms: names; the first one is compared with the others.
+        trials: by labels, seed and arm.
+        tuning: trials of the cross-validation.
+        labels: mean number of labels per class, by the number that was asked for; they differ for "all".
+    """
+
+    arms: tuple[str, ...]
+    trials: tuple[Trial, ...]
+    tuning: tuple[Trial, ...]
+    labels: dict[int | str, float]
+
+
+def write_trials(file: Path, trials: Sequence[Trial]) -> None:
+    """Write a CSV file with a row per trial."""
+    with atomic_write(file) as temporary, temporary.open("w", newline="", encoding="utf-8") as text:
+        writer = csv.writer(text)
+        writer.writerow(COLUMNS)
+        for trial in trials:
+            fold = "" if trial.fold is None else f"{trial.fold[0] + 1} of {trial.fold[1]}"
+            rates = ["" if value is None else f"{value:g}" for value in trial.rates]
+            row = [trial.arm, trial.labels, trial.seed, *rates, fold]
+            writer.writerow([*row, f"{trial.score:.4f}", f"{trial.loss:.4f}"])
+
+
+def read_trials(file: Path) -> list[Trial]:
+    """Trials from a file of `write_trials`, in its precision."""
+    trials = []
+    with file.open(newline="", encoding="utf-8") as text:
+        for row in csv.DictReader(text):
+            decay = float(row["layer_decay"]) if row["layer_decay"] else None
+            part, _, num_parts = row["fold"].partition(" of ")
+            trials.append(
+                Trial(
+                    row["arm"],
+                    parse_labels(row["labels_per_class"]),
+                    int(row["seed"]),
+                    Rates(float(row["lr_factor"]), decay),
+                    float(row["accuracy"]),
+                    float(row["cross_entropy"]),
+                    (int(part) - 1, int(num_parts)) if part else None,
+                )
+            )
+    return trials

@@ -1,0 +1,103 @@
+"""Accuracy against the number of labels, for several arms: what pre-training gains."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import replace
+from itertools import product
+from typing import Any
+
+import numpy as np
+
+from simmim.checkpoints import read
+from simmim.data import LabeledImages, available_cores, measure_images, read_labeled_images
+from simmim.finetune.freezing import frozen_parts
+from simmim.finetune.label_study.arms import Arm, fingerprint_of, scratch_settings
+from simmim.finetune.label_study.report import check_libraries, write_report
+from simmim.finetune.label_study.results import Rates, StudyResult
+from simmim.finetune.label_study.settings import ALL, StudySettings
+from simmim.finetune.label_study.trials import Tuning, run_arms
+from simmim.finetune.start import find_start
+from simmim.training.run_folder import check_run_folder, locked_run_folder
+from simmim.training.trainer import device_type
+
+
+def study(settings: StudySettings) -> StudyResult:
+    """Run a study in its folder, or continue it; writes results.csv, tuning.csv, table.md and study.png there.
+
+    Raises:
+        ValueError: for settings, labels or encoders that cannot work, before anything is written where that can be known.
+    """
+    check_libraries()
+    check_run_folder(settings.out, settings.resume, settings.overwrite)
+    settings, arms, labels = prepare_study(settings)
+    seeds = range(settings.seed, settings.seed + settings.seeds)
+    tuning = Tuning(rate_grid(settings), settings.folds, settings.tuning_seeds)
+    with locked_run_folder(settings) as folder:
+        result = run_arms(arms, labels, seeds, folder, settings.processes, tuning, settings.keep_weights)
+        write_report(result, folder)
+    return result
+
+
+def prepare_study(settings: StudySettings) -> tuple[StudySettings, list[Arm], dict[int | str, float]]:
+    """Settings with the number of processes resolved, the arms, and the numbers of labels as of `StudyResult`.
+
+    Prints which numbers of labels are left out because there are too few images.
+
+    Raises:
+        ValueError: when the labels or an encoder cannot be read, no number of labels is left, or a run cannot start.
+    """
+    data = settings.data
+    images = read_labeled_images(data.path, None, settings.seed, data.column, data.label_column)
+    labels = available_labels(settings, images)
+    checkpoints = {name: read(path) for name, path in settings.arm_names().items()}
+    small, device = checkpoints["pre-trained"].config.is_small, device_type()
+    processes = settings.processes or (available_cores() if small and device == "cpu" else 1)
+    settings = replace(settings, processes=processes)
+    arms = build_arms(settings, {name: fingerprint_of(checkpoint.encoder) for name, checkpoint in checkpoints.items()})
+    statistics = measure_images(images.train)
+    for arm in arms:  # a run that cannot start is an error now, not in the first trial
+        encoder = find_start(arm.settings, statistics, device).encoder
+        frozen_parts(encoder, arm.settings.freeze, arm.settings.train_stages)
+    return settings, arms, labels
+
+
+def available_labels(settings: StudySettings, images: LabeledImages) -> dict[int | str, float]:
+    """The numbers of labels for which every class has images, in ascending order, as of `StudyResult`; prints the others.
+
+    Raises:
+        ValueError: when no number is left.
+    """
+    counts = np.bincount(images.train["label"], minlength=len(images.classes))
+    smallest, rarest = int(counts.min()), images.classes[int(counts.argmin())]
+    labels = {value: float(counts.mean()) if value == ALL else value for value in settings.labels}
+    too_many = [value for value in labels if value != ALL and value > smallest]
+    for value in too_many:
+        print(f"left out   {value} labels per class: class {rarest!r} has {smallest} images")
+        del labels[value]
+    if not labels:
+        raise ValueError(
+            f"{too_many[0]} labels per class asked for, class {rarest!r} has {smallest} training images: "
+            f"give up to {smallest}, or {ALL}"
+        )
+    return dict(sorted(labels.items(), key=lambda item: item[1]))
+
+
+def build_arms(settings: StudySettings, fingerprints: Mapping[str, int]) -> list[Arm]:
+    """An arm per encoder, and one from scratch where it is asked for.
+
+    Args:
+        fingerprints: of the encoders' weights, by the names of the arms.
+    """
+    run = settings.run_settings()
+    arms = [Arm(name, replace(run, init=path), fingerprints[name]) for name, path in settings.arm_names().items()]
+    if settings.scratch:
+        # Its architecture is that of the first arm's encoder.
+        arms.append(Arm("from scratch", scratch_settings(run), arms[0].fingerprint))
+    return arms
+
+
+def rate_grid(settings: StudySettings) -> tuple[Rates, ...]:
+    """The rates among which every arm chooses."""
+    decays: tuple[Any, ...] = settings.layer_decays or (settings.optim.layer_decay,)
+    return tuple(Rates(factor, decay) for factor, decay in product(sorted(settings.lr_factors), decays))
