@@ -7,6 +7,7 @@ import re
 import shlex
 import subprocess
 import sys
+from collections import Counter
 from dataclasses import replace
 from pathlib import Path
 
@@ -15,9 +16,10 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from simmim.data import check as check_module
-from simmim.data import measure_images
-from simmim.data.check import as_json, check, histogram, median_of, render
+from simmim.cli.check_report import as_json, printable, render, suggested_command
+from simmim.data import inspection, measure_images
+from simmim.data.check import SHORT_SIDES_PX, check_images, histogram, median_of
+from simmim.data.duplicates import find_duplicates, list_groups
 from simmim.pretrain.settings import PretrainSettings, resolve
 
 ROOT = Path(__file__).parents[1]
@@ -60,7 +62,7 @@ def corpus(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def report(corpus):
-    return check(source_of(sorted(corpus.iterdir())), workers=0, path="my photos")
+    return check_images(source_of(sorted(corpus.iterdir())), workers=0, path="my photos")
 
 
 def test_counts(report, corpus):
@@ -80,11 +82,11 @@ def test_sizes(report):
 
 @pytest.mark.parametrize("values", [[], [7], [1, 2], [5, 5, 9], [32, 33, 31, 10_000], list(range(100))])
 def test_histogram_and_median_of_counts(values):
-    counts = check_module.Counter(values)
+    counts = Counter(values)
     assert median_of(counts) == (sorted(values)[math.ceil(len(values) / 2) - 1] if values else 0)
     buckets = histogram(counts)
     assert sum(buckets.values()) == len(values)
-    edges = [*check_module.SHORT_SIDES_PX, math.inf]
+    edges = [*SHORT_SIDES_PX, math.inf]
     for start, count in buckets.items():
         end = edges[edges.index(start) + 1]
         assert count == sum(start <= value < end for value in values)
@@ -106,12 +108,13 @@ def test_duplicates(report, corpus):
     assert (report.duplicate_groups, report.duplicates_removable) == (1, 2)
 
 
-def test_listed_duplicates_are_limited_and_counted_in_full(corpus, monkeypatch):
-    monkeypatch.setattr(check_module, "DUPLICATES_LISTED", 3)
-    copies = [corpus / f"color-{number}.bmp" for number in range(4)] * 3
-    report = check(source_of(copies), workers=0)
+def test_listed_duplicates_are_limited_and_counted_in_full(corpus):
+    source = source_of([corpus / f"color-{number}.bmp" for number in range(4)] * 3)
+    report = check_images(source, workers=0)
     assert (report.duplicate_groups, report.duplicates_removable) == (4, 8)
-    assert sum(map(len, report.duplicates)) == 3
+    assert sum(map(len, report.duplicates)) == 12
+    groups = find_duplicates(source, np.ones(12, dtype=np.int64), workers=0)
+    assert list_groups(source, groups, max_files=3) == report.duplicates[:1]
 
 
 def test_suggestions_are_the_defaults_of_pretraining(report, corpus):
@@ -123,13 +126,11 @@ def test_suggestions_are_the_defaults_of_pretraining(report, corpus):
     resolved = resolve(PretrainSettings(data="x", out="y"), images, report.images, "cpu", 0)
     suggestion = report.suggestion
     assert (suggestion.image_size_px, suggestion.preset) == (resolved.image_size, resolved.preset)
-    assert suggestion.mask_unit_px == resolved.model.mask_unit
-    words = shlex.split(suggestion.command)
+    words = shlex.split(suggested_command(report))
     assert words[:2] == ["simmim", "pretrain"]
     settings = pretrain_settings(words[2:])
     assert settings.data.path == "my photos"
     assert (settings.image_size, settings.preset) == (resolved.image_size, resolved.preset)
-    assert settings.model.mask_unit == resolved.model.mask_unit
     assert resolve(settings, images, report.images, "cpu", 0).model == resolved.model
 
 
@@ -140,25 +141,25 @@ def test_suggestions_follow_the_images_and_the_device(tmp_path):
         Image.fromarray(noise(500, 300, seed=number)).save(paths[-1])
     source = source_of(paths)
     for device, preset in {"cpu": "micro", "cuda": "tiny"}.items():
-        suggestion = check(source, workers=0, device=device).suggestion
-        assert (suggestion.image_size_px, suggestion.mask_unit_px) == (192, 32)
+        suggestion = check_images(source, workers=0, device=device).suggestion
+        assert suggestion.image_size_px == 192
         assert suggestion.preset == preset
-    assert check(source, workers=0).channels == 1
+    assert check_images(source, workers=0).channels == 1
 
 
 def test_workers_needed(report, corpus):
     assert report.images_per_second > 0
     assert report.workers_needed == {rate: math.ceil(rate / report.images_per_second) for rate in (100.0, 500.0, 2000.0)}
-    asked = check(source_of([corpus / "gray.png"]), workers=0, images_per_second=1e9)
+    asked = check_images(source_of([corpus / "gray.png"]), workers=0, images_per_second=1e9)
     assert asked.workers_needed == {1e9: math.ceil(1e9 / asked.images_per_second)}
     assert "the model would wait" in render(asked)
 
 
-def test_any_number_of_workers_reports_the_same(report, corpus, monkeypatch):
-    monkeypatch.setattr(check_module, "ROWS_AT_ONCE", 3)
-    other = check(source_of(sorted(corpus.iterdir())), workers=2, path="my photos")
+def test_any_number_of_workers_reports_the_same(corpus):
+    source = source_of(sorted(corpus.iterdir()) * 4)
+    reports = [check_images(source, workers=workers) for workers in (0, 2)]
     timed = {"images_per_second": 1.0, "workers_needed": {}}
-    assert replace(other, **timed) == replace(report, **timed)
+    assert replace(reports[0], **timed) == replace(reports[1], **timed)
 
 
 def test_text_and_json_agree(report):
@@ -166,7 +167,7 @@ def test_text_and_json_agree(report):
     assert text.splitlines()[0] == f"my photos: 18 images, {report.mib:.1f} MiB, 4 unreadable"
     assert [(entry["path"], entry["reason"]) for entry in values["unreadable"]] == list(report.unreadable)
     for entry in values["unreadable"]:
-        path, why = map(check_module.printable, (entry["path"], entry["reason"]))
+        path, why = map(printable, (entry["path"], entry["reason"]))
         assert f"  {path}: {why}" in text.splitlines()
     for name in ("formats", "modes"):
         listed = ", ".join(f"{key} {count}" for key, count in values[name].items())
@@ -186,7 +187,7 @@ def test_long_lists_are_cut_in_text_and_whole_in_json(tmp_path):
     for path in paths:
         path.write_bytes(b"nothing")
     Image.fromarray(noise(32, 32)).save(tmp_path / "good.png")
-    report = check(source_of([*paths, tmp_path / "good.png"]), workers=0)
+    report = check_images(source_of([*paths, tmp_path / "good.png"]), workers=0)
     text = render(report)
     assert sum(str(path) in text for path in paths) == 20 and "… and 5 more: --json lists all" in text
     assert len(json.loads(as_json(report))["unreadable"]) == 25
@@ -194,7 +195,7 @@ def test_long_lists_are_cut_in_text_and_whole_in_json(tmp_path):
 
 def test_nothing_readable_is_reported_and_not_raised(tmp_path):
     (tmp_path / "a.jpg").write_text("no image")
-    report = check(source_of([tmp_path / "a.jpg", tmp_path / "gone.png"]), workers=0)
+    report = check_images(source_of([tmp_path / "a.jpg", tmp_path / "gone.png"]), workers=0)
     assert len(report.unreadable) == 2 and report.suggestion is None and report.images_per_second is None
     assert not report.sound and report.duplicate_groups == 0
     assert "2 unreadable" in render(report) and json.loads(as_json(report))["suggestion"] is None
@@ -202,7 +203,7 @@ def test_nothing_readable_is_reported_and_not_raised(tmp_path):
 
 def test_a_sound_set(tmp_path):
     Image.fromarray(noise(32, 32)).save(tmp_path / "a.png")
-    report = check(source_of([tmp_path / "a.png"]), workers=0)
+    report = check_images(source_of([tmp_path / "a.png"]), workers=0)
     assert report.sound
     text = render(report)
     assert "1 image, " in text and "all readable" in text and "duplicates   none" in text
@@ -212,7 +213,7 @@ def test_images_held_in_the_source(corpus):
     """Bytes without a path, as from Parquet: found by row, compared as files are."""
     rows = [{"bytes": (corpus / name).read_bytes(), "path": None} for name in ("gray.png", "cut.jpg", "gray.png")]
     features = datasets.Features({"image": datasets.Image(decode=False)})
-    report = check(datasets.Dataset.from_list([{"image": row} for row in rows], features=features), workers=0)
+    report = check_images(datasets.Dataset.from_list([{"image": row} for row in rows], features=features), workers=0)
     assert [path for path, _ in report.unreadable] == ["row 1"]
     assert report.duplicates == (("row 0", "row 2"),)
     assert report.formats == {"PNG": 2}
@@ -221,7 +222,7 @@ def test_images_held_in_the_source(corpus):
 def test_arrays_of_many_channels(tmp_path):
     for number in range(3):
         np.save(tmp_path / f"{number}.npy", noise(10, 64, 48, seed=number))  # (channels, height, width)
-    report = check(source_of(sorted(tmp_path.iterdir())), workers=0)
+    report = check_images(source_of(sorted(tmp_path.iterdir())), workers=0)
     assert (report.formats, report.modes, report.channels) == ({"NPY": 3}, {"10 channels": 3}, 10)
     assert report.sound and report.short_side_px == 48 and report.images_per_second > 0
 
@@ -229,7 +230,7 @@ def test_arrays_of_many_channels(tmp_path):
 def test_a_set_of_unlike_channels_is_a_problem_and_still_looked_at(tmp_path):
     Image.fromarray(noise(64, 64, 3)).save(tmp_path / "a.png")
     np.save(tmp_path / "b.npy", noise(10, 64, 64))
-    report = check(source_of([tmp_path / "a.png", tmp_path / "b.npy"]), workers=0)
+    report = check_images(source_of([tmp_path / "a.png", tmp_path / "b.npy"]), workers=0)
     assert not report.sound and not report.unreadable and report.channels is None
     assert "a.png has 3" in report.problem and "b.npy has 10" in report.problem
     assert report.problem in render(report) and report.modes == {"10 channels": 1, "RGB": 1}
@@ -237,9 +238,9 @@ def test_a_set_of_unlike_channels_is_a_problem_and_still_looked_at(tmp_path):
 
 def test_images_too_large_for_training_are_listed(corpus):
     source = source_of([corpus / "large.jpg", corpus / "gray.png"])
-    report = check(source, workers=0, max_pixels=300 * 400 - 1)
+    report = check_images(source, workers=0, max_pixels=300 * 400 - 1)
     assert [path for path, _ in report.unreadable] == [str(corpus / "large.jpg")]
-    assert check(source, workers=0, max_pixels=300 * 400).sound
+    assert check_images(source, workers=0, max_pixels=300 * 400).sound
 
 
 def test_groups_of_a_large_source_are_those_of_a_dictionary(tmp_path):
@@ -254,7 +255,7 @@ def test_groups_of_a_large_source_are_those_of_a_dictionary(tmp_path):
     gone = {row for row in range(600) if row % 10 == 7}
     for row in gone:
         rows[row].unlink()
-    groups = [group.tolist() for group in check_module.duplicate_groups(source_of(rows), sizes, workers=0)]
+    groups = [group.tolist() for group in find_duplicates(source_of(rows), sizes, workers=0)]
     left = [[row for row in group if row not in gone] for group in known.values()]
     assert groups == sorted(group for group in left if len(group) > 1)
     assert len(groups) > 100
@@ -265,20 +266,20 @@ def test_a_codec_that_raises_anything_does_not_end_the_look(corpus, monkeypatch)
         raise ZeroDivisionError("by a codec")
 
     source = source_of([corpus / "gray.png"])
-    monkeypatch.setattr(check_module, "open_picture", broken)
-    report = check(source, workers=0)
+    monkeypatch.setattr(inspection, "open_picture", broken)
+    report = check_images(source, workers=0)
     assert report.unreadable == ((str(corpus / "gray.png"), "ZeroDivisionError: by a codec"),)
 
 
 def test_wrong_input_is_refused(corpus):
     source = source_of([corpus / "gray.png"])
     with pytest.raises(ValueError, match="'nothing' holds no images"):
-        check(source.select([]), workers=0, path="nothing")
+        check_images(source.select([]), workers=0, path="nothing")
     with pytest.raises(ValueError, match="workers is -1: give 0 to read in the main process, or more"):
-        check(source, workers=-1)
+        check_images(source, workers=-1)
     for rate in (0, -5.0, math.inf, math.nan):
         with pytest.raises(ValueError, match=r"images per second is .*: give a positive number"):
-            check(source, workers=0, images_per_second=rate)
+            check_images(source, workers=0, images_per_second=rate)
 
 
 def test_the_benchmark_runs(tmp_path):

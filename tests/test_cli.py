@@ -415,7 +415,7 @@ def test_exit_codes_of_check_data(place, monkeypatch, capsys):
     finally:
         (place / "images" / "torn.png").unlink()
     assert main(["check-data", "scenes"]) == 0
-    assert "scenes/masks are masks, and count as images here" in capsys.readouterr().out
+    assert "scenes/masks holds label maps, which count as images here" in capsys.readouterr().out
     for words, text in (([], "missing: give --path"), (["absent"], "does not exist"), (["images", "--jsn"], "'json'?")):
         assert main(["check-data", *words]) == 2
         assert text in capsys.readouterr().err

@@ -110,6 +110,6 @@ def test_statistics_takes_an_even_sample(tmp_path):
     for index in range(20):
         height, value = (90, 255) if index in (0, 19) else (10, 0)
         Image.new("L", (10, height), value).save(tmp_path / f"{index:02d}.png")
-    measured = statistics_of(tmp_path, sampled=2)
+    measured = statistics_of(tmp_path, num_samples=2)
     assert measured.mean == (1.0,) and measured.short_side_px == 10
     assert measured.decoded_mib == pytest.approx(20 * 900 / 2**20)

@@ -80,7 +80,7 @@ def test_class_folders_that_cannot_work(tmp_path):
     (tmp_path / "blank/b").mkdir()
     write_empty(*(tmp_path / "other" / part / "1.png" for part in ("train/a", "train/b", "val/a", "val/c")))
     for name, message in {
-        "missing": "missing' does not exist: give a folder with one subfolder a class",
+        "missing": "missing' does not exist: give a folder with one subfolder per class",
         "one": "one' has 1 class folder: give at least two",
         "one/a": "a' has 0 class folders: give at least two",
         "single": "class 'a' has 1 image: give at least 2",

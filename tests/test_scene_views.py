@@ -9,7 +9,7 @@ import torch.nn.functional as F
 from PIL import Image
 
 from simmim.data import Picture, collate
-from simmim.data.label_map_sources import read_pairs
+from simmim.data.label_map_sources import read_scenes
 from simmim.data.label_maps import ClassScheme
 from simmim.finetune.segmentation.views import (
     RandomScene,
@@ -119,7 +119,7 @@ def folder(tmp_path):
 
 
 def test_samples_follow_from_seed_epoch_and_index(folder):
-    source = read_pairs(str(folder))["train"]
+    source = read_scenes(str(folder))["train"]
     first, second = (SceneSamples(source, view_of(), SCHEME, 3, seed=3, keep_decoded=kept) for kept in (False, True))
     for key in ((0, 1), (4, 1), (0, 3)):
         for name in ("image", "label_map", "seed"):
@@ -132,7 +132,7 @@ def test_samples_follow_from_seed_epoch_and_index(folder):
 
 def test_an_unreadable_image_is_replaced_with_its_mask(folder):
     (folder / "images" / "2.png").write_bytes(b"torn")
-    source = read_pairs(str(folder))["train"]
+    source = read_scenes(str(folder))["train"]
     samples = SceneSamples(source, WholeScene(0), SCHEME, 3, seed=0)
     sample = samples[0, 2]
     assert [path for path, _ in sample["skipped"]] == [str(folder / "images" / "2.png")]
@@ -140,7 +140,7 @@ def test_an_unreadable_image_is_replaced_with_its_mask(folder):
 
 
 def test_evaluation_sees_all_of_the_image_and_the_mask_as_it_is(folder):
-    source = read_pairs(str(folder))["train"]
+    source = read_scenes(str(folder))["train"]
     sample = SceneSamples(source, WholeScene(20), SCHEME, 3, seed=0)[0, 1]
     assert sample["image"].shape == (3, 20, 24)
     assert np.array_equal(sample["label_map"].numpy(), scene(41, 50)[1])

@@ -193,9 +193,9 @@ def copy_of(labeled, folder):
 @pytest.mark.parametrize(
     "how, said",
     [
-        ("unknown value", r"mask .*00003\.png holds the value 9, expected 0 to 2"),
+        ("unknown value", r"label map .*00003\.png holds the value 9, expected 0 to 2"),
         ("size", r"label map .*00003\.png is 40x41 pixels and its image .*00003\.png 40x40 \(height x width\)"),
-        ("no mask", r"image .*00003\.png has no mask"),
+        ("no mask", r"image .*00003\.png has no label map"),
         ("classes", r"holds the value 2, expected 0 to 1"),
         ("empty", "images' is empty"),
         ("labels", "31 labeled scenes asked for, there are 30"),

@@ -3,6 +3,7 @@
 import io
 import os
 import tarfile
+import zipfile
 from pathlib import Path
 
 import datasets
@@ -12,6 +13,7 @@ from PIL import Image
 
 from simmim.data import find_images, index_folder, open_images, open_picture, open_source, read_labeled_images
 from simmim.data.index import Scan, cache_folder
+from simmim.data.readers import READERS, Reader
 
 COUNT = 12
 
@@ -245,3 +247,57 @@ def test_labels_that_cannot_work(tmp_path):
         (tmp_path / "labels.csv").write_text(content)
         with pytest.raises(ValueError, match=message):
             read_labeled_images(tmp_path / "labels.csv", None, seed=0)
+
+
+class ZipReader(Reader):
+    """A toy kind of source: a zip of PNG files whose names begin with their label."""
+
+    description = "a zip of PNG files"
+
+    def detect(self, location):
+        return list(location.entries) if location.path.endswith(".zip") and location.exists else None
+
+    def read(self, files):
+        with zipfile.ZipFile(files[0]) as archive:
+            rows = [
+                {"picture": {"bytes": archive.read(name), "path": name}, "label": name.split("-")[0]}
+                for name in sorted(archive.namelist())
+            ]
+        features = datasets.Features({"picture": datasets.Image(), "label": datasets.Value("string")})
+        return datasets.Dataset.from_list(rows, features=features)
+
+
+def test_a_new_kind_of_source_is_a_reader_and_a_line(tmp_path, monkeypatch):
+    """Images, streams and labels of it are read, and the error messages name it."""
+    path = str(tmp_path / "set.zip")
+    with zipfile.ZipFile(path, "w") as archive:
+        for value in range(COUNT):
+            archive.writestr(f"{'odd' if value % 2 else 'even'}-{value:02d}.png", picture_bytes(value))
+    with pytest.raises(ValueError, match="nothing that images can be read from"):
+        open_images(path)
+    monkeypatch.setitem(READERS, "zip", ZipReader())
+    everything = list(range(COUNT))
+    assert sorted(values(open_images(path))) == sorted(values(open_images([path]))) == everything
+    stream = open_source(path, streaming=True)
+    assert stream.num_images == COUNT and sorted(values(stream.images)) == everything
+    labels = read_labeled_images(path, labels_per_class=None, seed=0)
+    assert labels.classes == ("even", "odd")
+    assert [value % 2 for value in values(labels.train)] == labels.train["label"]
+    with pytest.raises(ValueError, match=r"does not exist: give a folder of images, .* or a zip of PNG files$"):
+        open_images(str(tmp_path / "gone"))
+
+
+def test_the_most_special_reader_reads(folder, tmp_path, monkeypatch):
+    """A folder that a new reader detects is no longer read as a folder of images."""
+
+    class Marked(ZipReader):
+        def detect(self, location):
+            return [location.path] if location.is_folder and (Path(location.path) / "marker").exists() else None
+
+        def read(self, files):
+            return index_folder(files[0]).select([0])
+
+    monkeypatch.setitem(READERS, "marked", Marked())
+    assert len(open_images(str(folder))) == COUNT
+    (folder / "marker").touch()
+    assert len(open_images(str(folder))) == 1

@@ -58,7 +58,7 @@ def test_every_sample_once_an_epoch_by_number(numbered):
     samples = ImageSamples(images, RandomView((4, 4)), 3, seed=3)
     parts = []
     for rank in range(2):
-        loader = build_loader(samples, 2, EndlessBatchSampler(COUNT, 4, seed=3, rank=rank, world=2))
+        loader = build_loader(samples, 2, EndlessBatchSampler(COUNT, 4, seed=3, rank=rank, world_size=2))
         parts.append([numbers(batch) for batch in itertools.islice(loader, 15)])
     order = [number for pair in zip(*parts) for part in pair for number in part]
     for epoch in range(4):

@@ -31,12 +31,13 @@ class CheckDataOptions:
 def run_check_data(words: Sequence[str]) -> int:
     """simmim check-data PATH"""
     options = parse("check-data", CheckDataOptions, words, positional="path")
+    from simmim.cli.check_report import as_json, render
     from simmim.data import available_cores, open_images
-    from simmim.data.check import as_json, check, render
+    from simmim.data.check import check_images
     from simmim.data.label_map_sources import note_on_label_maps
     from simmim.training.trainer import device_type
 
-    report = check(
+    report = check_images(
         open_images(options.path, options.column),
         workers=available_cores() if options.workers is None else options.workers,
         path=options.path,

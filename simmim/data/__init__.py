@@ -1,20 +1,13 @@
 """Images from anywhere to batches: sources, decoding, views, order."""
 
+from simmim.data.batch_order import EndlessBatchSampler, SequentialBatchSampler
 from simmim.data.decode import Picture, open_picture, read_image
 from simmim.data.image_statistics import ImageStatistics, measure_images
 from simmim.data.index import EXTENSIONS, dataset_from_paths, find_images, index_folder
 from simmim.data.labels import LabeledImages, LabeledSource, open_labeled_source, read_labeled_images
+from simmim.data.loading import available_cores, build_loader, collate, default_num_workers
 from simmim.data.pillow_guard import UNREADABLE, describe_error
-from simmim.data.samples import (
-    EndlessBatchSampler,
-    ImageSamples,
-    SequentialBatchSampler,
-    StreamedSamples,
-    available_cores,
-    build_loader,
-    collate,
-    default_num_workers,
-)
+from simmim.data.samples import ImageSamples, StreamedSamples
 from simmim.data.sources import Source, open_images, open_source
 from simmim.data.views import CenterView, RandomView, normalize
 

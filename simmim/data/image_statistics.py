@@ -1,4 +1,4 @@
-"""A look at a sample of a source's images, from which a run's defaults follow."""
+"""Statistics of a sample of a source's images, from which a run's defaults follow."""
 
 from __future__ import annotations
 
@@ -7,22 +7,25 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from simmim.data.decode import MAX_PIXELS, Picture, Size, open_picture
+from simmim.data.decode import MAX_PIXELS, open_picture
+from simmim.data.orientation import Size
+from simmim.data.pictures import Picture
 from simmim.data.pillow_guard import UNREADABLE, describe_error
+from simmim.data.records import record_name
 
 if TYPE_CHECKING:
     import datasets
 
-THUMBNAIL_PX = 64  # longer side; enough for means and deviations, and a large JPEG need not be decoded in full
+THUMBNAIL_PX = 64  # longer side; enough for means and deviations, and a large JPEG is not decoded in full
 
 
 @dataclass(frozen=True)
 class ImageStatistics:
-    """What a sample of a source's images looks like.
+    """Statistics of a sample of a source's images.
 
     Attributes:
         short_side_px: median of the images' shorter sides.
-        channels: 1 where every sampled image is gray, 3 for color, with gray among it or not, else the files' count.
+        channels: 1 if every sampled image is gray, 3 for color, also if some are gray, else the files' count.
         decoded_mib: estimated size of all images decoded.
         mean, std: per channel, of values in [0, 1].
         sizes: (height, width) in pixels, upright, of each sampled image that could be read.
@@ -37,21 +40,21 @@ class ImageStatistics:
 
 
 def measure_images(
-    source: datasets.Dataset, channels: int | None = None, sampled: int = 256, max_pixels: int = MAX_PIXELS
+    source: datasets.Dataset, channels: int | None = None, num_samples: int = 256, max_pixels: int = MAX_PIXELS
 ) -> ImageStatistics:
-    """Look at up to `sampled` images, evenly spread.
+    """Measure up to `num_samples` images, evenly spread over the source.
 
     Args:
-        channels: that all images shall be seen in; None finds them.
+        channels: in which all images are read; None detects them.
         max_pixels: larger images count as unreadable.
 
     Raises:
-        ValueError: when none of them can be read, with the first one's reason; when they differ in channels other than
-            as gray and color do, with two files' counts.
+        ValueError: if none of them can be read, with the first one's reason; if they differ in channels other than as gray
+            and color do, with two files' counts.
     """
-    rows = np.unique(np.linspace(0, len(source) - 1, min(sampled, len(source))).round().astype(int))
+    rows = np.unique(np.linspace(0, len(source) - 1, min(num_samples, len(source))).round().astype(int))
     thumbnails, sizes = [], []
-    paths: dict[int, str] = {}  # by channels, the first file with so many
+    paths: dict[int, str] = {}  # by number of channels, the first file that has it
     first_error = None
     for row in rows:
         record = source[int(row)]["image"]
@@ -62,17 +65,13 @@ def measure_images(
             first_error = first_error or f"{record['path']}: {describe_error(error)}"
             continue
         sizes.append(picture.size)
-        paths.setdefault(picture.channels, f"{record['path'] or f'image {row}'}")
+        paths.setdefault(picture.channels, record_name(record, row))
     if not sizes:
         raise ValueError(f"none of {len(rows)} sampled images can be read; the first, {first_error}")
-    unlike = paths.keys() - {1, 3}
-    if unlike and len(paths) > 1:
-        one, other = min(unlike), min(paths.keys() - {min(unlike)})
-        raise ValueError(f"images differ in channels: {paths[one]} has {one}, {paths[other]} has {other}")
-    channels = max(paths)
-    # Gray among color is seen as color.
-    seen = [np.broadcast_to(small, (channels, *small.shape[1:])).reshape(channels, -1) for small in thumbnails]
-    values = np.concatenate(seen, axis=1) / 255
+    channels = common_channels(paths)
+    # Gray images among color images count as color.
+    pixels = [np.broadcast_to(small, (channels, *small.shape[1:])).reshape(channels, -1) for small in thumbnails]
+    values = np.concatenate(pixels, axis=1) / 255
     return ImageStatistics(
         short_side_px=int(np.median([min(size) for size in sizes])),
         channels=channels,
@@ -81,6 +80,22 @@ def measure_images(
         std=tuple(round(max(float(value), 0.01), 3) for value in values.std(axis=1)),
         sizes=tuple(sizes),
     )
+
+
+def common_channels(paths: dict[int, str]) -> int:
+    """The number of channels in which all images can be read.
+
+    Args:
+        paths: by number of channels, a file that has it.
+
+    Raises:
+        ValueError: if files differ other than as gray and color do.
+    """
+    uncommon = paths.keys() - {1, 3}
+    if uncommon and len(paths) > 1:
+        one, other = min(uncommon), min(paths.keys() - {min(uncommon)})
+        raise ValueError(f"images differ in channels: {paths[one]} has {one}, {paths[other]} has {other}")
+    return max(paths)
 
 
 def thumbnail(picture: Picture) -> np.ndarray:

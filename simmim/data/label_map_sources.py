@@ -1,184 +1,208 @@
-"""Images and their masks, from folders, CSV files, or datasets with two columns of images."""
+"""Scenes: images with label maps, from paired folders, CSV files, or rows with two columns of images.
+
+The folder of label maps is called masks/ and the setting mask_column, as other tools call them.
+"""
 
 from __future__ import annotations
 
-import csv
 import os
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from simmim.data.index import dataset_from_paths, find_images
-from simmim.data.labels import IMAGE_FOLDER, MASK_FOLDERS, VALIDATION_NAMES, is_plain_folder, parts_of
-from simmim.data.sources import HUB_ID, classify, found_column, image_column
+from simmim.data.label_sources import (
+    IMAGE_FOLDER,
+    LABEL_MAP_FOLDERS,
+    VALIDATION_NAMES,
+    CsvColumn,
+    is_csv,
+    is_plain_folder,
+    read_csv,
+    read_train_and_validation,
+)
+from simmim.data.readers import detect_reader
+from simmim.data.sources import detect_image_column, select_images
 
 if TYPE_CHECKING:
     import datasets
 
 CLASSES_FILE = "classes.txt"
-MASK_COLUMNS = ("mask", "masks", "annotation", "segmentation", "segmentation_mask", "seg_map", "label", "labels")
+LABEL_MAP_COLUMNS = ("mask", "masks", "annotation", "segmentation", "segmentation_mask", "seg_map", "label", "labels")
 LAYOUT = "images/ and masks/ with files of the same names, or train/ and val/ that have these"
 
 
-def read_pairs(path: str, column: str | None = None, mask_column: str | None = None) -> dict[str, datasets.Dataset]:
-    """Columns `image` and `mask`, undecoded, of "train", and of "validation" where the source has such a part."""
-    folder = Path(path).expanduser()
-    if path and folder.is_file() and folder.suffix == ".csv":
-        return {"train": read_csv(folder, column or "image", mask_column or "mask")}
-    if not path or (not folder.exists() and not HUB_ID.fullmatch(path)) or is_plain_folder(folder):
-        return {name: read_folders(*pair) for name, pair in paired_folders(folder).items()}
-    kind, files = classify(path)
-    if kind == "paths":
-        raise ValueError(f"{path!r} has images and no masks: give a folder with {LAYOUT}")
-    return {name: read_columns(part, column, mask_column, path) for name, part in parts_of(kind, files).items()}
-
-
-def paired_folders(folder: Path) -> dict[str, tuple[Path, Path]]:
-    """The folders of images and of masks of each part.
+def read_scenes(path: str, column: str | None = None, mask_column: str | None = None) -> dict[str, datasets.Dataset]:
+    """Columns `image` and `label_map`, undecoded, of "train", and of "validation" if the source has such a part.
 
     Raises:
-        ValueError: when there are none, saying which were expected.
+        ValueError: if there are no images with label maps at `path`.
+    """
+    folder = Path(path).expanduser()
+    if is_csv(path):
+        return {"train": read_csv_scenes(folder, column or "image", mask_column or "mask")}
+    if is_plain_folder(path):
+        return {name: read_folder_pair(*pair) for name, pair in find_folder_pairs(folder).items()}
+    reader, files = detect_reader(path)
+    if not reader.has_columns:
+        raise ValueError(f"{path!r} has images and no label maps: give a folder with {LAYOUT}")
+    parts = read_train_and_validation(reader, files)
+    return {name: select_scenes(rows, column, mask_column, path) for name, rows in parts.items()}
+
+
+def find_folder_pairs(folder: Path) -> dict[str, tuple[Path, Path]]:
+    """The folders of images and of label maps of each part.
+
+    Raises:
+        ValueError: if there are none, with the expected layout.
     """
     if not folder.is_dir():
         raise ValueError(f"labeled folder {str(folder)!r} does not exist: give a folder with {LAYOUT}")
 
-    def pair(place: Path, part: str = "") -> tuple[Path, Path] | None:
-        images = place / IMAGE_FOLDER / part
-        masks = next((place / name / part for name in MASK_FOLDERS if (place / name / part).is_dir()), None)
-        return (images, masks) if images.is_dir() and masks else None
+    def pair_in(parent: Path, part: str = "") -> tuple[Path, Path] | None:
+        images = parent / IMAGE_FOLDER / part
+        candidates = (parent / name / part for name in LABEL_MAP_FOLDERS)
+        label_maps = next((candidate for candidate in candidates if candidate.is_dir()), None)
+        return (images, label_maps) if images.is_dir() and label_maps else None
 
-    for train, held_out in (
-        (pair(folder / "train"), (pair(folder / name) for name in VALIDATION_NAMES)),
-        (pair(folder, "train"), (pair(folder, name) for name in VALIDATION_NAMES)),
+    for train, validations in (
+        (pair_in(folder / "train"), (pair_in(folder / name) for name in VALIDATION_NAMES)),
+        (pair_in(folder, "train"), (pair_in(folder, name) for name in VALIDATION_NAMES)),
     ):
-        validation = next(filter(None, held_out), None)
+        validation = next(filter(None, validations), None)
         if train:
             return {"train": train, "validation": validation} if validation else {"train": train}
-    if pair(folder):
-        return {"train": pair(folder)}
-    have = sorted(entry.name for entry in os.scandir(folder) if entry.is_dir())
+    if pair_in(folder):
+        return {"train": pair_in(folder)}
+    present = sorted(entry.name for entry in os.scandir(folder) if entry.is_dir())
     raise ValueError(
-        f"labeled folder {str(folder)!r} has no folders of images and masks, but "
-        f"{', '.join(have[:8]) or 'no folder at all'}: give one with {LAYOUT}"
+        f"labeled folder {str(folder)!r} has no folders of images and label maps, but "
+        f"{', '.join(present[:8]) or 'no folder at all'}: give one with {LAYOUT}"
     )
 
 
 def note_on_label_maps(path: str | list[str]) -> str:
-    """A sentence for those who take a folder of scenes for one of images alone; empty where there are no masks in it."""
-    for one in [path] if isinstance(path, str) else path:
-        folder = Path(one).expanduser()
+    """A sentence for a user who gives a folder of scenes where images are expected; empty if it holds no label maps."""
+    for part in [path] if isinstance(path, str) else path:
+        folder = Path(part).expanduser()
         try:
-            images, masks = paired_folders(folder)["train"]
-            find_images(masks)
+            images, label_maps = find_folder_pairs(folder)["train"]
+            find_images(label_maps)
         except (ValueError, OSError):
             continue
-        return f"{masks} are masks, and count as images here like all else in {one}: give {images} to leave them out"
+        return (
+            f"{label_maps} holds label maps, which count as images here like all else in {part}: give {images} to leave "
+            "them out"
+        )
     return ""
 
 
-def read_folders(images: Path, masks: Path) -> datasets.Dataset:
-    """Images and masks of the same names, apart from their endings.
+def read_folder_pair(images: Path, label_maps: Path) -> datasets.Dataset:
+    """Images and label maps of the same names, apart from their extensions.
 
     Raises:
-        ValueError: naming an image without a mask, a mask without an image, or two of one name.
+        ValueError: naming an image without a label map, a label map without an image, or two files of one name.
     """
-    image_of, mask_of = by_stem(images), by_stem(masks)
-    for have, lack, what, other in ((image_of, mask_of, "image", masks), (mask_of, image_of, "mask", images)):
-        alone = [stem for stem in have if stem not in lack]
-        if alone:
-            more = f" (nor {len(alone) - 1:,} others)" if len(alone) > 1 else ""
-            expected = f"{other / alone[0]}.{'png' if what == 'image' else 'jpg, .png, …'}"
+    image_paths, label_map_paths = find_stems(images), find_stems(label_maps)
+    for stem, path in image_paths.items():
+        if stem not in label_map_paths:
             raise ValueError(
-                f"{what} {have[alone[0]]} has no {'mask' if what == 'image' else 'image'}{more}: expected {expected}"
+                f"image {path} has no label map{_and_others(image_paths, label_map_paths)}: expected {label_maps / stem}.png"
             )
-    return paired(list(image_of.values()), [mask_of[stem] for stem in image_of])
+    for stem, path in label_map_paths.items():
+        if stem not in image_paths:
+            raise ValueError(
+                f"label map {path} has no image{_and_others(label_map_paths, image_paths)}: expected "
+                f"{images / stem}.jpg, .png, …"
+            )
+    return pair_paths(list(image_paths.values()), [label_map_paths[stem] for stem in image_paths])
 
 
-def by_stem(folder: Path) -> dict[str, str]:
-    """Every image below `folder` by its path in it, without the ending.
+def _and_others(paths: dict[str, str], partners: dict[str, str]) -> str:
+    """The number of further paths without a partner, for an error message about the first."""
+    num_others = len(paths.keys() - partners.keys()) - 1
+    return f" (nor {num_others:,} others)" if num_others else ""
+
+
+def find_stems(folder: Path) -> dict[str, str]:
+    """Every image below `folder`, by its path in it without the extension.
 
     Raises:
-        ValueError: when there is none, or two differ by their endings alone.
+        ValueError: if there is none, or two differ only by their extensions.
     """
-    found: dict[str, str] = {}
+    paths: dict[str, str] = {}
     for path in find_images(folder):
         stem = os.path.splitext(os.path.relpath(path, folder))[0]
-        if stem in found:
-            raise ValueError(f"{found[stem]} and {path} differ by their endings alone: which goes with the mask? Rename one")
-        found[stem] = path
-    return found
+        if stem in paths:
+            raise ValueError(f"{paths[stem]} and {path} differ only by their extensions, and share one partner: rename one")
+        paths[stem] = path
+    return paths
 
 
-def read_csv(file: Path, column: str, mask_column: str) -> datasets.Dataset:
-    """Images and masks of a CSV file with a header; relative paths start at the file's own folder.
+def read_csv_scenes(file: Path, column: str, mask_column: str) -> datasets.Dataset:
+    """Images and label maps of a CSV file with a header. Relative paths start at the file's folder.
 
     Raises:
-        ValueError: when a column is missing, listing those there are, or a row lacks one of its paths.
+        ValueError: as `read_csv`, and for an image that does not exist.
     """
-    with file.open(newline="", encoding="utf-8-sig") as text:
-        reader = csv.DictReader(text)
-        names = reader.fieldnames or []
-        for wanted, setting in ((column, "data.column"), (mask_column, "data.mask_column")):
-            if wanted not in names:
-                raise ValueError(f"{file} has no column {wanted!r}: its columns are {', '.join(names)}; give {setting}")
-        rows = [(row[column], row[mask_column]) for row in reader]
-    if not rows:
-        raise ValueError(f"{file} has no rows: give one with an image and its mask each")
-    for number, pair in enumerate(rows, start=2):
-        if not all(pair):
-            raise ValueError(f"{file}, line {number} has no {'mask' if pair[0] else 'image'}")
-    home = file.resolve().parent
+    rows = read_csv(
+        file, [CsvColumn("image", "data.column", column), CsvColumn("label map", "data.mask_column", mask_column)]
+    )
+    folder = file.resolve().parent
     for number, (image, _) in enumerate(rows, start=2):
-        if not os.path.isfile(os.path.join(home, image)):
-            raise ValueError(f"{file}, line {number}: there is no image {os.path.join(home, image)}")
-    return paired(*([os.path.join(home, name) for name in names] for names in zip(*rows)))
+        if not os.path.isfile(os.path.join(folder, image)):
+            raise ValueError(f"{file}, line {number}: there is no image {os.path.join(folder, image)}")
+    return pair_paths(*([os.path.join(folder, name) for name in names] for names in zip(*rows)))
 
 
-def paired(images: list[str], masks: list[str]) -> datasets.Dataset:
-    """Paths as undecoded columns."""
+def pair_paths(images: list[str], label_maps: list[str]) -> datasets.Dataset:
+    """Paths as columns `image` and `label_map`, undecoded."""
     import datasets
 
-    columns = dataset_from_paths(images), dataset_from_paths(masks).rename_column("image", "label_map")
+    columns = dataset_from_paths(images), dataset_from_paths(label_maps).rename_column("image", "label_map")
     return datasets.concatenate_datasets(list(columns), axis=1)
 
 
-def read_columns(data, column: str | None, mask_column: str | None, path: str) -> datasets.Dataset:
-    """Images and masks of a dataset with columns.
+def select_scenes(rows, column: str | None, mask_column: str | None, path: str) -> datasets.Dataset:
+    """Images and label maps, undecoded, of rows with columns.
 
     Raises:
-        ValueError: when there is no column of masks, listing the columns.
+        ValueError: if there is no column of label maps, with the columns' names.
     """
     import datasets
 
-    names = data.column_names
-    column = column or found_column({name: kind for name, kind in data.features.items() if name not in MASK_COLUMNS})
-    mask_column = mask_column or next((name for name in MASK_COLUMNS if name in names and name != column), None)
+    names = rows.column_names
+    features = {name: feature for name, feature in rows.features.items() if name not in LABEL_MAP_COLUMNS}
+    column = column or detect_image_column(features)
+    mask_column = mask_column or next((name for name in LABEL_MAP_COLUMNS if name in names and name != column), None)
     if mask_column not in names:
-        asked = f"no column {mask_column!r}" if mask_column else "no column of masks"
-        raise ValueError(f"{path!r} has {asked}: its columns are {', '.join(names)}; give data.mask_column")
-    masks = data.select_columns([mask_column]).cast_column(mask_column, datasets.Image(decode=False))
+        missing = f"no column {mask_column!r}" if mask_column else "no column of label maps"
+        raise ValueError(f"{path!r} has {missing}: its columns are {', '.join(names)}; give data.mask_column")
+    label_maps = rows.select_columns([mask_column]).cast_column(mask_column, datasets.Image(decode=False))
     return datasets.concatenate_datasets(
-        [image_column(data, column, path), masks.rename_column(mask_column, "label_map")], axis=1
+        [select_images(rows, column, path), label_maps.rename_column(mask_column, "label_map")], axis=1
     )
 
 
-def named_classes(path: Path) -> tuple[str, ...]:
-    """The names in classes.txt beside the labeled images, one a line; none where there is no such file.
+def read_class_names(path: Path) -> tuple[str, ...]:
+    """The names in classes.txt beside the labeled images, one per line; empty if there is no such file.
 
     Raises:
-        ValueError: when the parts have files that differ, or the file is empty.
+        ValueError: if the parts have files that differ, or the file is empty.
     """
-    home = path if path.is_dir() else path.parent
-    found: dict[Path, tuple[str, ...]] = {}
-    for place in (home, home / "train", *(home / name for name in VALIDATION_NAMES)):
-        file = place / CLASSES_FILE
+    folder = path if path.is_dir() else path.parent
+    names: dict[Path, tuple[str, ...]] = {}
+    for parent in (folder, folder / "train", *(folder / name for name in VALIDATION_NAMES)):
+        file = parent / CLASSES_FILE
         if file.is_file():
-            found[file] = tuple(line.strip() for line in file.read_text(encoding="utf-8-sig").splitlines() if line.strip())
-            if not found[file]:
-                raise ValueError(f"{file} names no classes: give one a line")
-    files = list(found)
-    for file in files[1:]:
-        if found[file] != found[files[0]]:
-            only = sorted(set(found[file]) ^ set(found[files[0]]))
-            what = f"only in one of them: {', '.join(only)}" if only else "their order"
-            raise ValueError(f"classes differ between {files[0]} and {file}: {what}")
-    return found[files[0]] if files else ()
+            names[file] = tuple(line.strip() for line in file.read_text(encoding="utf-8-sig").splitlines() if line.strip())
+            if not names[file]:
+                raise ValueError(f"{file} names no classes: give one per line")
+    if not names:
+        return ()
+    first, *others = names
+    for file in others:
+        if names[file] != names[first]:
+            only = sorted(set(names[file]) ^ set(names[first]))
+            difference = f"only in one of them: {', '.join(only)}" if only else "their order"
+            raise ValueError(f"classes differ between {first} and {file}: {difference}")
+    return names[first]

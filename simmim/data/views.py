@@ -1,4 +1,4 @@
-"""Views: what part of an image a model sees, and at what size. Normalizing is the device's work."""
+"""Views: the part of an image that a model sees, and its size. Normalizing happens on the device."""
 
 from __future__ import annotations
 
@@ -59,17 +59,17 @@ class RandomView:
 
 @dataclass(frozen=True)
 class CenterView:
-    """The view for evaluation: the central crop of the target's shape, or the whole image brought to that shape.
+    """The view for evaluation: the central crop of the target's aspect ratio, or the whole image resized to it.
 
     Args:
         size: (height, width) of the result in pixels.
-        share: share of the largest possible crop's sides that is kept, in (0, 1]; 0.875 is usual for photographs.
+        share: kept share of the largest possible crop's sides, in (0, 1]; 0.875 is common for photographs.
         interpolation: nearest, bilinear, bicubic or lanczos.
-        fit: crop keeps the ratio of the image's sides and loses what is outside the target's shape; squash loses the
-            ratio and keeps the whole image, as transformers' `ViTImageProcessor` does.
+        fit: crop keeps the image's aspect ratio and loses what is outside the target's; squash keeps the whole image and
+            changes its aspect ratio, as transformers' `ViTImageProcessor` does.
 
     Raises:
-        ValueError: for an interpolation or a fit that is none of these, and a share out of range.
+        ValueError: for an unknown interpolation or fit, and a share out of range.
     """
 
     size: Size
@@ -99,6 +99,6 @@ class CenterView:
 
 
 def normalize(images: Tensor, mean: Sequence[float], std: Sequence[float]) -> Tensor:
-    """(B, channels, height, width) uint8 to float, zero mean and unit deviation by the given statistics of [0, 1]."""
+    """(B, channels, height, width) uint8 to float32: values in [0, 1] minus `mean`, divided by `std`, per channel."""
     mean, std = (images.new_tensor(values, dtype=torch.float32).view(-1, 1, 1) for values in (mean, std))
     return (images.float() / 255 - mean) / std

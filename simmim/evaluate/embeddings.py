@@ -19,7 +19,7 @@ from torch.utils.data import DataLoader, Dataset
 
 from simmim.checkpoints.checkpoint import Preprocessing
 from simmim.data import UNREADABLE, CenterView, default_num_workers, describe_error, normalize, open_picture
-from simmim.data.samples import ignore_signals
+from simmim.data.loading import ignore_signals
 from simmim.encoders.base import Encoder
 from simmim.evaluate.features import AnyFeature, Feature
 

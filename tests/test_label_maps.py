@@ -1,4 +1,4 @@
-"""Labeled scenes: layouts, masks as they are stored, what is checked, the validation part, the draw of labels."""
+"""Labeled scenes: layouts, values as they are stored, checks, the validation part, the draw of labels."""
 
 import io
 import random
@@ -10,8 +10,8 @@ import pytest
 from PIL import Image
 
 from simmim.data.label_map_files import inspect_scenes, read_label_map
-from simmim.data.label_map_sources import note_on_label_maps, read_pairs
-from simmim.data.label_maps import ClassScheme, drawn, read_labeled_scenes
+from simmim.data.label_map_sources import note_on_label_maps, read_scenes
+from simmim.data.label_maps import ClassScheme, draw_scenes, read_labeled_scenes
 
 
 def png(array, mode=None, palette=None, **save):
@@ -27,17 +27,17 @@ def record(data):
     return {"bytes": data, "path": None}
 
 
-def scenes(folder, count=10, classes=3, size=(12, 8), seed=0):
-    """Images and masks of `size` (width, height) in folder/images and folder/masks; a mask holds 0 and one other class."""
+def scenes(folder, count=10, classes=3, size=(8, 12), seed=0):
+    """Images and label maps of `size` (height, width) in folder/images and folder/masks; each holds 0 and one other class."""
     generator = np.random.default_rng(seed)
     for kind in ("images", "masks"):
         (folder / kind).mkdir(parents=True, exist_ok=True)
     for number in range(count):
-        pixels = generator.integers(0, 256, size=(size[1], size[0], 3), dtype=np.uint8)
+        pixels = generator.integers(0, 256, size=(*size, 3), dtype=np.uint8)
         Image.fromarray(pixels).save(folder / "images" / f"{number:02d}.jpg")
-        mask = np.zeros(size[::-1], dtype=np.uint8)
-        mask[2:5, 3:7] = 1 + number % (classes - 1)
-        Image.fromarray(mask).save(folder / "masks" / f"{number:02d}.png")
+        values = np.zeros(size, dtype=np.uint8)
+        values[2:5, 3:7] = 1 + number % (classes - 1)
+        Image.fromarray(values).save(folder / "masks" / f"{number:02d}.png")
     return folder
 
 
@@ -60,7 +60,7 @@ def test_values_are_read_as_they_are_stored(data):
 
 
 @pytest.mark.parametrize("bits", [1, 2, 4])
-def test_gray_masks_of_few_bits_are_not_stretched(bits):
+def test_gray_label_maps_of_few_bits_are_not_stretched(bits):
     """Written by hand: Pillow writes no gray PNG of 2 or 4 bits, and stretches what it reads of them."""
     import struct
     import zlib
@@ -84,7 +84,7 @@ def test_arrays_and_deep_values(tmp_path):
 
 
 @pytest.mark.parametrize(
-    "data, said",
+    "data, message",
     [
         (png(np.zeros((4, 4, 3), np.uint8)), "colors"),
         (png(np.zeros((4, 4, 4), np.uint8)), "colors"),
@@ -92,20 +92,20 @@ def test_arrays_and_deep_values(tmp_path):
         (b"not an image", "cannot identify"),
     ],
 )
-def test_masks_that_cannot_be_read_are_refused(data, said):
-    with pytest.raises((OSError, ValueError), match=said):
+def test_label_maps_that_cannot_be_read_are_refused(data, message):
+    with pytest.raises((OSError, ValueError), match=message):
         read_label_map(record(data))
 
 
-def test_jpeg_masks_are_refused(tmp_path):
+def test_jpeg_label_maps_are_refused(tmp_path):
     folder = scenes(tmp_path)
     (folder / "masks" / "03.png").unlink()
     Image.new("L", (12, 8)).save(folder / "masks" / "03.jpg")
-    with pytest.raises(ValueError, match=r"mask .*03\.jpg cannot be read: a JPEG, whose values are not exact"):
+    with pytest.raises(ValueError, match=r"label map .*03\.jpg cannot be read: a JPEG, whose values are not exact"):
         read_labeled_scenes(folder, None, 0)
 
 
-def test_numbers_of_classes():
+def test_class_ids():
     scheme = ClassScheme(("a", "b", "c"), (0, 128, 7), 255)
     mask = np.array([[0, 128], [7, 255]], dtype=np.uint8)
     assert scheme.class_ids(mask).tolist() == [[0, 1], [2, 255]] and scheme.class_ids(mask).dtype == np.uint8
@@ -137,19 +137,19 @@ def test_every_class_is_among_the_drawn():
     common, rare = found[0].__class__("c", None, {0: 5, 1: 5}), found[0].__class__("r", None, {0: 5, 2: 1})
     many = [common] * 30 + [rare]
     for seed in range(5):
-        assert 30 in drawn(many, range(31), 3, scheme, random.Random(seed))
-    others = {tuple(drawn(many, range(31), 3, scheme, random.Random(seed))) for seed in range(5)}
+        assert 30 in draw_scenes(many, range(31), 3, scheme, random.Random(seed))
+    others = {tuple(draw_scenes(many, range(31), 3, scheme, random.Random(seed))) for seed in range(5)}
     assert len(others) > 1
     with pytest.raises(ValueError, match="too few to have all 3 classes: give 2 or more"):
-        drawn(many, range(31), 1, scheme, random.Random(0))
+        draw_scenes(many, range(31), 1, scheme, random.Random(0))
     with pytest.raises(ValueError, match="give 1 to 31"):
-        drawn(many, range(31), 40, scheme, random.Random(0))
+        draw_scenes(many, range(31), 40, scheme, random.Random(0))
 
 
 @pytest.mark.parametrize("layout", ["parts", "inside", "csv", "saved", "parquet"])
 def test_layouts_give_the_same(tmp_path, layout):
     folder = scenes(tmp_path / "plain", count=6, classes=3)
-    pairs = read_pairs(str(folder))["train"]
+    pairs = read_scenes(str(folder))["train"]
     if layout == "parts":
         for part, seed in (("train", 0), ("val", 1)):
             scenes(tmp_path / "data" / part, 6, seed=seed)
@@ -184,15 +184,15 @@ def test_layouts_give_the_same(tmp_path, layout):
     divided = layout in ("csv", "parquet")
     assert (len(found.train), len(found.validation)) == ((5, 1) if divided else (6, 6))
     assert found.scheme.classes == ("0", "1", "2")
-    read = [read_label_map(one) for one in read_pairs(str(data))["train"]["label_map"]]
+    read = [read_label_map(one) for one in read_scenes(str(data))["train"]["label_map"]]
     assert all(np.array_equal(a, read_label_map(b)) for a, b in zip(read, pairs["label_map"]))
     assert found.pixels == tuple(
         int(sum((read_label_map(one) == value).sum() for one in found.train["label_map"])) for value in range(3)
     )
 
 
-def test_masks_among_images_are_noticed(tmp_path):
-    """For those who pre-train on a folder of scenes; labels that are no pictures are none."""
+def test_label_maps_among_images_are_noticed(tmp_path):
+    """When pre-training on a folder of scenes; labels that are no pictures are not meant."""
     folder = scenes(tmp_path / "scenes", count=2)
     parts = scenes(tmp_path / "parts" / "train", count=2).parent
     boxes = tmp_path / "boxes"
@@ -200,13 +200,12 @@ def test_masks_among_images_are_noticed(tmp_path):
         (boxes / name).mkdir(parents=True)
     (boxes / "labels" / "0.txt").write_text("0 0.5 0.5 1 1")
     assert note_on_label_maps(["hub/id", str(folder)]) == (
-        f"{folder / 'masks'} are masks, and count as images here like all else in {folder}: "
+        f"{folder / 'masks'} holds label maps, which count as images here like all else in {folder}: "
         f"give {folder / 'images'} to leave them out"
     )
     assert str(parts / "train" / "images") in note_on_label_maps(str(parts))
-    assert [note_on_label_maps(str(one)) for one in (folder / "images", boxes, tmp_path / "absent", "photos/*.jpg")] == [
-        ""
-    ] * 4
+    for path in (folder / "images", boxes, tmp_path / "absent", "photos/*.jpg"):
+        assert note_on_label_maps(str(path)) == ""
 
 
 def test_class_names_and_values(tmp_path):
@@ -221,7 +220,7 @@ def test_class_names_and_values(tmp_path):
     assert read_labeled_scenes(folder, None, 0, ignore_index=0).scheme.classes == ("1", "2")
 
 
-def test_binary_masks_of_0_and_255(tmp_path):
+def test_binary_label_maps_of_0_and_255(tmp_path):
     folder = scenes(tmp_path)
     for file in (folder / "masks").iterdir():
         Image.fromarray((np.array(Image.open(file)) > 0).astype(np.uint8) * 255).save(file)
@@ -230,68 +229,68 @@ def test_binary_masks_of_0_and_255(tmp_path):
     assert read_labeled_scenes(folder, None, 0, ignore_index=-1).scheme.values == (0, 255)
 
 
-def broken(folder, how):
-    """Make the labeled folder wrong; returns what the message must say."""
-    mask = folder / "masks" / "04.png"
-    if how == "unknown value":
+def broken(folder, damage):
+    """Damage the labeled folder; returns what the message must say."""
+    label_map = folder / "masks" / "04.png"
+    if damage == "unknown value":
         (folder / "classes.txt").write_text("a\nb\nc\n")
-        values = np.array(Image.open(mask))
+        values = np.array(Image.open(label_map))
         values[0, :3] = (9, 255, 12)
-        Image.fromarray(values).save(mask)
+        Image.fromarray(values).save(label_map)
         return r"04\.png holds the values 9, 12, expected 0 to 2, the values of 3 classes, or 255 to ignore"
-    if how == "classes file too short":
+    if damage == "classes file too short":
         (folder / "classes.txt").write_text("a\nb\n")
         return r"masks/01\.png holds the value 2, expected 0 to 1, the values of 2 classes.*classes\.txt"
-    if how == "other size":
-        Image.new("L", (12, 9)).save(mask)
+    if damage == "other size":
+        Image.new("L", (12, 9)).save(label_map)
         return r"label map .*04\.png is 9x12 pixels and its image .*04\.jpg 8x12 \(height x width\)"
-    if how == "no mask":
-        mask.unlink()
+    if damage == "no label map":
+        label_map.unlink()
         (folder / "masks" / "05.png").unlink()
-        return r"image .*04\.jpg has no mask \(nor 1 others\): expected .*masks/04\.png"
-    if how == "no image":
+        return r"image .*04\.jpg has no label map \(nor 1 others\): expected .*masks/04\.png"
+    if damage == "no image":
         (folder / "images" / "04.jpg").unlink()
-        return r"mask .*04\.png has no image: expected"
-    if how == "two images":
+        return r"label map .*04\.png has no image: expected"
+    if damage == "two images":
         Image.new("RGB", (12, 8)).save(folder / "images" / "04.png")
-        return r"04\.jpg and .*04\.png differ by their endings alone"
-    if how == "no images":
+        return r"04\.jpg and .*04\.png differ only by their extensions"
+    if damage == "no images":
         for file in (folder / "images").iterdir():
             file.unlink()
         return "images' is empty"
-    if how == "no folders":
+    if damage == "no folders":
         (folder / "masks").rename(folder / "something")
-        return "no folders of images and masks, but images, something"
-    if how == "untrained class":
+        return "no folders of images and label maps, but images, something"
+    if damage == "untrained class":
         (folder / "classes.txt").write_text("a\nb\nc\nd\n")
-        return "class 'd' has no pixel in the 8 training masks"
-    if how == "torn mask":
-        mask.write_bytes(mask.read_bytes()[:30])
-        return r"mask .*04\.png cannot be read"
-    assert how == "one class"
+        return "class 'd' has no pixel in the 8 training label maps"
+    if damage == "torn label map":
+        label_map.write_bytes(label_map.read_bytes()[:30])
+        return r"label map .*04\.png cannot be read"
+    assert damage == "one class"
     (folder / "classes.txt").write_text("a\n")
     return "at least two classes"
 
 
 @pytest.mark.parametrize(
-    "how",
+    "damage",
     [
         "unknown value",
         "classes file too short",
         "other size",
-        "no mask",
+        "no label map",
         "no image",
         "two images",
         "no images",
         "no folders",
         "untrained class",
-        "torn mask",
+        "torn label map",
         "one class",
     ],
 )
-def test_wrong_labels_are_refused_with_file_and_value(tmp_path, how):
-    said = broken(scenes(tmp_path), how)
-    with pytest.raises(ValueError, match=said) as error:
+def test_wrong_labels_are_refused_with_file_and_value(tmp_path, damage):
+    message = broken(scenes(tmp_path), damage)
+    with pytest.raises(ValueError, match=message) as error:
         read_labeled_scenes(tmp_path, None, 0)
     assert "\n" not in str(error.value)
 
@@ -299,7 +298,7 @@ def test_wrong_labels_are_refused_with_file_and_value(tmp_path, how):
 def test_parts_with_other_classes_are_refused(tmp_path):
     scenes(tmp_path / "train", classes=3)
     scenes(tmp_path / "val", classes=4)
-    with pytest.raises(ValueError, match=r"classes differ between the training and the validation masks: '3' of .*val"):
+    with pytest.raises(ValueError, match=r"classes differ between the training and the validation label maps: '3' of .*val"):
         read_labeled_scenes(tmp_path, None, 0)
     scenes(tmp_path / "train", classes=4)
     (tmp_path / "train" / "classes.txt").write_text("a\nb\nc\nd\n")
@@ -308,21 +307,21 @@ def test_parts_with_other_classes_are_refused(tmp_path):
         read_labeled_scenes(tmp_path, None, 0)
 
 
-def test_a_class_that_validation_lacks_is_said(tmp_path):
+def test_a_class_without_validation_pixels_is_noted(tmp_path):
     scenes(tmp_path / "train", classes=4)
     scenes(tmp_path / "val", classes=3)
     assert "no validation pixel of 3" in read_labeled_scenes(tmp_path, None, 0).notes[-1]
 
 
 def test_an_unreadable_image_is_left_to_training(tmp_path):
-    """A broken image is replaced when its turn comes, as everywhere; a broken mask is an error."""
+    """A broken image is replaced when its turn comes, as everywhere; a broken label map is an error."""
     folder = scenes(tmp_path)
     (folder / "images" / "04.jpg").write_bytes(b"torn")
     assert len(read_labeled_scenes(folder, None, 0).train) == 8
 
 
 def test_turned_images_are_measured_upright(tmp_path):
-    folder = scenes(tmp_path, size=(8, 12))
+    folder = scenes(tmp_path, size=(12, 8))
     exif = Image.Exif()
     exif[0x0112] = 6
     Image.new("RGB", (12, 8)).save(folder / "images" / "04.jpg", exif=exif)

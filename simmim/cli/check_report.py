@@ -1,0 +1,139 @@
+"""The report of `simmim check-data`, as text and as JSON."""
+
+from __future__ import annotations
+
+import json
+import math
+import shlex
+from dataclasses import asdict
+from itertools import pairwise
+
+from simmim.data.check import SHORT_SIDES_PX, CheckReport
+
+MAX_LINES = 20  # of a list of files
+BAR_WIDTH = 40
+
+
+def render(report: CheckReport) -> str:
+    """The report for a terminal."""
+    num_unreadable = len(report.unreadable)
+    lines = [
+        f"{report.path}: {plural(report.images, 'image')}, {size_text(report.mib)}, "
+        f"{f'{num_unreadable:,} unreadable' if num_unreadable else 'all readable'}"
+    ]
+    if report.problem:
+        lines += ["", f"problem      {report.problem}"]
+    if num_unreadable:
+        lines += ["", f"unreadable   {share(num_unreadable, report.images)}; training replaces them by other images"]
+        lines += [f"  {printable(path)}: {printable(reason)}" for path, reason in report.unreadable[:MAX_LINES]]
+        if num_unreadable > MAX_LINES:
+            lines.append(f"  … and {num_unreadable - MAX_LINES:,} more: --json lists all")
+    if report.suggestion is None:
+        return "\n".join(lines)
+    tags = f"{report.oriented:,} tagged by EXIF, turned upright" if report.oriented else "no tags"
+    lines += [
+        "",
+        f"formats      {counts_text(report.formats)}",
+        f"modes        {counts_text(report.modes)}"
+        + (f"; a model sees {plural(report.channels, 'channel')}" if report.channels else ""),
+        f"orientation  {tags}",
+        "",
+        f"shorter side, median {report.short_side_px:,} px",
+        *bars(report.short_sides_px),
+        "",
+        *duplicates_text(report),
+        "",
+        *loading_text(report),
+        "",
+        f"suggested    image size {report.suggestion.image_size_px} px, preset {report.suggestion.preset}",
+        f"  {printable(suggested_command(report))}",
+    ]
+    return "\n".join(lines)
+
+
+def as_json(report: CheckReport) -> str:
+    """The report for programs: the fields of `CheckReport`, paths in full. Plain ASCII, for names of any encoding."""
+    values = asdict(report) | {
+        "unreadable": [{"path": path, "reason": reason} for path, reason in report.unreadable],
+        "workers_needed": {f"{rate:g}": workers for rate, workers in report.workers_needed.items()},
+    }
+    if report.suggestion is not None:
+        values["suggestion"]["command"] = suggested_command(report)
+    return json.dumps(values, indent=2)
+
+
+def suggested_command(report: CheckReport) -> str:
+    """The command line that pre-trains with the suggested settings. The others follow from them."""
+    suggestion = report.suggestion
+    return (
+        f"simmim pretrain --data {shlex.quote(report.path)} --out runs/first --preset {suggestion.preset} "
+        f"--image-size {suggestion.image_size_px}"
+    )
+
+
+def bars(buckets: dict[int, int]) -> list[str]:
+    """One line per bucket: its range in pixels, a bar as long as its share of the fullest, its count."""
+    ends = {start: end - 1 for start, end in pairwise(SHORT_SIDES_PX)}
+    labels = [f"{start}–{ends[start]}" if start in ends else f"{start}–" for start in buckets]
+    width, most = max(map(len, labels)), max(buckets.values())
+    return [
+        f"  {label:>{width}} px  {'█' * math.ceil(BAR_WIDTH * count / most)}{' ' * bool(count)}{count:,}"
+        for label, count in zip(labels, buckets.values())
+    ]
+
+
+def duplicates_text(report: CheckReport) -> list[str]:
+    """Groups of identical files, the first of them by name."""
+    if not report.duplicate_groups:
+        return ["duplicates   none"]
+    lines = [
+        f"duplicates   {plural(report.duplicate_groups, 'group')} of identical files; "
+        f"{plural(report.duplicates_removable, 'image')} could be removed "
+        f"({share(report.duplicates_removable, report.images)})"
+    ]
+    for group in report.duplicates[:MAX_LINES]:
+        more = f", … ({len(group):,} in all)" if len(group) > 3 else ""
+        lines.append(f"  {', '.join(map(printable, group[:3]))}{more}")
+    if report.duplicate_groups > MAX_LINES:
+        lines.append(f"  … and {report.duplicate_groups - MAX_LINES:,} more groups: see --json")
+    return lines
+
+
+def loading_text(report: CheckReport) -> list[str]:
+    """Loading speed, and the number of processes that a model needs."""
+    side = report.suggestion.image_size_px
+    needs = ", ".join(f"{plural(workers, 'worker')} for {rate:,.6g}" for rate, workers in report.workers_needed.items())
+    lines = [
+        f"loading      {report.images_per_second:,.4g} images/s per worker at {side} px, files in the disk's cache",
+        f"  a model's images/s need {needs}; this machine has {plural(report.cores, 'core')}",
+    ]
+    # A single rate is the model's own.
+    if len(report.workers_needed) == 1 and max(report.workers_needed.values()) > report.cores:
+        lines.append("  the model would wait for images: store them smaller, or train where there are more cores")
+    return lines
+
+
+def plural(count: int, noun: str) -> str:
+    """1 image, 2 images."""
+    return f"{count:,} {noun}{'s' * (count != 1)}"
+
+
+def share(part: int, whole: int) -> str:
+    """A part of a whole, in percent, never rounded to none or all."""
+    percent = 100 * part / whole
+    return f"{part:,} of {whole:,}, " + ("under 0.1 %" if percent < 0.1 else f"{percent:.1f} %")
+
+
+def size_text(mib: float) -> str:
+    """In MiB, or in GiB from 1 GiB on."""
+    return f"{mib / 1024:,.1f} GiB" if mib >= 1024 else f"{mib:,.1f} MiB"
+
+
+def counts_text(counts: dict[str, int]) -> str:
+    """JPEG 1,200, PNG 3."""
+    return ", ".join(f"{name} {count:,}" for name, count in counts.items())
+
+
+def printable(text: str) -> str:
+    """Text on one line that any terminal can show: file names may hold line breaks and bytes that are no text."""
+    return "".join(letter if letter.isprintable() else repr(letter)[1:-1] for letter in text)

@@ -1,0 +1,188 @@
+"""Labeled images from class folders, CSV files, or rows with a column of labels."""
+
+from __future__ import annotations
+
+import csv
+import os
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from simmim.data.index import dataset_from_paths, find_images
+from simmim.data.readers import HUB_ID, FolderReader, Reader, detect_reader
+from simmim.data.sources import detect_image_column, select_images
+
+if TYPE_CHECKING:
+    import datasets
+
+VALIDATION_NAMES = ("val", "valid", "validation", "test")
+IMAGE_FOLDER, LABEL_MAP_FOLDERS = "images", ("masks", "annotations", "labels")  # of scenes, which have a class per pixel
+PATH_COLUMNS = ("path", "file", "filename", "file_name", "image")
+LABEL_COLUMNS = ("label", "class", "target", "category", "labels", "cls")
+
+
+def read_labels(path: str, column: str | None, label_column: str | None) -> dict[str, tuple[datasets.Dataset, list[str]]]:
+    """Images, undecoded, and their labels: of "train", and of "validation" if the source has such a part.
+
+    Raises:
+        ValueError: if there are no labeled images at `path`.
+    """
+    folder = Path(path).expanduser()
+    if is_csv(path):
+        return {"train": read_csv_labels(folder, column, label_column)}
+    if is_plain_folder(path):
+        return read_class_folders(folder)
+    reader, files = detect_reader(path)
+    if not reader.has_columns:
+        raise ValueError(f"{path!r} has images and no labels: give a folder with one subfolder per class")
+    parts = read_train_and_validation(reader, files)
+    return {name: select_labels(rows, column, label_column, path) for name, rows in parts.items()}
+
+
+def is_csv(path: str) -> bool:
+    """Whether `path` is a CSV file."""
+    file = Path(path).expanduser()
+    return bool(path) and file.is_file() and file.suffix == ".csv"
+
+
+def is_plain_folder(path: str) -> bool:
+    """Whether `path` is a folder that no reader with columns reads, or nothing, which is reported as a missing folder."""
+    folder = Path(path).expanduser()
+    if not path or (not folder.exists() and not HUB_ID.fullmatch(path)):
+        return True
+    return folder.is_dir() and isinstance(detect_reader(str(folder))[0], FolderReader)
+
+
+def read_train_and_validation(reader: Reader, files: list[str]) -> dict[str, datasets.Dataset]:
+    """Rows with columns as "train", and "validation" if the source has a split of one of `VALIDATION_NAMES`."""
+    splits = reader.read_splits(files)
+    train = splits["train"] if "train" in splits else next(iter(splits.values()))
+    validation = next((splits[name] for name in VALIDATION_NAMES if name in splits), train)
+    return {"train": train} if validation is train else {"train": train, "validation": validation}
+
+
+def select_labels(rows, column: str | None, label_column: str | None, path: str) -> tuple[datasets.Dataset, list[str]]:
+    """Images, undecoded, and labels of rows with columns.
+
+    Raises:
+        ValueError: if there is no column of labels, with the columns' names.
+    """
+    import datasets
+
+    names = rows.column_names
+    if label_column is None:
+        typed = [name for name, feature in rows.features.items() if isinstance(feature, datasets.ClassLabel)]
+        label_column = next((name for name in (*typed, *LABEL_COLUMNS) if name in names), None)
+    if label_column not in names:
+        missing = f"no column {label_column!r}" if label_column else "no column of labels"
+        raise ValueError(f"{path!r} has {missing}: its columns are {', '.join(names)}; give data.label_column")
+    feature = rows.features[label_column]
+    labels = rows[label_column]
+    to_text = feature.int2str if isinstance(feature, datasets.ClassLabel) else str
+    return select_images(rows, column or detect_image_column(rows.features), path), [to_text(label) for label in labels]
+
+
+# --- CSV ---------------------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class CsvColumn:
+    """A column to read from a CSV file.
+
+    Args:
+        content: of one field, as error messages name it: path, label, ….
+        setting: by which the user names the column.
+        name: of the column; None for the first of `usual_names` that the file has.
+    """
+
+    content: str
+    setting: str
+    name: str | None = None
+    usual_names: tuple[str, ...] = ()
+
+
+def read_csv(file: Path, columns: Sequence[CsvColumn]) -> list[tuple[str, ...]]:
+    """The fields of `columns`, row by row, of a CSV file with a header.
+
+    Raises:
+        ValueError: if a column is missing, with those there are, if there are no rows, or if a row lacks a field.
+    """
+    with file.open(newline="", encoding="utf-8-sig") as text:
+        reader = csv.DictReader(text)
+        present = reader.fieldnames or []
+        names = []
+        for column in columns:
+            name = column.name or next((name for name in column.usual_names if name in present), None)
+            if name not in present:
+                missing = f"no column {name!r}" if name else f"no column of {column.content}s"
+                raise ValueError(f"{file} has {missing}: its columns are {', '.join(present)}; give {column.setting}")
+            names.append(name)
+        rows = [tuple(row[name] for name in names) for row in reader]
+    if not rows:
+        raise ValueError(f"{file} has no rows: give one with {' and '.join(column.content for column in columns)} each")
+    for number, row in enumerate(rows, start=2):
+        for column, value in zip(columns, row):
+            if not value:
+                raise ValueError(f"{file}, line {number} has no {column.content}")
+    return rows
+
+
+def read_csv_labels(file: Path, column: str | None, label_column: str | None) -> tuple[datasets.Dataset, list[str]]:
+    """Images and labels of a CSV file with a header. Relative paths start at the file's folder.
+
+    Raises:
+        ValueError: as `read_csv`.
+    """
+    rows = read_csv(
+        file,
+        [
+            CsvColumn("path", "data.column", column, PATH_COLUMNS),
+            CsvColumn("label", "data.label_column", label_column, LABEL_COLUMNS),
+        ],
+    )
+    folder = file.resolve().parent
+    return dataset_from_paths([os.path.join(folder, path) for path, _ in rows]), [label for _, label in rows]
+
+
+# --- class folders -----------------------------------------------------------------------------------------------------
+
+
+def read_class_folders(folder: Path) -> dict[str, tuple[datasets.Dataset, list[str]]]:
+    """Images and labels of class folders, or of those in `train/` and `val/`.
+
+    Raises:
+        ValueError: as `find_class_folders`.
+    """
+    validation = next((folder / name for name in VALIDATION_NAMES if (folder / name).is_dir()), None)
+    parts = {"train": folder}
+    if (folder / "train").is_dir() and validation is not None:
+        parts = {"train": folder / "train", "validation": validation}
+    labeled = {}
+    for part, parent in parts.items():
+        paths_by_class = find_class_folders(parent)
+        labels = [name for name, paths in paths_by_class.items() for _ in paths]
+        labeled[part] = dataset_from_paths([path for paths in paths_by_class.values() for path in paths]), labels
+    return labeled
+
+
+def find_class_folders(folder: Path) -> dict[str, list[str]]:
+    """Class names with the paths of their images, one class per subfolder, in the names' order.
+
+    Raises:
+        ValueError: if there is no such folder, there are fewer than two classes, or one has no image.
+    """
+    if not folder.is_dir():
+        raise ValueError(f"labeled folder {str(folder)!r} does not exist: give a folder with one subfolder per class")
+    names = sorted(entry.name for entry in os.scandir(folder) if entry.is_dir() and not entry.name.startswith("."))
+    if len(names) < 2:
+        raise ValueError(
+            f"labeled folder {str(folder)!r} has {len(names)} class folder{'s' * (len(names) != 1)}: "
+            "give at least two, each with the images of one class"
+        )
+    if len(names) == 2 and IMAGE_FOLDER in names and any(name in LABEL_MAP_FOLDERS for name in names):
+        raise ValueError(
+            f"labeled folder {str(folder)!r} has {' and '.join(names)}, which are no classes: give a folder with one "
+            "subfolder per class, or use simmim finetune segmentation"
+        )
+    return {name: find_images(folder / name) for name in names}

@@ -1,0 +1,68 @@
+"""Loading processes: batches of samples in worker processes, and how many of these a machine has room for."""
+
+from __future__ import annotations
+
+import os
+import signal
+
+import torch
+from torch.utils.data import DataLoader, Dataset, Sampler
+
+
+def build_loader(samples: Dataset, workers: int, order: Sampler | None = None, batch_size: int | None = None) -> DataLoader:
+    """A loader with `workers` processes; its batches are in pinned memory if there is a GPU.
+
+    Args:
+        order: batches of keys, for `ImageSamples`.
+        batch_size: samples per batch, for `StreamedSamples`, which have an order of their own.
+    """
+    options = {"batch_sampler": order} if order is not None else {"batch_size": batch_size}
+    return DataLoader(
+        samples,
+        **options,
+        num_workers=workers,
+        collate_fn=collate,
+        pin_memory=torch.cuda.is_available(),
+        persistent_workers=workers > 0,
+        prefetch_factor=4 if workers else None,
+        worker_init_fn=ignore_signals,
+    )
+
+
+def collate(samples: list[dict]) -> dict:
+    """Samples to a batch: images, label maps and labels are stacked; seeds, files, stream positions and skipped files become
+    lists."""
+    batch = {
+        "image": torch.stack([sample["image"] for sample in samples]),
+        "seed": [sample["seed"] for sample in samples],
+        "skipped": [entry for sample in samples for entry in sample["skipped"]],
+    }
+    for name in ("stream_position", "file"):
+        if name in samples[0]:
+            batch[name] = [sample[name] for sample in samples]
+    if "label_map" in samples[0]:
+        batch["label_map"] = torch.stack([sample["label_map"] for sample in samples])
+    if "label" in samples[0]:
+        batch["label"] = torch.tensor([sample["label"] for sample in samples])
+    return batch
+
+
+def ignore_signals(worker: int) -> None:
+    """Leave signals of a terminal or a scheduler to the process that trains. They are sent to a group of processes, which
+    this loading process leaves. SIGTERM still ends it, because that is how loading processes are stopped."""
+    if hasattr(os, "setpgrp"):
+        os.setpgrp()
+    for name in ("SIGINT", "SIGUSR1"):
+        if hasattr(signal, name):
+            signal.signal(getattr(signal, name), signal.SIG_IGN)
+
+
+def available_cores() -> int:
+    """Processor cores that this process may use."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+
+
+def default_num_workers(device: str) -> int:
+    """Loading processes for this machine. For a GPU: all cores but one, up to 16. For a CPU, where training needs the other
+    cores: a quarter of them, up to 4."""
+    return max(1, min(available_cores() - 1, 16)) if device != "cpu" else min(max(available_cores() // 4, 1), 4)

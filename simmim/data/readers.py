@@ -1,0 +1,355 @@
+"""Readers: one for each kind of source, in a table. A new kind is a reader and a line in `READERS`.
+
+A reader tells whether a location holds its kind, and reads it with the `datasets` library: rows with a column of images, and
+with any other columns that the source has.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import glob
+import os
+import re
+from abc import ABC, abstractmethod
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from simmim.data.index import EXTENSIONS, dataset_from_paths, index_folder
+from simmim.messages import first_line
+
+if TYPE_CHECKING:
+    import datasets
+
+HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[\w.-]+")
+
+
+@dataclass(frozen=True)
+class Location:
+    """What lies at a path.
+
+    Attributes:
+        path: as the user gave it: a folder, a file, a glob, or the name of something that is not here.
+        expanded: `path` with ~ replaced by the home folder.
+        is_folder: whether it is a folder.
+        entries: paths of what lies in the folder, without hidden entries; else the file, or the files that match the glob;
+            in order.
+    """
+
+    path: str
+    expanded: str
+    is_folder: bool
+    entries: tuple[str, ...]
+
+    @property
+    def exists(self) -> bool:
+        """Whether a folder or a file lies here."""
+        return self.is_folder or bool(self.entries)
+
+
+def locate(path: str) -> Location:
+    """Look at `path`.
+
+    Raises:
+        ValueError: if `path` is empty or a glob that no file matches.
+    """
+    if not path:
+        raise ValueError(f"no images: give {known_kinds()}")
+    expanded = os.path.expanduser(path)
+    if os.path.isdir(expanded):
+        names = sorted(name for name in os.listdir(expanded) if not name.startswith("."))
+        return Location(path, expanded, True, tuple(os.path.join(expanded, name) for name in names))
+    if os.path.isfile(expanded):
+        return Location(path, expanded, False, (expanded,))
+    if any(sign in path for sign in "*?["):
+        matches = sorted(file for file in glob.glob(expanded, recursive=True) if os.path.isfile(file))
+        if not matches:
+            raise ValueError(f"no file matches {path!r}: give {known_kinds()}")
+        return Location(path, expanded, False, tuple(matches))
+    return Location(path, expanded, False, ())
+
+
+def detect_reader(path: str) -> tuple[Reader, list[str]]:
+    """The reader for `path`, and the files to give it.
+
+    Raises:
+        ValueError: if no reader reads what lies there.
+    """
+    location = locate(path)
+    for reader in reversed(READERS.values()):
+        files = reader.detect(location)
+        if files is not None:
+            return reader, files
+    if location.exists:
+        raise ValueError(f"{path!r} is nothing that images can be read from: give {known_kinds()}")
+    raise ValueError(f"{path!r} does not exist: give {known_kinds()}")
+
+
+def known_kinds() -> str:
+    """All kinds of sources, for an error message."""
+    *others, last = (reader.description for reader in READERS.values())
+    return f"{', '.join(others)}, or {last}"
+
+
+# --- the protocol ------------------------------------------------------------------------------------------------------
+
+
+class Reader(ABC):
+    """Reads one kind of source.
+
+    Attributes:
+        description: the kind as error messages name it.
+        has_columns: whether rows may hold more than an image, for example a label. Without columns, `read` gives the one
+            column `image`, undecoded.
+        can_stream: whether `stream` reads rows in order without reading all of them first.
+    """
+
+    description: str
+    has_columns = True
+    can_stream = False
+
+    @abstractmethod
+    def detect(self, location: Location) -> list[str] | None:
+        """The files, folders or names to read at `location`; None if it is not of this kind."""
+
+    @abstractmethod
+    def read(self, files: list[str]) -> datasets.Dataset:
+        """The rows; of several splits the training split, or the first one.
+
+        Raises:
+            ValueError: if they cannot be read.
+        """
+
+    def read_splits(self, files: list[str]) -> dict[str, datasets.Dataset]:
+        """The rows by the name of the split; all in "train" if the source has no splits."""
+        return {"train": self.read(files)}
+
+    def stream(self, files: list[str]) -> tuple[datasets.IterableDataset, int | None]:
+        """The rows of `read` in order, and their number if it is known. For readers that can stream."""
+        raise NotImplementedError
+
+
+# --- image files -------------------------------------------------------------------------------------------------------
+
+
+class FolderReader(Reader):
+    """A folder of images, nested in any way."""
+
+    description = "a folder of images"
+    has_columns = False
+
+    def detect(self, location: Location) -> list[str] | None:
+        return [location.path] if location.is_folder else None
+
+    def read(self, files: list[str]) -> datasets.Dataset:
+        return index_folder(files[0])
+
+
+class GlobReader(Reader):
+    """Image files: those that match a glob, or a single one."""
+
+    description = "a glob"
+    has_columns = False
+
+    def detect(self, location: Location) -> list[str] | None:
+        return None if location.is_folder else [path for path in location.entries if is_image_name(path)] or None
+
+    def read(self, files: list[str]) -> datasets.Dataset:
+        return dataset_from_paths(files)
+
+
+class ListReader(Reader):
+    """A text file of paths, one per line, relative ones to the file's folder. Blank lines and # comments are ignored."""
+
+    description = "a text file of paths"
+    has_columns = False
+
+    def detect(self, location: Location) -> list[str] | None:
+        is_list = location.entries == (location.expanded,) and location.expanded.endswith(".txt")
+        return [location.expanded] if is_list else None
+
+    def read(self, files: list[str]) -> datasets.Dataset:
+        file = files[0]
+        parent = os.path.dirname(os.path.abspath(file))
+        try:
+            lines = Path(file).read_text(encoding="utf-8").splitlines()
+        except UnicodeDecodeError as error:
+            raise ValueError(f"{file!r} is no text file of paths: {error}") from error
+        paths = [os.path.join(parent, line.strip()) for line in lines if line.strip() and not line.startswith("#")]
+        if not paths:
+            raise ValueError(f"{file!r} lists no images: give one path per line")
+        return dataset_from_paths(paths)
+
+
+def is_image_name(path: str) -> bool:
+    """Whether the name has an image's extension."""
+    return os.path.splitext(path)[1].lower() in EXTENSIONS
+
+
+# --- rows with columns, read by the datasets library -------------------------------------------------------------------
+
+
+class ShardReader(Reader):
+    """Files of one format of the `datasets` library: one, those that match a glob, or a folder with nothing else to read.
+
+    Args:
+        format: the library's name of the format.
+        extension: of the files' names.
+        description: as error messages name it.
+    """
+
+    can_stream = True
+
+    def __init__(self, format: str, extension: str, description: str) -> None:
+        self.format, self.extension, self.description = format, extension, description
+
+    def detect(self, location: Location) -> list[str] | None:
+        if not location.is_folder:
+            extensions = {os.path.splitext(path)[1].lower() for path in location.entries}
+            return list(location.entries) if extensions == {self.extension} else None
+        if any(is_image_name(path) or os.path.isdir(path) for path in location.entries):
+            return None
+        return [path for path in location.entries if path.endswith(self.extension)] or None
+
+    def read(self, files: list[str]) -> datasets.Dataset:
+        return self._load(files, streaming=False)
+
+    def stream(self, files: list[str]) -> tuple[datasets.IterableDataset, int | None]:
+        rows = self._load(files, streaming=True)
+        return rows, self.count_rows(files, rows)
+
+    def count_rows(self, files: list[str], rows: datasets.IterableDataset) -> int | None:
+        """The number of rows, where it is known without reading all of them."""
+        return stated_length(rows)
+
+    def _load(self, files: list[str], streaming: bool):
+        datasets = import_datasets()
+        with as_value_error(f"{files[0]!r} cannot be read as {self.format}: {{error}}"):
+            return datasets.load_dataset(self.format, data_files={"train": files}, split="train", streaming=streaming)
+
+
+class ParquetReader(ShardReader):
+    """Parquet files, whose metadata state the number of rows."""
+
+    def count_rows(self, files: list[str], rows: datasets.IterableDataset) -> int | None:
+        import pyarrow.parquet
+
+        return sum(pyarrow.parquet.read_metadata(file).num_rows for file in files)
+
+
+class WebDatasetReader(ShardReader):
+    """WebDataset tar shards, whose headers are counted."""
+
+    def count_rows(self, files: list[str], rows: datasets.IterableDataset) -> int | None:
+        return sum(map(count_tar_samples, files))
+
+
+class SavedReader(Reader):
+    """A folder written by `save_to_disk` of a `datasets.Dataset` or `DatasetDict`."""
+
+    description = "a saved datasets folder"
+
+    def detect(self, location: Location) -> list[str] | None:
+        names = {os.path.basename(path) for path in location.entries} if location.is_folder else set()
+        is_saved = "dataset_dict.json" in names or {"state.json", "dataset_info.json"} <= names
+        return [location.expanded] if is_saved else None
+
+    def read(self, files: list[str]) -> datasets.Dataset:
+        splits = self.read_splits(files)
+        return splits["train"] if "train" in splits else next(iter(splits.values()))
+
+    def read_splits(self, files: list[str]) -> dict[str, datasets.Dataset]:
+        with as_value_error(f"{files[0]!r} cannot be read as saved: {{error}}"):
+            saved = import_datasets().load_from_disk(files[0])
+        return dict(saved) if isinstance(saved, dict) else {"train": saved}
+
+
+class HubReader(Reader):
+    """A dataset of the Hugging Face hub."""
+
+    description = "a hub id (owner/name)"
+    can_stream = True
+
+    def detect(self, location: Location) -> list[str] | None:
+        is_id = not location.exists and HUB_ID.fullmatch(location.path)
+        return [location.path] if is_id and not os.path.exists(os.path.dirname(location.expanded)) else None
+
+    def read(self, files: list[str]) -> datasets.Dataset:
+        return self._load(files, split="train")
+
+    def read_splits(self, files: list[str]) -> dict[str, datasets.Dataset]:
+        try:
+            return dict(self._load(files))
+        except ValueError:
+            return {"train": self.read(files)}  # raises again, unless only another split is at fault
+
+    def stream(self, files: list[str]) -> tuple[datasets.IterableDataset, int | None]:
+        rows = self._load(files, split="train", streaming=True)
+        return rows, stated_length(rows)
+
+    def _load(self, files: list[str], **options):
+        datasets = import_datasets()
+        message = (
+            f"{files[0]!r} is no file or folder here, and as a hub id it cannot be loaded ({{error}}): without network give "
+            "a local copy, made elsewhere by datasets.load_dataset(…).save_to_disk(FOLDER)"
+        )
+        with as_value_error(message):
+            return datasets.load_dataset(files[0], **options)
+
+
+def import_datasets():
+    """The `datasets` library, without its telemetry: by default it reports every call of load_dataset to a server, even for
+    local files."""
+    import datasets
+    import huggingface_hub
+
+    datasets.config.HF_UPDATE_DOWNLOAD_COUNTS = False
+    huggingface_hub.constants.HF_HUB_DISABLE_TELEMETRY = True
+    return datasets
+
+
+@contextlib.contextmanager
+def as_value_error(message: str) -> Iterator[None]:
+    """Turn any exception into a ValueError with `message`, in which {error} becomes the exception's first line. The
+    datasets library raises most kinds of exceptions, its own and those of what it builds on."""
+    try:
+        yield
+    except Exception as error:
+        raise ValueError(message.replace("{error}", first_line(error))) from error
+
+
+def stated_length(rows: datasets.IterableDataset) -> int | None:
+    """The number of rows that a stream's description states, if any."""
+    splits = getattr(rows.info, "splits", None) or {}
+    return getattr(splits.get("train"), "num_examples", None)
+
+
+def count_tar_samples(file: str) -> int:
+    """Samples of a WebDataset shard: the members' names up to the first dot, each counted once. Reads headers only.
+
+    Raises:
+        ValueError: if the file is no tar file.
+    """
+    import tarfile
+
+    try:
+        with tarfile.open(file) as shard:
+            names = [member.name for member in shard if member.isfile()]
+    except tarfile.TarError as error:
+        raise ValueError(f"{file!r} cannot be read as a tar shard: {error}") from error
+    return len({os.path.join(os.path.dirname(name), os.path.basename(name).split(".")[0]) for name in names})
+
+
+# From the most general kind to the most special. A location is offered to the last reader first: a folder of Parquet files
+# is also a folder.
+READERS: dict[str, Reader] = {
+    "folder": FolderReader(),
+    "glob": GlobReader(),
+    "list": ListReader(),
+    "arrow": ShardReader("arrow", ".arrow", "Arrow files"),
+    "parquet": ParquetReader("parquet", ".parquet", "Parquet files"),
+    "webdataset": WebDatasetReader("webdataset", ".tar", "WebDataset tar shards"),
+    "saved": SavedReader(),
+    "hub": HubReader(),
+}
