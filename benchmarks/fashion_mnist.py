@@ -7,7 +7,7 @@ reads the four .gz files of the data set, by default from Debian's package datas
     OUT/unlabeled/    the 60,000 training images as one Parquet file, for simmim pretrain
     OUT/labeled/      a saved datasets folder, parts train and test with the classes' names, for simmim finetune
 
-Settings are options with `--development`. Its test part is taken from the training images, so the test images stay unseen.
+Settings are chosen with `--development`. Its test part is taken from the training images, so the test images stay unseen.
 """
 
 from __future__ import annotations

@@ -1,0 +1,87 @@
+"""The pipelines that benchmarks/loading.py compares, and the photographs that they load."""
+
+from __future__ import annotations
+
+import random
+from pathlib import Path
+
+from simmim.defaults import IMAGENET_MEAN, IMAGENET_STD
+
+SIDE_PX = 192
+
+
+def photographs(folder: Path, size: tuple[int, int], count: int, content: str = "tiled") -> list[str]:
+    """Write `count` JPEGs of `size` (height, width), quality 90, of two real photographs of 640×427 px; return their paths.
+
+    The time of a JPEG's decoding depends on its pixels and on its bits, and coarse decoding saves the first part only. Files
+    of cameras lie between two kinds of content. "tiled" continues the photographs by mirrored copies and has the detail of a
+    reduced image in every pixel (1.4 to 2.9 bits). "resized" resizes each photograph and has little detail where this
+    enlarges it.
+    """
+    import numpy as np
+    from PIL import Image
+    from sklearn.datasets import load_sample_image
+
+    folder = folder / f"{content}-{size[1]}x{size[0]}"
+    paths = [folder / f"{number}.jpg" for number in range(count)]
+    if folder.is_dir():
+        return list(map(str, paths))
+    folder.mkdir(parents=True)
+    height, width = size
+    for number, path in enumerate(paths):
+        photo = load_sample_image(("china.jpg", "flower.jpg")[number % 2])
+        if content == "resized":
+            box = (4 * number, 0, 4 * number + 427 * 4 // 3, 427)  # 4:3, as all sizes
+            image = Image.fromarray(photo).resize((width, height), Image.Resampling.BICUBIC, box=box)
+        else:
+            mirrored = np.concatenate([photo, photo[:, ::-1]], axis=1)
+            mirrored = np.roll(np.concatenate([mirrored, mirrored[::-1]]), 37 * number, axis=(0, 1))
+            tiles = -(-height // mirrored.shape[0]), -(-width // mirrored.shape[1]), 1
+            image = Image.fromarray(np.tile(mirrored, tiles)[:height, :width])
+        image.save(path, quality=90)
+    return list(map(str, paths))
+
+
+def undecoded(paths: list[str]):
+    """A data set of paths, as the toolkit's sources return it."""
+    import datasets
+
+    return datasets.Dataset.from_dict({"image": paths}).cast_column("image", datasets.Image(decode=False))
+
+
+class UsualPipeline:
+    """The usual pipeline of an ImageFolder: decode in full, to RGB, random resized crop, flip, to float, normalize.
+
+    Written after torchvision's default loader and its transforms RandomResizedCrop, RandomHorizontalFlip, ToTensor and
+    Normalize on PIL images, operation by operation. Crops are drawn from SimMIM's range, as ours are.
+    """
+
+    def __init__(self, paths: list[str]) -> None:
+        from simmim.data import RandomView
+
+        self.paths, self.view = paths, RandomView((SIDE_PX, SIDE_PX))
+
+    def __len__(self) -> int:
+        return len(self.paths)
+
+    def __getitem__(self, index: int):
+        import numpy as np
+        import torch
+        from PIL import Image
+
+        with open(self.paths[index % len(self.paths)], "rb") as file:
+            image = Image.open(file).convert("RGB")
+        left, top, right, bottom = self.view.crop_box(image.size[::-1], random)
+        image = image.crop((left, top, right, bottom)).resize((SIDE_PX, SIDE_PX), Image.Resampling.BILINEAR)
+        if random.random() < 0.5:
+            image = image.transpose(Image.Transpose.FLIP_LEFT_RIGHT)
+        pixels = torch.from_numpy(np.array(image, copy=True)).permute(2, 0, 1).contiguous()
+        mean, std = (torch.tensor(values).view(-1, 1, 1) for values in (IMAGENET_MEAN, IMAGENET_STD))
+        return pixels.to(torch.float32).div(255).sub_(mean).div_(std)
+
+
+def toolkit_samples(paths: list[str]):
+    """The toolkit's samples of `paths`: uint8, cropped and flipped, by (epoch, index)."""
+    from simmim.data import ImageSamples, RandomView
+
+    return ImageSamples(undecoded(paths), RandomView((SIDE_PX, SIDE_PX)), channels=3, seed=0)
