@@ -117,7 +117,7 @@ def write_weights(folder: Path, preset: str, size: int, window: int) -> None:
             nn.init.constant_(parameter, 0.5)
     save_file(model.state_dict(), folder / "ours.safetensors")
     checkpoint = Checkpoint(
-        config=config.trained_at((size, size)),
+        config=config.with_training_size((size, size)),
         encoder=model.encoder.state_dict(),
         preprocessing=Preprocessing((size, size), (0.5,) * 3, (0.2,) * 3),
         source=folder,

@@ -264,13 +264,13 @@ def resolve(
     if settings.init != "none":
         preset = None
         if source:
-            moved = source.config.moved(source.preprocessing.image_size, size)
+            moved = source.config.adapt_to_size(source.preprocessing.image_size, size)
             encoder = {**registry.config_as_dict(moved), "in_channels": channels, **encoder}
         config = registry.config_from_dict(encoder)
     else:
         preset = settings.preset or default_preset(min(size), device)
         config = registry.preset_config(preset, **encoder)
-        encoder = {**config.for_image_size(size), **encoder}
+        encoder = {**config.fields_for_size(size), **encoder}
         config = with_fields(config, **encoder)
     model = replace(model.resolve(size, config), encoder=encoder)
 

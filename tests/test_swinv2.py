@@ -696,7 +696,7 @@ def test_position_bias_is_kept_where_it_is_said(plain, request, monkeypatch):
     images, larger = torch.randn(2, 3, 32, 32), torch.randn(2, 3, 32, 12)
     with torch.no_grad():
         expected = [encoder(given).features for given in (images, larger)]
-    with encoder.position_bias_kept():
+    with encoder.fixed_weights():
         counts.clear()
         for _ in range(3):
             with torch.no_grad():

@@ -1,5 +1,5 @@
-"""What turns images into feature maps.
+"""Encoders: networks that turn images into feature maps.
 
-`base` says what the rest of the toolkit may know of an encoder, `registry` names the encoders there are. An encoder is a
-folder of its own, whose `FAMILY` the registry loads when it is asked for.
+`base` is the protocol that the rest of the toolkit uses. `registry` maps names to encoder families. Each family is a folder
+with a `FAMILY`, which the registry imports on first use.
 """

@@ -1,6 +1,6 @@
 """The protocol between encoders and the rest of the toolkit.
 
-An encoder family is a frozen configuration (`EncoderConfig`), a module (`Encoder`) and presets, put together in an
+An encoder family is a frozen configuration (`EncoderConfig`), a module (`Encoder`) and presets, joined in an
 `EncoderFamily`. Methods, training, transfer, evaluation and file formats use what this file declares and nothing else.
 
 Shape letters: B images, H W height and width of a feature map in tokens, C channels. Sizes are (height, width). Images are
@@ -18,6 +18,9 @@ from typing import TYPE_CHECKING, Any, ClassVar, NamedTuple, TypeVar
 
 import torch
 from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
+
+from simmim.messages import did_you_mean
 
 if TYPE_CHECKING:
     from simmim.encoders.cost import CostModel
@@ -26,14 +29,16 @@ Size = tuple[int, int]
 State = dict[str, Tensor]
 Config = TypeVar("Config", bound="EncoderConfig")
 
+NARROWEST_PUBLISHED = 96  # channels of the first stage: Swin's and ConvNeXt's tiny
+
 
 class EncoderOutput(NamedTuple):
     """What an encoder returns.
 
     Attributes:
-        features: (B, C, H, W), the last stage's map after the final norm.
+        features: (B, C, H, W), the map of the last stage after the final norm.
         pooled: (B, C), the mean of `features` over the map.
-        stages: on request the map of each stage before downsampling and without the final norm, (B, C_i, H_i, W_i) at
+        stages: on request the map of each stage, before downsampling and without the final norm, (B, C_i, H_i, W_i) at
             `Encoder.strides`; else None.
     """
 
@@ -49,7 +54,7 @@ class EncoderConfig(ABC):
         in_channels: channels of the images.
         patch_size: side of a patch in pixels, the resolution of masks.
         input_projection: name of the weight, (C, in_channels, …), that reads the images.
-        size_fields: the fields that make two encoders the same preset, whatever their windows, channels and patches.
+        size_fields: the fields by which a preset is recognized. Input channels, patch size and the like are left out.
     """
 
     in_channels: int
@@ -65,21 +70,21 @@ class EncoderConfig(ABC):
     @property
     @abstractmethod
     def strides(self) -> tuple[int, ...]:
-        """Pixels of the image per token of each stage's map."""
+        """Pixels of the image per token of each stage's map. The first is the patch size."""
 
     @property
     @abstractmethod
     def num_blocks(self) -> int:
-        """Blocks in all stages, by which stochastic depth and layer decay go."""
+        """Number of blocks in all stages. Stochastic depth and layer decay depend on it."""
 
     @property
     def is_small(self) -> bool:
-        """Whether the encoder is narrower than a published model, so that it takes larger batches and learning rates."""
-        return self.channels[0] < 96
+        """Whether the encoder is narrower than the published models. Defaults then use larger batches and learning rates."""
+        return self.channels[0] < NARROWEST_PUBLISHED
 
     @property
     def default_drop_path(self) -> float:
-        """Stochastic depth for fine-tuning where the user gives none."""
+        """Stochastic depth for fine-tuning where the user sets none. Only encoders with a field `drop_path_rate` use it."""
         return 0.0
 
     @abstractmethod
@@ -89,49 +94,50 @@ class EncoderConfig(ABC):
     def as_dict(self) -> dict[str, Any]:
         """Plain values for JSON and YAML."""
 
-        def plain(value: Any) -> Any:
-            return [plain(item) for item in value] if isinstance(value, tuple) else value
+        def to_plain(value: Any) -> Any:
+            return [to_plain(item) for item in value] if isinstance(value, tuple) else value
 
-        return {key: plain(value) for key, value in dataclasses.asdict(self).items()}  # type: ignore[call-overload]
+        return {key: to_plain(value) for key, value in dataclasses.asdict(self).items()}  # type: ignore[call-overload]
 
-    # --- how a configuration follows the images --------------------------------------------------------------------
+    # --- how a configuration depends on the image size ---------------------------------------------------------------
 
-    def for_image_size(self, image_size: Size) -> dict[str, Any]:
-        """The fields that follow from the images where the user leaves them open, and their values; for fresh encoders."""
+    def fields_for_size(self, image_size: Size) -> dict[str, Any]:
+        """Values of the fields that depend on the image size, for a fresh encoder whose user sets none."""
         return {}
 
-    def moved(self: Config, trained_size: Size, image_size: Size) -> Config:
-        """Pre-trained at `trained_size`, to be used at `image_size`: attention windows grow with the image, for instance."""
+    def adapt_to_size(self: Config, trained_size: Size, image_size: Size) -> Config:
+        """The configuration to use at `image_size` after pre-training at `trained_size`: larger windows, for instance."""
         return self
 
-    def trained_at(self: Config, image_size: Size) -> Config:
-        """With all written down that whoever loads the weights must know of the images they were trained on."""
+    def with_training_size(self: Config, image_size: Size) -> Config:
+        """A copy that records what a user of the weights must know about the image size they were trained at."""
         return self
 
-    def untrained(self: Config) -> Config:
-        """The same architecture without what `trained_at` has written down."""
+    def without_training_size(self: Config) -> Config:
+        """A copy without the record of `with_training_size`, for training from scratch."""
         return self
 
-    # --- how weights follow a configuration -------------------------------------------------------------------------
+    # --- how weights depend on a configuration -----------------------------------------------------------------------
 
     @classmethod
-    def infer(cls, state: Mapping[str, Tensor]) -> dict[str, Any]:
-        """What the names and shapes of weights say of their architecture, as fields of this class; may be empty.
+    def infer_fields(cls, state: Mapping[str, Tensor]) -> dict[str, Any]:
+        """Fields of this class that follow from names and shapes of weights; may be empty.
 
         Raises:
-            ValueError: when these are not the weights of such an encoder, naming what it would have.
+            ValueError: when the weights are not of this family, naming what is missing.
         """
         return {}
 
-    def adapt(self: Config, state: State, config: Config) -> tuple[State, tuple[str, ...]]:
-        """Weights of this architecture for another one, and a sentence for each change.
+    def adapt_weights(self: Config, state: State, config: Config) -> tuple[State, tuple[str, ...]]:
+        """Weights of this architecture, changed to fit `config`, and one line of text per change.
 
-        The base class changes input channels (`with_channels`). Weights that still do not fit are an error later.
+        The base class changes the input channels (`change_input_channels`). Whatever else does not fit is refused when the
+        weights are loaded.
         """
         if config.in_channels == self.in_channels:
             return state, ()
         name = self.input_projection
-        state = {**state, name: with_channels(state[name], config.in_channels)}
+        state = {**state, name: change_input_channels(state[name], config.in_channels)}
         return state, (f"{self.in_channels} input channels to {config.in_channels}",)
 
 
@@ -146,7 +152,7 @@ class Encoder(nn.Module, ABC):
             None for all at once. Same outputs and gradients.
 
     Raises:
-        ValueError: when `sequential_attention` is not a positive number, or the encoder has no such computation.
+        ValueError: when `sequential_attention` is not positive, or the encoder does not support it.
     """
 
     supports_sequential_attention: ClassVar[bool] = False
@@ -175,31 +181,31 @@ class Encoder(nn.Module, ABC):
 
     @property
     def channels(self) -> tuple[int, ...]:
-        """Channels of each stage's map, for dense heads."""
+        """Channels of each stage's map."""
         return self.config.channels
 
     @property
     def strides(self) -> tuple[int, ...]:
-        """Pixels of the image per token of each stage's map, for dense heads."""
+        """Pixels of the image per token of each stage's map."""
         return self.config.strides
 
     @property
     def dim(self) -> int:
-        """Channels of the last feature map."""
+        """Channels of the last map."""
         return self.config.channels[-1]
 
     @property
     def stride(self) -> int:
-        """Pixels of the image per token of the last feature map."""
+        """Pixels of the image per token of the last map."""
         return self.config.strides[-1]
 
-    # --- from images to features ------------------------------------------------------------------------------------
+    # --- from images to features -------------------------------------------------------------------------------------
 
     @abstractmethod
     def embed(self, images: Tensor) -> Tensor:
         """Normalized images, (B, channels, height, width), to tokens of the first stage, (B, H, W, C), one per patch.
 
-        Images that the patch does not divide are padded.
+        Images that the patch does not divide are padded at the bottom and right.
 
         Raises:
             ValueError: when the images have another number of channels or dimensions (`check_images`).
@@ -207,30 +213,36 @@ class Encoder(nn.Module, ABC):
 
     @abstractmethod
     def encode(self, tokens: Tensor, return_stages: bool = False) -> EncoderOutput:
-        """Tokens of the first stage, (B, H, W, C), through all stages and the final norm."""
+        """Tokens of the first stage, (B, H, W, C), through all stages and the final norm.
+
+        Blocks are called by `run_block`, which implements `checkpoint_activations`.
+        """
 
     def forward(self, images: Tensor, return_stages: bool = False) -> EncoderOutput:
         """Encode normalized images, (B, channels, height, width), of any height and width.
 
         Args:
-            return_stages: also return the map of every stage.
+            return_stages: also return the map of each stage.
 
         Raises:
-            ValueError: when the images have another number of channels or dimensions than the encoder takes.
+            ValueError: when the images have another number of channels or dimensions than the encoder expects.
         """
         return self.encode(self.embed(images), return_stages)
 
     def features(self, images: Tensor, per_stage: bool = False) -> Tensor | tuple[Tensor, ...]:
-        """What heads and indexes take: the pooled features, (B, C), or with `per_stage` each stage's map,
-        (B, channels[i], H_i, W_i) at strides[i], of normalized images of any size."""
+        """Features of normalized images of any size, for heads and for search.
+
+        Returns:
+            The pooled features, (B, C); with `per_stage` the map of each stage, (B, channels[i], H_i, W_i) at strides[i].
+        """
         output = self(images, return_stages=per_stage)
         return output.stages if per_stage else output.pooled
 
     def check_images(self, images: Tensor) -> None:
-        """Refuse what `embed` cannot take.
+        """Check that `embed` supports these images.
 
         Raises:
-            ValueError: naming both shapes.
+            ValueError: naming the shape and the expected one.
         """
         if images.ndim != 4 or images.shape[1] != self.config.in_channels:
             raise ValueError(
@@ -238,103 +250,107 @@ class Encoder(nn.Module, ABC):
                 f"(batch, {self.config.in_channels}, height, width)"
             )
 
+    def run_block(self, block: nn.Module, *arguments: Any) -> Tensor:
+        """block(*arguments), recomputed in the backward pass if `checkpoint_activations` is set."""
+        if self.checkpoint_activations and self.training and torch.is_grad_enabled():
+            return checkpoint(block, *arguments, use_reentrant=False)
+        return block(*arguments)
+
+    # --- how it is computed ------------------------------------------------------------------------------------------
+
     @contextlib.contextmanager
     def fixed_weights(self) -> Iterator[None]:
-        """A context in which nothing changes the weights, so that what depends on them alone is computed once.
-
-        Parts that can make use of it have a context manager `cache_while_fixed`.
-        """
-        with contextlib.ExitStack() as stack:
-            for part in self.modules():
-                if hasattr(part, "cache_while_fixed"):
-                    stack.enter_context(part.cache_while_fixed())
-            yield
+        """A context in which nothing changes the weights. An encoder may then cache what depends on the weights alone."""
+        yield
 
     def has_kernels(self, device: torch.device) -> bool:
-        """Whether blocks are computed by kernels of the encoder's own on a device, and not by its plain lines."""
+        """Whether the encoder's own kernels compute whole blocks on `device`. torch.compile is then not applied to them."""
         return False
 
     def describe_kernels(self, device: torch.device) -> str:
-        """What the summary of a run says of kernels on a device: that there are some, or why not; empty for nothing."""
+        """For the summary of a run: that the encoder has kernels for `device`, or why not; empty if there is no such kernel."""
         return ""
 
     # --- parts -------------------------------------------------------------------------------------------------------
 
     @abstractmethod
     def blocks(self) -> list[nn.Module]:
-        """The repeated units in order, (B, H, W, C) to the same shape: what is recomputed, sharded and compiled one by one."""
+        """The repeated units in order. They are recomputed, sharded and compiled one by one."""
 
     @abstractmethod
     def named_stages(self) -> dict[str, nn.Module]:
-        """Blocks and what lies between stages, in order, by names for people: stage0.block0, …, stage0.merging, ….
+        """Blocks and downsamplings in order, by readable names: stage0.block0, …, stage0.merging, stage1.block0, ….
 
-        The activation monitor watches the outputs of these.
+        The activation monitor watches their outputs.
         """
 
     @abstractmethod
     def stage_modules(self) -> list[list[nn.Module]]:
         """The modules of each stage: the patch embedding with the first, a downsampling with the stage before it.
 
-        The final norm belongs to no stage. Fine-tuning freezes whole stages from the front.
+        Together they hold every parameter but those of the final norm. Fine-tuning freezes whole stages, first to last.
         """
 
     # --- parameters --------------------------------------------------------------------------------------------------
 
     @property
     def num_layers(self) -> int:
-        """n, the number of blocks: layers are 0 (patch embedding), 1 … n (blocks), n + 1 (final norm and heads)."""
+        """n, the number of blocks. Layers are 0 (patch embedding), 1 … n (blocks) and n + 1 (final norm and heads)."""
         return self.config.num_blocks
 
     @abstractmethod
     def layer_of(self, name: str) -> int:
-        """The layer, 0 to n + 1, of a parameter by its name in this encoder.
+        """The layer, 0 to n + 1, of the parameter with this name.
 
         Raises:
-            KeyError: for a name that is none of this encoder's, so that a new parameter cannot go without a layer.
+            KeyError: for a name that is not a parameter of this encoder. A new parameter must be given a layer.
         """
 
     def no_decay(self) -> tuple[str, ...]:
-        """Parts of parameter names whose weights never decay, whatever their shape. Each must match a parameter.
+        """Substrings of the names of parameters that never decay, whatever their shape. Each must match a parameter.
 
-        Vectors (biases, norms) never decay and need not be named.
+        Vectors (biases, norms) never decay and need no entry.
         """
         return ()
 
 
 @dataclass(frozen=True)
 class EncoderFamily:
-    """All that the registry knows of one kind of encoder.
+    """What the registry knows about one kind of encoder.
 
     Attributes:
-        name: as it stands in files and settings.
-        title: as it stands in texts: "SwinV2".
+        name: the name in files and settings: "swinv2".
+        title: the name in texts: "SwinV2".
         config: the class of its configurations.
-        build: an encoder of a configuration, `checkpoint_activations` and `sequential_attention`, with the kernels that
-            the family has put in.
-        presets: configurations by name; names are unique over all families.
+        build: from a configuration, `checkpoint_activations` and `sequential_attention` to a freshly initialized encoder,
+            with the kernels of the family if it has any.
+        presets: configurations by name. Names are unique over all families.
         paper: what a model card cites.
-        cost: FLOPs and memory of a training step, by which `simmim plan` works; None where the family has no such model.
+        cost: FLOPs and memory of a training step, for `simmim plan`; None if the family has no cost model.
     """
 
     name: str
     title: str
     config: type[EncoderConfig]
-    build: Callable[..., Encoder]
+    build: Callable[[Any, bool, int | None], Encoder]
     presets: Mapping[str, EncoderConfig]
     paper: str = ""
     cost: CostModel[Any] | None = None
 
 
-def with_channels(weight: Tensor, channels: int) -> Tensor:
-    """A patch projection, (C, channels before, …), for other input channels: summed to one; else repeated in turn and
-    scaled, so that images alike in all channels are projected to the same tokens."""
-    before = weight.shape[1]
+def change_input_channels(weight: Tensor, channels: int) -> Tensor:
+    """A patch projection, (C, old channels, …), for another number of input channels, (C, channels, …).
+
+    One channel gets the sum of the old ones. More channels get the old ones in turn, scaled such that images that are equal
+    in all channels are projected to the same tokens as before.
+    """
+    old_channels = weight.shape[1]
     if channels == 1:
         return weight.sum(dim=1, keepdim=True)
-    repeated = weight[:, torch.arange(channels) % before]
-    if channels % before == 0 or before == 1:
-        return repeated * (before / channels)
-    # Channels that do not come in whole turns: scaled as one sum, tap by tap, that keeps images alike in all channels.
+    repeated = weight[:, torch.arange(channels) % old_channels]
+    if channels % old_channels == 0:
+        return repeated * (old_channels / channels)
+    # The last turn is incomplete: an equal correction of every channel keeps the sum over channels.
     return repeated + (weight.sum(dim=1, keepdim=True) - repeated.sum(dim=1, keepdim=True)) / channels
 
 
@@ -344,10 +360,17 @@ def with_fields(config: Config, **overrides: Any) -> Config:
     Raises:
         ValueError: for an unknown field, naming the nearest known one; for a value out of range.
     """
-    from simmim.messages import did_you_mean
+    check_fields(type(config), overrides)
+    return replace(config, **overrides)  # type: ignore[type-var]
 
+
+def check_fields(config: type[EncoderConfig], names: Mapping[str, Any]) -> None:
+    """Check that a configuration class has these fields.
+
+    Raises:
+        ValueError: for an unknown field, naming the nearest known one.
+    """
     known = {field.name for field in dataclasses.fields(config)}  # type: ignore[arg-type]
-    for name in overrides:
+    for name in names:
         if name not in known:
             raise ValueError(f"unknown encoder setting {name!r}{did_you_mean(name, known)}")
-    return replace(config, **overrides)  # type: ignore[type-var]

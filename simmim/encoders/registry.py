@@ -1,6 +1,6 @@
-"""Encoders by name. The only file that knows concrete encoders; each is imported when it is first asked for.
+"""Encoder families by name. The only file that knows concrete encoders. Each is imported on first use.
 
-A new encoder is a folder in `simmim/encoders/` with a `FAMILY`, and a line in `FAMILIES`.
+A new encoder is a folder in `simmim/encoders/` with a `FAMILY`, and one line in `FAMILIES`.
 """
 
 from __future__ import annotations
@@ -9,16 +9,16 @@ from collections.abc import Mapping
 from importlib import import_module
 from typing import Any
 
-from simmim.encoders.base import Encoder, EncoderConfig, EncoderFamily, with_fields
+from simmim.encoders.base import Encoder, EncoderConfig, EncoderFamily, check_fields, with_fields
 from simmim.messages import did_you_mean
 
-# Name to the module that holds its FAMILY. The first is what files without a family's name hold.
+# Name to the module with its FAMILY. The first is the family of files and settings that name none.
 FAMILIES = {"swinv2": "simmim.encoders.swinv2"}
-FAMILY_KEY = "family"  # beside the fields of a configuration, in settings and files
+FAMILY_KEY = "family"  # in settings and files, beside the fields of the configuration
 
 
-def family(name: str) -> EncoderFamily:
-    """The family of that name.
+def load_family(name: str) -> EncoderFamily:
+    """The family with this name.
 
     Raises:
         ValueError: for an unknown name, naming the nearest known one.
@@ -28,18 +28,26 @@ def family(name: str) -> EncoderFamily:
     return import_module(FAMILIES[name]).FAMILY
 
 
-def family_of(config: EncoderConfig) -> EncoderFamily:
-    """The family that a configuration belongs to."""
-    return next(found for found in map(family, FAMILIES) if type(config) is found.config)
-
-
 def default_family() -> EncoderFamily:
     """The family of files and settings that name none."""
-    return family(next(iter(FAMILIES)))
+    return load_family(next(iter(FAMILIES)))
+
+
+def family_of(config: EncoderConfig) -> EncoderFamily:
+    """The family of a configuration.
+
+    Raises:
+        ValueError: when its class belongs to no registered family.
+    """
+    for name in FAMILIES:
+        family = load_family(name)
+        if type(config) is family.config:
+            return family
+    raise ValueError(f"{type(config).__name__} belongs to no registered encoder family; known: {', '.join(FAMILIES)}")
 
 
 def build(config: EncoderConfig, checkpoint_activations: bool = False, sequential_attention: int | None = None) -> Encoder:
-    """A freshly initialized encoder, with the kernels of its family put in; the arguments are as of `Encoder`.
+    """A freshly initialized encoder with the kernels of its family. The arguments are those of `Encoder`.
 
     Raises:
         ValueError: as `Encoder`.
@@ -47,12 +55,12 @@ def build(config: EncoderConfig, checkpoint_activations: bool = False, sequentia
     return family_of(config).build(config, checkpoint_activations, sequential_attention)
 
 
-# --- Presets ---------------------------------------------------------------------------------------------------------
+# --- presets -----------------------------------------------------------------------------------------------------------
 
 
 def presets() -> dict[str, EncoderConfig]:
-    """Every preset of every family by its name."""
-    return {name: config for known in FAMILIES for name, config in family(known).presets.items()}
+    """The presets of all families by name."""
+    return {preset: config for name in FAMILIES for preset, config in load_family(name).presets.items()}
 
 
 def preset_config(preset: str, **overrides: Any) -> EncoderConfig:
@@ -68,14 +76,14 @@ def preset_config(preset: str, **overrides: Any) -> EncoderConfig:
 
 
 def preset_name(config: EncoderConfig) -> str | None:
-    """The preset of this size, whatever the windows, channels and patches; None where there is none."""
+    """The preset whose `size_fields` are equal to those of `config`; None if there is none."""
     for name, preset in family_of(config).presets.items():
-        if all(getattr(config, key) == getattr(preset, key) for key in config.size_fields):
+        if all(getattr(config, field) == getattr(preset, field) for field in config.size_fields):
             return name
     return None
 
 
-# --- Configurations as plain values ------------------------------------------------------------------------------------
+# --- configurations as plain values --------------------------------------------------------------------------------------
 
 
 def config_as_dict(config: EncoderConfig) -> dict[str, Any]:
@@ -84,15 +92,12 @@ def config_as_dict(config: EncoderConfig) -> dict[str, Any]:
 
 
 def config_from_dict(values: Mapping[str, Any]) -> EncoderConfig:
-    """The inverse of `config_as_dict`; without a family's name SwinV2, as files of version 0.1 have it.
+    """The inverse of `config_as_dict`. Without a family it is SwinV2: files of version 0.1 name none.
 
     Raises:
         ValueError: for an unknown family or field, and for values out of range.
     """
-    values = dict(values)
-    found = family(str(values.pop(FAMILY_KEY, default_family().name)))
-    known = found.config.__dataclass_fields__  # type: ignore[attr-defined]
-    for name in values:
-        if name not in known:
-            raise ValueError(f"unknown encoder setting {name!r}{did_you_mean(name, known)}")
-    return found.config(**values)
+    fields = {key: value for key, value in values.items() if key != FAMILY_KEY}
+    family = load_family(str(values[FAMILY_KEY])) if FAMILY_KEY in values else default_family()
+    check_fields(family.config, fields)
+    return family.config(**fields)

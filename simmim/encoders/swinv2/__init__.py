@@ -1,8 +1,6 @@
-"""Swin Transformer V2 (arXiv 2111.09883)."""
+"""The Swin Transformer V2 (arXiv 2111.09883)."""
 
 from __future__ import annotations
-
-from typing import Any
 
 from simmim.encoders.base import EncoderFamily
 from simmim.encoders.swinv2.config import PRESETS, SwinV2Config
@@ -12,11 +10,19 @@ from simmim.encoders.swinv2.model import SwinV2
 __all__ = ["FAMILY", "PRESETS", "SwinV2", "SwinV2Config", "build"]
 
 
-def build(config: SwinV2Config, *arguments: Any) -> SwinV2:
-    """A freshly initialized encoder with the kernels put in."""
+def build(config: SwinV2Config, checkpoint_activations: bool = False, sequential_attention: int | None = None) -> SwinV2:
+    """A freshly initialized encoder with kernels."""
     from simmim.encoders.swinv2 import kernels
 
-    return kernels.use(SwinV2(config, *arguments))
+    return kernels.use(SwinV2(config, checkpoint_activations, sequential_attention))
 
 
-FAMILY = EncoderFamily("swinv2", "SwinV2", SwinV2Config, build, PRESETS, "arXiv 2111.09883", SwinV2Cost())
+FAMILY = EncoderFamily(
+    name="swinv2",
+    title="SwinV2",
+    config=SwinV2Config,
+    build=build,
+    presets=PRESETS,
+    paper="arXiv 2111.09883",
+    cost=SwinV2Cost(),
+)

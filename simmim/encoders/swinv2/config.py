@@ -1,4 +1,4 @@
-"""The configuration of a Swin Transformer V2 and the presets of the papers."""
+"""The configuration of a Swin Transformer V2, and the presets of the papers."""
 
 from __future__ import annotations
 
@@ -15,24 +15,23 @@ from simmim.messages import did_you_mean
 
 @dataclass(frozen=True)
 class SwinV2Config(EncoderConfig):
-    """Architecture of one encoder.
+    """The architecture of one Swin Transformer V2.
 
     Args:
-        embed_dim: C, channels of the first stage; each further stage doubles it.
-        depths: blocks of each stage, 1 to 5 stages.
-        num_heads: attention heads of each stage; each divides its stage's channels.
-        window_size: side of the attention windows in tokens; shrinks to the feature map where that is smaller.
-        pretrained_window_sizes: for each stage the window its weights were pre-trained with, a number or height and
-            width, by which the position-bias coordinates are scaled; None scales by the window in use, as in
-            pre-training.
+        embed_dim: C, channels of the first stage. Each further stage doubles them.
+        depths: number of blocks of each stage; 1 to 5 stages.
+        num_heads: number of attention heads of each stage. It divides the stage's channels.
+        window_size: side of the attention windows in tokens. Where the feature map is smaller, the window is the map.
+        pretrained_window_sizes: the window that each stage was pre-trained with, one number or (height, width). It scales
+            the coordinates of the position bias. None scales by the window in use, as in pre-training.
         patch_size: side of a patch in pixels.
         in_channels: channels of the images.
-        mlp_ratio: hidden channels of the block's MLP over its channels.
-        drop_path_rate: stochastic-depth probability of the last block; rises linearly from 0 at the first.
-        extra_norm_every: the paper's additional layer norm on the main path after every this many blocks of the third
-            stage (6 for huge and giants); 0 for none.
-        shift_before_padding: where windows do not divide the map, shift it first and pad then, as timm does; else the
-            other way round, as transformers and published dense-prediction code do.
+        mlp_ratio: hidden channels of a block's MLP per channel.
+        drop_path_rate: stochastic-depth probability of the last block. It rises linearly from 0 at the first block.
+        extra_norm_every: number of blocks between the paper's additional layer norms on the main path of the third stage
+            (6 for huge and giants); 0 for none.
+        shift_before_padding: if windows do not divide the map, shift it first and pad it then, as timm does. Otherwise pad
+            first, as transformers and published dense-prediction code do.
 
     Raises:
         ValueError: for a setting out of range, saying what was expected.
@@ -50,41 +49,12 @@ class SwinV2Config(EncoderConfig):
     extra_norm_every: int = 0
     shift_before_padding: bool = False
 
+    input_projection: ClassVar[str] = "patch_embed.proj.weight"
+    size_fields: ClassVar[tuple[str, ...]] = ("embed_dim", "depths", "num_heads", "mlp_ratio", "extra_norm_every")
+
     def __post_init__(self) -> None:
-        for name in ("embed_dim", "window_size", "patch_size", "in_channels", "extra_norm_every"):
-            if not isinstance(getattr(self, name), int):
-                raise ValueError(f"{name} is {getattr(self, name)!r}: give a whole number")
-        for name in ("mlp_ratio", "drop_path_rate"):
-            if not isinstance(getattr(self, name), int | float):
-                raise ValueError(f"{name} is {getattr(self, name)!r}: give a number")
-        for name in ("depths", "num_heads"):  # lists arrive from YAML and JSON
-            values = getattr(self, name)
-            if not isinstance(values, list | tuple) or not all(isinstance(value, int) for value in values):
-                raise ValueError(f"{name} is {values!r}: give a list with one whole number a stage")
-            object.__setattr__(self, name, tuple(values))
-        if self.pretrained_window_sizes is not None:
-            if not isinstance(self.pretrained_window_sizes, list | tuple):
-                raise ValueError(f"pretrained_window_sizes is {self.pretrained_window_sizes!r}: give a list, one a stage")
-            sizes = tuple(tuple(size) if isinstance(size, list) else size for size in self.pretrained_window_sizes)
-            object.__setattr__(self, "pretrained_window_sizes", sizes)
-        if not 1 <= len(self.depths) <= 5 or min(self.depths) < 1:
-            raise ValueError(f"depths is {self.depths}: give 1 to 5 stages with at least one block each")
-        if len(self.num_heads) != len(self.depths):
-            raise ValueError(
-                f"num_heads {self.num_heads} has {len(self.num_heads)} stages and depths {self.depths} has "
-                f"{len(self.depths)}: give one number of heads a stage"
-            )
-        for dim, heads in zip(self.dims, self.num_heads):
-            if heads < 1 or dim % heads:
-                raise ValueError(f"{heads} heads do not divide a stage's {dim} channels: num_heads {self.num_heads}")
-        if self.pretrained_window_sizes is not None:
-            sides = [side for window in map(as_pair, self.pretrained_window_sizes) for side in window]
-            whole = all(isinstance(side, int) and side > 0 for side in sides)
-            if len(sides) != 2 * len(self.depths) or not whole:
-                raise ValueError(
-                    f"pretrained_window_sizes is {self.pretrained_window_sizes}: give one positive size a stage, "
-                    f"{len(self.depths)} in all"
-                )
+        self._check_types()
+        self._check_stages()
         for name in ("embed_dim", "window_size", "patch_size", "in_channels"):
             if getattr(self, name) < 1:
                 raise ValueError(f"{name} is {getattr(self, name)}: give a positive number")
@@ -95,8 +65,44 @@ class SwinV2Config(EncoderConfig):
         if self.extra_norm_every < 0:
             raise ValueError(f"extra_norm_every is {self.extra_norm_every}: give 0 for none, or a number of blocks")
 
-    input_projection: ClassVar[str] = "patch_embed.proj.weight"
-    size_fields: ClassVar[tuple[str, ...]] = ("embed_dim", "depths", "num_heads", "mlp_ratio", "extra_norm_every")
+    def _check_types(self) -> None:
+        """Values from YAML and JSON may have any type. Lists become tuples."""
+        for name in ("embed_dim", "window_size", "patch_size", "in_channels", "extra_norm_every"):
+            if not isinstance(getattr(self, name), int):
+                raise ValueError(f"{name} is {getattr(self, name)!r}: give a whole number")
+        for name in ("mlp_ratio", "drop_path_rate"):
+            if not isinstance(getattr(self, name), int | float):
+                raise ValueError(f"{name} is {getattr(self, name)!r}: give a number")
+        for name in ("depths", "num_heads"):
+            values = getattr(self, name)
+            if not isinstance(values, list | tuple) or not all(isinstance(value, int) for value in values):
+                raise ValueError(f"{name} is {values!r}: give a list with one whole number per stage")
+            object.__setattr__(self, name, tuple(values))
+        if self.pretrained_window_sizes is not None:
+            if not isinstance(self.pretrained_window_sizes, list | tuple):
+                raise ValueError(f"pretrained_window_sizes is {self.pretrained_window_sizes!r}: give a list with one size per stage")
+            sizes = tuple(tuple(size) if isinstance(size, list) else size for size in self.pretrained_window_sizes)
+            object.__setattr__(self, "pretrained_window_sizes", sizes)
+
+    def _check_stages(self) -> None:
+        if not 1 <= len(self.depths) <= 5 or min(self.depths) < 1:
+            raise ValueError(f"depths is {self.depths}: give 1 to 5 stages with at least one block each")
+        if len(self.num_heads) != len(self.depths):
+            raise ValueError(
+                f"num_heads {self.num_heads} has {len(self.num_heads)} stages and depths {self.depths} has "
+                f"{len(self.depths)}: give one number of heads per stage"
+            )
+        for dim, heads in zip(self.dims, self.num_heads):
+            if heads < 1 or dim % heads:
+                raise ValueError(f"{heads} heads do not divide a stage's {dim} channels: num_heads {self.num_heads}")
+        if self.pretrained_window_sizes is not None:
+            sides = [side for window in map(as_pair, self.pretrained_window_sizes) for side in window]
+            whole = all(isinstance(side, int) and side > 0 for side in sides)
+            if len(sides) != 2 * len(self.depths) or not whole:
+                raise ValueError(
+                    f"pretrained_window_sizes is {self.pretrained_window_sizes}: give one positive size per stage, "
+                    f"{len(self.depths)} in all"
+                )
 
     @property
     def dims(self) -> tuple[int, ...]:
@@ -105,7 +111,7 @@ class SwinV2Config(EncoderConfig):
 
     @property
     def channels(self) -> tuple[int, ...]:
-        """Channels of each stage, as every encoder names them."""
+        """Channels of each stage: `dims` under the name that all encoders share."""
         return self.dims
 
     @property
@@ -115,12 +121,12 @@ class SwinV2Config(EncoderConfig):
 
     @property
     def num_blocks(self) -> int:
-        """Blocks in all stages."""
+        """Number of blocks in all stages."""
         return sum(self.depths)
 
     @property
     def default_drop_path(self) -> float:
-        """As published: 0.1, and 0.2 from large on; none for encoders so shallow that each block counts."""
+        """As published: 0.1, and 0.2 for large and above. 0 for fewer than 8 blocks, each of which matters."""
         if self.num_blocks < 8:
             return 0.0
         return 0.2 if self.embed_dim >= 192 else 0.1
@@ -144,7 +150,7 @@ class SwinV2Config(EncoderConfig):
     # --- windows -----------------------------------------------------------------------------------------------------
 
     def windows(self, image_size: Size) -> tuple[Size, ...]:
-        """The window each stage uses on images of `image_size`: `window_size`, or the feature map if smaller."""
+        """The window of each stage on images of `image_size`: `window_size`, or the feature map if that is smaller."""
         height, width = (-(-side // self.patch_size) for side in image_size)
         windows = []
         for _ in self.depths:
@@ -153,7 +159,7 @@ class SwinV2Config(EncoderConfig):
         return tuple(windows)
 
     def windows_divide(self, image_size: Size) -> bool:
-        """Whether the windows of every stage divide its map on images of `image_size`."""
+        """Whether on images of `image_size` the window of each stage divides its map."""
         height, width = (-(-side // self.patch_size) for side in image_size)
         for window in self.windows(image_size):
             if height % window[0] or width % window[1]:
@@ -161,36 +167,38 @@ class SwinV2Config(EncoderConfig):
             height, width = -(-height // 2), -(-width // 2)
         return True
 
-    def for_image_size(self, image_size: Size) -> dict[str, Any]:
-        """A window of a quarter of the first stage's map as published (12 at 192 px, patch 4), at least 4."""
+    def fields_for_size(self, image_size: Size) -> dict[str, Any]:
+        """A window of a quarter of the first stage's map, as published (12 at 192 px and patch 4), at least 4."""
         return {"window_size": max(min(image_size) // self.patch_size // 4, 4)}
 
-    def moved(self, trained_size: Size, image_size: Size) -> SwinV2Config:
-        """With a window that sees the same share of the image: 12 at 192 px, 14 at 224."""
+    def adapt_to_size(self, trained_size: Size, image_size: Size) -> SwinV2Config:
+        """A copy whose window covers the same share of the image: 12 at 192 px, 14 at 224 px."""
         return replace(self, window_size=max(1, round(self.window_size * min(image_size) / min(trained_size))))
 
-    def trained_at(self, image_size: Size) -> SwinV2Config:
-        """With the windows of pre-training written down, unless they already are: whoever loads the weights at another
-        window gets the position bias scaled as the weights expect it."""
+    def with_training_size(self, image_size: Size) -> SwinV2Config:
+        """A copy that records the windows of pre-training, unless they are recorded already.
+
+        Weights that are loaded with another window then get a position bias scaled as they were trained with.
+        """
         if self.pretrained_window_sizes is not None:
             return self
         sizes = tuple(height if height == width else (height, width) for height, width in self.windows(image_size))
         return replace(self, pretrained_window_sizes=sizes)
 
-    def untrained(self) -> SwinV2Config:
-        """Without windows of pre-training."""
+    def without_training_size(self) -> SwinV2Config:
+        """A copy without windows of pre-training."""
         return replace(self, pretrained_window_sizes=None)
 
     # --- weights -----------------------------------------------------------------------------------------------------
 
     @classmethod
-    def infer(cls, state: Mapping[str, Tensor]) -> dict[str, Any]:
-        """As `infer_architecture`."""
+    def infer_fields(cls, state: Mapping[str, Tensor]) -> dict[str, Any]:
+        """Fields that follow from names and shapes of weights (`infer_architecture`)."""
         return infer_architecture(state)
 
-    def adapt(self, state: State, config: EncoderConfig) -> tuple[State, tuple[str, ...]]:
-        """As of every encoder; weights move to other windows as they are, by the continuous position bias."""
-        state, notes = super().adapt(state, config)
+    def adapt_weights(self, state: State, config: EncoderConfig) -> tuple[State, tuple[str, ...]]:
+        """As `EncoderConfig.adapt_weights`. Another window needs no change: the position bias is continuous."""
+        state, notes = super().adapt_weights(state, config)
         if config.window_size != self.window_size:
             trained = ", ".join(map(str, config.pretrained_window_sizes or ("in use",)))
             notes += (
@@ -200,7 +208,7 @@ class SwinV2Config(EncoderConfig):
 
 
 def as_pair(size: int | Size) -> Size:
-    """One number for both sides, or height and width as they are."""
+    """(height, width) of a size that may be one number for both."""
     return (size, size) if isinstance(size, int) else size
 
 

@@ -1,9 +1,10 @@
-"""Coordinates, indices and attention masks of windows: all that depends on sizes alone (sections 3.2 and 3.3 of the paper).
+"""Coordinates, indices and attention masks of windows: what depends on sizes alone (sections 3.2 and 3.3 of the paper).
 
-They are cached here and not in buffers, so that one model takes any image size and a checkpoint holds nothing but learned
-weights. They are built outside inference mode, because a tensor made in an evaluation may be needed by a backward pass later.
+They are cached here instead of in buffers. One model then supports any image size, and a checkpoint holds learned weights
+only. They are computed outside inference mode, because a backward pass may need a tensor that an evaluation has cached.
 
-Shape letters: M windows of one image, N tokens of one window. Sizes are (height, width).
+Shape letters: B images, H W height and width of a feature map in tokens, C channels, M windows of one image, N tokens of one
+window. Sizes are (height, width).
 """
 
 from __future__ import annotations
@@ -18,16 +19,17 @@ from torch import Tensor
 
 from simmim.encoders.base import Size
 
-# Added to the logits of token pairs that the cyclic shift brought together. The reference's value: below every logit at
-# the initial temperature (−10 to 26), though not below every one at the lowest (−100 to 116).
+# Added to the logit of two tokens that only the cyclic shift brought into one window. The value of the reference: it is below
+# every logit at the initial temperature (−10 to 26), but not at the lowest (−100 to 116).
 MASKED_LOGIT = -100.0
 
 
 @lru_cache(maxsize=256)
 def log_spaced_coords(window: Size, pretrained: Size, device: torch.device) -> Tensor:
-    """Log-spaced relative coordinates of all pairs of tokens in a window, equation 4 of the paper.
+    """Log-spaced coordinates of all offsets between two tokens of a window, equation 4 of the paper.
 
-    Offsets are scaled so that the pre-training window spans ±8, then sign(x) · log2(1 + |x|) / log2(8).
+    An offset is scaled to x, such that those of the pre-training window are from −8 to 8. Its coordinate is
+    sign(x) · log2(1 + |x|) / log2(8).
 
     Returns:
         ((2·height − 1) · (2·width − 1), 2) float32, rows first.
@@ -43,7 +45,7 @@ def log_spaced_coords(window: Size, pretrained: Size, device: torch.device) -> T
 
 @lru_cache(maxsize=256)
 def relative_position_index(window: Size, device: torch.device) -> Tensor:
-    """For each pair of a window's tokens the row of `log_spaced_coords` that holds their offset: (N · N,) int64."""
+    """The row of `log_spaced_coords` for the offset of each pair of tokens in a window: (N · N,) int64."""
     height, width = window
     with torch.inference_mode(False), torch.no_grad():
         rows = torch.arange(height, device=device).repeat_interleave(width)
@@ -55,41 +57,37 @@ def relative_position_index(window: Size, device: torch.device) -> Tensor:
 
 @lru_cache(maxsize=64)
 def shift_regions(size: Size, window: Size, shift: Size, device: torch.device) -> Tensor:
-    """Which tokens of the shifted windows are neighbors in the image: those of one window with the same label.
+    """The region of each token of the shifted windows. Tokens of one window and region are neighbors in the image.
 
     Args:
-        size: the feature map in tokens, a multiple of the window.
+        size: of the feature map, a multiple of the window.
 
     Returns:
-        (M, N) int64 labels from 0 to 3.
+        (M, N) int64, regions 0 to 3.
     """
     with torch.inference_mode(False), torch.no_grad():
-        # The last `shift` rows and columns of the shifted map came from the image's other side.
-        rows, columns = (torch.arange(side, device=device) >= side - moved for side, moved in zip(size, shift))
+        # The last `shift` rows and columns of the shifted map come from the other side of the image.
+        rows, columns = (torch.arange(side, device=device) >= side - offset for side, offset in zip(size, shift))
         return rearrange(rows[:, None] * 2 + columns[None, :].long(), "(m p) (n q) -> (m n) (p q)", p=window[0], q=window[1])
 
 
 @lru_cache(maxsize=64)
 def shift_mask(size: Size, window: Size, shift: Size, device: torch.device) -> Tensor:
-    """What keeps apart the tokens of a shifted window that are not neighbors in the image, for all windows.
-
-    Returns:
-        (M, N, N) as from `additive_mask`.
-    """
+    """The attention mask of the shifted windows, (M, N, N) float32, by which tokens attend within their region only."""
     with torch.inference_mode(False), torch.no_grad():
         return additive_mask(shift_regions(size, window, shift, device))
 
 
 def additive_mask(regions: Tensor) -> Tensor:
-    """Labels, (M, N), to what is added to the logits, (M, N, N) float32: 0 inside a region, else `MASKED_LOGIT`."""
+    """Regions, (M, N), to a mask that is added to the logits, (M, N, N) float32: 0 within a region, else `MASKED_LOGIT`."""
     return (regions[:, :, None] != regions[:, None, :]).to(torch.float32) * MASKED_LOGIT
 
 
-# --- Maps to windows ---------------------------------------------------------------------------------------------------
+# --- maps to windows ---------------------------------------------------------------------------------------------------
 
 
 def partition(x: Tensor, window: Size, shift: Size, padded: Size, shift_before_padding: bool) -> Tensor:
-    """(B, H, W, C) to windows, (B · M, N, C), padded to whole ones and shifted, in the order that is asked for."""
+    """(B, H, W, C) to windows, (B · M, N, C), of the map padded to the size `padded` and shifted up and left by `shift`."""
     back = (-shift[0], -shift[1])
     x = pad_to(roll(x, back), padded) if shift_before_padding else roll(pad_to(x, padded), back)
     return rearrange(x, "b (m p) (n q) c -> (b m n) (p q) c", p=window[0], q=window[1])
@@ -98,7 +96,7 @@ def partition(x: Tensor, window: Size, shift: Size, padded: Size, shift_before_p
 def merge_windows(
     windows: Tensor, window: Size, shift: Size, padded: Size, size: Size, shift_before_padding: bool
 ) -> Tensor:
-    """The inverse of `partition`: windows, (B · M, N, C), to a map of `size`, (B, H, W, C)."""
+    """The inverse of `partition`: windows, (B · M, N, C), to the map of `size` without padding, (B, H, W, C)."""
     rows, columns = padded[0] // window[0], padded[1] // window[1]
     x = rearrange(windows, "(b m n) (p q) c -> b (m p) (n q) c", m=rows, n=columns, p=window[0], q=window[1])
     if shift_before_padding:
@@ -107,11 +105,11 @@ def merge_windows(
 
 
 def roll(x: Tensor, shift: Size) -> Tensor:
-    """(B, H, W, C) moved cyclically down and right."""
+    """(B, H, W, C), shifted cyclically down and right."""
     return x.roll(shift, dims=(1, 2)) if any(shift) else x
 
 
 def pad_to(x: Tensor, size: Size) -> Tensor:
-    """(B, H, W, C) with zeros below and right of it."""
+    """(B, H, W, C), padded to `size` with zeros at the bottom and right."""
     bottom, right = size[0] - x.shape[1], size[1] - x.shape[2]
     return F.pad(x, (0, 0, 0, right, 0, bottom)) if bottom or right else x

@@ -1,7 +1,7 @@
 """The Swin Transformer V2 encoder (arXiv 2111.09883).
 
-Read it from top to bottom as the paper's section 3: log-spaced continuous position bias (3.3), scaled cosine attention and
-residual post-norm (3.2), stages and variants (3.5).
+It follows section 3 of the paper: scaled cosine attention and log-spaced continuous position bias (3.2, 3.3), blocks with
+residual post-norm (3.2), patch embedding and merging, stages and variants (3.5).
 
 Shape letters: B images, H W height and width of a feature map in tokens, C channels, h heads, D channels of a head,
 M windows of one image, N tokens of one window. Sizes are (height, width). Images are (B, channels, height, width);
@@ -33,15 +33,17 @@ from simmim.execution import at_least_float32, without_autocast
 
 MAX_LOGIT_SCALE = math.log(100.0)  # temperature never below 0.01, section 3.2
 INITIAL_LOGIT_SCALE = math.log(10.0)
-CPB_HIDDEN = 512
-# Sequential attention takes fewer heads at once where a piece of all heads would have more logits: 64 MiB in float32.
+MAX_BIAS = 16.0  # of the position bias, which is between 0 and this
+CPB_HIDDEN = 512  # of the MLP of the continuous position bias, section 3.3
+SMALLEST_NORM = 1e-12  # by which queries and keys are divided; torch's default
+# The most logits of a piece of sequential attention, which computes fewer heads at a time to stay below: 64 MiB in float32.
 PIECE_LOGITS = 2**24
 
 
 class WindowAttention(nn.Module):
     """Scaled cosine attention inside windows with log-spaced continuous position bias (sections 3.2 and 3.3).
 
-    similarity(i, j) = cos(q_i, k_j) / τ + B_ij, with 1 / τ = exp(logit_scale) per head, never above 100, and
+    similarity(i, j) = cos(q_i, k_j) / τ + B_ij, with 1 / τ = exp(logit_scale) per head, at most 100, and
     B = 16 · sigmoid(MLP(log-spaced offset)). Queries and values have a bias, keys have none.
     """
 
@@ -56,14 +58,17 @@ class WindowAttention(nn.Module):
         self.proj = nn.Linear(dim, dim)
 
     def position_table(self, window: Size, pretrained: Size) -> Tensor:
-        """B of equation 3 for each offset between two tokens of a window, in the order of `log_spaced_coords`:
-        ((2·height − 1) · (2·width − 1), h), at least float32."""
+        """B of equation 3 for each offset between two tokens of a window, in the order of `log_spaced_coords`.
+
+        Returns:
+            ((2·height − 1) · (2·width − 1), h), at least float32.
+        """
         weight = self.cpb_mlp[0].weight
         coords = log_spaced_coords(window, pretrained, weight.device).to(weight.dtype)
-        return bias_of_offsets(self.cpb_mlp, coords)
+        return MAX_BIAS * torch.sigmoid(at_least_float32(self.cpb_mlp(coords)))
 
     def position_bias(self, window: Size, pretrained: Size) -> Tensor:
-        """B of equation 3 for one window: (h, N, N), at least float32."""
+        """B of equation 3 for each pair of tokens of a window: (h, N, N), at least float32."""
         table = self.position_table(window, pretrained)
         return bias_of_pairs(table, relative_position_index(window, table.device))
 
@@ -78,7 +83,7 @@ class WindowAttention(nn.Module):
 
         Args:
             mask: (M, N, N) as from `shift_mask`, or (M, N) as from `shift_regions`; None where windows are not shifted.
-            windows_at_once: attend piece by piece (`attend_in_pieces`); None to all windows together.
+            windows_at_once: number of windows to attend to at a time (`attend_sequentially`); None for all.
         """
         qkv_bias = torch.cat((self.q_bias, torch.zeros_like(self.q_bias), self.v_bias))
         qkv = rearrange(F.linear(x, self.qkv.weight, qkv_bias), "b n (t h d) -> b n t h d", t=3, h=self.num_heads)
@@ -88,25 +93,25 @@ class WindowAttention(nn.Module):
         if windows_at_once is None:
             mixed = attend(qkv, scale, table, index, mask)
         else:
-            mixed = attend_in_pieces(qkv, scale, table, index, mask, windows_at_once)
+            mixed = attend_sequentially(qkv, scale, table, index, mask, windows_at_once)
         return self.proj(mixed.flatten(-2))
 
 
 def attend(qkv: Tensor, scale: Tensor, table: Tensor, index: Tensor, mask: Tensor | None) -> Tensor:
-    """Scaled cosine attention of each window to itself: (B · M, N, 3, h, D) to (B · M, N, h, D).
+    """Scaled cosine attention within each window: (B · M, N, 3, h, D) to (B · M, N, h, D).
 
     Args:
         scale: (h, 1, 1), 1 / τ.
-        table: position bias of each offset, (offsets, h), and
-        index: the offset of each pair of tokens, (N · N,), as `relative_position_index`.
+        table: (offsets, h), the position bias of each offset.
+        index: (N · N,), the offset of each pair of tokens, as from `relative_position_index`.
         mask: as in `WindowAttention.forward`.
     """
     q, k, v = rearrange(qkv, "b n t h d -> t b h n d")
-    # Logits reach 100 + 16: bfloat16, with 8 bits, would round them to halves. Logits, bias and softmax are
-    # float32 under autocast; what they weigh may be bfloat16.
+    # Logits reach 100 + 16, which bfloat16, with 8 bits, would round to multiples of 0.5. So logits, bias and softmax are
+    # float32 under autocast. Values may be bfloat16.
     with without_autocast(qkv.device):
-        q = F.normalize(at_least_float32(q), dim=-1)
-        k = F.normalize(at_least_float32(k), dim=-1)
+        q = F.normalize(at_least_float32(q), dim=-1, eps=SMALLEST_NORM)
+        k = F.normalize(at_least_float32(k), dim=-1, eps=SMALLEST_NORM)
         logits = (q * scale) @ k.transpose(-2, -1) + bias_of_pairs(table, index)
         if mask is not None:
             mask = additive_mask(mask) if mask.ndim == 2 else mask
@@ -116,45 +121,40 @@ def attend(qkv: Tensor, scale: Tensor, table: Tensor, index: Tensor, mask: Tenso
     return rearrange(attention.to(v.dtype) @ v, "b h n d -> b n h d")
 
 
-def attend_in_pieces(
+def attend_sequentially(
     qkv: Tensor, scale: Tensor, table: Tensor, index: Tensor, regions: Tensor | None, windows_at_once: int
 ) -> Tensor:
-    """`attend`, to so many windows and as many heads as `PIECE_LOGITS` allows, one piece after another: the paper's
-    sequential self-attention computation.
+    """`attend` to one piece after another: the sequential self-attention computation of section 3.4.
 
-    The backward pass computes each piece again, so neither pass holds the logits or biases of more than one.
+    A piece has `windows_at_once` windows and as many heads as `PIECE_LOGITS` allows. The backward pass computes each
+    piece again, so neither pass holds the logits or biases of more than one.
 
     Args:
         regions: (M, N) as from `shift_regions`; None where windows are not shifted.
     """
-    logits_a_head = min(windows_at_once, len(qkv)) * qkv.shape[1] ** 2
-    heads_at_once = max(PIECE_LOGITS // logits_a_head, 1)
-    # Splits and not slices: the gradient of every slice would be as large as the whole.
+    logits_per_head = min(windows_at_once, len(qkv)) * qkv.shape[1] ** 2
+    heads_at_once = max(PIECE_LOGITS // logits_per_head, 1)
+    # Splits and not slices: the gradient of each slice would be as large as the whole.
     groups, scales, tables = qkv.split(windows_at_once), scale.split(heads_at_once), table.split(heads_at_once, dim=1)
-    labels = [None] * len(groups)
+    region_groups = [None] * len(groups)
     if regions is not None:
-        labels = regions.repeat(len(qkv) // len(regions), 1).split(windows_at_once)
+        region_groups = regions.repeat(len(qkv) // len(regions), 1).split(windows_at_once)
     mixed = []
-    for group, label in zip(groups, labels):
+    for group, group_regions in zip(groups, region_groups):
         pieces = zip(group.split(heads_at_once, dim=3), scales, tables)
-        mixed.append(torch.cat([recomputed(attend, *piece, index, label) for piece in pieces], dim=2))
+        mixed.append(torch.cat([recompute(attend, *piece, index, group_regions) for piece in pieces], dim=2))
     return torch.cat(mixed)
 
 
-def recomputed(function, *args):
-    """function(*args), computed again in the backward pass, which so keeps nothing but `args`. Nothing random."""
+def recompute(function, *arguments):
+    """function(*arguments), computed again in the backward pass, so that only `arguments` are kept. Nothing random in it."""
     if not torch.is_grad_enabled():
-        return function(*args)
-    return checkpoint(function, *args, use_reentrant=False, preserve_rng_state=False)
-
-
-def bias_of_offsets(mlp: nn.Module, coords: Tensor) -> Tensor:
-    """B of equation 3 for coordinates, (offsets, 2): (offsets, h), at least float32."""
-    return 16 * torch.sigmoid(at_least_float32(mlp(coords)))
+        return function(*arguments)
+    return checkpoint(function, *arguments, use_reentrant=False, preserve_rng_state=False)
 
 
 def bias_of_pairs(table: Tensor, index: Tensor) -> Tensor:
-    """A value for each offset, (offsets, h), to one for each pair of tokens, (h, N, N)."""
+    """The position bias of each offset, (offsets, h), to that of each pair of tokens, (h, N, N)."""
     return rearrange(table.index_select(0, index), "(i j) h -> h i j", i=math.isqrt(len(index)))
 
 
@@ -172,24 +172,24 @@ class Mlp(nn.Module):
 
 
 class DropPath(nn.Module):
-    """Stochastic depth (arXiv 1603.09382): in training, drops a branch for a whole image with probability `rate`."""
+    """Stochastic depth (arXiv 1603.09382): in training, drops a branch of an image with probability `rate`."""
 
     def __init__(self, rate: float) -> None:
         super().__init__()
         self.rate = rate
 
     def forward(self, x: Tensor) -> Tensor:
-        if not self.active:
+        if not self.is_active:
             return x
         return x * self.factors(x).view(-1, *(1,) * (x.ndim - 1))
 
     @property
-    def active(self) -> bool:
-        """Whether anything is dropped."""
+    def is_active(self) -> bool:
+        """Whether branches are dropped."""
         return self.training and self.rate > 0.0
 
     def factors(self, x: Tensor) -> Tensor:
-        """0 or 1 / (1 − rate) for each image of x: (B,)."""
+        """Random factors of the branch, 0 or 1 / (1 − rate) per image of x: (B,)."""
         return x.new_empty(len(x)).bernoulli_(1 - self.rate) / (1 - self.rate)
 
     def extra_repr(self) -> str:
@@ -197,10 +197,10 @@ class DropPath(nn.Module):
 
 
 class SwinV2Block(nn.Module):
-    """Shifted-window attention and MLP, each normalized before it joins the main path (residual post-norm).
+    """Shifted-window attention and MLP, each normalized before it is added to the main path (residual post-norm).
 
-    Maps that the window does not divide are padded with zeros at the bottom and right and cropped after; padded tokens
-    are attended to like any other. `shift_before_padding` is as in `SwinV2Config`.
+    Maps that the window does not divide are padded with zeros at the bottom and right, and cropped afterwards. Padding
+    tokens are attended to like any other. `shift_before_padding` is that of `SwinV2Config`.
     """
 
     def __init__(
@@ -226,36 +226,37 @@ class SwinV2Block(nn.Module):
         self.norm3 = nn.LayerNorm(dim) if extra_norm else nn.Identity()
 
     def forward(self, x: Tensor, windows_at_once: int | None = None) -> Tensor:
-        """(B, H, W, C) to the same shape, attending to this number of windows at a time; None for all."""
+        """(B, H, W, C) to the same shape. `windows_at_once` is that of `WindowAttention.forward`."""
         x = x + self.drop_path(self.norm1(self.windowed_attention(x, windows_at_once)))
         x = x + self.drop_path(self.norm2(self.mlp(x)))
         return self.norm3(x)
 
+    def windowed_attention(self, x: Tensor, windows_at_once: int | None = None) -> Tensor:
+        """Attention within the block's windows: pad, shift, partition, attend, and back."""
+        size = x.shape[1:3]
+        window, shift, padded = self.geometry(size)
+        windows = partition(x, window, shift, padded, self.shift_before_padding)
+        # The mask of all windows has N times as many numbers as their regions. In sequential attention it would be the
+        # largest tensor.
+        make_mask = shift_mask if windows_at_once is None else shift_regions
+        mask = make_mask(padded, window, shift, x.device) if any(shift) else None
+        windows = self.attn(windows, window, self.pretrained(window), mask, windows_at_once)
+        return merge_windows(windows, window, shift, padded, size, self.shift_before_padding)
+
     def geometry(self, size: Size) -> tuple[Size, Size, Size]:
-        """On a map of `size`: the window, its shift, and the size padded to whole windows."""
+        """The window, its shift and the size padded to whole windows, for a map of `size`."""
         window = tuple(min(self.window_size, side) for side in size)
-        # A map that one window covers has nothing to shift.
+        # An axis that one window covers is not shifted.
         shift = tuple(w // 2 if self.shifted and side > w else 0 for side, w in zip(size, window))
         return window, shift, tuple(-(-side // w) * w for side, w in zip(size, window))
 
     def pretrained(self, window: Size) -> Size:
-        """The window by which position-bias coordinates are scaled."""
+        """The window that scales the coordinates of the position bias."""
         return as_pair(self.pretrained_window) if self.pretrained_window else window
-
-    def windowed_attention(self, x: Tensor, windows_at_once: int | None = None) -> Tensor:
-        """Attention inside the block's windows: pad, shift, partition, attend, and back."""
-        size = x.shape[1:3]
-        window, shift, padded = self.geometry(size)
-        windows = partition(x, window, shift, padded, self.shift_before_padding)
-        # The mask of all windows, N times their labels, would be the largest tensor left in sequential attention.
-        mask_of = shift_mask if windows_at_once is None else shift_regions
-        mask = mask_of(padded, window, shift, x.device) if any(shift) else None
-        windows = self.attn(windows, window, self.pretrained(window), mask, windows_at_once)
-        return merge_windows(windows, window, shift, padded, size, self.shift_before_padding)
 
 
 class PatchEmbed(nn.Module):
-    """Patches to tokens by one linear layer, then a norm. Images that the patch does not divide are padded with 0."""
+    """Patches to tokens by a linear layer and a norm. Images that the patch does not divide are padded with zeros."""
 
     def __init__(self, patch_size: int, in_channels: int, dim: int) -> None:
         super().__init__()
@@ -269,13 +270,13 @@ class PatchEmbed(nn.Module):
         pad_bottom, pad_right = -height % self.patch_size, -width % self.patch_size
         if pad_bottom or pad_right:
             images = F.pad(images, (0, pad_right, 0, pad_bottom))
-        # In memory channels come last, as tokens have them: a convolution keeps that, and nothing is turned around after it.
+        # Channels last in memory. The convolution keeps that, so its result needs no copy to become tokens.
         images = rearrange(rearrange(images, "b c h w -> b h w c").contiguous(), "b h w c -> b c h w")
         return self.norm(rearrange(self.proj(images), "b c h w -> b h w c"))
 
 
 class PatchMerging(nn.Module):
-    """Halves the map and doubles the channels: 2 × 2 neighbors joined, reduced, and, new in V2, normalized after."""
+    """Halves the map and doubles the channels: 2 × 2 neighbors are concatenated, reduced and, as new in V2, normalized."""
 
     def __init__(self, dim: int) -> None:
         super().__init__()
@@ -283,16 +284,16 @@ class PatchMerging(nn.Module):
         self.norm = nn.LayerNorm(2 * dim)
 
     def forward(self, x: Tensor) -> Tensor:
-        """(B, H, W, C) to (B, ⌈H/2⌉, ⌈W/2⌉, 2C); odd sides are padded with zeros."""
+        """(B, H, W, C) to (B, ⌈H/2⌉, ⌈W/2⌉, 2C). Odd sides are padded with zeros."""
         height, width = x.shape[1:3]
         if height % 2 or width % 2:
             x = F.pad(x, (0, 0, 0, width % 2, 0, height % 2))
-        # Column-major order of the four neighbors, as published weights expect it.
+        # The four neighbors in column-major order, which published weights expect.
         return self.norm(self.reduction(rearrange(x, "b (h p) (w q) c -> b h w (q p c)", p=2, q=2)))
 
 
 class Stage(nn.Module):
-    """Blocks at one resolution, every second with shifted windows, and the merging that leads to the next stage."""
+    """Blocks at one resolution, every second one with shifted windows, and the merging to the next stage."""
 
     def __init__(self, config: SwinV2Config, index: int, drop_paths: list[float]) -> None:
         super().__init__()
@@ -318,17 +319,16 @@ class Stage(nn.Module):
 
 
 class SwinV2(Encoder):
-    """The Swin Transformer V2 encoder, by its plain lines; `kernels.use` puts in faster ways to the same numbers.
+    """The Swin Transformer V2 encoder in plain PyTorch. `simmim.encoders.swinv2.kernels.use` adds kernels to it.
 
-    One model takes images of any height and width, from call to call. At sizes that need no padding the result is the
-    paper's.
+    One encoder supports images of any height and width. At sizes that need no padding the result is that of the paper.
 
     Args:
-        config: the architecture, best from a preset: `SwinV2(SwinV2Config.from_preset("tiny", window_size=12))`.
-        checkpoint_activations, sequential_attention: as of `Encoder`.
+        config: the architecture, usually from a preset: `SwinV2(SwinV2Config.from_preset("tiny", window_size=12))`.
+        checkpoint_activations, sequential_attention: those of `Encoder`.
 
     Raises:
-        ValueError: when `sequential_attention` is not a positive number.
+        ValueError: when `sequential_attention` is not positive.
     """
 
     config: SwinV2Config
@@ -349,8 +349,11 @@ class SwinV2(Encoder):
         self.reset_parameters()
 
     def reset_parameters(self) -> None:
-        """Linear weights from a truncated normal of 0.02, and both norms of each block with zero weight, so that every
-        block starts as the identity. The patch projection keeps PyTorch's convolution default, as in the reference."""
+        """Initialize as the reference does.
+
+        Linear weights are from a truncated normal distribution of standard deviation 0.02. The norms of both branches of a
+        block have zero weight, so that each block is the identity. The patch projection keeps PyTorch's default.
+        """
         for module in self.modules():
             if isinstance(module, nn.Linear):
                 nn.init.trunc_normal_(module.weight, std=0.02)
@@ -362,7 +365,7 @@ class SwinV2(Encoder):
                 nn.init.zeros_(module.norm2.weight)
 
     def embed(self, images: Tensor) -> Tensor:
-        """Images to the tokens of the first stage, (B, H, W, C)."""
+        """Images, (B, channels, height, width), to the tokens of the first stage, (B, H, W, C)."""
         self.check_images(images)
         return self.patch_embed(images)
 
@@ -371,10 +374,7 @@ class SwinV2(Encoder):
         x, stages = tokens, []
         for stage in self.layers:
             for block in stage.blocks:
-                if self.checkpoint_activations and self.training and torch.is_grad_enabled():
-                    x = checkpoint(block, x, self.sequential_attention, use_reentrant=False)
-                else:
-                    x = block(x, self.sequential_attention)
+                x = self.run_block(block, x, self.sequential_attention)
             if return_stages:
                 stages.append(rearrange(x, "b h w c -> b c h w"))
             if stage.downsample is not None:
@@ -384,7 +384,7 @@ class SwinV2(Encoder):
             rearrange(x, "b h w c -> b c h w"), x.mean(dim=(1, 2)), tuple(stages) if return_stages else None
         )
 
-    # --- what the rest of the toolkit asks of its parts --------------------------------------------------------------
+    # --- parts and parameters, for training --------------------------------------------------------------------------
 
     def blocks(self) -> list[nn.Module]:
         """All blocks in order."""
@@ -392,31 +392,36 @@ class SwinV2(Encoder):
 
     def named_stages(self) -> dict[str, nn.Module]:
         """stage0.block0, …, stage0.merging, stage1.block0, …."""
-        parts: dict[str, nn.Module] = {}
+        modules: dict[str, nn.Module] = {}
         for number, stage in enumerate(self.layers):
-            parts |= {f"stage{number}.block{index}": block for index, block in enumerate(stage.blocks)}
+            modules |= {f"stage{number}.block{index}": block for index, block in enumerate(stage.blocks)}
             if stage.downsample is not None:
-                parts[f"stage{number}.merging"] = stage.downsample
-        return parts
+                modules[f"stage{number}.merging"] = stage.downsample
+        return modules
 
     def stage_modules(self) -> list[list[nn.Module]]:
-        """Each stage with its merging; the patch embedding with the first."""
+        """Each stage with its merging. The patch embedding is with the first."""
         return [[self.patch_embed, self.layers[0]], *([stage] for stage in self.layers[1:])]
 
     def layer_of(self, name: str) -> int:
-        """0 for the patch embedding, 1 … n for the blocks, a merging as the block before it, n + 1 for the final norm."""
-        depths, parts = self.config.depths, name.split(".")
-        if parts[0] == "patch_embed":
-            return 0
-        if parts[0] == "norm":
-            return self.num_layers + 1
-        if parts[0] == "layers" and parts[2] in ("blocks", "downsample") and int(parts[1]) < len(depths):
-            stage = int(parts[1])
-            before = sum(depths[:stage])
-            return before + (int(parts[3]) + 1 if parts[2] == "blocks" else depths[stage])
+        """0 for the patch embedding, 1 … n for blocks, n + 1 for the final norm. A merging is of the layer of the block
+        before it."""
+        depths = self.config.depths
+        match name.split("."):
+            case ["patch_embed", *_]:
+                return 0
+            case ["layers", stage, "blocks", block, *_] if int(stage) < len(depths):
+                return sum(depths[: int(stage)]) + int(block) + 1
+            case ["layers", stage, "downsample", *_] if int(stage) < len(depths):
+                return sum(depths[: int(stage) + 1])
+            case ["norm", *_]:
+                return self.num_layers + 1
         raise KeyError(f"{name} is no parameter of this encoder")
 
     def no_decay(self) -> tuple[str, ...]:
-        """Position-bias MLPs and temperatures. The reference's pre-training means these too, yet decays the former, because
-        its match fails on the encoder's prefix; its fine-tuning has it right."""
+        """The MLPs of the position bias, and temperatures.
+
+        The reference intends this for both. In its pre-training the pattern misses the encoder's prefix, so that the MLPs do
+        decay; its fine-tuning is correct.
+        """
         return ("cpb_mlp", "logit_scale")

@@ -1,7 +1,10 @@
-"""Faster ways to the encoder's numbers, put in by `use`: whole blocks and patch merging on a CPU by kernels in C, compiled
-once for the machine at hand; attention on a GPU by kernels in Triton, checked once against the plain lines."""
+"""Kernels that compute the same numbers as the plain PyTorch code of `model.py` in less time; `use` puts them into an encoder.
+
+On a CPU whole blocks and patch mergings run by kernels in C, compiled once for the machine. On a GPU the attention runs by
+kernels in Triton, checked once against the plain code.
+"""
 
 from simmim.encoders.swinv2.kernels.dispatch import use
-from simmim.encoders.swinv2.kernels.library import SWITCH, disabled, kernels, reason
+from simmim.encoders.swinv2.kernels.library import SWITCH, disabled, get_kernels, unavailable_reason
 
-__all__ = ["SWITCH", "disabled", "kernels", "reason", "use"]
+__all__ = ["SWITCH", "disabled", "get_kernels", "unavailable_reason", "use"]

@@ -1,7 +1,7 @@
-/* The continuous position bias of each offset between two tokens of a window, 16 · sigmoid(MLP(offset)), and its gradient.
-   In pieces it is twenty passes over a few hundred rows, which take longer to ask for than to do.
+/* The continuous position bias of each offset between two tokens of a window, MAX_BIAS · sigmoid(MLP(coordinates)), and its
+   gradient. In torch these are twenty operators on a few hundred rows, whose calls take longer than their work.
 
-   O offsets, K hidden values of the MLP, h heads. All is float32. Functions return 0, or 1 for want of memory. */
+   O offsets, K hidden values of the MLP, h heads. All numbers are float32. Functions return 0, or 1 if there is no memory. */
 #include "vectors.h"
 
 typedef struct {
@@ -13,52 +13,56 @@ typedef struct {
     int threads;
 } Bias;
 
-/* The weights by columns, rows padded with zeros. */
+/* The weights in columns of K, padded with zeros: of the row coordinate, of the column coordinate, the bias, and of heads. */
 typedef struct {
     float *row, *column, *start, *out;
 } Columns;
 
-INLINE long wide_of(const Bias *s) { return padded(s->hidden, PAD); }
+INLINE long padded_hidden(const Bias *s) { return round_up(s->hidden, PAD); }
 
 static Columns columns_of(const Bias *s, float *memory) {
-    long wide = wide_of(s);
-    Columns by = {memory, memory + wide, memory + 2 * wide, memory + 3 * wide};
-    for (long k = 0; k < s->hidden; k++) by.row[k] = s->weight1[2 * k], by.column[k] = s->weight1[2 * k + 1];
-    memcpy(by.start, s->bias1, s->hidden * 4);
-    for (long head = 0; head < s->heads; head++) memcpy(by.out + head * wide, s->weight2 + head * s->hidden, s->hidden * 4);
-    return by;
+    long k_pad = padded_hidden(s);
+    Columns columns = {memory, memory + k_pad, memory + 2 * k_pad, memory + 3 * k_pad};
+    for (long k = 0; k < s->hidden; k++) columns.row[k] = s->weight1[2 * k], columns.column[k] = s->weight1[2 * k + 1];
+    memcpy(columns.start, s->bias1, s->hidden * 4);
+    for (long head = 0; head < s->heads; head++)
+        memcpy(columns.out + head * k_pad, s->weight2 + head * s->hidden, s->hidden * 4);
+    return columns;
 }
 
-#define GROUP 4 /* offsets at a time, for which each weight is read once */
+#define GROUP 4 /* offsets at a time: each weight is read once for them */
 
-/* hidden (GROUP, K) = relu(weight1 · offset + bias1) of the offsets from `first` on; of the last one where there are fewer. */
-INLINE void hidden_of(const Bias *s, const Columns *by, long first, float *hidden) {
+/* hidden (GROUP, K) = relu(weight1 · coordinates + bias1) for the offsets from `first` on; beyond the end, for the last one. */
+INLINE void hidden_of(const Bias *s, const Columns *columns, long first, float *hidden) {
     for (long g = 0; g < GROUP; g++) {
         long offset = first + g < s->offsets ? first + g : s->offsets - 1;
-        float row = s->coords[2 * offset], column = s->coords[2 * offset + 1], *to = hidden + g * wide_of(s);
-        for (long k = 0; k < wide_of(s); k += LANES)
-            store(to + k, larger(all(0), load(by->row + k) * row + load(by->column + k) * column + load(by->start + k)));
+        float row = s->coords[2 * offset], column = s->coords[2 * offset + 1], *to = hidden + g * padded_hidden(s);
+        for (long k = 0; k < padded_hidden(s); k += LANES) {
+            vec value = load(columns->row + k) * row + load(columns->column + k) * column + load(columns->start + k);
+            store(to + k, vec_max(broadcast(0), value));
+        }
     }
 }
 
-/* table (O, h) */
+/* Writes table (O, h). */
 int bias_forward(const Bias *s, float *table) {
-    long wide = wide_of(s), each = padded(GROUP * wide, LINE);
-    float *weights = floats((3 + s->heads) * wide), *memory = floats(s->threads * each);
+    long k_pad = padded_hidden(s), thread_floats = round_up(GROUP * k_pad, LINE);
+    float *weights = allocate_floats((3 + s->heads) * k_pad), *memory = allocate_floats(s->threads * thread_floats);
     if (!weights || !memory) return free(weights), free(memory), 1;
-    Columns by = columns_of(s, weights);
+    Columns columns = columns_of(s, weights);
 #pragma omp parallel num_threads(s->threads)
     {
-        float *hidden = memory + THREAD * each;
-        long last = first_of(s->offsets, THREAD + 1, THREADS);
-        for (long first = first_of(s->offsets, THREAD, THREADS); first < last; first += GROUP) {
-            hidden_of(s, &by, first, hidden);
+        float *hidden = memory + THREAD * thread_floats;
+        long last = first_index(s->offsets, THREAD + 1, THREADS);
+        for (long first = first_index(s->offsets, THREAD, THREADS); first < last; first += GROUP) {
+            hidden_of(s, &columns, first, hidden);
             for (long head = 0; head < s->heads; head++) {
                 vec total[GROUP] = {0};
-                for (long k = 0; k < wide; k += LANES)
-                    for (long g = 0; g < GROUP; g++) total[g] += load(hidden + g * wide + k) * load(by.out + head * wide + k);
+                for (long k = 0; k < k_pad; k += LANES)
+                    for (long g = 0; g < GROUP; g++)
+                        total[g] += load(hidden + g * k_pad + k) * load(columns.out + head * k_pad + k);
                 for (long g = 0; g < GROUP && first + g < last; g++)
-                    table[(first + g) * s->heads + head] = 16 / (1 + expf(-sum(total[g])));
+                    table[(first + g) * s->heads + head] = MAX_BIAS / (1 + expf(-sum_lanes(total[g])));
             }
         }
     }
@@ -66,57 +70,57 @@ int bias_forward(const Bias *s, float *table) {
     return 0;
 }
 
-/* From table (O, h) and its gradient: grad_weight1 (K, 2), grad_bias1 (K), grad_weight2 (h, K). */
+/* From table (O, h) and its gradient to grad_weight1 (K, 2), grad_bias1 (K) and grad_weight2 (h, K). */
 int bias_backward(
     const Bias *s, const float *table, const float *grad, float *grad_weight1, float *grad_bias1, float *grad_weight2
 ) {
-    long wide = wide_of(s), all_weights = (3 + s->heads) * wide, heads = s->heads;
-    long each = padded(GROUP * (wide + heads) + all_weights, LINE);
-    float *weights = floats(all_weights), *memory = floats(s->threads * each);
+    long k_pad = padded_hidden(s), num_weights = (3 + s->heads) * k_pad, heads = s->heads;
+    long thread_floats = round_up(GROUP * (k_pad + heads) + num_weights, LINE);
+    float *weights = allocate_floats(num_weights), *memory = allocate_floats(s->threads * thread_floats);
     if (!weights || !memory) return free(weights), free(memory), 1;
-    Columns by = columns_of(s, weights);
+    Columns columns = columns_of(s, weights);
 #pragma omp parallel num_threads(s->threads)
     {
-        float *sums = memory + THREAD * each, *hidden = sums + all_weights, *slopes = hidden + GROUP * wide;
-        long last = first_of(s->offsets, THREAD + 1, THREADS);
-        for (long first = first_of(s->offsets, THREAD, THREADS); first < last; first += GROUP) {
+        float *sums = memory + THREAD * thread_floats, *hidden = sums + num_weights, *slopes = hidden + GROUP * k_pad;
+        long last = first_index(s->offsets, THREAD + 1, THREADS);
+        for (long first = first_index(s->offsets, THREAD, THREADS); first < last; first += GROUP) {
             float row[GROUP] = {0}, column[GROUP] = {0};
-            hidden_of(s, &by, first, hidden);
+            hidden_of(s, &columns, first, hidden);
             memset(slopes, 0, GROUP * heads * 4);
             for (long g = 0; g < GROUP && first + g < last; g++) {
                 row[g] = s->coords[2 * (first + g)], column[g] = s->coords[2 * (first + g) + 1];
                 for (long head = 0; head < heads; head++) {
                     float value = table[(first + g) * heads + head];
-                    slopes[g * heads + head] = grad[(first + g) * heads + head] * value * (1 - value / 16);
+                    slopes[g * heads + head] = grad[(first + g) * heads + head] * value * (1 - value / MAX_BIAS);
                 }
             }
-            for (long k = 0; k < wide; k += LANES) {
-                vec of_hidden[GROUP] = {0}, of_row = all(0), of_column = all(0), of_start = all(0);
+            for (long k = 0; k < k_pad; k += LANES) {
+                vec grad_hidden[GROUP] = {0}, row_sum = broadcast(0), column_sum = broadcast(0), start_sum = broadcast(0);
                 for (long head = 0; head < heads; head++) {
-                    float *sum_of_weight = sums + (3 + head) * wide + k;
-                    vec of_weight = load(sum_of_weight), weight = load(by.out + head * wide + k);
+                    float *weight_sums = sums + (3 + head) * k_pad + k;
+                    vec weight_sum = load(weight_sums), weight = load(columns.out + head * k_pad + k);
                     for (long g = 0; g < GROUP; g++) {
-                        of_hidden[g] += weight * slopes[g * heads + head];
-                        of_weight += load(hidden + g * wide + k) * slopes[g * heads + head];
+                        grad_hidden[g] += weight * slopes[g * heads + head];
+                        weight_sum += load(hidden + g * k_pad + k) * slopes[g * heads + head];
                     }
-                    store(sum_of_weight, of_weight);
+                    store(weight_sums, weight_sum);
                 }
                 for (long g = 0; g < GROUP; g++) {
-                    vec mine = choose(load(hidden + g * wide + k) <= 0, all(0), of_hidden[g]);
-                    of_row += mine * row[g], of_column += mine * column[g], of_start += mine;
+                    vec slope = blend(load(hidden + g * k_pad + k) <= 0, broadcast(0), grad_hidden[g]);
+                    row_sum += slope * row[g], column_sum += slope * column[g], start_sum += slope;
                 }
-                store(sums + k, load(sums + k) + of_row);
-                store(sums + wide + k, load(sums + wide + k) + of_column);
-                store(sums + 2 * wide + k, load(sums + 2 * wide + k) + of_start);
+                store(sums + k, load(sums + k) + row_sum);
+                store(sums + k_pad + k, load(sums + k_pad + k) + column_sum);
+                store(sums + 2 * k_pad + k, load(sums + 2 * k_pad + k) + start_sum);
             }
         }
     }
     for (long thread = 1; thread < s->threads; thread++)
-        for (long i = 0; i < all_weights; i++) memory[i] += memory[thread * each + i];
-    for (long k = 0; k < s->hidden; k++) grad_weight1[2 * k] = memory[k], grad_weight1[2 * k + 1] = memory[wide + k];
-    memcpy(grad_bias1, memory + 2 * wide, s->hidden * 4);
+        for (long i = 0; i < num_weights; i++) memory[i] += memory[thread * thread_floats + i];
+    for (long k = 0; k < s->hidden; k++) grad_weight1[2 * k] = memory[k], grad_weight1[2 * k + 1] = memory[k_pad + k];
+    memcpy(grad_bias1, memory + 2 * k_pad, s->hidden * 4);
     for (long head = 0; head < heads; head++)
-        memcpy(grad_weight2 + head * s->hidden, memory + (3 + head) * wide, s->hidden * 4);
+        memcpy(grad_weight2 + head * s->hidden, memory + (3 + head) * k_pad, s->hidden * 4);
     free(weights), free(memory);
     return 0;
 }

@@ -1,13 +1,15 @@
-"""A Swin V2 block's two branches, and the merging of patches, on a CPU, each one step of automatic differentiation: the
-matrix products by torch, everything between them by attention.c, bias.c and pointwise.c.
+"""The two branches of a Swin V2 block, and patch merging, on a CPU: each is one autograd function.
 
-The same mathematics as `simmim.encoders.swinv2`, whose plain lines are what a reader wants and what other devices run. What
-is saved: windows are never copied, weights of the attention never kept, GELU is computed again in the backward pass, and
-the main path stays float32 under autocast.
+Matrix products are torch's. Everything between them is in attention.c, bias.c and pointwise.c.
 
-There is no second derivative: who needs one sets SIMMIM_KERNELS=0.
+The mathematics is that of `simmim.encoders.swinv2.model`, which is easier to read and runs on every device. The kernels save
+memory and time: windows are never copied, attention weights are not kept, GELU is recomputed in the backward pass, and the
+main path stays float32 under autocast.
 
-Shape letters as in `simmim.encoders.swinv2`; T tokens of an image.
+There is no second derivative. SIMMIM_KERNELS=0 turns the kernels off for code that needs one.
+
+Shape letters as in `model.py`: B images, H W sides of the map, C channels, h heads, D channels of a head, M windows of one
+image, N tokens of one window; and T tokens of one image.
 """
 
 from __future__ import annotations
@@ -19,13 +21,12 @@ import torch
 from torch import Tensor, nn
 from torch.autograd.function import Function, once_differentiable
 
-from simmim.encoders.swinv2.kernels.conditions import product_type
-from simmim.encoders.swinv2.kernels.library import Attention, Bias, Join, Merging, kernels
+from simmim.encoders.swinv2.kernels.conditions import product_dtype
+from simmim.encoders.swinv2.kernels.library import Attention, Bias, Join, Merging, get_kernels
 from simmim.encoders.swinv2.kernels.windows import Windows
 
-# Of a linear layer oneDNN's products are 1.1 times as fast as MKL's, which torch takes in float32 (on a Zen 4 core, output
-# and gradient of the input; not that of the weight).
-# With fewer threads than it asks for oneDNN leaves part of its output as it was.
+# A linear layer by oneDNN takes 0.9 times as long as by MKL, torch's choice in float32 (on a Zen 4 core; output and gradient
+# of the input, not of the weight). With fewer threads than it asks for, oneDNN leaves part of its output unwritten.
 ONEDNN = (
     torch.backends.mkldnn.is_available()
     and hasattr(torch.ops.mkldnn, "_linear_pointwise")
@@ -34,12 +35,18 @@ ONEDNN = (
 
 
 def join_attention(
-    x: Tensor, attn: nn.Module, norm: nn.LayerNorm, keep: Tensor | None, windows: Windows, scale: Tensor, table: Tensor
+    x: Tensor,
+    attn: nn.Module,
+    norm: nn.LayerNorm,
+    drop_factors: Tensor | None,
+    windows: Windows,
+    scale: Tensor,
+    table: Tensor,
 ) -> tuple[Tensor, Tensor]:
-    """x + keep · norm(attention(x)), (B, H, W, C) float32; and as `join_mlp` takes its tokens.
+    """x + drop_factors · norm(attention(x)), (B, H, W, C) float32; and its tokens in the type of products, for `join_mlp`.
 
     Args:
-        keep: (B,), the factor of stochastic depth; None for 1.
+        drop_factors: (B,), the factors of stochastic depth; None for 1.
         scale: (h, 1, 1), 1 / τ.
         table: (offsets, h), the position bias of each offset.
     """
@@ -55,14 +62,14 @@ def join_attention(
         norm.weight,
         norm.bias,
         norm.eps,
-        None if keep is None else keep.float(),
+        None if drop_factors is None else drop_factors.float(),
         windows,
-        product_type(attn.qkv.weight),
+        product_dtype(attn.qkv.weight),
     )
 
 
-def join_mlp(x: Tensor, tokens: Tensor, mlp: nn.Module, norm: nn.LayerNorm, keep: Tensor | None) -> Tensor:
-    """x + keep · norm(mlp(x)), (B, H, W, C) float32; `tokens` (B · T, C) is x in the products' type."""
+def join_mlp(x: Tensor, tokens: Tensor, mlp: nn.Module, norm: nn.LayerNorm, drop_factors: Tensor | None) -> Tensor:
+    """x + drop_factors · norm(mlp(x)), (B, H, W, C) float32; `tokens` (B · T, C) is x in the type of products."""
     return MlpBranch.apply(
         x,
         tokens,
@@ -73,7 +80,7 @@ def join_mlp(x: Tensor, tokens: Tensor, mlp: nn.Module, norm: nn.LayerNorm, keep
         norm.weight,
         norm.bias,
         norm.eps,
-        None if keep is None else keep.float(),
+        None if drop_factors is None else drop_factors.float(),
     )
 
 
@@ -84,8 +91,8 @@ def bias_of_offsets(mlp: nn.Sequential, coords: Tensor) -> Tensor:
 
 def merge(x: Tensor, reduction: nn.Linear, norm: nn.LayerNorm) -> Tensor:
     """norm(reduction(2 × 2 neighbors of x side by side)): (B, H, W, C) to (B, ⌈H/2⌉, ⌈W/2⌉, 2C) float32."""
-    kind = product_type(reduction.weight)
-    return MergingBranch.apply(x.float(), reduction.weight, norm.weight, norm.bias, norm.eps, kind)
+    dtype = product_dtype(reduction.weight)
+    return MergingBranch.apply(x.float(), reduction.weight, norm.weight, norm.bias, norm.eps, dtype)
 
 
 class AttentionBranch(Function):
@@ -93,17 +100,31 @@ class AttentionBranch(Function):
 
     @staticmethod
     def forward(
-        ctx, x, qkv_weight, q_bias, v_bias, scale, table, proj_weight, proj_bias, gain, shift, epsilon, keep, windows, kind
+        ctx,
+        x,
+        qkv_weight,
+        q_bias,
+        v_bias,
+        scale,
+        table,
+        proj_weight,
+        proj_bias,
+        norm_weight,
+        norm_bias,
+        epsilon,
+        drop_factors,
+        windows,
+        dtype,
     ) -> tuple[Tensor, Tensor]:
-        tokens = rows(x).to(kind)
-        qkv_weight, proj_weight = qkv_weight.to(kind), proj_weight.to(kind)
-        qkv = product(tokens, qkv_weight)
+        tokens = as_rows(x).to(dtype)
+        qkv_weight, proj_weight = qkv_weight.to(dtype), proj_weight.to(dtype)
+        qkv = linear(tokens, qkv_weight)
         images, heads = len(x), scale.numel()
         mixed, log_sums = torch.empty_like(tokens), x.new_empty(images * windows.token_of.numel() * heads)
         call = attention_call(qkv, q_bias, v_bias, scale, table, windows, images)
-        kernels().call("attention_forward", call, at(mixed), at(log_sums))
-        branch = product(mixed, proj_weight)
-        out, out_tokens, moments = join(x, branch, proj_bias, gain, shift, epsilon, keep, kind)
+        get_kernels().call("attention_forward", call, address(mixed), address(log_sums))
+        branch = linear(mixed, proj_weight)
+        out, out_tokens, moments = join(x, branch, proj_bias, norm_weight, norm_bias, epsilon, drop_factors, dtype)
         ctx.save_for_backward(
             tokens,
             qkv_weight,
@@ -117,14 +138,14 @@ class AttentionBranch(Function):
             proj_weight,
             proj_bias,
             branch,
-            gain,
-            shift,
-            keep,
+            norm_weight,
+            norm_bias,
+            drop_factors,
             moments,
             *windows,
         )
         ctx.epsilon, ctx.images = epsilon, images
-        if kind == torch.float32:  # the same numbers: all of their gradient is `out`'s
+        if dtype == torch.float32:  # `out_tokens` is a view of `out`, through which all of the gradient comes
             ctx.mark_non_differentiable(out_tokens)
         ctx.set_materialize_grads(False)
         return out, out_tokens
@@ -148,24 +169,25 @@ class AttentionBranch(Function):
             proj_weight,
             proj_bias,
             branch,
-            gain,
-            shift,
-            keep,
+            norm_weight,
+            norm_bias,
+            drop_factors,
             moments,
             *windows,
         ) = ctx.saved_tensors
-        grad, grad_branch, of_join = join_back(
-            grad, grad_tokens, branch, proj_bias, gain, shift, ctx.epsilon, keep, moments, ctx.images
-        )
+        call = join_call(branch, proj_bias, norm_weight, norm_bias, ctx.epsilon, drop_factors, ctx.images)
+        parameters = proj_bias, norm_weight, norm_bias
+        grad, grad_branch, grad_join = join_backward(call, grad, grad_tokens, branch, parameters, moments)
         grad_proj = grad_branch.T @ mixed if ctx.needs_input_grad[6] else None
-        grad_mixed = product(grad_branch, proj_weight.T)
+        grad_mixed = linear(grad_branch, proj_weight.T)
         grad_qkv = torch.empty_like(qkv)
-        of_biases = [torch.empty_like(value) for value in (q_bias, v_bias, scale, table)]
+        grad_parameters = [torch.empty_like(value) for value in (q_bias, v_bias, scale, table)]
+        addresses = map(address, (log_sums, grad_mixed, grad_qkv, *grad_parameters))
         call = attention_call(qkv, q_bias, v_bias, scale, table, Windows(*windows), ctx.images)
-        kernels().call("attention_backward", call, at(log_sums), at(grad_mixed), at(grad_qkv), *map(at, of_biases))
+        get_kernels().call("attention_backward", call, *addresses)
         grad_qkv_weight = grad_qkv.T @ tokens if ctx.needs_input_grad[1] else None
-        grad_x = added(grad, grad_qkv, qkv_weight) if ctx.needs_input_grad[0] else None
-        return grad_x, as_float(grad_qkv_weight), *of_biases, as_float(grad_proj), *of_join, *[None] * 4
+        grad_x = add_product(grad, grad_qkv, qkv_weight) if ctx.needs_input_grad[0] else None
+        return grad_x, to_float(grad_qkv_weight), *grad_parameters, to_float(grad_proj), *grad_join, *[None] * 4
 
 
 class PositionBias(Function):
@@ -174,16 +196,16 @@ class PositionBias(Function):
     @staticmethod
     def forward(ctx, coords, weight1, bias1, weight2) -> Tensor:
         table = coords.new_empty(len(coords), len(weight2))
-        kernels().call("bias_forward", bias_call(coords, weight1, bias1, weight2), at(table))
+        get_kernels().call("bias_forward", bias_call(coords, weight1, bias1, weight2), address(table))
         ctx.save_for_backward(coords, weight1, bias1, weight2, table)
         return table
 
     @staticmethod
     @once_differentiable
     def backward(ctx, grad):
-        *given, table = ctx.saved_tensors
-        grad, grads = grad.contiguous(), [torch.empty_like(value) for value in given[1:]]
-        kernels().call("bias_backward", bias_call(*given), at(table), at(grad), *map(at, grads))
+        *inputs, table = ctx.saved_tensors
+        grad, grads = grad.contiguous(), [torch.empty_like(value) for value in inputs[1:]]
+        get_kernels().call("bias_backward", bias_call(*inputs), address(table), address(grad), *map(address, grads))
         return None, *grads
 
 
@@ -191,15 +213,20 @@ class MlpBranch(Function):
     """`join_mlp`."""
 
     @staticmethod
-    def forward(ctx, x, tokens, weight1, bias1, weight2, bias2, gain, shift, epsilon, keep) -> Tensor:
+    def forward(
+        ctx, x, tokens, weight1, bias1, weight2, bias2, norm_weight, norm_bias, epsilon, drop_factors
+    ) -> Tensor:
         weight1, weight2 = weight1.to(tokens.dtype), weight2.to(tokens.dtype)
-        hidden = product(tokens, weight1)
+        hidden = linear(tokens, weight1)
         active = torch.empty_like(hidden)
-        kernels().call("gelu_forward", at(hidden), at(bias1), at(active), *hidden.shape, *how(hidden))
-        branch = product(active, weight2)
+        addresses = map(address, (hidden, bias1, active))
+        get_kernels().call("gelu_forward", *addresses, *hidden.shape, *type_and_threads(hidden))
+        branch = linear(active, weight2)
         del active
-        out, _, moments = join(x, branch, bias2, gain, shift, epsilon, keep, torch.float32)
-        ctx.save_for_backward(tokens, weight1, bias1, hidden, weight2, bias2, branch, gain, shift, keep, moments)
+        out, _, moments = join(x, branch, bias2, norm_weight, norm_bias, epsilon, drop_factors, torch.float32)
+        ctx.save_for_backward(
+            tokens, weight1, bias1, hidden, weight2, bias2, branch, norm_weight, norm_bias, drop_factors, moments
+        )
         ctx.epsilon, ctx.images = epsilon, len(x)
         return out
 
@@ -207,42 +234,43 @@ class MlpBranch(Function):
     @once_differentiable
     @torch.autocast("cpu", enabled=False)
     def backward(ctx, grad):
-        tokens, weight1, bias1, hidden, weight2, bias2, branch, gain, shift, keep, moments = ctx.saved_tensors
-        grad, grad_branch, of_join = join_back(
-            grad, None, branch, bias2, gain, shift, ctx.epsilon, keep, moments, ctx.images
+        tokens, weight1, bias1, hidden, weight2, bias2, branch, norm_weight, norm_bias, drop_factors, moments = (
+            ctx.saved_tensors
         )
-        grad_hidden = product(grad_branch, weight2.T)
+        call = join_call(branch, bias2, norm_weight, norm_bias, ctx.epsilon, drop_factors, ctx.images)
+        grad, grad_branch, grad_join = join_backward(call, grad, None, branch, (bias2, norm_weight, norm_bias), moments)
+        grad_hidden = linear(grad_branch, weight2.T)
         active, grad_bias1 = torch.empty_like(hidden), torch.empty_like(bias1)
-        kernels().call(
-            "gelu_backward", at(hidden), at(bias1), at(grad_hidden), at(active), at(grad_bias1), *hidden.shape, *how(hidden)
-        )
+        addresses = map(address, (hidden, bias1, grad_hidden, active, grad_bias1))
+        get_kernels().call("gelu_backward", *addresses, *hidden.shape, *type_and_threads(hidden))
         grad_weight2 = grad_branch.T @ active if ctx.needs_input_grad[4] else None
         del active, grad_branch
         grad_weight1 = grad_hidden.T @ tokens if ctx.needs_input_grad[2] else None
         grad_tokens = None
-        if grad_hidden.dtype == torch.bfloat16:  # to be added where it goes: the branch that gave the tokens
+        if grad_hidden.dtype == torch.bfloat16:  # the attention's branch, which returned the tokens, adds it to `grad`
             grad_tokens = grad_hidden @ weight1 if ctx.needs_input_grad[1] else None
         elif ctx.needs_input_grad[0]:
-            grad = added(grad, grad_hidden, weight1)
-        return grad, grad_tokens, as_float(grad_weight1), grad_bias1, as_float(grad_weight2), *of_join, *[None] * 2
+            grad = add_product(grad, grad_hidden, weight1)
+        return grad, grad_tokens, to_float(grad_weight1), grad_bias1, to_float(grad_weight2), *grad_join, *[None] * 2
 
 
 class MergingBranch(Function):
     """`merge`."""
 
     @staticmethod
-    def forward(ctx, x, weight, gain, shift, epsilon, kind) -> Tensor:
-        x, weight = x.contiguous(), weight.to(kind)
+    def forward(ctx, x, weight, norm_weight, norm_bias, epsilon, dtype) -> Tensor:
+        x, weight = x.contiguous(), weight.to(dtype)
         images, height, width, dim = x.shape
         size = images, (height + 1) // 2, (width + 1) // 2
-        tokens = x.new_empty(math.prod(size), 4 * dim, dtype=kind)
-        kernels().call("merging_forward", Merging(*x.shape, *how(tokens)), at(x), at(tokens))
-        branch = product(tokens, weight)
+        tokens = x.new_empty(math.prod(size), 4 * dim, dtype=dtype)
+        call = Merging(*x.shape, *type_and_threads(tokens))
+        get_kernels().call("merging_forward", call, address(x), address(tokens))
+        branch = linear(tokens, weight)
         out = x.new_empty(*size, len(weight))
-        moments, nothing = x.new_empty(len(branch), 2), torch.zeros_like(gain)
-        call = join_call(branch, nothing, gain, shift, epsilon, None, images)
-        kernels().call("join_forward", call, None, at(out), None, at(moments))
-        ctx.save_for_backward(tokens, weight, branch, gain, shift, moments)
+        moments, no_bias = x.new_empty(len(branch), 2), torch.zeros_like(norm_weight)
+        call = join_call(branch, no_bias, norm_weight, norm_bias, epsilon, None, images)
+        get_kernels().call("join_forward", call, None, address(out), None, address(moments))
+        ctx.save_for_backward(tokens, weight, branch, norm_weight, norm_bias, moments)
         ctx.epsilon, ctx.shape = epsilon, x.shape
         return out
 
@@ -250,114 +278,128 @@ class MergingBranch(Function):
     @once_differentiable
     @torch.autocast("cpu", enabled=False)
     def backward(ctx, grad):
-        tokens, weight, branch, gain, shift, moments = ctx.saved_tensors
-        _, grad_branch, (_, grad_gain, grad_shift) = join_back(
-            grad, None, branch, torch.zeros_like(gain), gain, shift, ctx.epsilon, None, moments, ctx.shape[0]
+        tokens, weight, branch, norm_weight, norm_bias, moments = ctx.saved_tensors
+        no_bias = torch.zeros_like(norm_weight)
+        call = join_call(branch, no_bias, norm_weight, norm_bias, ctx.epsilon, None, ctx.shape[0])
+        parameters = no_bias, norm_weight, norm_bias
+        _, grad_branch, (_, grad_norm_weight, grad_norm_bias) = join_backward(
+            call, grad, None, branch, parameters, moments
         )
         grad_weight = grad_branch.T @ tokens if ctx.needs_input_grad[1] else None
         grad_x = None
         if ctx.needs_input_grad[0]:
-            grad_tokens, grad_x = product(grad_branch, weight.T), gain.new_empty(ctx.shape)
-            kernels().call("merging_backward", Merging(*ctx.shape, *how(grad_tokens)), at(grad_tokens), at(grad_x))
-        return grad_x, as_float(grad_weight), grad_gain, grad_shift, None, None
+            grad_tokens, grad_x = linear(grad_branch, weight.T), norm_weight.new_empty(ctx.shape)
+            call = Merging(*ctx.shape, *type_and_threads(grad_tokens))
+            get_kernels().call("merging_backward", call, address(grad_tokens), address(grad_x))
+        return grad_x, to_float(grad_weight), grad_norm_weight, grad_norm_bias, None, None
 
 
-# --- Calls ---------------------------------------------------------------------------------------------------------------
+# --- calls of the kernels ------------------------------------------------------------------------------------------------
 
 
-def join(x, branch, bias, gain, shift, epsilon, keep, kind) -> tuple[Tensor, Tensor, Tensor]:
-    """x + keep · norm(branch + bias); its rows of type `kind`; and each row's mean and 1 / deviation, (rows, 2)."""
+def join(
+    x, branch, bias, norm_weight, norm_bias, epsilon, drop_factors, dtype
+) -> tuple[Tensor, Tensor, Tensor]:
+    """x + drop_factors · norm(branch + bias); its rows in `dtype`; and mean and 1 / deviation of each row, (rows, 2)."""
     x = x.contiguous()
     out, moments = torch.empty_like(x), x.new_empty(len(branch), 2)
-    half = torch.empty_like(branch) if kind == torch.bfloat16 else None
-    call = join_call(branch, bias, gain, shift, epsilon, keep, len(x))
-    kernels().call("join_forward", call, at(x), at(out), at(half), at(moments))
-    return out, rows(out) if half is None else half, moments
+    out_bf16 = torch.empty_like(branch) if dtype == torch.bfloat16 else None
+    call = join_call(branch, bias, norm_weight, norm_bias, epsilon, drop_factors, len(x))
+    get_kernels().call("join_forward", call, address(x), address(out), address(out_bf16), address(moments))
+    return out, as_rows(out) if out_bf16 is None else out_bf16, moments
 
 
-def join_back(
-    grad, grad_tokens, branch, bias, gain, shift, epsilon, keep, moments, images
+def join_backward(
+    call: Join, grad: Tensor, grad_tokens: Tensor | None, branch: Tensor, parameters: tuple[Tensor, ...], moments: Tensor
 ) -> tuple[Tensor, Tensor, list[Tensor]]:
-    """The gradients of x, of the branch, and of bias, gain and shift, from those of what `join` gave: of its second, where
-    that is not the first over again, or None."""
+    """The backward pass of `join`.
+
+    Args:
+        grad, grad_tokens: gradients of its first and second result; of the second None where it is a view of the first.
+        parameters: bias, norm_weight and norm_bias.
+
+    Returns:
+        The gradients of x, of the branch, and of the parameters.
+    """
     grad = grad.contiguous()
-    both = None if grad_tokens is None else torch.empty_like(grad)
-    grad_branch, of_join = torch.empty_like(branch), [torch.empty_like(value) for value in (bias, gain, shift)]
-    call = join_call(branch, bias, gain, shift, epsilon, keep, images)
-    others = (at(value) for value in (moments, grad, grad_tokens, both, grad_branch, *of_join))
-    kernels().call("join_backward", call, *others)
-    return grad if both is None else both, grad_branch, of_join
+    total = None if grad_tokens is None else torch.empty_like(grad)
+    grad_branch, grad_parameters = torch.empty_like(branch), [torch.empty_like(value) for value in parameters]
+    addresses = map(address, (moments, grad, grad_tokens, total, grad_branch, *grad_parameters))
+    get_kernels().call("join_backward", call, *addresses)
+    return grad if total is None else total, grad_branch, grad_parameters
 
 
-def join_call(branch, bias, gain, shift, epsilon, keep, images) -> Join:
-    """What both directions of `join` take."""
-    count, dim = branch.shape
-    return Join(at(branch), at(bias), at(gain), at(shift), at(keep), count, count // images, dim, epsilon, *how(branch))
+def join_call(branch, bias, norm_weight, norm_bias, epsilon, drop_factors, images) -> Join:
+    """The arguments that both passes of `join` share."""
+    rows, dim = branch.shape
+    addresses = map(address, (branch, bias, norm_weight, norm_bias, drop_factors))
+    return Join(*addresses, rows, rows // images, dim, epsilon, *type_and_threads(branch))
 
 
 def attention_call(qkv, q_bias, v_bias, scale, table, windows: Windows, images: int) -> Attention:
-    """What both directions of attention take."""
+    """The arguments that both passes of attention share."""
     heads = scale.numel()
+    tensors = qkv, q_bias, v_bias, scale, table, windows.offset_of, windows.token_of, windows.region_of
     return Attention(
-        at(qkv),
-        at(q_bias),
-        at(v_bias),
-        at(scale),
-        at(table),
-        at(windows.offset_of),
-        at(windows.token_of),
-        at(windows.region_of),
+        *map(address, tensors),
         images,
         len(qkv) // images,
         *windows.token_of.shape,
         heads,
         len(q_bias) // heads,
         len(table),
-        *how(qkv),
+        *type_and_threads(qkv),
     )
 
 
 def bias_call(coords, weight1, bias1, weight2) -> Bias:
-    """What both directions of the position bias take."""
-    given = at(coords), at(weight1), at(bias1), at(weight2)
-    return Bias(*given, len(coords), len(bias1), len(weight2), torch.get_num_threads())
+    """The arguments that both passes of the position bias share."""
+    addresses = map(address, (coords, weight1, bias1, weight2))
+    return Bias(*addresses, len(coords), len(bias1), len(weight2), torch.get_num_threads())
 
 
-def how(x: Tensor) -> tuple[int, int]:
-    """Whether products are bfloat16, and how many threads may work."""
+def type_and_threads(x: Tensor) -> tuple[int, int]:
+    """Whether products are bfloat16, and the number of threads to use."""
     return x.dtype == torch.bfloat16, torch.get_num_threads()
 
 
-def at(x: Tensor | None) -> int | None:
-    """Where its numbers are."""
+def address(x: Tensor | None) -> int | None:
+    """The address of a contiguous tensor's data; None for None.
+
+    Raises:
+        RuntimeError: for a tensor that is not contiguous.
+    """
     if x is None:
         return None
     if not x.is_contiguous():
-        raise RuntimeError(f"a tensor of strides {x.stride()} for kernels that know none")
+        raise RuntimeError(f"a tensor of strides {x.stride()}: the kernels expect contiguous ones")
     return x.data_ptr()
 
 
-def rows(x: Tensor) -> Tensor:
+# --- parts ---------------------------------------------------------------------------------------------------------------
+
+
+def as_rows(x: Tensor) -> Tensor:
     """(B, H, W, C) to (B · T, C)."""
     return x.reshape(-1, x.shape[-1])
 
 
-def product(x: Tensor, weight: Tensor) -> Tensor:
+def linear(x: Tensor, weight: Tensor) -> Tensor:
     """x @ weightᵀ."""
     if x.dtype == torch.float32 and ONEDNN:
         return torch.ops.mkldnn._linear_pointwise(x, weight, None, "none", [], "")
     return x @ weight.T
 
 
-def added(grad: Tensor, left: Tensor, right: Tensor) -> Tensor:
+def add_product(grad: Tensor, left: Tensor, right: Tensor) -> Tensor:
     """grad + left @ right, in float32 and of grad's shape."""
     if left.dtype != torch.float32:
         return grad + (left @ right).view_as(grad)
     if ONEDNN:
-        return torch.ops.mkldnn._linear_pointwise.binary(left, rows(grad), right.T, None, "add").view_as(grad)
-    return torch.addmm(rows(grad), left, right).view_as(grad)
+        return torch.ops.mkldnn._linear_pointwise.binary(left, as_rows(grad), right.T, None, "add").view_as(grad)
+    return torch.addmm(as_rows(grad), left, right).view_as(grad)
 
 
-def as_float(grad: Tensor | None) -> Tensor | None:
-    """Of a weight: float32."""
+def to_float(grad: Tensor | None) -> Tensor | None:
+    """The gradient of a weight, in float32."""
     return None if grad is None else grad.float()

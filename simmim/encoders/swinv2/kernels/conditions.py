@@ -1,4 +1,4 @@
-"""What decides whether kernels may stand in for the encoder's own lines, and why they do not."""
+"""What both kinds of kernels check before they replace the plain code of a module."""
 
 from __future__ import annotations
 
@@ -6,18 +6,18 @@ import torch
 from torch import Tensor, nn
 
 
-def is_modified(part: nn.Module) -> bool:
-    """Whether calling it does more or else than its class says."""
+def is_modified(module: nn.Module) -> bool:
+    """Whether a module has hooks or a replaced `forward`, so that calling it does more than its class defines."""
     return bool(
-        part._forward_hooks
-        or part._forward_pre_hooks
-        or part._backward_hooks
-        or part._backward_pre_hooks
-        or "forward" in part.__dict__
+        module._forward_hooks
+        or module._forward_pre_hooks
+        or module._backward_hooks
+        or module._backward_pre_hooks
+        or "forward" in module.__dict__
     )
 
 
-def product_type(weight: Tensor) -> torch.dtype:
-    """What products with a weight are computed in: what autocast casts to, else its own type."""
-    kind = weight.device.type
-    return torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else weight.dtype
+def product_dtype(weight: Tensor) -> torch.dtype:
+    """The type of products with a weight: what autocast casts to, else the weight's own type."""
+    device = weight.device.type
+    return torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else weight.dtype

@@ -1,6 +1,7 @@
-"""Where kernels are put into an encoder, and the only place that decides whether a call takes them.
+"""Puts kernels into an encoder. The only place that decides whether a call is computed by a kernel or by the plain code.
 
-The classes here have the parameters of the model's own classes and their plain lines, to which they fall back.
+Each class here is a class of `model.py` with the same parameters. It calls a kernel where the kernel supports the call, else
+the plain code that it inherits.
 """
 
 from __future__ import annotations
@@ -18,7 +19,7 @@ from simmim.encoders.swinv2.geometry import log_spaced_coords
 from simmim.encoders.swinv2.kernels.block import bias_of_offsets, join_attention, join_mlp, merge
 from simmim.encoders.swinv2.kernels.eligibility import supports_block, supports_merging
 from simmim.encoders.swinv2.kernels.gpu import window_attention
-from simmim.encoders.swinv2.kernels.library import is_disabled, kernels, reason
+from simmim.encoders.swinv2.kernels.library import get_kernels, is_disabled, unavailable_reason
 from simmim.encoders.swinv2.kernels.self_test import supports_attention
 from simmim.encoders.swinv2.kernels.windows import window_indices
 from simmim.encoders.swinv2.model import DropPath, Mlp, PatchMerging, SwinV2, SwinV2Block, WindowAttention, attend
@@ -28,31 +29,56 @@ from simmim.execution import without_autocast
 def use(encoder: SwinV2) -> SwinV2:
     """Put kernels into an encoder, in place, and return it.
 
-    Names, weights and results stay. A call still takes the plain lines where a kernel does not apply: other devices or
-    types, hooks or changed parts, torch.compile, `disabled`, SIMMIM_KERNELS=0 (see `eligibility` and `self_test`).
+    The encoder and its blocks, attentions and mergings get the classes of this file. Parameters, their names and all results
+    stay the same. A call still runs the plain code where no kernel supports it: on other devices or number types, with hooks
+    or replaced parts inside a block, under torch.compile, inside `disabled` and with SIMMIM_KERNELS=0 (see `eligibility` and
+    `self_test`).
     """
     for module in encoder.modules():
         module.__class__ = KERNEL_CLASSES.get(type(module), type(module))
     return encoder
 
 
-class KernelAttention(WindowAttention):
-    """Window attention that keeps its position bias while the weights are fixed."""
-
-    kept_tables: dict[tuple[Size, Size], Tensor] | None = None
+class KernelSwinV2(SwinV2):
+    """An encoder whose parts have kernels."""
 
     @contextlib.contextmanager
-    def cache_while_fixed(self) -> Iterator[None]:
-        """A context in which calls without gradients compute the position bias of each kind of window once."""
-        self.kept_tables = {}
+    def fixed_weights(self) -> Iterator[None]:
+        """A context in which calls without gradients compute the position bias of each block and window size once."""
+        with contextlib.ExitStack() as stack:
+            for module in self.modules():
+                if isinstance(module, KernelAttention):
+                    stack.enter_context(module.cached_tables())
+            yield
+
+    def has_kernels(self, device: torch.device) -> bool:
+        """Whether the kernels in C are used. Those for a GPU compute attention alone, and torch.compile works around them."""
+        return device.type == "cpu" and not is_disabled() and get_kernels() is not None
+
+    def describe_kernels(self, device: torch.device) -> str:
+        """On a CPU that there are kernels in C, or why not; elsewhere empty."""
+        if device.type != "cpu":
+            return ""
+        return "compiled kernels" if get_kernels() else f"no compiled kernels, so slower: {unavailable_reason()}"
+
+
+class KernelAttention(WindowAttention):
+    """Window attention that can cache its position bias."""
+
+    table_cache: dict[tuple[Size, Size], Tensor] | None = None
+
+    @contextlib.contextmanager
+    def cached_tables(self) -> Iterator[None]:
+        """A context in which calls without gradients compute the position bias of each window size once."""
+        self.table_cache = {}
         try:
             yield
         finally:
-            self.kept_tables = None
+            self.table_cache = None
 
     def position_table(self, window: Size, pretrained: Size) -> Tensor:
-        """As of `WindowAttention`."""
-        return self.kept(window, pretrained, super().position_table)
+        """As `WindowAttention.position_table`."""
+        return self._cached(window, pretrained, super().position_table)
 
     def position_table_by_kernel(self, window: Size, pretrained: Size) -> Tensor:
         """`position_table` by the kernel for a CPU."""
@@ -61,23 +87,22 @@ class KernelAttention(WindowAttention):
             coords = log_spaced_coords(window, pretrained, self.cpb_mlp[0].weight.device)
             return bias_of_offsets(self.cpb_mlp, coords)
 
-        return self.kept(window, pretrained, compute)
+        return self._cached(window, pretrained, compute)
 
-    def kept(self, window: Size, pretrained: Size, compute: Callable[[Size, Size], Tensor]) -> Tensor:
-        """A table from the cache, where there is one, else computed and put there."""
-        if self.kept_tables is None or torch.is_grad_enabled() or torch.compiler.is_compiling():
+    def _cached(self, window: Size, pretrained: Size, compute: Callable[[Size, Size], Tensor]) -> Tensor:
+        if self.table_cache is None or torch.is_grad_enabled() or torch.compiler.is_compiling():
             return compute(window, pretrained)
-        if (window, pretrained) not in self.kept_tables:
-            self.kept_tables[window, pretrained] = compute(window, pretrained)
-        return self.kept_tables[window, pretrained]
+        if (window, pretrained) not in self.table_cache:
+            self.table_cache[window, pretrained] = compute(window, pretrained)
+        return self.table_cache[window, pretrained]
 
 
 class KernelBlock(SwinV2Block):
-    """A block by kernels: whole on a CPU, its attention on a GPU."""
+    """A block whose kernels compute all of it on a CPU and its attention on a GPU."""
 
     attn: KernelAttention
 
-    # The parts that the kernels compute, and their classes. norm3 is applied after them.
+    # The parts that the kernel for a CPU replaces, and their classes. norm3 is applied after the kernel.
     PARTS: ClassVar[dict[str, type[nn.Module]]] = {
         "attn": KernelAttention,
         "attn.qkv": nn.Linear,
@@ -96,15 +121,15 @@ class KernelBlock(SwinV2Block):
     }
 
     def forward(self, x: Tensor, windows_at_once: int | None = None) -> Tensor:
-        """As of `SwinV2Block`."""
-        # Whoever has replaced the attention of one block wants that attention.
-        own = getattr(self.windowed_attention, "__func__", None) is KernelBlock.windowed_attention
-        if windows_at_once is None and own and supports_block(self, x):
-            return self.norm3(self.by_kernels(x))
+        """As `SwinV2Block.forward`."""
+        # A subclass or an instance may have replaced `windowed_attention`.
+        is_own = getattr(self.windowed_attention, "__func__", None) is KernelBlock.windowed_attention
+        if windows_at_once is None and is_own and supports_block(self, x):
+            return self.norm3(self.join_branches(x))
         return super().forward(x, windows_at_once)
 
-    def by_kernels(self, x: Tensor) -> Tensor:
-        """Both branches of `SwinV2Block.forward` on a CPU, without the norm after them."""
+    def join_branches(self, x: Tensor) -> Tensor:
+        """Both branches of `SwinV2Block.forward` by the kernels for a CPU, without norm3."""
         size = tuple(x.shape[1:3])
         window, shift, padded = self.geometry(size)
         windows = window_indices(size, window, shift, padded, self.shift_before_padding, x.device)
@@ -112,12 +137,12 @@ class KernelBlock(SwinV2Block):
             scale = self.attn.inverse_temperature()
             table = self.attn.position_table_by_kernel(window, self.pretrained(window))
         drop = self.drop_path
-        keep = drop.factors(x) if drop.active else None
-        x, tokens = join_attention(x, self.attn, self.norm1, keep, windows, scale, table)
-        return join_mlp(x, tokens, self.mlp, self.norm2, drop.factors(x) if drop.active else None)
+        factors = drop.factors(x) if drop.is_active else None
+        x, tokens = join_attention(x, self.attn, self.norm1, factors, windows, scale, table)
+        return join_mlp(x, tokens, self.mlp, self.norm2, drop.factors(x) if drop.is_active else None)
 
     def windowed_attention(self, x: Tensor, windows_at_once: int | None = None) -> Tensor:
-        """As of `SwinV2Block`; on a GPU by kernels that find a window's tokens where they are."""
+        """As `SwinV2Block.windowed_attention`; on a GPU by kernels that read a window's tokens in place."""
         window, shift, padded = self.geometry(x.shape[1:3])
         if windows_at_once is not None or not supports_attention(self.attn, x, window, attend):
             return super().windowed_attention(x, windows_at_once)
@@ -131,35 +156,21 @@ class KernelBlock(SwinV2Block):
 
 
 class KernelMerging(PatchMerging):
-    """Patch merging by a kernel on a CPU."""
+    """Patch merging with a kernel for a CPU."""
 
-    # As of `KernelBlock`.
+    # As `KernelBlock.PARTS`.
     PARTS: ClassVar[dict[str, type[nn.Module]]] = {"reduction": nn.Linear, "norm": nn.LayerNorm}
 
     def forward(self, x: Tensor) -> Tensor:
-        """As of `PatchMerging`."""
+        """As `PatchMerging.forward`."""
         if supports_merging(self, x):
             return merge(x, self.reduction, self.norm)
         return super().forward(x)
 
 
-class KernelSwinV2(SwinV2):
-    """An encoder with kernels put in."""
-
-    def has_kernels(self, device: torch.device) -> bool:
-        """On a CPU, where they could be compiled."""
-        return device.type == "cpu" and not is_disabled() and kernels() is not None
-
-    def describe_kernels(self, device: torch.device) -> str:
-        """On a CPU, whether they could be compiled, else why not."""
-        if device.type != "cpu":
-            return ""
-        return "compiled kernels" if kernels() else f"no compiled kernels, so slower: {reason()}"
-
-
 KERNEL_CLASSES: dict[type[nn.Module], type[nn.Module]] = {
-    WindowAttention: KernelAttention,
-    SwinV2Block: KernelBlock,
-    PatchMerging: KernelMerging,
     SwinV2: KernelSwinV2,
+    SwinV2Block: KernelBlock,
+    WindowAttention: KernelAttention,
+    PatchMerging: KernelMerging,
 }

@@ -1,31 +1,43 @@
-"""Which of the encoder's modules the kernels for a CPU can stand in for, as they are and on what they are given."""
+"""Which modules and inputs the kernels for a CPU support."""
 
 from __future__ import annotations
+
+from collections.abc import Iterable
 
 import torch
 from torch import Tensor, nn
 
-from simmim.encoders.swinv2.kernels.conditions import is_modified, product_type
-from simmim.encoders.swinv2.kernels.gpu import interpreted
-from simmim.encoders.swinv2.kernels.library import is_disabled, kernels
+from simmim.encoders.base import Size
+from simmim.encoders.swinv2.kernels.conditions import is_modified, product_dtype
+from simmim.encoders.swinv2.kernels.gpu import is_interpreted
+from simmim.encoders.swinv2.kernels.library import get_kernels, is_disabled
 from simmim.execution import is_eager
 
-LARGEST_SCRATCH = 2**28  # bytes, of all threads
+MAX_SCRATCH_BYTES = 2**28  # of all threads
 
 
 def supports_block(block: nn.Module, x: Tensor) -> bool:
-    """Whether they can do this block on `x`, (B, H, W, C): each of its parts is what `block.PARTS` says, nobody listens
-    inside it, and their scratch is of a size that does not matter."""
+    """Whether the kernels can compute this `KernelBlock` on `x`, (B, H, W, C).
+
+    Each part must be what `block.PARTS` says, without hooks, and of the expected sizes; and the memory that the kernels
+    allocate must be small.
+    """
     if (
-        not plain(x)
+        not is_plain_input(x)
         or not has_expected_parts(block)
         or block.mlp.act.approximate != "none"
         or block.attn.cpb_mlp[2].bias is not None
     ):
         return False
+    weight = block.attn.qkv.weight
+    return are_usable(block_shapes(block, x)) and supports_types(x, weight) and has_small_scratch(block, x) and is_ready()
+
+
+def block_shapes(block: nn.Module, x: Tensor) -> tuple[tuple[Tensor | None, tuple[int, ...]], ...]:
+    """The parameters of a block and the shapes that the kernels expect of them."""
     attn, mlp, dim, hidden = block.attn, block.mlp, x.shape[-1], block.mlp.fc1.out_features
-    bias, heads = attn.cpb_mlp, attn.num_heads
-    sizes = (
+    bias_in, bias_out = attn.cpb_mlp[0], attn.cpb_mlp[2]
+    return (
         (attn.qkv.weight, (3 * dim, dim)),
         (attn.q_bias, (dim,)),
         (attn.v_bias, (dim,)),
@@ -35,61 +47,67 @@ def supports_block(block: nn.Module, x: Tensor) -> bool:
         (mlp.fc1.bias, (hidden,)),
         (mlp.fc2.weight, (dim, hidden)),
         (mlp.fc2.bias, (dim,)),
-        *((value, (dim,)) for norm in (block.norm1, block.norm2) for value in (norm.weight, norm.bias)),
-        (attn.logit_scale, (heads, 1, 1)),
-        (bias[0].weight, (bias[0].out_features, 2)),
-        (bias[0].bias, (bias[0].out_features,)),
-        (bias[2].weight, (heads, bias[0].out_features)),
+        (block.norm1.weight, (dim,)),
+        (block.norm1.bias, (dim,)),
+        (block.norm2.weight, (dim,)),
+        (block.norm2.bias, (dim,)),
+        (attn.logit_scale, (attn.num_heads, 1, 1)),
+        (bias_in.weight, (bias_in.out_features, 2)),
+        (bias_in.bias, (bias_in.out_features,)),
+        (bias_out.weight, (attn.num_heads, bias_in.out_features)),
     )
+
+
+def has_small_scratch(block: nn.Module, x: Tensor) -> bool:
+    """Whether the scratch memory of the kernels is within `MAX_SCRATCH_BYTES`."""
     tokens = min(block.window_size, x.shape[1]) * min(block.window_size, x.shape[2])
-    # Of every thread the gradients of all heads' biases, and weights and their gradients of one.
-    scratch = 4 * torch.get_num_threads() * (heads + 3) * tokens**2
-    return values_fit(sizes) and types_fit(x, attn.qkv.weight) and scratch <= LARGEST_SCRATCH and ready()
+    # Per thread: gradients of the position biases of all heads; weights, their gradients and the bias of one head.
+    return 4 * torch.get_num_threads() * (block.attn.num_heads + 3) * tokens**2 <= MAX_SCRATCH_BYTES
 
 
 def supports_merging(merging: nn.Module, x: Tensor) -> bool:
-    """Likewise a merging of patches."""
-    if not plain(x) or not has_expected_parts(merging):
+    """Whether the kernels can compute this `KernelMerging` on `x`, (B, H, W, C)."""
+    if not is_plain_input(x) or not has_expected_parts(merging):
         return False
     weight, norm, dim = merging.reduction.weight, merging.norm, 2 * x.shape[-1]
-    sizes = (weight, (dim, 2 * dim)), (norm.weight, (dim,)), (norm.bias, (dim,))
-    return merging.reduction.bias is None and values_fit(sizes) and types_fit(x, weight) and ready()
+    shapes = (weight, (dim, 2 * dim)), (norm.weight, (dim,)), (norm.bias, (dim,))
+    return merging.reduction.bias is None and are_usable(shapes) and supports_types(x, weight) and is_ready()
 
 
-def plain(x: Tensor) -> bool:
-    """Numbers on the CPU, computed with as they come."""
+def is_plain_input(x: Tensor) -> bool:
+    """Whether x is an ordinary tensor of numbers on the CPU, and the call is eager."""
     return x.device.type == "cpu" and type(x) in (Tensor, nn.Parameter) and x.numel() > 0 and is_eager()
 
 
 def has_expected_parts(module: nn.Module) -> bool:
-    """Every part in its place and of the class that `module.PARTS` says, with nobody listening."""
+    """Whether the parts of a module are exactly those of `module.PARTS`, without hooks or replaced methods."""
     parts = {name: part for name, part in module.named_modules() if name}
     if {name: type(part) for name, part in parts.items() if name != "norm3"} != module.PARTS:
         return False
     return not nn.modules.module._has_any_global_hook() and not any(is_modified(part) for part in parts.values())
 
 
-def values_fit(sizes) -> bool:
-    """Each of (value, shape) is there, float32 on the CPU and in one piece."""
+def are_usable(shapes: Iterable[tuple[Tensor | None, tuple[int, ...]]]) -> bool:
+    """Whether each parameter has the expected shape and is float32, contiguous and on the CPU."""
     return all(
         value is not None
-        and value.shape == size
+        and value.shape == shape
         and value.dtype == torch.float32
         and value.device.type == "cpu"
         and value.is_contiguous()
-        for value, size in sizes
+        for value, shape in shapes
     )
 
 
-def types_fit(x: Tensor, weight: Tensor) -> bool:
-    """Products are in float32 or bfloat16, and `x` is in float32 or the same."""
-    kind = product_type(weight)
-    return kind in (torch.float32, torch.bfloat16) and x.dtype in (torch.float32, kind)
+def supports_types(x: Tensor, weight: Tensor) -> bool:
+    """Whether products are float32 or bfloat16, and `x` is float32 or of the type of products."""
+    dtype = product_dtype(weight)
+    return dtype in (torch.float32, torch.bfloat16) and x.dtype in (torch.float32, dtype)
 
 
-def ready() -> bool:
-    """The kernels are there, and as many threads as torch has may run them."""
-    if is_disabled() or interpreted():  # Triton's interpreter is asked for to run the kernels for a GPU
+def is_ready() -> bool:
+    """Whether the kernels are loaded, are not disabled, and can use as many threads as torch."""
+    if is_disabled() or is_interpreted():  # with Triton's interpreter the kernels for a GPU run on a CPU
         return False
-    found = kernels()
-    return found is not None and (found.threaded or torch.get_num_threads() == 1)
+    kernels = get_kernels()
+    return kernels is not None and (kernels.threaded or torch.get_num_threads() == 1)

@@ -1,13 +1,13 @@
-"""Shifted-window scaled cosine attention on a GPU, one step of automatic differentiation: what launches the kernels of
-triton_kernels.py.
+"""Scaled cosine attention in shifted windows on a GPU, as one autograd function: launches the kernels of triton_kernels.py.
 
-The same mathematics as `simmim.encoders.swinv2.attend`, with the biases of queries and values and the way from tokens to windows
-and back. What is saved: windows are never copied, and neither pass writes logits or weights. To torch.compile it is one
-operator with nothing to see inside.
+The mathematics is that of `attend` in `simmim.encoders.swinv2.model`, with the biases of queries and values, and with the
+way from tokens to windows and back. Windows are never copied, and neither pass writes logits or weights. torch.compile sees
+one opaque operator.
 
 There is no second derivative.
 
-Shape letters as in `simmim.encoders.swinv2`; T tokens of an image.
+Shape letters as in `model.py`: B images, h heads, D channels of a head, M windows of one image, N tokens of one window; and T
+tokens of one image.
 """
 
 from __future__ import annotations
@@ -21,26 +21,25 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-MOST_TOKENS, MOST_CHANNELS = 1024, 128  # of a window, of a head
-TYPES = (torch.bfloat16, torch.float16, torch.float32)
-OLDEST_GPU = (8, 0)  # compute capability: the first with products in bfloat16
-# A processor has two or three of these programs at a time; some more let early ones make room for late ones.
-PROGRAMS_A_PROCESSOR = 4
+MAX_WINDOW_TOKENS, MAX_HEAD_DIM = 1024, 128
+DTYPES = (torch.bfloat16, torch.float16, torch.float32)
+MIN_CAPABILITY = (8, 0)  # the first GPUs that multiply bfloat16
+# A multiprocessor runs two or three of these programs at a time. A few more keep it busy to the end.
+PROGRAMS_PER_MULTIPROCESSOR = 4
 
 
-def takes_attention(device: torch.device, dtype: torch.dtype, window_tokens: int, head_dim: int) -> bool:
-    """Whether the kernels can do this on `device`: `window_attention` to qkv of `dtype`, windows of so many tokens and
-    heads of so many channels."""
-    if dtype not in TYPES or not 1 <= window_tokens <= MOST_TOKENS or not 1 <= head_dim <= MOST_CHANNELS:
+def supports_window_attention(device: torch.device, dtype: torch.dtype, window_tokens: int, head_dim: int) -> bool:
+    """Whether `window_attention` supports qkv of `dtype`, N = `window_tokens` and D = `head_dim` on `device`."""
+    if dtype not in DTYPES or not 1 <= window_tokens <= MAX_WINDOW_TOKENS or not 1 <= head_dim <= MAX_HEAD_DIM:
         return False
     if not has_triton():
         return False
-    if interpreted():
+    if is_interpreted():
         return True
-    if device.type != "cuda" or torch.version.cuda is None or torch.cuda.get_device_capability(device) < OLDEST_GPU:
+    if device.type != "cuda" or torch.version.cuda is None or torch.cuda.get_device_capability(device) < MIN_CAPABILITY:
         return False
-    # Of the compiled kernels: the backward pass has a window's rows of q and of the gradient there, each in two layouts,
-    # and blocks on their way from memory and between layouts.
+    # Shared memory of the compiled kernels: the backward pass holds a window's rows of q and of the gradient,
+    # each in two layouts, and blocks that are being loaded or converted between layouts.
     blocks = Blocks.of(window_tokens, head_dim, dtype)
     needed = 4 * (blocks.whole + blocks.rest) * blocks.dim * dtype.itemsize + 2**14 * blocks.stages
     properties = torch.cuda.get_device_properties(device)
@@ -57,19 +56,22 @@ def window_attention(
     region_of: Tensor | None,
     images: int,
 ) -> Tensor:
-    """What each token makes of the values of its window, (B · T, h · D), of qkv's type.
+    """Attention of each token to the tokens of its window.
 
-    similarity(i, j) = cos(q_i + q_bias, k_j) · scale + bias_ij, −100 more across regions; weights are its softmax, over
-    values v_j + v_bias. Padding tokens have q = q_bias, k = 0 and v = v_bias. q + q_bias and v + v_bias are rounded to
-    qkv's type.
+    similarity(i, j) = cos(q_i + q_bias, k_j) · scale + bias_ij, plus `MASKED_LOGIT` across regions. Its softmax weighs the
+    values v_j + v_bias. Padding tokens have q = q_bias, k = 0 and v = v_bias. q + q_bias and v + v_bias are rounded to qkv's
+    type.
 
     Args:
         qkv: (B · T, 3 · h · D), in (q k v, head, channel) order, without bias.
         q_bias, v_bias: (h · D,).
         scale: (h, 1, 1) or (h,) float32, 1 / τ.
         bias: (h, N, N) float32, the position bias of each pair of tokens.
-        token_of, region_of: as in `simmim.encoders.swinv2.kernels.Windows`, on qkv's device. Each token stands in exactly one window.
+        token_of, region_of: as in `Windows`, on qkv's device. Each token is in exactly one window.
         images: B.
+
+    Returns:
+        (B · T, h · D), of qkv's type.
     """
     mixed, _ = _forward(qkv.contiguous(), q_bias, v_bias, scale, bias.contiguous(), token_of, region_of, images)
     return mixed
@@ -86,14 +88,17 @@ def _forward(
     region_of: Tensor | None,
     images: int,
 ) -> tuple[Tensor, Tensor]:
-    """`window_attention`; and in float32 what turns its logits into weights again, (B · M, h, 2, N): each query's largest
-    logit, and 1 / the sum of exponentials. The log of that sum, one number, at 100 would be exact to 1e-5 only."""
+    """`window_attention`; and the normalizers of its softmax, (B · M, h, 2, N) float32, by which the backward pass computes
+    weights from logits again: the largest logit of each query, and 1 / the sum of exponentials.
+
+    A single number, the log of the sum, would be precise to 1e-5 only where it is near 100.
+    """
     from simmim.encoders.swinv2.kernels import triton_kernels
 
     mixed, normalizers = _forward_shapes(qkv, q_bias, v_bias, scale, bias, token_of, region_of, images)
     call = Call.of(qkv, q_bias, v_bias, scale, bias, token_of, region_of, images)
     shares = call.shares()
-    call.launch(triton_kernels.forward, call.numbers * shares, mixed, normalizers, *call.sizes, shares)
+    call.launch(triton_kernels.forward, call.num_windows * shares, mixed, normalizers, *call.sizes, shares)
     return mixed, normalizers
 
 
@@ -125,11 +130,11 @@ def _backward(
     call = Call.of(qkv, q_bias, v_bias, scale, bias, token_of, region_of, images)
     grad_mixed, normalizers, heads = grad_mixed.contiguous(), normalizers.contiguous(), scale.numel()
     chunks, shares, blocks = call.chunks(), call.shares(), call.blocks.count
-    # Every token is in a window, so every row is written: queries by one kernel, keys and values by the other.
+    # Every token is in a window, so every row is written: queries by the first kernel, keys and values by the second.
     grad_qkv, deltas = torch.empty_like(qkv, memory_format=torch.contiguous_format), torch.empty_like(normalizers[:, :, 0])
-    of_bias = deltas.new_empty(chunks, *bias.shape)
-    of_q_bias, of_scale = deltas.new_empty(chunks * blocks, len(q_bias)), deltas.new_empty(chunks * blocks, heads)
-    of_v_bias = deltas.new_empty(call.numbers * shares, len(v_bias))
+    bias_sums = deltas.new_empty(chunks, *bias.shape)
+    q_bias_sums, scale_sums = deltas.new_empty(chunks * blocks, len(q_bias)), deltas.new_empty(chunks * blocks, heads)
+    v_bias_sums = deltas.new_empty(call.num_windows * shares, len(v_bias))
     call.launch(
         triton_kernels.backward_of_queries,
         chunks * blocks,
@@ -137,31 +142,31 @@ def _backward(
         grad_mixed,
         grad_qkv,
         deltas,
-        of_bias,
-        of_q_bias,
-        of_scale,
+        bias_sums,
+        q_bias_sums,
+        scale_sums,
         *call.sizes,
-        call.numbers,
+        call.num_windows,
         chunks,
     )
     call.launch(
         triton_kernels.backward_of_keys,
-        call.numbers * shares,
+        call.num_windows * shares,
         normalizers,
         deltas,
         grad_mixed,
         grad_qkv,
-        of_v_bias,
+        v_bias_sums,
         *call.sizes,
         shares,
     )
-    # Programs' sums are added here and not by them, in no order of their own: the same numbers every time.
+    # The sums of the programs are added here, in a fixed order: results are the same every time.
     return (
         grad_qkv,
-        of_q_bias.sum(0).to(q_bias.dtype),
-        of_v_bias.sum(0).to(v_bias.dtype),
-        of_scale.sum(0).view(scale.shape),
-        of_bias.sum(0),
+        q_bias_sums.sum(0).to(q_bias.dtype),
+        v_bias_sums.sum(0).to(v_bias.dtype),
+        scale_sums.sum(0).view(scale.shape),
+        bias_sums.sum(0),
     )
 
 
@@ -170,7 +175,7 @@ def _backward_shapes(grad_mixed, normalizers, qkv, q_bias, v_bias, scale, bias, 
     return tuple(torch.empty_like(x, memory_format=torch.contiguous_format) for x in (qkv, q_bias, v_bias, scale, bias))
 
 
-def _keep(ctx, inputs, output) -> None:
+def _save_for_backward(ctx, inputs, output) -> None:
     *tensors, ctx.images = inputs
     _, normalizers = output
     ctx.save_for_backward(normalizers, *tensors)
@@ -181,24 +186,24 @@ def _differentiate(ctx, grad_mixed: Tensor, _):
     return *_backward(grad_mixed, *ctx.saved_tensors, ctx.images), None, None, None
 
 
-_forward.register_autograd(_differentiate, setup_context=_keep)
+_forward.register_autograd(_differentiate, setup_context=_save_for_backward)
 
 
-# --- Launches ------------------------------------------------------------------------------------------------------------
+# --- launches ------------------------------------------------------------------------------------------------------------
 
 
 class Blocks(NamedTuple):
-    """How the tokens of a window are cut into blocks, whose sizes are powers of two and no less than a matrix
-    instruction's 16.
+    """How the tokens of a window are divided into blocks. Block sizes are powers of two, at least 16, the smallest tile of a
+    matrix instruction.
 
     Attributes:
         whole: the largest power of two in N.
-        rest: what holds the tokens beyond `whole`, 0 for none: 144 tokens are 128 + 16 and not 256.
-        dim: what holds D.
-        block: how many rows of logits a program computes at a time.
-        count: blocks of rows of a window.
-        warps: of one program.
-        stages: of the pipeline that loads what the next round of a loop needs.
+        rest: size of the block for the tokens beyond `whole`; 0 for none. 144 tokens are 128 + 16 and not 256.
+        dim: D rounded up to a power of two, at least 32.
+        block: rows of logits that a program computes at a time.
+        count: number of blocks of rows in a window.
+        warps: number of warps of a program.
+        stages: length of the pipeline that loads the next iterations of a loop.
     """
 
     whole: int
@@ -213,33 +218,34 @@ class Blocks(NamedTuple):
     def of(cls, tokens: int, head_dim: int, dtype: torch.dtype) -> Blocks:
         whole = max(16, 1 << (tokens.bit_length() - 1))
         rest = max(16, power_of_two(tokens - whole)) if tokens > whole else 0
-        # No less than 32: Triton hands a program's warps columns, where the last product's block has more columns than
-        # rows, else rows. There are 16 rows for one warp; four would all compute the same.
+        # At least 32: Triton gives columns to warps if the block of the last product has more columns than rows, else rows.
+        # 16 rows are rows for one warp; four warps would all compute the same.
         dim = max(32, power_of_two(head_dim))
-        usual = dim == 32 and dtype.itemsize == 2
-        if usual and tokens <= 64:  # a warp has 16 whole rows of logits
+        has_small_rows = dim == 32 and dtype.itemsize == 2
+        if has_small_rows and tokens <= 64:  # each warp computes 16 whole rows of logits
             block = max(16, power_of_two(tokens))
             warps = block // 16
-        else:  # all warps have the same 16 rows, each some of the columns: more do not fit their registers
-            block, warps = 16, 4 if usual and whole + rest <= 192 else 8
+        else:  # all warps compute the same 16 rows, each some of the columns: more do not fit their registers
+            block, warps = 16, 4 if has_small_rows and whole + rest <= 192 else 8
         stages = 2 if dtype.itemsize * (whole + rest) * dim <= 2**14 else 1
         return cls(whole, rest, dim, block, -(-tokens // block), warps, stages)
 
 
 class Call(NamedTuple):
-    """What all kernels are called with.
+    """The arguments that all kernels share.
 
     Attributes:
-        inputs: their first arguments.
+        inputs: the first arguments of each kernel.
         heads: h.
-        numbers: B · M, windows of all images.
+        num_windows: B · M, windows of all images.
         sizes: T, M and h.
-        constants: what they are compiled for.
+        blocks: how a window is divided.
+        constants: the values that the kernels are compiled for.
     """
 
     inputs: tuple[Tensor, ...]
     heads: int
-    numbers: int
+    num_windows: int
     sizes: tuple[int, int, int]
     blocks: Blocks
     constants: dict
@@ -252,7 +258,7 @@ class Call(NamedTuple):
         constants = {
             "N": tokens,
             "D": head_dim,
-            "DIVIDED": region_of is not None,
+            "HAS_REGIONS": region_of is not None,
             "WHOLE": blocks.whole,
             "REST": blocks.rest,
             "DIM": blocks.dim,
@@ -261,53 +267,53 @@ class Call(NamedTuple):
             "num_warps": blocks.warps,
             "num_stages": blocks.stages,
         }
-        # Kernels want some address; without regions they never read it.
+        # A kernel needs an address here. Without regions it does not read it.
         regions = token_of if region_of is None else region_of
         inputs = tuple(x.contiguous() for x in (qkv, q_bias, v_bias, scale, bias, token_of, regions))
         return cls(inputs, heads, images * windows, (len(qkv) // images, windows, heads), blocks, constants)
 
-    def launch(self, kernel, programs_a_head: int, *arguments) -> None:
-        """Run one of triton_kernels.py."""
+    def launch(self, kernel, programs_per_head: int, *arguments) -> None:
+        """Launch a kernel of triton_kernels.py."""
         device = self.inputs[0].device
         with torch.cuda.device(device) if device.type == "cuda" else contextlib.nullcontext():
-            kernel[(programs_a_head * self.heads,)](*self.inputs, *arguments, **self.constants)
+            kernel[(programs_per_head * self.heads,)](*self.inputs, *arguments, **self.constants)
 
     def shares(self) -> int:
-        """Among how many programs the blocks of a window are shared: one, which loads the other side's rows once, where
-        there are windows enough to occupy the device."""
-        return min(self.blocks.count, -(-self.wanted() // (self.numbers * self.heads)))
+        """Number of programs that share the blocks of a window. One, which loads the rows of the other side once, if there
+        are enough windows to occupy the device."""
+        return min(self.blocks.count, -(-self.wanted_programs() // (self.num_windows * self.heads)))
 
     def chunks(self) -> int:
-        """Into how many chunks windows fall whose gradients of the position bias are summed by one program: no more than
-        occupy the device, for each has sums of its own in memory."""
-        return min(self.numbers, -(-self.wanted() // (self.blocks.count * self.heads)))
+        """Number of chunks of windows. One program sums the gradients of the position bias over a chunk, in memory of its
+        own, so there are no more chunks than occupy the device."""
+        return min(self.num_windows, -(-self.wanted_programs() // (self.blocks.count * self.heads)))
 
-    def wanted(self) -> int:
-        """Programs that occupy the device."""
+    def wanted_programs(self) -> int:
+        """Number of programs that occupy the device."""
         device = self.inputs[0].device
-        processors = torch.cuda.get_device_properties(device).multi_processor_count if device.type == "cuda" else 1
-        return PROGRAMS_A_PROCESSOR * processors
+        count = torch.cuda.get_device_properties(device).multi_processor_count if device.type == "cuda" else 1
+        return PROGRAMS_PER_MULTIPROCESSOR * count
 
 
 def power_of_two(number: int) -> int:
-    """The smallest that is no less."""
+    """The smallest power of two that is at least `number`."""
     return 1 << (number - 1).bit_length()
 
 
 def product_precision(dtype: torch.dtype) -> str:
-    """How products of float32 are computed: as torch's own are. Of half precisions it means nothing."""
+    """The precision of float32 products, which is that of torch's own. It has no effect on half precisions."""
     settings = torch.backends.cuda.matmul
-    # The older name, the only one before 2.9, raises an error where the newer was set.
-    fast = settings.fp32_precision == "tf32" if hasattr(settings, "fp32_precision") else settings.allow_tf32
-    return "tf32" if dtype != torch.float32 or fast else "ieee"
+    # Torch before 2.9 has the older name only. Later versions raise an error for it once the newer name was set.
+    allows_tf32 = settings.fp32_precision == "tf32" if hasattr(settings, "fp32_precision") else settings.allow_tf32
+    return "tf32" if dtype != torch.float32 or allows_tf32 else "ieee"
 
 
-def interpreted() -> bool:
-    """Whether Triton runs kernels in Python, on any device, as in tests."""
+def is_interpreted() -> bool:
+    """Whether Triton interprets kernels in Python, on any device. For tests."""
     return os.environ.get("TRITON_INTERPRET") == "1"
 
 
 @lru_cache(maxsize=1)
 def has_triton() -> bool:
-    """Whether it is installed."""
+    """Whether Triton is installed."""
     return importlib.util.find_spec("triton") is not None

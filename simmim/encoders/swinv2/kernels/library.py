@@ -1,4 +1,4 @@
-"""Compiles the kernels for the machine at hand, once, and loads them."""
+"""Compiles the kernels in C for the processor, once, and loads them."""
 
 from __future__ import annotations
 
@@ -16,59 +16,37 @@ from functools import lru_cache
 from pathlib import Path
 
 from simmim.encoders.swinv2.geometry import MASKED_LOGIT
+from simmim.encoders.swinv2.model import MAX_BIAS, SMALLEST_NORM
 from simmim.messages import first_line
 
 HEADERS, SOURCES = ("vectors.h", "product.h"), ("attention.c", "bias.c", "pointwise.c")
-# Contraction to fused multiply-adds is GCC's default; nothing here lets a compiler reorder sums.
+# Contraction to fused multiply-adds is GCC's default. No flag lets a compiler reorder sums.
 FLAGS = (
-    "-O3",
-    "-fPIC",
-    "-shared",
-    "-std=gnu11",
-    "-ffp-contract=fast",
-    "-fno-math-errno",
-    "-fno-trapping-math",
+    *("-O3", "-fPIC", "-shared", "-std=gnu11", "-ffp-contract=fast", "-fno-math-errno", "-fno-trapping-math"),
     f"-DMASKED_LOGIT=({MASKED_LOGIT}f)",
+    f"-DSMALLEST_NORM={SMALLEST_NORM}f",
+    f"-DMAX_BIAS={MAX_BIAS}f",
 )
-OPENMP = "-fopenmp"
-SWITCH = "SIMMIM_KERNELS"  # environment variable: 0 for none
-PATIENCE_S = 120
+OPENMP_FLAG = "-fopenmp"
+SWITCH = "SIMMIM_KERNELS"  # environment variable; 0 turns the kernels off
+TIMEOUT_S = 120  # of the compiler
 
-pointer = ctypes.c_void_p
-number = ctypes.c_long
+POINTER, LONG, INT = ctypes.c_void_p, ctypes.c_long, ctypes.c_int
+OPTIONS = [("bf16", INT), ("threads", INT)]
+
+
+def fields(names: str, ctype: type) -> list[tuple[str, type]]:
+    """Fields of one type, their names separated by blanks."""
+    return [(name, ctype) for name in names.split()]
 
 
 class Attention(ctypes.Structure):
     """As in attention.c."""
 
     _fields_ = [
-        *(
-            (name, pointer)
-            for name in (
-                "qkv",
-                "q_bias",
-                "v_bias",
-                "scale",
-                "table",
-                "offset_of",
-                "token_of",
-                "region_of",
-            )
-        ),
-        *(
-            (name, number)
-            for name in (
-                "images",
-                "tokens",
-                "windows",
-                "window_tokens",
-                "heads",
-                "head_dim",
-                "offsets",
-            )
-        ),
-        ("half", ctypes.c_int),
-        ("threads", ctypes.c_int),
+        *fields("qkv q_bias v_bias scale table offset_of token_of region_of", POINTER),
+        *fields("images tokens windows window_tokens heads head_dim offsets", LONG),
+        *OPTIONS,
     ]
 
 
@@ -76,9 +54,9 @@ class Bias(ctypes.Structure):
     """As in bias.c."""
 
     _fields_ = [
-        *((name, pointer) for name in ("coords", "weight1", "bias1", "weight2")),
-        *((name, number) for name in ("offsets", "hidden", "heads")),
-        ("threads", ctypes.c_int),
+        *fields("coords weight1 bias1 weight2", POINTER),
+        *fields("offsets hidden heads", LONG),
+        ("threads", INT),
     ]
 
 
@@ -86,123 +64,122 @@ class Join(ctypes.Structure):
     """As in pointwise.c."""
 
     _fields_ = [
-        *((name, pointer) for name in ("branch", "bias", "gain", "shift", "keep")),
-        *((name, number) for name in ("rows", "rows_an_image", "dim")),
+        *fields("branch bias norm_weight norm_bias drop_factors", POINTER),
+        *fields("rows rows_per_image dim", LONG),
         ("epsilon", ctypes.c_float),
-        ("half", ctypes.c_int),
-        ("threads", ctypes.c_int),
+        *OPTIONS,
     ]
 
 
 class Merging(ctypes.Structure):
     """As in pointwise.c."""
 
-    _fields_ = [
-        *((name, number) for name in ("images", "height", "width", "dim")),
-        ("half", ctypes.c_int),
-        ("threads", ctypes.c_int),
-    ]
+    _fields_ = [*fields("images height width dim", LONG), *OPTIONS]
 
 
-ARGUMENTS = {
-    "attention_forward": [ctypes.POINTER(Attention), pointer, pointer],
-    "attention_backward": [ctypes.POINTER(Attention), *[pointer] * 7],
-    "bias_forward": [ctypes.POINTER(Bias), pointer],
-    "bias_backward": [ctypes.POINTER(Bias), *[pointer] * 5],
-    "join_forward": [ctypes.POINTER(Join), *[pointer] * 4],
-    "join_backward": [ctypes.POINTER(Join), *[pointer] * 8],
-    "gelu_forward": [pointer, pointer, pointer, number, number, ctypes.c_int, ctypes.c_int],
-    "gelu_backward": [*[pointer] * 5, number, number, ctypes.c_int, ctypes.c_int],
-    "merging_forward": [ctypes.POINTER(Merging), pointer, pointer],
-    "merging_backward": [ctypes.POINTER(Merging), pointer, pointer],
+SIGNATURES = {
+    "attention_forward": [ctypes.POINTER(Attention), POINTER, POINTER],
+    "attention_backward": [ctypes.POINTER(Attention), *[POINTER] * 7],
+    "bias_forward": [ctypes.POINTER(Bias), POINTER],
+    "bias_backward": [ctypes.POINTER(Bias), *[POINTER] * 5],
+    "join_forward": [ctypes.POINTER(Join), *[POINTER] * 4],
+    "join_backward": [ctypes.POINTER(Join), *[POINTER] * 8],
+    "gelu_forward": [*[POINTER] * 3, LONG, LONG, INT, INT],
+    "gelu_backward": [*[POINTER] * 5, LONG, LONG, INT, INT],
+    "merging_forward": [ctypes.POINTER(Merging), POINTER, POINTER],
+    "merging_backward": [ctypes.POINTER(Merging), POINTER, POINTER],
 }
 
 
-class Kernels:
-    """The compiled functions; `threaded` where they may use several threads."""
+class KernelLibrary:
+    """The compiled functions.
+
+    Attributes:
+        threaded: whether they were compiled with OpenMP, so that they can use several threads.
+    """
 
     def __init__(self, file: Path, threaded: bool) -> None:
         self.threaded, self.library = threaded, ctypes.CDLL(str(file))
-        for name, arguments in ARGUMENTS.items():
+        for name, arguments in SIGNATURES.items():
             function = getattr(self.library, name)
-            function.argtypes, function.restype = arguments, ctypes.c_int
+            function.argtypes, function.restype = arguments, INT
 
     def call(self, name: str, *arguments) -> None:
-        """Run one of `ARGUMENTS`.
+        """Call one of `SIGNATURES`.
 
         Raises:
-            MemoryError: when there is none for its scratch.
+            MemoryError: when its scratch memory cannot be allocated.
         """
         if getattr(self.library, name)(*arguments):
-            raise MemoryError(f"no memory for {name} of the fused kernels")
+            raise MemoryError(f"no memory for the kernel {name}")
 
 
 @lru_cache(maxsize=1)
-def kernels() -> Kernels | None:
-    """The kernels, compiled at the first call on this machine; None where there is no compiler for them (`reason`)."""
+def get_kernels() -> KernelLibrary | None:
+    """The kernels, compiled or loaded at the first call; None where that fails (`unavailable_reason`)."""
     try:
-        return load()
+        return load_kernels()
     except (OSError, ValueError, AttributeError, subprocess.SubprocessError) as error:
-        problem.append(first_line(error))
+        _problems.append(first_line(error))
         return None
 
 
-problem: list[str] = []
-_disabled = 0  # contexts of `disabled` that are open
+_problems: list[str] = []
+_open_contexts = 0  # of `disabled`
 
 
 @contextlib.contextmanager
 def disabled() -> Iterator[None]:
-    """A context in which every encoder computes by its plain lines, on any device; for comparisons."""
-    global _disabled
-    _disabled += 1
+    """A context in which every encoder runs the plain code, on any device. For comparisons."""
+    global _open_contexts
+    _open_contexts += 1
     try:
         yield
     finally:
-        _disabled -= 1
+        _open_contexts -= 1
 
 
 def is_disabled() -> bool:
-    """Whether kernels are switched off, by `disabled` or by the environment variable."""
-    return bool(_disabled) or os.environ.get(SWITCH) == "0"
+    """Whether kernels are turned off, by `disabled` or by the environment variable."""
+    return bool(_open_contexts) or os.environ.get(SWITCH) == "0"
 
 
-def reason() -> str:
-    """Why `kernels` is None: one line."""
+def unavailable_reason() -> str:
+    """Why there are no kernels, in one line; empty if there are."""
     if os.environ.get(SWITCH) == "0":
         return f"switched off by {SWITCH}=0"
-    return problem[-1] if problem else ""
+    return _problems[-1] if _problems else ""
 
 
-def load() -> Kernels:
-    """From the cache, or compiled into it.
+def load_kernels() -> KernelLibrary:
+    """Load the kernels from the cache, or compile them into it.
 
     Raises:
-        ValueError: where they are switched off, or no compiler is found or it fails.
+        ValueError: when they are turned off, or there is no compiler, or it fails.
     """
     if os.environ.get(SWITCH, "1") == "0":
         raise ValueError(f"switched off by {SWITCH}=0")
     if os.name != "posix":
-        raise ValueError("not for this system")
+        raise ValueError("not supported on this system")
     compiler = find_compiler()
-    version = subprocess.run([*compiler, "--version"], capture_output=True, timeout=PATIENCE_S).stdout
-    home = Path(__file__).parent
-    sources = b"".join((home / name).read_bytes() for name in (*HEADERS, *SOURCES))
-    # A home folder may be shared by machines whose processors differ.
-    identity = b"\n".join((sources, version, repr((compiler, FLAGS)).encode(), processor().encode()))
+    version = subprocess.run([*compiler, "--version"], capture_output=True, timeout=TIMEOUT_S).stdout
+    folder = Path(__file__).parent
+    sources = b"".join((folder / name).read_bytes() for name in (*HEADERS, *SOURCES))
+    # Machines with different processors may share a home folder.
+    identity = b"\n".join((sources, version, repr((compiler, FLAGS)).encode(), processor_features().encode()))
     digest = hashlib.sha256(identity).hexdigest()[:16]
     for threaded in (True, False):
         file = cache_folder() / f"kernels-{digest}{'' if threaded else '-serial'}.so"
         if file.is_file():
             with contextlib.suppress(OSError):
-                return Kernels(file, threaded)
-        if compiled(compiler, home, file, threaded):
-            return Kernels(file, threaded)
+                return KernelLibrary(file, threaded)
+        if compile_kernels(compiler, folder, file, threaded):
+            return KernelLibrary(file, threaded)
     raise ValueError(f"{' '.join(compiler)} does not compile them")
 
 
 def find_compiler() -> list[str]:
-    """The C compiler's command.
+    """The command of the C compiler.
 
     Raises:
         ValueError: when there is none.
@@ -212,11 +189,11 @@ def find_compiler() -> list[str]:
     for name in ("cc", "gcc", "clang"):
         if shutil.which(name):
             return [name]
-    raise ValueError("no C compiler: cc, gcc or clang, or the one that the environment variable CC names")
+    raise ValueError("no C compiler: cc, gcc or clang, or the one in the environment variable CC")
 
 
-def processor() -> str:
-    """What tells this processor's instructions from another's."""
+def processor_features() -> str:
+    """A text that differs between processors with different instructions."""
     try:
         lines = Path("/proc/cpuinfo").read_text(encoding="ascii", errors="replace").splitlines()
     except OSError:
@@ -224,35 +201,39 @@ def processor() -> str:
     return next((line for line in lines if line.startswith(("flags", "Features"))), platform.machine())
 
 
-def for_processor() -> str:
-    """The flag that lets a compiler use all of this processor's instructions."""
+def processor_flag() -> str:
+    """The flag by which a compiler uses all instructions of this processor."""
     return "-march=native" if platform.machine().lower() in ("x86_64", "amd64", "i686") else "-mcpu=native"
 
 
 def cache_folder() -> Path:
-    """Where compiled kernels are kept; a folder of this user's own, below the temporary one, where home is read-only."""
+    """The folder for compiled kernels: in the user's cache, or in the temporary folder if that cannot be written.
+
+    Raises:
+        OSError: when neither is safe to use.
+    """
     base = os.environ.get("XDG_CACHE_HOME") or os.path.join(os.path.expanduser("~"), ".cache")
     for folder in (Path(base) / "simmim" / "kernels", Path(tempfile.gettempdir()) / f"simmim-{os.getuid()}"):
         try:
             folder.mkdir(parents=True, exist_ok=True, mode=0o700)
         except OSError:
             continue
-        # Nobody else may have laid a library there.
+        # A library is code: no other user may be able to replace it.
         status = folder.lstat()
         if os.access(folder, os.W_OK) and status.st_uid == os.getuid() and not status.st_mode & 0o022:
             return folder
     raise OSError("no folder to keep compiled kernels in")
 
 
-def compiled(compiler: list[str], home: Path, file: Path, threaded: bool) -> bool:
-    """Whether the kernels could be compiled to `file`, which is there whole or not at all."""
+def compile_kernels(compiler: list[str], sources: Path, file: Path, threaded: bool) -> bool:
+    """Compile the kernels in the folder `sources` to `file`, by an atomic write. Returns whether the compiler succeeded."""
     with tempfile.TemporaryDirectory(dir=file.parent) as folder:
-        whole = Path(folder) / file.name
-        flags = [*FLAGS, for_processor(), *([OPENMP] if threaded else [])]
-        command = [*compiler, *flags, *(str(home / name) for name in SOURCES), "-o", str(whole), "-lm"]
-        if subprocess.run(command, capture_output=True, timeout=PATIENCE_S).returncode:
+        output = Path(folder) / file.name
+        flags = [*FLAGS, processor_flag(), *([OPENMP_FLAG] if threaded else [])]
+        command = [*compiler, *flags, *(str(sources / name) for name in SOURCES), "-o", str(output), "-lm"]
+        if subprocess.run(command, capture_output=True, timeout=TIMEOUT_S).returncode:
             return False
-        with whole.open("rb+") as library:
+        with output.open("rb+") as library:
             os.fsync(library.fileno())
-        os.replace(whole, file)
+        os.replace(output, file)
     return True

@@ -1,5 +1,5 @@
-"""Whether the kernels for a GPU do, on the device at hand, what the encoder's own lines do: tried once for each kind of
-window, before the first is computed with them."""
+"""A self-test of the kernels for a GPU: on the device at hand they are compared with the plain code, once per window and head
+size, before they are used."""
 
 from __future__ import annotations
 
@@ -10,104 +10,133 @@ from functools import lru_cache
 import torch
 from torch import Tensor, nn
 
-from simmim.encoders.swinv2.kernels.conditions import is_modified, product_type
-from simmim.encoders.swinv2.kernels.gpu import interpreted, takes_attention, window_attention
+from simmim.encoders.base import Size
+from simmim.encoders.swinv2.kernels.conditions import is_modified, product_dtype
+from simmim.encoders.swinv2.kernels.gpu import is_interpreted, supports_window_attention, window_attention
 from simmim.encoders.swinv2.kernels.library import is_disabled
 from simmim.execution import is_eager
 from simmim.messages import first_line
 
-# Torch before 2.7 cannot tell; it exported by tracing, which `is_eager` sees.
+# Before 2.7 torch has no such function. It exported by tracing, which `is_eager` detects.
 is_exporting = getattr(torch.compiler, "is_exporting", lambda: False)
-# Distance of a result from that of the plain lines, as a share of its length. Products of float32 may be of 10 bits.
+# Largest distance of a result from that of the plain code, relative to its norm. float32 products may have 10-bit mantissas.
 TOLERANCES = {torch.float32: 0.01, torch.float16: 0.02, torch.bfloat16: 0.05}
+IMAGES, HEADS, WINDOWS = 1, 1, 2  # of the self-test
 
 
-def supports_attention(attn: nn.Module, x: Tensor, window: tuple[int, int], plain: Callable) -> bool:
-    """Whether the kernels for a GPU can do what `attn`, a `simmim.encoders.swinv2.WindowAttention`, does to the windows of x,
-    (B, H, W, C), and torch.compile or nobody traces it.
+def supports_attention(attn: nn.Module, x: Tensor, window: Size, plain: Callable) -> bool:
+    """Whether the kernels for a GPU can compute a `WindowAttention` on the windows of x, (B, H, W, C), in this call.
+
+    The call must be eager or under torch.compile, without hooks on `attn`.
 
     Args:
-        plain: `simmim.encoders.swinv2.attend`.
+        plain: `simmim.encoders.swinv2.model.attend`, for the self-test.
     """
-    if x.device.type != "cuda" and not interpreted():
+    if x.device.type != "cuda" and not is_interpreted():
         return False
     if is_disabled() or type(x) not in (Tensor, nn.Parameter) or x.numel() == 0 or is_modified(attn):
         return False
     if not is_eager() and (not torch.compiler.is_compiling() or is_exporting()):
         return False
-    kind = product_type(attn.qkv.weight)
-    return verified_constant(x.device, kind, window[0] * window[1], x.shape[-1] // attn.num_heads, plain)
+    dtype = product_dtype(attn.qkv.weight)
+    return passes_while_compiling(x.device, dtype, window[0] * window[1], x.shape[-1] // attn.num_heads, plain)
 
 
-def verified_constant(device: torch.device, dtype: torch.dtype, window_tokens: int, head_dim: int, plain: Callable) -> bool:
-    """`verified`, which torch.compile does not look into."""
-    return verified(device, dtype, window_tokens, head_dim, plain)
+def passes_while_compiling(
+    device: torch.device, dtype: torch.dtype, window_tokens: int, head_dim: int, plain: Callable
+) -> bool:
+    """`passes_self_test`, whose result is a constant for torch.compile."""
+    return passes_self_test(device, dtype, window_tokens, head_dim, plain)
 
 
-# As by torch.compiler.assume_constant_result, which would load all of the compiler.
-verified_constant._dynamo_marked_constant = True
+# As torch.compiler.assume_constant_result does, which would import all of the compiler.
+passes_while_compiling._dynamo_marked_constant = True
 
 
 @lru_cache(maxsize=256)
-def verified(device: torch.device, dtype: torch.dtype, window_tokens: int, head_dim: int, plain: Callable) -> bool:
-    """Whether `window_attention` is to be used for qkv of `dtype`, windows of so many tokens and heads of so many channels;
-    where the kernels fail or differ, a warning says so and they are not tried again."""
-    if not takes_attention(device, dtype, window_tokens, head_dim):
+def passes_self_test(
+    device: torch.device, dtype: torch.dtype, window_tokens: int, head_dim: int, plain: Callable
+) -> bool:
+    """Whether `window_attention` supports these sizes and its results are those of the plain code.
+
+    If they are not, or a kernel fails, a warning says so once and the kernels are not used.
+
+    Args:
+        dtype: of qkv.
+        window_tokens: N.
+        head_dim: D.
+    """
+    if not supports_window_attention(device, dtype, window_tokens, head_dim):
         return False
     try:
-        problem = difference(device, dtype, window_tokens, head_dim, plain)
-    except Exception as error:  # whatever a compiler, a driver or a device that nobody has tried comes up with
+        problem = find_difference(device, dtype, window_tokens, head_dim, plain)
+    except Exception as error:  # of the compiler, the driver or the device
         problem = first_line(error)
     if problem:
-        kind = f"{str(dtype).removeprefix('torch.')}, windows of {window_tokens} tokens, heads of {head_dim} channels"
-        warnings.warn(f"attention goes without its kernels on {device} ({kind}): {problem}", stacklevel=2)
+        sizes = f"{str(dtype).removeprefix('torch.')}, windows of {window_tokens} tokens, heads of {head_dim} channels"
+        warnings.warn(f"attention runs without its kernels on {device} ({sizes}): {problem}", stacklevel=2)
     return not problem
 
 
-def difference(device: torch.device, dtype: torch.dtype, window_tokens: int, head_dim: int, plain: Callable) -> str:
-    """How kernels and plain lines differ in two windows of one head, whole, and one of them divided into regions, for which
-    other kernels are compiled; "" for not."""
-    # Nothing of it is part of what goes on around: an evaluation, a trace, the run's own random numbers.
+def find_difference(
+    device: torch.device, dtype: torch.dtype, window_tokens: int, head_dim: int, plain: Callable
+) -> str:
+    """A text that names the first result by which kernels and plain code differ; empty if none does.
+
+    One head attends in two windows, first without regions and then with regions in the second window. Different kernels are
+    compiled for the two cases.
+    """
+    # Independent of the caller's modes (evaluation, tracing) and of its random numbers.
     with torch.inference_mode(False), torch.enable_grad(), torch.autocast(device.type, enabled=False):
-        draw = torch.Generator(device).manual_seed(0)
-
-        def random(*shape: int) -> Tensor:
-            return torch.randn(shape, generator=draw, device=device)
-
-        tokens = 2 * window_tokens
-        given = [
-            random(tokens, 3 * head_dim).to(dtype),
-            random(head_dim),
-            random(head_dim),
-            random(1, 1, 1).abs() + 5,
-            random(1, window_tokens, window_tokens),
-        ]
-        grad = random(tokens, head_dim).to(dtype)
-        token_of = torch.arange(tokens, dtype=torch.int32, device=device).view(2, -1)
-        divided = torch.stack((torch.zeros(window_tokens), torch.arange(window_tokens) % 2)).to(device, torch.uint8)
+        inputs, grad = draw_inputs(device, dtype, window_tokens, head_dim)
+        token_of = torch.arange(WINDOWS * window_tokens, dtype=torch.int32, device=device).view(WINDOWS, -1)
+        regions = torch.stack((torch.zeros(window_tokens), torch.arange(window_tokens) % 2)).to(device, torch.uint8)
 
         def by_kernels(regions, qkv, q_bias, v_bias, scale, bias) -> Tensor:
-            return window_attention(qkv, q_bias, v_bias, scale, bias, token_of, regions, images=1)
+            return window_attention(qkv, q_bias, v_bias, scale, bias, token_of, regions, images=IMAGES)
 
-        def by_plain_lines(regions, qkv, q_bias, v_bias, scale, bias) -> Tensor:
+        def by_plain_code(regions, qkv, q_bias, v_bias, scale, bias) -> Tensor:
             qkv = (qkv + torch.cat((q_bias, torch.zeros_like(q_bias), v_bias))).to(dtype)
             index = torch.arange(window_tokens**2, device=device)
-            windows = qkv.view(2, window_tokens, 3, 1, head_dim)
-            return plain(windows, scale, bias.view(-1, 1), index, regions).reshape(tokens, head_dim)
+            windows = qkv.view(WINDOWS, window_tokens, 3, HEADS, head_dim)
+            return plain(windows, scale, bias.view(-1, HEADS), index, regions).reshape(-1, head_dim)
 
-        for regions in (None, divided):
-            found, expected = (results(how, regions, given, grad) for how in (by_kernels, by_plain_lines))
+        for region_of in (None, regions):
+            actual = compute_results(by_kernels, region_of, inputs, grad)
+            expected = compute_results(by_plain_code, region_of, inputs, grad)
             for name, value in expected.items():
-                distance = ((found[name] - value).norm() / value.norm()).item()
+                distance = ((actual[name] - value).norm() / value.norm()).item()
                 if not distance < TOLERANCES[dtype]:
-                    return f"its {name} is {distance:.2g} of its length from that of the plain lines"
+                    return f"its {name} differs from that of the plain code by {distance:.2g} of its norm"
     return ""
 
 
-def results(how: Callable[..., Tensor], regions: Tensor | None, given: list[Tensor], grad: Tensor) -> dict[str, Tensor]:
-    """Output and gradients, float32, by name."""
-    given = [value.clone().requires_grad_() for value in given]
-    output = how(regions, *given)
+def draw_inputs(
+    device: torch.device, dtype: torch.dtype, window_tokens: int, head_dim: int
+) -> tuple[list[Tensor], Tensor]:
+    """Random qkv, q_bias, v_bias, scale and bias for `window_attention`, and a gradient of its result."""
+    generator = torch.Generator(device).manual_seed(0)
+
+    def random(*shape: int) -> Tensor:
+        return torch.randn(shape, generator=generator, device=device)
+
+    tokens = WINDOWS * window_tokens
+    inputs = [
+        random(tokens, 3 * head_dim).to(dtype),
+        random(head_dim),
+        random(head_dim),
+        random(HEADS, 1, 1).abs() + 5,
+        random(HEADS, window_tokens, window_tokens),
+    ]
+    return inputs, random(tokens, head_dim).to(dtype)
+
+
+def compute_results(
+    attention: Callable[..., Tensor], regions: Tensor | None, inputs: list[Tensor], grad: Tensor
+) -> dict[str, Tensor]:
+    """Output and gradients by name, float32."""
+    inputs = [value.clone().requires_grad_() for value in inputs]
+    output = attention(regions, *inputs)
     names = ("output", *(f"gradient of {name}" for name in ("qkv", "q_bias", "v_bias", "scale", "bias")))
-    values = (output.detach(), *torch.autograd.grad(output, given, grad))
+    values = (output.detach(), *torch.autograd.grad(output, inputs, grad))
     return {name: value.float() for name, value in zip(names, values)}

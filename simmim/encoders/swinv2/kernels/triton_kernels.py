@@ -1,21 +1,21 @@
-"""Scaled cosine attention inside shifted windows and its gradients, for a GPU: what gpu.py launches.
+"""Scaled cosine attention in shifted windows and its gradients, for a GPU. gpu.py launches these kernels.
 
-Tokens are read and written where they lie, by index: nothing is rolled, padded or partitioned. A window's keys (or, in
-the gradients of keys and values, its queries) are all there at once, so no softmax is made of pieces. Blocks have powers
-of two places; so that 144 tokens need no 256, the N of a window are split into a WHOLE block, the largest power of two
-in N, and a block for the REST, 0 for none. Places beyond N only fill a block: padding of the map has places.
+Tokens are read and written in place, by index: nothing is rolled, padded or partitioned. A program holds all keys of a window
+(in the gradients of keys and values, all queries), so a softmax is computed at once. The size of a block is a power of two. To
+avoid 256 places for 144 tokens, the N tokens of a window are divided into a WHOLE block, the largest power of two in N, and a
+block for the REST, 0 for none. Places from N on are filler. Padding of the map has places below N.
 
-Matrix products take q, k, v and gradients as they are stored, in half precision too, and sum in float32. q and k are not
-normalized before their product but after: a row's and a column's factor, in float32, so logits are not rounded. What has
-to be rounded for the next product, attention's weights and gradients of logits, is so once.
+Matrix products multiply q, k, v and gradients in the type they are stored in, which may be a half precision, and sum in
+float32. q and k are normalized after their product, by a float32 factor per row and per column, so logits are not rounded. The
+operands of second products (weights, gradients of logits) are rounded once.
 
-Shape letters as in `simmim.encoders.swinv2`: B images, h heads, D channels of a head, M windows of one image, N tokens of one
-window; T tokens of an image. A window of an image has the number image · M + window. DIM is D filled to a power of two.
+Shape letters: B images, h heads, D channels of a head, M windows of one image, N tokens of one window, T tokens of one image.
+DIM is D rounded up to a power of two. Window m of image b has the index b · M + m over all images.
 
     qkv (B · T, 3, h, D), q_bias, v_bias (h, D), scale (h), bias (h, N, N), mixed (B · T, h, D)
-    token_of (M, N), -1 for padding; region_of (M, N), read where DIVIDED
-    normalizers (B · M, h, 2, N), each query's largest logit and 1 / the sum of exponentials of what is below it; in float32
-    deltas (B · M, h, N), float32
+    token_of (M, N), -1 for padding; region_of (M, N), read if HAS_REGIONS
+    normalizers (B · M, h, 2, N) float32: the largest logit of each query, and 1 / the sum of exp(logit − largest)
+    deltas (B · M, h, N) float32: the mean of the gradients of a query's weights, weighted by these weights
 """
 
 from __future__ import annotations
@@ -23,17 +23,18 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from simmim.encoders.swinv2 import geometry
+from simmim.encoders.swinv2 import geometry, model
 
 MASKED_LOGIT = tl.constexpr(geometry.MASKED_LOGIT)
-# Of pairs one of which only fills a block: no weight. Of infinities differences would be no numbers.
-FILLED_LOGIT = tl.constexpr(-1e30)
-SMALLEST_NORM = tl.constexpr(1e-12)  # as in torch.nn.functional.normalize
-# Every stage of an encoder has others. By default kernels would be compiled anew for those that are 1 or divided by 16.
-COUNTS = ["tokens", "windows", "heads", "shares", "numbers", "chunks"]
+SMALLEST_NORM = tl.constexpr(model.SMALLEST_NORM)
+# Of a pair with a filler place, which has no weight. Differences of infinities would be NaN.
+FILLER_LOGIT = tl.constexpr(-1e30)
+# These differ between the stages of an encoder. By default Triton compiles a kernel again for values that are 1 or divisible
+# by 16.
+RUNTIME_SIZES = ["tokens", "windows", "heads", "shares", "num_windows", "chunks"]
 
 
-@triton.jit(do_not_specialize=COUNTS)
+@triton.jit(do_not_specialize=RUNTIME_SIZES)
 def forward(
     qkv,
     q_bias,
@@ -50,74 +51,74 @@ def forward(
     shares,
     N: tl.constexpr,
     D: tl.constexpr,
-    DIVIDED: tl.constexpr,
+    HAS_REGIONS: tl.constexpr,
     WHOLE: tl.constexpr,
     REST: tl.constexpr,
     DIM: tl.constexpr,
     BLOCK: tl.constexpr,
     PRECISION: tl.constexpr,
 ):
-    """What a share of a window's queries make of all its keys: a program (image's window, share of the query blocks,
-    head). Heads come next to each other, for those of a token share lines of the cache."""
+    """Attention of a share of a window's queries to all of its keys. A program per (window of an image, share of the query
+    blocks, head). Heads of a window are neighbors, because the heads of a token share cache lines."""
     head = tl.program_id(0) % heads
     share = tl.program_id(0) // heads % shares
-    number = tl.program_id(0) // heads // shares
-    window, first_row = number % windows, tl.cast(number // windows, tl.int64) * tokens
-    pair = tl.cast(number, tl.int64) * heads + head
+    image_window = tl.program_id(0) // heads // shares
+    window, first_row = image_window % windows, tl.cast(image_window // windows, tl.int64) * tokens
+    window_head = tl.cast(image_window, tl.int64) * heads + head
     factor = tl.load(scale + head)
-    stride, q_at, k_at, v_at = columns_of(heads, head, D)
+    stride, q_column, k_column, v_column = columns_of(heads, head, D)
 
-    k_place, k_token, k_region = places(token_of, region_of, window, 0, N, DIVIDED, WHOLE)
-    k = load_rows(qkv, first_row, k_token, stride, k_at, D, DIM)
-    v = with_bias(load_rows(qkv, first_row, k_token, stride, v_at, D, DIM), v_bias, head, D, DIM)
-    k_by = inverse_or_0(norms(k))
+    k_place, k_token, k_region = load_places(token_of, region_of, window, 0, N, HAS_REGIONS, WHOLE)
+    k = load_rows(qkv, first_row, k_token, stride, k_column, D, DIM)
+    v = with_bias(load_rows(qkv, first_row, k_token, stride, v_column, D, DIM), v_bias, head, D, DIM)
+    k_factor = inverse_or_0(norms(k))
     if REST > 0:
-        k2_place, k2_token, k2_region = places(token_of, region_of, window, WHOLE, N, DIVIDED, REST)
-        k2 = load_rows(qkv, first_row, k2_token, stride, k_at, D, DIM)
-        v2 = with_bias(load_rows(qkv, first_row, k2_token, stride, v_at, D, DIM), v_bias, head, D, DIM)
-        k2_by = inverse_or_0(norms(k2))
+        k2_place, k2_token, k2_region = load_places(token_of, region_of, window, WHOLE, N, HAS_REGIONS, REST)
+        k2 = load_rows(qkv, first_row, k2_token, stride, k_column, D, DIM)
+        v2 = with_bias(load_rows(qkv, first_row, k2_token, stride, v_column, D, DIM), v_bias, head, D, DIM)
+        k2_factor = inverse_or_0(norms(k2))
 
     blocks: tl.constexpr = (N + BLOCK - 1) // BLOCK
     for block in range(blocks * share // shares, blocks * (share + 1) // shares):
-        place, token, region = places(token_of, region_of, window, block * BLOCK, N, DIVIDED, BLOCK)
-        q = with_bias(load_rows(qkv, first_row, token, stride, q_at, D, DIM), q_bias, head, D, DIM)
-        q_by = inverse_or_0(norms(q)) * factor
+        place, token, region = load_places(token_of, region_of, window, block * BLOCK, N, HAS_REGIONS, BLOCK)
+        q = with_bias(load_rows(qkv, first_row, token, stride, q_column, D, DIM), q_bias, head, D, DIM)
+        q_factor = inverse_or_0(norms(q)) * factor
         logits = logits_of(
-            q, k, q_by, k_by, place, k_place, region, k_region, bias + head * N * N, N, DIVIDED, False, WHOLE, PRECISION
+            q, k, q_factor, k_factor, place, k_place, region, k_region, bias + head * N * N, N, HAS_REGIONS, False, WHOLE, PRECISION
         )
-        most = tl.max(logits, 1)
+        row_max = tl.max(logits, 1)
         if REST > 0:
             logits2 = logits_of(
                 q,
                 k2,
-                q_by,
-                k2_by,
+                q_factor,
+                k2_factor,
                 place,
                 k2_place,
                 region,
                 k2_region,
                 bias + head * N * N,
                 N,
-                DIVIDED,
+                HAS_REGIONS,
                 False,
                 WHOLE + REST,
                 PRECISION,
             )
-            most = tl.maximum(most, tl.max(logits2, 1))
-        weights = tl.exp(logits - most[:, None])
+            row_max = tl.maximum(row_max, tl.max(logits2, 1))
+        weights = tl.exp(logits - row_max[:, None])
         total = tl.sum(weights, 1)
         if REST > 0:
-            weights2 = tl.exp(logits2 - most[:, None])
+            weights2 = tl.exp(logits2 - row_max[:, None])
             total += tl.sum(weights2, 1)
         out = tl.dot(weights.to(v.dtype), v, input_precision=PRECISION)
         if REST > 0:
             out = tl.dot(weights2.to(v.dtype), v2, out, input_precision=PRECISION)
         store_rows(mixed, first_row, token, heads * D, head * D, out * (1 / total)[:, None], D, DIM)
-        tl.store(normalizers + pair * 2 * N + place, most, mask=place < N)
-        tl.store(normalizers + pair * 2 * N + N + place, 1 / total, mask=place < N)
+        tl.store(normalizers + window_head * 2 * N + place, row_max, mask=place < N)
+        tl.store(normalizers + window_head * 2 * N + N + place, 1 / total, mask=place < N)
 
 
-@triton.jit(do_not_specialize=COUNTS)
+@triton.jit(do_not_specialize=RUNTIME_SIZES)
 def backward_of_queries(
     qkv,
     q_bias,
@@ -136,128 +137,127 @@ def backward_of_queries(
     tokens,
     windows,
     heads,
-    numbers,
+    num_windows,
     chunks,
     N: tl.constexpr,
     D: tl.constexpr,
-    DIVIDED: tl.constexpr,
+    HAS_REGIONS: tl.constexpr,
     WHOLE: tl.constexpr,
     REST: tl.constexpr,
     DIM: tl.constexpr,
     BLOCK: tl.constexpr,
     PRECISION: tl.constexpr,
 ):
-    """Gradients of queries, and of all that windows share: a program (chunk of all images' windows, block of queries,
-    head), which keeps the sums over its windows. For `backward_of_keys`, deltas: of each query the mean, by its weights, of
-    their gradients, which softmax takes off each.
+    """Gradients of queries, and of what all windows share. A program per (chunk of the windows of all images, block of
+    queries, head), which sums over its windows. Also writes `deltas` for `backward_of_keys`.
 
-    grad_bias (chunks, h, N, N), grad_q_bias (chunks, blocks, h, D), grad_scale (chunks, blocks, h): sums of one program,
-    float32.
+    grad_bias (chunks, h, N, N), grad_q_bias (chunks, blocks, h, D), grad_scale (chunks, blocks, h): sums of each
+    program, float32.
     """
     head = tl.program_id(0) % heads
     blocks: tl.constexpr = (N + BLOCK - 1) // BLOCK
     block = tl.program_id(0) // heads % blocks
     chunk = tl.program_id(0) // heads // blocks
     factor = tl.load(scale + head)
-    stride, q_at, k_at, v_at = columns_of(heads, head, D)
-    # Gradients of logits are about 1 / N of the weights', and may be too small for float16 where those are not.
-    LIFT: tl.constexpr = WHOLE
+    stride, q_column, k_column, v_column = columns_of(heads, head, D)
+    # Gradients of logits are about 1 / N of those of weights, and may underflow in float16. They are scaled for the product.
+    GRAD_SCALE: tl.constexpr = WHOLE
 
-    of_bias = tl.zeros((BLOCK, WHOLE), tl.float32)
+    bias_sum = tl.zeros((BLOCK, WHOLE), tl.float32)
     if REST > 0:
-        of_bias2 = tl.zeros((BLOCK, REST), tl.float32)
-    of_q_bias = tl.zeros((BLOCK, DIM), tl.float32)
-    of_scale = tl.zeros((BLOCK,), tl.float32)
-    first = (chunk.to(tl.int64) * numbers // chunks).to(tl.int32)
-    last = ((chunk + 1).to(tl.int64) * numbers // chunks).to(tl.int32)
-    for number in range(first, last):
-        window, first_row = number % windows, tl.cast(number // windows, tl.int64) * tokens
-        place, token, region = places(token_of, region_of, window, block * BLOCK, N, DIVIDED, BLOCK)
-        q = with_bias(load_rows(qkv, first_row, token, stride, q_at, D, DIM), q_bias, head, D, DIM)
+        bias_sum2 = tl.zeros((BLOCK, REST), tl.float32)
+    q_bias_sum = tl.zeros((BLOCK, DIM), tl.float32)
+    scale_sum = tl.zeros((BLOCK,), tl.float32)
+    first = (chunk.to(tl.int64) * num_windows // chunks).to(tl.int32)
+    last = ((chunk + 1).to(tl.int64) * num_windows // chunks).to(tl.int32)
+    for image_window in range(first, last):
+        window, first_row = image_window % windows, tl.cast(image_window // windows, tl.int64) * tokens
+        place, token, region = load_places(token_of, region_of, window, block * BLOCK, N, HAS_REGIONS, BLOCK)
+        q = with_bias(load_rows(qkv, first_row, token, stride, q_column, D, DIM), q_bias, head, D, DIM)
         grad = load_rows(grad_mixed, first_row, token, heads * D, head * D, D, DIM)
         q_norm = norms(q)
-        by = 1 / tl.maximum(q_norm, SMALLEST_NORM)
-        pair = tl.cast(number, tl.int64) * heads + head
-        most, part = load_normalizers(normalizers, pair, place, N)
+        inverse_norm = 1 / tl.maximum(q_norm, SMALLEST_NORM)
+        window_head = tl.cast(image_window, tl.int64) * heads + head
+        row_max, inverse_sum = load_normalizers(normalizers, window_head, place, N)
 
-        k_place, k_token, k_region = places(token_of, region_of, window, 0, N, DIVIDED, WHOLE)
-        k = load_rows(qkv, first_row, k_token, stride, k_at, D, DIM)
-        v = with_bias(load_rows(qkv, first_row, k_token, stride, v_at, D, DIM), v_bias, head, D, DIM)
-        k_by = inverse_or_0(norms(k))
+        k_place, k_token, k_region = load_places(token_of, region_of, window, 0, N, HAS_REGIONS, WHOLE)
+        k = load_rows(qkv, first_row, k_token, stride, k_column, D, DIM)
+        v = with_bias(load_rows(qkv, first_row, k_token, stride, v_column, D, DIM), v_bias, head, D, DIM)
+        k_factor = inverse_or_0(norms(k))
         logits = logits_of(
             q,
             k,
-            by * factor,
-            k_by,
+            inverse_norm * factor,
+            k_factor,
             place,
             k_place,
             region,
             k_region,
             bias + head * N * N,
             N,
-            DIVIDED,
+            HAS_REGIONS,
             False,
             WHOLE,
             PRECISION,
         )
-        weights = tl.exp(logits - most[:, None]) * part[:, None]
-        of_weights = tl.dot(grad, tl.trans(v), input_precision=PRECISION)
-        delta = tl.sum(weights * of_weights, 1)
+        weights = tl.exp(logits - row_max[:, None]) * inverse_sum[:, None]
+        grad_weights = tl.dot(grad, tl.trans(v), input_precision=PRECISION)
+        delta = tl.sum(weights * grad_weights, 1)
         if REST > 0:
-            k2_place, k2_token, k2_region = places(token_of, region_of, window, WHOLE, N, DIVIDED, REST)
-            k2 = load_rows(qkv, first_row, k2_token, stride, k_at, D, DIM)
-            v2 = with_bias(load_rows(qkv, first_row, k2_token, stride, v_at, D, DIM), v_bias, head, D, DIM)
-            k2_by = inverse_or_0(norms(k2))
+            k2_place, k2_token, k2_region = load_places(token_of, region_of, window, WHOLE, N, HAS_REGIONS, REST)
+            k2 = load_rows(qkv, first_row, k2_token, stride, k_column, D, DIM)
+            v2 = with_bias(load_rows(qkv, first_row, k2_token, stride, v_column, D, DIM), v_bias, head, D, DIM)
+            k2_factor = inverse_or_0(norms(k2))
             logits2 = logits_of(
                 q,
                 k2,
-                by * factor,
-                k2_by,
+                inverse_norm * factor,
+                k2_factor,
                 place,
                 k2_place,
                 region,
                 k2_region,
                 bias + head * N * N,
                 N,
-                DIVIDED,
+                HAS_REGIONS,
                 False,
                 WHOLE + REST,
                 PRECISION,
             )
-            weights2 = tl.exp(logits2 - most[:, None]) * part[:, None]
-            of_weights2 = tl.dot(grad, tl.trans(v2), input_precision=PRECISION)
-            delta += tl.sum(weights2 * of_weights2, 1)
-        tl.store(deltas + pair * N + place, delta, mask=place < N)
+            weights2 = tl.exp(logits2 - row_max[:, None]) * inverse_sum[:, None]
+            grad_weights2 = tl.dot(grad, tl.trans(v2), input_precision=PRECISION)
+            delta += tl.sum(weights2 * grad_weights2, 1)
+        tl.store(deltas + window_head * N + place, delta, mask=place < N)
 
-        of_logits = weights * (of_weights - delta[:, None])
-        of_bias += of_logits
-        of_unit = tl.dot((of_logits * (k_by * LIFT)[None, :]).to(k.dtype), k, input_precision=PRECISION)
+        grad_logits = weights * (grad_weights - delta[:, None])
+        bias_sum += grad_logits
+        grad_unit = tl.dot((grad_logits * (k_factor * GRAD_SCALE)[None, :]).to(k.dtype), k, input_precision=PRECISION)
         if REST > 0:
-            of_logits2 = weights2 * (of_weights2 - delta[:, None])
-            of_bias2 += of_logits2
-            of_unit = tl.dot((of_logits2 * (k2_by * LIFT)[None, :]).to(k2.dtype), k2, of_unit, input_precision=PRECISION)
-        of_unit = of_unit * (1 / LIFT)
-        unit = q.to(tl.float32) * by[:, None]
-        along = tl.sum(unit * of_unit, 1)
-        of_scale += along
-        of_q = normalize_back(of_unit, unit, along, q_norm, by) * factor
-        of_q_bias += of_q
-        store_rows(grad_qkv, first_row, token, stride, q_at, of_q, D, DIM)
+            grad_logits2 = weights2 * (grad_weights2 - delta[:, None])
+            bias_sum2 += grad_logits2
+            grad_unit = tl.dot((grad_logits2 * (k2_factor * GRAD_SCALE)[None, :]).to(k2.dtype), k2, grad_unit, input_precision=PRECISION)
+        grad_unit = grad_unit * (1 / GRAD_SCALE)
+        unit = q.to(tl.float32) * inverse_norm[:, None]
+        inner = tl.sum(unit * grad_unit, 1)
+        scale_sum += inner
+        grad_q = normalize_back(grad_unit, unit, inner, q_norm, inverse_norm) * factor
+        q_bias_sum += grad_q
+        store_rows(grad_qkv, first_row, token, stride, q_column, grad_q, D, DIM)
 
     place = block * BLOCK + tl.arange(0, BLOCK)
     pairs = grad_bias + (chunk.to(tl.int64) * heads + head) * N * N + place[:, None] * N
     column = tl.arange(0, WHOLE)
-    tl.store(pairs + column[None, :], of_bias, mask=(place < N)[:, None] & (column < N)[None, :])
+    tl.store(pairs + column[None, :], bias_sum, mask=(place < N)[:, None] & (column < N)[None, :])
     if REST > 0:
         column2 = WHOLE + tl.arange(0, REST)
-        tl.store(pairs + column2[None, :], of_bias2, mask=(place < N)[:, None] & (column2 < N)[None, :])
-    sums_at = (chunk * blocks + block) * heads + head
+        tl.store(pairs + column2[None, :], bias_sum2, mask=(place < N)[:, None] & (column2 < N)[None, :])
+    sums_offset = (chunk * blocks + block) * heads + head
     channel = tl.arange(0, DIM)
-    tl.store(grad_q_bias + sums_at * D + channel, tl.sum(of_q_bias, 0), mask=channel < D)
-    tl.store(grad_scale + sums_at, tl.sum(of_scale, 0))
+    tl.store(grad_q_bias + sums_offset * D + channel, tl.sum(q_bias_sum, 0), mask=channel < D)
+    tl.store(grad_scale + sums_offset, tl.sum(scale_sum, 0))
 
 
-@triton.jit(do_not_specialize=COUNTS)
+@triton.jit(do_not_specialize=RUNTIME_SIZES)
 def backward_of_keys(
     qkv,
     q_bias,
@@ -277,213 +277,213 @@ def backward_of_keys(
     shares,
     N: tl.constexpr,
     D: tl.constexpr,
-    DIVIDED: tl.constexpr,
+    HAS_REGIONS: tl.constexpr,
     WHOLE: tl.constexpr,
     REST: tl.constexpr,
     DIM: tl.constexpr,
     BLOCK: tl.constexpr,
     PRECISION: tl.constexpr,
 ):
-    """Gradients of keys and values: a program (image's window, share of the key blocks, head) and all its queries. Logits
-    and weights stand here turned: a row for each key.
+    """Gradients of keys and values. A program per (window of an image, share of the key blocks, head). Logits and weights are
+    transposed here: a row per key.
 
-    grad_v_bias (B · M, shares, h, D): sums of one program, float32. Of padding tokens too, whose values are the bias.
+    grad_v_bias (B · M, shares, h, D): sums of each program, float32. Padding tokens count too, as their values are the bias.
     """
     head = tl.program_id(0) % heads
     share = tl.program_id(0) // heads % shares
-    number = tl.program_id(0) // heads // shares
-    window, first_row = number % windows, tl.cast(number // windows, tl.int64) * tokens
+    image_window = tl.program_id(0) // heads // shares
+    window, first_row = image_window % windows, tl.cast(image_window // windows, tl.int64) * tokens
     factor = tl.load(scale + head)
-    stride, q_at, k_at, v_at = columns_of(heads, head, D)
-    pair = tl.cast(number, tl.int64) * heads + head
-    LIFT: tl.constexpr = WHOLE
+    stride, q_column, k_column, v_column = columns_of(heads, head, D)
+    window_head = tl.cast(image_window, tl.int64) * heads + head
+    GRAD_SCALE: tl.constexpr = WHOLE
 
-    q_place, q_token, q_region = places(token_of, region_of, window, 0, N, DIVIDED, WHOLE)
-    q = with_bias(load_rows(qkv, first_row, q_token, stride, q_at, D, DIM), q_bias, head, D, DIM)
+    q_place, q_token, q_region = load_places(token_of, region_of, window, 0, N, HAS_REGIONS, WHOLE)
+    q = with_bias(load_rows(qkv, first_row, q_token, stride, q_column, D, DIM), q_bias, head, D, DIM)
     grad = load_rows(grad_mixed, first_row, q_token, heads * D, head * D, D, DIM)
-    q_by = inverse_or_0(norms(q))
-    most, part = load_normalizers(normalizers, pair, q_place, N)
-    delta = tl.load(deltas + pair * N + q_place, mask=q_place < N, other=0.0)
+    q_factor = inverse_or_0(norms(q))
+    row_max, inverse_sum = load_normalizers(normalizers, window_head, q_place, N)
+    delta = tl.load(deltas + window_head * N + q_place, mask=q_place < N, other=0.0)
     if REST > 0:
-        q2_place, q2_token, q2_region = places(token_of, region_of, window, WHOLE, N, DIVIDED, REST)
-        q2 = with_bias(load_rows(qkv, first_row, q2_token, stride, q_at, D, DIM), q_bias, head, D, DIM)
+        q2_place, q2_token, q2_region = load_places(token_of, region_of, window, WHOLE, N, HAS_REGIONS, REST)
+        q2 = with_bias(load_rows(qkv, first_row, q2_token, stride, q_column, D, DIM), q_bias, head, D, DIM)
         grad2 = load_rows(grad_mixed, first_row, q2_token, heads * D, head * D, D, DIM)
-        q2_by = inverse_or_0(norms(q2))
-        most2, part2 = load_normalizers(normalizers, pair, q2_place, N)
-        delta2 = tl.load(deltas + pair * N + q2_place, mask=q2_place < N, other=0.0)
+        q2_factor = inverse_or_0(norms(q2))
+        row_max2, inverse_sum2 = load_normalizers(normalizers, window_head, q2_place, N)
+        delta2 = tl.load(deltas + window_head * N + q2_place, mask=q2_place < N, other=0.0)
 
-    of_v_bias = tl.zeros((BLOCK, DIM), tl.float32)
+    v_bias_sum = tl.zeros((BLOCK, DIM), tl.float32)
     blocks: tl.constexpr = (N + BLOCK - 1) // BLOCK
     for block in range(blocks * share // shares, blocks * (share + 1) // shares):
-        place, token, region = places(token_of, region_of, window, block * BLOCK, N, DIVIDED, BLOCK)
-        k = load_rows(qkv, first_row, token, stride, k_at, D, DIM)
-        v = with_bias(load_rows(qkv, first_row, token, stride, v_at, D, DIM), v_bias, head, D, DIM)
+        place, token, region = load_places(token_of, region_of, window, block * BLOCK, N, HAS_REGIONS, BLOCK)
+        k = load_rows(qkv, first_row, token, stride, k_column, D, DIM)
+        v = with_bias(load_rows(qkv, first_row, token, stride, v_column, D, DIM), v_bias, head, D, DIM)
         k_norm = norms(k)
-        by = 1 / tl.maximum(k_norm, SMALLEST_NORM)
+        inverse_norm = 1 / tl.maximum(k_norm, SMALLEST_NORM)
         logits = logits_of(
             k,
             q,
-            by,
-            q_by * factor,
+            inverse_norm,
+            q_factor * factor,
             place,
             q_place,
             region,
             q_region,
             bias + head * N * N,
             N,
-            DIVIDED,
+            HAS_REGIONS,
             True,
             WHOLE,
             PRECISION,
         )
-        weights = tl.exp(logits - most[None, :]) * part[None, :]
-        of_v = tl.dot(weights.to(grad.dtype), grad, input_precision=PRECISION)
-        of_logits = weights * (tl.dot(v, tl.trans(grad), input_precision=PRECISION) - delta[None, :])
-        of_unit = tl.dot((of_logits * (q_by * LIFT)[None, :]).to(q.dtype), q, input_precision=PRECISION)
+        weights = tl.exp(logits - row_max[None, :]) * inverse_sum[None, :]
+        grad_v = tl.dot(weights.to(grad.dtype), grad, input_precision=PRECISION)
+        grad_logits = weights * (tl.dot(v, tl.trans(grad), input_precision=PRECISION) - delta[None, :])
+        grad_unit = tl.dot((grad_logits * (q_factor * GRAD_SCALE)[None, :]).to(q.dtype), q, input_precision=PRECISION)
         if REST > 0:
             logits2 = logits_of(
                 k,
                 q2,
-                by,
-                q2_by * factor,
+                inverse_norm,
+                q2_factor * factor,
                 place,
                 q2_place,
                 region,
                 q2_region,
                 bias + head * N * N,
                 N,
-                DIVIDED,
+                HAS_REGIONS,
                 True,
                 WHOLE + REST,
                 PRECISION,
             )
-            weights2 = tl.exp(logits2 - most2[None, :]) * part2[None, :]
-            of_v = tl.dot(weights2.to(grad.dtype), grad2, of_v, input_precision=PRECISION)
-            of_logits2 = weights2 * (tl.dot(v, tl.trans(grad2), input_precision=PRECISION) - delta2[None, :])
-            of_unit = tl.dot((of_logits2 * (q2_by * LIFT)[None, :]).to(q.dtype), q2, of_unit, input_precision=PRECISION)
-        of_unit = of_unit * (factor / LIFT)
-        unit = k.to(tl.float32) * by[:, None]
-        of_k = normalize_back(of_unit, unit, tl.sum(unit * of_unit, 1), k_norm, by)
-        store_rows(grad_qkv, first_row, token, stride, k_at, of_k, D, DIM)
-        store_rows(grad_qkv, first_row, token, stride, v_at, of_v, D, DIM)
-        of_v_bias += of_v
+            weights2 = tl.exp(logits2 - row_max2[None, :]) * inverse_sum2[None, :]
+            grad_v = tl.dot(weights2.to(grad.dtype), grad2, grad_v, input_precision=PRECISION)
+            grad_logits2 = weights2 * (tl.dot(v, tl.trans(grad2), input_precision=PRECISION) - delta2[None, :])
+            grad_unit = tl.dot((grad_logits2 * (q2_factor * GRAD_SCALE)[None, :]).to(q.dtype), q2, grad_unit, input_precision=PRECISION)
+        grad_unit = grad_unit * (factor / GRAD_SCALE)
+        unit = k.to(tl.float32) * inverse_norm[:, None]
+        grad_k = normalize_back(grad_unit, unit, tl.sum(unit * grad_unit, 1), k_norm, inverse_norm)
+        store_rows(grad_qkv, first_row, token, stride, k_column, grad_k, D, DIM)
+        store_rows(grad_qkv, first_row, token, stride, v_column, grad_v, D, DIM)
+        v_bias_sum += grad_v
 
     channel = tl.arange(0, DIM)
-    sums_at = ((number * shares + share) * heads + head).to(tl.int64) * D
-    tl.store(grad_v_bias + sums_at + channel, tl.sum(of_v_bias, 0), mask=channel < D)
+    sums_offset = ((image_window * shares + share) * heads + head).to(tl.int64) * D
+    tl.store(grad_v_bias + sums_offset + channel, tl.sum(v_bias_sum, 0), mask=channel < D)
 
 
-# --- Parts ---------------------------------------------------------------------------------------------------------------
+# --- parts ---------------------------------------------------------------------------------------------------------------
 
 
 @triton.jit
 def columns_of(heads, head, D: tl.constexpr):
-    """Of qkv: numbers in a row, and where in it this head's q, k and v begin."""
+    """The row length of qkv, and the first columns of a head's q, k and v."""
     return 3 * heads * D, head * D, (heads + head) * D, (2 * heads + head) * D
 
 
 @triton.jit
-def places(token_of, region_of, window, first, N: tl.constexpr, DIVIDED: tl.constexpr, BLOCK: tl.constexpr):
+def load_places(token_of, region_of, window, first, N: tl.constexpr, HAS_REGIONS: tl.constexpr, BLOCK: tl.constexpr):
     """BLOCK places of a window from `first` on, their tokens, -1 for none, and their regions."""
     place = first + tl.arange(0, BLOCK)
     token = tl.load(token_of + window * N + place, mask=place < N, other=-1)
     region = place
-    if DIVIDED:
+    if HAS_REGIONS:
         region = tl.load(region_of + window * N + place, mask=place < N, other=0)
     return place, token, region
 
 
 @triton.jit
 def load_rows(x, first_row, token, stride, column, D: tl.constexpr, DIM: tl.constexpr):
-    """(tokens, DIM), 0 for padding."""
+    """Rows of x, (tokens, DIM), with zeros for padding."""
     channel = tl.arange(0, DIM)
-    at = x + (first_row + token)[:, None] * stride + column + channel[None, :]
-    there = (token >= 0)[:, None]
+    pointers = x + (first_row + token)[:, None] * stride + column + channel[None, :]
+    valid = (token >= 0)[:, None]
     if DIM > D:
-        there = there & (channel < D)[None, :]
-    return tl.load(at, mask=there, other=0.0)
+        valid = valid & (channel < D)[None, :]
+    return tl.load(pointers, mask=valid, other=0.0)
 
 
 @triton.jit
 def store_rows(x, first_row, token, stride, column, values, D: tl.constexpr, DIM: tl.constexpr):
-    """Writes (tokens, DIM), nothing for padding."""
+    """Write rows of x, (tokens, DIM), except padding."""
     channel = tl.arange(0, DIM)
-    at = x + (first_row + token)[:, None] * stride + column + channel[None, :]
-    there = (token >= 0)[:, None]
+    pointers = x + (first_row + token)[:, None] * stride + column + channel[None, :]
+    valid = (token >= 0)[:, None]
     if DIM > D:
-        there = there & (channel < D)[None, :]
-    tl.store(at, values.to(x.dtype.element_ty), mask=there)
+        valid = valid & (channel < D)[None, :]
+    tl.store(pointers, values.to(x.dtype.element_ty), mask=valid)
 
 
 @triton.jit
-def load_normalizers(normalizers, pair, place, N: tl.constexpr):
-    """Of a window and head: each query's largest logit, and its part of one."""
-    most = tl.load(normalizers + pair * 2 * N + place, mask=place < N, other=0.0)
-    return most, tl.load(normalizers + pair * 2 * N + N + place, mask=place < N, other=0.0)
+def load_normalizers(normalizers, window_head, place, N: tl.constexpr):
+    """The normalizers of a head of a window: largest logits and inverse sums."""
+    row_max = tl.load(normalizers + window_head * 2 * N + place, mask=place < N, other=0.0)
+    return row_max, tl.load(normalizers + window_head * 2 * N + N + place, mask=place < N, other=0.0)
 
 
 @triton.jit
 def with_bias(x, bias, head, D: tl.constexpr, DIM: tl.constexpr):
-    """x + bias, rounded as the linear layer's own sum would be."""
+    """x + bias, rounded as a linear layer with bias would."""
     channel = tl.arange(0, DIM)
-    added = tl.load(bias + head * D + channel, mask=channel < D, other=0.0)
-    return (x.to(tl.float32) + added.to(tl.float32)[None, :]).to(x.dtype)
+    values = tl.load(bias + head * D + channel, mask=channel < D, other=0.0)
+    return (x.to(tl.float32) + values.to(tl.float32)[None, :]).to(x.dtype)
 
 
 @triton.jit
 def norms(x):
-    """The length of each row, float32."""
+    """The norm of each row, float32."""
     x = x.to(tl.float32)
     return tl.sqrt(tl.sum(x * x, 1))
 
 
 @triton.jit
 def inverse_or_0(norm):
-    """1 / norm, for products in which a row of zeros counts nothing: padding's keys. By 1e12 it would overflow float16."""
+    """1 / norm, or 0 for 0, the norm of padding's keys, whose products are 0. Products with 1e12 would overflow float16."""
     return tl.where(norm == 0, 0.0, 1 / tl.maximum(norm, SMALLEST_NORM))
 
 
 @triton.jit
-def normalize_back(of_unit, unit, along, norm, by):
-    """The gradient of rows x from that of unit = by · x, by = 1 / norm; along is their product with unit."""
-    # A norm too small to divide by is a constant.
-    along = tl.where(norm < SMALLEST_NORM, 0.0, along)
-    return (of_unit - unit * along[:, None]) * by[:, None]
+def normalize_back(grad_unit, unit, inner, norm, inverse_norm):
+    """The gradient of rows x from grad_unit, that of unit = inverse_norm · x. inner is grad_unit · unit of each row."""
+    # A norm below SMALLEST_NORM was replaced by that constant, which has no gradient.
+    inner = tl.where(norm < SMALLEST_NORM, 0.0, inner)
+    return (grad_unit - unit * inner[:, None]) * inverse_norm[:, None]
 
 
 @triton.jit
 def logits_of(
     x,
     y,
-    x_by,
-    y_by,
+    x_factor,
+    y_factor,
     row,
     column,
     row_region,
     column_region,
     bias,
     N: tl.constexpr,
-    DIVIDED: tl.constexpr,
-    TURNED: tl.constexpr,
+    HAS_REGIONS: tl.constexpr,
+    TRANSPOSED: tl.constexpr,
     END: tl.constexpr,
     PRECISION: tl.constexpr,
 ):
-    """x_by · y_by · x @ yᵀ and what is added for a pair's places and regions: (rows, columns); columns end before END.
+    """Logits x_factor · y_factor · x @ yᵀ + bias + mask, (rows, columns). Columns end before END.
 
-    x is queries and y keys, or where TURNED the other way round. Both come to the same numbers: weights computed again are
-    to have the sum that they had. At a logit of 100 the last bit is 1e-5 of a weight.
+    x is queries and y keys; if TRANSPOSED, the other way round. Both orders give the same numbers: the backward pass must
+    recompute the weights that the normalizers belong to, and at a logit of 100 the last bit is 1e-5 of a weight.
     """
     logits = tl.dot(x, tl.trans(y), input_precision=PRECISION)
-    inside = (row < N)[:, None]
+    valid = (row < N)[:, None]
     if END > N:
-        inside = inside & (column < N)[None, :]
-    if TURNED:
-        logits = logits * y_by[None, :] * x_by[:, None]
-        at = row[:, None] + column[None, :] * N
+        valid = valid & (column < N)[None, :]
+    if TRANSPOSED:
+        logits = logits * y_factor[None, :] * x_factor[:, None]
+        offsets = row[:, None] + column[None, :] * N
     else:
-        logits = logits * x_by[:, None] * y_by[None, :]
-        at = row[:, None] * N + column[None, :]
-    logits += tl.load(bias + at, mask=inside, other=FILLED_LOGIT)
-    if DIVIDED:
+        logits = logits * x_factor[:, None] * y_factor[None, :]
+        offsets = row[:, None] * N + column[None, :]
+    logits += tl.load(bias + offsets, mask=valid, other=FILLER_LOGIT)
+    if HAS_REGIONS:
         logits += tl.where(row_region[:, None] == column_region[None, :], 0.0, MASKED_LOGIT)
     return logits

@@ -1,4 +1,4 @@
-"""How the tokens of a map fall into windows, as indices: what kernels read instead of rolled and padded copies."""
+"""The tokens of each window as indices. Kernels read them instead of rolled, padded and partitioned copies of the map."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from simmim.encoders.swinv2.geometry import partition, relative_position_index, 
 
 
 class Windows(NamedTuple):
-    """The windows of one image, and what belongs to pairs of their tokens.
+    """The windows of one image, M of N tokens each.
 
     Attributes:
         token_of: (M, N) int32, the token, row by row, at each place of each window; -1 for padding.
@@ -30,9 +30,10 @@ class Windows(NamedTuple):
 def window_indices(
     size: Size, window: Size, shift: Size, padded: Size, shift_before_padding: bool, device: torch.device
 ) -> Windows:
-    """`SwinV2Block.windowed_attention`'s way of padding, shifting and partitioning a map, as indices."""
+    """Indices for the padding, shift and partition of `SwinV2Block.windowed_attention`. The arguments are `partition`'s."""
     with torch.inference_mode(False), torch.no_grad():
-        tokens = torch.arange(1, 1 + size[0] * size[1], device=device).view(1, *size, 1)
-        placed = partition(tokens, window, shift, padded, shift_before_padding).squeeze(-1) - 1
+        numbers = torch.arange(1, 1 + size[0] * size[1], device=device).view(1, *size, 1)
+        # Padding is 0, so numbers begin at 1.
+        token_of = partition(numbers, window, shift, padded, shift_before_padding).squeeze(-1) - 1
         regions = shift_regions(padded, window, shift, device).to(torch.uint8) if any(shift) else None
-        return Windows(placed.int(), regions, relative_position_index(window, device))
+        return Windows(token_of.int(), regions, relative_position_index(window, device))
