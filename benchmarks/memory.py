@@ -112,7 +112,7 @@ def measure(options: argparse.Namespace) -> dict[str, float]:
     half = options.precision == "bf16-mixed"
     take_step(make_model("nano", 4, checkpointed, at_once), torch.randn(1, 3, 32, 32), half)
 
-    window = options.window or PRESETS[options.preset].for_image_size((options.size, options.size))["window_size"]
+    window = options.window or PRESETS[options.preset].fields_for_size((options.size, options.size))["window_size"]
     model = make_model(options.preset, window, checkpointed, at_once)
     images = torch.randn(options.batch, 3, options.size, options.size)
     clear_caches()

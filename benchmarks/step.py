@@ -17,6 +17,7 @@ https://github.com/microsoft/Swin-Transformer, which needs timm. Prints Markdown
 from __future__ import annotations
 
 import argparse
+import atexit
 import contextlib
 import json
 import os
@@ -176,7 +177,7 @@ def build_step(model: nn.Module, work: Work, compiled: str) -> Callable[[], floa
     if compiled == "ours":
         from simmim.training.compiling import compile_blocks
 
-        compile_blocks(model.model.encoder)  # as the setting `compile` does
+        atexit.register(compile_blocks(model.model.encoder, print).close)  # as the setting `compile` does
     elif compiled:
         run = torch.compile(run)
 

@@ -82,7 +82,7 @@ def start_from_preset(settings: Settings, images: ImageStatistics, device: str) 
     settings = replace(settings, image_size=settings.image_size or default_image_size(images.short_side_px))
     preset = chosen.preset or default_preset(min(settings.size), device)
     config = registry.preset_config(preset, in_channels=images.channels)
-    config = apply_encoder_settings(with_fields(config, **config.for_image_size(settings.size)), chosen)
+    config = apply_encoder_settings(with_fields(config, **config.fields_for_size(settings.size)), chosen)
     settings = replace(settings, encoder=replace(resolved_encoder_settings(chosen, config), preset=preset))
     check_size(settings, config)
     mean, std = (IMAGENET_MEAN, IMAGENET_STD) if images.channels == 3 else (images.mean, images.std)
@@ -101,7 +101,7 @@ def start_from_checkpoint(
     """
     chosen, trained_size = settings.encoder, checkpoint.preprocessing.image_size
     settings = replace(settings, image_size=settings.image_size or plain_size(trained_size))
-    config = checkpoint.config.moved(trained_size, settings.size)
+    config = checkpoint.config.adapt_to_size(trained_size, settings.size)
     config = with_fields(config, in_channels=encoder_channels(checkpoint.config.in_channels, channels))
     config = apply_encoder_settings(config, chosen)
     settings = replace(settings, encoder=resolved_encoder_settings(chosen, config))
@@ -109,7 +109,7 @@ def start_from_checkpoint(
     saved = build_encoder(checkpoint, **{field.name: getattr(config, field.name) for field in fields(config)})
     encoder = saved.encoder
     if settings.init == "none":
-        encoder = registry.build(encoder.config.untrained())
+        encoder = registry.build(encoder.config.without_training_size())
     elif report_line:
         report_line(str(saved.report))
     encoder.save_memory(chosen.checkpoint_activations, chosen.sequential_attention)

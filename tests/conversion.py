@@ -30,7 +30,7 @@ FORMATS = ("safetensors", "official", "timm", "hf")
 @lru_cache(maxsize=2)
 def random_checkpoint(config, size, classes=CLASSES, meta=False, **preprocessing):
     """A model with every part, all of it random, as if it had been pre-trained at `size`."""
-    config = config.trained_at(size)
+    config = config.with_training_size(size)
     with torch.device("meta" if meta else "cpu"):
         model, head = SimMIM(SwinV2(config)), torch.nn.Linear(config.dims[-1], max(len(classes), 1))
     if not meta:

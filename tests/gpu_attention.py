@@ -15,7 +15,7 @@ from simmim.encoders.swinv2 import SwinV2Config, kernels
 from simmim.encoders.swinv2.geometry import partition, roll, shift_mask
 from simmim.encoders.swinv2.kernels import dispatch, self_test
 from simmim.encoders.swinv2.kernels import gpu as calls
-from simmim.encoders.swinv2.kernels.gpu import takes_attention, window_attention
+from simmim.encoders.swinv2.kernels.gpu import supports_window_attention, window_attention
 from simmim.encoders.swinv2.kernels.windows import Windows, window_indices
 from simmim.encoders.swinv2.model import attend
 
@@ -216,7 +216,7 @@ def test_what_is_not_a_number_stays_in_its_window():
 @pytest.mark.parametrize("programs", [1, 3, 1000])
 def test_however_the_work_is_shared(programs, monkeypatch):
     """Windows in one chunk, in unequal ones, and each alone; blocks of a window in one program, some, and each in one."""
-    monkeypatch.setattr(calls.Call, "wanted", lambda self: programs)
+    monkeypatch.setattr(calls.Call, "wanted_programs", lambda self: programs)
     for name in ("one block", "many blocks, padded, shifted"):
         case = CASES[name]._replace(heads=1)
         numbers = numbers_of(case)
@@ -315,12 +315,12 @@ def test_encoder_compiled():
     """The trial is made while the compiler traces, and leaves nothing in the graph."""
     encoder, images = encoder_of(ENCODERS["shifted"]), torch.randn(1, 3, 32, 32).to(DEVICE)
     expected = encoded(encoder, images)
-    self_test.verified.cache_clear()
+    self_test.passes_self_test.cache_clear()
     torch._dynamo.reset()
     for block in encoder.layers[0].blocks:
         block.compile(backend="aot_eager", fullgraph=True)
     actual = encoded(encoder, images)
-    assert self_test.verified.cache_info().misses == 1
+    assert self_test.passes_self_test.cache_info().misses == 1
     for what, value in expected.items():
         assert distance(actual[what], value) < 1e-4, what
 
@@ -336,7 +336,7 @@ def test_encoder_listened_to(seen):
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
 def test_a_trial_passes(dtype):
-    assert self_test.difference(DEVICE, dtype, 20, 12, attend) == ""
+    assert self_test.find_difference(DEVICE, dtype, 20, 12, attend) == ""
 
 
 def test_a_trial_that_fails_is_told_once(seen, monkeypatch):
@@ -352,18 +352,18 @@ def test_a_trial_that_fails_is_told_once(seen, monkeypatch):
 
     for attention, problem in ((wrong, "of its length from that of the plain lines"), (fails, "no such instruction$")):
         seen.clear()
-        self_test.verified.cache_clear()
-        monkeypatch.setattr(trial, "window_attention", attention)
+        self_test.passes_self_test.cache_clear()
+        monkeypatch.setattr(self_test, "window_attention", attention)
         with pytest.warns(UserWarning, match=problem) as told:
             encoder(images)
         assert len(told) == 1
         assert seen == [False, False]
-    self_test.verified.cache_clear()
+    self_test.passes_self_test.cache_clear()
     assert torch.equal(torch.get_rng_state(), state)
 
 
 def test_takes():
-    assert takes_attention(DEVICE, torch.bfloat16, 144, 32)
-    assert takes_attention(DEVICE, torch.float32, 64, 12)
+    assert supports_window_attention(DEVICE, torch.bfloat16, 144, 32)
+    assert supports_window_attention(DEVICE, torch.float32, 64, 12)
     for refused in ((torch.float64, 64, 32), (torch.bfloat16, 1025, 32), (torch.bfloat16, 64, 129)):
-        assert not takes_attention(DEVICE, *refused)
+        assert not supports_window_attention(DEVICE, *refused)

@@ -1,48 +1,131 @@
-"""torch.compile of the encoder's blocks: the same numbers, one compilation for like blocks, and no harm where it fails."""
+"""torch.compile of the encoder's blocks: the same results, and a line and plain blocks where it does not work."""
 
+import copy
 import os
+import pickle
 import subprocess
 import sys
+import warnings
 from types import SimpleNamespace
 
 import pytest
 import torch
 from torch._dynamo.utils import counters
+from toy_encoder import ToyConfig, ToyEncoder
 
 from simmim.encoders.registry import build
 from simmim.encoders.swinv2 import SwinV2, SwinV2Config
 from simmim.pretrain.run import pretrain
-from simmim.pretrain.settings import PretrainSettings
+from simmim.pretrain.settings import DataSettings, PretrainSettings
 from simmim.training import compiling
 
+CONFIG = torch._dynamo.config
+IMAGES = torch.randn(2, 3, 32, 48, generator=torch.Generator().manual_seed(0))
 
-def gradients(encoder, images):
-    """Of a loss of which every feature is a part, by name, and the features."""
+
+@pytest.fixture(autouse=True)
+def _reset_compiler():
+    torch._dynamo.reset()
+    counters.clear()
+    yield
+    torch._dynamo.reset()
+
+
+def random_encoder(blocks=5):
+    """One stage; every second block is shifted."""
+    torch.manual_seed(0)
+    encoder = SwinV2(SwinV2Config(16, (blocks,), (2,), window_size=4))
+    for parameter in encoder.parameters():
+        torch.nn.init.normal_(parameter, 0.1, 0.2)
+    return encoder
+
+
+def gradients(encoder, images=IMAGES):
+    """The features, and by name all gradients of a loss of which every feature is a part."""
     encoder.zero_grad()
     features = encoder(images).features
     (features * torch.linspace(-1, 1, features.numel()).sin().view_as(features)).sum().backward()
     return {"features": features.detach(), **{name: value.grad.clone() for name, value in encoder.named_parameters()}}
 
 
-def test_the_same_numbers_by_one_compilation_for_like_blocks(plain_lines):
-    torch.manual_seed(0)
-    encoder = SwinV2(SwinV2Config(16, (5,), (2,), window_size=4))
-    for parameter in encoder.parameters():
-        torch.nn.init.normal_(parameter, 0.1, 0.2)
-    images = torch.randn(2, 3, 32, 48)
-    expected, names = gradients(encoder, images), list(encoder.state_dict())
-    torch._dynamo.reset()
-    counters.clear()
-    with torch._dynamo.config.patch(suppress_errors=False):  # which compile_blocks sets for the whole process
-        compiling.compile_blocks(encoder)
-        torch._dynamo.config.suppress_errors = False
-        actual = gradients(encoder, images)
+def global_state():
+    """What compiling may change for the whole process."""
+    return CONFIG.recompile_limit, CONFIG.suppress_errors, list(warnings.filters)
+
+
+def test_compiled_blocks_compute_the_same(plain_lines):
+    """By one compilation for like blocks, under the same names of weights; afterwards all is as it was."""
+    encoder = random_encoder()
+    expected, names, state = gradients(encoder), list(encoder.state_dict()), global_state()
+    reports = []
+    undo = compiling.compile_blocks(encoder, reports.append)
+    actual = gradients(encoder)
     assert counters["stats"]["unique_graphs"] == 2, "one for shifted windows and one for those in place"
-    assert not counters["graph_break"]
+    assert not counters["graph_break"] and not reports
     assert list(encoder.state_dict()) == names
     for name, value in expected.items():
         assert torch.allclose(actual[name], value, rtol=1e-3, atol=1e-3 * value.abs().max()), name
-    torch._dynamo.reset()
+    assert CONFIG.recompile_limit >= 4 * 5
+    undo.close()
+    assert global_state() == state
+    counters.clear()
+    assert all(map(torch.equal, gradients(encoder).values(), expected.values())) and not counters["stats"]
+
+
+def test_copies_of_compiled_blocks_are_not_compiled(plain_lines):
+    encoder = random_encoder()
+    undo = compiling.compile_blocks(encoder, print, backend="eager")
+    for copied in (copy.deepcopy(encoder), pickle.loads(pickle.dumps(encoder))):
+        assert all(block._compiled_call_impl is None for block in copied.blocks())
+        assert torch.allclose(copied(IMAGES).features, encoder(IMAGES).features, atol=1e-6)
+    undo.close()
+
+
+@pytest.mark.parametrize("failing", [1, 2, 100])
+def test_blocks_that_do_not_compile_run_as_they_are(failing, plain_lines):
+    """One report, whatever number of compilations fail; results are those of plain blocks."""
+    encoder, failures, reports = random_encoder(), [], []
+    expected, state = gradients(encoder), global_state()
+
+    def backend(graph, inputs):
+        if len(failures) < failing:
+            failures.append(1)
+            raise RuntimeError("this graph is too hard\nand more in other lines")
+        return graph.forward
+
+    undo = compiling.compile_blocks(encoder, reports.append, backend)
+    for name, value in gradients(encoder).items():
+        assert torch.allclose(value, expected[name], rtol=1e-4, atol=1e-5 * expected[name].abs().max()), name
+    assert reports == ["RuntimeError: this graph is too hard"] or reports == ["this graph is too hard"]
+    tried = len(failures)
+    assert tried == min(failing, 5)
+    gradients(encoder)
+    assert len(failures) == tried and len(reports) == 1
+    undo.close()
+    assert global_state() == state
+
+
+def test_errors_of_a_block_are_raised_as_they_are():
+    class Broken(torch.nn.Module):
+        def forward(self, x, windows_at_once=None):
+            raise ValueError("not by the compiler")
+
+    encoder, reports = random_encoder(), []
+    encoder.layers[0].blocks[0] = Broken()
+    undo = compiling.compile_blocks(encoder, reports.append, backend="eager")
+    with pytest.raises(ValueError, match="not by the compiler"):
+        encoder(IMAGES)
+    undo.close()
+
+
+def test_another_encoder_compiles():
+    encoder, reports = ToyEncoder(ToyConfig()), []
+    expected = gradients(encoder)
+    undo = compiling.compile_blocks(encoder, reports.append, backend="aot_eager")
+    for name, value in gradients(encoder).items():
+        assert torch.allclose(value, expected[name], rtol=1e-4, atol=1e-5), name
+    assert not reports and counters["stats"]["unique_graphs"] == 3
+    undo.close()
 
 
 def test_without_a_compiler_there_is_a_reason(tmp_path):
@@ -64,28 +147,67 @@ def test_without_a_compiler_there_is_a_reason(tmp_path):
     assert "compiler" in line.lower()
 
 
+def fake_trainer():
+    return SimpleNamespace(strategy=SimpleNamespace(root_device=torch.device("cpu")), is_global_zero=True)
+
+
+@pytest.mark.parametrize("end", ["teardown", "on_exception"])
+def test_the_callback_undoes_what_it_did(end, plain_lines, monkeypatch):
+    monkeypatch.setattr(compiling, "why_not", lambda device, encoder: "")
+    encoder, state = random_encoder(), global_state()
+    callback, module = compiling.CompileBlocks(), SimpleNamespace(model=SimpleNamespace(encoder=encoder))
+    callback.setup(fake_trainer(), module, "fit")
+    assert all(block._compiled_call_impl is not None for block in encoder.blocks()) and global_state() != state
+    getattr(callback, end)(fake_trainer(), module, "fit")
+    assert all(block._compiled_call_impl is None for block in encoder.blocks()) and global_state() == state
+
+
+def run_settings(digits, folder):
+    data = DataSettings(str(digits.unlabeled), image_size=32)
+    return PretrainSettings(data=data, out=str(folder), preset="nano", epochs=1, batch_size=24, compile=True)
+
+
+
 @pytest.mark.parametrize("problem", ["", "no compiler"])
 def test_a_run_compiles_or_says_why_not(problem, digits, tmp_path, monkeypatch, capsys):
     compiled = []
+    original = compiling.compile_blocks
+
+    def compile_eagerly(encoder, report):
+        compiled.append(encoder)
+        return original(encoder, report, backend="eager")
+
     monkeypatch.setattr(compiling, "why_not", lambda device, encoder: problem)
-    monkeypatch.setattr(compiling, "compile_blocks", compiled.append)
-    settings = PretrainSettings(
-        str(digits.unlabeled), str(tmp_path / "run"), preset="nano", image_size=32, epochs=1, batch_size=24, compile=True
-    )
-    pretrain(settings)
+    monkeypatch.setattr(compiling, "compile_blocks", compile_eagerly)
+    state = global_state()[:2]
+    pretrain(run_settings(digits, tmp_path / "run"))
     assert len(compiled) == (0 if problem else 1) and all(isinstance(encoder, SwinV2) for encoder in compiled)
-    said = [line for line in capsys.readouterr().out.splitlines() if "not compiled" in line]
-    assert said == ([f"note     blocks are not compiled by torch: {problem}"] if problem else [])
+    lines = [line for line in capsys.readouterr().out.splitlines() if "not compiled" in line]
+    assert lines == ([f"note     blocks are not compiled by torch: {problem}"] if problem else [])
+    assert global_state()[:2] == state
 
 
-def test_a_cpu_with_kernels_needs_none():
+def test_a_run_goes_on_where_a_block_does_not_compile(digits, tmp_path, monkeypatch, capsys, plain_lines):
+    """The run ends well and prints one line."""
+
+    def fail(graph, inputs):
+        raise RuntimeError("this graph is too hard")
+
+    original = compiling.compile_blocks
+    monkeypatch.setattr(compiling, "why_not", lambda device, encoder: "")
+    monkeypatch.setattr(compiling, "compile_blocks", lambda encoder, report: original(encoder, report, fail))
+    pretrain(run_settings(digits, tmp_path / "run"))
+    lines = [line for line in capsys.readouterr().out.splitlines() if "not compiled" in line]
+    assert len(lines) == 1 and "this graph is too hard" in lines[0]
+
+
+def test_a_cpu_with_kernels_needs_no_compiler():
     assert "faster on a CPU" in compiling.why_not(torch.device("cpu"), build(SwinV2Config(16, (1,), (2,))))
 
 
-def test_a_quiet_run_says_nothing(monkeypatch, capsys):
+def test_a_quiet_run_reports_nothing(monkeypatch, capsys):
     monkeypatch.setattr(compiling, "why_not", lambda device, encoder: "no compiler")
     module = SimpleNamespace(model=SimpleNamespace(encoder=None))
-    trainer = SimpleNamespace(strategy=SimpleNamespace(root_device=torch.device("cpu")), is_global_zero=True)
     for quiet in (False, True):
-        compiling.CompileBlocks(quiet).setup(trainer, module, "fit")
+        compiling.CompileBlocks(quiet).setup(fake_trainer(), module, "fit")
     assert capsys.readouterr().out.count("no compiler") == 1

@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from simmim.encoders.swinv2.kernels.gpu import Blocks, takes_attention
+from simmim.encoders.swinv2.kernels.gpu import Blocks, supports_window_attention
 
 TESTS = Path(__file__).resolve().parent / "gpu_attention.py"
 
@@ -29,7 +29,7 @@ def test_kernels_and_what_uses_them():
 
 
 def test_takes_nothing_on_a_cpu():
-    assert not takes_attention(torch.device("cpu"), torch.bfloat16, 144, 32)
+    assert not supports_window_attention(torch.device("cpu"), torch.bfloat16, 144, 32)
 
 
 def test_importing_loads_no_triton():

@@ -76,8 +76,8 @@ def images_of(config, size, count=2):
 
 def test_the_machine_has_them():
     """Everything below would otherwise compare the plain lines with themselves."""
-    assert kernels.kernels() is not None, kernels.reason()
-    assert kernels.kernels().threaded
+    assert kernels.get_kernels() is not None, kernels.unavailable_reason()
+    assert kernels.get_kernels().threaded
     config, size = CASES["drop path"]
     assert taken(build(config), images_of(config, size)) == [True] * 5
 
@@ -90,7 +90,7 @@ def test_equal_to_float64(case, monkeypatch):
     factors = torch.tensor([2.0, 0.0])  # of a whole batch, in all precisions alike
     monkeypatch.setattr(model.DropPath, "factors", lambda self, x: factors.to(x.dtype))
     actual = results(encoder, images)
-    monkeypatch.setattr(library, "_disabled", 1)
+    monkeypatch.setattr(library, "_open_contexts", 1)
     plain, expected = results(encoder, images), results(encoder.double(), images.double())
     for name, value in expected.items():
         assert value.abs().max() > 0, name
@@ -107,11 +107,11 @@ def test_older_processors_compute_the_same(flag, tmp_path, monkeypatch):
     encoder, images = randomized(config), images_of(config, size)
     soften(encoder)
     expected = [results(encoder, images, half) for half in (False, True)]
-    monkeypatch.setattr(library, "for_processor", lambda: flag)
+    monkeypatch.setattr(library, "processor_flag", lambda: flag)
     file = tmp_path / "kernels.so"
-    assert library.compiled(library.find_compiler(), Path(library.__file__).parent, file, threaded=True)
-    other = library.Kernels(file, threaded=True)
-    monkeypatch.setattr(calls, "kernels", lambda: other)
+    assert library.compile_kernels(library.find_compiler(), Path(library.__file__).parent, file, threaded=True)
+    other = library.KernelLibrary(file, threaded=True)
+    monkeypatch.setattr(calls, "get_kernels", lambda: other)
     for half, found in zip((False, True), expected):
         for name, value in results(encoder, images, half).items():
             assert distance(value, found[name]) < (0.1 if half else 1e-4), name
@@ -126,7 +126,7 @@ def test_bfloat16_is_as_good_as_the_plain_lines(case, monkeypatch):
     monkeypatch.setattr(model.DropPath, "factors", lambda self, x: factors.to(x.dtype))
     soften(encoder)
     actual = results(encoder, images, half=True)
-    monkeypatch.setattr(library, "_disabled", 1)
+    monkeypatch.setattr(library, "_open_contexts", 1)
     plain = results(encoder, images, half=True)
     expected = results(encoder.double(), images.double())
     ours, theirs = ({name: distance(found[name], expected[name]) for name in expected} for found in (actual, plain))
@@ -160,9 +160,9 @@ def test_gelu_and_its_slope_to_the_last_digits():
     value = F.gelu(exact)
     (value * slope.double()).sum().backward()
     active, again, grad, grad_bias = torch.empty_like(x), torch.empty_like(x), slope.clone(), torch.empty(101)
-    run = kernels.kernels().call
-    run("gelu_forward", *map(calls.at, (x, bias, active)), 7, 101, 0, 1)
-    run("gelu_backward", *map(calls.at, (x, bias, grad, again, grad_bias)), 7, 101, 0, 1)
+    run = kernels.get_kernels().call
+    run("gelu_forward", *map(calls.address, (x, bias, active)), 7, 101, 0, 1)
+    run("gelu_backward", *map(calls.address, (x, bias, grad, again, grad_bias)), 7, 101, 0, 1)
     assert (active == again).all()
     assert (active - value).abs().max() < 2e-6 and (grad - exact.grad).abs().max() < 2e-6
     assert (grad_bias - exact.grad.sum(0)).abs().max() < 1e-5
@@ -175,9 +175,9 @@ def test_gelu_and_its_slope_in_bfloat16():
     value = F.gelu(exact)
     value.sum().backward()
     bias, active, again, grad = torch.zeros(4001), torch.empty_like(x), torch.empty_like(x), torch.ones_like(x)
-    grad_bias, run = torch.empty(4001), kernels.kernels().call
-    run("gelu_forward", *map(calls.at, (x, bias, active)), 9, 4001, 1, 1)
-    run("gelu_backward", *map(calls.at, (x, bias, grad, again, grad_bias)), 9, 4001, 1, 1)
+    grad_bias, run = torch.empty(4001), kernels.get_kernels().call
+    run("gelu_forward", *map(calls.address, (x, bias, active)), 9, 4001, 1, 1)
+    run("gelu_backward", *map(calls.address, (x, bias, grad, again, grad_bias)), 9, 4001, 1, 1)
     assert (active == again).all()
     for found, curve in ((active, value), (grad, exact.grad)):
         assert ((found.double() - curve).abs() < curve.abs() * 2**-8 + 1e-5).all()
@@ -209,7 +209,7 @@ def test_what_is_not_a_number_stays_so(name, monkeypatch):
     with torch.no_grad():
         encoder.layers[1].blocks[1].get_parameter(name).view(-1)[0] = math.nan
     actual = results(encoder, images)
-    monkeypatch.setattr(library, "_disabled", 1)
+    monkeypatch.setattr(library, "_open_contexts", 1)
     for key, value in results(encoder, images).items():
         assert value.isnan().any() == actual[key].isnan().any(), key
 
@@ -249,7 +249,7 @@ def test_a_step_keeps_less_than_two_thirds(monkeypatch):
         return live.peak
 
     ours = most()
-    monkeypatch.setattr(library, "_disabled", 1)
+    monkeypatch.setattr(library, "_open_contexts", 1)
     assert ours < 0.67 * most()
 
 
@@ -413,7 +413,7 @@ def features_in_a_process(tmp_path, **environment):
         "torch.manual_seed(0); encoder = build(SwinV2Config(16, (1,), (2,), window_size=4))\n"
         "encoder.layers[0].blocks[0].norm1.weight.data.fill_(1)\n"
         "features = encoder(torch.arange(3072.0).view(1, 3, 32, 32).sin()).pooled\n"
-        "print(features.square().sum().item(), kernels.reason() or 'kernels', sep='|')"
+        "print(features.square().sum().item(), kernels.unavailable_reason() or 'kernels', sep='|')"
     )
     environment = {**os.environ, "XDG_CACHE_HOME": str(tmp_path), **environment}
     done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, env=environment, timeout=300)
@@ -451,8 +451,8 @@ def test_a_run_says_whether_it_has_kernels(monkeypatch, tmp_path):
     encoder = build(SwinV2Config(16, (1,), (2,)))
     assert encoder.has_kernels(torch.device("cpu"))
     assert machine(built, encoder) == "1 × cpu (compiled kernels)"
-    monkeypatch.setattr(dispatch, "kernels", lambda: None)
-    monkeypatch.setattr(dispatch, "reason", lambda: "no C compiler")
+    monkeypatch.setattr(dispatch, "get_kernels", lambda: None)
+    monkeypatch.setattr(dispatch, "unavailable_reason", lambda: "no C compiler")
     assert machine(built, encoder) == "1 × cpu (no compiled kernels, so slower: no C compiler)"
     assert not encoder.has_kernels(torch.device("cpu"))
 

@@ -1,4 +1,4 @@
-"""Parameter rules, layer decay and schedules against the reference's tables; exactly one group a parameter."""
+"""Parameter rules, layer decay and schedules against the tables of the reference; one group per parameter."""
 
 import json
 from pathlib import Path
@@ -6,6 +6,7 @@ from pathlib import Path
 import pytest
 import torch
 from torch import nn
+from toy_encoder import ToyConfig, ToyEncoder
 
 from simmim.encoders.swinv2 import SwinV2, SwinV2Config
 from simmim.methods.simmim import SimMIM
@@ -35,7 +36,7 @@ class Classifier(nn.Module):
 
 def test_layer_decay_table_is_the_reference_table():
     expected = json.loads((GOLDEN / "layer_decay_0.75_swinv2_micro.json").read_text())
-    rules = parameter_rules(Classifier(), weight_decay=0.05, layer_decay=0.75, depths=(2, 2, 2, 2))
+    rules = parameter_rules(Classifier(), weight_decay=0.05, layer_decay=0.75)
     rules = {name.removeprefix("encoder."): rule for name, rule in rules.items()}
     assert rules.keys() == expected.keys()
     for name, rule in rules.items():
@@ -69,8 +70,8 @@ def test_schedule_in_epochs_is_the_schedule_in_steps_scaled_by_the_batch():
 
 def test_every_parameter_sits_in_exactly_one_group():
     model = SimMIM(micro_encoder())
-    for decay, depths in ((1.0, ()), (0.75, (2, 2, 2, 2))):
-        groups = parameter_groups(model, 1e-3, 0.05, decay, depths)
+    for layer_decay in (1.0, 0.75):
+        groups = parameter_groups(model, 1e-3, 0.05, layer_decay)
         placed = [id(parameter) for group in groups for parameter in group["params"]]
         assert len(placed) == len(set(placed))
         assert set(placed) == {id(parameter) for parameter in model.parameters()}
@@ -102,7 +103,7 @@ def test_linear_scaling():
 @pytest.mark.parametrize(
     ("settings", "message"),
     [
-        (dict(kind="linear"), "'cosine' or 'multistep'"),
+        (dict(decay="linear"), "'cosine' or 'multistep'"),
         (dict(warmup_epochs=30), "warm-up of 30 epochs in a run of 20"),
         (dict(lr=0.0), "positive"),
     ],
@@ -112,9 +113,63 @@ def test_impossible_schedules_are_refused(settings, message):
         Schedule(**{**dict(lr=1e-3, epochs=20, warmup_epochs=2, warmup_lr=0.0), **settings})
 
 
-def test_a_model_without_position_biases_is_refused():
-    with pytest.raises(AssertionError, match="cpb_mlp"):
-        parameter_rules(nn.Linear(2, 2), 0.05)
+class PatternEncoder(ToyEncoder):
+    """A toy encoder with patterns of its own."""
+
+    patterns = ()
+
+    def no_decay(self):
+        return self.patterns
+
+
+@pytest.mark.parametrize("pattern", ["cpb_mlp", "mask_token"])
+def test_a_pattern_that_matches_nothing_is_refused(pattern, monkeypatch):
+    monkeypatch.setattr(PatternEncoder, "patterns", ("patches", pattern))
+    with pytest.raises(AssertionError, match=pattern):
+        parameter_rules(PatternEncoder(ToyConfig()), 0.05)
+
+
+def test_patterns_of_the_model_are_checked_too():
+    model = Classifier()
+    model.no_decay = lambda: ("mask_token",)
+    with pytest.raises(AssertionError, match="mask_token"):
+        parameter_rules(model, 0.05)
+
+
+def test_a_parameter_without_a_layer_is_refused():
+    """Also where it is frozen, and without layer decay."""
+    encoder = micro_encoder()
+    encoder.adapter = nn.Linear(2, 2).requires_grad_(False)
+    model = nn.Module()
+    model.encoder = encoder
+    for module in (encoder, model):
+        with pytest.raises(KeyError, match=r"adapter\.weight is no parameter of this encoder"):
+            parameter_rules(module, 0.05)
+
+
+def test_an_encoder_without_patterns(monkeypatch):
+    """Of a toy encoder all but vectors decay, and layers follow its blocks."""
+    rules = parameter_rules(ToyEncoder(ToyConfig((4, 6))), 0.05, layer_decay=0.5)
+    expected = {
+        "patches.weight": (0.05, 0.125),
+        "patches.bias": (0.0, 0.125),
+        "stages.0.norm.weight": (0.0, 0.25),
+        "stages.0.norm.bias": (0.0, 0.25),
+        "stages.0.conv.weight": (0.05, 0.25),
+        "stages.0.conv.bias": (0.0, 0.25),
+        "stages.1.norm.weight": (0.0, 0.5),
+        "stages.1.norm.bias": (0.0, 0.5),
+        "stages.1.conv.weight": (0.05, 0.5),
+        "stages.1.conv.bias": (0.0, 0.5),
+        "downsamplings.0.conv.weight": (0.05, 0.25),
+        "downsamplings.0.conv.bias": (0.0, 0.25),
+        "norm.weight": (0.0, 1.0),
+        "norm.bias": (0.0, 1.0),
+    }
+    assert {name: (rule.weight_decay, rule.lr_scale) for name, rule in rules.items()} == expected
+    monkeypatch.setattr(PatternEncoder, "patterns", ("patches",))
+    rules = parameter_rules(PatternEncoder(ToyConfig((4, 6))), 0.05)
+    assert rules["patches.weight"].weight_decay == 0 and rules["stages.0.conv.weight"].weight_decay == 0.05
 
 
 def test_layer_decay_out_of_range_is_refused():

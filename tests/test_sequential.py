@@ -4,8 +4,7 @@ import pytest
 import torch
 from memory import LiveBytes
 
-from simmim.encoders import swinv2
-from simmim.encoders.swinv2 import SwinV2, SwinV2Config
+from simmim.encoders.swinv2 import SwinV2, SwinV2Config, geometry, model
 from simmim.methods.simmim import SimMIM
 
 pytestmark = pytest.mark.usefixtures("plain_lines")
@@ -91,7 +90,7 @@ def test_one_head_at_a_time_equals_plain(config, size, precision, share, monkeyp
     dtype, half, _ = PRECISIONS[precision]
     images = random_images(3, 3, *size, dtype=dtype)
     plain = run(config, images, half)
-    monkeypatch.setattr(swinv2, "PIECE_LOGITS", 1)
+    monkeypatch.setattr(model, "PIECE_LOGITS", 1)
     assert_equal_within(run(config, images, half, **SWITCHES["both"]), plain, share)
 
 
@@ -132,7 +131,7 @@ def test_position_bias_is_computed_once_a_block(switches, calls):
 
 @pytest.mark.parametrize("count", [0, -1])
 def test_sequential_attention_out_of_range(count):
-    with pytest.raises(ValueError, match=rf"sequential_attention is {count}: give 1 window at once or more"):
+    with pytest.raises(ValueError, match=rf"sequential_attention is {count}: give 1 window at a time or more"):
         SwinV2(CASES[0][0], sequential_attention=count)
 
 
@@ -141,12 +140,17 @@ def test_sequential_attention_out_of_range(count):
 
 def step(config, size, batch=1, **switches):
     """Bytes of a SimMIM step, parameters and images not counted: what the forward pass leaves, peak, largest tensor, all."""
-    for cached in (swinv2.log_spaced_coords, swinv2.relative_position_index, swinv2.shift_mask, swinv2.shift_regions):
+    for cached in (
+        geometry.log_spaced_coords,
+        geometry.relative_position_index,
+        geometry.shift_mask,
+        geometry.shift_regions,
+    ):
         cached.cache_clear()
-    model, images = SimMIM(SwinV2(config, **switches)).train(), random_images(batch, 3, *size)
+    simmim, images = SimMIM(SwinV2(config, **switches)).train(), random_images(batch, 3, *size)
     mask = torch.ones(batch, size[0] // config.patch_size, size[1] // config.patch_size, dtype=torch.bool)
-    with LiveBytes([*model.parameters(), images, mask]) as live:
-        loss = model(images, mask).loss
+    with LiveBytes([*simmim.parameters(), images, mask]) as live:
+        loss = simmim(images, mask).loss
         kept = live.live
         loss.backward()
     return kept, live.peak, live.largest, live.total
@@ -177,7 +181,7 @@ def test_one_large_window_is_taken_by_heads(monkeypatch):
     assert step(config, size)[2] == 8 * head
     whole = step(config, size, sequential_attention=1)
     assert whole[2] == 8 * head  # these few are within PIECE_LOGITS
-    monkeypatch.setattr(swinv2, "PIECE_LOGITS", 2 * 576**2)
+    monkeypatch.setattr(model, "PIECE_LOGITS", 2 * 576**2)
     kept, peak, largest, _ = step(config, size, sequential_attention=1)
     assert largest < 4 * head
     assert peak < 0.6 * whole[1] and kept == whole[0]

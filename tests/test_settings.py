@@ -147,7 +147,7 @@ def test_resolving_changes_no_input():
         ({"preset": "tyni"}, "unknown preset 'tyni'; did you mean 'tiny'"),
         ({"model": SimMIMSettings(encoder={"window": 7})}, "unknown encoder setting 'window'; did you mean 'window_s"),
         ({"model": SimMIMSettings(encoder={"depth": [1]})}, "unknown encoder setting 'depth'; did you mean 'depths'"),
-        ({"model": SimMIMSettings(encoder={"depths": [1, 1, 1]})}, "give one number of heads a stage"),
+        ({"model": SimMIMSettings(encoder={"depths": [1, 1, 1]})}, "give one number of heads per stage"),
         ({"data": DataSettings("images", mean=(0.5, 0.5, 0.5))}, r"data.mean \(0.5, 0.5, 0.5\) .* each of 1 channels"),
         ({"data": DataSettings("images", channels=3, std=(0.5,))}, r"std \(0.5,\) need one number for each of 3"),
         ({"optim": OptimSettings(schedule="cosinus")}, "schedule is 'cosinus': give 'cosine' or 'multistep'"),
@@ -284,8 +284,8 @@ def test_default_preset_and_batch():
 
 def test_default_window():
     sides = {192: 12, 96: 6, 32: 4, 16: 4}
-    assert {side: PRESETS["nano"].for_image_size((side, side))["window_size"] for side in sides} == sides
-    assert PRESETS["nano"].for_image_size((96, 192)) == {"window_size": 6}, "the shorter side"
+    assert {side: PRESETS["nano"].fields_for_size((side, side))["window_size"] for side in sides} == sides
+    assert PRESETS["nano"].fields_for_size((96, 192)) == {"window_size": 6}, "the shorter side"
 
 
 @pytest.mark.parametrize(

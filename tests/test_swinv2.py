@@ -25,9 +25,10 @@ import torch.nn.functional as F
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from simmim.checkpoints.formats.swinv2.huggingface import TABLE
-from simmim.encoders import swinv2
-from simmim.encoders.swinv2 import PRESETS, SwinV2, SwinV2Config
+from simmim.encoders.registry import build
+from simmim.encoders.swinv2 import PRESETS, SwinV2, SwinV2Config, model
 from simmim.encoders.swinv2.geometry import log_spaced_coords, relative_position_index, shift_mask
+from simmim.encoders.swinv2.kernels import dispatch
 from simmim.encoders.swinv2.model import MAX_LOGIT_SCALE, DropPath, SwinV2Block, WindowAttention
 
 CPU = torch.device("cpu")
@@ -658,11 +659,11 @@ def test_unknown_names_suggest_the_nearest(preset, overrides, message):
         ({"depths": ()}, "1 to 5 stages"),
         ({"depths": (1,) * 6, "num_heads": (1,) * 6}, "1 to 5 stages"),
         ({"depths": (2, 0), "num_heads": (1, 1)}, "at least one block"),
-        ({"num_heads": (3, 6, 12)}, "one number of heads a stage"),
+        ({"num_heads": (3, 6, 12)}, "one number of heads per stage"),
         ({"num_heads": (5, 6, 12, 24)}, "5 heads do not divide a stage's 96 channels"),
         ({"num_heads": (0, 6, 12, 24)}, "0 heads"),
         ({"pretrained_window_sizes": (8, 8)}, "4 in all"),
-        ({"pretrained_window_sizes": (8, 8, 8, 0)}, "one positive size a stage"),
+        ({"pretrained_window_sizes": (8, 8, 8, 0)}, "one positive size per stage"),
         ({"window_size": 0}, "window_size is 0: give a positive number"),
         ({"patch_size": -4}, "patch_size is -4"),
         ({"in_channels": 0}, "in_channels is 0"),
@@ -683,28 +684,34 @@ def test_images_of_the_wrong_shape(shape):
         SwinV2(SMALL)(torch.zeros(shape))
 
 
-@pytest.mark.parametrize("plain", [False, True])
-def test_position_bias_is_kept_where_it_is_said(plain, request, monkeypatch):
-    """Once a block and kind of window, for passes without gradients; elsewhere every time, of the weights there are."""
-    if plain:
+@pytest.mark.parametrize("mode", ["kernels", "plain code"])
+def test_position_bias_is_cached_while_weights_are_fixed(mode, request, monkeypatch):
+    """Once per block and window size in passes without gradients; with gradients and afterwards it is computed again."""
+    if mode == "plain code":
         request.getfixturevalue("plain_lines")
-    encoder = SwinV2(SwinV2Config(16, (2, 1), (1, 2), window_size=4)).eval()
+    encoder = build(SwinV2Config(16, (2, 1), (1, 2), window_size=4)).eval()
     for parameter in encoder.parameters():
         torch.nn.init.normal_(parameter)
-    counts = []
-    monkeypatch.setattr(swinv2, "log_spaced_coords", lambda *given: counts.append(1) or log_spaced_coords(*given))
-    images, larger = torch.randn(2, 3, 32, 32), torch.randn(2, 3, 32, 12)
+    calls = []
+
+    def count_calls(*arguments):
+        calls.append(arguments)
+        return log_spaced_coords(*arguments)
+
+    for module in (model, dispatch):
+        monkeypatch.setattr(module, "log_spaced_coords", count_calls)
+    images, oblong_images = torch.randn(2, 3, 32, 32), torch.randn(2, 3, 32, 12)
     with torch.no_grad():
-        expected = [encoder(given).features for given in (images, larger)]
+        expected = [encoder(batch).features for batch in (images, oblong_images)]
     with encoder.fixed_weights():
-        counts.clear()
+        calls.clear()
         for _ in range(3):
             with torch.no_grad():
-                actual = [encoder(given).features for given in (images, larger)]
+                actual = [encoder(batch).features for batch in (images, oblong_images)]
             assert all(map(torch.equal, actual, expected))
-        assert len(counts) == 2 * 3, "two kinds of windows of three blocks"
+        assert len(calls) == 2 * 3, "two window sizes in three blocks"
         encoder(images).features.sum().backward()
-        assert len(counts) == 3 * 3
+        assert len(calls) == 3 * 3
         assert encoder.layers[0].blocks[0].attn.cpb_mlp[2].weight.grad.abs().max() > 0
     with torch.no_grad():
         encoder.layers[0].blocks[0].attn.cpb_mlp[2].weight.mul_(-1.0)

@@ -64,7 +64,7 @@ def export(
     target = format_named(format)
     preprocessing = replace(checkpoint.preprocessing, image_size=image_size or checkpoint.preprocessing.image_size)
     # The architecture is what was trained, at its own image size; only then comes the size that is asked for.
-    config = checkpoint.config.trained_at(checkpoint.preprocessing.image_size)
+    config = checkpoint.config.with_training_size(checkpoint.preprocessing.image_size)
     checkpoint = replace(checkpoint, config=config, preprocessing=preprocessing)
     form = choose_form(checkpoint, target, form)
     notes = target.limits(checkpoint, form)

@@ -25,13 +25,13 @@ def build_encoder(checkpoint: Checkpoint, **overrides: Any) -> SavedEncoder:
     Args:
         overrides: fields of the encoder's configuration to change, for SwinV2 `window_size=14`, `drop_path_rate=0.1`,
             `in_channels=1`. For other input channels the patch projection is summed or repeated, so that an image that is
-            the same in all channels has the same features (`simmim.encoders.base.with_channels`).
+            the same in all channels has the same features (`simmim.encoders.base.change_input_channels`).
 
     Raises:
         ValueError: if a field is unknown, or the weights do not fit the changed architecture.
     """
     config = with_fields(checkpoint.config, **overrides)
-    state, notes = checkpoint.config.adapt(dict(checkpoint.encoder), config)
+    state, notes = checkpoint.config.adapt_weights(dict(checkpoint.encoder), config)
     check_state(config, state, checkpoint.source)
     preprocessing = checkpoint.preprocessing
     if config.in_channels != checkpoint.config.in_channels:
@@ -114,7 +114,7 @@ def mismatches(expected: Mapping[str, tuple[int, ...]], state: Mapping[str, Tens
 def likely_cause(config: EncoderConfig, state: Mapping[str, Tensor]) -> str:
     """The end of the message: the fields in which the file's architecture differs from the expected one."""
     try:
-        inferred = type(config).infer(state)
+        inferred = type(config).infer_fields(state)
     except ValueError:
         return ""
     differing = [name for name, value in inferred.items() if getattr(config, name) != value]

@@ -65,7 +65,7 @@ def save_checkpoint(folder: str | Path, checkpoint: Checkpoint) -> Path:
     The architecture records what the weights depend on of the image size in training (`EncoderConfig.trained_at`).
     """
     folder = Path(folder)
-    config = checkpoint.config.trained_at(checkpoint.preprocessing.image_size)
+    config = checkpoint.config.with_training_size(checkpoint.preprocessing.image_size)
     write_safetensors(folder / WEIGHTS, checkpoint.encoder)
     write_json(
         folder / CONFIG,

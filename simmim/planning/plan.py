@@ -135,7 +135,7 @@ def plan_for(
     config = preset_config(preset)
     if min(size) < config.patch_size:
         raise ValueError(f"image_size is {size[0]}×{size[1]} px: give at least a patch of {config.patch_size} px")
-    config = with_fields(config, **{**config.for_image_size(size), **(encoder or {})})
+    config = with_fields(config, **{**config.fields_for_size(size), **(encoder or {})})
     method = method or default_method()
     method_named(method).settings_class().resolve(size, config)  # refuses what pre-training would refuse
     if devices < 1:

@@ -80,7 +80,9 @@ class SwinV2Config(EncoderConfig):
             object.__setattr__(self, name, tuple(values))
         if self.pretrained_window_sizes is not None:
             if not isinstance(self.pretrained_window_sizes, list | tuple):
-                raise ValueError(f"pretrained_window_sizes is {self.pretrained_window_sizes!r}: give a list with one size per stage")
+                raise ValueError(
+                    f"pretrained_window_sizes is {self.pretrained_window_sizes!r}: give a list with one size per stage"
+                )
             sizes = tuple(tuple(size) if isinstance(size, list) else size for size in self.pretrained_window_sizes)
             object.__setattr__(self, "pretrained_window_sizes", sizes)
 

@@ -147,7 +147,7 @@ def find_architecture(
     stored = settings.get("MODEL", {}).get("SWINV2", {})
     # What the configuration says must agree with the weights: otherwise a missing block would go unnoticed.
     stated = {ours: stored[theirs] for ours, theirs in SIZES.items() if theirs in stored}
-    sizes = SwinV2Config.infer(state) | with_tuples(stated)
+    sizes = SwinV2Config.infer_fields(state) | with_tuples(stated)
     windows, pretrained, image = windows_in_buffers(buffers, sizes)
     window = max(windows) if windows else stored.get("WINDOW_SIZE")
     image = settings.get("DATA", {}).get("IMG_SIZE") or image

@@ -31,7 +31,7 @@ def with_pretrained_windows(config: SwinV2Config, sizes: Sequence[int | Size] | 
     Args:
         sizes: one window per stage; 0 stands for the window that the stage uses at `image_size`. None is 0 for all.
     """
-    in_use = config.untrained().trained_at(image_size).pretrained_window_sizes
+    in_use = config.without_training_size().with_training_size(image_size).pretrained_window_sizes
     return replace(config, pretrained_window_sizes=tuple(size or own for size, own in zip(sizes or in_use, in_use)))
 
 

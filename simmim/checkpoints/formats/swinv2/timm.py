@@ -146,7 +146,7 @@ def read_architecture(encoder: State, file: WeightFile, source: Source, override
         return replace(config, shift_before_padding=True), preprocessing, notes
     size = (size, size) if isinstance(size, int) else tuple(size)
     # What the folder says must agree with the weights: otherwise a missing block would go unnoticed.
-    sizes = SwinV2Config.infer(state) | sizes_stated(name, arguments)
+    sizes = SwinV2Config.infer_fields(state) | sizes_stated(name, arguments)
     config = with_pretrained_windows(SwinV2Config(**sizes, window_size=window), pretrained, size)
     preprocessing = Preprocessing(
         size,

@@ -213,9 +213,7 @@ class MlpBranch(Function):
     """`join_mlp`."""
 
     @staticmethod
-    def forward(
-        ctx, x, tokens, weight1, bias1, weight2, bias2, norm_weight, norm_bias, epsilon, drop_factors
-    ) -> Tensor:
+    def forward(ctx, x, tokens, weight1, bias1, weight2, bias2, norm_weight, norm_bias, epsilon, drop_factors) -> Tensor:
         weight1, weight2 = weight1.to(tokens.dtype), weight2.to(tokens.dtype)
         hidden = linear(tokens, weight1)
         active = torch.empty_like(hidden)
@@ -282,9 +280,7 @@ class MergingBranch(Function):
         no_bias = torch.zeros_like(norm_weight)
         call = join_call(branch, no_bias, norm_weight, norm_bias, ctx.epsilon, None, ctx.shape[0])
         parameters = no_bias, norm_weight, norm_bias
-        _, grad_branch, (_, grad_norm_weight, grad_norm_bias) = join_backward(
-            call, grad, None, branch, parameters, moments
-        )
+        _, grad_branch, (_, grad_norm_weight, grad_norm_bias) = join_backward(call, grad, None, branch, parameters, moments)
         grad_weight = grad_branch.T @ tokens if ctx.needs_input_grad[1] else None
         grad_x = None
         if ctx.needs_input_grad[0]:
@@ -297,9 +293,7 @@ class MergingBranch(Function):
 # --- calls of the kernels ------------------------------------------------------------------------------------------------
 
 
-def join(
-    x, branch, bias, norm_weight, norm_bias, epsilon, drop_factors, dtype
-) -> tuple[Tensor, Tensor, Tensor]:
+def join(x, branch, bias, norm_weight, norm_bias, epsilon, drop_factors, dtype) -> tuple[Tensor, Tensor, Tensor]:
     """x + drop_factors · norm(branch + bias); its rows in `dtype`; and mean and 1 / deviation of each row, (rows, 2)."""
     x = x.contiguous()
     out, moments = torch.empty_like(x), x.new_empty(len(branch), 2)

@@ -7,7 +7,6 @@ from collections.abc import Iterable
 import torch
 from torch import Tensor, nn
 
-from simmim.encoders.base import Size
 from simmim.encoders.swinv2.kernels.conditions import is_modified, product_dtype
 from simmim.encoders.swinv2.kernels.gpu import is_interpreted
 from simmim.encoders.swinv2.kernels.library import get_kernels, is_disabled

@@ -54,9 +54,7 @@ passes_while_compiling._dynamo_marked_constant = True
 
 
 @lru_cache(maxsize=256)
-def passes_self_test(
-    device: torch.device, dtype: torch.dtype, window_tokens: int, head_dim: int, plain: Callable
-) -> bool:
+def passes_self_test(device: torch.device, dtype: torch.dtype, window_tokens: int, head_dim: int, plain: Callable) -> bool:
     """Whether `window_attention` supports these sizes and its results are those of the plain code.
 
     If they are not, or a kernel fails, a warning says so once and the kernels are not used.
@@ -78,9 +76,7 @@ def passes_self_test(
     return not problem
 
 
-def find_difference(
-    device: torch.device, dtype: torch.dtype, window_tokens: int, head_dim: int, plain: Callable
-) -> str:
+def find_difference(device: torch.device, dtype: torch.dtype, window_tokens: int, head_dim: int, plain: Callable) -> str:
     """A text that names the first result by which kernels and plain code differ; empty if none does.
 
     One head attends in two windows, first without regions and then with regions in the second window. Different kernels are
@@ -111,9 +107,7 @@ def find_difference(
     return ""
 
 
-def draw_inputs(
-    device: torch.device, dtype: torch.dtype, window_tokens: int, head_dim: int
-) -> tuple[list[Tensor], Tensor]:
+def draw_inputs(device: torch.device, dtype: torch.dtype, window_tokens: int, head_dim: int) -> tuple[list[Tensor], Tensor]:
     """Random qkv, q_bias, v_bias, scale and bias for `window_attention`, and a gradient of its result."""
     generator = torch.Generator(device).manual_seed(0)
 

@@ -84,7 +84,20 @@ def forward(
         q = with_bias(load_rows(qkv, first_row, token, stride, q_column, D, DIM), q_bias, head, D, DIM)
         q_factor = inverse_or_0(norms(q)) * factor
         logits = logits_of(
-            q, k, q_factor, k_factor, place, k_place, region, k_region, bias + head * N * N, N, HAS_REGIONS, False, WHOLE, PRECISION
+            q,
+            k,
+            q_factor,
+            k_factor,
+            place,
+            k_place,
+            region,
+            k_region,
+            bias + head * N * N,
+            N,
+            HAS_REGIONS,
+            False,
+            WHOLE,
+            PRECISION,
         )
         row_max = tl.max(logits, 1)
         if REST > 0:
@@ -235,7 +248,9 @@ def backward_of_queries(
         if REST > 0:
             grad_logits2 = weights2 * (grad_weights2 - delta[:, None])
             bias_sum2 += grad_logits2
-            grad_unit = tl.dot((grad_logits2 * (k2_factor * GRAD_SCALE)[None, :]).to(k2.dtype), k2, grad_unit, input_precision=PRECISION)
+            grad_unit = tl.dot(
+                (grad_logits2 * (k2_factor * GRAD_SCALE)[None, :]).to(k2.dtype), k2, grad_unit, input_precision=PRECISION
+            )
         grad_unit = grad_unit * (1 / GRAD_SCALE)
         unit = q.to(tl.float32) * inverse_norm[:, None]
         inner = tl.sum(unit * grad_unit, 1)
@@ -360,7 +375,9 @@ def backward_of_keys(
             weights2 = tl.exp(logits2 - row_max2[None, :]) * inverse_sum2[None, :]
             grad_v = tl.dot(weights2.to(grad.dtype), grad2, grad_v, input_precision=PRECISION)
             grad_logits2 = weights2 * (tl.dot(v, tl.trans(grad2), input_precision=PRECISION) - delta2[None, :])
-            grad_unit = tl.dot((grad_logits2 * (q2_factor * GRAD_SCALE)[None, :]).to(q.dtype), q2, grad_unit, input_precision=PRECISION)
+            grad_unit = tl.dot(
+                (grad_logits2 * (q2_factor * GRAD_SCALE)[None, :]).to(q.dtype), q2, grad_unit, input_precision=PRECISION
+            )
         grad_unit = grad_unit * (factor / GRAD_SCALE)
         unit = k.to(tl.float32) * inverse_norm[:, None]
         grad_k = normalize_back(grad_unit, unit, tl.sum(unit * grad_unit, 1), k_norm, inverse_norm)
