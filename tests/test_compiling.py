@@ -167,7 +167,6 @@ def run_settings(digits, folder):
     return PretrainSettings(data=data, out=str(folder), preset="nano", epochs=1, batch_size=24, compile=True)
 
 
-
 @pytest.mark.parametrize("problem", ["", "no compiler"])
 def test_a_run_compiles_or_says_why_not(problem, digits, tmp_path, monkeypatch, capsys):
     compiled = []
