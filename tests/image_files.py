@@ -11,44 +11,50 @@ from simmim.data import read_image
 EXACT = {"quality": 100, "subsampling": 0}  # JPEG's least loss
 
 
-def random_pixels(*shape, seed=0):
-    return np.random.default_rng(seed).integers(0, 256, shape, dtype=np.uint8)
-
-
 def noise(*shape, seed=0, kind=np.uint8):
+    """Random numbers over the whole range of a type."""
     return np.random.default_rng(seed).integers(0, np.iinfo(kind).max + 1, shape, dtype=kind)
 
 
 def flat_blocks(*channels, seed=0):
-    """32x48 pixels in flat squares of 16: what lossy formats keep within a few levels."""
+    """32 × 48 pixels in flat squares of 16, which lossy formats keep within a few levels."""
     return np.random.default_rng(seed).integers(30, 226, (2, 3, *channels), dtype=np.uint8).repeat(16, 0).repeat(16, 1)
 
 
 def over_white(values, alpha):
+    """Colors laid over white, as floats."""
     alpha = np.asarray(alpha, dtype=np.float64)[..., None] / 255
     return values * alpha + 255 * (1 - alpha)
 
 
 def by_range(values, low=None, high=None):
+    """Values scaled from their range, or the given one, to 0 to 255, as floats."""
     values = np.asarray(values, dtype=np.float64)
     low, high = values.min() if low is None else low, values.max() if high is None else high
     return (values - low) / (high - low) * 255
 
 
 def saved(pixels, mode=None, **options):
-    """Writes by Pillow, of copies: some of its formats leave their settings in the image."""
+    """A function that writes to a path by Pillow. It writes copies: some formats leave their settings in the image."""
     image = pixels if isinstance(pixels, Image.Image) else Image.fromarray(pixels, mode)
     more = [frame.copy() for frame in options.pop("append_images", ())]
     return lambda path: image.copy().save(path, **options, **({"append_images": more} if more else {}))
 
 
 def tiff(pixels, **options):
-    import tifffile
+    """A function that writes to a path by tifffile."""
 
-    return lambda path: tifffile.imwrite(path, pixels, **options)
+    def write(path):
+        import tifffile
+
+        tifffile.imwrite(path, pixels, **options)
+
+    return write
 
 
 def array(values):
+    """A function that writes an array to a path."""
+
     def write(path):
         with open(path, "wb") as file:
             np.save(file, values)
@@ -57,6 +63,7 @@ def array(values):
 
 
 def oriented(upright, number, **options):
+    """A function that writes a picture stored in an EXIF orientation, tagged with it."""
     exif = Image.Exif()
     exif[0x0112] = number
     stored = {
@@ -73,6 +80,7 @@ def oriented(upright, number, **options):
 
 
 def record(path):
+    """The record of a file on disk."""
     return {"path": str(path), "bytes": None}
 
 
@@ -100,38 +108,43 @@ def photo(height, width, seed=0):
 
 
 def jpeg_bytes(pixels, **options):
+    """A JPEG file in memory."""
     file = io.BytesIO()
     Image.fromarray(pixels).save(file, "JPEG", quality=90, **options)
     return file.getvalue()
 
 
 def psnr(view, expected):
+    """Peak signal-to-noise ratio in dB."""
     return 10 * np.log10(255**2 / max(np.mean((view.double().numpy() - expected.astype(np.float64)) ** 2), 1e-9))
 
 
 def write_images(folder, count, size=(32, 32), first=0):
+    """Write PNG files of noise, numbered from `first`, and return their paths."""
     folder.mkdir(parents=True, exist_ok=True)
     paths = [folder / f"{first + number:03d}.png" for number in range(count)]
     for number, path in enumerate(paths):
-        Image.fromarray(random_pixels(*size, 3, seed=first + number)).save(path)
+        Image.fromarray(noise(*size, 3, seed=first + number)).save(path)
     return [str(path) for path in paths]
 
 
 def write_empty(*paths):
+    """Write empty files and the folders they are in."""
     for path in paths:
         path.parent.mkdir(parents=True, exist_ok=True)
         path.touch()
 
 
 def pixels_of(path, channels=3):
+    """All pixels of a file as `read_image` gives them."""
     return np.asarray(read_image(record(path), channels))
 
 
 def broken_files(folder):
-    """Paths of files that no reader can make an image of."""
+    """Write files that cannot be read as images, and a folder, and return their paths."""
     folder.mkdir(exist_ok=True)
-    Image.fromarray(random_pixels(64, 64, 3)).save(folder / "whole.png")
-    Image.fromarray(random_pixels(64, 64, 3)).save(folder / "whole.jpg")
+    Image.fromarray(noise(64, 64, 3)).save(folder / "whole.png")
+    Image.fromarray(noise(64, 64, 3)).save(folder / "whole.jpg")
     for kind in ("png", "jpg"):
         whole = folder / f"whole.{kind}"
         (folder / f"cut.{kind}").write_bytes(whole.read_bytes()[: whole.stat().st_size // 2])

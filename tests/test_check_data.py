@@ -1,4 +1,4 @@
-"""The look at all images before training: what is counted, found broken or double, and suggested; and the benchmark."""
+"""The check of all images before training: counts, unreadable images, duplicates, suggestions; and its benchmark."""
 
 import json
 import math
@@ -155,7 +155,7 @@ def test_workers_needed(report, corpus):
     assert "the model would wait" in render(asked)
 
 
-def test_any_number_of_workers_reports_the_same(corpus):
+def test_the_report_does_not_depend_on_the_number_of_workers(corpus):
     source = source_of(sorted(corpus.iterdir()) * 4)
     reports = [check_images(source, workers=workers) for workers in (0, 2)]
     timed = {"images_per_second": 1.0, "workers_needed": {}}
@@ -193,7 +193,7 @@ def test_long_lists_are_cut_in_text_and_whole_in_json(tmp_path):
     assert len(json.loads(as_json(report))["unreadable"]) == 25
 
 
-def test_nothing_readable_is_reported_and_not_raised(tmp_path):
+def test_nothing_readable_is_reported_without_an_error(tmp_path):
     (tmp_path / "a.jpg").write_text("no image")
     report = check_images(source_of([tmp_path / "a.jpg", tmp_path / "gone.png"]), workers=0)
     assert len(report.unreadable) == 2 and report.suggestion is None and report.images_per_second is None
@@ -227,7 +227,7 @@ def test_arrays_of_many_channels(tmp_path):
     assert report.sound and report.short_side_px == 48 and report.images_per_second > 0
 
 
-def test_a_set_of_unlike_channels_is_a_problem_and_still_looked_at(tmp_path):
+def test_images_that_differ_in_channels_are_a_problem_and_still_read(tmp_path):
     Image.fromarray(noise(64, 64, 3)).save(tmp_path / "a.png")
     np.save(tmp_path / "b.npy", noise(10, 64, 64))
     report = check_images(source_of([tmp_path / "a.png", tmp_path / "b.npy"]), workers=0)
@@ -243,7 +243,7 @@ def test_images_too_large_for_training_are_listed(corpus):
     assert check_images(source, workers=0, max_pixels=300 * 400).sound
 
 
-def test_groups_of_a_large_source_are_those_of_a_dictionary(tmp_path):
+def test_duplicates_of_a_large_source_are_those_of_a_dictionary(tmp_path):
     """Against the plain way, for files of few sizes and contents, some of them gone."""
     drawn = np.random.default_rng(0).integers(0, 400, 600)
     rows, known = [], {}
@@ -261,7 +261,7 @@ def test_groups_of_a_large_source_are_those_of_a_dictionary(tmp_path):
     assert len(groups) > 100
 
 
-def test_a_codec_that_raises_anything_does_not_end_the_look(corpus, monkeypatch):
+def test_a_codec_that_raises_any_exception_does_not_end_the_check(corpus, monkeypatch):
     def broken(record, channels, max_pixels):
         raise ZeroDivisionError("by a codec")
 

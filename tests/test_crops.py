@@ -1,4 +1,4 @@
-"""Crops of pictures: against full decoding, turned pictures, several bands, boxes that rounding has moved."""
+"""Crops of pictures: against full decoding, of turned pictures, of several bands, of boxes that rounding has moved."""
 
 import io
 import random
@@ -15,7 +15,7 @@ from simmim.data.orientation import ORIENTATIONS, stored_box
 
 
 def plain_crop(data, box, size):
-    """The usual way: all pixels decoded, cropped, resized."""
+    """The plain way: all pixels decoded, cropped, resized."""
     with Image.open(io.BytesIO(data)) as image:
         view = image.convert("RGB").crop(box).resize(size[::-1], Image.Resampling.BILINEAR)
     return np.asarray(view).transpose(2, 0, 1)
@@ -79,7 +79,7 @@ def test_boxes_in_stored_pixels(number):
 @pytest.mark.parametrize("box", [(0, 0, 90, 70), (3, 5, 77, 66), (2.25, 1.5, 60.75, 69.9), (40, 40, 44, 43)])
 @pytest.mark.parametrize("size", [(16, 24), (70, 90), (100, 10)])
 def test_bands_are_resized_as_colors_are(box, size):
-    """Against Pillow's three at a time; the bands on disk, of any type, where a box may lie between pixels."""
+    """Against Pillow's colors; bands of several types, and boxes between pixels."""
     pixels = photo(70, 90)
     expected = np.asarray(Image.fromarray(pixels).resize(size[::-1], Image.Resampling.BILINEAR, box=box))
     expected = expected.transpose(2, 0, 1)
@@ -95,15 +95,15 @@ def test_bands_are_resized_as_colors_are(box, size):
 
 
 @pytest.mark.parametrize("size", [(20, 24), (100, 130), (6, 5)])
-def test_views_of_pictures_in_memory_are_the_usual_ones(size):
+def test_crops_of_pictures_in_memory_are_pillows(size):
     pixels = photo(130, 160)
     for box in ((0, 0, 160, 130), (10, 20, 150, 95)):
-        usual = np.asarray(Image.fromarray(pixels).crop(box).resize(size[::-1], Image.Resampling.BILINEAR))
+        expected = np.asarray(Image.fromarray(pixels).crop(box).resize(size[::-1], Image.Resampling.BILINEAR))
         view = Picture(Image.fromarray(pixels)).crop(box, size)
-        if size == (6, 5):  # from 8 pixels a target pixel on, whole pixels are averaged first
-            assert psnr(view, usual.transpose(2, 0, 1)) > 34
+        if size == (6, 5):  # from 8 pixels per target pixel on, whole pixels are averaged first
+            assert psnr(view, expected.transpose(2, 0, 1)) > 34
         else:
-            assert np.abs(view.permute(1, 2, 0).numpy() - usual.astype(int)).max() <= 1
+            assert np.abs(view.permute(1, 2, 0).numpy() - expected.astype(int)).max() <= 1
 
 
 def test_boxes_that_rounding_put_outside(tmp_path):

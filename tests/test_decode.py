@@ -1,4 +1,4 @@
-"""Decoding, held by pixels known before they were written: every mode and format, orientation, transparency, depth."""
+"""Decoding against pixels known before they were written: every mode and format, orientation, transparency, depth."""
 
 import colorsys
 
@@ -13,9 +13,9 @@ from image_corpus import (
 )
 from image_files import (
     noise,
+    oriented,
     over_white,
     pixels_of,
-    random_pixels,
     record,
     whole_pixels,
 )
@@ -28,12 +28,12 @@ from simmim.data import (
     read_image,
 )
 
-tifffile = pytest.importorskip("tifffile")
+pytest.importorskip("tifffile")
 
 
 @pytest.mark.parametrize("name", CORPUS)
 def test_every_mode_and_format_shows_what_was_written(tmp_path, name):
-    """From a path, from bytes, a second time, and kept in memory."""
+    """Read from a path, from bytes, a second time, and held in memory."""
     write, channels, expected, within = CORPUS[name]
     write(tmp_path / name)
     expected = np.asarray(expected, dtype=np.float64)
@@ -78,7 +78,7 @@ def test_modes_that_occur_in_memory_only():
     assert np.array_equal(whole_pixels(Picture(spare)), RGB)
 
 
-def test_channels_are_found(tmp_path):
+def test_channels_are_detected(tmp_path):
     """1 for gray of every kind, 3 for color, its count for bands."""
     ramp = Image.fromarray(INDICES, "P")
     ramp.putpalette(np.repeat(np.arange(5, dtype=np.uint8) * 40, 3).tobytes())
@@ -121,7 +121,7 @@ def assert_close(actual, expected, within=1.0):
 
 
 def test_gray_and_color(tmp_path):
-    gray, rgb = random_pixels(7, 5), random_pixels(7, 5, 3, seed=1)
+    gray, rgb = noise(7, 5), noise(7, 5, 3, seed=1)
     Image.fromarray(gray).save(tmp_path / "l.png")
     Image.fromarray(rgb).save(tmp_path / "rgb.png")
     assert np.array_equal(pixels_of(tmp_path / "l.png", 1), gray)
@@ -133,14 +133,14 @@ def test_gray_and_color(tmp_path):
 
 
 def test_bilevel(tmp_path):
-    bits = random_pixels(9, 11) > 127
+    bits = noise(9, 11) > 127
     Image.fromarray(bits).save(tmp_path / "1.png")
     assert Image.open(tmp_path / "1.png").mode == "1"
     assert np.array_equal(pixels_of(tmp_path / "1.png", 1), bits * np.uint8(255))
 
 
 def test_transparency_is_laid_over_white(tmp_path):
-    rgb, gray, alpha = random_pixels(8, 8, 3), random_pixels(8, 8, seed=1), random_pixels(8, 8, seed=2)
+    rgb, gray, alpha = noise(8, 8, 3), noise(8, 8, seed=1), noise(8, 8, seed=2)
     alpha[0], alpha[1] = 0, 255
     Image.fromarray(np.dstack([rgb, alpha])).save(tmp_path / "rgba.png")
     Image.fromarray(np.dstack([gray, alpha]), "LA").save(tmp_path / "la.png")
@@ -152,7 +152,7 @@ def test_transparency_is_laid_over_white(tmp_path):
 
 
 def test_palette_with_and_without_transparency(tmp_path):
-    palette, indices = random_pixels(4, 3, seed=5), random_pixels(6, 6) % 4
+    palette, indices = noise(4, 3, seed=5), noise(6, 6) % 4
     image = Image.fromarray(indices, "P")
     image.putpalette(palette.tobytes())
     image.save(tmp_path / "p.png")
@@ -168,17 +168,17 @@ def test_palette_with_and_without_transparency(tmp_path):
 
 
 def test_one_transparent_color(tmp_path):
-    """PNG's tRNS in gray and RGB files: that color is see-through, others are not."""
-    gray, rgb = random_pixels(6, 6), random_pixels(6, 6, 3, seed=1)
+    """PNG's tRNS in gray and RGB files: that color is transparent, others are not."""
+    gray, rgb = noise(6, 6), noise(6, 6, 3, seed=1)
     Image.fromarray(gray).save(tmp_path / "l.png", transparency=int(gray[2, 3]))
     Image.fromarray(rgb).save(tmp_path / "rgb.png", transparency=tuple(map(int, rgb[1, 4])))
     assert np.array_equal(pixels_of(tmp_path / "l.png", 1), np.where(gray == gray[2, 3], 255, gray))
-    seen_through = (rgb == rgb[1, 4]).all(axis=-1, keepdims=True)
-    assert np.array_equal(pixels_of(tmp_path / "rgb.png"), np.where(seen_through, 255, rgb))
+    transparent = (rgb == rgb[1, 4]).all(axis=-1, keepdims=True)
+    assert np.array_equal(pixels_of(tmp_path / "rgb.png"), np.where(transparent, 255, rgb))
 
 
 def test_cmyk(tmp_path):
-    inks = random_pixels(8, 8, 4)
+    inks = noise(8, 8, 4)
     Image.fromarray(inks, "CMYK").save(tmp_path / "cmyk.tif")
     assert Image.open(tmp_path / "cmyk.tif").mode == "CMYK"
     white, ink = 255 - inks[..., :3].astype(np.float64), inks[..., 3:].astype(np.float64)
@@ -212,20 +212,8 @@ def test_deep_images_without_contrast_and_with_holes(tmp_path):
 
 @pytest.mark.parametrize("orientation", range(1, 9))
 def test_exif_orientation(tmp_path, orientation):
-    """A picture stored as EXIF's orientation says comes out upright, pixel by pixel."""
-    upright = random_pixels(6, 10, 3, seed=orientation)
-    stored = {
-        1: upright,
-        2: upright[:, ::-1],
-        3: upright[::-1, ::-1],
-        4: upright[::-1],
-        5: upright.swapaxes(0, 1),
-        6: np.rot90(upright, 1),
-        7: upright[::-1, ::-1].swapaxes(0, 1),
-        8: np.rot90(upright, -1),
-    }[orientation]
-    exif = Image.Exif()
-    exif[0x0112] = orientation
-    Image.fromarray(np.ascontiguousarray(stored)).save(tmp_path / "x.png", exif=exif)
+    """A picture stored in this orientation comes out upright, pixel by pixel."""
+    upright = noise(6, 10, 3, seed=orientation)
+    oriented(upright, orientation)(tmp_path / "x.png")
     assert Image.open(tmp_path / "x.png").getexif()[0x0112] == orientation
     assert np.array_equal(pixels_of(tmp_path / "x.png"), upright)

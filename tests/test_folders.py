@@ -1,4 +1,4 @@
-"""Folders of images: what is found, in which order, and which folders are refused."""
+"""Folders of images: which files are found, in which order, and which folders are refused."""
 
 import os
 
@@ -8,7 +8,7 @@ from image_files import write_empty
 from simmim.data import find_images
 
 
-def test_images_are_found_wherever_they_lie(tmp_path):
+def test_all_images_below_a_folder_are_found(tmp_path):
     """Nested, upper case, odd names, uncommon extensions; sorted by path; nothing hidden and nothing else."""
     images = ["b.png", "a/z.JPG", "a/deep/er/x.tiff", "ä ö %2F.jpeg", "a.b.webp", "new\nline.pgm", "-f.bmp", "#.jfif"]
     write_empty(*(tmp_path / name for name in images))

@@ -3,7 +3,7 @@
 import numpy as np
 import pytest
 from image_corpus import BANDS, CORPUS, GRAY, RGB
-from image_files import array, broken_files, noise, oriented, photo, random_pixels, record, tiff
+from image_files import array, broken_files, noise, oriented, photo, record, tiff
 from PIL import Image
 
 from simmim.data import dataset_from_paths, measure_images, open_picture
@@ -56,7 +56,7 @@ def test_photos_are_decoded_coarsely(tmp_path):
 def test_statistics_of_small_images(tmp_path):
     """Up to 64 px nothing is scaled down, and the statistics are those of all pixels."""
     sizes = [(20, 30), (64, 40), (50, 10)]
-    arrays = [random_pixels(*size, 3, seed=index) // (index + 1) for index, size in enumerate(sizes)]
+    arrays = [noise(*size, 3, seed=index) // (index + 1) for index, size in enumerate(sizes)]
     for index, pixels in enumerate(arrays):
         Image.fromarray(pixels).save(tmp_path / f"{index}.png")
     measured = statistics_of(tmp_path)
@@ -68,7 +68,7 @@ def test_statistics_of_small_images(tmp_path):
 
 
 def test_statistics_tells_gray_from_color(tmp_path):
-    gray = random_pixels(28, 28)
+    gray = noise(28, 28)
     Image.fromarray(gray).save(tmp_path / "0.png")
     Image.fromarray(gray > 127).save(tmp_path / "1.png")
     Image.fromarray(np.dstack([gray, np.full_like(gray, 255)]), "LA").save(tmp_path / "2.png")
@@ -76,13 +76,13 @@ def test_statistics_tells_gray_from_color(tmp_path):
     Image.fromarray(gray.astype(np.float32)).save(tmp_path / "4.tif")
     assert statistics_of(tmp_path).channels == 1 and len(statistics_of(tmp_path).mean) == 1
     assert statistics_of(tmp_path, channels=3).channels == 3 and len(statistics_of(tmp_path, channels=3).std) == 3
-    Image.fromarray(random_pixels(28, 28, 3)).save(tmp_path / "5.png")
+    Image.fromarray(noise(28, 28, 3)).save(tmp_path / "5.png")
     assert statistics_of(tmp_path).channels == 3
     assert statistics_of(tmp_path, channels=1).channels == 1
 
 
 def test_statistics_of_gray_images(tmp_path):
-    arrays = [random_pixels(28, 28, seed=seed) // 3 for seed in range(4)]
+    arrays = [noise(28, 28, seed=seed) // 3 for seed in range(4)]
     for index, pixels in enumerate(arrays):
         Image.fromarray(pixels).save(tmp_path / f"{index}.png")
     measured = statistics_of(tmp_path)

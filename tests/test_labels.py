@@ -25,8 +25,8 @@ def test_plain_class_folders_hold_out_a_fifth_of_each(tmp_path):
 
 
 def test_labels_follow_the_seed(tmp_path):
-    """Same seed, same labels; another seed, others. The hold-out does not depend on how many labels are used, and never
-    meets them."""
+    """Same seed, same labels; another seed, others. The validation part does not depend on the number of
+    labels, and shares no image with them."""
     for name in ("a", "b", "c"):
         write_empty(*(tmp_path / name / f"{number:02d}.png" for number in range(20)))
     for count in (1, 5, 16):
@@ -59,7 +59,7 @@ def test_train_and_validation_folders(tmp_path, validation_name):
 
 
 def test_class_called_test_is_a_class(tmp_path):
-    """Without a train folder beside it, `test` is a class like another."""
+    """Without a train folder beside it, `test` is a class like any other."""
     write_empty(*(tmp_path / name / f"{number}.png" for name in ("test", "flight") for number in range(5)))
     assert read_labeled_images(tmp_path, None, 0).classes == ("flight", "test")
 

@@ -41,7 +41,7 @@ def same_sample(a, b):
 
 
 def test_samples_follow_from_seed_epoch_and_index(image_folder):
-    """In whatever order, by whatever object they are fetched; and nothing global is drawn from."""
+    """Fetched in any order and by any object; no global generator is used."""
     keys = [(epoch, index) for epoch in (0, 1, 7) for index in range(10)]
     first = samples_of(image_folder)
     torch.manual_seed(0)
@@ -87,10 +87,10 @@ def damaged_folder(tmp_path_factory):
 
 
 def test_unreadable_images_are_replaced(damaged_folder):
-    """By the same one each time, by others in other epochs, with the label of what is shown; and are listed."""
+    """By the same image each time, by others in other epochs, with the replacement's label; and they are listed."""
     samples = samples_of(damaged_folder, labels=range(10), view=CenterView((32, 32)))
     paths = find_images(damaged_folder)
-    seen = set()
+    replacements = set()
     for epoch in range(12):
         sample = samples[epoch, 3]
         assert same_sample(samples_of(damaged_folder, labels=range(10), view=CenterView((32, 32)))[epoch, 3], sample)
@@ -98,8 +98,8 @@ def test_unreadable_images_are_replaced(damaged_folder):
         assert {path for path, _ in sample["skipped"]} <= {paths[3], paths[4]}
         shown = np.asarray(Image.open(paths[sample["label"]]))
         assert np.array_equal(sample["image"].permute(1, 2, 0), shown)
-        seen.add(sample["label"])
-    assert len(seen) > 3 and seen.isdisjoint((3, 4))
+        replacements.add(sample["label"])
+    assert len(replacements) > 3 and replacements.isdisjoint((3, 4))
     assert samples[0, 5]["skipped"] == []
     batch = collate([samples[0, index] for index in (3, 5, 4)])
     assert batch["skipped"] == samples[0, 3]["skipped"] + samples[0, 4]["skipped"]
@@ -114,20 +114,20 @@ def test_a_set_of_unreadable_images_ends_with_an_error(tmp_path):
         samples_of(tmp_path)[0, 0]
 
 
-def test_kept_images_give_the_same_samples(damaged_folder):
-    kept, fresh = samples_of(damaged_folder, keep_decoded=True), samples_of(damaged_folder)
+def test_cached_images_give_the_same_samples(damaged_folder):
+    cached, fresh = samples_of(damaged_folder, keep_decoded=True), samples_of(damaged_folder)
     for key in [(epoch, index) for epoch in range(3) for index in range(10)]:
-        assert same_sample(kept[key], fresh[key])
-    assert sorted(kept.cache) == [0, 1, 2, 5, 6, 7, 8, 9]
-    folder_again = samples_of(damaged_folder, keep_decoded=True)
-    folder_again.cache[0] = (Picture(Image.new("RGB", (32, 32), "red")), None)
-    assert (folder_again[5, 0]["image"][0] == 255).all(), "kept images are what is shown"
+        assert same_sample(cached[key], fresh[key])
+    assert sorted(cached.cache) == [0, 1, 2, 5, 6, 7, 8, 9]
+    changed = samples_of(damaged_folder, keep_decoded=True)
+    changed.cache[0] = (Picture(Image.new("RGB", (32, 32), "red")), None)
+    assert (changed[5, 0]["image"][0] == 255).all(), "cached images are shown"
 
 
 @pytest.mark.filterwarnings("ignore:This DataLoader will create")
 @pytest.mark.parametrize("keep_decoded", [False, True])
-def test_workers_change_nothing(damaged_folder, keep_decoded):
-    """0, 1 and 3 processes give bit-identical batches, over an epoch's end and with unreadable images."""
+def test_batches_do_not_depend_on_the_number_of_workers(damaged_folder, keep_decoded):
+    """0, 1 and 3 processes give bit-identical batches, across the end of an epoch and with unreadable images."""
     results = []
     for workers in (0, 1, 3):
         samples = samples_of(damaged_folder, seed=5, labels=range(10), keep_decoded=keep_decoded)
@@ -142,8 +142,8 @@ def test_workers_change_nothing(damaged_folder, keep_decoded):
     assert any(batch["skipped"] for batch in results[0])
 
 
-def keys_of(stream, count):
-    return list(itertools.islice(stream, count))
+def keys_of(order, count):
+    return list(itertools.islice(order, count))
 
 
 @pytest.mark.parametrize("count, batch_size", [(10, 4), (10, 5), (7, 3), (3, 8), (1, 1), (5, 7)])
@@ -164,29 +164,31 @@ def test_order_follows_the_seed():
     assert keys_of(EndlessBatchSampler(50, 8, seed=1), 20) != keys_of(EndlessBatchSampler(50, 8, seed=2), 20)
 
 
-@pytest.mark.parametrize("world", [2, 3])
-def test_ranks_together_are_one_process(world):
-    """Global batch by global batch, rank r holding its r-th part."""
-    alone = keys_of(EndlessBatchSampler(10, 3 * world, seed=4), 11)
-    ranks = [keys_of(EndlessBatchSampler(10, 3, 4, rank, world), 11) for rank in range(world)]
+@pytest.mark.parametrize("world_size", [2, 3])
+def test_ranks_together_are_one_process(world_size):
+    """Rank r has the r-th part of each global batch."""
+    alone = keys_of(EndlessBatchSampler(10, 3 * world_size, seed=4), 11)
+    ranks = [keys_of(EndlessBatchSampler(10, 3, 4, rank, world_size), 11) for rank in range(world_size)]
     assert [list(itertools.chain(*parts)) for parts in zip(*ranks)] == alone
 
 
 @pytest.mark.parametrize("start", [1, 2, 5, 13])
-@pytest.mark.parametrize("rank, world", [(0, 1), (1, 2)])
-def test_start_skips_batches(start, rank, world):
-    whole = keys_of(EndlessBatchSampler(10, 4, 0, rank, world), start + 8)
-    assert keys_of(EndlessBatchSampler(10, 4, 0, rank, world, start), 8) == whole[start:]
+@pytest.mark.parametrize("rank, world_size", [(0, 1), (1, 2)])
+def test_start_skips_batches(start, rank, world_size):
+    whole = keys_of(EndlessBatchSampler(10, 4, 0, rank, world_size), start + 8)
+    assert keys_of(EndlessBatchSampler(10, 4, 0, rank, world_size, start), 8) == whole[start:]
 
 
-def test_stream_can_be_iterated_again():
-    stream = EndlessBatchSampler(10, 4, 0)
-    assert keys_of(stream, 5) == keys_of(stream, 5)
+def test_an_endless_sampler_can_be_iterated_again():
+    order = EndlessBatchSampler(10, 4, 0)
+    assert keys_of(order, 5) == keys_of(order, 5)
 
 
-@pytest.mark.parametrize("count, batch_size, world", [(10, 4, 1), (10, 5, 1), (11, 3, 2), (2, 4, 3), (7, 2, 4), (64, 64, 1)])
-def test_in_order_covers_everything_once(count, batch_size, world):
-    ranks = [SequentialBatchSampler(count, batch_size, rank, world) for rank in range(world)]
+@pytest.mark.parametrize(
+    "count, batch_size, world_size", [(10, 4, 1), (10, 5, 1), (11, 3, 2), (2, 4, 3), (7, 2, 4), (64, 64, 1)]
+)
+def test_a_sequential_sampler_gives_every_sample_once(count, batch_size, world_size):
+    ranks = [SequentialBatchSampler(count, batch_size, rank, world_size) for rank in range(world_size)]
     taken = [list(order) for order in ranks]
     assert sorted(key for rank in taken for batch in rank for key in batch) == [(0, index) for index in range(count)]
     assert [len(order) for order in ranks] == [len(batches) for batches in taken]
@@ -195,8 +197,8 @@ def test_in_order_covers_everything_once(count, batch_size, world):
         assert [key for batch in rank for key in batch] == sorted(key for batch in rank for key in batch)
 
 
-def test_importing_sets_nothing_global():
-    """Truncated images stay errors: nobody sets PIL's flag that has them padded with gray."""
+def test_importing_changes_no_global_state():
+    """Truncated images stay errors: PIL's global flag that pads them with gray is not set."""
     from PIL import ImageFile
 
     assert "simmim.data" in sys.modules and ImageFile.LOAD_TRUNCATED_IMAGES is False

@@ -24,7 +24,7 @@ def _own_cache(tmp_path_factory, monkeypatch):
 
 
 def picture_bytes(value):
-    """A 6 × 4 px picture whose every pixel says which it is."""
+    """A picture of 4 × 6 px, all of one value."""
     buffer = io.BytesIO()
     Image.fromarray(np.full((4, 6, 3), value, np.uint8)).save(buffer, "PNG")
     return buffer.getvalue()
@@ -78,13 +78,13 @@ def test_files_sort_with_folders_as_paths_do(tmp_path):
 
 
 def age(folder, seconds=10):
-    """Make all folders look as if they had last changed some time ago; fresh ones are not trusted."""
+    """Set the time stamps of all folders back; an index does not trust folders that changed just before."""
     for path in (folder, *(path for path in folder.rglob("*") if path.is_dir())):
         status = path.stat()
         os.utime(path, (status.st_atime - seconds, status.st_mtime - seconds))
 
 
-def test_a_kept_index_is_used_again_until_the_folder_changes(folder, monkeypatch):
+def test_a_cached_index_is_used_until_the_folder_changes(folder, monkeypatch):
     age(folder)
     first = index_folder(folder)
     with monkeypatch.context() as patch:
@@ -100,7 +100,7 @@ def test_a_kept_index_is_used_again_until_the_folder_changes(folder, monkeypatch
 
 
 def test_a_folder_that_just_changed_is_scanned_again(folder):
-    """A file added in the same tick of the clock as the scan would not show in the folder's time stamp."""
+    """A file added in the same tick of the clock as the scan does not change the folder's time stamp."""
     index_folder(folder)
     before = (folder / "part 0").stat()
     (folder / "part 0" / "late.png").write_bytes(picture_bytes(99))
@@ -108,7 +108,7 @@ def test_a_folder_that_just_changed_is_scanned_again(folder):
     assert 99 in values(index_folder(folder))
 
 
-def test_a_torn_index_is_made_anew(folder):
+def test_a_damaged_index_is_built_again(folder):
     age(folder)
     index_folder(folder)
     [arrow] = cache_folder().glob("*.arrow")
@@ -116,7 +116,7 @@ def test_a_torn_index_is_made_anew(folder):
     assert values(index_folder(folder)) == IN_FOLDER_ORDER
 
 
-def test_without_a_place_for_the_index_it_lives_in_memory(folder, tmp_path, monkeypatch):
+def test_without_a_cache_folder_the_index_lives_in_memory(folder, tmp_path, monkeypatch):
     (tmp_path / "file").write_text("")
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "file"))
     assert values(index_folder(folder)) == IN_FOLDER_ORDER
@@ -155,7 +155,7 @@ def test_every_kind_of_source_gives_the_same_images(folder, tmp_path, monkeypatc
     assert sorted(values(open_images("someone/their-pictures"))) == everything
 
 
-def test_columns_are_found_named_or_listed(tmp_path):
+def test_columns_are_detected_named_or_listed(tmp_path):
     as_parquet(tmp_path / "set.parquet")
     path = str(tmp_path / "set.parquet")
     assert sorted(values(open_images(path, "photo"))) == list(range(COUNT))
@@ -166,7 +166,7 @@ def test_columns_are_found_named_or_listed(tmp_path):
         open_images(str(tmp_path / "words.parquet"))
 
 
-def test_the_hub_without_network_says_so(monkeypatch):
+def test_the_hub_without_network_is_an_error_with_a_remedy(monkeypatch):
     def unreachable(*_, **__):
         raise ConnectionError("Couldn't reach 'someone/pictures' on the Hub")
 
@@ -187,14 +187,14 @@ def test_the_hub_without_network_says_so(monkeypatch):
         ("torn.tar", b"no tar", "cannot be read as"),
     ],
 )
-def test_what_cannot_be_a_source(tmp_path, name, content, message):
+def test_invalid_sources_are_refused(tmp_path, name, content, message):
     if content is not None:
         (tmp_path / name).write_bytes(content)
     with pytest.raises(ValueError, match=message):
         open_images(str(tmp_path / name))
 
 
-def test_a_file_name_that_is_no_text_is_named(tmp_path):
+def test_a_file_name_that_is_no_valid_text_is_named(tmp_path):
     with open(os.fsencode(tmp_path) + b"/\xff.png", "wb") as file:
         file.write(picture_bytes(1))
     with pytest.raises(ValueError, match=r"udcff\.png' is not valid UTF-8: rename"):

@@ -1,4 +1,4 @@
-"""Streams: every sample once an epoch over ranks and workers, and on from any place as if nothing had happened."""
+"""Streams: every sample once per epoch over ranks and workers, and resuming from any stream position."""
 
 import itertools
 from collections import Counter
@@ -11,12 +11,12 @@ import torch
 from simmim.data import EndlessBatchSampler, ImageSamples, RandomView, StreamedSamples, build_loader, open_source
 from simmim.pretrain import DataSettings, PretrainSettings, SimMIMSettings, load_pretrained, pretrain
 
-COUNT = 29  # divides among nothing
+COUNT = 29  # prime: no number of ranks, workers or shards divides it
 
 
 @pytest.fixture(scope="module")
 def numbered(tmp_path_factory):
-    """Pictures whose pixels say their number, as a saved dataset."""
+    """Pictures whose pixels are their number, as a saved dataset."""
     from PIL import Image
 
     folder = tmp_path_factory.mktemp("numbered")
@@ -37,22 +37,22 @@ def numbers(batch):
 
 @pytest.mark.filterwarnings("ignore:This DataLoader will create")
 @pytest.mark.parametrize(("ranks", "workers", "shards"), [(1, 0, 1), (1, 2, 4), (2, 2, 8), (2, 2, 3), (2, 2, 1)])
-def test_every_sample_once_an_epoch_in_a_stream(numbered, ranks, workers, shards):
-    """Also where there are fewer shards than readers, or shards do not divide among them."""
-    seen = {0: Counter(), 1: Counter()}
+def test_a_stream_gives_every_sample_once_per_epoch(numbered, ranks, workers, shards):
+    """Also with fewer shards than workers, and with shards that do not divide among them."""
+    counts_of = {0: Counter(), 1: Counter()}
     for rank in range(ranks):
         loader = build_loader(stream_of(numbered, shards).part(rank, ranks, 0, {}), workers, batch_size=2)
-        # Enough for every worker to be through with two epochs.
+        # Enough for every worker to finish two epochs.
         for batch in itertools.islice(loader, 2 * COUNT + 4):
             for number, (_, epoch, _) in zip(numbers(batch), batch["stream_position"]):
-                if epoch in seen:
-                    seen[epoch][number] += 1
-    for epoch, counts in seen.items():
+                if epoch in counts_of:
+                    counts_of[epoch][number] += 1
+    for epoch, counts in counts_of.items():
         assert counts == Counter(range(COUNT)), epoch
 
 
 @pytest.mark.filterwarnings("ignore:This DataLoader will create")
-def test_every_sample_once_an_epoch_by_number(numbered):
+def test_an_index_gives_every_sample_once_per_epoch(numbered):
     """Two ranks with two workers each; the batch does not divide the epoch."""
     images = open_source(numbered).images
     samples = ImageSamples(images, RandomView((4, 4)), 3, seed=3)
@@ -65,7 +65,7 @@ def test_every_sample_once_an_epoch_by_number(numbered):
         assert sorted(order[epoch * COUNT : (epoch + 1) * COUNT]) == list(range(COUNT))
 
 
-def test_epochs_and_seeds_have_orders_of_their_own(numbered):
+def test_each_epoch_and_seed_has_its_own_order(numbered):
     def order(seed):
         stream = stream_of(numbered, 4)
         stream.seed = seed
@@ -81,15 +81,15 @@ def test_epochs_and_seeds_have_orders_of_their_own(numbered):
 
 @pytest.mark.filterwarnings("ignore:This DataLoader will create")
 @pytest.mark.parametrize("workers", [0, 2, 3])
-def test_going_on_from_a_place_is_exact(numbered, workers):
-    """After any number of batches, on to the next epoch and before it: same images, crops, mask seeds, in order."""
+def test_resuming_from_stream_positions_is_exact(numbered, workers):
+    """After any number of batches, before and after the end of an epoch: same images, crops and seeds, in order."""
     whole = list(itertools.islice(build_loader(stream_of(numbered, 4), workers, batch_size=3), 24))
     for done in (1, 4, 11, 17):
-        places = {}
+        positions = {}
         for batch in whole[:done]:
             for worker, epoch, taken in batch["stream_position"]:
-                places[worker] = (epoch, taken)
-        part = stream_of(numbered, 4).part(0, 1, done, places)
+                positions[worker] = (epoch, taken)
+        part = stream_of(numbered, 4).part(0, 1, done, positions)
         for expected, batch in zip(whole[done:], build_loader(part, workers, batch_size=3)):
             assert torch.equal(batch["image"], expected["image"])
             assert batch["seed"] == expected["seed"]

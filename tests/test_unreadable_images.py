@@ -1,4 +1,4 @@
-"""Files that no picture can be made of: each is refused with its reason, and nothing else happens."""
+"""Unreadable files: each is refused with its reason, no other exception is raised, and no file stays open."""
 
 import contextlib
 import os
@@ -18,7 +18,7 @@ from PIL import Image
 
 from simmim.data import UNREADABLE, describe_error, open_picture, read_image
 
-tifffile = pytest.importorskip("tifffile")
+pytest.importorskip("tifffile")
 
 
 def cut(name, share):
@@ -58,16 +58,16 @@ CUT_SHORT = (
     "10-deep.tif",
     "bands.npy",
 )
-IGNORED_METRICS = noise(5000, seed=11).tobytes()
+RANDOM_BYTES = noise(5000, seed=11).tobytes()
 # File name: how to write it, channels asked for, the reason.
 REFUSED = {
     **{f"cut-{part}-{name}": (cut(name, part), CORPUS[name][1], "") for name in CUT_SHORT for part in (0.02, 0.3, 0.9)},
-    **{f"noise.{kind}": (raw(IGNORED_METRICS), 3, "^not an image$") for kind in ("jpg", "png", "gif", "tif", "npy", "tga")},
-    "noisy.jpg": (raw(b"\xff\xd8\xff\xe0" + IGNORED_METRICS), 3, "^JPEG file with a broken header$|(?i:truncated)"),
-    "noisy.png": (raw(b"\x89PNG\r\n\x1a\n" + IGNORED_METRICS), 3, "^PNG file with a broken header$|broken PNG file"),
-    "noisy.tif": (raw(b"II*\0" + IGNORED_METRICS), 3, ""),
-    "noisy.npy": (raw(b"\x93NUMPY\1\0" + IGNORED_METRICS), 3, ""),
-    "without-signature.tga": (saved(RGB), 3, "^not an image$"),  # in the same way noise would be an image
+    **{f"noise.{kind}": (raw(RANDOM_BYTES), 3, "^not an image$") for kind in ("jpg", "png", "gif", "tif", "npy", "tga")},
+    "noisy.jpg": (raw(b"\xff\xd8\xff\xe0" + RANDOM_BYTES), 3, "^JPEG file with a broken header$|(?i:truncated)"),
+    "noisy.png": (raw(b"\x89PNG\r\n\x1a\n" + RANDOM_BYTES), 3, "^PNG file with a broken header$|broken PNG file"),
+    "noisy.tif": (raw(b"II*\0" + RANDOM_BYTES), 3, ""),
+    "noisy.npy": (raw(b"\x93NUMPY\1\0" + RANDOM_BYTES), 3, ""),
+    "without-signature.tga": (saved(RGB), 3, "^not an image$"),  # without a signature any noise would pass for an image
     "needs-ghostscript.eps": (saved(RGB), 3, "^not an image$"),
     "text.jpg": (raw(b"no picture, whatever its name says"), 3, "^not an image$"),
     "empty.jpg": (raw(b""), 3, "^empty file$"),
@@ -76,7 +76,7 @@ REFUSED = {
     "pipe.jpg": (lambda path: os.mkfifo(path), 3, "^not a regular file$"),
     "gone.jpg": (lambda path: None, 3, "^No such file or directory$"),
     "dangling.jpg": (lambda path: path.symlink_to("nowhere"), 3, "^No such file or directory$"),
-    "iphone.heic": (raw(b"\0\0\0\x24ftypheic" + IGNORED_METRICS), 3, "^HEIC image: convert it to JPEG or PNG$"),
+    "iphone.heic": (raw(b"\0\0\0\x24ftypheic" + RANDOM_BYTES), 3, "^HEIC image: convert it to JPEG or PNG$"),
     "bomb.png": (
         raw(png_header(60_000, 60_000)),
         3,
@@ -105,7 +105,7 @@ REFUSED = {
 
 @pytest.mark.parametrize("name", REFUSED)
 def test_broken_files_are_refused_with_their_reason(tmp_path, name):
-    """Never a picture that is gray below the break; one line, no address in memory."""
+    """Never a picture that is gray below the break; the reason is one line without an address in memory."""
     write, channels, message = REFUSED[name]
     write(tmp_path / name)
     records = [record(tmp_path / name)]
@@ -121,7 +121,7 @@ def test_broken_files_are_refused_with_their_reason(tmp_path, name):
 
 @pytest.mark.parametrize("name", CUT_SHORT)
 def test_a_cut_file_is_refused_or_whole(tmp_path, name):
-    """At every one of 60 points and at the last bytes."""
+    """Cut at 60 points and at each of the last 15 bytes."""
     CORPUS[name][0](tmp_path / name)
     data, channels = (tmp_path / name).read_bytes(), CORPUS[name][1]
     whole = whole_pixels(open_picture({"path": None, "bytes": data}, channels))
@@ -134,7 +134,7 @@ def test_a_cut_file_is_refused_or_whole(tmp_path, name):
     assert refused >= 55
 
 
-def test_a_cut_photo_is_refused_by_a_coarse_crop_too(tmp_path):
+def test_a_cut_photo_is_refused_by_a_coarse_crop(tmp_path):
     data = jpeg_bytes(photo(600, 800))
     for share in (0.3, 0.6, 0.9, 0.99):
         picture = open_picture({"path": None, "bytes": data[: int(len(data) * share)]}, 3)
@@ -155,7 +155,7 @@ def test_permission_refused_and_a_file_that_vanishes(tmp_path, monkeypatch):
     def refuse(*_):
         raise PermissionError(13, "Permission denied", str(tmp_path / "y.png"))
 
-    monkeypatch.setattr("builtins.open", refuse)  # the tests may run as root, who is refused nothing
+    monkeypatch.setattr("builtins.open", refuse)  # the tests may run as root, who may read every file
     with pytest.raises(UNREADABLE) as caught:
         open_picture(record(tmp_path / "y.png"), 3)
     assert describe_error(caught.value) == "Permission denied"
@@ -163,8 +163,8 @@ def test_permission_refused_and_a_file_that_vanishes(tmp_path, monkeypatch):
         open_picture({"path": None, "bytes": None}, 3)
 
 
-def test_the_limit_of_pixels_is_ours_alone(tmp_path, monkeypatch):
-    """Pillow's own neither warns nor stops below ours, in any thread, and is as it was afterwards."""
+def test_only_our_limit_of_pixels_applies(tmp_path, monkeypatch):
+    """Pillow's own limit neither warns nor raises below ours, in any thread, and is restored afterwards."""
     for name in ("x.png", "x.jpg", "x.tif", "x.npy"):
         (array(RGB) if name == "x.npy" else saved(RGB))(tmp_path / name)
     monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 10)
@@ -191,7 +191,7 @@ def test_without_tifffile(tmp_path, monkeypatch):
     assert np.array_equal(whole_pixels(open_picture(record(tmp_path / "rgb.tif"), 3)), RGB)
 
 
-def test_an_error_of_the_caller_is_not_the_files(tmp_path):
+def test_an_error_of_the_caller_is_raised_as_it_is(tmp_path):
     """A mistake in a view must end a run, not fill its list of skipped images."""
     Image.fromarray(RGB).save(tmp_path / "x.png")
     with pytest.raises(TypeError):
@@ -208,7 +208,7 @@ def test_no_file_stays_open(tmp_path):
         before = os.listdir("/proc/self/fd") if os.path.isdir("/proc/self/fd") else None
         for path in tmp_path.iterdir():
             for limit in (1, 10**6):
-                with contextlib.suppress(*UNREADABLE):  # what is refused is to be closed too
+                with contextlib.suppress(*UNREADABLE):  # a refused file must be closed too
                     picture = open_picture(record(path), CORPUS.get(path.name, (0, 3))[1], max_pixels=limit)
                     picture.crop((0, 0, 4, 4), (4, 4))
                     open_picture(record(path), CORPUS.get(path.name, (0, 3))[1])  # never cropped
@@ -233,8 +233,8 @@ FUZZED = (
 
 
 @pytest.mark.parametrize("name", FUZZED)
-def test_mutated_files_raise_nothing_else(tmp_path, name):
-    """Bytes changed, removed and added at random: a picture comes out or one of `UNREADABLE`."""
+def test_mutated_files_raise_no_other_exception(tmp_path, name):
+    """With bytes changed and removed at random: opening gives a picture or raises one of `UNREADABLE`."""
     CORPUS[name][0](tmp_path / name)
     data, channels = (tmp_path / name).read_bytes(), CORPUS[name][1]
     chance = random.Random(name)

@@ -7,7 +7,7 @@ import random
 import numpy as np
 import pytest
 import torch
-from image_files import random_pixels
+from image_files import noise
 from PIL import Image, ImageOps
 
 from simmim.data import CenterView, RandomView, normalize, open_picture
@@ -109,8 +109,8 @@ def test_filters_differ():
     assert torch.equal(image.crop((0, 0, 400, 300), (60, 80)), views[1]), "bilinear unless told otherwise"
 
 
-def test_far_smaller_images_take_no_shortcut():
-    """Bilinear averages whole pixels first, from 8 a target pixel on; the others are what they are called."""
+def test_sharp_filters_take_no_shortcut_for_far_smaller_images():
+    """Bilinear averages whole pixels first, from 8 per target pixel on; the other filters do not."""
     image = Image.fromarray(photo(700, 900))
     for filter in ("bicubic", "lanczos"):
         view = Picture(image).crop((0, 0, 900, 700), (30, 40), filter)
@@ -119,7 +119,7 @@ def test_far_smaller_images_take_no_shortcut():
 
 @pytest.mark.parametrize("filter", ["bicubic", "lanczos"])
 def test_jpegs_are_decoded_as_coarsely_as_a_sharp_filter_allows(filter):
-    """At least 2 decoded pixels a target pixel: 1 level off on average, 3 in all but 1 % of the pixels."""
+    """At least 2 decoded pixels per target pixel: 1 level off on average, 3 in all but 1 % of the pixels."""
     record = saved(Image.fromarray(photo(901, 1203)), "JPEG", quality=92)
     reductions = set()
     whole = Image.open(io.BytesIO(record["bytes"])).convert("RGB")
@@ -229,7 +229,7 @@ def test_squash_is_what_transformers_does(filter, image_size):
     assert is_pillows(view, expected, filter)
 
 
-def test_settings_that_are_none():
+def test_unknown_settings_are_refused():
     with pytest.raises(ValueError, match=r"unknown interpolation 'cubic': give one of nearest, bilinear, bicubic, lanczos$"):
         CenterView((32, 32), interpolation="cubic")
     with pytest.raises(ValueError, match=r"unknown fit 'pad': give one of crop, squash$"):
@@ -298,7 +298,7 @@ def within_1(view, expected):
 
 
 def test_random_view_is_the_crop_resized_and_sometimes_mirrored():
-    image = Image.fromarray(random_pixels(40, 60, 3))
+    image = Image.fromarray(noise(40, 60, 3))
     picture, view = Picture(image), RandomView((16, 24))
     mirrored = 0
     for seed in range(200):
@@ -318,7 +318,7 @@ def test_random_view_is_the_crop_resized_and_sometimes_mirrored():
 
 
 def test_whole_image_crop_changes_nothing():
-    image = Image.fromarray(random_pixels(24, 24, 3))
+    image = Image.fromarray(noise(24, 24, 3))
     view = RandomView((24, 24), crop_scale=(1.0, 1.0), crop_ratio=(1.0, 1.0), flip=0.0)
     assert torch.equal(view(Picture(image), random.Random(0)), as_view(image))
 
@@ -334,17 +334,17 @@ def test_whole_image_crop_changes_nothing():
     ],
 )
 def test_center_view(image_size, size, share, box):
-    image = Image.fromarray(random_pixels(*image_size, 3))
+    image = Image.fromarray(noise(*image_size, 3))
     expected = image.crop(box).resize(size[::-1], Image.Resampling.BILINEAR)
     assert within_1(CenterView(size, share)(Picture(image)), as_view(expected))
 
 
 def test_tensors_and_normalizing():
-    rgb, gray = random_pixels(4, 6, 3), random_pixels(4, 6)
+    rgb, gray = noise(4, 6, 3), noise(4, 6)
     for pixels in (rgb, gray):
         tensor = Picture(Image.fromarray(pixels)).crop((0, 0, 6, 4), (4, 6))
         assert torch.equal(tensor, torch.from_numpy(np.atleast_3d(pixels)).permute(2, 0, 1))
-    images, mean, std = random_pixels(5, 3, 4, 6), (0.1, 0.5, 0.9), (0.2, 1.0, 3.0)
+    images, mean, std = noise(5, 3, 4, 6), (0.1, 0.5, 0.9), (0.2, 1.0, 3.0)
     expected = (images / 255 - np.reshape(mean, (3, 1, 1))) / np.reshape(std, (3, 1, 1))
     result = normalize(torch.from_numpy(images), mean, std)
     assert result.dtype == torch.float32 and np.abs(result.numpy() - expected).max() < 1e-6
