@@ -159,10 +159,8 @@ def test_files_and_functions_are_short(module):
 
 
 def test_the_command_imports_lazily():
-    """At their tops the command's files import nothing but the standard library and each other."""
-    for module in FILES:
-        if package_of(module) != "cli":
-            continue
+    """At their tops the files that every call loads import nothing but the standard library and each other."""
+    for module in ("simmim.cli", "simmim.cli.main", "simmim.cli.arguments", "simmim.cli.allocator"):
         tree = tree_of(module)
         tree.body = [node for node in tree.body if isinstance(node, ast.Import | ast.ImportFrom)]
         light = ("simmim.cli", "simmim.messages", "simmim.renamed_settings")

@@ -155,8 +155,9 @@ class Method(nn.Module, ABC):
         Returns:
             What was taken over, and what differs from the earlier run, in a line.
         """
-        self.load_state_dict(state, strict=False)
-        return ", ".join(state)
+        unexpected = self.load_state_dict(state, strict=False).unexpected_keys
+        assert not unexpected, f"no weights of {self.title}: {unexpected}"
+        return self.own_parts
 
     def no_decay(self) -> tuple[str, ...]:
         """Parts of the names of `own_state` whose weights never decay; each must match. Vectors never do."""
