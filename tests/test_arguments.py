@@ -119,8 +119,10 @@ def test_negative_numbers_are_values():
     assert parsed("--data.mean", "[0.5]", "--data.std", "[1]", "--optim.min_lr", "-1e-3").optim.min_lr == -1e-3
 
 
-def test_groups_may_be_given_as_mappings():
-    assert parsed("--optim", "{lr: 1.0e-3, clip: 2}") == parsed("--optim.lr", "1e-3", "--optim.clip", "2")
+def test_groups_are_given_as_mappings_or_files(tmp_path):
+    (tmp_path / "optim.yaml").write_text("lr: 1e-3\nclip: 2\n")
+    for value in ("{lr: 1e-3, clip: 2}", str(tmp_path / "optim.yaml")):
+        assert parsed("--optim", value) == parsed("--optim.lr", "1e-3", "--optim.clip", "2")
 
 
 def test_long_configurations(tmp_path):

@@ -200,9 +200,28 @@ def parse(
     if any(word.key == HELP for word in split):
         parser.print_help()
         raise SystemExit(0)
-    given: list[tuple[str, Any]] = []
-    arguments = []
-    for word in with_values(split, schema, positional):
+    arguments, given = checked(with_values(split, schema, positional), schema, config)
+    missing = [key for key in schema.required if key not in dict(given)]
+    if missing and not any(word.key == PRINT_CONFIG for word in split):
+        raise UsageError(f"missing: give {' and '.join(flag_of(key) for key in sorted(missing))}")
+    try:
+        values = parser.instantiate(parser.parse_args(arguments))
+    except ArgumentError as error:
+        raise UsageError(wrong_value(given, schema) or " ".join(str(error).split())) from None
+    return (result_class or settings_class)(**{field.name: getattr(values, field.name) for field in fields(settings_class)})
+
+
+def checked(words: Sequence[Word], schema: Schema, config: bool) -> tuple[list[str], list[tuple[str, Any]]]:
+    """Words under the names of known settings.
+
+    Returns:
+        The words as jsonargparse reads them, and the settings that they give: text of flags, values of YAML.
+
+    Raises:
+        UsageError: for unknown settings, and for files that hold none.
+    """
+    arguments, given = [], []
+    for word in words:
         if config and word.key == CONFIG:
             values, renamed = with_current_names(read_config(word.value), schema.hints)
             for key in renamed:
@@ -213,16 +232,14 @@ def parse(
             arguments.append("--print_config" + (f"={word.value}" if word.value else ""))
         else:
             key = schema.current_key(word.key)
-            given += in_group(key, word.value, schema)
-            arguments.append(f"--{key}={word.value}")
-    missing = [key for key in schema.required if key not in dict(given)]
-    if missing and not any(word.key == PRINT_CONFIG for word in split):
-        raise UsageError(f"missing: give {' and '.join(flag_of(key) for key in sorted(missing))}")
-    try:
-        values = parser.instantiate(parser.parse_args(arguments))
-    except ArgumentError as error:
-        raise UsageError(wrong_value(given, schema) or " ".join(str(error).split())) from None
-    return (result_class or settings_class)(**{field.name: getattr(values, field.name) for field in fields(settings_class)})
+            if key in schema.groups:
+                value = group_value(word.value)
+                given += schema.leaves(nested(key, value)).items()
+                arguments.append(f"--{key}={json.dumps(value, default=str)}")
+            else:
+                given.append((key, word.value))
+                arguments.append(f"--{key}={word.value}")
+    return arguments, given
 
 
 def make_parser(
@@ -314,22 +331,17 @@ def read_config(path: str | None) -> dict[str, Any]:
     return values
 
 
-def in_group(key: str, text: str, schema: Schema) -> list[tuple[str, Any]]:
-    """The settings that a flag gives: itself, or those inside the mapping that is given for a group.
-
-    Raises:
-        UsageError: for an unknown key in that mapping.
-    """
-    if key not in schema.groups:
-        return [(key, text)]
+def group_value(text: str) -> Any:
+    """The value of a flag that gives a group of settings: a YAML file, or a mapping such as {lr: 1e-3}."""
     import yaml
     from jsonargparse import get_loader
 
+    if Path(text).expanduser().is_file():
+        return read_config(text)
     try:
-        value = get_loader("yaml")(text)
+        return get_loader("yaml")(text)
     except yaml.YAMLError:
-        value = None
-    return list(schema.leaves({key: value} if "." not in key else nested(key, value)).items())
+        return text
 
 
 def nested(key: str, value: Any) -> dict[str, Any]:

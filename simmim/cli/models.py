@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
+from typing import Any
 
 from simmim.cli.arguments import parse
 
@@ -96,19 +97,23 @@ class PlanOptions:
 
     Args:
         preset: size of the encoder.
-        image: side of the images in pixels.
+        image: pixels, one number or height and width.
         devices: number of devices.
         batch: images per optimizer step, over all devices; the default of pretrain by default.
-        window: side of the attention windows in tokens; the default of pretrain by default.
+        window: side of the attention windows in tokens, short for encoder.window_size.
+        encoder: settings of the encoder that replace the preset's, as model.encoder of pretrain.
+        method: the method of pre-training; the default of pretrain by default.
         precision: bf16-mixed or 32-true.
         device_memory_gib: memory of one device.
     """
 
     preset: str
-    image: int
+    image: int | tuple[int, int]
     devices: int = 1
     batch: int | None = None
     window: int | None = None
+    encoder: dict[str, Any] = field(default_factory=dict)
+    method: str | None = None
     precision: str = "bf16-mixed"
     device_memory_gib: float = 80.0
 
@@ -126,6 +131,7 @@ def run_plan(words: Sequence[str]) -> None:
         options.batch,
         options.precision,
         options.device_memory_gib,
-        None if options.window is None else {"window_size": options.window},
+        options.encoder if options.window is None else {**options.encoder, "window_size": options.window},
+        options.method,
     )
     print(render(planned))

@@ -33,13 +33,21 @@ def run_pretrain(words: Sequence[str]) -> None:
 
 def pretrain_settings(words: Sequence[str]) -> PretrainSettings:
     """The settings of `simmim pretrain`. The method says which settings there are under `model`."""
-    from simmim.methods.registry import default_method
+    from simmim.methods.registry import METHODS, default_method
     from simmim.pretrain.settings import PretrainSettings, settings_class
 
     words = with_saved_config(words)
     usage = "simmim pretrain --data PATH --out RUN [--SETTING VALUE …]"
     own = settings_class(method_in(words) or default_method())
-    return parse("pretrain", own, words, result_class=PretrainSettings, usage=usage, config=True)
+    helps = {"method": f"how the encoder learns: {', '.join(METHODS)}.", "preset": f"size of a fresh encoder: {sizes()}."}
+    return parse("pretrain", own, words, result_class=PretrainSettings, usage=usage, config=True, helps=helps)
+
+
+def sizes() -> str:
+    """The encoders' presets, for a help text."""
+    from simmim.encoders.registry import presets
+
+    return ", ".join(presets())
 
 
 def method_in(words: Sequence[str]) -> str | None:
