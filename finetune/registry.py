@@ -6,6 +6,7 @@ A new task is a folder with a `settings.py` and a `task.py`, and a line in `TASK
 from __future__ import annotations
 
 from importlib import import_module
+from pathlib import Path
 from typing import TYPE_CHECKING, NamedTuple
 
 from simmim.messages import did_you_mean
@@ -53,6 +54,12 @@ def task_named(name: str) -> Task:
     """
     entry = task_entry(name)
     return getattr(import_module(f"{entry.package}.task"), entry.task)()
+
+
+def task_of_model(path: str | Path) -> Task:
+    """The task whose model is at `path`: the one that recognizes it, else the first, which explains what is missing."""
+    tasks = [task_named(name) for name in TASKS]
+    return next((task for task in tasks if task.recognizes(path)), tasks[0])
 
 
 def task_entry(name: str) -> TaskEntry:

@@ -69,6 +69,21 @@ class PreparedTask:
     closing_text: Callable[[Path], str] = no_text
 
 
+@dataclass(frozen=True)
+class Predictions:
+    """What was predicted for images.
+
+    Attributes:
+        out: the file or folder that was written.
+        unreadable: why each image could not be read, by path.
+        summary: what was predicted, in lines.
+    """
+
+    out: Path
+    unreadable: Mapping[str, str]
+    summary: str
+
+
 class Task(ABC):
     """One labeled task. It has no state: `prepare` returns all that a run needs."""
 
@@ -86,3 +101,30 @@ class Task(ABC):
         Raises:
             ValueError: for settings, labels or an encoder that cannot work. Nothing has been written.
         """
+
+    def recognizes(self, path: str | Path) -> bool:
+        """Whether `path`, a run or what it exported, holds a model of this task, by its files' names."""
+        return False
+
+    def predict(
+        self,
+        run: str | Path,
+        images: str | Path,
+        out: str | Path | None = None,
+        batch_size: int = 64,
+        num_workers: int | None = None,
+        overlays: bool = True,
+    ) -> Predictions:
+        """Apply the model in `run` to images.
+
+        Args:
+            images: a folder, or any other source of images that pre-training reads.
+            out: file or folder to write; the task's usual name by default. It must not exist yet.
+            batch_size: images per forward pass.
+            num_workers: processes that load images; by default what suits the machine.
+            overlays: whether predictions that are pictures are also drawn over the images.
+
+        Raises:
+            ValueError: when `run` holds no model of this task, no image can be read, or `out` exists.
+        """
+        raise ValueError(f"{type(self).__name__} has no predictions to write: load its model in Python")

@@ -15,10 +15,11 @@ from simmim.finetune.classification.defaults import resolve_settings
 from simmim.finetune.classification.folds import hold_out_fold
 from simmim.finetune.classification.model import Classifier, save_classifier
 from simmim.finetune.classification.module import ClassificationFinetuning
+from simmim.finetune.classification.prediction import predict
 from simmim.finetune.classification.report import CAPTION, CLASSES, class_table, write_class_report
 from simmim.finetune.classification.settings import ClassificationSettings
 from simmim.finetune.start import Start, find_start
-from simmim.finetune.task import PreparedTask, ReportLine, Task
+from simmim.finetune.task import Predictions, PreparedTask, ReportLine, Task
 from simmim.training.loggers import LossNames, log_picture
 
 VALIDATION_BATCH_SIZE = 64
@@ -52,6 +53,20 @@ class Classification(Task):
             report=partial(report_validation, classes=labels.classes),
             closing_text=closing_text,
         )
+
+    def predict(
+        self,
+        run: str | Path,
+        images: str | Path,
+        out: str | Path | None = None,
+        batch_size: int = 64,
+        num_workers: int | None = None,
+        overlays: bool = True,
+    ) -> Predictions:
+        """Class and probabilities of each image, to a CSV file."""
+        out = Path(out or "predictions.csv")
+        count, unreadable = predict(run, images, out, batch_size, num_workers)
+        return Predictions(out, unreadable, f"{count:,} images classified, {len(unreadable):,} unreadable: {out}")
 
 
 def read_labels(settings: ClassificationSettings) -> LabeledImages:

@@ -146,11 +146,6 @@ def save_segmenter(folder: Path, saved: SavedSegmenter, provenance: dict) -> Non
     write_json(folder / DESCRIPTION, description)
 
 
-def holds_segmenter(path: str | Path) -> bool:
-    """Whether `path` is a segmentation run, or what it exported."""
-    return find_segmenter(path) is not None
-
-
 def find_segmenter(path: str | Path) -> Path | None:
     """The folder of a segmenter's files: `path` itself or its folder encoder/; None where neither holds one."""
     path = Path(path).expanduser()

@@ -25,11 +25,12 @@ from simmim.finetune.segmentation.model import (
     save_segmenter,
 )
 from simmim.finetune.segmentation.module import SegmentationFinetuning, balanced_weights
+from simmim.finetune.segmentation.prediction import segment
 from simmim.finetune.segmentation.report import LogLabelMaps, closing_text, report_validation
 from simmim.finetune.segmentation.settings import SceneSettings, SegmentationSettings
 from simmim.finetune.segmentation.views import RandomScene, SceneSamples, WholeScene, scaled_size
 from simmim.finetune.start import Start, find_start
-from simmim.finetune.task import PreparedTask, ReportLine, Task
+from simmim.finetune.task import Predictions, PreparedTask, ReportLine, Task
 from simmim.training.loggers import LossNames
 
 VALIDATION_PIXELS = 2**18  # per validation batch, where all images have one size
@@ -65,6 +66,27 @@ class Segmentation(Task):
             report=partial(report_validation, classes=scheme.classes),
             closing_text=closing_text,
         )
+
+    def recognizes(self, path: str | Path) -> bool:
+        """By the description beside the heads' weights."""
+        return find_segmenter(path) is not None
+
+    def predict(
+        self,
+        run: str | Path,
+        images: str | Path,
+        out: str | Path | None = None,
+        batch_size: int = 64,
+        num_workers: int | None = None,
+        overlays: bool = True,
+    ) -> Predictions:
+        """A label map for each image, to a folder."""
+        out = Path(out or "predictions")
+        result = segment(run, images, out, batch_size, overlays)
+        total = sum(result.pixels.values())
+        shares = ", ".join(f"{name} {count / total:.1%}" for name, count in result.pixels.items() if count)
+        counts = f"{result.count:,} images segmented, {len(result.unreadable):,} unreadable"
+        return Predictions(out, result.unreadable, f"{counts}: {out}\npixels   {shares}")
 
 
 def read_labels(settings: SegmentationSettings) -> LabeledScenes:

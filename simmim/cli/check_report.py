@@ -7,8 +7,10 @@ import math
 import shlex
 from dataclasses import asdict
 from itertools import pairwise
+from typing import TYPE_CHECKING
 
-from simmim.data.check import SHORT_SIDES_PX, CheckReport
+if TYPE_CHECKING:
+    from simmim.data.check import CheckReport
 
 MAX_LINES = 20  # of a list of files
 BAR_WIDTH = 40
@@ -73,6 +75,8 @@ def suggested_command(report: CheckReport) -> str:
 
 def bars(buckets: dict[int, int]) -> list[str]:
     """One line per bucket: its range in pixels, a bar as long as its share of the fullest, its count."""
+    from simmim.data.check import SHORT_SIDES_PX
+
     ends = {start: end - 1 for start, end in pairwise(SHORT_SIDES_PX)}
     labels = [f"{start}–{ends[start]}" if start in ends else f"{start}–" for start in buckets]
     width, most = max(map(len, labels)), max(buckets.values())

@@ -105,25 +105,10 @@ class PredictOptions:
 def run_predict(words: Sequence[str]) -> None:
     """simmim predict"""
     options = parse("predict", PredictOptions, words)
-    from simmim.finetune.segmentation.model import holds_segmenter
+    from simmim.finetune.registry import task_of_model
 
-    if holds_segmenter(options.run):
-        return predict_label_maps(options)
-    from simmim.finetune import predict
-
-    out = options.out or "predictions.csv"
-    count, unreadable = predict(options.run, options.images, out, options.batch_size, options.workers)
-    print_unreadable(unreadable)
-    print(f"{count:,} images classified, {len(unreadable):,} unreadable: {out}")
-
-
-def predict_label_maps(options: PredictOptions) -> None:
-    """`simmim predict` for a segmentation run."""
-    from simmim.finetune.segmentation.prediction import segment
-
-    out = options.out or "predictions"
-    result = segment(options.run, options.images, out, options.batch_size, options.overlays)
-    print_unreadable(result.unreadable)
-    total = sum(result.pixels.values())
-    shares = ", ".join(f"{name} {count / total:.1%}" for name, count in result.pixels.items() if count)
-    print(f"{result.count:,} images segmented, {len(result.unreadable):,} unreadable: {out}\npixels   {shares}")
+    predictions = task_of_model(options.run).predict(
+        options.run, options.images, options.out, options.batch_size, options.workers, options.overlays
+    )
+    print_unreadable(predictions.unreadable)
+    print(predictions.summary)

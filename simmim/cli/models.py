@@ -19,7 +19,7 @@ class ExportOptions:
         format: one of the known formats.
         form: encoder, classifier, or the name of the method of pre-training for the encoder with the method's own weights
             (simmim: mask token and decoder); the format's usual one by default.
-        image_size: side in pixels of the images, for formats with a fixed size; the size in training by default.
+        image_size: pixels, one number or height and width, for formats with a fixed size; the size in training by default.
         window_size: in training, for files that do not store it.
         features: for onnx, pooled, or stages for the feature map of every stage.
         dynamic_size: for onnx, accept images of any size.
@@ -30,7 +30,7 @@ class ExportOptions:
     out: str
     format: str = "safetensors"
     form: str | None = None
-    image_size: int | None = None
+    image_size: int | tuple[int, int] | None = None
     window_size: int | None = None
     features: str = "pooled"
     dynamic_size: bool = False
@@ -45,23 +45,25 @@ def run_export(words: Sequence[str]) -> None:
     options = parse("export", ExportOptions, words, helps=helps)
     from simmim.checkpoints import read
     from simmim.checkpoints.export import export
+    from simmim.defaults import as_size
 
     exported = export(
         read(options.run, **window_of(options)),
         options.format,
         options.out,
         options.form,
-        options.image_size and (options.image_size, options.image_size),
+        None if options.image_size is None else as_size(options.image_size),
         options.license,
         options.features,
         options.dynamic_size,
     )
-    from simmim.finetune.segmentation.model import holds_segmenter
+    from simmim.finetune.registry import TASKS, task_named
 
     for note in exported.notes:
         print(f"note: {note}")
-    if holds_segmenter(options.run):
-        print("note: the segmentation head is left out: simmim predict reads it from the run")
+    for task in TASKS:
+        if task_named(task).recognizes(options.run):
+            print(f"note: the {task} head is left out: simmim predict reads it from the run")
     print(f"exported the {exported.contents} to {exported.folder}; load it with\n\n{exported.code}")
 
 

@@ -3,11 +3,10 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from importlib import import_module
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from simmim.cli.arguments import UsageError, nearest, parse, read_config, split_words, values_of
+from simmim.cli.arguments import UsageError, parse, read_config, split_words, values_of
 
 if TYPE_CHECKING:
     from simmim.finetune.label_study.settings import StudySettings
@@ -23,12 +22,18 @@ def run_pretrain(words: Sequence[str]) -> None:
     run = pretrain(settings)
     from simmim.training.trainer import is_first_process
 
-    if not is_first_process():
-        return
-    print(
-        f"next: simmim reconstruct --run {run} --images {settings.data.path} --out grid.png\n"
-        f"      simmim finetune classification --init {run} --data LABELED_FOLDER --out {run}-finetuned"
-    )
+    if is_first_process():
+        print(next_steps(settings, run))
+
+
+def next_steps(settings: PretrainSettings, run: Path) -> str:
+    """The commands for which the run is ready."""
+    from simmim.methods.registry import method_named
+
+    commands = [f"simmim finetune classification --init {run} --data LABELED_FOLDER --out {run}-finetuned"]
+    if method_named(settings.method).predicts_pixels:
+        commands.insert(0, f"simmim reconstruct --run {run} --images {settings.data.path} --out grid.png")
+    return "next: " + "\n      ".join(commands)
 
 
 def pretrain_settings(words: Sequence[str]) -> PretrainSettings:
@@ -61,14 +66,10 @@ def method_in(words: Sequence[str]) -> str | None:
     return method
 
 
-TASKS = {
-    "classification": ("simmim.finetune.classification.settings", "ClassificationSettings"),
-    "segmentation": ("simmim.finetune.segmentation.settings", "SegmentationSettings"),
-}
-
-
 def run_finetune(words: Sequence[str]) -> None:
     """simmim finetune TASK"""
+    from simmim.finetune.registry import TASKS
+
     if words and words[0] in ("-h", "--help"):
         print(f"usage: simmim finetune TASK [options]\n\ntasks: {', '.join(TASKS)}\n\n--help after a task lists its options")
         return
@@ -84,14 +85,12 @@ def finetune_settings(task: str, words: Sequence[str]) -> TransferSettings:
     """The settings of `simmim finetune TASK`.
 
     Raises:
-        UsageError: for an unknown task, naming the nearest known one.
+        ValueError: for an unknown task, naming the nearest known one.
     """
-    if task not in TASKS:
-        raise UsageError(f"unknown task {task!r}{nearest(task, list(TASKS))}")
-    module, name = TASKS[task]
+    from simmim.finetune.registry import settings_class
+
     usage = f"simmim finetune {task} --data PATH --out RUN --init ENCODER [--SETTING VALUE …]"
-    settings_class = getattr(import_module(module), name)
-    return parse(f"finetune {task}", settings_class, with_saved_config(words), usage=usage, config=True)
+    return parse(f"finetune {task}", settings_class(task), with_saved_config(words), usage=usage, config=True)
 
 
 def run_study(words: Sequence[str]) -> int | None:
