@@ -105,9 +105,9 @@ def test_wrong_input(monkeypatch):
         ({"test": np.full_like(vectors, np.inf)}, "test vector 0 is not finite"),
         ({"test_labels": [0]}, r"test labels have shape \(1,\)"),
     ):
-        given = {"train": vectors, "train_labels": labels, "test": vectors, "test_labels": labels, **change}
+        arguments = {"train": vectors, "train_labels": labels, "test": vectors, "test_labels": labels, **change}
         with pytest.raises(ValueError, match=message):
-            linear_probe(**given)
+            linear_probe(**arguments)
     for name in ("sklearn", "sklearn.model_selection"):
         monkeypatch.setitem(sys.modules, name, None)
     with pytest.raises(ValueError, match=r"needs scikit-learn.+: pip install 'simmim-toolkit\[probe\]'"):

@@ -76,7 +76,7 @@ def test_wrong_input():
         ({"train_labels": [0, -1, 0, 1]}, "a train label is -1: give class indices from 0"),
         ({"num_classes": 1}, "a train label is 1: with 1 classes, give 0 to 0"),
     ):
-        given = {
+        arguments = {
             "train": vectors,
             "train_labels": labels,
             "test": vectors,
@@ -85,7 +85,7 @@ def test_wrong_input():
             **change,
         }
         with pytest.raises(ValueError, match=message):
-            knn_accuracy(**given)
+            knn_accuracy(**arguments)
 
 
 @pytest.mark.parametrize("k, test_rows", [(1, 1024), (5, 7), (300, 50)])
@@ -94,12 +94,12 @@ def test_held_out_neighbors(digit_vectors, monkeypatch, k, test_rows):
     monkeypatch.setattr(neighbors, "TEST_ROWS", test_rows)
     vectors, classes = digit_vectors.train["stage 1, 2x2"], digit_vectors.train_labels
     repeated = np.arange(0, 240, 10).repeat(10)
-    for given, labels in ((vectors, classes), (vectors[repeated], classes[repeated])):
+    for sample, labels in ((vectors, classes), (vectors[repeated], classes[repeated])):
         correct = 0
-        for row in range(len(given)):
-            others = np.arange(len(given)) != row
-            correct += knn_accuracy(given[others], labels[others], given[row : row + 1], labels[row : row + 1], k)
-        assert held_out_knn_accuracy(given, labels, k) == pytest.approx(correct / len(given), abs=1e-9)
+        for row in range(len(sample)):
+            others = np.arange(len(sample)) != row
+            correct += knn_accuracy(sample[others], labels[others], sample[row : row + 1], labels[row : row + 1], k)
+        assert held_out_knn_accuracy(sample, labels, k) == pytest.approx(correct / len(sample), abs=1e-9)
     assert held_out_knn_accuracy(vectors[:3], [0, 1, 0]) is None, "a class with a single label"
     with pytest.raises(ValueError, match="k is 0"):
         held_out_knn_accuracy(vectors, classes, 0)

@@ -316,8 +316,8 @@ def test_defaults_are_those_of_pretraining():
     assert result.config == replace(PRESETS["tiny"], window_size=12) and result.image_size == (192, 192)
     assert result.requested == result.recommended == Setup(128) and result.largest_batch >= 128
     assert plan_for("tiny", (192, 256), 4, batch_size=130).requested.batch_per_device == 33  # the last device's is smaller
-    given = plan_for("tiny", 192, encoder={"window_size": 6}, sequential_attention=3, strategy="fsdp")
-    assert given.requested.sequential_attention == 3 and given.config.window_size == 6
+    changed = plan_for("tiny", 192, encoder={"window_size": 6}, sequential_attention=3, strategy="fsdp")
+    assert changed.requested.sequential_attention == 3 and changed.config.window_size == 6
     text = render(result)
     assert "recommended" not in text and "as requested" in text and "one device" in text
     assert text.splitlines()[-1].startswith("It fits as requested. The largest batch that then fits: ")
