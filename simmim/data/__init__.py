@@ -1,4 +1,9 @@
-"""Images from anywhere to batches: sources, decoding, views, order."""
+"""Images from any source to batches: sources → records → pictures → views → batches.
+
+A source is opened by its reader (`readers`) as rows with an undecoded column of records (`records`); `decode` opens a record
+as a picture (`pictures`), of which a view (`views`) is a crop; `samples`, `batch_order` and `loading` make batches of views.
+`labels` and `label_maps` read labeled sources; `check` reads all images of a source once.
+"""
 
 from simmim.data.batch_order import EndlessBatchSampler, SequentialBatchSampler
 from simmim.data.decode import Picture, open_picture, read_image
