@@ -66,6 +66,36 @@ def draw_batch(work: Work) -> tuple[Tensor, Tensor]:
     return images.to(work.device), mask.to(work.device)
 
 
+def write_weights(folder: Path, preset: str, size: int, window: int) -> None:
+    """Write the weights of one random model in the format of each contender."""
+    from safetensors.torch import save_file
+
+    from simmim.checkpoints.checkpoint import Checkpoint, Preprocessing
+    from simmim.checkpoints.formats.base import ExportOptions
+    from simmim.checkpoints.formats.registry import format_named
+    from simmim.encoders import registry
+    from simmim.methods.simmim import SimMIM
+
+    torch.manual_seed(0)
+    config = registry.preset_config(preset, window_size=window)
+    model = SimMIM(registry.build(config))
+    for name, parameter in model.named_parameters():
+        if "norm" in name and name.endswith("weight"):  # weights of 0 would hide differences between the blocks
+            nn.init.constant_(parameter, 0.5)
+    save_file(model.state_dict(), folder / "ours.safetensors")
+    checkpoint = Checkpoint(
+        config=config.with_training_size((size, size)),
+        encoder=model.encoder.state_dict(),
+        preprocessing=Preprocessing((size, size), (0.5,) * 3, (0.2,) * 3),
+        source=folder,
+        pretraining=model.own_state(),
+    )
+    for format, form, file in (("timm", "encoder", "timm"), ("official", "simmim", "authors")):
+        save_file(format_named(format).rows_for(config).state(checkpoint, form), folder / f"{file}.safetensors")
+    (folder / "transformers").mkdir()
+    format_named("hf").write(checkpoint, "simmim", folder / "transformers", ExportOptions())
+
+
 def build_contender(name: str, work: Work) -> nn.Module:
     """A contender with the weights that all share."""
     if name == "ours":

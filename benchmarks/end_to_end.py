@@ -22,9 +22,9 @@ import tempfile
 from dataclasses import replace
 from pathlib import Path
 
-from contenders import Work
+from contenders import Work, write_weights
 from processes import Worker
-from step import ROOT, write_weights
+from step import ROOT
 
 CROP_PX = (375, 500)  # height, width: the mean of ImageNet's images
 LOG_EVERY_STEPS, SKIPPED_ROWS = 2, 2

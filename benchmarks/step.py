@@ -29,7 +29,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 import torch
-from contenders import PEERS, Work, build_contender, draw_batch, missing_peers
+from contenders import PEERS, Work, build_contender, draw_batch, missing_peers, write_weights
 from processes import Worker, answer, reset_peak, resident_mib
 from torch import nn
 
@@ -98,36 +98,6 @@ def build_parser() -> argparse.ArgumentParser:
     parser.add_argument("--json", type=Path, help="file for all figures")
     parser.add_argument("--serve", help=argparse.SUPPRESS)
     return parser
-
-
-def write_weights(folder: Path, preset: str, size: int, window: int) -> None:
-    """One random model, as each contender reads it."""
-    from safetensors.torch import save_file
-
-    from simmim.checkpoints.checkpoint import Checkpoint, Preprocessing
-    from simmim.checkpoints.formats.base import ExportOptions
-    from simmim.checkpoints.formats.registry import format_named
-    from simmim.encoders.swinv2 import SwinV2, SwinV2Config
-    from simmim.methods.simmim import SimMIM
-
-    torch.manual_seed(0)
-    config = SwinV2Config.from_preset(preset, window_size=window)
-    model = SimMIM(SwinV2(config))
-    for name, parameter in model.named_parameters():
-        if "norm" in name and name.endswith("weight"):  # gains of 0 would hide every difference between the contenders
-            nn.init.constant_(parameter, 0.5)
-    save_file(model.state_dict(), folder / "ours.safetensors")
-    checkpoint = Checkpoint(
-        config=config.with_training_size((size, size)),
-        encoder=model.encoder.state_dict(),
-        preprocessing=Preprocessing((size, size), (0.5,) * 3, (0.2,) * 3),
-        source=folder,
-        pretraining=model.own_state(),
-    )
-    for format, form, file in (("timm", "encoder", "timm"), ("official", "simmim", "authors")):
-        save_file(format_named(format).rows_for(config).state(checkpoint, form), folder / f"{file}.safetensors")
-    (folder / "transformers").mkdir()
-    format_named("hf").write(checkpoint, "simmim", folder / "transformers", ExportOptions())
 
 
 # --- A contender's process ---------------------------------------------------------------------------------------------

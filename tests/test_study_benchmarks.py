@@ -1,4 +1,4 @@
-"""Benchmarks that end in a study's table, from what an earlier call has left."""
+"""Benchmarks that print or draw the results of earlier runs."""
 
 import csv
 import math
@@ -15,16 +15,16 @@ ROOT = Path(__file__).resolve().parent.parent
 OURS, THEIRS = (0.30, 0.28, 0.31), (0.27, 0.28, 0.25)
 
 
-def called(file, *words):
-    """What a benchmark writes to standard output."""
+def run_benchmark(file, *words):
+    """The standard output of a benchmark."""
     command = [sys.executable, str(ROOT / "benchmarks" / file), *map(str, words)]
     done = subprocess.run(command, capture_output=True, text=True, cwd=ROOT, timeout=300)
     assert done.returncode == 0, done.stderr
     return done.stdout
 
 
-def test_segmentation_tells_of_trials_that_are_done(tmp_path):
-    """Neither scenes nor an encoder are there: nothing is run. Each arm has the rate that its own tuning found best."""
+def test_segmentation_reports_trials_that_are_done(tmp_path):
+    """Nothing is trained: no scenes and no encoder exist. Each arm uses the learning rate that its own tuning chose."""
     rows = [
         (arm, 20, 1000, lr, 0.9, True, 0.1 + lr * sign)
         for arm, sign in (("pre-trained", 1), ("from scratch", -1))
@@ -38,7 +38,7 @@ def test_segmentation_tells_of_trials_that_are_done(tmp_path):
         writer.writerows([*row, 0.9] for row in rows)
     before = (tmp_path / "trials.csv").read_bytes()
     words = ["--scenes", "none", "--init", "none", "--labels", 20, "--seeds", 3, "--lrs", 0.01, 0.02, "--layer-decays", 0.9]
-    *_, head, _, row = called("segmentation.py", *words, "--out", tmp_path).splitlines()
+    *_, head, _, row = run_benchmark("segmentation.py", *words, "--out", tmp_path).splitlines()
     assert head == "| labeled scenes | pre-trained | from scratch | paired gain | seeds won |"
     # Gains 3, 0, 6: mean 3, deviation 3.
     gain = f"+3.0 ± {3 / math.sqrt(3):.1f} (p = {ttest_rel(OURS, THEIRS).pvalue:.2g})"
@@ -47,7 +47,7 @@ def test_segmentation_tells_of_trials_that_are_done(tmp_path):
 
 
 def test_the_picture_shows_a_run_and_its_study(tmp_path):
-    """At the size that the README shows, with curves in either half."""
+    """The picture has the size that the README shows, and curves in both halves."""
     (tmp_path / "metrics.csv").write_text("step,loss\n" + "".join(f"{step},{1 / (step + 1)}\n" for step in range(40)))
     trials = [
         Trial(arm, labels, seed, Rates(1.0, 0.7), value + labels / 50, 1.0)
@@ -56,10 +56,10 @@ def test_the_picture_shows_a_run_and_its_study(tmp_path):
         for seed, value in enumerate(values)
     ]
     write_trials(tmp_path / "results.csv", trials)
-    called("fashion_picture.py", "--run", tmp_path, "--study", tmp_path, "--out", tmp_path / "picture.png")
+    run_benchmark("fashion_picture.py", "--run", tmp_path, "--study", tmp_path, "--out", tmp_path / "picture.png")
     picture = Image.open(tmp_path / "picture.png").convert("RGB")
     assert picture.size == (1100, 418)
     blue, orange = (31, 119, 180), (255, 127, 14)  # the first two colors of lines
     for box, colors in (((0, 0, 550, 418), {blue}), ((550, 0, 1100, 418), {blue, orange})):
-        seen = {color for _, color in picture.crop(box).getcolors(maxcolors=1 << 16)}
-        assert seen & {blue, orange} == colors
+        present = {color for _, color in picture.crop(box).getcolors(maxcolors=1 << 16)}
+        assert present & {blue, orange} == colors
