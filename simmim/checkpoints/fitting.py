@@ -128,7 +128,7 @@ def likely_cause(config: EncoderConfig, state: Mapping[str, Tensor]) -> str:
 def preset_of(config: EncoderConfig, fields: Mapping[str, Any]) -> str | None:
     """The preset of `config` with other fields; None if there is none, or no such encoder."""
     try:
-        return registry.preset_name(replace(config, **fields))
+        return registry.preset_name(with_fields(config, **fields))
     except ValueError:
         return None
 

@@ -62,7 +62,7 @@ def save_encoder(
 def save_checkpoint(folder: str | Path, checkpoint: Checkpoint) -> Path:
     """Write everything that `checkpoint` holds into `folder`; as `save_encoder`.
 
-    The architecture records what the weights depend on of the image size in training (`EncoderConfig.trained_at`).
+    The architecture records what the weights depend on of the image size in training (`EncoderConfig.with_training_size`).
     """
     folder = Path(folder)
     config = checkpoint.config.with_training_size(checkpoint.preprocessing.image_size)

@@ -37,7 +37,7 @@ class WeightFile:
 
 # The only names that a file may ask for besides tensors and containers. They build values and can do nothing else. A yacs
 # configuration node is a dict with settings of its own; it is read as a plain dict with these settings as attributes.
-SAFE_GLOBALS = [(OrderedDict, "yacs.config.CfgNode"), (set, "__builtin__.set"), (set, "builtins.set")]
+SAFE_GLOBALS: list[Any] = [(OrderedDict, "yacs.config.CfgNode"), (set, "__builtin__.set"), (set, "builtins.set")]
 
 
 def read_weight_file(path: Path) -> WeightFile:

@@ -142,9 +142,9 @@ class Format(ABC):
             return ()
         notes = []
         if checkpoint.pretraining and form != checkpoint.method:
-            notes.append(f"without {method_named(checkpoint.method).own_parts}")
+            notes.append(f"left out: {method_named(checkpoint.method).own_parts}")
         if checkpoint.head and form != CLASSIFIER:
-            notes.append("without the classifier's head")
+            notes.append("left out: the classifier's head")
         return tuple(notes)
 
     @abstractmethod

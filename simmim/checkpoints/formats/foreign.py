@@ -78,11 +78,14 @@ def description_of(checkpoint: Checkpoint, form: str) -> dict[str, Any]:
     }
 
 
-def described_config(description: Mapping[str, Any]) -> EncoderConfig:
-    """The architecture in a description."""
-    return encoders.config_from_dict(description["architecture"])
+def read_description(source: Source) -> tuple[EncoderConfig, Preprocessing]:
+    """The architecture and preprocessing in the description of a folder that this toolkit exported.
 
-
-def described_preprocessing(description: Mapping[str, Any]) -> Preprocessing:
-    """The preprocessing in a description."""
-    return Preprocessing(**description["preprocessing"])
+    Raises:
+        ValueError: if they are damaged.
+    """
+    try:
+        config = encoders.config_from_dict(source.description["architecture"])
+        return config, Preprocessing(**source.description["preprocessing"])
+    except (KeyError, TypeError) as error:
+        raise ValueError(f"{source.folder / CONFIG} is damaged ({error}): export the encoder again") from error

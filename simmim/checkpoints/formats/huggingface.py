@@ -8,7 +8,7 @@ from typing import Any, ClassVar
 
 from simmim.checkpoints.checkpoint import Checkpoint, Preprocessing
 from simmim.checkpoints.formats.base import CLASSIFIER, ENCODER, ExportOptions
-from simmim.checkpoints.formats.foreign import ForeignFormat, Rows, described_preprocessing
+from simmim.checkpoints.formats.foreign import ForeignFormat, Rows, read_description
 from simmim.checkpoints.source import Source
 from simmim.checkpoints.weight_files import INDEX, TORCH_INDEX, write_safetensors
 from simmim.defaults import IMAGENET_MEAN, IMAGENET_STD
@@ -122,7 +122,7 @@ def read_preprocessing(source: Source, size: Size, channels: int) -> Preprocessi
     path = source.folder / PROCESSOR
     stored = read_json(path) if path.is_file() else {}
     if source.description:
-        described = described_preprocessing(source.description)
+        _, described = read_description(source)
         expected = processor_config(described)
         if described.image_size == size and {name: stored.get(name) for name in expected} == expected:
             return described

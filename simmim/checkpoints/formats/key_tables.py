@@ -80,14 +80,15 @@ class KeyTable:
         Raises:
             ValueError: if parts of one of our tensors differ in shape.
         """
-        state, used = {}, set()
+        state: State = {}
+        used: set[str] = set()
         for our_name, names in self.names(config).items():
-            names = [prefix + name for name in names]
-            if all(name in tensors for name in names):
-                used.update(names)
-                parts = [tensors[name] for name in names]
+            prefixed = [prefix + name for name in names]
+            if all(name in tensors for name in prefixed):
+                used.update(prefixed)
+                parts = [tensors[name] for name in prefixed]
                 if any(part.shape != parts[0].shape for part in parts):
-                    shapes = ", ".join(f"{name} {tuple(part.shape)}" for name, part in zip(names, parts))
+                    shapes = ", ".join(f"{name} {tuple(part.shape)}" for name, part in zip(prefixed, parts))
                     raise ValueError(f"{shapes} are parts of {our_name} and differ in shape")
                 state[our_name] = parts[0] if len(parts) == 1 else torch.cat(parts)
         return state, [name for name in tensors if name not in used]

@@ -12,7 +12,7 @@ from abc import ABC, abstractmethod
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, ClassVar
+from typing import Any, ClassVar, Generic, TypeVar
 
 import torch
 from torch import nn
@@ -30,15 +30,20 @@ OUTPUTS = ("pooled", "stages", "logits")
 MAX_WEIGHT_BYTES = 2**31 - 2**24  # one protobuf message holds 2 GiB, of which the graph takes less than a MiB
 
 
-class OnnxRows(ABC):
+AnyEncoder = TypeVar("AnyEncoder", bound=Encoder)
+
+
+class OnnxRows(ABC, Generic[AnyEncoder]):
     """An encoder family as an ONNX graph."""
 
     @abstractmethod
-    def compose(self, encoder: Encoder, head: nn.Linear | None, image_size: Size, outputs: str, dynamic_size: bool) -> Any:
+    def compose(
+        self, encoder: AnyEncoder, head: nn.Linear | None, image_size: Size, outputs: str, dynamic_size: bool
+    ) -> Any:
         """The `onnx.ModelProto` of a float32 encoder on the CPU; arguments as of `export_onnx`."""
 
     @abstractmethod
-    def check_sizes(self, encoder: Encoder) -> list[Size]:
+    def check_sizes(self, encoder: AnyEncoder) -> list[Size]:
         """Image sizes, (height, width), at which a graph for any size must agree with PyTorch: the special cases."""
 
 
@@ -139,7 +144,7 @@ def export_onnx(
             encoder family without a graph, packages that are not installed, and a file whose numbers are not PyTorch's.
     """
     check_arguments(encoder, image_size, outputs, head)
-    rows: OnnxRows = OnnxFormat().rows_for(encoder.config)
+    rows: OnnxRows[Any] = OnnxFormat().rows_for(encoder.config)
     try:
         import onnx
         import onnxruntime

@@ -62,7 +62,7 @@ class Graph:
         elif all(isinstance(number, int) for number in item):
             name = "_".join(("whole", *map(str, item)))
             self.tensors[name] = np.array(item, np.int64)
-        elif len(item) == 1:
+        elif len(item) == 1 and isinstance(item[0], RuntimeLength):
             name = item[0].name
         else:
             name = self.node("Concat", *((number,) for number in item), axis=0)
@@ -109,13 +109,13 @@ class Graph:
             helper.make_node(op, names, results, name=node_name, **dict(attributes))
             for (op, names, attributes), (node_name, results) in self.nodes.items()
         ]
-        shapes = [
+        ins, outs = (
             [helper.make_tensor_value_info(value, FLOAT, shape) for value, shape in values.items()]
             for values in (inputs, outputs)
-        ]
+        )
         tensors = [numpy_helper.from_array(value, tensor) for tensor, value in self.tensors.items()]
         return helper.make_model(
-            helper.make_graph(nodes, name, *shapes, tensors),
+            helper.make_graph(nodes, name, ins, outs, tensors),
             opset_imports=[helper.make_opsetid("", OPSET)],
             ir_version=IR_VERSION,
             producer_name="simmim-toolkit",
@@ -148,6 +148,9 @@ class RuntimeLength:
         """Of numbers that are not negative: ONNX truncates towards zero."""
         return self.combine("Div", self, other)
 
+    def __rfloordiv__(self, other: int) -> RuntimeLength:
+        return self.combine("Div", other, self)
+
     __radd__, __rmul__ = __add__, __mul__
 
 
@@ -156,6 +159,6 @@ def at_most(number: Length, bound: int) -> Length:
     return min(number, bound) if isinstance(number, int) else number.combine("Min", number, bound)
 
 
-# The length of an axis, and height and width. An int folds into constants; the code is the same for both.
+# The length of an axis. An int folds into constants; the code is the same for both.
 Length = Union[int, RuntimeLength]  # noqa: UP007
-MapSize = tuple[Length, Length]
+MapSize = tuple[Length, ...]  # height and width

@@ -10,7 +10,6 @@ from simmim.checkpoints.checkpoint import Checkpoint
 from simmim.checkpoints.formats.base import CLASSIFIER, ExportOptions
 from simmim.checkpoints.formats.foreign import ForeignFormat, Rows
 from simmim.checkpoints.weight_files import write_safetensors
-from simmim.encoders.base import EncoderConfig
 
 
 class TimmRows(Rows):
@@ -24,7 +23,7 @@ class TimmRows(Rows):
     classifier: ClassVar[str]
 
     @abstractmethod
-    def architecture_name(self, config: EncoderConfig) -> str:
+    def architecture_name(self, checkpoint: Checkpoint) -> str:
         """A registered name of timm's, which `model_arguments` turns into this architecture."""
 
     @abstractmethod
@@ -50,7 +49,7 @@ class TimmFormat(ForeignFormat):
         preprocessing = checkpoint.preprocessing
         classes = list(checkpoint.classes) if form == CLASSIFIER else []
         return {
-            "architecture": rows.architecture_name(checkpoint.config),
+            "architecture": rows.architecture_name(checkpoint),
             "num_classes": len(classes),
             "num_features": checkpoint.config.channels[-1],
             "global_pool": "avg",

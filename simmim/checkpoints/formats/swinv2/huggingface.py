@@ -12,13 +12,14 @@ from torch import Tensor
 from simmim.checkpoints.checkpoint import Checkpoint
 from simmim.checkpoints.fitting import check_state
 from simmim.checkpoints.formats.base import CLASSIFIER, ENCODER
-from simmim.checkpoints.formats.foreign import described_config
 from simmim.checkpoints.formats.huggingface import HuggingFaceFormat, HuggingFaceRows, read_preprocessing
 from simmim.checkpoints.formats.key_tables import KeyTable, prefix_of, weight_and_bias
 from simmim.checkpoints.formats.parts import SIMMIM, class_names, parts_of_form, read_head, read_simmim
 from simmim.checkpoints.formats.swinv2.recognition import (
+    config_of,
     is_swinv2,
     padding_note,
+    read_swinv2_description,
     refuse_extra_norms,
     with_pretrained_windows,
 )
@@ -104,7 +105,7 @@ class SwinV2HuggingFace(HuggingFaceRows):
         return encoder | parts_of_form(TABLE, checkpoint, form)
 
     def folder_config(self, checkpoint: Checkpoint, form: str) -> dict[str, Any]:
-        config, fields = checkpoint.config, checkpoint.config.as_dict()
+        config, fields = config_of(checkpoint), checkpoint.config.as_dict()
         height, width = checkpoint.preprocessing.image_size
         stages = [f"stage{stage + 1}" for stage in range(len(config.depths))]
         return {
@@ -136,7 +137,7 @@ class SwinV2HuggingFace(HuggingFaceRows):
 
     def differences(self, checkpoint: Checkpoint, form: str) -> tuple[str, ...]:
         refuse_extra_norms(checkpoint, HuggingFaceFormat.title)
-        difference = window_difference(checkpoint.config, checkpoint.preprocessing.image_size)
+        difference = window_difference(config_of(checkpoint), checkpoint.preprocessing.image_size)
         if difference:
             raise ValueError(f"{difference}: export as safetensors, timm or onnx, or at another image size")
         return padding_note(checkpoint, HuggingFaceFormat.title, shifts_before_padding=False)
@@ -190,7 +191,7 @@ def read_architecture(source: Source) -> tuple[SwinV2Config, Size, tuple[str, ..
     pretrained = [side or own for side, own in zip(pretrained, windows_of_transformers(config, size))]
     config = with_pretrained_windows(config, pretrained, size)
     if source.description:
-        described = described_config(source.description)
+        described, _ = read_swinv2_description(source)
         # transformers has no place for this field.
         if {**described.as_dict(), "shift_before_padding": False} == config.as_dict():
             config = described

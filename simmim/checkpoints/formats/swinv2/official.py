@@ -11,11 +11,16 @@ import torch
 
 from simmim.checkpoints.checkpoint import Checkpoint, Preprocessing
 from simmim.checkpoints.fitting import check_state
-from simmim.checkpoints.formats.foreign import described_config, described_preprocessing
 from simmim.checkpoints.formats.key_tables import KeyTable, prefix_of, same_names, weight_and_bias
 from simmim.checkpoints.formats.official import OfficialRows
 from simmim.checkpoints.formats.parts import SIMMIM, class_names, parts_of_form, read_head, read_simmim
-from simmim.checkpoints.formats.swinv2.recognition import AUTHORS_PROJECTION, is_swinv2, with_pretrained_windows
+from simmim.checkpoints.formats.swinv2.recognition import (
+    AUTHORS_PROJECTION,
+    config_of,
+    is_swinv2,
+    read_swinv2_description,
+    with_pretrained_windows,
+)
 from simmim.checkpoints.source import Source
 from simmim.checkpoints.weight_files import WeightFile, as_plain_values
 from simmim.defaults import IMAGENET_MEAN, IMAGENET_STD
@@ -64,15 +69,16 @@ class SwinV2Official(OfficialRows):
         encoder = {name.removeprefix(prefix): value for name, value in tensors.items() if name.startswith(prefix)}
         buffers = {name: encoder.pop(name) for name in list(encoder) if BUFFERS.search(name)}
         settings = as_plain_values(file.values.get("config") or {})
+        notes: tuple[str, ...] = ()
         if description:
-            config, preprocessing, notes = described_config(description), described_preprocessing(description), ()
+            config, preprocessing = read_swinv2_description(source)
         else:
             config, preprocessing, notes = find_architecture(encoder, buffers, settings, file, overrides)
         state, left_over = TABLE.to_ours(encoder, config)
         left_over += [name for name in tensors if not name.startswith(prefix)]
         known = {theirs.removeprefix(prefix) for _, theirs in (*TABLE.pretraining, *TABLE.head)} | {"mask_token"}
         extra = [name for name in left_over if name not in known]
-        check_state(config, state | {name: tensors.get(name, encoder.get(name)) for name in extra}, file.source)
+        check_state(config, state | {name: (encoder | tensors)[name] for name in extra}, file.source)
         head = read_head(TABLE, encoder, file)
         # The mask token is a part of the authors' encoder, whatever its prefix.
         mask_token = {"encoder.mask_token": encoder["mask_token"]} if "mask_token" in encoder else {}
@@ -93,11 +99,11 @@ class SwinV2Official(OfficialRows):
     def state(self, checkpoint: Checkpoint, form: str) -> State:
         """With the authors' prefix in the form simmim, without it in the forms encoder and classifier."""
         prefix = "encoder." if form == SIMMIM else ""
-        encoder = {**checkpoint.encoder, **buffers_of(checkpoint.config, checkpoint.preprocessing.image_size)}
+        encoder = {**checkpoint.encoder, **buffers_of(config_of(checkpoint), checkpoint.preprocessing.image_size)}
         return {prefix + name: value for name, value in encoder.items()} | parts_of_form(TABLE, checkpoint, form)
 
     def settings(self, checkpoint: Checkpoint) -> dict[str, Any]:
-        config, provenance = checkpoint.config, checkpoint.provenance
+        config, provenance = config_of(checkpoint), checkpoint.provenance
         height, width = checkpoint.preprocessing.image_size
         data: dict[str, Any] = {"IMG_SIZE": height if height == width else [height, width]}
         if "mask_ratio" in provenance:
@@ -120,7 +126,7 @@ class SwinV2Official(OfficialRows):
 
     def differences(self, checkpoint: Checkpoint, form: str) -> tuple[str, ...]:
         height, width = checkpoint.preprocessing.image_size
-        if height == width and checkpoint.config.windows_divide((height, width)):
+        if height == width and config_of(checkpoint).windows_divide((height, width)):
             return ()
         return (f"the authors' modules take square images that windows divide, which {height}×{width} px are not",)
 

@@ -22,17 +22,18 @@ from simmim.encoders.swinv2.geometry import MASKED_LOGIT
 from simmim.encoders.swinv2.model import MAX_LOGIT_SCALE, PatchEmbed, PatchMerging, SwinV2, SwinV2Block, WindowAttention
 
 
-class SwinV2Onnx(OnnxRows):
+class SwinV2Onnx(OnnxRows[SwinV2]):
     """SwinV2 as a graph."""
 
     def compose(self, encoder: SwinV2, head: nn.Linear | None, image_size: Size, outputs: str, dynamic_size: bool) -> Any:
         graph = Graph({"": encoder, "head.": head} if head else {"": encoder})
         images = ("batch", encoder.config.in_channels, *(("height", "width") if dynamic_size else image_size))
-        size = tuple(graph.side("images", axis) for axis in (2, 3)) if dynamic_size else tuple(image_size)
+        size: MapSize = tuple(graph.side("images", axis) for axis in (2, 3)) if dynamic_size else image_size
         graph.scope = "patch_embed."
         x, size = patch_embed(graph, encoder.patch_embed, "images", size)
         shapes: dict[str, tuple[int | str, ...]] = {}
-        for index, stage in enumerate(encoder.layers):
+        layers: Any = encoder.layers
+        for index, stage in enumerate(layers):
             for number, block in enumerate(stage.blocks):
                 graph.scope = f"layers.{index}.blocks.{number}."
                 x = swin_block(graph, block, x, size)
@@ -205,8 +206,9 @@ def position_bias(graph: Graph, attn: WindowAttention, window: MapSize, pretrain
         coordinate = graph.node("Mul", graph.node("Sign", offset), graph.node("Div", magnitude, math.log(8)))
         axes.append(graph.node("Expand", graph.node("Reshape", coordinate, shape), (height, width, 1)))
     coords = graph.node("Reshape", graph.node("Concat", *axes, axis=-1), (-1, 2))
-    hidden = graph.node("Relu", graph.linear(attn.cpb_mlp[0], coords))
-    table = graph.node("Gemm", attn.cpb_mlp[2].weight, hidden, transB=1)  # (h, offsets)
+    mlp: Any = attn.cpb_mlp
+    hidden = graph.node("Relu", graph.linear(mlp[0], coords))
+    table = graph.node("Gemm", mlp[2].weight, hidden, transB=1)  # (h, offsets)
     table = graph.node("Mul", graph.node("Sigmoid", table), 16.0)
 
     # Row · width + column numbers the tokens so that differences number the offsets.

@@ -6,7 +6,9 @@ import re
 from collections.abc import Iterable, Sequence
 from dataclasses import replace
 
-from simmim.checkpoints.checkpoint import Checkpoint
+from simmim.checkpoints.checkpoint import Checkpoint, Preprocessing
+from simmim.checkpoints.formats.foreign import read_description
+from simmim.checkpoints.source import CONFIG, Source
 from simmim.encoders.base import Size
 from simmim.encoders.swinv2.config import SwinV2Config
 
@@ -25,13 +27,31 @@ def is_swinv2(names: Iterable[str], projection: str) -> bool:
     )
 
 
+def config_of(checkpoint: Checkpoint) -> SwinV2Config:
+    """The configuration of a checkpoint that holds a SwinV2."""
+    assert isinstance(checkpoint.config, SwinV2Config)
+    return checkpoint.config
+
+
+def read_swinv2_description(source: Source) -> tuple[SwinV2Config, Preprocessing]:
+    """As `read_description`, of a SwinV2.
+
+    Raises:
+        ValueError: if it describes another encoder, or is damaged.
+    """
+    config, preprocessing = read_description(source)
+    if not isinstance(config, SwinV2Config):
+        raise ValueError(f"{source.folder / CONFIG} describes another encoder than the weights, which are a SwinV2's")
+    return config, preprocessing
+
+
 def with_pretrained_windows(config: SwinV2Config, sizes: Sequence[int | Size] | None, image_size: Size) -> SwinV2Config:
     """`config` with the windows of pre-training that another library states.
 
     Args:
         sizes: one window per stage; 0 stands for the window that the stage uses at `image_size`. None is 0 for all.
     """
-    in_use = config.without_training_size().with_training_size(image_size).pretrained_window_sizes
+    in_use = config.without_training_size().with_training_size(image_size).pretrained_window_sizes or ()
     return replace(config, pretrained_window_sizes=tuple(size or own for size, own in zip(sizes or in_use, in_use)))
 
 
@@ -41,7 +61,7 @@ def refuse_extra_norms(checkpoint: Checkpoint, title: str) -> None:
     Raises:
         ValueError: naming the formats that do.
     """
-    if checkpoint.config.extra_norm_every:
+    if config_of(checkpoint).extra_norm_every:
         raise ValueError(
             f"{title} has no place for the extra norms of huge and giants: export as official, safetensors or onnx"
         )
@@ -49,7 +69,7 @@ def refuse_extra_norms(checkpoint: Checkpoint, title: str) -> None:
 
 def padding_note(checkpoint: Checkpoint, title: str, shifts_before_padding: bool) -> tuple[str, ...]:
     """A note if windows do not divide the maps and the other library shifts and pads in another order."""
-    config, (height, width) = checkpoint.config, checkpoint.preprocessing.image_size
+    config, (height, width) = config_of(checkpoint), checkpoint.preprocessing.image_size
     if config.windows_divide((height, width)) or config.shift_before_padding == shifts_before_padding:
         return ()
     order = "before" if shifts_before_padding else "after"

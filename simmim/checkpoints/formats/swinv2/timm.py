@@ -9,15 +9,16 @@ from typing import Any
 
 from simmim.checkpoints.checkpoint import Checkpoint, Preprocessing
 from simmim.checkpoints.fitting import check_state
-from simmim.checkpoints.formats.foreign import described_config, described_preprocessing
 from simmim.checkpoints.formats.key_tables import KeyTable, prefix_of, weight_and_bias
 from simmim.checkpoints.formats.parts import class_names, parts_of_form, read_head
 from simmim.checkpoints.formats.swinv2 import official
 from simmim.checkpoints.formats.swinv2.official import Architecture, find_architecture, with_tuples
 from simmim.checkpoints.formats.swinv2.recognition import (
     AUTHORS_PROJECTION,
+    config_of,
     is_swinv2,
     padding_note,
+    read_swinv2_description,
     refuse_extra_norms,
     with_pretrained_windows,
 )
@@ -76,7 +77,7 @@ class SwinV2Timm(TimmRows):
         state, left_over = TABLE.to_ours(encoder, config)
         extra = [name for name in left_over if name not in {theirs for _, theirs in TABLE.head}]
         extra += [name for name in file.tensors if not name.startswith(prefix)]
-        check_state(config, state | {name: encoder.get(name, file.tensors.get(name)) for name in extra}, file.source)
+        check_state(config, state | {name: (file.tensors | encoder)[name] for name in extra}, file.source)
         head = read_head(TABLE, encoder, file)
         labels = source.config.get("label_names") or source.config.get("pretrained_cfg", {}).get("label_names")
         origin = {"origin": "timm", "architecture": source.config.get("architecture", "unknown")}
@@ -95,8 +96,9 @@ class SwinV2Timm(TimmRows):
     def state(self, checkpoint: Checkpoint, form: str) -> State:
         return TABLE.from_ours(checkpoint.encoder, checkpoint.config) | parts_of_form(TABLE, checkpoint, form)
 
-    def architecture_name(self, config: SwinV2Config) -> str:
+    def architecture_name(self, checkpoint: Checkpoint) -> str:
         """The registered name of this size; tiny's for other sizes, which the arguments turn into any."""
+        config = config_of(checkpoint)
         depth = config.depths[2] if len(config.depths) > 2 else 0
         return NAMES.get(config.embed_dim, {}).get(depth, NAMES[96][6])
 
@@ -137,9 +139,9 @@ def read_architecture(encoder: State, file: WeightFile, source: Source, override
     name = source.config.get("architecture") or stated.get("architecture") or ""
     size = arguments.get("img_size") or tuple(stated.get("input_size", ())[1:]) or None
     if source.description and name:
-        config = described_config(source.description)
+        config, preprocessing = read_swinv2_description(source)
         if config.window_size == arguments.get("window_size", config.window_size):
-            return config, described_preprocessing(source.description), ()
+            return config, preprocessing, ()
     window, pretrained = windows_stated(name, arguments, file)
     if window is None or size is None:
         config, preprocessing, notes = find_architecture(state, {}, {}, file, overrides)
