@@ -1,7 +1,7 @@
-# Every target works in a fresh clone: it makes .venv from constraints.txt first, and again when what it needs changes.
+# Every target works in a fresh clone: it first makes .venv from constraints.txt, and makes it again when its inputs change.
 PYTHON ?= python3
 BIN := .venv/bin
-# Tests run in two processes of one thread each: small tensors gain nothing from more threads and lose much to contention.
+# Tests run in two processes of one thread each: small tensors gain nothing from more threads, and contention slows them down.
 TEST_PROCESSES ?= 2
 
 .PHONY: install demo test lint format clean
@@ -9,11 +9,10 @@ TEST_PROCESSES ?= 2
 install: .venv/installed
 
 .venv/installed: setup.cfg pyproject.toml constraints.txt
-	@echo 'installing into .venv: some minutes'
+	@echo 'installing into .venv, which takes some minutes'
 	$(PYTHON) -m venv .venv
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check --constraint constraints.txt --editable '.[dev]'
-	@# For the tests alone. Without its torchvision, whose build must be of the same kind as torch's and breaks more than it
-	@# gives where it is not.
+	@# For the tests only, without its torchvision: a build that does not match torch's breaks torchmetrics and so Lightning.
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check --constraint constraints.txt --no-deps timm
 	touch $@
 

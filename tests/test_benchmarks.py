@@ -1,6 +1,7 @@
-"""Benchmarks that print or draw the results of earlier runs."""
+"""Benchmarks run as scripts: short measurements, and reports of earlier runs."""
 
 import csv
+import json
 import math
 import subprocess
 import sys
@@ -12,6 +13,7 @@ from scipy.stats import ttest_rel
 from simmim.finetune.label_study.results import Rates, Trial, write_trials
 
 ROOT = Path(__file__).resolve().parent.parent
+SMALL = "--preset nano --size 64 --window 4 --batch 2 --precision float32 --threads 1 --rounds 2"
 OURS, THEIRS = (0.30, 0.28, 0.31), (0.27, 0.28, 0.25)
 
 
@@ -21,6 +23,28 @@ def run_benchmark(file, *words):
     done = subprocess.run(command, capture_output=True, text=True, cwd=ROOT, timeout=300)
     assert done.returncode == 0, done.stderr
     return done.stdout
+
+
+def table_row(output):
+    """The cells of a table's last row."""
+    return [cell.strip() for cell in output.splitlines()[-1].strip("|").split("|")]
+
+
+def test_the_step_is_measured(tmp_path):
+    output = run_benchmark("step.py", *SMALL.split(), "--contenders", "ours", "--json", tmp_path / "step.json")
+    name, rate, _, ratio, *_ = table_row(output)
+    assert name == "ours" and float(rate) > 0 and ratio == "1.00 ×"
+    figures = json.loads((tmp_path / "step.json").read_text(encoding="utf-8"))["float32"]
+    assert len(figures["ours"]["seconds"]) == len(figures["gemm"]["gflops"]) == 2
+    assert math.isfinite(figures["ours"]["loss"])
+
+
+def test_a_version_equals_itself():
+    """The losses of two processes with the same version are equal, step by step."""
+    precision, old, new, ratio, difference = table_row(
+        run_benchmark("compare_versions.py", "--old", ROOT, "--new", ROOT, *SMALL.split())
+    )
+    assert precision == "float32" and min(float(old), float(new), float(ratio)) > 0 and difference == "0"
 
 
 def test_segmentation_reports_trials_that_are_done(tmp_path):
