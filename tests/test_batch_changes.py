@@ -12,10 +12,18 @@ from PIL import Image, ImageEnhance, ImageOps
 from simmim.data import normalize
 from simmim.finetune.augment.affine import AffineSettings
 from simmim.finetune.augment.batch import BatchChanges
-from simmim.finetune.augment.color import MOVING, OPERATIONS, Change, ColorSettings, movements, operations_for, recolor
-from simmim.finetune.augment.erasing import AREA, erase, erased_box
-from simmim.finetune.augment.mixing import Mix, MixSettings, cut, mix
-from simmim.finetune.classification.module import shared_cross_entropy
+from simmim.finetune.augment.color import (
+    MOVEMENTS,
+    OPERATIONS,
+    Change,
+    ColorSettings,
+    movement_matrices,
+    operations_for,
+    recolor,
+)
+from simmim.finetune.augment.erasing import AREA, draw_box, erase
+from simmim.finetune.augment.mixing import Mix, MixSettings, draw_cut, mix
+from simmim.finetune.classification.module import soft_cross_entropy
 
 SEEDS = list(range(3000))
 PLAIN = {"mean": (0.0,) * 3, "std": (1.0,) * 3}
@@ -75,9 +83,9 @@ def test_every_image_has_its_own_operations_in_their_order():
 
 def test_draws_follow_from_seeds_alone():
     settings = ColorSettings(rand_augment=9.0, operations=2, spread=0.5)
-    drawn = settings.drawn(SEEDS, 3)
+    drawn = settings.draw_changes(SEEDS, 3)
     torch.manual_seed(1), random.seed(1), np.random.seed(1)
-    assert settings.drawn([7, 3], 3) == [drawn[7], drawn[3]]
+    assert settings.draw_changes([7, 3], 3) == [drawn[7], drawn[3]]
     changes = [change for of_image in drawn for change in of_image]
     assert abs(len(changes) / (2 * len(SEEDS)) - 0.5) < 4 * 0.5 / (2 * len(SEEDS)) ** 0.5, "each with probability one half"
     counts = Counter(change.name for change in changes)
@@ -90,7 +98,7 @@ def test_draws_follow_from_seeds_alone():
 
 def test_operations_that_make_no_sense_are_left_out():
     assert "saturation" not in operations_for(1) and "invert" in operations_for(1)
-    assert set(operations_for(5)) == {*MOVING, "brightness", "contrast", "sharpness"}
+    assert set(operations_for(5)) == {*MOVEMENTS, "brightness", "contrast", "sharpness"}
 
 
 @pytest.mark.parametrize("channels", [1, 3, 5])
@@ -98,14 +106,15 @@ def test_any_number_of_channels(channels):
     changes = BatchChanges(AffineSettings(10, 0.1), ColorSettings(9.0, 2, 0.5, jitter=0.4), 0.5, MixSettings(0.8, 1.0))
     images = photographs(channels=channels)
     labels = F.one_hot(torch.arange(8), 8).float()
-    changed = changes.changed(images, SEEDS[:8], (0.5,) * channels, (0.5,) * channels)
-    mixed, targets = changes.mixed(changed, labels, SEEDS[:8])
+    changed = changes.augment(images, SEEDS[:8], (0.5,) * channels, (0.5,) * channels)
+    mixed, targets = changes.mix(changed, labels, SEEDS[:8])
     assert mixed.shape == images.shape and mixed.dtype == torch.float32 and mixed.isfinite().all()
     assert not torch.equal(changed, mixed) and torch.allclose(targets.sum(dim=1), torch.ones(8), atol=1e-6)
 
 
 def test_jitter_keeps_to_its_range():
-    factors = ColorSettings(jitter=0.4).jitters(SEEDS)
+    factors = ColorSettings(jitter=0.4).draw_jitter(SEEDS)
+    assert factors[:, 0].tolist() == pytest.approx([0.629027, 0.64625, 0.638935], abs=1e-6), "the draws of version 0.1"
     assert factors.shape == (3, len(SEEDS)) and factors.min() >= 0.6 and factors.max() <= 1.4
     assert factors.min() < 0.602 and factors.max() > 1.398 and torch.corrcoef(factors).triu(1).abs().max() < 0.1
     images = photographs()
@@ -116,11 +125,11 @@ def test_jitter_keeps_to_its_range():
 def test_movements_are_matrices_from_output_to_input():
     """A whole level of translation is 0.45 of a side, which is 2 long in these coordinates; movements join."""
     changes = [[Change("translate_x", 1.0, 1)], [Change("invert", 1.0, 1)], [Change("rotate", 1.0, 1)] * 3]
-    matrices = movements(changes)
+    matrices = movement_matrices(changes)
     assert torch.allclose(matrices[0], torch.tensor([[1, 0, 0.9], [0, 1, 0]]))
     assert torch.allclose(matrices[1], torch.eye(3)[:2])
     assert torch.allclose(matrices[2], torch.tensor([[0.0, -1, 0], [1, 0, 0]]), atol=1e-6), "three times 30°"
-    assert movements([[Change("invert", 1.0, 1)]]) is None
+    assert movement_matrices([[Change("invert", 1.0, 1)]]) is None
 
 
 def test_affine_changes_and_movements_are_one_warp():
@@ -141,21 +150,21 @@ def test_affine_changes_and_movements_are_one_warp():
     both = BatchChanges(affine=Shift())
     assert torch.allclose(both.matrices(SEEDS[:8], moved)[:, 0, 2], torch.tensor(2 * 5 / 48))
     assert torch.equal(both.matrices(SEEDS[:8], None), first)
-    assert torch.equal(BatchChanges().changed(images, SEEDS[:8], **PLAIN), normalize(images, **PLAIN)), "nothing asked for"
+    assert torch.equal(BatchChanges().augment(images, SEEDS[:8], **PLAIN), normalize(images, **PLAIN)), "nothing asked for"
 
 
 # --- erasing ---------------------------------------------------------------------------------------------------------
 
 
 def test_boxes_that_are_erased():
-    boxes = [erased_box(seed, 0.25, 60, 90) for seed in SEEDS]
+    boxes = [draw_box(seed, 0.25, 60, 90) for seed in SEEDS]
     drawn = np.array([box for box in boxes if box is not None])
     assert abs(len(drawn) / len(SEEDS) - 0.25) < 0.03
     top, left, rows, columns = drawn.T
     assert (top >= 0).all() and (left >= 0).all() and (top + rows <= 60).all() and (left + columns <= 90).all()
     share, ratio = rows * columns / 5400, rows / columns
     assert share.min() > AREA[0] * 0.8 and share.max() < AREA[1] * 1.1 and ratio.min() > 0.25 and ratio.max() < 4
-    assert [erased_box(seed, 0.0, 60, 90) for seed in SEEDS[:20]] == [None] * 20
+    assert [draw_box(seed, 0.0, 60, 90) for seed in SEEDS[:20]] == [None] * 20
 
 
 def test_noise_fills_the_box_and_nothing_else():
@@ -163,7 +172,7 @@ def test_noise_fills_the_box_and_nothing_else():
     erased = erase(images, SEEDS[:40], 0.5)
     for row, seed in enumerate(SEEDS[:40]):
         changed = (erased[row] != 7).any(dim=0)
-        box = erased_box(seed, 0.5, 32, 32)
+        box = draw_box(seed, 0.5, 32, 32)
         if box is None:
             assert not changed.any()
         else:
@@ -187,7 +196,7 @@ def test_targets_match_the_share_of_the_pixels(settings, size):
     count, values = 64, torch.arange(64.0)
     images = values.view(-1, 1, 1, 1).expand(count, 2, *size).clone()
     targets = torch.eye(count)
-    mixed, shared = mix(images, targets, [settings.drawn(seed, *size) for seed in SEEDS[:count]])
+    mixed, shared = mix(images, targets, [settings.draw(seed, *size) for seed in SEEDS[:count]])
     assert torch.allclose(shared.double().sum(dim=1), torch.ones(count).double(), atol=1e-6) and (shared >= 0).all()
     assert torch.allclose(mixed.double().mean(dim=(1, 2, 3)), shared.double() @ values.double(), atol=1e-4)
     assert ((shared > 0).sum(dim=1) <= 2).all() and (shared.diag() < 1).any()
@@ -197,7 +206,7 @@ def test_boxes_are_clipped_at_the_edges():
     """Every box that a share of one quarter can give, against a count of its pixels."""
     clipped = 0
     for seed in SEEDS[:300]:
-        one = cut(0.25, random.Random(seed), 20, 30)
+        one = draw_cut(0.25, random.Random(seed), 20, 30)
         top, left, bottom, right = one.box
         assert 0 <= top <= bottom <= 20 and 0 <= left <= right <= 30
         inside = np.zeros((20, 30), bool)
@@ -208,11 +217,11 @@ def test_boxes_are_clipped_at_the_edges():
 
 
 def test_shares_are_beta_and_either_kind_falls_to_half():
-    drawn = [MixSettings(0.8, 1.0).drawn(seed, 200, 200) for seed in SEEDS]
+    drawn = [MixSettings(0.8, 1.0).draw(seed, 200, 200) for seed in SEEDS]
     blended = np.array([one.share for one in drawn if one.box is None])
     assert abs(len(blended) / len(drawn) - 0.5) < 0.04
     assert abs(blended.mean() - 0.5) < 0.02 and blended.var() == pytest.approx(1 / (4 * (2 * 0.8 + 1)), rel=0.06)
-    alone = [MixSettings(0.8, 0.0, 0.3).drawn(seed, 8, 8) for seed in SEEDS]
+    alone = [MixSettings(0.8, 0.0, 0.3).draw(seed, 8, 8) for seed in SEEDS]
     assert abs(np.mean([one == Mix(1.0) for one in alone]) - 0.7) < 0.03
 
 
@@ -226,9 +235,9 @@ def test_loss_of_mixed_and_smoothed_targets():
     soft = shares.double() * 0.9 + 0.1 / 4
     losses = -(soft * logits.double().log_softmax(dim=1)).sum(dim=1)
     assert torch.allclose(soft.sum(dim=1), torch.ones(6).double(), atol=1e-6)
-    assert shared_cross_entropy(logits, shares, 0.1).item() == pytest.approx(losses.mean().item(), abs=1e-6)
+    assert soft_cross_entropy(logits, shares, 0.1).item() == pytest.approx(losses.mean().item(), abs=1e-6)
     weighed = (losses * (shares.double() @ weights.double())).mean()
-    assert shared_cross_entropy(logits, shares, 0.1, weights).item() == pytest.approx(weighed.item(), abs=1e-6)
+    assert soft_cross_entropy(logits, shares, 0.1, weights).item() == pytest.approx(weighed.item(), abs=1e-6)
     labels = torch.tensor([0, 1, 2, 3, 0, 1])
     hard = F.cross_entropy(logits, labels, label_smoothing=0.1)
-    assert shared_cross_entropy(logits, F.one_hot(labels, 4).float(), 0.1).item() == pytest.approx(hard.item(), abs=1e-6)
+    assert soft_cross_entropy(logits, F.one_hot(labels, 4).float(), 0.1).item() == pytest.approx(hard.item(), abs=1e-6)

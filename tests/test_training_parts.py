@@ -262,7 +262,7 @@ def test_the_class_table_is_sklearn_s(judged, tmp_path):
     taken = logits.argmax(axis=1)
     metrics.confusions.reset()
     metrics.confusions.update(torch.from_numpy(logits), torch.from_numpy(labels))
-    table = metrics.confusion_table()
+    table = metrics.pop_confusions()
     assert np.array_equal(table.numpy(), confusion_matrix(labels, taken, labels=range(8)))
     rows = class_rows(table, "abcdefgh")
     expected = precision_recall_fscore_support(labels, taken, zero_division=np.nan)
@@ -277,7 +277,7 @@ def test_the_class_table_is_sklearn_s(judged, tmp_path):
     assert len(class_table(tmp_path / "classes.csv").splitlines()) == 9
     many = [replace(row, name=f"{row.name}{number}") for number in range(4) for row in rows]
     write_class_table(tmp_path / "many.csv", many)
-    assert "the ten of 32 classes" in class_table(tmp_path / "many.csv")
+    assert "the 10 of 32 classes" in class_table(tmp_path / "many.csv")
 
 
 def test_the_confusion_picture_shows_shares_of_rows():

@@ -1,4 +1,4 @@
-"""Small random affine changes of labeled images, drawn by sample and done by the batch on its device."""
+"""Small random affine changes of labeled images: drawn per image, applied per batch on its device."""
 
 from __future__ import annotations
 
@@ -13,13 +13,13 @@ from torch import Tensor
 
 @dataclass(frozen=True)
 class AffineSettings:
-    """Ranges of the change; all zero for none.
+    """Ranges of the random changes; all zero for none.
 
     Args:
-        degrees: largest rotation either way.
-        zoom: largest change of size either way, 0.1 for 0.9 to 1/0.9, drawn for each axis.
-        shear: largest tangent of the shear either way.
-        shift: largest shift either way, as a share of the side.
+        degrees: largest rotation in either direction.
+        zoom: largest change of size, 0.1 for 0.9 to 1/0.9, drawn for each axis.
+        shear: largest tangent of the shear in either direction.
+        shift: largest shift in either direction, as a share of the side.
     """
 
     degrees: float = 0.0
@@ -35,11 +35,11 @@ class AffineSettings:
 
     @property
     def active(self) -> bool:
-        """Whether anything is changed at all."""
+        """Whether there is any change."""
         return any((self.degrees, self.zoom, self.shear, self.shift))
 
     def matrices(self, seeds: list[int]) -> Tensor:
-        """For each seed a (2, 3) matrix from output to input coordinates, both from −1 to 1 over a square image."""
+        """(N, 2, 3) matrices for N seeds, from output to input coordinates, both from −1 to 1 over a square image."""
         rows = []
         for seed in seeds:
             generator = random.Random(seed)
@@ -57,9 +57,9 @@ class AffineSettings:
 
 
 def warp(images: Tensor, matrices: Tensor) -> Tensor:
-    """Images, (B, channels, height, width) float, moved by `AffineSettings.matrices`; edges continue outwards."""
+    """Transform images, (B, channels, height, width) float, by `AffineSettings.matrices`; edge pixels continue outwards."""
     height, width = images.shape[-2:]
-    # affine_grid measures each axis by its own side; a rotation there would be a shear of an oblong image.
+    # affine_grid measures each axis by its own side, where a rotation would shear an image that is not square.
     aspect = matrices.new_tensor([[1, height / width, 1], [width / height, 1, 1]])
     grid = F.affine_grid((matrices * aspect).to(images), list(images.shape), align_corners=False)
     return F.grid_sample(images, grid, padding_mode="border", align_corners=False)

@@ -1,7 +1,7 @@
 """All random changes of a batch of labeled images, in order, on its device.
 
-Colors change as bytes, before normalizing; movements are one warp; erasing and mixing come last. Each image's changes
-follow from its seed, that is from (seed, epoch, index), and from nothing else, except for whom it is mixed with.
+Colors change before images are normalized; all movements are one warp; erasing and mixing come last. The changes of an image
+follow from its seed, that is from (seed, epoch, index), and from nothing else, apart from the neighbor it is mixed with.
 """
 
 from __future__ import annotations
@@ -14,18 +14,18 @@ from torch import Tensor
 
 from simmim.data import normalize
 from simmim.finetune.augment.affine import AffineSettings, warp
-from simmim.finetune.augment.color import ColorSettings, movements, recolor
+from simmim.finetune.augment.color import ColorSettings, movement_matrices, recolor
 from simmim.finetune.augment.erasing import erase
 from simmim.finetune.augment.mixing import MixSettings, mix
 
 
 @dataclass(frozen=True)
 class BatchChanges:
-    """What is done to a batch.
+    """The random changes of a batch.
 
     Args:
         affine: small rotations, zooms, shears and shifts.
-        color: RandAugment, movements included, and jitter.
+        color: RandAugment, its movements included, and jitter.
         erasing: probability that a box of an image is erased.
         mixing: mixup and cutmix.
     """
@@ -35,35 +35,42 @@ class BatchChanges:
     erasing: float = 0.0
     mixing: MixSettings = MixSettings()
 
-    def changed(self, images: Tensor, seeds: Sequence[int], mean: Sequence[float], std: Sequence[float]) -> Tensor:
-        """Images changed one by one and normalized.
+    def augment(self, images: Tensor, seeds: Sequence[int], mean: Sequence[float], std: Sequence[float]) -> Tensor:
+        """Change each image on its own, and normalize.
 
         Args:
             images: (B, channels, height, width) uint8.
-            seeds: one an image.
-            mean, std: one a channel, of values in [0, 1].
+            seeds: one per image.
+            mean, std: one per channel, of values in [0, 1].
+
+        Returns:
+            The same shape, float.
         """
-        moved = None
+        movements = None
         if self.color.active:
-            changes = self.color.drawn(seeds, images.shape[1])
-            images, moved = recolor(images, seeds, changes, self.color), movements(changes)
+            changes = self.color.draw_changes(seeds, images.shape[1])
+            images, movements = recolor(images, seeds, changes, self.color), movement_matrices(changes)
         images = normalize(images, mean, std)
-        if self.affine.active or moved is not None:
-            images = warp(images, self.matrices(seeds, moved))
+        if self.affine.active or movements is not None:
+            images = warp(images, self.matrices(seeds, movements))
         return erase(images, seeds, self.erasing) if self.erasing else images
 
-    def matrices(self, seeds: Sequence[int], moved: Tensor | None) -> Tensor:
-        """Affine changes and RandAugment's movements as one, (B, 2, 3)."""
-        if moved is None:
+    def matrices(self, seeds: Sequence[int], movements: Tensor | None) -> Tensor:
+        """Affine changes and RandAugment's movements as one matrix per image, (B, 2, 3).
+
+        Args:
+            movements: (B, 2, 3); None for none.
+        """
+        if movements is None:
             return self.affine.matrices(list(seeds))
         if not self.affine.active:
-            return moved
-        below = torch.tensor([0.0, 0.0, 1.0]).expand(len(seeds), 1, 3)
-        first, second = (torch.cat((matrix, below), dim=1) for matrix in (self.affine.matrices(list(seeds)), moved))
+            return movements
+        last_row = torch.tensor([0.0, 0.0, 1.0]).expand(len(seeds), 1, 3)
+        first, second = (torch.cat((matrix, last_row), dim=1) for matrix in (self.affine.matrices(list(seeds)), movements))
         return (first @ second)[:, :2]
 
-    def mixed(self, images: Tensor, targets: Tensor, seeds: Sequence[int]) -> tuple[Tensor, Tensor]:
-        """Images and targets, (B, classes), mixed with their neighbors'; as they are where nothing is to be mixed."""
+    def mix(self, images: Tensor, targets: Tensor, seeds: Sequence[int]) -> tuple[Tensor, Tensor]:
+        """Mix images, and targets of (B, classes), with those of their neighbors where mixing is set."""
         if not self.mixing.active:
             return images, targets
-        return mix(images, targets, [self.mixing.drawn(seed, *images.shape[-2:]) for seed in seeds])
+        return mix(images, targets, [self.mixing.draw(seed, *images.shape[-2:]) for seed in seeds])

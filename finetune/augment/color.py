@@ -1,7 +1,7 @@
-"""RandAugment and color jitter of labeled images: drawn image by image from their seeds, done by kornia on the device.
+"""RandAugment and color jitter of labeled images: drawn per image from its seed, applied by kornia on the device.
 
-Images are grouped by operation, so that every image has operations of its own and a batch still costs a few calls. What
-moves pixels (rotation, shear, translation) is given as matrices, so that it is one warp with all other such changes.
+Images are grouped by operation, so that each image has its own operations and a batch still needs few calls. Movements of
+pixels (rotation, shear, translation) are matrices, so that they are one warp with all other movements.
 """
 
 from __future__ import annotations
@@ -15,13 +15,12 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-HIGHEST_MAGNITUDE = 10.0
-# What an operation is applied by once it is drawn, as in the published recipes' code.
-PROBABILITY = 0.5
+MAX_MAGNITUDE = 10.0
+PROBABILITY = 0.5  # that an operation is applied once it is drawn, as in the code of the published recipes
 
-MOVING = ("rotate", "shear_x", "shear_y", "translate_x", "translate_y")
-BRIGHTNESSES = ("brightness", "contrast", "sharpness")
-REMAPPING = ("auto_contrast", "equalize", "invert", "posterize", "solarize", "solarize_add")
+MOVEMENTS = ("rotate", "shear_x", "shear_y", "translate_x", "translate_y")
+TONE = ("brightness", "contrast", "sharpness")
+REMAPPINGS = ("auto_contrast", "equalize", "invert", "posterize", "solarize", "solarize_add")
 
 
 @dataclass(frozen=True)
@@ -31,7 +30,7 @@ class Change:
     Attributes:
         name: of the operation.
         level: its strength, 0 to 1.
-        sign: which way, -1 or 1, where there are two ways.
+        sign: direction, -1 or 1, where there are two.
     """
 
     name: str
@@ -41,12 +40,12 @@ class Change:
 
 @dataclass(frozen=True)
 class ColorSettings:
-    """How images' values are changed; all zero for not at all.
+    """Random changes of colors; all zero for none.
 
     Args:
         rand_augment: magnitude of RandAugment (arXiv 1909.13719), 0 to 10.
-        operations: how many of its operations an image goes through, each with probability one half.
-        spread: standard deviation of the magnitude from image to image.
+        operations: number of its operations per image, each applied with probability one half.
+        spread: standard deviation of the magnitude over images.
         jitter: brightness, contrast and saturation are scaled by 1 − jitter to 1 + jitter.
     """
 
@@ -57,14 +56,14 @@ class ColorSettings:
 
     @property
     def active(self) -> bool:
-        """Whether anything is changed at all."""
+        """Whether there is any change."""
         return self.rand_augment > 0 or self.jitter > 0
 
-    def drawn(self, seeds: Sequence[int], channels: int) -> list[list[Change]]:
-        """RandAugment's operations for each seed, in order, at most `operations` of them.
+    def draw_changes(self, seeds: Sequence[int], channels: int) -> list[list[Change]]:
+        """RandAugment's operations for each seed, in order, at most `operations`.
 
         Args:
-            channels: of the images, by which operations make sense, see `operations_for`.
+            channels: of the images; they determine which operations there are, see `operations_for`.
         """
         if self.rand_augment <= 0:
             return [[] for _ in seeds]
@@ -73,16 +72,16 @@ class ColorSettings:
             generator = random.Random(f"{seed}/rand-augment")
             of_image = []
             for _ in range(self.operations):
-                name, taken = generator.choice(names), generator.random() < PROBABILITY
-                level = generator.gauss(self.rand_augment, self.spread) / HIGHEST_MAGNITUDE
+                name, applied = generator.choice(names), generator.random() < PROBABILITY
+                level = generator.gauss(self.rand_augment, self.spread) / MAX_MAGNITUDE
                 sign = generator.choice((-1, 1))
-                if taken:
+                if applied:
                     of_image.append(Change(name, min(max(level, 0.0), 1.0), sign))
             changes.append(of_image)
         return changes
 
-    def jitters(self, seeds: Sequence[int]) -> Tensor:
-        """Factors of brightness, contrast and saturation for each seed: (3, B) float32."""
+    def draw_jitter(self, seeds: Sequence[int]) -> Tensor:
+        """Factors of brightness, contrast and saturation for B seeds: (3, B) float32."""
         low, high = max(0.0, 1 - self.jitter), 1 + self.jitter
         # The text keeps its first spelling: another one would change every draw.
         generators = [random.Random(f"{seed}/colour-jitter") for seed in seeds]
@@ -90,91 +89,99 @@ class ColorSettings:
 
 
 def operations_for(channels: int) -> tuple[str, ...]:
-    """RandAugment's operations that make sense for images of so many channels: all for three, all but saturation for one,
-    and for other counts, whose bands are measurements, none that remaps values band by band."""
+    """RandAugment's operations for images with a number of channels: all for three, all but saturation for one. With other
+    numbers channels are measurements, and none is applied that remaps values channel by channel."""
     if channels == 3:
-        return MOVING + BRIGHTNESSES + REMAPPING + ("saturation",)
-    return MOVING + BRIGHTNESSES + (REMAPPING if channels == 1 else ())
+        return MOVEMENTS + TONE + REMAPPINGS + ("saturation",)
+    return MOVEMENTS + TONE + (REMAPPINGS if channels == 1 else ())
 
 
 def recolor(images: Tensor, seeds: Sequence[int], changes: Sequence[Sequence[Change]], settings: ColorSettings) -> Tensor:
-    """Images with jitter and then with those of the changes that are not movements.
+    """Apply jitter, and then the changes that are not movements.
 
     Args:
         images: (B, channels, height, width) uint8.
-        seeds, changes: one an image.
+        seeds, changes: one per image.
 
     Returns:
-        The same shape and type.
+        The same shape and dtype.
     """
-    color = [[change for change in of_image if change.name not in MOVING] for of_image in changes]
-    touched = range(len(images)) if settings.jitter else [row for row, of_image in enumerate(color) if of_image]
-    if not len(touched):
+    color = [[change for change in of_image if change.name not in MOVEMENTS] for of_image in changes]
+    changed_rows = range(len(images)) if settings.jitter else [row for row, of_image in enumerate(color) if of_image]
+    if not len(changed_rows):
         return images
-    rows = torch.tensor(list(touched), device=images.device)
+    rows = torch.tensor(list(changed_rows), device=images.device)
     values = images[rows].float() / 255
     if settings.jitter:
-        values = jittered(values, settings.jitters([seeds[row] for row in touched]))
+        values = jitter(values, settings.draw_jitter([seeds[row] for row in changed_rows]))
     for turn in range(max((len(of_image) for of_image in color), default=0)):
         groups: dict[str, list[tuple[int, Change]]] = {}
-        for place, row in enumerate(touched):
+        for position, row in enumerate(changed_rows):
             if turn < len(color[row]):
-                groups.setdefault(color[row][turn].name, []).append((place, color[row][turn]))
+                groups.setdefault(color[row][turn].name, []).append((position, color[row][turn]))
         for name, members in groups.items():
-            places = torch.tensor([place for place, _ in members], device=images.device)
-            amounts = torch.tensor([amount(change) for _, change in members], device=images.device)
-            values[places] = OPERATIONS[name](values[places], amounts)
+            positions = torch.tensor([position for position, _ in members], device=images.device)
+            arguments = torch.tensor([argument_of(change) for _, change in members], device=images.device)
+            values[positions] = OPERATIONS[name](values[positions], arguments)
     changed = images.clone()
     changed[rows] = (values * 255).round().clamp(0, 255).to(torch.uint8)
     return changed
 
 
-def jittered(values: Tensor, factors: Tensor) -> Tensor:
-    """Brightness, contrast and, of three channels, saturation scaled by factors, (3, B); values in [0, 1]."""
+def jitter(values: Tensor, factors: Tensor) -> Tensor:
+    """Scale brightness, contrast and, for three channels, saturation.
+
+    Args:
+        values: (B, channels, height, width) in [0, 1].
+        factors: (3, B).
+    """
     factors = factors.to(values)
     values = contrast(brightness(values, factors[0]), factors[1])
     return saturation(values, factors[2]) if values.shape[1] == 3 else values
 
 
-def movements(changes: Sequence[Sequence[Change]]) -> Tensor | None:
-    """What the changes move, as matrices for `simmim.finetune.augment.affine.warp`, (B, 2, 3); None where nothing moves.
+def movement_matrices(changes: Sequence[Sequence[Change]]) -> Tensor | None:
+    """The movements among the changes, as matrices for `simmim.finetune.augment.affine.warp`, (B, 2, 3); None without any.
 
-    At level 1: 30° of rotation, a shear of 0.3, a translation of 0.45 of the side.
+    Level 1 is a rotation of 30°, a shear of 0.3, a translation of 0.45 of the side.
     """
-    if not any(change.name in MOVING for of_image in changes for change in of_image):
+    if not any(change.name in MOVEMENTS for of_image in changes for change in of_image):
         return None
     matrices = torch.eye(3).repeat(len(changes), 1, 1)
     for row, of_image in enumerate(changes):
         for change in of_image:
-            if change.name in MOVING:
-                # A later change's output is looked up in what the earlier made: matrices lead from output to input.
-                matrices[row] = matrices[row] @ movement(change)
+            if change.name in MOVEMENTS:
+                # Matrices lead from output to input: a later change looks its pixels up in the output of the earlier one.
+                matrices[row] = matrices[row] @ movement_matrix(change)
     return matrices[:, :2]
 
 
-def movement(change: Change) -> Tensor:
+def movement_matrix(change: Change) -> Tensor:
     """One movement as a (3, 3) matrix from output to input, in coordinates from −1 to 1."""
-    matrix, much = torch.eye(3), change.sign * change.level
+    matrix, amount = torch.eye(3), change.sign * change.level
     if change.name == "rotate":
-        angle = math.radians(30 * much)
+        angle = math.radians(30 * amount)
         matrix[:2, :2] = torch.tensor([[math.cos(angle), -math.sin(angle)], [math.sin(angle), math.cos(angle)]])
     elif change.name == "shear_x":
-        matrix[0, 1] = 0.3 * much
+        matrix[0, 1] = 0.3 * amount
     elif change.name == "shear_y":
-        matrix[1, 0] = 0.3 * much
+        matrix[1, 0] = 0.3 * amount
     elif change.name == "translate_x":
-        matrix[0, 2] = 2 * 0.45 * much
+        matrix[0, 2] = 2 * 0.45 * amount
     else:
-        matrix[1, 2] = 2 * 0.45 * much
+        matrix[1, 2] = 2 * 0.45 * amount
     return matrix
 
 
-# --- Operations on values in [0, 1], (B, channels, height, width), with an amount an image -----------------------------
+# --- Operations on values in [0, 1], (B, channels, height, width), with one argument per image --------------------------
 
 
-def amount(change: Change) -> float:
-    """What an operation takes. Changes grow with the level, as in the "increasing" variant that the published recipes use:
-    factors of 1 ± 0.9, 4 bits down to 1, thresholds from 1 down to 0, additions up to 0.43."""
+def argument_of(change: Change) -> float:
+    """The argument of an operation.
+
+    The change grows with the level, as in the "increasing" variant of the published recipes: factors of 1 ± 0.9, 4 bits down
+    to 1, thresholds from 1 down to 0, additions up to 0.43.
+    """
     if change.name in ("brightness", "contrast", "saturation", "sharpness"):
         return 1 + change.sign * 0.9 * change.level
     if change.name == "posterize":
@@ -185,65 +192,65 @@ def amount(change: Change) -> float:
 
 
 def brightness(values: Tensor, factors: Tensor) -> Tensor:
-    """Times a factor."""
+    """Multiply by a factor."""
     from kornia.enhance import adjust_brightness_accumulative
 
     return adjust_brightness_accumulative(values, factors)
 
 
 def contrast(values: Tensor, factors: Tensor) -> Tensor:
-    """Distance from the image's mean gray, times a factor."""
+    """Multiply the difference from the image's mean gray by a factor."""
     from kornia.enhance import adjust_contrast_with_mean_subtraction
 
     return adjust_contrast_with_mean_subtraction(values, factors)
 
 
 def saturation(values: Tensor, factors: Tensor) -> Tensor:
-    """Distance from gray, times a factor."""
+    """Multiply the difference from gray by a factor."""
     from kornia.enhance import adjust_saturation_with_gray_subtraction
 
     return adjust_saturation_with_gray_subtraction(values, factors)
 
 
 def sharpness(values: Tensor, factors: Tensor) -> Tensor:
-    """Distance from a smoothed image, times a factor; images under 3 px have none and stay."""
-    from kornia.enhance import sharpness as sharpened
+    """Multiply the difference from the smoothed image by a factor. Images under 3 px are not changed."""
+    from kornia.enhance import sharpness as kornia_sharpness
 
-    return sharpened(values, factors) if min(values.shape[-2:]) >= 3 else values
+    return kornia_sharpness(values, factors) if min(values.shape[-2:]) >= 3 else values
 
 
 def auto_contrast(values: Tensor, _: Tensor) -> Tensor:
-    """Each channel stretched to [0, 1]; one of a single value stays."""
+    """Stretch each channel to [0, 1]. A channel of a single value is not changed."""
     low, high = values.amin(dim=(-2, -1), keepdim=True), values.amax(dim=(-2, -1), keepdim=True)
     return torch.where(high > low, (values - low) / (high - low).clamp(min=1e-6), values)
 
 
 def equalize(values: Tensor, _: Tensor) -> Tensor:
-    """Each channel's histogram made level."""
-    from kornia.enhance import equalize as equalized
+    """Equalize the histogram of each channel."""
+    from kornia.enhance import equalize as kornia_equalize
 
-    return equalized(values)
+    return kornia_equalize(values)
 
 
 def invert(values: Tensor, _: Tensor) -> Tensor:
-    """Bright for dark."""
+    """Subtract from 1."""
     return 1 - values
 
 
 def posterize(values: Tensor, bits: Tensor) -> Tensor:
-    """Only the highest bits kept."""
-    from kornia.enhance import posterize as posterized
+    """Keep the highest bits only."""
+    from kornia.enhance import posterize as kornia_posterize
 
-    return posterized(values, bits.to(torch.int64))
+    return kornia_posterize(values, bits.to(torch.int64))
 
 
 def solarize(values: Tensor, thresholds: Tensor) -> Tensor:
-    """Inverted from a threshold on."""
+    """Invert values from a threshold on."""
     return torch.where(values >= thresholds.view(-1, 1, 1, 1), 1 - values, values)
 
 
 def solarize_add(values: Tensor, additions: Tensor) -> Tensor:
-    """Dark half made brighter."""
+    """Add to the dark half."""
     return torch.where(values < 0.5, (values + additions.view(-1, 1, 1, 1)).clamp(max=1), values)
 
 
@@ -265,7 +272,7 @@ OPERATIONS: dict[str, Callable[[Tensor, Tensor], Tensor]] = {
 
 
 def has_kornia() -> bool:
-    """Whether what `recolor` needs is installed."""
+    """Whether kornia, which `recolor` needs, is installed."""
     return importlib.util.find_spec("kornia") is not None
 
 
@@ -273,7 +280,7 @@ def check_kornia(settings: ColorSettings) -> None:
     """Refuse changes of color where kornia is missing.
 
     Raises:
-        ValueError: saying how to get it.
+        ValueError: with the command that installs it.
     """
     if settings.active and not has_kornia():
         raise ValueError(

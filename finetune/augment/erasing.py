@@ -9,17 +9,25 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-# Of the image's area, and of height over width; both as published.
+# Share of the image's area, and height over width, as published.
 AREA, RATIO = (0.02, 1 / 3), (0.3, 1 / 0.3)
-TRIES = 10
+MAX_DRAWS = 10
 
 
-def erased_box(seed: int, probability: float, height: int, width: int) -> tuple[int, int, int, int] | None:
-    """Top, left, height and width in pixels of what an image loses; None for nothing, by chance or as no draw fitted."""
+def draw_box(seed: int, probability: float, height: int, width: int) -> tuple[int, int, int, int] | None:
+    """The box of an image that is erased.
+
+    Args:
+        probability: that a box is erased.
+        height, width: of the image in pixels.
+
+    Returns:
+        Top, left, height and width in pixels; None for no box, by chance or as none of `MAX_DRAWS` fits.
+    """
     generator = random.Random(f"{seed}/erasing")
     if generator.random() >= probability:
         return None
-    for _ in range(TRIES):
+    for _ in range(MAX_DRAWS):
         area = height * width * generator.uniform(*AREA)
         ratio = math.exp(generator.uniform(*map(math.log, RATIO)))
         rows, columns = round(math.sqrt(area * ratio)), round(math.sqrt(area / ratio))
@@ -29,14 +37,14 @@ def erased_box(seed: int, probability: float, height: int, width: int) -> tuple[
 
 
 def erase(images: Tensor, seeds: Sequence[int], probability: float) -> Tensor:
-    """Images with noise in their boxes, a normal draw a value.
+    """Images with normal noise in their boxes.
 
     Args:
         images: (B, channels, height, width), normalized, so that the noise has their deviation.
-        seeds: one an image; box and noise follow from it.
-        probability: share of the images.
+        seeds: one per image, for box and noise.
+        probability: share of the images that have a box.
     """
-    boxes = [erased_box(seed, probability, *images.shape[-2:]) for seed in seeds]
+    boxes = [draw_box(seed, probability, *images.shape[-2:]) for seed in seeds]
     if not any(boxes):
         return images
     images = images.clone()

@@ -1,6 +1,7 @@
-"""Mixup and cutmix (arXiv 1710.09412, 1905.04899): images blended or pasted into one another, targets in the same shares.
+"""Mixup and cutmix (arXiv 1710.09412, 1905.04899): images are blended or pasted into one another, and their targets are
+mixed in the same shares.
 
-Every image has a share and a box of its own, drawn from its seed, and is mixed with its neighbor in the batch.
+Share and box of each image are drawn from its seed. It is mixed with its neighbor in the batch.
 """
 
 from __future__ import annotations
@@ -16,11 +17,11 @@ from torch import Tensor
 
 @dataclass(frozen=True)
 class Mix:
-    """What becomes of one image.
+    """How one image is mixed.
 
     Attributes:
-        share: what it keeps of itself, in [0, 1]; the rest is its neighbor's.
-        box: top, left, bottom and right in pixels of what the neighbor fills; None where the two are blended.
+        share: its own share, in [0, 1]; the rest is its neighbor's.
+        box: top, left, bottom and right in pixels of the part that the neighbor fills; None where the two are blended.
     """
 
     share: float
@@ -29,10 +30,10 @@ class Mix:
 
 @dataclass(frozen=True)
 class MixSettings:
-    """How images are mixed; both zero for not at all.
+    """How images are mixed; mixup and cutmix both zero for no mixing.
 
     Args:
-        mixup, cutmix: α of the Beta(α, α) that shares are drawn from; where both are set, either falls to half of the
+        mixup, cutmix: α of the distribution Beta(α, α) of the shares. Where both are set, each is applied to half of the
             images.
         probability: share of the images that are mixed.
     """
@@ -43,22 +44,26 @@ class MixSettings:
 
     @property
     def active(self) -> bool:
-        """Whether anything is mixed at all."""
+        """Whether images are mixed."""
         return (self.mixup > 0 or self.cutmix > 0) and self.probability > 0
 
-    def drawn(self, seed: int, height: int, width: int) -> Mix:
-        """The mix of the image with that seed, of so many pixels."""
+    def draw(self, seed: int, height: int, width: int) -> Mix:
+        """The mix of the image with a seed.
+
+        Args:
+            height, width: of the image in pixels.
+        """
         generator = random.Random(f"{seed}/mix")
         if generator.random() >= self.probability:
             return Mix(1.0)
         if self.cutmix > 0 and (self.mixup <= 0 or generator.random() < 0.5):
-            return cut(generator.betavariate(self.cutmix, self.cutmix), generator, height, width)
+            return draw_cut(generator.betavariate(self.cutmix, self.cutmix), generator, height, width)
         return Mix(generator.betavariate(self.mixup, self.mixup))
 
 
-def cut(share: float, generator: random.Random, height: int, width: int) -> Mix:
-    """A box of the image's shape and of 1 − `share` of its area, about a point drawn anywhere; it is clipped at the edges,
-    and the share that results is that of the pixels that stay."""
+def draw_cut(share: float, generator: random.Random, height: int, width: int) -> Mix:
+    """A box of the image's shape and of 1 − `share` of its area, around a random point. It is clipped at the edges; the
+    resulting share is that of the pixels outside the box."""
     side = math.sqrt(1 - share)
     rows, columns = int(height * side), int(width * side)
     top, left = generator.randrange(height) - rows // 2, generator.randrange(width) - columns // 2
@@ -68,19 +73,19 @@ def cut(share: float, generator: random.Random, height: int, width: int) -> Mix:
 
 
 def mix(images: Tensor, targets: Tensor, mixes: Sequence[Mix]) -> tuple[Tensor, Tensor]:
-    """Each image mixed with the one before it in the batch, and their targets in the same shares.
+    """Mix each image with the one before it in the batch, and their targets in the same shares.
 
     Args:
         images: (B, channels, height, width), float.
         targets: (B, classes), shares of the classes.
-        mixes: one an image.
+        mixes: one per image.
     """
     height, width = images.shape[-2:]
-    kept = torch.tensor([1.0 if one.box else one.share for one in mixes], device=images.device)
+    blend_shares = torch.tensor([1.0 if one.box else one.share for one in mixes], device=images.device)
     boxes = torch.tensor([one.box or (0, 0, 0, 0) for one in mixes], device=images.device)
     shares = torch.tensor([one.share for one in mixes], device=images.device)
     neighbors = images.roll(1, 0)
-    blended = torch.lerp(neighbors, images, kept.to(images.dtype).view(-1, 1, 1, 1))
+    blended = torch.lerp(neighbors, images, blend_shares.to(images.dtype).view(-1, 1, 1, 1))
     rows = torch.arange(height, device=images.device)
     columns = torch.arange(width, device=images.device)
     top, left, bottom, right = (edge[:, None] for edge in boxes.unbind(1))

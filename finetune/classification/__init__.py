@@ -1,1 +1,1 @@
-"""One class an image."""
+"""One class per image."""

@@ -1,4 +1,4 @@
-"""What validation says of a classifier: rates over all images, and of each class by the table of confusions."""
+"""Validation metrics of a classifier: rates over all images, and per class from the confusion matrix."""
 
 from __future__ import annotations
 
@@ -9,47 +9,47 @@ import torch
 from torch import Tensor, nn
 from torchmetrics.classification import MulticlassAccuracy, MulticlassConfusionMatrix, MulticlassF1Score
 
-TOP = 5
-# Beyond, the table of confusions, classes squared, is neither small nor readable.
-MOST_CLASSES = 2000
+TOP_K = 5
+MAX_CONFUSION_CLASSES = 2000  # a larger confusion matrix is neither small nor readable
 
 
 class ClassMetrics(nn.Module):
-    """Accuracy, macro F1, from six classes on top-5 accuracy, and the table of confusions, over a validation pass; over all
-    processes, as torchmetrics sums them."""
+    """Accuracy, macro F1, top-5 accuracy for six classes and more, and the confusion matrix of a validation pass, over all
+    processes."""
 
-    def __init__(self, classes: int) -> None:
+    def __init__(self, num_classes: int) -> None:
         super().__init__()
-        self.rates = nn.ModuleDict({"accuracy": MulticlassAccuracy(classes, average="micro")})
-        self.rates["macro_f1"] = MulticlassF1Score(classes, average="macro")
-        if classes > TOP:
-            self.rates["top5_accuracy"] = MulticlassAccuracy(classes, average="micro", top_k=TOP)
-        self.confusions = MulticlassConfusionMatrix(classes) if classes <= MOST_CLASSES else None
+        self.rates = nn.ModuleDict({"accuracy": MulticlassAccuracy(num_classes, average="micro")})
+        self.rates["macro_f1"] = MulticlassF1Score(num_classes, average="macro")
+        if num_classes > TOP_K:
+            self.rates["top5_accuracy"] = MulticlassAccuracy(num_classes, average="micro", top_k=TOP_K)
+        self.confusions = MulticlassConfusionMatrix(num_classes) if num_classes <= MAX_CONFUSION_CLASSES else None
 
     def update(self, logits: Tensor, labels: Tensor) -> None:
-        """Take in a batch: logits (B, classes), labels (B,)."""
+        """Add a batch: logits (B, classes), labels (B,)."""
         for metric in (*self.rates.values(), *([self.confusions] if self.confusions is not None else [])):
             metric.update(logits, labels)
 
-    def confusion_table(self) -> Tensor | None:
-        """(classes, classes) int64 on the CPU, a row a true class; starts anew. None for too many classes."""
+    def pop_confusions(self) -> Tensor | None:
+        """The confusion matrix, (classes, classes) int64 on the CPU, a row per true class, and reset it. None for too many
+        classes."""
         if self.confusions is None:
             return None
-        table = self.confusions.compute().cpu()
+        confusions = self.confusions.compute().cpu()
         self.confusions.reset()
-        return table
+        return confusions
 
 
 @dataclass(frozen=True)
 class ClassRow:
-    """One class of a validation pass.
+    """One class in a validation pass.
 
     Attributes:
         name: of the class.
-        precision: share of what was taken for it that is; nan where nothing was.
-        recall: share of its images that were found; nan where there are none.
-        f1: their harmonic mean, 0 where nothing was right.
-        images: how many it has.
+        precision: share of the images predicted as this class that are of it; nan where there are none.
+        recall: share of the images of this class that are predicted as it; nan where there are none.
+        f1: harmonic mean of the two; 0 where no image is right.
+        images: number of images of this class.
     """
 
     name: str
@@ -60,9 +60,9 @@ class ClassRow:
 
 
 def class_rows(confusions: Tensor, names: Sequence[str]) -> list[ClassRow]:
-    """Precision, recall and F1 of each class from its row (true) and column (taken for it), in float64."""
-    table = confusions.double()
-    right, true, taken = table.diag(), table.sum(dim=1), table.sum(dim=0)
-    f1 = torch.nan_to_num(2 * right / (true + taken))
-    columns = zip(names, (right / taken).tolist(), (right / true).tolist(), f1.tolist(), true.long().tolist())
+    """Precision, recall and F1 of each class from the confusion matrix, in float64."""
+    confusions = confusions.double()
+    correct, labeled, predicted = confusions.diag(), confusions.sum(dim=1), confusions.sum(dim=0)
+    f1 = torch.nan_to_num(2 * correct / (labeled + predicted))
+    columns = zip(names, (correct / predicted).tolist(), (correct / labeled).tolist(), f1.tolist(), labeled.long().tolist())
     return [ClassRow(*row) for row in columns]

@@ -16,10 +16,10 @@ from simmim.encoders.base import Encoder
 class Classifier(nn.Module):
     """An encoder and a linear head on its pooled features."""
 
-    def __init__(self, encoder: Encoder, classes: int) -> None:
+    def __init__(self, encoder: Encoder, num_classes: int) -> None:
         super().__init__()
         self.encoder = encoder
-        self.head = nn.Linear(encoder.dim, classes)
+        self.head = nn.Linear(encoder.dim, num_classes)
         nn.init.trunc_normal_(self.head.weight, std=0.02)
         nn.init.zeros_(self.head.bias)
 
@@ -30,7 +30,7 @@ class Classifier(nn.Module):
 
 @dataclass(frozen=True)
 class SavedClassifier:
-    """A classifier read: the model, its classes' names, and how to feed it."""
+    """A classifier as it was read: the model in evaluation mode, the names of its classes, and how to feed it."""
 
     model: Classifier
     classes: tuple[str, ...]
@@ -40,7 +40,7 @@ class SavedClassifier:
 def save_classifier(
     folder: Path, model: Classifier, classes: tuple[str, ...], preprocessing: Preprocessing, provenance: dict
 ) -> None:
-    """Write encoder and head into `folder`; what loads the encoder alone takes no notice of the head's files."""
+    """Write encoder and head into `folder`. Readers of the encoder alone ignore the head's files."""
     save_encoder(folder, model.encoder, preprocessing, provenance, head=model.head.state_dict(), classes=classes)
 
 

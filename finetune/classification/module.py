@@ -17,15 +17,15 @@ from simmim.training.module import TrainingModule
 
 
 class ClassificationFinetuning(TrainingModule):
-    """Trains a `Classifier`, the encoder layer-wise slower than the head; frozen parts not at all.
+    """Trains a `Classifier`, the encoder layer-wise slower than the head and frozen parts not at all.
 
     Args:
         model: what is trained.
         preprocessing: by whose statistics images are normalized; saved with the model.
-        changes: of the training images.
+        changes: random changes of the training images.
         learning_rate: as a function of the optimizer step, from 0.
         optim: decay, smoothing, clipping.
-        class_weights: (classes,), what an image of each class counts in training; all 1 by default.
+        class_weights: (classes,), weight of an image of each class in the loss; all 1 by default.
     """
 
     def __init__(
@@ -39,26 +39,26 @@ class ClassificationFinetuning(TrainingModule):
     ) -> None:
         super().__init__(model, learning_rate, optim.weight_decay, optim.clip, optim.layer_decay)
         self.preprocessing, self.changes, self.label_smoothing = preprocessing, changes, optim.label_smoothing
-        # Follows from the labels: a checkpoint need not hold it.
+        # Not in checkpoints: it follows from the labels.
         self.register_buffer("class_weights", class_weights, persistent=False)
         self.metrics = ClassMetrics(model.head.out_features)
         self.confusions: Tensor | None = None
 
     def training_step(self, batch: dict, batch_idx: int) -> Tensor:
-        """Cross entropy with smoothed labels on changed images, mixed ones towards both their classes."""
+        """Cross entropy to smoothed labels on changed images; the targets of mixed images are mixed in the same shares."""
         labels, seeds, smoothing = batch["label"], batch["seed"], self.label_smoothing
-        images = self.changes.changed(batch["image"], seeds, self.preprocessing.mean, self.preprocessing.std)
+        images = self.changes.augment(batch["image"], seeds, self.preprocessing.mean, self.preprocessing.std)
         if self.changes.mixing.active or self.class_weights is not None:
             targets = F.one_hot(labels, self.model.head.out_features).float()
-            images, targets = self.changes.mixed(images, targets, seeds)
-            loss = shared_cross_entropy(self.model(images).float(), targets, smoothing, self.class_weights)
+            images, targets = self.changes.mix(images, targets, seeds)
+            loss = soft_cross_entropy(self.model(images).float(), targets, smoothing, self.class_weights)
         else:
             loss = F.cross_entropy(self.model(images).float(), labels, label_smoothing=smoothing)
         self.log("loss", loss, prog_bar=True, batch_size=len(images), sync_dist=True)
         return loss
 
     def validation_step(self, batch: dict, batch_idx: int) -> None:
-        """Loss over all validation images, and the rates of `ClassMetrics`."""
+        """Log the loss and the rates of `ClassMetrics` over all validation images."""
         logits = self.model(normalize(batch["image"], self.preprocessing.mean, self.preprocessing.std)).float()
         self.metrics.update(logits, batch["label"])
         for name, metric in self.metrics.rates.items():
@@ -67,17 +67,18 @@ class ClassificationFinetuning(TrainingModule):
         self.log("validation_loss", loss, on_epoch=True, batch_size=len(logits), sync_dist=True)
 
     def on_validation_epoch_end(self) -> None:
-        """Keep the table of confusions, a row a true class, until the next validation."""
-        self.confusions = self.metrics.confusion_table()
+        """Keep the confusion matrix, a row per true class, until the next validation."""
+        self.confusions = self.metrics.pop_confusions()
 
 
-def shared_cross_entropy(logits: Tensor, targets: Tensor, smoothing: float, class_weights: Tensor | None = None) -> Tensor:
-    """Mean cross entropy towards several classes an image.
+def soft_cross_entropy(logits: Tensor, targets: Tensor, smoothing: float, class_weights: Tensor | None = None) -> Tensor:
+    """Mean cross entropy to soft targets.
 
     Args:
         logits: (B, classes).
-        targets: (B, classes), shares of the classes; `smoothing` of each is then spread over all classes.
-        class_weights: (classes,); an image counts as its classes do, in their shares.
+        targets: (B, classes), shares of the classes.
+        smoothing: share of each target that is spread over all classes.
+        class_weights: (classes,); an image is weighted by its classes in their shares.
     """
     losses = F.cross_entropy(logits, targets, label_smoothing=smoothing, reduction="none")
     return losses.mean() if class_weights is None else (losses * (targets @ class_weights)).mean()

@@ -11,7 +11,7 @@ from torch import Tensor
 from tqdm import tqdm
 
 from simmim.data import open_images
-from simmim.evaluate import EncoderPass, Feature, embed_batches
+from simmim.evaluate import EncoderPass, Feature, embedded_batches
 from simmim.files import atomic_write
 from simmim.finetune.classification.model import SavedClassifier, load_classifier
 from simmim.training.trainer import device_type
@@ -20,17 +20,18 @@ from simmim.training.trainer import device_type
 def predict(
     run: str | Path, images: str | Path, out: str | Path, batch_size: int = 64, workers: int | None = None
 ) -> tuple[int, dict[str, str]]:
-    """Classify every image of a source and write path, class and probabilities to `out`, a row an image, in its order.
+    """Classify every image of a source and write path, class and probabilities to `out`, a row per image, in the source's
+    order.
 
     Args:
         run: a run of `simmim finetune`, its folder encoder/, or a classifier in any format that `load_encoder` reads.
-        images: a folder, or any other source of images that pre-training takes.
+        images: a folder, or any other source of images that pre-training reads.
         out: CSV file to write, whole or not at all; must not exist yet.
-        batch_size: images at a time.
-        workers: processes that load images; what suits the machine by default.
+        batch_size: images per forward pass.
+        workers: processes that load images; by default what suits the machine.
 
     Returns:
-        How many images were classified, and the reason of each that could not be read, by path.
+        The number of classified images, and by path why each other image could not be read.
 
     Raises:
         ValueError: when `run` is no classifier, there are no images, none can be read, or `out` exists.
@@ -38,7 +39,7 @@ def predict(
     out = Path(out).expanduser()
     if out.exists():
         raise ValueError(f"{str(out)!r} exists: give a new file")
-    how = EncoderPass(batch_size, workers, device_type())
+    encoder_pass = EncoderPass(batch_size, workers, device_type())
     saved = load_classifier(run)
     source = open_images(images)
     count, unreadable = 0, {}
@@ -49,32 +50,32 @@ def predict(
         ):
             writer = csv.writer(file)
             writer.writerow(["path", "class", *(f"probability {name}" for name in saved.classes)])
-            for paths, shares, not_read in classified(saved, source, how):
-                writer.writerows(prediction_rows(paths, shares, saved.classes))
+            for paths, probabilities, not_read in classify(saved, source, encoder_pass):
+                writer.writerows(prediction_rows(paths, probabilities, saved.classes))
                 count += len(paths)
                 unreadable |= dict(not_read)
                 bar.update(len(paths) + len(not_read))
         if not count:
-            path, why = next(iter(unreadable.items()))
-            raise ValueError(f"none of {len(unreadable)} images can be read; the first, {path}: {why}")
+            path, reason = next(iter(unreadable.items()))
+            raise ValueError(f"none of {len(unreadable)} images can be read; the first, {path}: {reason}")
     return count, unreadable
 
 
-def classified(
-    saved: SavedClassifier, source, how: EncoderPass
+def classify(
+    saved: SavedClassifier, source, encoder_pass: EncoderPass
 ) -> Iterator[tuple[list[str], Tensor, list[tuple[str, str]]]]:
-    """Batch by batch: paths, probabilities, (B, classes) float32 on the CPU, and (path, reason) of what could not be read.
+    """Batch by batch: paths, probabilities, (B, classes) float32 on the CPU, and (path, reason) of unreadable images.
 
-    The head goes over the vectors that `simmim embed` writes, so that both see images alike.
+    The head is applied to the vectors of `simmim embed`, so that both see images alike.
     """
     feature, head = Feature(), saved.model.head
-    for batch in embed_batches(saved.model.encoder, saved.preprocessing, source, (feature,), how):
+    for batch in embedded_batches(saved.model.encoder, saved.preprocessing, source, (feature,), encoder_pass):
         with torch.inference_mode():
-            shares = head(torch.from_numpy(batch.vectors[feature.name]).to(head.weight)).softmax(dim=1)
-        yield batch.paths, shares, batch.unreadable
+            probabilities = head(torch.from_numpy(batch.vectors[feature.name]).to(head.weight)).softmax(dim=1)
+        yield batch.paths, probabilities, batch.unreadable
 
 
-def prediction_rows(paths: Sequence[str], shares: Tensor, classes: Sequence[str]) -> Iterator[list[str]]:
-    """Rows of the CSV file: path, most likely class, probabilities to six digits."""
-    for path, best, values in zip(paths, shares.argmax(dim=1).tolist(), shares.tolist()):
+def prediction_rows(paths: Sequence[str], probabilities: Tensor, classes: Sequence[str]) -> Iterator[list[str]]:
+    """Rows of the CSV file: path, most likely class, probabilities with six digits."""
+    for path, best, values in zip(paths, probabilities.argmax(dim=1).tolist(), probabilities.tolist()):
         yield [path, classes[best], *(f"{value:.6f}" for value in values)]

@@ -7,7 +7,7 @@ from typing import ClassVar
 
 from simmim.finetune.augment.affine import AffineSettings
 from simmim.finetune.augment.batch import BatchChanges
-from simmim.finetune.augment.color import HIGHEST_MAGNITUDE, ColorSettings
+from simmim.finetune.augment.color import MAX_MAGNITUDE, ColorSettings
 from simmim.finetune.augment.mixing import MixSettings
 from simmim.finetune.settings import LabeledDataSettings, TransferSettings
 from simmim.messages import did_you_mean
@@ -21,27 +21,27 @@ class LabeledSettings(LabeledDataSettings):
     """The labeled images and how they are augmented.
 
     Args:
-        path: folder with a folder for each class, or with train and val (or test) folders that have them; or a CSV file of
-            paths and labels, Parquet files, a saved datasets folder, a hub id.
+        path: folder with a folder per class, or with train and val (or test) folders that have them; or a CSV file of paths
+            and labels, Parquet files, a saved datasets folder, a hub id.
         label_column: holds the labels, in sources with columns; detected by default.
         balance: for classes of different sizes: none; weights, to weight the loss of each image by the rarity of its class;
             sampling, to show all classes equally often, images of rare classes repeatedly.
-        crop_scale: range of the random crop's share of the image's area; what suits image size and labels by default.
+        crop_scale: range of the random crop's share of the image's area; by default it follows from image size and labels.
         crop_ratio: range of the crop's width over height.
-        flip: probability of mirroring left and right; by default 0.5, for gray images up to 64 px, mostly signs, 0.
+        flip: probability of mirroring left and right; by default 0.5, and 0 for gray images up to 64 px, mostly signs.
         affine: small random rotations, zooms, shears and shifts.
-        rand_augment: magnitude of RandAugment, 0 to 10, 0 for none; what suits image size and labels by default, as for the
-            next ones.
-        rand_augment_operations: so many an image.
+        rand_augment: magnitude of RandAugment, 0 to 10, 0 for none; by default it follows from image size and labels.
+        rand_augment_operations: number of operations per image.
         rand_augment_spread: standard deviation of the magnitude.
-        color_jitter: brightness, contrast and saturation are scaled by up to so much either way; 0 by default.
-        erasing: probability that a box is filled with noise.
-        mixup: α of Beta(α, α), from which the shares of two blended images are drawn; 0 for none.
-        cutmix: the same for a box of one image pasted into another.
-        mix_probability: share of the images that are mixed, where any are.
-        evaluation_crop: share of the sides that validation sees; by default 0.875, for images up to 64 px all.
-        fold: cross-validation, as (part, parts): train on the labels of all parts but that one, counted from 0, and validate
-            with it; the validation images are not looked at.
+        color_jitter: brightness, contrast and saturation are scaled by 1 − color_jitter to 1 + color_jitter; 0 by default.
+        erasing: probability that a box is filled with noise; by default it follows from image size and labels.
+        mixup: α of the distribution Beta(α, α) of the shares of two blended images, 0 for none; by default it follows from
+            image size and labels.
+        cutmix: the same for a box of one image that is pasted into another.
+        mix_probability: share of the images that are mixed.
+        evaluation_crop: share of the sides that validation sees; by default 0.875, and 1 for images up to 64 px.
+        fold: cross-validation, as (part, number of parts): train on the labels of all parts but this one, counted from 0,
+            and validate with it. The validation images are not used.
     """
 
     label_column: str | None = None
@@ -69,7 +69,7 @@ class LabeledSettings(LabeledDataSettings):
             object.__setattr__(self, "fold", tuple(self.fold))
             part, parts = self.fold
             if not 0 <= part < parts or parts < 2:
-                raise ValueError(f"data.fold is {self.fold}: give (part, parts), 0 <= part < parts, two parts at least")
+                raise ValueError(f"data.fold is {self.fold}: give (part, parts), 0 <= part < parts, 2 parts or more")
         low, high = self.crop_scale or (1.0, 1.0)
         if not 0 < low <= high <= 1:
             raise ValueError(f"data.crop_scale is {self.crop_scale}: give shares of the area, 0 < low <= high <= 1")
@@ -78,7 +78,7 @@ class LabeledSettings(LabeledDataSettings):
         for name in ("flip", "erasing", "mix_probability"):
             if not 0 <= (getattr(self, name) or 0) <= 1:
                 raise ValueError(f"data.{name} is {getattr(self, name)}: give a probability")
-        for name, limit in (("rand_augment", HIGHEST_MAGNITUDE), ("color_jitter", 1), ("mixup", 100), ("cutmix", 100)):
+        for name, limit in (("rand_augment", MAX_MAGNITUDE), ("color_jitter", 1), ("mixup", 100), ("cutmix", 100)):
             if not 0 <= (getattr(self, name) or 0) <= limit:
                 raise ValueError(f"data.{name} is {getattr(self, name)}: give a number from 0, for none, to {limit:g}")
         if self.rand_augment_operations < 1 or self.rand_augment_spread < 0:
@@ -92,7 +92,7 @@ class LabeledSettings(LabeledDataSettings):
             raise ValueError(f"data.evaluation_crop is {self.evaluation_crop}: give a share of the sides in (0, 1]")
 
     def changes(self) -> BatchChanges:
-        """What is done to training batches, once resolved."""
+        """The random changes of training batches, once resolved."""
         color = ColorSettings(
             self.rand_augment or 0.0, self.rand_augment_operations, self.rand_augment_spread, self.color_jitter or 0.0
         )
@@ -105,9 +105,9 @@ class ClassificationSettings(TransferSettings):
     """One fine-tuning run for classification.
 
     Args:
-        data: the labeled images; in Python a path alone will do.
-        labels_per_class: use so many training images of each class, drawn by the seed; all by default.
-        monitor: by which the best model is chosen: accuracy, or macro_f1, for which all classes count alike.
+        data: the labeled images; in Python a path is enough.
+        labels_per_class: number of training images per class, drawn by the seed; all by default.
+        monitor: metric by which the best model is chosen: accuracy, or macro_f1, in which all classes have the same weight.
     """
 
     task: ClassVar[str] = "classification"

@@ -1,1 +1,1 @@
-"""One class a pixel."""
+"""One class per pixel."""

@@ -17,16 +17,16 @@ class SceneSettings(LabeledDataSettings):
 
     Args:
         path: folder with images/ and masks/ whose files have the same names, or with train/ and val/ (or test/) that have
-            these; or a CSV file of image and mask paths, Parquet files, a saved datasets folder, a hub id.
+            these; or a CSV file of the paths of images and label maps, Parquet files, a saved datasets folder, a hub id.
         mask_column: holds the label maps, in sources with columns; detected by default.
-        classes: names in the order of the masks' values; by default those in PATH/classes.txt, one a line, or else the
-            values that occur.
-        values: mask value of each class; 0, 1, … by default.
-        ignore_index: mask value of pixels that count for nothing; -1 for none.
-        short_side: pixels to which images are brought before anything else; by default the shorter of image_size, so that a
-            crop sees about as much as in pre-training; 0 leaves them as they are.
-        scale: range of the random resizing in training, drawn on a log scale.
-        crop_class_share: crops of which one class takes a larger share are drawn again, up to ten times.
+        classes: names in the order of the values; by default those in PATH/classes.txt, one per line, or else the values
+            that occur.
+        values: value of each class in the label maps; 0, 1, … by default.
+        ignore_index: value of ignored pixels in the label maps; -1 for none.
+        short_side: pixels to which the shorter side of an image is resized before anything else; by default the shorter side
+            of image_size, so that a crop shows about as much as in pre-training; 0 keeps the image's own.
+        scale: range of the random scale in training, drawn on a log scale.
+        crop_class_share: crops in which one class has a larger share are drawn again, up to ten times.
         flip: probability of mirroring left and right.
         color_jitter: brightness, contrast and saturation are scaled by 1 − color_jitter to 1 + color_jitter; by default
             0.25 where kornia is installed, else 0.
@@ -64,13 +64,13 @@ class SceneSettings(LabeledDataSettings):
 
 @dataclass(frozen=True)
 class HeadSettings:
-    """The head, UPerNet, and what helps to train it.
+    """The head, UPerNet, and its auxiliary head.
 
     Args:
         width: channels of the head; by default 512 as published, 64 for nano and micro.
-        norm: batch, as published (over all devices with trainer.sync_batchnorm), or image, for batches of a few; by default
-            batch from 4 images a device and forward pass on.
-        dropout: share of the last channels that a training step leaves out.
+        norm: batch, as published (over all devices with trainer.sync_batchnorm), or image, for small batches; by default
+            batch from 4 images per device and forward pass on.
+        dropout: probability that a channel of the fused map is zeroed in training.
         auxiliary: weight of the loss of a second, small head on the last stage but one; 0 for no such head.
     """
 
@@ -92,9 +92,9 @@ class SegmentationSettings(TransferSettings):
     """One fine-tuning run for semantic segmentation.
 
     Args:
-        data: the labeled images; in Python a path alone will do.
-        labels: use so many training scenes, drawn by the seed so that every class is among them; all by default.
-        class_weights: none, or balanced: pixels weigh by one over the root of their class's share.
+        data: the labeled images; in Python a path is enough.
+        labels: number of labeled training images, drawn by the seed so that every class is among them; all by default.
+        class_weights: none, or balanced: the loss of a pixel is weighted by one over the root of its class's share.
         head: the head.
     """
 

@@ -1,4 +1,4 @@
-"""Scenes to samples: what part of an image and its mask a model sees, the two always in step."""
+"""Views of scenes: the part of an image and of its label map that a model sees. Sizes are (height, width)."""
 
 from __future__ import annotations
 
@@ -12,16 +12,22 @@ import torch
 from torch import Tensor
 
 from simmim.data import ImageSamples, Picture, open_picture
-from simmim.data.decode import MAX_PIXELS, Size
+from simmim.data.decode import MAX_PIXELS
 from simmim.data.label_map_files import read_label_map
 from simmim.data.label_maps import ClassScheme
 
-TRIES = 10  # crops drawn in search of one that is not nearly all of one class, as published
+Size = tuple[int, int]
+MAX_CROPS = 10  # drawn in search of one in which no class dominates, as published
 
 
 def scaled_size(size: Size, short_side: int, factor: float = 1.0) -> Size:
-    """(height, width) to which an image of `size`, (height, width), is brought: its shorter side `short_side` pixels long,
-    or as it is for 0, times `factor`."""
+    """The size of a resized image.
+
+    Args:
+        size: of the image.
+        short_side: pixels to which the shorter side is resized; 0 keeps the image's own.
+        factor: by which both sides are multiplied in addition.
+    """
     height, width = size
     factor = factor * (short_side / min(size) if short_side else 1.0)
     return max(1, round(height * factor)), max(1, round(width * factor))
@@ -29,16 +35,16 @@ def scaled_size(size: Size, short_side: int, factor: float = 1.0) -> Size:
 
 @dataclass(frozen=True)
 class RandomScene:
-    """Random scale, crop and flip. What a crop reaches over is filled with the mean color and ignored.
+    """Random scale, crop and flip. Where a crop exceeds the image, it has the mean color and is ignored.
 
     Args:
-        size: (height, width) of the result in pixels.
+        size: of the view in pixels.
         short_side: as of `scaled_size`, before the random scale.
         scale: range of the random scale, drawn on a log scale.
-        class_share: largest share of one class in a crop, after `TRIES` misses any.
+        class_share: largest share of one class in a crop; after `MAX_CROPS` crops any is accepted.
         flip: probability of mirroring left and right.
-        fill: a channel's value, 0 to 255, where there is no image.
-        ignored: the mask's value there.
+        fill: value of each channel outside the image, 0 to 255.
+        ignored_id: value of the label map there.
     """
 
     size: Size
@@ -47,28 +53,28 @@ class RandomScene:
     class_share: float
     flip: float
     fill: tuple[int, ...]
-    ignored: int
+    ignored_id: int
 
-    def __call__(self, picture: Picture, mask: np.ndarray, generator: random.Random) -> tuple[Tensor, Tensor]:
-        """A view drawn from `generator`: (channels, height, width) uint8, and (height, width) of the mask's type.
+    def __call__(self, picture: Picture, label_map: np.ndarray, generator: random.Random) -> tuple[Tensor, Tensor]:
+        """A view drawn from `generator`: (channels, height, width) uint8, and (height, width) of the label map's dtype.
 
         Args:
-            mask: classes' numbers, (height, width) of the picture.
+            label_map: class ids, (height, width) of the picture.
         """
         factor = math.exp(generator.uniform(*map(math.log, self.scale)))
         scaled = scaled_size(picture.size, self.short_side, factor)
-        height, width = (min(side, whole) for side, whole in zip(self.size, scaled))
-        for _ in range(TRIES):
+        height, width = (min(side, scaled_side) for side, scaled_side in zip(self.size, scaled))
+        for _ in range(MAX_CROPS):
             top, left = generator.randint(0, scaled[0] - height), generator.randint(0, scaled[1] - width)
-            seen = nearest_crop(mask, scaled, (top, left), (height, width))
-            if self.class_share == 1 or largest_share(seen, self.ignored) <= self.class_share:
+            crop = nearest_crop(label_map, scaled, (top, left), (height, width))
+            if self.class_share == 1 or largest_share(crop, self.ignored_id) <= self.class_share:
                 break
         down, across = picture.size[0] / scaled[0], picture.size[1] / scaled[1]
         box = (left * across, top * down, (left + width) * across, (top + height) * down)
         image = torch.tensor(self.fill, dtype=torch.uint8).view(-1, 1, 1).repeat(1, *self.size)
         image[:, :height, :width] = picture.crop(box, (height, width))
-        labels = np.full(self.size, self.ignored, dtype=mask.dtype)
-        labels[:height, :width] = seen
+        labels = np.full(self.size, self.ignored_id, dtype=label_map.dtype)
+        labels[:height, :width] = crop
         mirrored = generator.random() < self.flip
         labels = torch.from_numpy(labels)
         return (image.flip(-1), labels.flip(-1)) if mirrored else (image, labels)
@@ -76,7 +82,7 @@ class RandomScene:
 
 @dataclass(frozen=True)
 class WholeScene:
-    """The view for evaluation: the whole image at the scale of training, and its mask as it is.
+    """The view for evaluation: the whole image at the scale of training, and its label map unchanged.
 
     Args:
         short_side: as of `scaled_size`.
@@ -84,48 +90,50 @@ class WholeScene:
 
     short_side: int
 
-    def __call__(self, picture: Picture, mask: np.ndarray, generator: random.Random | None = None) -> tuple[Tensor, Tensor]:
-        """(channels, scaled height, scaled width) uint8, and the mask at its own size; draws nothing."""
-        return whole_picture(picture, self.short_side), torch.from_numpy(mask)
+    def __call__(
+        self, picture: Picture, label_map: np.ndarray, generator: random.Random | None = None
+    ) -> tuple[Tensor, Tensor]:
+        """(channels, scaled height, scaled width) uint8, and the label map at its own size. Draws nothing."""
+        return whole_picture(picture, self.short_side), torch.from_numpy(label_map)
 
 
 def whole_picture(picture: Picture, short_side: int) -> Tensor:
-    """All of a picture at `scaled_size`: (channels, height, width) uint8."""
+    """A whole picture resized to `scaled_size`: (channels, height, width) uint8."""
     height, width = picture.size
     return picture.crop((0, 0, width, height), scaled_size(picture.size, short_side))
 
 
-def nearest_crop(mask: np.ndarray, scaled: Size, corner: Size, size: Size) -> np.ndarray:
-    """A part of a mask as if it had been brought to `scaled` (height, width) first, every pixel the one nearest to its
-    center.
+def nearest_crop(label_map: np.ndarray, scaled: Size, corner: tuple[int, int], size: Size) -> np.ndarray:
+    """A part of a label map that is resized to `scaled`: each pixel is the one nearest to its center.
 
     Args:
-        corner: (top, left) of the part, in scaled pixels.
-        size: (height, width) of the part.
+        corner: (top, left) of the part, in pixels of the resized map.
+        size: of the part.
     """
     rows, columns = (
-        ((np.arange(count) + first + 0.5) * whole / side).astype(np.intp).clip(max=whole - 1)
-        for count, first, whole, side in zip(size, corner, mask.shape, scaled)
+        ((np.arange(count) + first + 0.5) * side / scaled_side).astype(np.intp).clip(max=side - 1)
+        for count, first, side, scaled_side in zip(size, corner, label_map.shape, scaled)
     )
-    return mask[rows[:, None], columns]
+    return label_map[rows[:, None], columns]
 
 
-def largest_share(mask: np.ndarray, ignored: int) -> float:
-    """Of the pixels that count, the share of the most frequent class; 1 where fewer than two classes are seen."""
-    counts = np.bincount(mask.ravel())
-    if ignored < len(counts):
-        counts[ignored] = 0
+def largest_share(label_map: np.ndarray, ignored_id: int) -> float:
+    """The most frequent class's share of the pixels that are not ignored; 1 where there are fewer than two classes."""
+    counts = np.bincount(label_map.ravel())
+    if ignored_id < len(counts):
+        counts[ignored_id] = 0
     return counts.max() / counts.sum() if np.count_nonzero(counts) > 1 else 1.0
 
 
 class SceneSamples(ImageSamples):
-    """Samples of scenes by (epoch, index): as of `ImageSamples`, with `mask`, (height, width) classes' numbers.
+    """Samples of scenes by (epoch, index): as of `ImageSamples`, with `label_map`, class ids of (height, width).
 
     Args:
-        source: undecoded columns `image` and `mask`.
+        source: undecoded columns `image` and `label_map`.
         view: `RandomScene` or `WholeScene`.
         scheme: the classes.
-        keep_decoded: hold decoded images and masks in memory.
+        channels, seed, max_pixels: as of `ImageSamples`.
+        keep_decoded: hold decoded images and label maps in memory.
     """
 
     def __init__(
@@ -143,23 +151,24 @@ class SceneSamples(ImageSamples):
 
     def view_of(self, index: int, generator: random.Random) -> dict:
         """The view of the scene at `index`."""
-        image, mask = self.view(*self.load(index), generator)
-        return {"image": image, "label_map": mask}
+        image, label_map = self.view(*self.load(index), generator)
+        return {"image": image, "label_map": label_map}
 
     def load(self, index: int) -> tuple[Picture, np.ndarray]:
-        """The image at `index`, and its mask as classes' numbers.
+        """The image at `index`, and its label map as class ids.
 
         Raises:
-            One of `UNREADABLE`, also for a mask that does not fit, which was looked at before the run.
+            One of `UNREADABLE`, also for a label map whose size is no longer the image's. Sizes are checked before a run.
         """
         if self.cache is not None and index in self.cache:
             return self.cache[index]
         row = self.source[index]
         picture = open_picture(row["image"], self.channels, self.max_pixels)
-        mask = self.scheme.class_ids(read_label_map(row["label_map"]))
-        if mask.shape != picture.size:
-            raise ValueError(f"its label map has changed and is {mask.shape[0]}x{mask.shape[1]} pixels now (height x width)")
+        label_map = self.scheme.class_ids(read_label_map(row["label_map"]))
+        if label_map.shape != picture.size:
+            height, width = label_map.shape
+            raise ValueError(f"its label map has changed and is {height}x{width} pixels now (height x width)")
         if self.cache is not None:
-            self.cache[index] = picture.decoded(), mask
+            self.cache[index] = picture.decoded(), label_map
             return self.cache[index]
-        return picture, mask
+        return picture, label_map
