@@ -11,7 +11,7 @@ from torch import Tensor
 from tqdm import tqdm
 
 from simmim.data import open_images
-from simmim.evaluate import EncoderPass, Feature, embedded_batches
+from simmim.evaluate import EncoderPass, Feature, embed_batches
 from simmim.files import atomic_write
 from simmim.finetune.classification.model import SavedClassifier, load_classifier
 from simmim.training.trainer import device_type
@@ -69,7 +69,7 @@ def classify(
     The head is applied to the vectors of `simmim embed`, so that both see images alike.
     """
     feature, head = Feature(), saved.model.head
-    for batch in embedded_batches(saved.model.encoder, saved.preprocessing, source, (feature,), encoder_pass):
+    for batch in embed_batches(saved.model.encoder, saved.preprocessing, source, (feature,), encoder_pass):
         with torch.inference_mode():
             probabilities = head(torch.from_numpy(batch.vectors[feature.name]).to(head.weight)).softmax(dim=1)
         yield batch.paths, probabilities, batch.unreadable
