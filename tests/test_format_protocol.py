@@ -202,7 +202,7 @@ def test_the_own_format_holds_a_toy_encoder(toy_encoder, tmp_path):
 @pytest.mark.parametrize("name", FOREIGN)
 def test_a_format_without_rows_for_an_encoder_says_so(toy_encoder, name, tmp_path):
     title = registry.format_named(name).title
-    family = encoders.family_named("toy").title
+    family = encoders.load_family("toy").title
     with pytest.raises(ValueError, match=rf"^{title} has no {family} encoder: export as safetensors$"):
         export(toy_checkpoint(), name, tmp_path / "out")
     assert not (tmp_path / "out").exists()

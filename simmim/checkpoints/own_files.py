@@ -97,7 +97,7 @@ def read_checkpoint(folder: Path) -> Checkpoint:
     try:
         config = registry.config_from_dict(description["architecture"])
         preprocessing = Preprocessing(**description["preprocessing"])
-    except (KeyError, TypeError) as error:
+    except (KeyError, TypeError, AttributeError) as error:
         raise ValueError(f"{folder / CONFIG} is damaged ({error}): export the encoder again") from error
     encoder = read_safetensors(folder / WEIGHTS)
     check_state(config, encoder, folder / WEIGHTS)

@@ -97,7 +97,7 @@ def detect_format(source: Source) -> Format:
     for format in formats:
         if format.detect(source):
             return format
-    families = ", ".join(registry.family(name).title for name in registry.FAMILIES)
+    families = ", ".join(registry.load_family(name).title for name in registry.FAMILIES)
     raise ValueError(
         f"{source.file} holds {describe_network(source.weights.tensors)}. Expected an encoder ({families}) of "
         f"{', '.join(format.title for format in formats)}"

@@ -87,5 +87,5 @@ def read_description(source: Source) -> tuple[EncoderConfig, Preprocessing]:
     try:
         config = encoders.config_from_dict(source.description["architecture"])
         return config, Preprocessing(**source.description["preprocessing"])
-    except (KeyError, TypeError) as error:
+    except (KeyError, TypeError, AttributeError) as error:
         raise ValueError(f"{source.folder / CONFIG} is damaged ({error}): export the encoder again") from error
