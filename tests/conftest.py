@@ -65,6 +65,25 @@ def encoder_folder(tmp_path_factory):
     return save_encoder(tmp_path_factory.mktemp("encoder"), encoder, preprocessing, {"method": "test"})
 
 
+@pytest.fixture(scope="session")
+def scene_folder(tmp_path_factory):
+    """30 labeled scenes in train/ and 10 in val/, of real digits on real photographs: gray, 40 px, two classes of digits and
+    the background."""
+    import numpy as np
+    import scenes
+
+    folder = tmp_path_factory.mktemp("scenes")
+    digits = scenes.load_digits()
+    parts = [
+        tuple(part[np.isin(labels, (0, 1))] for part in (images, labels))
+        for images, labels in (digits.train, digits.validation)
+    ]
+    objects = scenes.Objects(*parts, ("zero", "one"))
+    kind = scenes.SceneSpec(side_px=40, num_objects=(1, 2), object_px=(20, 26))
+    scenes.write_scenes(folder, objects, scenes.load_photographs("sklearn"), 0, 30, 10, kind)
+    return folder / "labeled"
+
+
 @pytest.fixture
 def power_cut():
     """power_cut(after_step): a context that training breaks off in, after that step and what is saved at it."""

@@ -1,4 +1,4 @@
-"""Segmentation's numbers: mean IoU, losses, weights; what is saved and read; pictures and predicted masks."""
+"""Segmentation in parts: mean IoU, losses, weights; saving and loading; pictures and predicted label maps."""
 
 import math
 
@@ -26,38 +26,39 @@ from simmim.finetune.segmentation.sliding import most_likely_class
 from simmim.finetune.settings import OptimSettings
 
 
-def random_masks(classes=5, ignored=255, shape=(4, 30, 40), seed=0, present=None):
+def random_label_maps(classes=5, ignored=255, shape=(4, 30, 40), seed=0, present=None):
+    """Labels with ignored pixels, and predictions."""
     generator = np.random.default_rng(seed)
-    given, predicted = (torch.from_numpy(generator.integers(0, present or classes, size=shape)) for _ in range(2))
-    given[torch.from_numpy(generator.random(shape) < 0.2)] = ignored
-    return given, predicted
+    labels, predicted = (torch.from_numpy(generator.integers(0, present or classes, size=shape)) for _ in range(2))
+    labels[torch.from_numpy(generator.random(shape) < 0.2)] = ignored
+    return labels, predicted
 
 
-def confusion_of(given, predicted, classes, ignored=255):
-    return MulticlassConfusionMatrix(classes, ignore_index=ignored)(predicted, given)
+def confusion_of(labels, predicted, classes, ignored=255):
+    return MulticlassConfusionMatrix(classes, ignore_index=ignored)(predicted, labels)
 
 
 @pytest.mark.parametrize("seed, present", [(0, None), (1, None), (2, 3)])
-def test_iou_is_a_count_and_torchmetrics(seed, present):
-    """Ignored pixels included, and classes that never occur."""
-    given, predicted = random_masks(seed=seed, present=present)
-    confusion = confusion_of(given, predicted, 5)
-    counted = given != 255
-    found = iou_by_class(confusion)
+def test_iou_equals_a_count_and_torchmetrics(seed, present):
+    """With ignored pixels, and with classes that never occur."""
+    labels, predicted = random_label_maps(seed=seed, present=present)
+    confusion = confusion_of(labels, predicted, 5)
+    counted = labels != 255
+    ious = iou_by_class(confusion)
     for number in range(5):
-        one, other = (given == number) & counted, (predicted == number) & counted
+        one, other = (labels == number) & counted, (predicted == number) & counted
         union = (one | other).sum().item()
         expected = (one & other).sum().item() / union if union else math.nan
-        assert found[number].item() == pytest.approx(expected, nan_ok=True, abs=1e-12)
-    jaccard = MulticlassJaccardIndex(5, ignore_index=255)(predicted, given)
+        assert ious[number].item() == pytest.approx(expected, nan_ok=True, abs=1e-12)
+    jaccard = MulticlassJaccardIndex(5, ignore_index=255)(predicted, labels)
     assert mean_iou(confusion) == pytest.approx(jaccard.item(), abs=1e-6)
-    assert pixel_accuracy(confusion) == pytest.approx((given == predicted)[counted].double().mean().item(), abs=1e-12)
+    assert pixel_accuracy(confusion) == pytest.approx((labels == predicted)[counted].double().mean().item(), abs=1e-12)
 
 
 def test_counts_of_parts_add_up():
-    given, predicted = random_masks()
-    parts = sum(confusion_of(given[row : row + 1], predicted[row : row + 1], 5) for row in range(4))
-    assert torch.equal(parts, confusion_of(given, predicted, 5))
+    labels, predicted = random_label_maps()
+    parts = sum(confusion_of(labels[row : row + 1], predicted[row : row + 1], 5) for row in range(4))
+    assert torch.equal(parts, confusion_of(labels, predicted, 5))
 
 
 def test_table_of_classes(tmp_path):
@@ -71,18 +72,18 @@ def test_table_of_classes(tmp_path):
 
 @pytest.mark.parametrize("smoothing", [0.0, 0.1])
 @pytest.mark.parametrize("weights", [None, (0.5, 2.0, 1.0, 1.0, 3.0)])
-def test_loss_is_the_mean_over_pixels_that_count(weights, smoothing):
-    given, _ = random_masks()
+def test_loss_is_the_mean_over_pixels_that_are_not_ignored(weights, smoothing):
+    labels, _ = random_label_maps()
     logits = torch.randn(4, 5, 8, 10, generator=torch.Generator().manual_seed(0))
     enlarged = F.interpolate(logits, (30, 40), mode="bilinear", align_corners=False).double()
     weights = None if weights is None else torch.tensor(weights)
     expected = F.cross_entropy(
-        enlarged, given, weight=None if weights is None else weights.double(), ignore_index=255, label_smoothing=smoothing
+        enlarged, labels, weight=None if weights is None else weights.double(), ignore_index=255, label_smoothing=smoothing
     )
-    assert pixel_loss(logits, given, 255, weights, smoothing).item() == pytest.approx(expected.item(), rel=1e-5)
+    assert pixel_loss(logits, labels, 255, weights, smoothing).item() == pytest.approx(expected.item(), rel=1e-5)
 
 
-def test_loss_of_nothing_that_counts_is_zero():
+def test_loss_of_ignored_pixels_alone_is_zero():
     logits = torch.randn(1, 3, 4, 4, requires_grad=True)
     loss = pixel_loss(logits, torch.full((1, 8, 8), 255), 255)
     loss.backward()
@@ -95,20 +96,20 @@ def test_balanced_weights():
     assert weights[2] / weights[0] == pytest.approx(math.sqrt(90))
 
 
-def test_every_validation_counts_anew(saved):
-    """All pixels that count, once, and the logged mean is that of the count."""
+def test_every_validation_starts_from_zero(saved):
+    """Each pixel that is not ignored counts once, and the logged mean is that of the counts."""
     module = SegmentationFinetuning(
         saved.model, saved.preprocessing, saved.scheme, "auto", lambda step: 0.1, OptimSettings(label_smoothing=0.0)
     )
     logged = {}
     module.log, module.log_dict = (lambda *_, **__: None), (lambda values, **_: logged.update(values))
-    given, _ = random_masks(classes=3, shape=(8, 32, 32))
+    labels, _ = random_label_maps(classes=3, shape=(8, 32, 32))
     images = torch.randint(0, 256, (8, 3, 32, 32), dtype=torch.uint8)
-    expected = confusion_of(given, most_likely_class(saved.logits(images), (32, 32)), 3)
+    expected = confusion_of(labels, most_likely_class(saved.logits(images), (32, 32)), 3)
     for _ in range(2):
         module.on_validation_epoch_start()
         for first in (0, 4):
-            batch = {"image": images[first : first + 4], "label_map": given[first : first + 4].to(torch.uint8)}
+            batch = {"image": images[first : first + 4], "label_map": labels[first : first + 4].to(torch.uint8)}
             with torch.no_grad():
                 module.validation_step(batch, 0)
         module.on_validation_epoch_end()
@@ -130,16 +131,16 @@ def test_colors_differ():
 
 def test_overlay_leaves_ignored_pixels():
     image = np.full((2, 2, 3), 100, dtype=np.uint8)
-    mask = np.array([[0, 1], [255, 1]])
-    mixed = overlay(image, mask, palette(2))
+    label_map = np.array([[0, 1], [255, 1]])
+    mixed = overlay(image, label_map, palette(2))
     assert mixed[1, 0].tolist() == [100, 100, 100]
     assert mixed[0, 1].tolist() == (0.45 * 100 + 0.55 * palette(2)[1]).round().astype(int).tolist()
 
 
 def test_grid_shows_every_image_and_class():
     images = [torch.zeros(1, 16, 16, dtype=torch.uint8), torch.zeros(5, 700, 300, dtype=torch.uint8)]
-    masks = [torch.ones(8, 8, dtype=torch.long), torch.full((9, 4), 255)]
-    picture = overlay_grid(images, masks, masks, tuple("abcdefghijklmnopqrstuvwxyz"))
+    label_maps = [torch.ones(8, 8, dtype=torch.long), torch.full((9, 4), 255)]
+    picture = overlay_grid(images, label_maps, label_maps, tuple("abcdefghijklmnopqrstuvwxyz"))
     pixels = np.array(picture)
     assert picture.width >= 3 * MIN_CELL_PX
     colors = {tuple(color) for color in palette(26).tolist()}
@@ -166,7 +167,7 @@ def folder(saved, tmp_path_factory):
     return path
 
 
-def test_what_is_saved_is_read(saved, folder):
+def test_a_saved_segmenter_is_loaded_as_it_was(saved, folder):
     read = load_segmenter(folder)
     assert (read.scheme, read.preprocessing, read.short_side, read.inference) == (
         saved.scheme,
@@ -182,7 +183,7 @@ def test_what_is_saved_is_read(saved, folder):
     )
 
 
-def test_what_is_no_segmenter_is_refused(saved, folder, tmp_path):
+def test_files_that_are_no_segmenter_are_refused(saved, folder, tmp_path):
     save_encoder(tmp_path / "encoder", saved.model.encoder, saved.preprocessing, {})
     with pytest.raises(ValueError, match="an encoder but no segmenter: give a run of simmim finetune segmentation"):
         load_segmenter(tmp_path / "encoder")
@@ -211,12 +212,13 @@ def photos(tmp_path_factory):
     return folder
 
 
-def test_predicted_masks_are_the_segmenter_s_at_the_images_sizes(saved, folder, photos, tmp_path):
-    done = segment(folder, photos, tmp_path / "out", batch_size=2)
-    assert done.count == 4 and list(done.unreadable) == [str(photos / "torn.jpg")]
+def test_predicted_label_maps_are_the_segmenter_s_at_the_images_sizes(saved, folder, photos, tmp_path):
+    result = segment(folder, photos, tmp_path / "out", batch_size=2)
+    assert result.count == 4 and list(result.unreadable) == [str(photos / "torn.jpg")]
     files = {"a": "a.jpg", "inner/b": "inner/b.png", "c.webp": "c.webp", "c.png": "c.png"}
-    masks = sorted(str(path.relative_to(tmp_path / "out" / "masks")) for path in (tmp_path / "out" / "masks").rglob("*.png"))
-    assert masks == sorted(f"{name}.png" for name in files)
+    written = tmp_path / "out" / "masks"
+    paths = sorted(str(path.relative_to(written)) for path in written.rglob("*.png"))
+    assert paths == sorted(f"{name}.png" for name in files)
     totals = np.zeros(3, dtype=int)
     for name, file in files.items():
         picture = open_picture({"bytes": None, "path": str(photos / file)}, 3)
@@ -224,22 +226,22 @@ def test_predicted_masks_are_the_segmenter_s_at_the_images_sizes(saved, folder, 
         factor = 32 / min(height, width)
         pixels = picture.crop((0, 0, width, height), (round(height * factor), round(width * factor)))
         logits = F.interpolate(saved.logits(pixels[None]), (height, width), mode="bilinear", align_corners=False)
-        mask = read_label_map({"bytes": None, "path": str(tmp_path / "out" / "masks" / f"{name}.png")})
+        label_map = read_label_map({"bytes": None, "path": str(written / f"{name}.png")})
         expected = np.array(saved.scheme.values)[logits[0].argmax(dim=0).numpy()]
-        assert mask.shape == (height, width) and (mask == expected).mean() > 0.9999, name
-        totals += [int((mask == value).sum()) for value in saved.scheme.values]
-        shown = Image.open(tmp_path / "out" / "overlays" / f"{name}.png")
-        assert shown.size == (width, height) and shown.mode == "RGB"
-    assert list(done.pixels.values()) == totals.tolist()
-    assert Image.open(tmp_path / "out" / "masks" / "a.png").mode == "P"
+        assert label_map.shape == (height, width) and (label_map == expected).mean() > 0.9999, name
+        totals += [int((label_map == value).sum()) for value in saved.scheme.values]
+        overlaid = Image.open(tmp_path / "out" / "overlays" / f"{name}.png")
+        assert overlaid.size == (width, height) and overlaid.mode == "RGB"
+    assert list(result.pixels.values()) == totals.tolist()
+    assert Image.open(written / "a.png").mode == "P"
     assert (tmp_path / "out" / "classes.txt").read_text().split() == ["ground", "house", "tree"]
 
 
-def test_prediction_refuses_what_it_cannot_do(folder, photos, tmp_path):
-    (tmp_path / "taken").mkdir()
-    (tmp_path / "taken" / "file").touch()
+def test_prediction_refuses_existing_folders_and_unreadable_images(folder, photos, tmp_path):
+    (tmp_path / "existing").mkdir()
+    (tmp_path / "existing" / "file").touch()
     with pytest.raises(ValueError, match="exists: give a new folder"):
-        segment(folder, photos, tmp_path / "taken")
+        segment(folder, photos, tmp_path / "existing")
     (tmp_path / "torn").mkdir()
     (tmp_path / "torn" / "torn.jpg").write_bytes((photos / "torn.jpg").read_bytes())
     with pytest.raises(ValueError, match="none of 1 images can be read"):
@@ -247,7 +249,7 @@ def test_prediction_refuses_what_it_cannot_do(folder, photos, tmp_path):
     assert not (tmp_path / "none").exists()
 
 
-def test_names_of_predicted_masks(tmp_path):
+def test_names_of_predicted_label_maps(tmp_path):
     inside = [str(tmp_path / name) for name in ("x/1.png", "y/1.png", "2.jpg", "2.png")]
     assert output_names(inside, tmp_path) == ["x/1", "y/1", "2.jpg", "2.png"]
     assert output_names([None, "a/1.png", "b/1.png"], tmp_path / "list.txt") == ["000000", "1.png", "1.png-000002"]

@@ -1,4 +1,4 @@
-"""Segmentation as a whole: runs of the command on digits on photographs, what they write, what they refuse."""
+"""Segmentation runs by the command, on digits on photographs: what they write, and what they refuse."""
 
 import csv
 import re
@@ -7,7 +7,6 @@ from dataclasses import replace
 
 import numpy as np
 import pytest
-import scenes
 import torch
 from PIL import Image
 
@@ -24,24 +23,9 @@ from simmim.finetune.segmentation.sliding import most_likely_class
 from simmim.finetune.settings import EncoderSettings, OptimSettings
 
 
-@pytest.fixture(scope="session")
-def labeled(tmp_path_factory):
-    """30 + 10 real digits scenes on real photographs, gray, 40 px, two classes of digits and the background."""
-    folder = tmp_path_factory.mktemp("scenes")
-    digits = scenes.load_digits()
-    parts = [
-        tuple(part[np.isin(labels, (0, 1))] for part in (images, labels))
-        for images, labels in (digits.train, digits.validation)
-    ]
-    objects = scenes.Objects(*parts, ("zero", "one"))
-    kind = scenes.SceneSpec(side_px=40, num_objects=(1, 2), object_px=(20, 26))
-    scenes.write_scenes(folder, objects, scenes.load_photographs("sklearn"), 0, 30, 10, kind)
-    return folder / "labeled"
-
-
-def settings(labeled, encoder_folder, out, **more):
-    how = {
-        "data": SceneSettings(str(labeled)),
+def settings(scene_folder, encoder_folder, out, **changes):
+    values = {
+        "data": SceneSettings(str(scene_folder)),
         "out": str(out),
         "init": str(encoder_folder),
         "labels": 12,
@@ -49,43 +33,43 @@ def settings(labeled, encoder_folder, out, **more):
         "batch_size": 6,
         "validations": 3,
         "head": HeadSettings(width=16),
-        **more,
+        **changes,
     }
-    return SegmentationSettings(**how)
+    return SegmentationSettings(**values)
 
 
 @pytest.fixture(scope="module")
-def run(labeled, encoder_folder, tmp_path_factory):
+def run(scene_folder, encoder_folder, tmp_path_factory):
     """One run of the command."""
     out = tmp_path_factory.mktemp("segmentation") / "run"
-    words = f"finetune segmentation --init {encoder_folder} --data {labeled} --out {out} --labels 12 --steps 40 "
+    words = f"finetune segmentation --init {encoder_folder} --data {scene_folder} --out {out} --labels 12 --steps 40 "
     words += "--batch-size 6 --validations 4 --head.width 16 --optim.lr 0.2 --workers 0"
     assert main(words.split()) == 0
     return out
 
 
-def test_the_best_segmenter_is_kept(labeled, run):
-    """Its mean IoU over the validation masks, counted pixel by pixel, is the one that the run wrote down."""
+def test_the_best_segmenter_is_kept(scene_folder, run):
+    """Its IoU on the validation images, counted pixel by pixel, is what the run wrote."""
     saved = load_segmenter(run)
     assert saved.scheme.classes == ("background", "zero", "one") and saved.short_side == 32
-    both, either = np.zeros(3), np.zeros(3)
-    for file in sorted((labeled / "val" / "images").iterdir()):
+    intersection, union = np.zeros(3), np.zeros(3)
+    for file in sorted((scene_folder / "val" / "images").iterdir()):
         pixels = open_picture({"bytes": None, "path": str(file)}, 1).crop((0, 0, 40, 40), (32, 32))
         predicted = most_likely_class(saved.logits(pixels[None]), (40, 40))[0].numpy()
-        given = read_label_map({"bytes": None, "path": str(labeled / "val" / "masks" / file.name)})
+        labels = read_label_map({"bytes": None, "path": str(scene_folder / "val" / "masks" / file.name)})
         for number in range(3):
-            both[number] += ((given == number) & (predicted == number)).sum()
-            either[number] += ((given == number) | (predicted == number)).sum()
+            intersection[number] += ((labels == number) & (predicted == number)).sum()
+            union[number] += ((labels == number) | (predicted == number)).sum()
     with (run / "iou.csv").open(newline="") as text:
         written = [float(row["IoU"] or 0) for row in csv.DictReader(text)]
-    assert written == pytest.approx((both / np.maximum(either, 1)).tolist(), abs=1e-4)
+    assert written == pytest.approx((intersection / np.maximum(union, 1)).tolist(), abs=1e-4)
     with (run / "metrics.csv").open(newline="") as text:
         rows = list(csv.DictReader(text))
-    assert max(float(row["mean_iou"]) for row in rows if row["mean_iou"]) <= np.mean(both / either) + 1e-6
-    assert written[0] > 0.5, "it has learned what background is"
+    assert max(float(row["mean_iou"]) for row in rows if row["mean_iou"]) <= np.mean(intersection / union) + 1e-6
+    assert written[0] > 0.5, "the background is learned"
 
 
-def test_what_a_run_shows(run):
+def test_a_run_logs_scalars_and_label_maps(run):
     from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
     events = EventAccumulator(str(run / "tensorboard"), size_guidance={"images": 0})
@@ -97,11 +81,11 @@ def test_what_a_run_shows(run):
     assert Image.open(run / "masks.png").width > 300
 
 
-def test_predict_writes_masks(labeled, run, tmp_path, capsys):
-    images = labeled / "val" / "images"
+def test_predict_writes_label_maps(scene_folder, run, tmp_path, capsys):
+    images = scene_folder / "val" / "images"
     assert main(["predict", "--run", str(run), "--images", str(images), "--out", str(tmp_path / "out")]) == 0
-    said = capsys.readouterr()
-    assert "10 images segmented, 0 unreadable" in said.out and "background" in said.out
+    output = capsys.readouterr().out
+    assert "10 images segmented, 0 unreadable" in output and "background" in output
     assert {path.name for path in (tmp_path / "out" / "masks").iterdir()} == {path.name for path in images.iterdir()}
     assert {Image.open(path).size for path in (tmp_path / "out" / "masks").iterdir()} == {(40, 40)}
     assert main(["predict", "--run", str(run), "--images", str(images), "--out", str(tmp_path / "out")]) == 2
@@ -112,90 +96,94 @@ def test_predict_writes_masks(labeled, run, tmp_path, capsys):
     assert not (tmp_path / "bare" / "overlays").exists()
 
 
-def test_resumed_equals_uninterrupted(labeled, encoder_folder, tmp_path, power_cut):
-    """With dropout, stochastic depth, random views and jitter, to the last bit."""
+def test_resumed_equals_uninterrupted(scene_folder, encoder_folder, tmp_path, power_cut):
+    """Bit by bit, with dropout, stochastic depth, random views and jitter."""
     longer = {"encoder": EncoderSettings(drop_path_rate=0.3), "steps": 70}
-    whole = finetune(settings(labeled, encoder_folder, tmp_path / "whole", **longer), quiet=True)
+    whole = finetune(settings(scene_folder, encoder_folder, tmp_path / "whole", **longer), quiet=True)
     with power_cut(after_step=60):
-        finetune(settings(labeled, encoder_folder, tmp_path / "cut", **longer), quiet=True)
+        finetune(settings(scene_folder, encoder_folder, tmp_path / "cut", **longer), quiet=True)
     assert (tmp_path / "cut/checkpoints/step-00000050.ckpt").is_file()
-    cut = finetune(settings(labeled, encoder_folder, tmp_path / "cut", **longer, resume=True), quiet=True)
+    cut = finetune(settings(scene_folder, encoder_folder, tmp_path / "cut", **longer, resume=True), quiet=True)
     first, second = (torch.load(r.run / "checkpoints/last.ckpt", weights_only=True) for r in (whole, cut))
     assert all(torch.equal(value, second["state_dict"][name]) for name, value in first["state_dict"].items())
     assert cut == replace(whole, run=cut.run)
 
 
-def test_a_frozen_encoder_stays_and_the_heads_learn(labeled, encoder_folder, tmp_path):
-    result = finetune(settings(labeled, encoder_folder, tmp_path / "run", freeze=True, class_weights="balanced"), quiet=True)
+def test_a_frozen_encoder_stays_and_the_heads_learn(scene_folder, encoder_folder, tmp_path):
+    result = finetune(
+        settings(scene_folder, encoder_folder, tmp_path / "run", freeze=True, class_weights="balanced"), quiet=True
+    )
     state = torch.load(result.run / "checkpoints/last.ckpt", weights_only=True)["state_dict"]
     for name, value in load_encoder(encoder_folder).state_dict().items():
         assert torch.equal(state[f"model.encoder.{name}"], value), name
     assert state["model.head.classify.bias"].abs().max() > 0
     assert state["model.norms.0.bias"].abs().max() > 0
+    assert result.score == result.metrics["mean_iou"] <= result.best
+    with pytest.raises(AttributeError, match="this task has no accuracy: take score, its mean_iou"):
+        _ = result.accuracy
 
 
-def test_norms_follow_from_the_images_of_a_forward_pass(labeled, encoder_folder, run, tmp_path):
+def test_norms_follow_from_the_images_of_a_forward_pass(scene_folder, encoder_folder, run, tmp_path):
     assert load_segmenter(run).model.shape.norm == "batch"  # 6 images
-    small = settings(labeled, encoder_folder, tmp_path / "run", batch_size=6, optim=OptimSettings(accumulate=3), steps=2)
+    small = settings(
+        scene_folder, encoder_folder, tmp_path / "run", batch_size=6, optim=OptimSettings(accumulate=3), steps=2
+    )
     assert load_segmenter(finetune(small, quiet=True).run).model.shape.norm == "image"
-    alone = settings(labeled, encoder_folder, tmp_path / "alone", batch_size=1, head=HeadSettings(width=16, norm="batch"))
+    alone = settings(
+        scene_folder, encoder_folder, tmp_path / "alone", batch_size=1, head=HeadSettings(width=16, norm="batch")
+    )
     with pytest.raises(ValueError, match=r"head\.norm is batch, with 1 image per device"):
         finetune(alone, quiet=True)
     assert not (tmp_path / "alone").exists()
 
 
-def test_images_of_other_sizes_and_a_head_of_the_same_classes(labeled, run, tmp_path, capsys):
-    """Validation one by one, in windows; the heads of a run for the same classes go on."""
+def test_images_of_other_sizes_and_a_head_of_the_same_classes(scene_folder, run, tmp_path, capsys):
+    """Validation images one by one in windows; the heads of a run for the same classes are loaded."""
     for part in ("train", "val"):
         for kind in ("images", "masks"):
             (tmp_path / "data" / part / kind).mkdir(parents=True)
-            for number, file in enumerate(sorted((labeled / part / kind).iterdir())):
+            for number, file in enumerate(sorted((scene_folder / part / kind).iterdir())):
                 image = Image.open(file).resize((40 + 8 * (number % 4), 60), Image.Resampling.NEAREST)
                 image.save(tmp_path / "data" / part / kind / file.name)
     (tmp_path / "data" / "classes.txt").write_text("background\nzero\none\n")
     words = f"finetune segmentation --init {run} --data {tmp_path / 'data'} --out {tmp_path / 'run'} --steps 4 "
     words += "--batch-size 4 --optim.lr 1e-9 --head.width 16 --data.short_side 0 --data.inference slide --validations 1"
     assert main(words.split()) == 0
-    said = capsys.readouterr().out
-    assert "heads of the same 3 classes loaded" in said
+    output = capsys.readouterr().out
+    assert "heads of the same 3 classes loaded" in output
     before, after = (dict(load_segmenter(place).model.named_parameters()) for place in (run, tmp_path / "run"))
     for name, value in before.items():
         torch.testing.assert_close(after[name], value, atol=1e-6, rtol=0)
-    assert re.search(r"mean_iou [\d.]+% at the end", said)
+    assert re.search(r"mean_iou [\d.]+% at the end", output)
     assert main([*words.replace(str(tmp_path / "run"), str(tmp_path / "other")).split(), "--head.width", "32"]) == 0
     assert "heads of 3 classes replaced by fresh ones of 3" in capsys.readouterr().out
 
 
-def test_gray_scenes_take_a_color_encoder(labeled, encoder_folder, tmp_path, capsys):
+def test_gray_scenes_take_a_color_encoder(scene_folder, encoder_folder, tmp_path, capsys):
     torch.manual_seed(0)
     encoder = SwinV2(replace(load_encoder(encoder_folder).config, in_channels=3))
     save_encoder(tmp_path / "encoder", encoder, Preprocessing((32, 32), (0.4,) * 3, (0.2,) * 3), {})
-    words = f"finetune segmentation --init {tmp_path / 'encoder'} --data {labeled} --out {tmp_path / 'run'} --steps 2 "
+    words = f"finetune segmentation --init {tmp_path / 'encoder'} --data {scene_folder} --out {tmp_path / 'run'} --steps 2 "
     words += "--batch-size 4 --head.width 16 --validations 1"
     assert main(words.split()) == 0
     assert load_segmenter(tmp_path / "run").model.encoder.config.in_channels == 3
 
 
-def test_an_encoder_of_many_channels_is_adapted_and_it_is_said(labeled, encoder_folder, tmp_path, capsys):
+def test_an_encoder_of_many_channels_is_adapted_and_the_run_reports_it(scene_folder, encoder_folder, tmp_path, capsys):
     encoder = SwinV2(replace(load_encoder(encoder_folder).config, in_channels=5))
     save_encoder(tmp_path / "encoder", encoder, Preprocessing((32, 32), (0.4,) * 5, (0.2,) * 5), {})
-    words = f"finetune segmentation --init {tmp_path / 'encoder'} --data {labeled} --out {tmp_path / 'run'} --steps 2 "
+    words = f"finetune segmentation --init {tmp_path / 'encoder'} --data {scene_folder} --out {tmp_path / 'run'} --steps 2 "
     words += "--batch-size 4 --head.width 16 --validations 1"
     assert main(words.split()) == 0
     assert "5 input channels to 1" in capsys.readouterr().out
 
 
-def copy_of(labeled, folder):
-    shutil.copytree(labeled, folder)
-    return folder
-
-
 @pytest.mark.parametrize(
-    "how, said",
+    "problem, message",
     [
         ("unknown value", r"label map .*00003\.png holds the value 9, expected 0 to 2"),
         ("size", r"label map .*00003\.png is 40x41 pixels and its image .*00003\.png 40x40 \(height x width\)"),
-        ("no mask", r"image .*00003\.png has no label map"),
+        ("no label map", r"image .*00003\.png has no label map"),
         ("classes", r"holds the value 2, expected 0 to 1"),
         ("empty", "images' is empty"),
         ("labels", "31 labeled scenes asked for, there are 30"),
@@ -203,33 +191,33 @@ def copy_of(labeled, folder):
         ("width", "head.width is 17: give a positive multiple of 16"),
     ],
 )
-def test_wrong_input_ends_in_one_line(labeled, tmp_path, capsys, how, said):
-    data = copy_of(labeled, tmp_path / "data")
-    mask, more = data / "train" / "masks" / "00003.png", []
-    if how == "unknown value":
-        values = np.array(Image.open(mask))
+def test_wrong_input_ends_in_one_line(scene_folder, tmp_path, capsys, problem, message):
+    data = shutil.copytree(scene_folder, tmp_path / "data")
+    label_map, more = data / "train" / "masks" / "00003.png", []
+    if problem == "unknown value":
+        values = np.array(Image.open(label_map))
         values[0, 0] = 9
-        Image.fromarray(values).save(mask)
-    elif how == "size":
-        Image.new("L", (41, 40)).save(mask)
-    elif how == "no mask":
-        mask.unlink()
-    elif how == "classes":
+        Image.fromarray(values).save(label_map)
+    elif problem == "size":
+        Image.new("L", (41, 40)).save(label_map)
+    elif problem == "no label map":
+        label_map.unlink()
+    elif problem == "classes":
         (data / "classes.txt").write_text("background\nzero\n")
-    elif how == "empty":
+    elif problem == "empty":
         for file in (data / "train" / "images").iterdir():
             file.unlink()
     else:
-        more = {"labels": ["--labels", "31"], "stage": ["--lables", "3"], "width": ["--head.width", "17"]}[how]
+        more = {"labels": ["--labels", "31"], "stage": ["--lables", "3"], "width": ["--head.width", "17"]}[problem]
     words = ["finetune", "segmentation", "--data", str(data), "--out", str(tmp_path / "run"), "--steps", "1", *more]
     assert main(words) == 2
     error = capsys.readouterr().err
-    assert re.search(said, error) and len(error.strip().splitlines()) == 1
+    assert re.search(message, error) and len(error.strip().splitlines()) == 1
     assert not (tmp_path / "run").exists()
 
 
 def test_settings_out_of_range_are_refused():
-    for wrong, said in (
+    for values, message in (
         ({"scale": (0.0, 1.0)}, "data.scale"),
         ({"flip": 2.0}, "data.flip"),
         ({"inference": "windows"}, "whole, slide"),
@@ -237,15 +225,15 @@ def test_settings_out_of_range_are_refused():
         ({"crop_class_share": 0.0}, "crop_class_share"),
         ({"color_jitter": 1.0}, "color_jitter"),
     ):
-        with pytest.raises(ValueError, match=said):
-            SceneSettings("x", **wrong)
+        with pytest.raises(ValueError, match=message):
+            SceneSettings("x", **values)
     with pytest.raises(ValueError, match="none or balanced"):
         SegmentationSettings(data="x", out="y", class_weights="some")
     assert SegmentationSettings(data="x", out="y").optim == OptimSettings(label_smoothing=0.0)
 
 
-def test_a_run_is_not_resumed_with_other_scenes(labeled, encoder_folder, tmp_path):
-    """The number of labels may grow in a study; a run is of those that it began with."""
-    finetune(settings(labeled, encoder_folder, tmp_path / "run", steps=1), quiet=True)
+def test_a_run_is_not_resumed_with_other_scenes(scene_folder, encoder_folder, tmp_path):
+    """A study may grow by labels; a run keeps those that it started with."""
+    finetune(settings(scene_folder, encoder_folder, tmp_path / "run", steps=1), quiet=True)
     with pytest.raises(ValueError, match=r"was started with other settings: .*labels was 12, is 13"):
-        finetune(settings(labeled, encoder_folder, tmp_path / "run", steps=1, labels=13, resume=True), quiet=True)
+        finetune(settings(scene_folder, encoder_folder, tmp_path / "run", steps=1, labels=13, resume=True), quiet=True)
