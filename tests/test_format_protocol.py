@@ -14,6 +14,7 @@ from conversion import CLASSES, SMALL, assert_round_trip, random_checkpoint, sam
 from test_swinv2 import random_images, randomize
 from torch import nn
 from toy_encoder import ToyConfig, ToyEncoder
+from toy_method import ToyMethod
 
 from simmim import load_encoder
 from simmim.checkpoints import Checkpoint, Preprocessing, read, read_encoder, save_encoder
@@ -24,7 +25,6 @@ from simmim.checkpoints.own_files import save_checkpoint
 from simmim.cli import main
 from simmim.encoders import registry as encoders
 from simmim.encoders.base import EncoderFamily
-from simmim.methods.base import Method, MethodOutput
 from simmim.methods.registry import METHODS
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -43,45 +43,16 @@ def toy_encoder(monkeypatch):
     monkeypatch.setitem(encoders.FAMILIES, "toy", "toy_encoder")
 
 
-class Rotation(Method):
-    """A toy method with a state of its own: a layer that tells by how much an image was turned."""
-
-    name = "rotation"
-    title = "Rotation"
-    own_parts = "rotation classifier"
-    loss_name = "cross_entropy"
-    predicts_pixels = False
-
-    def __init__(self, encoder):
-        super().__init__()
-        self.encoder, self.classify = encoder, nn.Linear(encoder.dim, 4)
-
-    @classmethod
-    def build(cls, encoder, settings):
-        return cls(encoder)
-
-    def draw(self, image_size, seeds, device):
-        return torch.tensor(seeds, device=device) % 4
-
-    def forward(self, images, drawn, return_reconstruction=False):
-        turned = torch.stack([torch.rot90(image, int(turns), (1, 2)) for image, turns in zip(images, drawn)])
-        return MethodOutput(nn.functional.cross_entropy(self.classify(self.encoder(turned).pooled), drawn))
-
-    @classmethod
-    def expected_state(cls, config):
-        return {"classify.weight": (4, config.channels[-1]), "classify.bias": (4,)}
-
-
 @pytest.fixture
-def rotation(monkeypatch):
+def toy_method(monkeypatch):
     """The one line that registers a method."""
-    monkeypatch.setitem(METHODS, "rotation", (__name__, "Rotation"))
+    monkeypatch.setitem(METHODS, "toy", ("toy_method", "ToyMethod"))
 
 
-def toy_checkpoint(method=None, classes=()):
-    """A random toy encoder, with a method's own weights and a head if asked for."""
+def toy_checkpoint(pretrained=False, classes=()):
+    """A random toy encoder, with the toy method's own weights and a head if asked for."""
     encoder = randomize(ToyEncoder(ToyConfig()))
-    own = randomize(method(encoder), seed=2).own_state() if method else {}
+    own = randomize(ToyMethod(encoder, 0.5), seed=2).own_state() if pretrained else {}
     head = randomize(nn.Linear(16, len(classes)), seed=1).state_dict() if classes else {}
     return Checkpoint(
         encoder.config,
@@ -89,7 +60,7 @@ def toy_checkpoint(method=None, classes=()):
         Preprocessing((32, 32), (0.4,) * 3, (0.2,) * 3),
         Path("random"),
         provenance={"method": "toys"},
-        method=method.name if method else "simmim",
+        method="toy" if pretrained else "simmim",
         pretraining={name: value.detach() for name, value in own.items()},
         head=head,
         classes=tuple(classes),
@@ -137,6 +108,7 @@ def test_training_goes_on_from_a_toy_format(toy_format, digits, tmp_path, capsys
     words = ["--data", str(digits.unlabeled), "--out", str(tmp_path / "pretrained"), "--epochs", "0.03", "--batch-size", "4"]
     assert main(["pretrain", *words, *shared, "--model.mask-unit", "8"]) == 0
     assert "loaded     mask token and decoder" in capsys.readouterr().out
+    assert not same_tensors(read(tmp_path / "pretrained").encoder, checkpoint.encoder)
     words = ["--data", str(digits.labeled), "--out", str(tmp_path / "finetuned"), "--labels-per-class", "1", "--steps", "1"]
     assert main(["finetune", "classification", *words, *shared, "--batch-size", "5"]) == 0
     assert "(toy archives)" in capsys.readouterr().out
@@ -255,44 +227,46 @@ def test_buffers_of_an_encoder(tmp_path, monkeypatch):
 # --- a new method ----------------------------------------------------------------------------------------------------
 
 
-def test_the_own_format_holds_a_methods_state(toy_encoder, rotation, tmp_path):
+def test_the_own_format_holds_a_methods_state(toy_encoder, toy_method, tmp_path):
     """By the method's name, whatever its shapes; its weights are checked by what the method expects."""
-    before = toy_checkpoint(Rotation)
+    before = toy_checkpoint(pretrained=True)
     exported = export(before, "safetensors", tmp_path / "out")
     after = read(exported.folder)
-    assert exported.form == after.method == "rotation" and exported.contents == "encoder, rotation classifier"
-    assert same_tensors(after.pretraining, before.pretraining) and after.pretraining.keys() == {
-        "classify.weight",
-        "classify.bias",
-    }
-    assert "holds      encoder; rotation classifier" in inspect(exported.folder)
+    assert exported.form == after.method == "toy" and exported.contents == "encoder, linear head"
+    assert after.pretraining.keys() == {"head.weight", "head.bias"}
+    assert same_tensors(after.pretraining, before.pretraining)
+    assert "holds      encoder; linear head" in inspect(exported.folder)
     card = (exported.folder / "README.md").read_text(encoding="utf-8")
-    assert "with the rotation classifier of Rotation" in card and "tags: [toy, rotation, self-supervised]" in card
-    wrong = replace(before, pretraining={"classify.weight": torch.zeros(4, 9), "classify.bias": torch.zeros(4)})
+    assert "with the linear head of Toy method" in card and "tags: [toy, toy, self-supervised]" in card
+    wrong = replace(before, pretraining={"head.weight": torch.zeros(3, 9), "head.bias": torch.zeros(3)})
     folder = save_checkpoint(tmp_path / "wrong", wrong)
-    message = r"pretraining\.safetensors does not fit Rotation with this encoder: .*classify\.weight \(4, 9\) for \(4, 16\)"
+    message = r"pretraining\.safetensors does not fit Toy method with this encoder: .*head\.weight \(3, 9\) for \(3, 16\)"
     with pytest.raises(ValueError, match=message):
         read(folder)
 
 
-def test_other_formats_leave_out_a_methods_state(rotation, tmp_path):
+def swinv2_of_the_toy_method():
+    state = {"head.weight": torch.zeros(3, 16), "head.bias": torch.zeros(3)}
+    return replace(random_checkpoint(SMALL, (32, 32), ()), method="toy", pretraining=state)
+
+
+def test_other_formats_leave_out_a_methods_state(toy_method, tmp_path):
     """They have a place for SimMIM's alone: the encoder goes without, with a note, and the form is refused."""
-    state = {"classify.weight": torch.zeros(4, 16), "classify.bias": torch.zeros(4)}
-    checkpoint = replace(random_checkpoint(SMALL, (32, 32), ()), method="rotation", pretraining=state)
+    checkpoint = swinv2_of_the_toy_method()
     exported = export(checkpoint, "official", tmp_path / "encoder")
-    assert exported.form == "encoder" and exported.notes == ("left out: rotation classifier",)
+    assert exported.form == "encoder" and exported.notes == ("left out: linear head",)
     for name in FOREIGN:
-        with pytest.raises(ValueError, match="no place for the rotation classifier of Rotation: export as safetensors, or"):
-            export(checkpoint, name, tmp_path / "out", "rotation")
+        with pytest.raises(ValueError, match="no place for the linear head of Toy method: export as safetensors, or"):
+            export(checkpoint, name, tmp_path / "out", "toy")
         with pytest.raises(ValueError, match="has no mask token and decoder"):
             export(checkpoint, name, tmp_path / "out", "simmim")
     assert not (tmp_path / "out").exists()
 
 
-def test_an_unknown_method_is_named(rotation, tmp_path, monkeypatch):
-    folder = save_checkpoint(tmp_path, replace(random_checkpoint(SMALL, (32, 32), ()), method="rotation"))
-    monkeypatch.delitem(METHODS, "rotation")
-    with pytest.raises(ValueError, match=r"pretraining\.safetensors: unknown method 'rotation'; known: simmim"):
+def test_an_unknown_method_is_named(toy_method, tmp_path, monkeypatch):
+    folder = save_checkpoint(tmp_path, swinv2_of_the_toy_method())
+    monkeypatch.delitem(METHODS, "toy")
+    with pytest.raises(ValueError, match=r"pretraining\.safetensors: unknown method 'toy'; known: simmim"):
         read(folder)
 
 
