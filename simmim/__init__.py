@@ -1,9 +1,10 @@
-"""SimMIM pre-training of Swin Transformer V2 encoders on one's own images.
+"""Masked image pre-training of Swin Transformer V2 encoders on your own images, and transfer to few labels.
 
-Importing this package loads nothing heavy: names resolve when they are first used.
+Importing this package loads nothing heavy: a name is imported when it is first used.
 """
 
 from importlib import import_module
+from typing import Any
 
 __version__ = "0.1.0"
 
@@ -19,7 +20,7 @@ _HOMES = {
 __all__ = [*_HOMES, "__version__"]
 
 
-def __getattr__(name: str):
+def __getattr__(name: str) -> Any:
     if name not in _HOMES:
         raise AttributeError(f"module 'simmim' has no attribute {name!r}")
     return getattr(import_module(_HOMES[name]), name)

@@ -1,4 +1,4 @@
-"""Settings that have a new name. The old name is still understood, as a flag, in YAML and in the folder of an earlier run."""
+"""Settings with a new name. The old name is still understood: as a flag, in YAML, and in the folder of an earlier run."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ def with_current_names(values: Mapping[str, Any], known: Container[str] | None =
     Raises:
         ValueError: when a setting stands under its old name and under its new one.
     """
-    renamed, found = dict(values), []
+    renamed, old_names = dict(values), []
     for old, new in RENAMED_SETTINGS.items():
         group, old_leaf = old.split(".")
         inside = renamed.get(group)
@@ -37,5 +37,5 @@ def with_current_names(values: Mapping[str, Any], known: Container[str] | None =
             raise ValueError(f"{old} is the old name of {new}, and both are given: give {new} alone")
         # In the same place, so that a printed configuration keeps its order.
         renamed[group] = {new_leaf if leaf == old_leaf else leaf: value for leaf, value in inside.items()}
-        found.append(old)
-    return renamed, found
+        old_names.append(old)
+    return renamed, old_names

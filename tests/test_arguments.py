@@ -60,7 +60,7 @@ def test_values_keep_their_types():
 
 
 def test_resuming_takes_the_runs_own_settings(tmp_path):
-    """`--out RUN --resume` is all that need be said; what else is said comes after and so wins."""
+    """`--out RUN --resume` is enough; further words come after the run's settings and win."""
     run = tmp_path / "run"
     run.mkdir()
     settings = PretrainSettings(data="images", out=str(run), epochs=3.0, preset="nano")

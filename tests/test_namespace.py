@@ -34,7 +34,7 @@ def run(words, cwd, path=ROOT):
 
 @pytest.fixture
 def own_folder(tmp_path):
-    """A folder with packages and a module of the stages' names, which break whoever imports them."""
+    """A folder with packages and a module of the stages' names. Importing one of them fails."""
     for name in ("pretrain/__init__.py", "finetune/__init__.py", "pretrain.py"):
         (tmp_path / name).parent.mkdir(exist_ok=True)
         (tmp_path / name).write_text(f"raise RuntimeError('the user\\'s own {name}')\n")

@@ -37,10 +37,17 @@ def check_libraries() -> None:
 class Scored(Protocol):
     """What the comparison of arms needs to know of a trial; `score` is in [0, 1], higher is better."""
 
-    arm: str
-    labels: int | str
-    seed: int
-    score: float
+    @property
+    def arm(self) -> str: ...
+
+    @property
+    def labels(self) -> int | str: ...
+
+    @property
+    def seed(self) -> int: ...
+
+    @property
+    def score(self) -> float: ...
 
 
 class PairedGain(NamedTuple):

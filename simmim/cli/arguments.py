@@ -89,11 +89,13 @@ class Schema:
     @classmethod
     def of(cls, settings_class: type, prefix: str = "") -> Schema:
         """The settings of `settings_class` and of the dataclasses inside it."""
-        hints, groups, required = {}, [], []
+        hints: dict[str, Any] = {}
+        groups: list[str] = []
+        required: list[str] = []
         types_of_fields = typing.get_type_hints(settings_class)
         for field in fields(settings_class):
             key, hint = prefix + field.name, types_of_fields[field.name]
-            if is_dataclass(hint):
+            if isinstance(hint, type) and is_dataclass(hint):
                 inner = cls.of(hint, key + ".")
                 hints |= inner.hints
                 groups += [key, *inner.groups]
@@ -130,19 +132,19 @@ class Schema:
         Raises:
             UsageError: for an unknown key, and for a group that is no mapping.
         """
-        found: dict[str, Any] = {}
+        leaves: dict[str, Any] = {}
         for name, value in values.items():
             key = f"{prefix}{name}"
             if key in self.hints:
-                found[key] = value
+                leaves[key] = value
             elif key not in self.groups:
                 raise UsageError(f"unknown setting {key!r}{nearest(key, list(self.hints))}")
             elif isinstance(value, Mapping):
-                found |= self.leaves(value, f"{key}.")
+                leaves |= self.leaves(value, f"{key}.")
             else:
                 first = next(name for name in self.hints if name.startswith(f"{key}."))
                 raise UsageError(f"{key} is a group of settings: give its keys, {first} for instance")
-        return found
+        return leaves
 
 
 def note_on_renamed(key: str) -> None:
@@ -200,46 +202,50 @@ def parse(
     if any(word.key == HELP for word in split):
         parser.print_help()
         raise SystemExit(0)
-    arguments, given = checked(with_values(split, schema, positional), schema, config)
-    missing = [key for key in schema.required if key not in dict(given)]
+    arguments, assigned = resolve_words(with_values(split, schema, positional), schema, config)
+    missing = [key for key in schema.required if key not in dict(assigned)]
     if missing and not any(word.key == PRINT_CONFIG for word in split):
         raise UsageError(f"missing: give {' and '.join(flag_of(key) for key in sorted(missing))}")
     try:
         values = parser.instantiate(parser.parse_args(arguments))
     except ArgumentError as error:
-        raise UsageError(wrong_value(given, schema) or " ".join(str(error).split())) from None
+        raise UsageError(wrong_value(assigned, schema) or " ".join(str(error).split())) from None
     return (result_class or settings_class)(**{field.name: getattr(values, field.name) for field in fields(settings_class)})
 
 
-def checked(words: Sequence[Word], schema: Schema, config: bool) -> tuple[list[str], list[tuple[str, Any]]]:
+def resolve_words(words: Sequence[tuple[str, str]], schema: Schema, config: bool) -> tuple[list[str], list[tuple[str, Any]]]:
     """Words under the names of known settings.
 
+    Args:
+        words: flag and value of each.
+
     Returns:
-        The words as jsonargparse reads them, and the settings that they give: text of flags, values of YAML.
+        The words as jsonargparse reads them, and the settings that they assign: text of flags, values of YAML.
 
     Raises:
         UsageError: for unknown settings, and for files that hold none.
     """
-    arguments, given = [], []
-    for word in words:
-        if config and word.key == CONFIG:
-            values, renamed = with_current_names(read_config(word.value), schema.hints)
-            for key in renamed:
-                note_on_renamed(key)
-            given += schema.leaves(values).items()
+    arguments: list[str] = []
+    assigned: list[tuple[str, Any]] = []
+    for word_key, text in words:
+        if config and word_key == CONFIG:
+            values, renamed = with_current_names(read_config(text), schema.hints)
+            for old_name in renamed:
+                note_on_renamed(old_name)
+            assigned += schema.leaves(values).items()
             arguments.append(f"--config={json.dumps(values, default=str)}")
-        elif config and word.key == PRINT_CONFIG:
-            arguments.append("--print_config" + (f"={word.value}" if word.value else ""))
+        elif config and word_key == PRINT_CONFIG:
+            arguments.append("--print_config" + (f"={text}" if text else ""))
         else:
-            key = schema.current_key(word.key)
+            key = schema.current_key(word_key)
             if key in schema.groups:
-                value = group_value(word.value)
-                given += schema.leaves(nested(key, value)).items()
+                value = group_value(text)
+                assigned += schema.leaves(nested(key, value)).items()
                 arguments.append(f"--{key}={json.dumps(value, default=str)}")
             else:
-                given.append((key, word.value))
-                arguments.append(f"--{key}={word.value}")
-    return arguments, given
+                assigned.append((key, text))
+                arguments.append(f"--{key}={text}")
+    return arguments, assigned
 
 
 def make_parser(
@@ -269,30 +275,31 @@ def make_parser(
 CONFIG_EPILOG = "--data PATH is --data.path PATH; hyphens and underscores are alike: --image-size 192."
 
 
-def with_values(split: Sequence[Word], schema: Schema, positional: str | None) -> list[Word]:
-    """Words with a value each: bare switches are true, a word without a flag sets the setting `positional`.
+def with_values(words: Sequence[Word], schema: Schema, positional: str | None) -> list[tuple[str, str]]:
+    """Flag and value of each word. Bare switches are true; a word without a flag sets the setting `positional`.
 
     Raises:
         UsageError: for a word that belongs to no flag, and for a flag without its value.
     """
-    complete = []
-    for word in split:
-        hint = schema.hints.get(word.key)
+    pairs = []
+    for word in words:
+        is_switch = schema.hints.get(word.key) is bool
         if not word.key:
-            if positional is None or word.value.startswith("-"):
-                raise UsageError(f"unexpected word {word.value!r}: every setting has a name, {example(schema)} for instance")
-            complete.append(Word(positional, word.value))
-        elif hint is bool and word.value is None:
-            complete.append(Word(word.key, "true"))
-        elif hint is bool and positional and word.value not in ("true", "false"):
-            complete += [Word(word.key, "true"), Word(positional, word.value)]
+            text = word.value or ""
+            if positional is None or text.startswith("-"):
+                raise UsageError(f"unexpected word {text!r}: every setting has a name, {example(schema)} for instance")
+            pairs.append((positional, text))
+        elif is_switch and word.value is None:
+            pairs.append((word.key, "true"))
+        elif is_switch and positional and word.value not in ("true", "false", None):
+            pairs += [(word.key, "true"), (positional, word.value)]
         elif word.value is None and word.key != PRINT_CONFIG:
             if word.key != CONFIG:
-                schema.current_key(word.key)
+                schema.current_key(word.key)  # an unknown setting is reported as such
             raise UsageError(f"{word.key} has no value: give --{word.key.replace('_', '-')} VALUE")
         else:
-            complete.append(word)
-    return complete
+            pairs.append((word.key, word.value or ""))
+    return pairs
 
 
 def example(schema: Schema) -> str:
@@ -354,11 +361,11 @@ def nested(key: str, value: Any) -> dict[str, Any]:
 # --- values of the wrong type --------------------------------------------------------------------------------------------
 
 
-def wrong_value(given: Sequence[tuple[str, Any]], schema: Schema) -> str:
+def wrong_value(assigned: Sequence[tuple[str, Any]], schema: Schema) -> str:
     """A message about the first setting whose value is not of its type; empty where there is none."""
-    for key, value in given:
+    for key, value in assigned:
         if key in schema.hints and not is_of_type(value, schema.hints[key]):
-            return f"{key} is {value!r}: give {described(schema.hints[key])}"
+            return f"{key} is {value!r}: give {describe_type(schema.hints[key])}"
     return ""
 
 
@@ -381,13 +388,13 @@ def is_of_type(value: Any, hint: Any) -> bool:
 NAMES_OF_TYPES = {int: "a whole number", float: "a number", bool: "true or false", str: "text", dict: "keys and values"}
 
 
-def described(hint: Any) -> str:
+def describe_type(hint: Any) -> str:
     """What to give for a setting of this type."""
     origin, inner = typing.get_origin(hint), typing.get_args(hint)
     if origin in (typing.Union, types.UnionType):
-        return " or ".join(described(one) for one in inner if one is not types.NoneType)
+        return " or ".join(describe_type(one) for one in inner if one is not types.NoneType)
     if origin in (tuple, list):
         elements = [one for one in inner if one is not Ellipsis]
-        listed = "…" if origin is list or Ellipsis in inner else ", ".join(described(one) for one in elements)
-        return f"a list, [{listed}]" if listed != "…" else f"a list, each {described(elements[0])}: [A, B]"
+        listed = "…" if origin is list or Ellipsis in inner else ", ".join(describe_type(one) for one in elements)
+        return f"a list, [{listed}]" if listed != "…" else f"a list, each {describe_type(elements[0])}: [A, B]"
     return NAMES_OF_TYPES.get(origin or hint, str(hint))

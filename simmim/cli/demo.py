@@ -73,14 +73,17 @@ def compare_with_scratch(run: Path, labeled: Path, out: Path, num_seeds: int) ->
     """Fine-tune the encoder of `run` and its twin from scratch; the table of their accuracies."""
     from simmim.cli.train import finetune_settings
     from simmim.data import available_cores
+    from simmim.finetune.classification.settings import ClassificationSettings
     from simmim.finetune.label_study.arms import pretrained_and_scratch
     from simmim.finetune.label_study.report import comparison_table
     from simmim.finetune.label_study.trials import run_arms
 
     recipe = ["--config", str(recipe_path("finetune/demo.yaml"))]
     words = [*recipe, "--data", str(labeled), "--out", str(out / "finetune"), "--init", str(run)]
-    arms = pretrained_and_scratch(finetune_settings("classification", words), **SCRATCH_TWIN)
-    labels = {number: number for number in LABELS_PER_CLASS}
+    settings = finetune_settings("classification", words)
+    assert isinstance(settings, ClassificationSettings)
+    arms = pretrained_and_scratch(settings, **SCRATCH_TWIN)
+    labels: dict[int | str, float] = {number: number for number in LABELS_PER_CLASS}
     result = run_arms(arms, labels, range(num_seeds), out / "finetune", processes=min(available_cores(), 4))
     return comparison_table(result.trials, result.arms, LABELS_PER_CLASS)
 
