@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import multiprocessing.context
+import multiprocessing.queues
 import os
 import signal
 
@@ -24,9 +26,31 @@ def build_loader(samples: Dataset, workers: int, order: Sampler | None = None, b
         collate_fn=collate,
         pin_memory=torch.cuda.is_available(),
         persistent_workers=workers > 0,
+        multiprocessing_context=quiet_context() if workers else None,
         prefetch_factor=4 if workers else None,
         worker_init_fn=ignore_signals,
     )
+
+
+class QuietQueue(multiprocessing.queues.Queue):
+    """A queue that prints no traceback when the process that it feeds has died. The main process meets that death too, and
+    reports it."""
+
+    @staticmethod
+    def _on_queue_feeder_error(error: Exception, item) -> None:
+        if not isinstance(error, BrokenPipeError):
+            multiprocessing.queues.Queue._on_queue_feeder_error(error, item)
+
+
+def quiet_context() -> multiprocessing.context.BaseContext:
+    """The default way of starting processes, with `QuietQueue` as its queues."""
+    context = multiprocessing.get_context()
+
+    class QuietContext(type(context)):
+        def Queue(self, maxsize: int = 0) -> QuietQueue:
+            return QuietQueue(maxsize, ctx=self.get_context())
+
+    return QuietContext()
 
 
 def collate(samples: list[dict]) -> dict:
