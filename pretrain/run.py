@@ -29,9 +29,11 @@ from simmim.data.label_map_sources import note_on_label_maps
 from simmim.encoders import registry
 from simmim.methods.base import Method
 from simmim.methods.registry import default_method, method_named
-from simmim.pretrain.callbacks import LabeledProbe, Reconstructions
+from simmim.pretrain.labeled_probe import LabeledProbe
 from simmim.pretrain.module import PretrainingModule
-from simmim.pretrain.settings import DataSettings, OptimSettings, PretrainSettings, ProbeSettings, resolve, settings_class
+from simmim.pretrain.reconstructions import Reconstructions
+from simmim.pretrain.resolve import resolve_settings
+from simmim.pretrain.settings import DataSettings, OptimSettings, PretrainSettings, ProbeSettings, settings_class
 from simmim.training.activations import ActivationMonitor
 from simmim.training.loggers import LossNames
 from simmim.training.progress import Throughput
@@ -177,7 +179,7 @@ def resolve_run(settings: PretrainSettings) -> Resolved:
     initial = read(settings.init) if settings.init != "none" and not has_checkpoint else None
     # Images that are in memory already are cropped faster than they could be sent between processes.
     workers = 0 if keep_decoded and device == "cpu" else default_num_workers(device)
-    settings = resolve(settings, images, source.num_images, device, workers, initial)
+    settings = resolve_settings(settings, images, source.num_images, device, workers, initial)
     precision = settings.precision or default_precision(device, settings.encoder_config())
     return Resolved(replace(settings, precision=precision), source, keep_decoded, initial)
 

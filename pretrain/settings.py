@@ -1,25 +1,12 @@
-"""Settings of stage 1, and how what the user leaves open follows from the images and the machine."""
+"""Settings of stage 1. `simmim.pretrain.resolve` fills in what the user leaves open."""
 
 from __future__ import annotations
 
-import math
-from dataclasses import dataclass, field, make_dataclass, replace
+from dataclasses import dataclass, field, make_dataclass
 from typing import ClassVar
 
-from simmim.checkpoints.checkpoint import Checkpoint
-from simmim.data import ImageStatistics
-from simmim.defaults import (
-    IMAGENET_MEAN,
-    IMAGENET_STD,
-    default_batch_size,
-    default_image_size,
-    default_preset,
-    default_pretraining_epochs,
-    encoder_channels,
-    plain_size,
-)
 from simmim.encoders import registry
-from simmim.encoders.base import EncoderConfig, with_fields
+from simmim.encoders.base import EncoderConfig
 from simmim.messages import did_you_mean
 from simmim.methods.base import MethodSettings
 from simmim.methods.registry import default_method, method_named
@@ -32,18 +19,18 @@ class DataSettings:
     """The unlabeled images and how they are cropped.
 
     Args:
-        path: folder of images, nested as you like; or a glob, a text file of paths, Parquet or Arrow files, WebDataset
-            tar shards, a saved datasets folder, a hub id; or a list of several.
-        column: which holds the images, in sources that have columns; found by default.
+        path: folder of images, nested at will; or a glob, a text file of paths, Parquet or Arrow files, WebDataset tar
+            shards, a saved datasets folder, a hub id; or a list of several.
+        column: column of the images, in sources that have columns; found by default.
         streaming: read in order through a shuffle buffer, without an index or a local copy.
-        shuffle_buffer: images in that buffer, a loading process.
-        count: images in an epoch of a stream whose length cannot be told without reading it.
+        shuffle_buffer: images in that buffer, per loading process.
+        count: images per epoch of a stream whose length is not known before it is read.
         strict: stop at the first image that cannot be read.
-        max_skipped_share: stop when a larger share of the images seen cannot be read; others replace them until then.
+        max_skipped_share: stop when a larger share of the images so far cannot be read. Other images replace these.
         max_pixels: larger images are not read, as a guard against decompression bombs.
-        channels: 1 for gray, 3 for color, or as many as TIFF and .npy files have; found from the images by default.
-        mean: one a channel, of values in [0, 1]; ImageNet's for color, the images' own else by default.
-        std: as mean.
+        channels: 1 for gray, 3 for color, or the number in TIFF and .npy files; found from the images by default.
+        mean: mean of each channel, of values in [0, 1]; by default ImageNet's for color, else the images' own.
+        std: standard deviation of each channel, as mean.
         crop_scale: range of the random crop's share of the image's area.
         crop_ratio: range of the crop's width over height.
         flip: probability of mirroring left and right.
@@ -108,18 +95,18 @@ class OptimSettings(OptimizerSettings):
 
 @dataclass(frozen=True)
 class ProbeSettings:
-    """A look at what the features are worth while they are learned, on a small labeled set; training is not touched by it.
-    Off unless data is given.
+    """Accuracy of the features on a small labeled set, measured in the course of pre-training, which stays unaffected. Off
+    unless data is given.
 
     Args:
         data: labeled images, as fine-tuning takes them.
-        every_epochs: every so many epochs, and at the end; by default ten times in all.
-        labels_per_class: training images of each class; all by default.
+        every_epochs: a measure every `every_epochs` epochs and at the end; by default ten in all.
+        labels_per_class: training images per class; all by default.
         method: knn, or probe for logistic regression, which takes longer.
         k: neighbors that vote.
-        max_images: no more than so many of the training and of the test images, evenly over the classes.
-        column: which holds the images, in sources that have columns; found by default.
-        label_column: which holds the labels; found by default.
+        max_images: largest number of training images and of test images, evenly over the classes.
+        column: column of the images, in sources that have columns; found by default.
+        label_column: column of the labels; found by default.
     """
 
     data: str | None = None
@@ -140,8 +127,6 @@ class ProbeSettings:
 
 
 PROBE_METHODS = ("knn", "probe")
-# Pictures of a run, and measures of its activations: each takes about as long as a step.
-LOOKS, LOOK_STEPS = 20, 20
 POSITIVE = (
     "save_every_steps",
     "save_every_minutes",
@@ -221,88 +206,6 @@ class PretrainSettings(RunSettings):
             optim.milestones,
             optim.gamma,
         )
-
-
-def resolve(
-    settings: PretrainSettings,
-    images: ImageStatistics,
-    count: int,
-    device: str,
-    workers: int,
-    source: Checkpoint | None = None,
-) -> PretrainSettings:
-    """Fill in all that the user left open.
-
-    Args:
-        source: what `settings.init` was read as; a run that is resumed has its architecture in the settings.
-        images: what a sample of the images looks like.
-        count: how many there are.
-        device: cuda, mps or cpu.
-        workers: loading processes that suit the machine.
-
-    Raises:
-        ValueError: when the result cannot work: an unknown preset, a mask unit that does not divide the image, ….
-    """
-    data, model, optim = settings.data, settings.model, settings.optim
-    channels = data.channels or (encoder_channels(source.config.in_channels, images.channels) if source else images.channels)
-    usual = (IMAGENET_MEAN, IMAGENET_STD) if channels == 3 else (images.mean, images.std)
-    if source and source.config.in_channels == channels:
-        usual = (source.preprocessing.mean, source.preprocessing.std)
-    data = replace(data, channels=channels, mean=data.mean or usual[0], std=data.std or usual[1])
-    if len(data.mean) != channels or len(data.std) != channels:
-        raise ValueError(f"data.mean {data.mean} and data.std {data.std} need one number for each of {channels} channels")
-
-    if model.encoder.get("in_channels", channels) != channels:
-        raise ValueError(
-            f"model.encoder.in_channels is {model.encoder['in_channels']} and the images have {channels}: give data.channels"
-        )
-    image_size = settings.image_size or (
-        plain_size(source.preprocessing.image_size) if source else default_image_size(images.short_side_px)
-    )
-    size = (image_size,) * 2 if isinstance(image_size, int) else image_size
-    encoder = dict(model.encoder)
-    if settings.init != "none":
-        preset = None
-        if source:
-            moved = source.config.adapt_to_size(source.preprocessing.image_size, size)
-            encoder = {**registry.config_as_dict(moved), "in_channels": channels, **encoder}
-        config = registry.config_from_dict(encoder)
-    else:
-        preset = settings.preset or default_preset(min(size), device)
-        config = registry.preset_config(preset, **encoder)
-        encoder = {**config.fields_for_size(size), **encoder}
-        config = with_fields(config, **encoder)
-    model = replace(model.resolve(size, config), encoder=encoder)
-
-    epochs = settings.epochs or default_pretraining_epochs(count)
-    small = config.is_small
-    optim = replace(
-        optim,
-        lr=optim.lr if optim.lr is not None else (2e-3 if small else 1e-4),
-        warmup_epochs=optim.warmup_epochs if optim.warmup_epochs is not None else min(10, epochs / 10),
-    )
-    batch_size = settings.batch_size or default_batch_size(device, small)
-    between_looks = max(epochs / LOOKS, LOOK_STEPS * batch_size / count)
-    resolved = replace(
-        settings,
-        data=data,
-        model=model,
-        optim=optim,
-        image_size=image_size,
-        preset=preset,
-        epochs=epochs,
-        batch_size=batch_size,
-        workers=workers if settings.workers is None else settings.workers,
-        reconstruct_every_epochs=settings.reconstruct_every_epochs or between_looks,
-        activations_every_epochs=settings.activations_every_epochs or between_looks,
-        probe=replace(settings.probe, every_epochs=settings.probe.every_epochs or max(epochs / 10, 1e-9)),
-    )
-    resolved = replace(
-        resolved,
-        save_every_steps=settings.save_every_steps or min(max(math.ceil(count / resolved.batch_size), 50), 1000),
-    )
-    resolved.schedule()
-    return resolved
 
 
 def settings_class(method: str) -> type[PretrainSettings]:

@@ -20,7 +20,8 @@ from simmim.cli.check_report import as_json, printable, render, suggested_comman
 from simmim.data import inspection, measure_images
 from simmim.data.check import SHORT_SIDES_PX, check_images, histogram, median_of
 from simmim.data.duplicates import find_duplicates, list_groups
-from simmim.pretrain.settings import PretrainSettings, resolve
+from simmim.pretrain.resolve import resolve_settings
+from simmim.pretrain.settings import PretrainSettings
 
 ROOT = Path(__file__).parents[1]
 
@@ -123,7 +124,7 @@ def test_suggestions_are_the_defaults_of_pretraining(report, corpus):
 
     images = measure_images(source_of(sorted(corpus.iterdir())))
     assert images.short_side_px == report.short_side_px
-    resolved = resolve(PretrainSettings(data="x", out="y"), images, report.images, "cpu", 0)
+    resolved = resolve_settings(PretrainSettings(data="x", out="y"), images, report.images, "cpu", 0)
     suggestion = report.suggestion
     assert (suggestion.image_size_px, suggestion.preset) == (resolved.image_size, resolved.preset)
     words = shlex.split(suggested_command(report))
@@ -131,7 +132,7 @@ def test_suggestions_are_the_defaults_of_pretraining(report, corpus):
     settings = pretrain_settings(words[2:])
     assert settings.data.path == "my photos"
     assert (settings.image_size, settings.preset) == (resolved.image_size, resolved.preset)
-    assert resolve(settings, images, report.images, "cpu", 0).model == resolved.model
+    assert resolve_settings(settings, images, report.images, "cpu", 0).model == resolved.model
 
 
 def test_suggestions_follow_the_images_and_the_device(tmp_path):

@@ -13,9 +13,16 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 
 from simmim.checkpoints import read_encoder
 from simmim.evaluate import Comparison, EncoderPass, compare
-from simmim.pretrain import DataSettings, PretrainSettings, ProbeSettings, SimMIMSettings, load_pretrained, pretrain
-from simmim.pretrain import callbacks as callbacks_module
-from simmim.pretrain.callbacks import LabeledProbe
+from simmim.pretrain import (
+    DataSettings,
+    PretrainSettings,
+    ProbeSettings,
+    SimMIMSettings,
+    labeled_probe,
+    load_pretrained,
+    pretrain,
+)
+from simmim.pretrain.labeled_probe import LabeledProbe
 
 HERE = EncoderPass(workers=0)
 # With stochastic depth, an extra random draw would change the losses.
@@ -161,7 +168,7 @@ def test_global_state_is_left_alone(digits, plain, tmp_path, monkeypatch):
         assert all(not isinstance(views, list) for views in self.views)
         steps.append(trainer.global_step)
 
-    monkeypatch.setattr(callbacks_module, "KEEP_VIEWS_MIB", 0)
+    monkeypatch.setattr(labeled_probe, "KEEP_VIEWS_MIB", 0)
     monkeypatch.setattr(LabeledProbe, "measure", compared)
     run = pretrain(settings(digits, tmp_path / "run", workers=1))
     assert steps == [1, 5, 10, 15, 17]
@@ -201,8 +208,8 @@ def test_half_precision(digits, tmp_path):
 
 def test_its_time_is_not_counted_as_training_or_waiting(digits, tmp_path, monkeypatch):
     """Measures take a second, steps take milliseconds."""
-    values = LabeledProbe.values
-    monkeypatch.setattr(LabeledProbe, "values", lambda self, embedded: time.sleep(1.0) or values(self, embedded))
+    values = LabeledProbe.accuracies
+    monkeypatch.setattr(LabeledProbe, "accuracies", lambda self, embedded: time.sleep(1.0) or values(self, embedded))
     run = pretrain(settings(digits, tmp_path / "run", epochs=8 * 32 / 240, log_every_steps=1))
     table = rows(run)
     assert [int(row["step"]) for row in table if row["probe_s"]] == [0, 4, 7]
@@ -213,14 +220,14 @@ def test_its_time_is_not_counted_as_training_or_waiting(digits, tmp_path, monkey
 
 
 def test_training_goes_on_after_a_failed_measure(digits, plain, tmp_path, monkeypatch, capsys):
-    values = LabeledProbe.values
+    values = LabeledProbe.accuracies
 
     def fails(self, embedded):
         if self.step == 5:
             raise ValueError("train vector 3 is not finite")
         return values(self, embedded)
 
-    monkeypatch.setattr(LabeledProbe, "values", fails)
+    monkeypatch.setattr(LabeledProbe, "accuracies", fails)
     run = pretrain(settings(digits, tmp_path / "run"))
     assert "no measure on labeled images at step 5: train vector 3 is not finite" in capsys.readouterr().out
     assert list(measures(run)) == [0, 9, 14, 16]

@@ -13,8 +13,8 @@ from simmim.data import ImageStatistics
 from simmim.encoders.swinv2 import SwinV2, SwinV2Config
 from simmim.finetune.segmentation.model import HeadShape, Segmenter
 from simmim.finetune.settings import resolve_schedule
+from simmim.pretrain.resolve import resolve_settings
 from simmim.pretrain.run import build_method
-from simmim.pretrain.settings import resolve
 from simmim.training.optim import parameter_rules
 
 CONFIGS = Path(__file__).parents[1] / "configs"
@@ -26,7 +26,7 @@ PHOTOS = ImageStatistics(short_side_px=400, channels=3, decoded_mib=1e5, mean=(0
 
 def pretrain_settings(path, count=1_281_167):
     settings = read_pretrain_settings(["--config", str(path), "--data", "images", "--out", "run"])
-    return resolve(settings, PHOTOS, count, device="cpu", workers=0)
+    return resolve_settings(settings, PHOTOS, count, device="cpu", workers=0)
 
 
 def finetune_settings(path):

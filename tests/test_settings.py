@@ -23,7 +23,8 @@ from simmim.finetune.classification.settings import ClassificationSettings, Labe
 from simmim.finetune.settings import EncoderSettings
 from simmim.finetune.settings import OptimSettings as FinetuneOptimSettings
 from simmim.methods.simmim import SimMIMSettings
-from simmim.pretrain.settings import DataSettings, OptimSettings, PretrainSettings, resolve
+from simmim.pretrain.resolve import resolve_settings
+from simmim.pretrain.settings import DataSettings, OptimSettings, PretrainSettings
 from simmim.training.run_folder import as_yaml, differences, plain
 
 DIGITS = ImageStatistics(short_side_px=28, channels=1, decoded_mib=3.0, mean=(0.131,), std=(0.308,))
@@ -37,7 +38,7 @@ def settings_for(**changes):
 
 
 def resolved(images=DIGITS, count=4000, device="cpu", workers=2, **changes):
-    return resolve(settings_for(**changes), images, count, device, workers)
+    return resolve_settings(settings_for(**changes), images, count, device, workers)
 
 
 # --- pre-training ----------------------------------------------------------------------------------------------------
@@ -91,7 +92,7 @@ def test_nothing_needed_stays_open(images, device):
     may = {"precision", "model.norm_target_patch", "model.sequential_attention", "data.column", "data.count"}
     may |= {"probe.data", "probe.column", "probe.label_column", "probe.labels_per_class"}
     assert open_keys(chosen) == may, "what may stay so"
-    assert resolve(chosen, PHOTOS, 7, "cuda", 0) == chosen, "what is settled stays so"
+    assert resolve_settings(chosen, PHOTOS, 7, "cuda", 0) == chosen, "what is settled stays so"
 
 
 def open_keys(settings, prefix=""):
@@ -132,7 +133,7 @@ def test_what_is_given_wins():
 def test_resolving_changes_no_input():
     encoder = {"depths": [1, 1]}
     settings = settings_for(model=SimMIMSettings(encoder=encoder))
-    resolve(settings, DIGITS, 100, "cpu", 0)
+    resolve_settings(settings, DIGITS, 100, "cpu", 0)
     assert encoder == {"depths": [1, 1]} and settings == settings_for(model=SimMIMSettings(encoder={"depths": [1, 1]}))
 
 
@@ -189,8 +190,8 @@ def test_settings_that_cannot_be_resolved(changes, message):
         (lambda: fine(out="run", validations=0), "validations is 0: give a positive number"),
         (lambda: fine(out="run", workers=-2), "workers is -2"),
         (lambda: fine(out="run", freeze=True), "freeze: true with init: none would train a head on random"),
-        (lambda: fine(out="run", init="enc", encoder=EncoderSettings(like="a")), "use them with --init none"),
-        (lambda: fine(out="run", init="enc", encoder=EncoderSettings(preset="nano")), "with --init none"),
+        (lambda: fine(out="run", init="enc", encoder=EncoderSettings(like="a")), "use them with init: none"),
+        (lambda: fine(out="run", init="enc", encoder=EncoderSettings(preset="nano")), "with init: none"),
     ],
 )
 def test_settings_out_of_range(build, message):

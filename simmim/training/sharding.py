@@ -1,9 +1,10 @@
-"""One model over several devices: every block's parameters, gradients and optimizer state divided among them (FSDP2), by
-Lightning's ModelParallelStrategy and torch's fully_shard."""
+"""Sharding: parameters, gradients and optimizer state of every block divided among the devices (FSDP2), by Lightning's
+ModelParallelStrategy and torch's fully_shard."""
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+import contextlib
+from collections.abc import Iterable, Iterator
 
 import pytorch_lightning as pl
 import torch
@@ -14,8 +15,8 @@ FSDP = "fsdp"
 
 
 def strategy_named(name: str | Strategy, devices: str | int, nodes: int) -> str | Strategy:
-    """What Lightning's Trainer takes: `fsdp` as FSDP2 over all devices, whose checkpoints are the plain ones of a single
-    device; every other name as it is."""
+    """The strategy for Lightning's Trainer: `fsdp` is FSDP2 over all devices, whose checkpoints are those of a single device;
+    every other name stays as it is."""
     if name != FSDP:
         return name
     if devices == "auto":
@@ -28,9 +29,9 @@ def strategy_named(name: str | Strategy, devices: str | int, nodes: int) -> str 
 
 
 def shard(module: pl.LightningModule, model: nn.Module) -> None:
-    """Divide `model` among the devices of the module's mesh, block by block; does nothing where there is no mesh.
+    """Shard `model` over the devices of the module's mesh, block by block. Without a mesh it does nothing.
 
-    To be called in `configure_model`, before optimizers are made.
+    Call it in `configure_model`, before optimizers are made.
     """
     if module.device_mesh is None or getattr(model, "is_sharded", False):
         return
@@ -43,11 +44,25 @@ def shard(module: pl.LightningModule, model: nn.Module) -> None:
     model.is_sharded = True
 
 
+@contextlib.contextmanager
+def gathered(module: pl.LightningModule) -> Iterator[None]:
+    """A context in which the parameters of a sharded model that belong to no block are whole. Outside a forward pass of the
+    model they are not, and blocks gather their own. The model must have had a forward pass before."""
+    if module.device_mesh is None:
+        yield
+        return
+    module.model.unshard()
+    try:
+        yield
+    finally:
+        module.model.reshard()
+
+
 def clip_gradients(parameters: Iterable[nn.Parameter], limit: float) -> Tensor:
-    """Scale the gradient to the norm `limit` where it is larger.
+    """Scale the gradient down to the norm `limit` where it is larger.
 
     Returns:
-        The norm before, over all parameters on all devices, a scalar.
+        The norm before clipping, over all parameters on all devices, a scalar.
     """
     norm = torch.nn.utils.clip_grad_norm_(parameters, limit)
     return norm.full_tensor() if hasattr(norm, "full_tensor") else norm
