@@ -1,4 +1,4 @@
-"""The authors' files: their numbers, what they tell of the window, and what an export for their code holds."""
+"""The authors' files: their numbers, how the window is found, and what an export for their code holds."""
 
 import sys
 
@@ -17,7 +17,7 @@ from simmim.methods.simmim import SimMIM
 
 @pytest.fixture
 def no_yacs(monkeypatch):
-    """`import yacs` fails, wherever these tests run."""
+    """`import yacs` fails, even if it is installed."""
     monkeypatch.setitem(sys.modules, "yacs", None)
     monkeypatch.setitem(sys.modules, "yacs.config", None)
 
@@ -78,7 +78,7 @@ def test_the_authors_other_layouts(layout, tmp_path, no_yacs):
 
 
 def test_sizes_from_the_configuration_or_from_the_buffers_alone(tmp_path, no_yacs):
-    """As a classifier's layout: without buffers but with the configuration, and the other way round."""
+    """In a classifier's layout: without buffers but with the configuration, and the other way round."""
     content, whole = released(), read(RELEASED)
     model = {name.removeprefix("encoder."): value for name, value in content["model"].items()}
     weights = {name: value for name, value in model.items() if not BUFFERS.search(name)}
@@ -89,7 +89,7 @@ def test_sizes_from_the_configuration_or_from_the_buffers_alone(tmp_path, no_yac
 
 
 def reference_buffers(window, pretrained, windows_of_map, block):
-    """What the authors' modules store of one block, by the paper's equation 4 and one row of the mask for each window."""
+    """What the authors' modules store of one block, by the paper's equation 4 and with one row of the mask per window."""
     offsets = torch.arange(1 - window, window, dtype=torch.float32) * 8 / max(pretrained - 1, 1)
     axis = offsets.sign() * torch.log2(1 + offsets.abs()) / 3
     table = torch.stack(torch.meshgrid(axis, axis, indexing="ij"), dim=-1)
@@ -121,7 +121,7 @@ def logits_of(path, images, **overrides):
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16])
 def test_a_moved_window_is_read_from_the_buffers(transferred, dtype, tmp_path):
-    """Moved from 8 to 12 and 128 to 192 px, which nothing but the buffers say; also where they are half as precise."""
+    """Moved from 8 to 12 and 128 to 192 px, which only the buffers store; also in half precision."""
     numbers, model, buffers = transferred
     stored = model | {name: value.to(dtype) for name, value in buffers.items()}
     saved, logits = logits_of(written(tmp_path / "model.pth", stored), numbers["input.image"])
@@ -130,11 +130,11 @@ def test_a_moved_window_is_read_from_the_buffers(transferred, dtype, tmp_path):
     torch.testing.assert_close(logits, numbers["output.logits"], atol=5e-5, rtol=0)
 
 
-def test_a_window_that_nothing_tells(transferred, tmp_path):
-    """Asked for by name; given, the file loads; the published kind of file name tells it."""
+def test_a_window_that_is_not_stored(transferred, tmp_path):
+    """The error names the setting; with it the file loads; a file name as published has it."""
     numbers, model, _ = transferred
     path = written(tmp_path / "weights.pth", model)
-    with pytest.raises(ValueError, match=r"weights\.pth does not tell its window.*give .*window_size") as caught:
+    with pytest.raises(ValueError, match=r"weights\.pth does not store its window.*give .*window_size") as caught:
         load_encoder(path)
     assert "\n" not in str(caught.value)
     saved = read_encoder(path, window_size=8)
@@ -169,7 +169,7 @@ def test_published_file_names(name, window, pretrained, size, transferred, tmp_p
 
 
 def test_an_export_for_the_authors_code_has_their_names_and_buffers(tmp_path):
-    """Read, exported and read by torch.load: the released file's very keys, and every value with its type, buffers too."""
+    """Read, exported and read by torch.load: the same keys, values and types as in the released file, buffers included."""
     folder = export(read(RELEASED), "official", tmp_path / "out").folder
     theirs, ours = released(), torch.load(folder / "model.pth", weights_only=True)
     assert ours["model"].keys() == theirs["model"].keys()

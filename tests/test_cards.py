@@ -58,8 +58,8 @@ def test_the_model_card_and_the_printed_lines(format, tmp_path, monkeypatch):
         torch.testing.assert_close(names["model"].eval()(images).logits, logits, atol=1e-4, rtol=0)
         assert names["processor"].crop_size["height"] == 32
     if format == "onnx":
-        found = names["session"].run(None, {"images": images.numpy()})[0]
-        np.testing.assert_allclose(found, logits.numpy(), atol=1e-4)
+        outputs = names["session"].run(None, {"images": images.numpy()})[0]
+        np.testing.assert_allclose(outputs, logits.numpy(), atol=1e-4)
 
 
 def test_inspect_says_what_a_file_is(tmp_path, capsys):

@@ -1,9 +1,7 @@
-"""Encoders on disk: what is saved comes back bit by bit, and what is damaged is refused with a reason."""
+"""Encoders on disk: they are read back bit by bit, and damaged files are refused with a reason."""
 
 import json
-import os
 import resource
-import stat
 from dataclasses import replace
 from pathlib import Path
 
@@ -17,7 +15,6 @@ from simmim.checkpoints.own_files import WEIGHTS, save_encoder
 from simmim.checkpoints.source import CONFIG
 from simmim.encoders.registry import build
 from simmim.encoders.swinv2 import SwinV2, SwinV2Config
-from simmim.files import atomic_write, write_json
 
 ROOT = Path(__file__).resolve().parent.parent
 TINY = SwinV2Config(16, (1, 2), (2, 2), window_size=4)
@@ -86,7 +83,7 @@ def test_features_come_back_bit_by_bit(tmp_path, config, size):
 
 
 def test_recorded_windows_are_those_in_effect(tmp_path):
-    """8 tokens a side, then 4, then 2: a window of 6 is 6, 4 and 2 there, and this is what is written."""
+    """With 8, 4 and 2 tokens per side a window of 6 is 6, 4 and 2, and these are written."""
     config = SwinV2Config(16, (1, 1, 1), (2, 2, 2), window_size=6)
     folder = save_encoder(tmp_path, SwinV2(config), COLOR, {})
     assert json.loads((folder / CONFIG).read_text())["architecture"]["pretrained_window_sizes"] == [6, 4, 2]
@@ -141,7 +138,7 @@ def test_report_names_what_was_loaded(saved):
 
 
 def test_what_a_checkpoint_contains(saved):
-    """The learned weights and nothing else; and a config that says all it takes to use them."""
+    """The learned weights and nothing else, and a config.json with everything that their use requires."""
     assert sorted(path.name for path in saved.iterdir()) == [CONFIG, WEIGHTS]
     encoder = SwinV2(TINY)
     assert load_file(saved / WEIGHTS).keys() == {name for name, _ in encoder.named_parameters()}
@@ -246,47 +243,8 @@ def test_one_tensor_too_few_or_too_many(saved):
         load_encoder(saved)
 
 
-# --- whole files -----------------------------------------------------------------------------------------------------
-
-
-def test_files_appear_whole(tmp_path):
-    path = tmp_path / "deep" / "er" / "file.txt"
-    with atomic_write(path) as temporary:
-        temporary.write_text("half")
-        assert not path.exists() and temporary.parent == path.parent
-    assert path.read_text() == "half" and os.listdir(path.parent) == ["file.txt"]
-    assert stat.S_IMODE(path.stat().st_mode) == 0o644
-    with atomic_write(path) as temporary:
-        temporary.write_text("new")
-        assert path.read_text() == "half"
-    assert path.read_text() == "new"
-
-
-@pytest.mark.parametrize("error", [RuntimeError, KeyboardInterrupt, OSError])
-def test_nothing_is_left_of_a_file_that_failed(tmp_path, error):
-    """The old file stays as it was, the temporary one vanishes, and the error goes on."""
-    path = tmp_path / "file.txt"
-    for old in (None, "old"):
-        if old:
-            path.write_text(old)
-        with pytest.raises(error, match="stop"), atomic_write(path) as temporary:
-            temporary.write_text("half")
-            raise error("stop")
-        assert os.listdir(tmp_path) == (["file.txt"] if old else [])
-    assert path.read_text() == "old"
-
-
-def test_json_that_cannot_be_written_leaves_the_old(tmp_path):
-    write_json(tmp_path / "x.json", {"a": [1, 2], "ä": None})
-    assert json.loads((tmp_path / "x.json").read_text(encoding="utf-8")) == {"a": [1, 2], "ä": None}
-    with pytest.raises(TypeError):
-        write_json(tmp_path / "x.json", {"a": object()})
-    assert json.loads((tmp_path / "x.json").read_text(encoding="utf-8"))["a"] == [1, 2]
-    assert os.listdir(tmp_path) == ["x.json"]
-
-
 def test_weights_that_cannot_be_saved_leave_the_old(saved):
-    """A disk that takes no more than a kilobyte of a file."""
+    """No file may have more than a kilobyte, as on a full disk."""
     before = {path.name: path.read_bytes() for path in saved.iterdir()}
     limits = resource.getrlimit(resource.RLIMIT_FSIZE)
     resource.setrlimit(resource.RLIMIT_FSIZE, (1024, limits[1]))
@@ -299,7 +257,7 @@ def test_weights_that_cannot_be_saved_leave_the_old(saved):
 
 
 def test_oblong_pretraining_loads_bit_identical(tmp_path):
-    """Where a map is lower than the window, height and width were scaled apart, and so they are after loading."""
+    """Where a map is lower than the window, height and width are scaled differently, also after loading."""
     encoder = random_encoder(SwinV2Config(16, (1, 1, 1), (2, 2, 2), window_size=8))
     images = torch.randn(1, 3, 64, 128)
     folder = save_encoder(tmp_path, encoder, replace(COLOR, image_size=(64, 128)), {})

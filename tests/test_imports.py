@@ -41,7 +41,7 @@ ALLOWED = {
     "finetune": LEAVES | {"encoders", "methods", "data", "checkpoints", "planning", "evaluate", "training"},
 }
 # Who may import concrete encoders besides the registry: the rows of the format tables.
-FORMAT_ROWS = "simmim.checkpoints.formats."
+FORMAT_ROWS = "simmim.checkpoints.formats.swinv2"
 TRAINING = ("pytorch_lightning", "datasets", "tensorboard", "torchmetrics", "jsonargparse")
 HEAVY = ("torch", "numpy", "PIL", "safetensors", *TRAINING)
 LONGEST_FILE, LONGEST_FUNCTION = 500, 60

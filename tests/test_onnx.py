@@ -1,4 +1,4 @@
-"""ONNX files: in ONNX Runtime they give PyTorch's numbers at every size and batch they promise, and hold nothing twice."""
+"""ONNX files compute PyTorch's numbers in ONNX Runtime, at every size and batch, and store nothing twice."""
 
 import copy
 import subprocess
@@ -52,12 +52,12 @@ def session_of(file):
     return onnxruntime.InferenceSession(str(file), options, providers=["CPUExecutionProvider"])
 
 
-def assert_close(found, expected, label):
+def assert_close(actual, expected, label):
     """Within 1e-4, for outputs of the order of one."""
     expected = expected.numpy()
-    assert found.shape == expected.shape, label
+    assert actual.shape == expected.shape, label
     assert 0.02 < np.abs(expected).mean() < 10, label
-    assert np.abs(found - expected).max() < 1e-4, label
+    assert np.abs(actual - expected).max() < 1e-4, label
 
 
 @pytest.fixture
@@ -108,8 +108,8 @@ def test_each_stage_is_an_output(exported, dynamic):
     assert [output.name for output in session.get_outputs()] == ["stage_0", "stage_1", "stage_2"]
     for size in [(50, 44), (31, 64), (4, 7)] if dynamic else [(50, 44)]:
         images = random_images(2, 3, *size)
-        for found, expected in zip(session.run(None, {"images": images.numpy()}), encoder(images, True).stages):
-            assert_close(found, expected, size)
+        for actual, expected in zip(session.run(None, {"images": images.numpy()}), encoder(images, True).stages):
+            assert_close(actual, expected, size)
 
 
 @pytest.mark.parametrize("dynamic", [False, True])
@@ -194,7 +194,7 @@ def test_metadata_travels_with_the_file(exported):
 
 
 def test_export_is_quiet_and_leaves_all_as_it_was(exported, capfd):
-    """Modes, weights, random numbers; no word on the terminal and no warning."""
+    """Modes, weights and random state are unchanged; nothing is printed and there is no warning."""
     encoder = random_encoder(TINY).train()
     encoder.layers[0].eval()  # as partly frozen encoders are
     modes = [module.training for module in encoder.modules()]
@@ -240,7 +240,7 @@ def test_a_file_with_other_numbers_is_refused(tmp_path, without_mask, outputs, d
 
 
 def test_other_sizes_are_checked(tmp_path, without_mask):
-    """At 16 × 16 pixels one window covers the map and nothing is shifted: only other sizes show the damage."""
+    """At 16 × 16 pixels one window covers the map and nothing is shifted: only other sizes show the error."""
     export_onnx(random_encoder(TINY), tmp_path / "fixed.onnx", (16, 16))
     with pytest.raises(ValueError, match="of 20 × 16 pixels is off by"):
         export_onnx(random_encoder(TINY), tmp_path / "any.onnx", (16, 16), dynamic_size=True)
@@ -248,14 +248,14 @@ def test_other_sizes_are_checked(tmp_path, without_mask):
 
 
 def test_the_difference_found_is_returned(tmp_path, without_mask):
-    """The largest of all batches: here of the third image alone, with a tolerance that accepts it."""
+    """The largest over all batches, with a tolerance that accepts it."""
     encoder = random_encoder(TINY)
-    found = export_onnx(encoder, tmp_path / "encoder.onnx", (32, 48), check=OnnxCheck(tolerance=10.0))
+    difference = export_onnx(encoder, tmp_path / "encoder.onnx", (32, 48), check=OnnxCheck(tolerance=10.0))
     images = torch.randn(8, 3, 32, 48, generator=torch.Generator().manual_seed(0))
     (pooled,) = session_of(tmp_path / "encoder.onnx").run(None, {"images": images.numpy()})
     with torch.no_grad():
         expected = np.abs(pooled - encoder(images).pooled.numpy()).max()
-    assert found == pytest.approx(expected, rel=1e-3) and found > 1e-3
+    assert difference == pytest.approx(expected, rel=1e-3) and difference > 1e-3
 
 
 def test_large_outputs_are_compared_in_proportion(tmp_path):

@@ -34,7 +34,7 @@ BOTH = ("float32", "float64")
 
 @dataclass(frozen=True)
 class Case:
-    """A model of another library's making: at a size, with a window, on images of so many channels."""
+    """A model that another library made, for images of a size and a number of channels."""
 
     name: str
     size: int
@@ -73,7 +73,7 @@ def outputs(encoder, images):
 
 
 def furthest(ours, theirs):
-    """The largest difference over all outputs, which are the same ones, of the same shapes, and no zeros."""
+    """The largest difference over all outputs, which have the same names and shapes and are not zero."""
     assert ours.keys() == theirs.keys()
     assert all(ours[name].shape == theirs[name].shape for name in ours)
     assert all(value.std() > (0.3 if name.startswith("stage") else 0.02) for name, value in ours.items())
@@ -137,7 +137,7 @@ def test_a_window_moved_while_loading_is_the_one_transformers_moves(tmp_path):
 
 def test_a_size_at_which_transformers_has_another_window(tmp_path):
     """It halves 30 tokens to 15 and, downwards, to 7: the window its bias is scaled by. Computed elsewhere than at that
-    size the features are its own; that they are not there is said."""
+    size the features are the same; a note says that at that size they are not."""
     import transformers
 
     config = SwinV2Config(16, (2, 2, 2), (2, 2, 2), window_size=8)
@@ -176,7 +176,7 @@ def loaded_whole(auto, folder, unexpected=()):
 )
 @torch.inference_mode()
 def test_transformers_loads_an_exported_encoder(config, size, tmp_path):
-    """AutoModel's features; Swinv2Backbone's and AutoBackbone's maps. A backbone has no final norm, and says so."""
+    """AutoModel's features and Swinv2Backbone's maps. A backbone has no final norm and reports its weights as unexpected."""
     import transformers
 
     checkpoint = random_checkpoint(config, size, ())
@@ -224,7 +224,7 @@ def test_transformers_loads_an_exported_classifier(tmp_path):
 
 @torch.inference_mode()
 def test_transformers_loads_an_exported_simmim_model(tmp_path):
-    """The same loss and the same prediction behind the same mask: mask token, decoder and its pixel order are in place."""
+    """With the same mask loss and prediction are the same: mask token, decoder and the order of its pixels fit."""
     import transformers
 
     checkpoint = random_checkpoint(SwinV2Config.from_preset("micro"), (128, 128))
@@ -251,7 +251,7 @@ def test_transformers_loads_an_exported_simmim_model(tmp_path):
     ],
 )
 def test_transformers_prepares_images_alike(side, crop, interpolation, fit, levels, tmp_path):
-    """A photograph of 512 × 600 px, apart by so many of 255 levels in the mean. Theirs is resized to whole pixels before it
+    """A photograph of 512 × 600 px, by the mean difference in levels of 255. Theirs is resized to whole pixels before it
     is cropped, so the views may lie a quarter of a pixel apart; a whole pixel would be nine levels."""
     import transformers
 
@@ -371,8 +371,8 @@ def timm_place(tmp_path_factory):
 
 def from_timm(place, name, dtype="float32"):
     """What timm computed in a job."""
-    found = load_file(place / f"{name}.out")
-    return {key.removeprefix(f"{dtype}."): value for key, value in found.items() if key.startswith(f"{dtype}.")}
+    results = load_file(place / f"{name}.out")
+    return {key.removeprefix(f"{dtype}."): value for key, value in results.items() if key.startswith(f"{dtype}.")}
 
 
 @pytest.mark.parametrize("case", TIMM_CASES, ids=lambda case: case.name)
@@ -387,12 +387,12 @@ def test_features_of_a_timm_folder(case, timm_place):
 
 @pytest.mark.parametrize("name", BARE)
 def test_features_of_a_bare_timm_file(name, timm_place, tmp_path):
-    """torch.save of the state dict: the published kind of name tells the window, else it is asked for."""
+    """torch.save of the state dict: the window is in names as published; for other names it must be given."""
     saved, images = read_encoder(timm_place / name), load_file(timm_place / f"{name}.images")["images"]
     for dtype in BARE[name].dtypes:
         assert_same(saved.encoder, images, from_timm(timm_place, name, dtype), dtype)
     (tmp_path / "weights.bin").write_bytes((timm_place / name).read_bytes())
-    with pytest.raises(ValueError, match=r"weights\.bin does not tell its window.*window_size"):
+    with pytest.raises(ValueError, match=r"weights\.bin does not store its window.*window_size"):
         load_encoder(tmp_path / "weights.bin")
     sizes = saved.encoder.config.pretrained_window_sizes
     encoder = load_encoder(tmp_path / "weights.bin", window_size=BARE[name].window, pretrained_window_sizes=sizes)
@@ -416,19 +416,21 @@ def test_timm_loads_an_export(name, timm_place):
     config, size, classes = EXPORTS[name]
     checkpoint = random_checkpoint(config, size, classes)
     images = load_file(timm_place / f"to {name}.images")["images"]
-    encoder, found = build_encoder(checkpoint).encoder, load_file(timm_place / f"to {name}.out")
+    encoder, results = build_encoder(checkpoint).encoder, load_file(timm_place / f"to {name}.out")
     expected = outputs(encoder, images)
     if classes:
         expected["logits"] = torch.nn.functional.linear(expected["pooled"], *checkpoint.head.values())
-    ways = {way: {key.removeprefix(way): found[key] for key in found if key.startswith(way)} for way in ("bare.", "whole.")}
+    ways = {
+        way: {key.removeprefix(way): results[key] for key in results if key.startswith(way)} for way in ("bare.", "whole.")
+    }
     for theirs in (*ways.values(), load_file(timm_place / f"to {name}.run")):
         assert furthest(expected, theirs) < 1e-4
     for stage in range(len(config.depths)):
-        torch.testing.assert_close(found[f"maps.stage{stage}"], expected[f"stage{stage}"], atol=1e-4, rtol=0)
-    assert tuple(found["channels"].tolist()) == encoder.channels and tuple(found["strides"].tolist()) == encoder.strides
-    assert found["size"].tolist() == [config.in_channels, *size]
-    torch.testing.assert_close(found["mean"], torch.tensor(checkpoint.preprocessing.mean))
-    torch.testing.assert_close(found["std"], torch.tensor(checkpoint.preprocessing.std))
+        torch.testing.assert_close(results[f"maps.stage{stage}"], expected[f"stage{stage}"], atol=1e-4, rtol=0)
+    assert tuple(results["channels"].tolist()) == encoder.channels and tuple(results["strides"].tolist()) == encoder.strides
+    assert results["size"].tolist() == [config.in_channels, *size]
+    torch.testing.assert_close(results["mean"], torch.tensor(checkpoint.preprocessing.mean))
+    torch.testing.assert_close(results["std"], torch.tensor(checkpoint.preprocessing.std))
 
 
 # --- dense heads -----------------------------------------------------------------------------------------------------

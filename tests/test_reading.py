@@ -1,4 +1,4 @@
-"""Reading: what is adapted is reported, and weights in half precision, in shards or in older files are read as well."""
+"""Reading: what is adapted is reported; half precision, shards and older file names are read, too."""
 
 import json
 from dataclasses import replace
@@ -19,7 +19,7 @@ from simmim.checkpoints.own_files import save_checkpoint
 
 @pytest.mark.parametrize("before, after", [(3, 1), (1, 3), (3, 4), (3, 6), (4, 3), (3, 2)])
 def test_other_channels_keep_a_gray_image_s_features(before, after, tmp_path):
-    """An image alike in all channels has the features it had, and the report says what was done."""
+    """An image that is the same in all channels keeps its features, and the report names the change."""
     checkpoint = random_checkpoint(replace(SMALL, in_channels=before), (32, 32))
     folder = save_checkpoint(tmp_path / "encoder", checkpoint)
     gray, lines = random_images(2, 1, 32, 32), []

@@ -1,5 +1,5 @@
-"""Weight files that must not be read as they are: those that would run code, those of which a tensor is missing, left over
-or of another size, and those that hold something else. Each is refused in one line, by name, with nothing written."""
+"""Weight files that are refused: files that would run code, files in which a tensor is missing, left over or of another
+shape, and files that hold something else. The error is one line with the file's name, and nothing is written."""
 
 import contextlib
 import json
@@ -46,7 +46,7 @@ from simmim.encoders.swinv2 import SwinV2Config
 
 
 class Payload:
-    """Unpickled, calls `function` with `arguments`."""
+    """Calls `function` with `arguments` when it is unpickled."""
 
     def __init__(self, function, *arguments):
         self.call = (function, arguments)
@@ -85,7 +85,7 @@ FILES = {
 
 
 def with_payload(place, payload, cfg_node):
-    """A checkpoint of the authors' kind that carries `payload` somewhere."""
+    """A checkpoint as the authors write it, with `payload` at one place."""
     content = {"model": released()["model"], "optimizer": {"state": {}}, "config": {"DATA": {"IMG_SIZE": 128}}}
     if place == "whole file":
         return payload
@@ -99,16 +99,16 @@ def with_payload(place, payload, cfg_node):
     return content
 
 
-@pytest.mark.parametrize("kind", FILES)
+@pytest.mark.parametrize("layout", FILES)
 @pytest.mark.parametrize("place", ["whole file", "config", "optimizer", "state of the CfgNode"])
 @pytest.mark.parametrize("call", CALLS)
-def test_no_file_gets_to_run_code(call, place, kind, tmp_path, monkeypatch):
-    """Each of these files does what it is made for when it is unpickled plainly, and is refused here without."""
+def test_no_file_gets_to_run_code(call, place, layout, tmp_path, monkeypatch):
+    """Each file runs its call when it is unpickled as usual; here it is refused and nothing runs."""
     monkeypatch.chdir(tmp_path)
     path, mark = tmp_path / "model.pth", tmp_path / "was_run"
     name, payload = CALLS[call]
     with a_yacs_module() as cfg_node:
-        FILES[kind](with_payload(place, payload(mark.name), cfg_node), path)
+        FILES[layout](with_payload(place, payload(mark.name), cfg_node), path)
         with contextlib.suppress(RuntimeError):
             torch.load(path, weights_only=False)
     assert mark.exists()
@@ -117,12 +117,12 @@ def test_no_file_gets_to_run_code(call, place, kind, tmp_path, monkeypatch):
         with pytest.raises(ValueError, match=r"model\.pth .*(refused|fetch it again)") as caught:
             load(path)
         assert "\n" not in str(caught.value) and not mark.exists()
-        if kind != "raw pickle":
+        if layout != "raw pickle":
             assert name in str(caught.value), caught.value
 
 
 def test_the_command_refuses_a_file_that_would_run_code(digits, tmp_path, capsys):
-    """Whichever command is given it: exit code 2, one line, and no trace."""
+    """By every command: exit code 2, one line, no file made."""
     path, mark = tmp_path / "model.pth", tmp_path / "was run"
     torch.save({"model": released()["model"], "config": Payload(os.system, f"touch '{mark}'")}, path)
     (tmp_path / "hf").mkdir()
@@ -147,7 +147,7 @@ def test_the_command_refuses_a_file_that_would_run_code(digits, tmp_path, capsys
 
 
 def our_names(format, config, form):
-    """Their name of every tensor in a file to ours."""
+    """For every tensor in a file its name in the format and ours."""
     if format == "safetensors":
         return {name: name for name in random_checkpoint(config, (32, 32)).encoder}
     table = import_module(format_named(format).families["swinv2"]).TABLE
@@ -160,7 +160,7 @@ def our_names(format, config, form):
 
 @pytest.mark.parametrize("format, form", [(format, form) for format in FORMATS for form in forms_of(format)])
 def test_every_tensor_counts(format, form, tmp_path):
-    """Each tensor of each format, left out, reshaped or brought along: an error that names it, and never a silent load."""
+    """A tensor that is missing, of another shape or unexpected is an error that names it, for each tensor of each format."""
     checkpoint = random_checkpoint(replace(SMALL, depths=(1, 1)), (32, 32))
     folder = export(checkpoint, format, tmp_path / "out", form).folder
     file = weights_file(folder)
@@ -181,11 +181,11 @@ def test_every_tensor_counts(format, form, tmp_path):
             (folder / "new").replace(file)
             with pytest.raises(ValueError) as caught:
                 read(folder)
-            said = str(caught.value)
-            assert "\n" not in said and str(folder) in said
-            assert theirs in said or ours in said or ours.removeprefix("head.") in said, (theirs, change, said)
+            message = str(caught.value)
+            assert "\n" not in message and str(folder) in message
+            assert theirs in message or ours in message or ours.removeprefix("head.") in message, (theirs, change, message)
             # Both sides, of the whole where a part of a joined tensor was reshaped.
-            assert change == "missing" or re.search(r" for \(|differ in shape|expected ", said), said
+            assert change == "missing" or re.search(r" for \(|differ in shape|expected ", message), message
     (folder / "new").write_bytes(whole)
     (folder / "new").replace(file)
     rewritten(folder, lambda state: {**state, f"{next(iter(stored)).rpartition('.')[0]}.extra": torch.zeros(3)})
@@ -195,25 +195,25 @@ def test_every_tensor_counts(format, form, tmp_path):
 
 @pytest.mark.parametrize("format", FORMATS)
 def test_another_preset_or_depth_is_named(format, tmp_path):
-    """Weights of small, or of one block less, in a folder that says tiny: both sides and the preset."""
+    """A folder with another depth than its description, by one block or by a preset: the error names both sides."""
     tiny = SwinV2Config(8, (2, 2, 6, 2), (1, 1, 2, 2), window_size=4)
     folder, deeper = (
         export(random_checkpoint(config, (32, 32), ()), format, tmp_path / str(config.depths), "encoder").folder
         for config in (tiny, replace(tiny, depths=(2, 2, 18, 2)))
     )
     rewritten(folder, lambda state: {name: value for name, value in state.items() if "layers.2.blocks.5." not in name})
-    said = r"missing \(.*layers\.2\.blocks\.5\..*The file holds depths \(2, 2, 5, 2\) for \(2, 2, 6, 2\)"
-    with pytest.raises(ValueError, match=said):
+    message = r"missing \(.*layers\.2\.blocks\.5\..*The file holds depths \(2, 2, 5, 2\) for \(2, 2, 6, 2\)"
+    with pytest.raises(ValueError, match=message):
         read(folder)
     weights_file(deeper).replace(weights_file(folder))
-    said = r"unexpected \(.*The file holds depths \(2, 2, 18, 2\) for \(2, 2, 6, 2\)"
-    with pytest.raises(ValueError, match=said) as caught:
+    message = r"unexpected \(.*The file holds depths \(2, 2, 18, 2\) for \(2, 2, 6, 2\)"
+    with pytest.raises(ValueError, match=message) as caught:
         read(folder)
     assert "\n" not in str(caught.value)
 
 
 def test_sizes_that_the_files_own_configuration_contradicts():
-    """Without this toolkit's description: the authors' configuration, timm's arguments and names, transformers'."""
+    """Without this toolkit's description sizes are checked against the other library's configuration or name."""
     tiny = random_checkpoint(SwinV2Config.from_preset("tiny"), (256, 256), (), meta=True)
     small = random_checkpoint(SwinV2Config.from_preset("small"), (256, 256), (), meta=True)
     message = r"The file holds depths \(2, 2, 18, 2\) for \(2, 2, 6, 2\), as the preset small has"
@@ -253,7 +253,7 @@ def test_parts_of_another_size_are_refused(tmp_path):
         read(folder)
 
 
-def test_a_mask_token_without_a_decoder_is_left_out_and_said(tmp_path):
+def test_a_mask_token_without_a_decoder_is_ignored_with_a_note(tmp_path):
     """An encoder cut out of the authors' SimMIM model, and transformers' encoder with a mask token."""
     checkpoint = random_checkpoint(SMALL, (32, 32), ())
     for format, name in (("official", "mask_token"), ("hf", "embeddings.mask_token")):
@@ -285,7 +285,7 @@ def swin_v1_of_transformers():
 
 @pytest.fixture(scope="module")
 def place(tmp_path_factory):
-    """A folder with one of everything that cannot be read, and some that can."""
+    """A folder with one file of each kind that cannot be read, and some that can."""
     here = tmp_path_factory.mktemp("wrong")
     good = random_checkpoint(SMALL, (32, 32), ())
     encoder = export(replace(good, pretraining={}), "safetensors", here / "encoder").folder
@@ -356,7 +356,7 @@ def test_unreadable_files_are_refused_by_every_command(name, place, digits, monk
 
 
 @pytest.mark.parametrize(
-    "words, said",
+    "words, texts",
     [
         ("--out full", ["'full' exists and is not empty: give a new folder"]),
         ("--out text.txt", ["'text.txt' exists"]),
@@ -371,12 +371,12 @@ def test_unreadable_files_are_refused_by_every_command(name, place, digits, monk
         ("--out new --format hf --image-size 36", ["transformers' Swinv2", "export as safetensors, timm or onnx"]),
     ],
 )
-def test_exports_that_cannot_be(words, said, place, monkeypatch, capsys):
+def test_exports_that_are_refused(words, texts, place, monkeypatch, capsys):
     monkeypatch.chdir(place)
-    refused(["export", "--run", "encoder", *words.split()], said, place, capsys)
+    refused(["export", "--run", "encoder", *words.split()], texts, place, capsys)
 
 
-def test_a_form_the_format_has_not(tmp_path, monkeypatch, capsys):
+def test_a_form_that_the_format_does_not_have(tmp_path, monkeypatch, capsys):
     save_checkpoint(tmp_path / "encoder", random_checkpoint(SMALL, (32, 32)))
     monkeypatch.chdir(tmp_path)
     for format in ("timm", "onnx"):
@@ -389,7 +389,7 @@ def test_a_form_the_format_has_not(tmp_path, monkeypatch, capsys):
         )
 
 
-def test_an_onnx_export_says_that_it_is_one(tmp_path):
+def test_an_onnx_file_is_not_read(tmp_path):
     (tmp_path / "model.onnx").write_bytes(b"graph")
     for path in (tmp_path, tmp_path / "model.onnx"):
         with pytest.raises(ValueError, match="is an ONNX model, made to be run and not read back"):

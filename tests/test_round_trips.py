@@ -75,7 +75,7 @@ def test_round_trip_of_the_largest_by_name_and_shape(preset):
 
 @pytest.mark.parametrize("format", ["safetensors", "official", "timm"])
 def test_round_trip_of_oblong_images(format, tmp_path):
-    """Maps lower than the window were scaled apart in height and width, and stay so."""
+    """Where a map is lower than the window, height and width have pre-trained windows of their own, and keep them."""
     before = random_checkpoint(SwinV2Config.from_preset("micro"), (64, 160), ())
     assert before.config.pretrained_window_sizes == (8, 8, (4, 8), (2, 5))
     exported = export(before, format, tmp_path / format, "encoder")

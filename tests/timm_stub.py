@@ -51,9 +51,9 @@ def stub_torchvision():
         sys.modules[name] = module
 
 
-def write(found, path):
+def write(results, path):
     """Tensors of storage of their own, as a file must have them."""
-    save_file({name: value.clone().contiguous() for name, value in found.items()}, path)
+    save_file({name: value.clone().contiguous() for name, value in results.items()}, path)
 
 
 @torch.inference_mode()
@@ -64,10 +64,12 @@ def outputs(model, images):
     features = model.forward_features(images)
     for hook in hooks:
         hook.remove()
-    found = {f"stage{i}": stage for i, stage in enumerate(maps)} | {"pooled": model.forward_head(features, pre_logits=True)}
+    results = {f"stage{i}": stage for i, stage in enumerate(maps)} | {
+        "pooled": model.forward_head(features, pre_logits=True)
+    }
     if model.num_classes:
-        found["logits"] = model.forward_head(features)
-    return found
+        results["logits"] = model.forward_head(features)
+    return results
 
 
 def save(timm, job):
@@ -81,12 +83,12 @@ def save(timm, job):
         torch.save(model.state_dict(), job["file"])
     else:
         timm.models.save_for_hf(model, job["folder"], safe_serialization=True)
-    found = {}
+    results = {}
     for dtype in job["dtypes"]:
         model = model.to(getattr(torch, dtype))
         images = load_file(job["images"])["images"].to(getattr(torch, dtype))
-        found |= {f"{dtype}.{name}": value for name, value in outputs(model, images).items()}
-    write(found, job["out"])
+        results |= {f"{dtype}.{name}": value for name, value in outputs(model, images).items()}
+    write(results, job["out"])
 
 
 @torch.inference_mode()
@@ -103,17 +105,19 @@ def load(timm, job):
     )
     whole = timm.create_model(f"local-dir:{folder}", pretrained=True)
     maps = timm.create_model(f"local-dir:{folder}", pretrained=True, features_only=True)
-    found = {
+    results = {
         f"{way}.{name}": value
         for way, model in (("bare", bare), ("whole", whole))
         for name, value in outputs(model.eval(), images).items()
     }
     for stage, value in enumerate(maps.eval()(images)):
-        found[f"maps.stage{stage}"] = value.movedim(-1, 1)
-    found["channels"], found["strides"] = map(torch.tensor, (maps.feature_info.channels(), maps.feature_info.reduction()))
+        results[f"maps.stage{stage}"] = value.movedim(-1, 1)
+    results["channels"], results["strides"] = map(
+        torch.tensor, (maps.feature_info.channels(), maps.feature_info.reduction())
+    )
     settings = timm.data.resolve_model_data_config(whole)
-    found["mean"], found["std"], found["size"] = (torch.tensor(settings[key]) for key in ("mean", "std", "input_size"))
-    write(found, job["out"])
+    results["mean"], results["std"], results["size"] = (torch.tensor(settings[key]) for key in ("mean", "std", "input_size"))
+    write(results, job["out"])
 
 
 def run(timm, job):

@@ -1,4 +1,4 @@
-"""What a checkpoint is, whatever the file format: an architecture, its weights, and what it takes to use them."""
+"""What a checkpoint is, whatever the file format: an architecture, its weights, and how to use them."""
 
 from __future__ import annotations
 
@@ -52,7 +52,7 @@ class Checkpoint:
         preprocessing: what its images must look like.
         source: the file or folder that was read.
         format: the file's format, as `simmim.checkpoints.formats.registry` names it.
-        provenance: how the weights were made, as far as the file tells.
+        provenance: how the weights were made, as far as the file records it.
         method: the method of pre-training that `pretraining` belongs to, as `simmim.methods.registry` names it.
         pretraining: the method's own weights, for instance SimMIM's mask token and decoder; empty if the file has none.
         head: weight (classes, C) and bias (classes,) of a classifier; empty if the file has none.

@@ -47,8 +47,8 @@ def read(path: str | Path, **overrides: Any) -> Checkpoint:
     """Everything that a file or folder holds, under this toolkit's names, whatever the format.
 
     Args:
-        overrides: as of `load_encoder`. They change nothing here, but tell what a file may not tell itself, such as
-            `window_size`.
+        overrides: as of `load_encoder`. They do not change what is read; they give values that some files do not store,
+            such as `window_size`.
 
     Raises:
         ValueError: if there is no encoder of a known format, or its parts do not fit one another.

@@ -89,10 +89,10 @@ class Format(ABC):
         """The content of a file that `detect` has recognized.
 
         Args:
-            overrides: fields of the configuration that the user gives, for files that do not tell theirs.
+            overrides: fields of the configuration that the user gives, for files that do not store them.
 
         Raises:
-            ValueError: if weights are missing, left over or of another shape, or the architecture cannot be told.
+            ValueError: if weights are missing, left over or of another shape, or the architecture is not known.
         """
 
     # --- writing -----------------------------------------------------------------------------------------------------

@@ -75,7 +75,7 @@ class KeyTable:
         return theirs
 
     def to_ours(self, tensors: Mapping[str, Tensor], config: EncoderConfig, prefix: str = "") -> tuple[State, list[str]]:
-        """The encoder's weights among `tensors` under our names, as many as there are; and the names that are left over.
+        """The encoder's weights in `tensors` under our names, all that are there; and the names that are left over.
 
         Raises:
             ValueError: if parts of one of our tensors differ in shape.

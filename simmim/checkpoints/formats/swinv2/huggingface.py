@@ -75,7 +75,7 @@ class SwinV2HuggingFace(HuggingFaceRows):
         file = source.weights
         config, size, notes = read_architecture(source)
         prefix = prefix_of(file.tensors, PROJECTION)
-        # Of the blocks that the file has and not of those that the configuration says, so that the two can be compared.
+        # By the blocks in the file and not by those in the configuration, so that the two can be compared.
         depths = depths_of(file.tensors, prefix)
         state, left_over = TABLE.to_ours(file.tensors, SwinV2Config(1, depths, (1,) * len(depths)), prefix)
         known = {theirs for _, theirs in (*TABLE.pretraining, *TABLE.head)} | {prefix + "embeddings.mask_token"}

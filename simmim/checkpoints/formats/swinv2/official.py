@@ -145,10 +145,10 @@ def find_architecture(
     """Architecture and preprocessing of a file without this toolkit's description, and notes on what was concluded.
 
     Sizes are in the weights. The window is in the stored buffers, the stored configuration, the file's name, or the user's
-    `window_size`; the first of these that tells it is believed.
+    `window_size`; the first of these that has it is used.
 
     Raises:
-        ValueError: if nothing tells the window.
+        ValueError: if the window is in none of these.
     """
     stored = settings.get("MODEL", {}).get("SWINV2", {})
     # What the configuration says must agree with the weights: otherwise a missing block would go unnoticed.
@@ -189,7 +189,7 @@ def window_without_buffers(
     """Window, windows of pre-training and image size by the file's name or the user's `window_size`, and a note.
 
     Raises:
-        ValueError: if neither tells the window.
+        ValueError: if neither has it.
     """
     match = FILE_NAME.search(f"{file.source.stem} {file.source.parent.name}")
     if match:
@@ -202,7 +202,7 @@ def window_without_buffers(
         window = overrides["window_size"]
         return window, pretrained, image, f"window {window} as given by window_size"
     raise ValueError(
-        f"{file.source} does not tell its window: no stored buffers or configuration, and no name like "
+        f"{file.source} does not store its window: no stored buffers or configuration, and no name like "
         "window8_256; give the window it was trained with, window_size"
     )
 
@@ -234,7 +234,7 @@ def windows_in_buffers(buffers: State, sizes: Mapping[str, Any]) -> tuple[tuple[
 
 
 def provenance_in(settings: Mapping, has_pretraining: bool) -> dict[str, Any]:
-    """What the stored configuration tells of the training."""
+    """What the stored configuration records of the training."""
     provenance = {"origin": "the authors' code", "method": "SimMIM" if has_pretraining else "classification"}
     data, simmim = settings.get("DATA", {}), settings.get("MODEL", {}).get("SIMMIM", {})
     if "EPOCHS" in settings.get("TRAIN", {}):
