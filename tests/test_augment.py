@@ -1,4 +1,4 @@
-"""Affine changes of labeled images by numbers known beforehand."""
+"""Affine changes of labeled images against known numbers."""
 
 import math
 
@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 import torch
 
-from simmim.finetune.augment.affine import AffineSettings, warp
+from simmim.finetune.augment.affine import AffineSettings, affine_matrix, warp
 
 IDENTITY = torch.tensor([[[1.0, 0.0, 0.0], [0.0, 1.0, 0.0]]])
 SEEDS = list(range(2000))
@@ -16,21 +16,9 @@ def random_images(*shape):
     return torch.rand(*shape, generator=torch.Generator().manual_seed(0))
 
 
-@pytest.fixture
-def largest(monkeypatch):
-    """Every draw comes out at the upper end of its range."""
-
-    class Upper:
-        def __init__(self, seed):
-            pass
-
-        def uniform(self, low, high):
-            return high
-
-    monkeypatch.setattr("simmim.finetune.augment.affine.random.Random", Upper)
-
-
-# --- affine changes --------------------------------------------------------------------------------------------------
+def matrix_of(*arguments, **keywords):
+    """`affine_matrix` for one image, (1, 2, 3)."""
+    return torch.tensor([affine_matrix(*arguments, **keywords)])
 
 
 def test_all_zero_is_the_identity():
@@ -48,7 +36,7 @@ def test_matrices_follow_from_the_seeds():
     assert len({tuple(matrix.flatten().tolist()) for matrix in first}) == len(SEEDS)
 
 
-def test_rotations_keep_to_their_range():
+def test_rotations_stay_in_their_range():
     matrices = AffineSettings(degrees=30).matrices(SEEDS).double()
     linear, shift = matrices[..., :2], matrices[..., 2]
     assert torch.allclose(linear @ linear.mT, torch.eye(2).double(), atol=1e-6)
@@ -58,7 +46,7 @@ def test_rotations_keep_to_their_range():
     assert abs(angles.mean()) < 4 * 30 / (3 * len(SEEDS)) ** 0.5
 
 
-def test_zooms_keep_to_their_range():
+def test_zooms_stay_in_their_range():
     """0.8 to 1 / 0.8 on each axis, and independently."""
     matrices = AffineSettings(zoom=0.2).matrices(SEEDS)
     zooms = torch.stack([matrices[:, 0, 0], matrices[:, 1, 1]])
@@ -67,7 +55,7 @@ def test_zooms_keep_to_their_range():
     assert abs(torch.corrcoef(zooms)[0, 1]) < 0.1 and abs(zooms.log().mean()) < 0.02
 
 
-def test_shears_and_shifts_keep_to_their_range():
+def test_shears_and_shifts_stay_in_their_range():
     sheared = AffineSettings(shear=0.3).matrices(SEEDS)
     assert torch.equal(sheared[:, 1], IDENTITY[:, 1].expand(len(SEEDS), 3)) and (sheared[:, 0, 0] == 1).all()
     assert 0.29 < sheared[:, 0, 1].abs().max() <= 0.3 and (sheared[:, 0, 1] < -0.29).any()
@@ -78,14 +66,14 @@ def test_shears_and_shifts_keep_to_their_range():
 
 
 @pytest.mark.parametrize("size", [(8, 8), (5, 12)])
-def test_identity_leaves_images_as_they_are(size):
+def test_the_identity_changes_nothing(size):
     images = random_images(2, 3, *size)
     assert torch.allclose(warp(images, IDENTITY.expand(2, 2, 3)), images, atol=1e-5)
 
 
 @pytest.mark.parametrize("right, down", [(2, 0), (0, 3), (-1, 2)])
 def test_shift_by_whole_pixels(right, down):
-    """A matrix leads from output to input: +x fetches from the right, so moves content to the left. Edges go on."""
+    """A matrix leads from output to input: a positive x moves the content to the left. Edge pixels continue outwards."""
     height, width = 8, 10
     images = random_images(1, 2, height, width)
     matrix = IDENTITY.clone()
@@ -95,26 +83,26 @@ def test_shift_by_whole_pixels(right, down):
     assert torch.allclose(warp(images, matrix), images[:, :, rows][..., columns], atol=1e-5)
 
 
-def test_shift_is_a_share_of_the_side(largest):
+def test_shift_is_a_share_of_the_side():
     images = random_images(1, 1, 8, 16)
-    moved = warp(images, AffineSettings(shift=0.25).matrices([0]))
+    moved = warp(images, matrix_of(shift_x=2 * 0.25, shift_y=2 * 0.25))
     assert torch.allclose(moved[:, :, :-2, :-4], images[:, :, 2:, 4:], atol=1e-5)
 
 
-def test_positive_rotation_is_counterclockwise(largest):
+def test_positive_rotation_is_counterclockwise():
     """By 90°, 180° and 270° as torch.rot90 does it."""
     images = random_images(2, 3, 9, 9)
     for quarter in (1, 2, 3):
-        matrices = AffineSettings(degrees=90 * quarter).matrices([0, 1])
+        matrices = matrix_of(angle=math.radians(90 * quarter)).expand(2, 2, 3)
         assert torch.allclose(warp(images, matrices), torch.rot90(images, quarter, (2, 3)), atol=1e-4)
 
 
-def test_order_of_rotation_shear_and_zoom(largest):
+def test_order_of_rotation_shear_and_zoom():
     """Rotation · shear · zoom, as the matrix product of the three."""
     angle, zoom = math.radians(20), 1 / (1 - 0.2)
     rotation = torch.tensor([[math.cos(angle), -math.sin(angle)], [math.sin(angle), math.cos(angle)]])
     expected = rotation @ torch.tensor([[1.0, 0.3], [0.0, 1.0]]) @ torch.diag(torch.tensor([zoom, zoom]))
-    matrix = AffineSettings(20, 0.2, 0.3, 0.1).matrices([0])[0]
+    matrix = matrix_of(angle, zoom, zoom, shear=0.3, shift_x=0.2, shift_y=0.2)[0]
     assert torch.allclose(matrix[:, :2], expected, atol=1e-6) and torch.allclose(matrix[:, 2], torch.tensor(0.2))
 
 
@@ -133,10 +121,10 @@ def test_settings_out_of_range(values):
         AffineSettings(**values)
 
 
-def test_a_rotation_of_an_oblong_image_is_a_rotation(largest):
-    """A horizontal line turned by 45° has as many rows as columns, whatever the image's sides."""
+def test_a_rotation_of_an_image_that_is_not_square_is_a_rotation():
+    """A horizontal line that is rotated by 45° has as many rows as columns, whatever the image's sides."""
     image = torch.zeros(1, 1, 33, 65)
     image[0, 0, 16, 22:43] = 1
-    turned = warp(image, AffineSettings(degrees=45).matrices([0]))[0, 0]
-    rows, columns = torch.nonzero(turned > 0.3, as_tuple=True)
+    rotated = warp(image, matrix_of(angle=math.radians(45)))[0, 0]
+    rows, columns = torch.nonzero(rotated > 0.3, as_tuple=True)
     assert abs((rows.max() - rows.min()) - (columns.max() - columns.min())) <= 1

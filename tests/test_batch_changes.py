@@ -1,4 +1,4 @@
-"""Random changes of labeled batches: against PIL, by draws known beforehand, shares of classes against shares of pixels."""
+"""Random changes of labeled batches: operations against PIL, draws against their distributions, targets against pixels."""
 
 import random
 from collections import Counter
@@ -42,7 +42,7 @@ def photographs(size=48, channels=3):
 
 
 def by_pil(name, level, sign, image):
-    """The operation as PIL does it."""
+    """The operation by PIL."""
     factor = 1 + sign * 0.9 * level
     if name in ("brightness", "contrast", "saturation", "sharpness"):
         kind = {"saturation": "Color"}.get(name, name.capitalize())
@@ -59,8 +59,8 @@ def by_pil(name, level, sign, image):
 
 @pytest.mark.parametrize("sign", [-1, 1])
 @pytest.mark.parametrize("name", sorted(OPERATIONS))
-def test_operations_are_pil_s(name, sign):
-    """Within two of 255 at all but a handful of pixels, as PIL rounds in between."""
+def test_operations_equal_pil_s(name, sign):
+    """Within 2 of 255 at all but 1 % of the pixels: PIL rounds intermediate results."""
     images = photographs()
     changed = recolor(images, range(8), [[Change(name, 0.9, sign)] for _ in images], ColorSettings(rand_augment=9))
     for before, after in zip(images, changed):
@@ -70,7 +70,7 @@ def test_operations_are_pil_s(name, sign):
     assert changed.dtype == torch.uint8
 
 
-def test_every_image_has_its_own_operations_in_their_order():
+def test_every_image_has_its_own_operations_in_order():
     images = photographs()
     first, second = Change("brightness", 0.5, 1), Change("invert", 0.0, 1)
     changes = [[], [first], [second], [first, second], [second, first], [Change("rotate", 1.0, 1)], [], [second]]
@@ -96,7 +96,7 @@ def test_draws_follow_from_seeds_alone():
     assert abs(sum(change.sign for change in changes)) < 4 * len(changes) ** 0.5
 
 
-def test_operations_that_make_no_sense_are_left_out():
+def test_operations_depend_on_the_channels():
     assert "saturation" not in operations_for(1) and "invert" in operations_for(1)
     assert set(operations_for(5)) == {*MOVEMENTS, "brightness", "contrast", "sharpness"}
 
@@ -112,7 +112,7 @@ def test_any_number_of_channels(channels):
     assert not torch.equal(changed, mixed) and torch.allclose(targets.sum(dim=1), torch.ones(8), atol=1e-6)
 
 
-def test_jitter_keeps_to_its_range():
+def test_jitter_stays_in_its_range():
     factors = ColorSettings(jitter=0.4).draw_jitter(SEEDS)
     assert factors[:, 0].tolist() == pytest.approx([0.629027, 0.64625, 0.638935], abs=1e-6), "the draws of version 0.1"
     assert factors.shape == (3, len(SEEDS)) and factors.min() >= 0.6 and factors.max() <= 1.4
@@ -123,7 +123,7 @@ def test_jitter_keeps_to_its_range():
 
 
 def test_movements_are_matrices_from_output_to_input():
-    """A whole level of translation is 0.45 of a side, which is 2 long in these coordinates; movements join."""
+    """Level 1 of a translation is 0.45 of a side, which is 2 long in these coordinates; movements are multiplied."""
     changes = [[Change("translate_x", 1.0, 1)], [Change("invert", 1.0, 1)], [Change("rotate", 1.0, 1)] * 3]
     matrices = movement_matrices(changes)
     assert torch.allclose(matrices[0], torch.tensor([[1, 0, 0.9], [0, 1, 0]]))
@@ -133,7 +133,7 @@ def test_movements_are_matrices_from_output_to_input():
 
 
 def test_affine_changes_and_movements_are_one_warp():
-    """Shift by two columns, then by three: five."""
+    """A shift by two columns and one by three are a shift by five."""
     images = photographs()
     both = BatchChanges(color=ColorSettings(9.0))
     first = torch.eye(3)[:2].repeat(8, 1, 1)
@@ -150,13 +150,13 @@ def test_affine_changes_and_movements_are_one_warp():
     both = BatchChanges(affine=Shift())
     assert torch.allclose(both.matrices(SEEDS[:8], moved)[:, 0, 2], torch.tensor(2 * 5 / 48))
     assert torch.equal(both.matrices(SEEDS[:8], None), first)
-    assert torch.equal(BatchChanges().augment(images, SEEDS[:8], **PLAIN), normalize(images, **PLAIN)), "nothing asked for"
+    assert torch.equal(BatchChanges().augment(images, SEEDS[:8], **PLAIN), normalize(images, **PLAIN)), "no changes"
 
 
 # --- erasing ---------------------------------------------------------------------------------------------------------
 
 
-def test_boxes_that_are_erased():
+def test_erased_boxes():
     boxes = [draw_box(seed, 0.25, 60, 90) for seed in SEEDS]
     drawn = np.array([box for box in boxes if box is not None])
     assert abs(len(drawn) / len(SEEDS) - 0.25) < 0.03
@@ -167,7 +167,7 @@ def test_boxes_that_are_erased():
     assert [draw_box(seed, 0.0, 60, 90) for seed in SEEDS[:20]] == [None] * 20
 
 
-def test_noise_fills_the_box_and_nothing_else():
+def test_noise_fills_the_box_alone():
     images = torch.full((40, 3, 32, 32), 7.0)
     erased = erase(images, SEEDS[:40], 0.5)
     for row, seed in enumerate(SEEDS[:40]):
@@ -183,7 +183,7 @@ def test_noise_fills_the_box_and_nothing_else():
     noise = erased[erased != 7]
     assert abs(noise.mean()) < 0.05 and abs(noise.std() - 1) < 0.05
     assert torch.equal(erase(images[5:9], SEEDS[5:9], 0.5), erased[5:9]), "whatever the batch"
-    assert (images == 7).all(), "the batch itself is left alone"
+    assert (images == 7).all(), "the batch itself is not changed"
 
 
 # --- mixing ----------------------------------------------------------------------------------------------------------
@@ -192,7 +192,7 @@ def test_noise_fills_the_box_and_nothing_else():
 @pytest.mark.parametrize("size", [(7, 12), (32, 32), (6, 5)])
 @pytest.mark.parametrize("settings", [MixSettings(0.8, 0), MixSettings(0, 1.0), MixSettings(0.8, 1.0, 0.6)])
 def test_targets_match_the_share_of_the_pixels(settings, size):
-    """Of images of one value each, the mean over the pixels is the mix of the values in the targets' shares."""
+    """The mean over the pixels of images of one value each is the mean of the values in the shares of the targets."""
     count, values = 64, torch.arange(64.0)
     images = values.view(-1, 1, 1, 1).expand(count, 2, *size).clone()
     targets = torch.eye(count)
@@ -203,7 +203,7 @@ def test_targets_match_the_share_of_the_pixels(settings, size):
 
 
 def test_boxes_are_clipped_at_the_edges():
-    """Every box that a share of one quarter can give, against a count of its pixels."""
+    """Boxes of three quarters of the area, against a count of their pixels."""
     clipped = 0
     for seed in SEEDS[:300]:
         one = draw_cut(0.25, random.Random(seed), 20, 30)
@@ -216,7 +216,7 @@ def test_boxes_are_clipped_at_the_edges():
     assert clipped > 200
 
 
-def test_shares_are_beta_and_either_kind_falls_to_half():
+def test_shares_have_a_beta_distribution_and_both_kinds_are_equally_frequent():
     drawn = [MixSettings(0.8, 1.0).draw(seed, 200, 200) for seed in SEEDS]
     blended = np.array([one.share for one in drawn if one.box is None])
     assert abs(len(blended) / len(drawn) - 0.5) < 0.04
@@ -226,7 +226,7 @@ def test_shares_are_beta_and_either_kind_falls_to_half():
 
 
 def test_loss_of_mixed_and_smoothed_targets():
-    """As by hand in float64: smoothed targets are (1 − s) of each share and s over all classes."""
+    """Against float64: smoothed targets are (1 − s) of each share, and s spread over all classes."""
     generator = torch.Generator().manual_seed(0)
     logits = torch.randn(6, 4, generator=generator)
     shares = torch.rand(6, 4, generator=generator)

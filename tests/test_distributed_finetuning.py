@@ -1,4 +1,4 @@
-"""Fine-tuning by two real processes against one: averaged weights, frozen stages, balanced order and export are the same."""
+"""Fine-tuning by two processes equals one: averaged weights, frozen stages, balanced order and export."""
 
 import pytest
 import torch
@@ -23,7 +23,7 @@ RUN = (
 
 @pytest.fixture(scope="module")
 def start(fork_server, digits, encoder_folder):
-    """start(out, strategy or None for one process): its processes."""
+    """start(out, strategy): the processes of a run; one without a strategy, else two."""
 
     def start(out, strategy):
         words = ["finetune", "classification", "--init", encoder_folder, "--data", digits.labeled, "--out", out, *RUN]
@@ -49,7 +49,7 @@ def test_two_processes_equal_one(start, alone, tmp_path, strategy):
     torch.testing.assert_close(ours["state_dict"], theirs["state_dict"], rtol=0, atol=1e-5)
     averages = [end["callbacks"]["AverageWeights"]["average"] for end in (ours, theirs)]
     torch.testing.assert_close(*averages, rtol=0, atol=1e-5)
-    assert not any(name.startswith("encoder.layers.0") for name in averages[0]), "what is frozen is not averaged"
+    assert not any(name.startswith("encoder.layers.0") for name in averages[0]), "frozen parameters are not averaged"
     for name in ("encoder.safetensors", "head.safetensors"):
         pair = [load_file(path / "encoder" / name) for path in (run, alone)]
         torch.testing.assert_close(*pair, rtol=0, atol=1e-5)

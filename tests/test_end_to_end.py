@@ -1,4 +1,4 @@
-"""The command, as a user types it, on a few hundred real digits: pre-train, look, export, fine-tune, predict."""
+"""The command on 300 real digits: pre-train, reconstruct, export, fine-tune, predict."""
 
 import csv
 import os

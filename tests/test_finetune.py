@@ -1,4 +1,4 @@
-"""Stage 2 as a whole: starting points, what is trained, the best classifier, predictions."""
+"""Classification runs: where they start, what is trained, the best classifier, predictions."""
 
 import csv
 import threading
@@ -14,10 +14,11 @@ from simmim.finetune import ClassificationSettings, EncoderSettings, LabeledSett
 from simmim.finetune.augment.batch import BatchChanges
 from simmim.finetune.classification.model import Classifier
 from simmim.finetune.classification.module import ClassificationFinetuning
+from simmim.finetune.registry import task_named
 from simmim.finetune.settings import OptimSettings
 
 
-def settings(digits, encoder_folder, out, **more):
+def settings(digits, encoder_folder, out, **changes):
     return ClassificationSettings(
         **{
             "data": LabeledSettings(str(digits.labeled), flip=0.0),
@@ -27,7 +28,7 @@ def settings(digits, encoder_folder, out, **more):
             "epochs": 5.0,
             "batch_size": 20,
             "validations": 3,
-            **more,
+            **changes,
         }
     )
 
@@ -49,14 +50,14 @@ def test_the_best_classifier_is_kept(digits, finished):
     assert finished.best >= finished.accuracy
 
 
-def test_nothing_writes_to_a_run_that_is_through(digits, encoder_folder, tmp_path):
-    """A study removes its runs: a thread that still wrote TensorBoard's file would bring their folders back."""
+def test_nothing_writes_to_a_finished_run(digits, encoder_folder, tmp_path):
+    """A study deletes its runs: a thread that still wrote TensorBoard's file would make their folders again."""
     before = set(threading.enumerate())
     finetune(settings(digits, encoder_folder, tmp_path / "run"), quiet=True)
     assert not {type(thread).__name__ for thread in set(threading.enumerate()) - before} & {"_AsyncWriterThread"}
 
 
-def test_fine_tuning_learns_the_labels_it_is_given(digits, encoder_folder, tmp_path):
+def test_fine_tuning_learns_the_labels(digits, encoder_folder, tmp_path):
     data = LabeledSettings(str(digits.labeled), crop_scale=(1.0, 1.0), flip=0.0)
     optim = OptimSettings(lr=0.3, layer_decay=0.75)
     run = settings(digits, encoder_folder, tmp_path / "run", data=data, epochs=120.0, optim=optim)
@@ -99,33 +100,24 @@ def test_a_frozen_encoder_stays_bit_identical_and_its_head_learns(digits, encode
     assert state["model.head.bias"].abs().max() > 0
 
 
-def test_training_starts_from_the_given_weights_and_scratch_from_none(digits, encoder_folder, monkeypatch, tmp_path):
-    seen = {}
-    setup = ClassificationFinetuning.configure_optimizers
-
-    def spy(self):
-        seen[len(seen)] = {name: value.clone() for name, value in self.model.encoder.state_dict().items()}
-        return setup(self)
-
-    monkeypatch.setattr(ClassificationFinetuning, "configure_optimizers", spy)
-    pretrained = settings(digits, encoder_folder, tmp_path / "a", epochs=1.0)
-    scratch = replace(pretrained, init="none", encoder=EncoderSettings(like=str(encoder_folder)), out=str(tmp_path / "b"))
-    finetune(pretrained, quiet=True)
-    finetune(scratch, quiet=True)
-    saved = load_encoder(encoder_folder).state_dict()
-    assert seen[0].keys() == seen[1].keys() == saved.keys()
-    assert all(torch.equal(seen[0][name], saved[name]) for name in saved)
-    assert not seen[1]["layers.0.blocks.0.norm1.weight"].any()  # zero gains: a fresh encoder
+def test_a_run_starts_from_the_encoder_s_weights_and_its_twin_from_none(digits, encoder_folder, tmp_path):
+    pretrained = settings(digits, encoder_folder, tmp_path / "run")
+    scratch = replace(pretrained, init="none", encoder=EncoderSettings(like=str(encoder_folder)))
+    task, saved = task_named("classification"), load_encoder(encoder_folder).state_dict()
+    first, second = (task.prepare(chosen, "cpu").module.model.encoder.state_dict() for chosen in (pretrained, scratch))
+    assert first.keys() == second.keys() == saved.keys()
+    assert all(torch.equal(first[name], saved[name]) for name in saved)
+    assert not second["layers.0.blocks.0.norm1.weight"].any()  # zero in a fresh encoder
 
 
-def test_a_larger_image_gets_a_larger_window_scaled_by_the_pretrained_one(digits, encoder_folder, tmp_path):
+def test_a_larger_image_has_a_larger_window(digits, encoder_folder, tmp_path):
     run = finetune(settings(digits, encoder_folder, tmp_path / "run", image_size=64, epochs=1.0), quiet=True).run
     config = load_encoder(run).config
     assert config.window_size == 8
     assert config.pretrained_window_sizes == (4, 4, 2)
 
 
-def test_from_scratch_without_any_encoder(digits, tmp_path):
+def test_from_scratch_by_the_default_preset(digits, tmp_path):
     run = ClassificationSettings(
         data=str(digits.labeled), out=str(tmp_path / "run"), labels_per_class=2, epochs=1, batch_size=20
     )
@@ -165,7 +157,8 @@ def test_predictions_are_the_classifier_s(digits, finished, tmp_path):
     for row in table:
         pixels = open_picture({"path": row["path"], "bytes": None}, 1).crop((0, 0, 28, 28), (32, 32))[None]
         with torch.no_grad():
-            shares = saved.model(normalize(pixels, saved.preprocessing.mean, saved.preprocessing.std)).softmax(dim=1)[0]
-        assert row["class"] == saved.classes[shares.argmax()]
+            logits = saved.model(normalize(pixels, saved.preprocessing.mean, saved.preprocessing.std))
+        probabilities = logits.softmax(dim=1)[0]
+        assert row["class"] == saved.classes[probabilities.argmax()]
         written = [float(row[f"probability {name}"]) for name in saved.classes]
-        assert written == pytest.approx(shares.tolist(), abs=2e-6)
+        assert written == pytest.approx(probabilities.tolist(), abs=2e-6)

@@ -1,4 +1,4 @@
-"""Images of any size: windows that cover, averages, one window as the whole, classes of enlarged logits."""
+"""Dense predictions of images of any size: windows that cover the image, their averages, classes of resized logits."""
 
 import itertools
 
@@ -6,7 +6,6 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-import simmim.finetune.segmentation.sliding as sliding
 from simmim.encoders.swinv2 import SwinV2, SwinV2Config
 from simmim.finetune.segmentation.model import HeadShape, Segmenter
 from simmim.finetune.segmentation.sliding import (
@@ -41,7 +40,7 @@ def test_windows_cover_a_side_and_overlap(side, window):
 def test_one_window_is_the_whole_image(model, size):
     images = torch.randn(2, 3, *size)
     with torch.no_grad():
-        whole, slid = (dense_logits(model, images, (32, 32), how) for how in ("whole", "slide"))
+        whole, slid = (dense_logits(model, images, (32, 32), inference) for inference in ("whole", "slide"))
     assert whole.shape == (2, 3, *size)
     assert torch.equal(whole, slid)
 
@@ -51,26 +50,25 @@ def test_overlapping_windows_are_averaged(model):
     images = torch.randn(2, 3, 45, 70)
     with torch.no_grad():
         found = dense_logits(model, images, (32, 32), "slide")
-        total, seen = torch.zeros(2, 3, 45, 70, dtype=torch.float64), torch.zeros(45, 70)
+        total, count = torch.zeros(2, 3, 45, 70, dtype=torch.float64), torch.zeros(45, 70)
         for top in (0, 13):
             for left in (0, 19, 38):
                 logits = model(images[:, :, top : top + 32, left : left + 32])
                 logits = F.interpolate(logits, (32, 32), mode="bilinear", align_corners=False)
                 total[:, :, top : top + 32, left : left + 32] += logits
-                seen[top : top + 32, left : left + 32] += 1
+                count[top : top + 32, left : left + 32] += 1
     assert window_starts(45, 32) == [0, 13] and window_starts(70, 32) == [0, 19, 38]
-    torch.testing.assert_close(found, (total / seen).float(), atol=1e-6, rtol=1e-5)
+    torch.testing.assert_close(found, (total / count).float(), atol=1e-6, rtol=1e-5)
 
 
-def test_windows_at_once_do_not_matter(model, monkeypatch):
+def test_windows_per_forward_do_not_matter(model):
     images = torch.randn(1, 3, 50, 80)
     with torch.no_grad():
-        found = sliding_logits(model, images, (32, 32))
-        monkeypatch.setattr(sliding, "WINDOWS_PER_FORWARD", 1)
-        torch.testing.assert_close(sliding_logits(model, images, (32, 32)), found, atol=1e-6, rtol=1e-5)
+        together, single = (sliding_logits(model, images, (32, 32), count) for count in (8, 1))
+    torch.testing.assert_close(single, together, atol=1e-6, rtol=1e-5)
 
 
-def test_auto_sees_images_whole_up_to_four_windows():
+def test_auto_passes_images_whole_up_to_four_windows():
     calls = []
 
     def model(images):
@@ -83,17 +81,16 @@ def test_auto_sees_images_whole_up_to_four_windows():
     assert set(calls[1:]) == {(32, 32)}
 
 
-def test_small_images_are_filled_with_the_mean():
+def test_small_images_are_padded_with_the_mean():
     images = torch.ones(1, 2, 3, 5)
-    filled = pad_to(images, (4, 4))
-    assert filled.shape == (1, 2, 4, 5)
-    assert torch.equal(filled[:, :, :3], images) and not filled[:, :, 3:].any()
+    padded = pad_to(images, (4, 4))
+    assert padded.shape == (1, 2, 4, 5)
+    assert torch.equal(padded[:, :, :3], images) and not padded[:, :, 3:].any()
 
 
-@pytest.mark.parametrize("at_once", [2**26, 100, 1])
-def test_classes_are_those_of_the_enlarged_logits(monkeypatch, at_once):
-    monkeypatch.setattr(sliding, "MAX_SCORES", at_once)
+@pytest.mark.parametrize("max_scores", [2**26, 100, 1])
+def test_classes_are_those_of_the_resized_logits(max_scores):
     logits = torch.randn(2, 7, 5, 6)
     expected = F.interpolate(logits, (13, 17), mode="bilinear", align_corners=False).argmax(dim=1)
-    assert torch.equal(most_likely_class(logits, (13, 17)), expected)
-    assert torch.equal(most_likely_class(logits, (5, 6)), logits.argmax(dim=1))
+    assert torch.equal(most_likely_class(logits, (13, 17), max_scores), expected)
+    assert torch.equal(most_likely_class(logits, (5, 6), max_scores), logits.argmax(dim=1))

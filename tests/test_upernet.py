@@ -1,4 +1,4 @@
-"""The segmentation heads: weight by weight those of another library, any number of stages, any batch."""
+"""The segmentation heads: equal to transformers' weight by weight, for any number of stages and any batch."""
 
 import pytest
 import torch
@@ -16,8 +16,8 @@ def maps(batch=2, side=16, channels=CHANNELS):
     return [torch.randn(batch, count, side >> stage, side >> stage) for stage, count in enumerate(channels)]
 
 
-def theirs(name):
-    """A parameter's name in transformers' heads."""
+def transformers_name(name):
+    """The name of a parameter in transformers' heads."""
     parts = name.split(".")
     inner = {"0": "conv", "1": "batch_norm"}
     if parts[0] == "classify":
@@ -39,7 +39,7 @@ def randomize(module):
 
 
 @pytest.mark.parametrize("training", [True, False])
-def test_heads_are_those_of_transformers(training):
+def test_heads_equal_those_of_transformers(training):
     """With batch norms and without dropout, and the same weights, logits and gradients are transformers'."""
     from transformers import UperNetConfig
     from transformers.models.upernet.modeling_upernet import UperNetFCNHead, UperNetHead
@@ -51,7 +51,7 @@ def test_heads_are_those_of_transformers(training):
         (FCN(CHANNELS[2], 5, 16, "batch", dropout=0.0), UperNetFCNHead(config, list(CHANNELS))),
     ):
         randomize(ours).train(training)
-        state = {theirs(name): value for name, value in ours.state_dict().items()}
+        state = {transformers_name(name): value for name, value in ours.state_dict().items()}
         # transformers registers each pooling's parts under a second name.
         reference.load_state_dict(state, strict=True)
         reference.train(training)
@@ -63,11 +63,11 @@ def test_heads_are_those_of_transformers(training):
         (expected * weight).sum().backward()
         gradients = dict(reference.named_parameters())
         for name, parameter in ours.named_parameters():
-            torch.testing.assert_close(parameter.grad, gradients[theirs(name)].grad, atol=1e-4, rtol=1e-4)
+            torch.testing.assert_close(parameter.grad, gradients[transformers_name(name)].grad, atol=1e-4, rtol=1e-4)
 
 
 def test_a_batch_of_one_trains_like_any_other():
-    """Norms of each image: its logits are its own, even in training, whatever else is in the batch."""
+    """With norms of each image, its logits do not depend on the other images of the batch, even in training."""
     head = randomize(UPerNet(CHANNELS, 3, 32, "image", dropout=0.0)).train()
     features = maps(batch=3)
     together = head(features)
@@ -89,10 +89,10 @@ def test_any_number_of_stages_and_any_size(depths, norm):
     torch.testing.assert_close(model(images), output.logits)
     (output.logits.square().mean() + output.auxiliary.square().mean()).backward()
     without = [name for name, parameter in model.named_parameters() if parameter.grad is None]
-    assert without == [], "every parameter gets a gradient, so that several devices wait for none"
+    assert without == [], "every parameter has a gradient, which distributed training needs"
 
 
-def test_maps_come_normed():
+def test_maps_are_normalized():
     model = Segmenter(randomize(SwinV2(SwinV2Config(16, (1, 1), (1, 2), window_size=4))), 2, HeadShape(width=16))
     images = torch.randn(1, 3, 32, 32)
     first, last = model.maps(images)
@@ -102,7 +102,7 @@ def test_maps_come_normed():
     assert torch.equal(last, model.encoder(images).features)
 
 
-@pytest.mark.parametrize("width, norm, said", [(40, "image", "multiple of 16"), (32, "layer", "batch, image")])
-def test_heads_that_cannot_be_are_refused(width, norm, said):
-    with pytest.raises(ValueError, match=said):
+@pytest.mark.parametrize("width, norm, message", [(40, "image", "multiple of 16"), (32, "layer", "batch, image")])
+def test_impossible_heads_are_refused(width, norm, message):
+    with pytest.raises(ValueError, match=message):
         UPerNet(CHANNELS, 3, width, norm)

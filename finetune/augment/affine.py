@@ -48,12 +48,30 @@ class AffineSettings:
             zoom_x, zoom_y = (math.exp(generator.uniform(-limit, limit)) for _ in range(2))
             shear = generator.uniform(-self.shear, self.shear)
             shift_x, shift_y = (2 * generator.uniform(-self.shift, self.shift) for _ in range(2))
-            cos, sin = math.cos(angle), math.sin(angle)
-            # Rotation after shear after scale.
-            x_row = [zoom_x * cos, zoom_y * (shear * cos - sin), shift_x]
-            y_row = [zoom_x * sin, zoom_y * (shear * sin + cos), shift_y]
-            rows.append([x_row, y_row])
+            rows.append(affine_matrix(angle, zoom_x, zoom_y, shear, shift_x, shift_y))
         return torch.tensor(rows)
+
+
+def affine_matrix(
+    angle: float = 0.0,
+    zoom_x: float = 1.0,
+    zoom_y: float = 1.0,
+    shear: float = 0.0,
+    shift_x: float = 0.0,
+    shift_y: float = 0.0,
+) -> list[list[float]]:
+    """The rows of a (2, 3) matrix from output to input coordinates: zoom, then shear, then rotation, then shift.
+
+    Args:
+        angle: in radians, counterclockwise.
+        zoom_x, zoom_y: factors of each axis; above 1 the content shrinks.
+        shear: its tangent.
+        shift_x, shift_y: in coordinates from −1 to 1: a side is 2 long.
+    """
+    cos, sin = math.cos(angle), math.sin(angle)
+    x_row = [zoom_x * cos, zoom_y * (shear * cos - sin), shift_x]
+    y_row = [zoom_x * sin, zoom_y * (shear * sin + cos), shift_y]
+    return [x_row, y_row]
 
 
 def warp(images: Tensor, matrices: Tensor) -> Tensor:

@@ -42,18 +42,21 @@ def whole_logits(model: Callable[[Tensor], Tensor], images: Tensor) -> Tensor:
     return resize_logits(model(images), images.shape[2:])
 
 
-def sliding_logits(model: Callable[[Tensor], Tensor], images: Tensor, window: Size) -> Tensor:
+def sliding_logits(
+    model: Callable[[Tensor], Tensor], images: Tensor, window: Size, windows_per_forward: int = WINDOWS_PER_FORWARD
+) -> Tensor:
     """Logits of windows that overlap by a third or more and end at the images' edges, averaged where windows overlap.
 
     Args:
         images: not smaller than the window.
+        windows_per_forward: of all images together.
     """
     corners = [
         (top, left)
         for top in window_starts(images.shape[2], window[0])
         for left in window_starts(images.shape[3], window[1])
     ]
-    per_forward = max(1, WINDOWS_PER_FORWARD // len(images))
+    per_forward = max(1, windows_per_forward // len(images))
     total, num_windows = None, images.new_zeros(images.shape[2:], dtype=torch.float32)
     for first in range(0, len(corners), per_forward):
         group = corners[first : first + per_forward]
@@ -89,12 +92,13 @@ def resize_logits(logits: Tensor, size: Size) -> Tensor:
     return F.interpolate(logits, tuple(size), mode="bilinear", align_corners=False)
 
 
-def most_likely_class(logits: Tensor, size: Size) -> Tensor:
+def most_likely_class(logits: Tensor, size: Size, max_scores: int = MAX_SCORES) -> Tensor:
     """The class of the highest logit after resizing to `size`, (B, height, width) int64; of equal ones the first.
 
-    Classes are resized in groups, so that large photographs with many classes fit into memory.
+    Args:
+        max_scores: logits resized at a time, so that large photographs with many classes fit into memory.
     """
-    group_size = max(1, MAX_SCORES // (len(logits) * math.prod(size)))
+    group_size = max(1, max_scores // (len(logits) * math.prod(size)))
     best_logits, best_classes = None, None
     for first in range(0, logits.shape[1], group_size):
         highest, classes = resize_logits(logits[:, first : first + group_size], size).max(dim=1)
