@@ -163,8 +163,8 @@ def test_the_callback_undoes_what_it_did(end, plain_lines, monkeypatch):
 
 
 def run_settings(digits, folder):
-    data = DataSettings(str(digits.unlabeled), image_size=32)
-    return PretrainSettings(data=data, out=str(folder), preset="nano", epochs=1, batch_size=24, compile=True)
+    data = DataSettings(str(digits.unlabeled))
+    return PretrainSettings(data=data, out=str(folder), preset="nano", image_size=32, epochs=1, batch_size=24, compile=True)
 
 
 @pytest.mark.parametrize("problem", ["", "no compiler"])

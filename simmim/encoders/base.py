@@ -165,8 +165,9 @@ class Encoder(nn.Module, ABC):
         self.save_memory(checkpoint_activations, sequential_attention)
 
     def save_memory(self, checkpoint_activations: bool, sequential_attention: int | None) -> None:
-        """Set how the backward pass saves memory, as the constructor does. For encoders that were loaded: no file holds these
-        arguments.
+        """Set how the backward pass saves memory, as the constructor does.
+
+        For encoders that were loaded, because no file holds these arguments.
 
         Raises:
             ValueError: as the constructor.
@@ -268,7 +269,7 @@ class Encoder(nn.Module, ABC):
         return False
 
     def describe_kernels(self, device: torch.device) -> str:
-        """For the summary of a run: that the encoder has kernels for `device`, or why not; empty if there is no such kernel."""
+        """For the summary of a run: that there are kernels for `device`, or why not; empty if the encoder has none."""
         return ""
 
     # --- parts -------------------------------------------------------------------------------------------------------

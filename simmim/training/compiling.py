@@ -20,7 +20,7 @@ COMPILATIONS_PER_BLOCK = 4  # with and without gradients, in training and in eva
 class CompileBlocks(pl.Callback):
     """Compiles the encoder's blocks for the length of a run.
 
-    If torch.compile does not work here, or fails for a block, one line says why, unless `quiet`, and the run goes on without.
+    If torch.compile does not work here, or fails for a block, one line says why, unless `quiet`, and the run continues.
     """
 
     def __init__(self, quiet: bool = False) -> None:

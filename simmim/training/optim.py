@@ -103,14 +103,14 @@ def scaled_lr(lr: float, global_batch: int) -> float:
 def warmup_multistep(
     step: int, *, lr: float, warmup_lr: float, warmup_steps: int, milestones: Iterable[int], gamma: float
 ) -> float:
-    """Learning rate at optimizer step 0, 1, …: linear from `warmup_lr` to `lr`, then multiplied by `gamma` at each milestone."""
+    """Learning rate at optimizer step 0, 1, …: linear from `warmup_lr` to `lr`, then times `gamma` at each milestone."""
     if step < warmup_steps:
         return warmup_lr + step * (lr - warmup_lr) / warmup_steps
     return lr * gamma ** bisect.bisect_right(sorted(milestones), step)
 
 
 def warmup_cosine(step: int, *, lr: float, warmup_lr: float, warmup_steps: int, total_steps: int, min_lr: float) -> float:
-    """Learning rate at optimizer step 0, 1, …: linear from `warmup_lr` to `lr`, then half a cosine to `min_lr` at the end."""
+    """Learning rate at optimizer step 0, 1, …: linear from `warmup_lr` to `lr`, then half a cosine down to `min_lr`."""
     if step < warmup_steps:
         return warmup_lr + step * (lr - warmup_lr) / warmup_steps
     progress = min((step - warmup_steps) / max(total_steps - warmup_steps, 1), 1.0)

@@ -203,9 +203,8 @@ class SwinV2Config(EncoderConfig):
         state, notes = super().adapt_weights(state, config)
         if config.window_size != self.window_size:
             trained = ", ".join(map(str, config.pretrained_window_sizes or ("in use",)))
-            notes += (
-                f"window {self.window_size} to {config.window_size}, position bias scaled by the pre-trained windows {trained}",
-            )
+            change = f"window {self.window_size} to {config.window_size}"
+            notes += (f"{change}, position bias scaled by the pre-trained windows {trained}",)
         return state, notes
 
 

@@ -19,8 +19,8 @@ from torch import Tensor
 
 from simmim.encoders.base import Size
 
-# Added to the logit of two tokens that only the cyclic shift brought into one window. The value of the reference: it is below
-# every logit at the initial temperature (−10 to 26), but not at the lowest (−100 to 116).
+# Added to the logit of two tokens that only the cyclic shift brought into one window. The value of the reference. It is
+# below every logit at the initial temperature (−10 to 26), but not at the lowest (−100 to 116).
 MASKED_LOGIT = -100.0
 
 

@@ -1,4 +1,4 @@
-"""Kernels that compute the same numbers as the plain PyTorch code of `model.py` in less time; `use` puts them into an encoder.
+"""Kernels that compute the numbers of `model.py`, the plain code, in less time. `use` puts them into an encoder.
 
 On a CPU whole blocks and patch mergings run by kernels in C, compiled once for the machine. On a GPU the attention runs by
 kernels in Triton, checked once against the plain code.

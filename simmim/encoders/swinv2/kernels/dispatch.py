@@ -52,7 +52,7 @@ class KernelSwinV2(SwinV2):
             yield
 
     def has_kernels(self, device: torch.device) -> bool:
-        """Whether the kernels in C are used. Those for a GPU compute attention alone, and torch.compile works around them."""
+        """Whether the kernels in C are used. Those for a GPU compute attention alone; torch.compile works around them."""
         return device.type == "cpu" and not is_disabled() and get_kernels() is not None
 
     def describe_kernels(self, device: torch.device) -> str:

@@ -6,8 +6,8 @@ one opaque operator.
 
 There is no second derivative.
 
-Shape letters as in `model.py`: B images, h heads, D channels of a head, M windows of one image, N tokens of one window; and T
-tokens of one image.
+Shape letters as in `model.py`: B images, h heads, D channels of a head, M windows of one image, N tokens of one window; and
+T tokens of one image.
 """
 
 from __future__ import annotations

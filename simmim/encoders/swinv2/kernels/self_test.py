@@ -1,5 +1,5 @@
-"""A self-test of the kernels for a GPU: on the device at hand they are compared with the plain code, once per window and head
-size, before they are used."""
+"""A self-test of the kernels for a GPU: before they are used on a device they are compared with the plain code, once per
+window and head size."""
 
 from __future__ import annotations
 

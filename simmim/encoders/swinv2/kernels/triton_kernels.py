@@ -1,15 +1,15 @@
 """Scaled cosine attention in shifted windows and its gradients, for a GPU. gpu.py launches these kernels.
 
-Tokens are read and written in place, by index: nothing is rolled, padded or partitioned. A program holds all keys of a window
-(in the gradients of keys and values, all queries), so a softmax is computed at once. The size of a block is a power of two. To
-avoid 256 places for 144 tokens, the N tokens of a window are divided into a WHOLE block, the largest power of two in N, and a
-block for the REST, 0 for none. Places from N on are filler. Padding of the map has places below N.
+Tokens are read and written in place, by index: nothing is rolled, padded or partitioned. A program holds all keys of a
+window (in the gradients of keys and values, all queries), so a softmax is computed at once. The size of a block is a power
+of two. To avoid 256 places for 144 tokens, the N tokens of a window are divided into a WHOLE block, the largest power of two
+in N, and a block for the REST, 0 for none. Places from N on are filler. Padding of the map has places below N.
 
 Matrix products multiply q, k, v and gradients in the type they are stored in, which may be a half precision, and sum in
-float32. q and k are normalized after their product, by a float32 factor per row and per column, so logits are not rounded. The
-operands of second products (weights, gradients of logits) are rounded once.
+float32. q and k are normalized after their product, by a float32 factor per row and per column, so logits are not rounded.
+The operands of second products (weights, gradients of logits) are rounded once.
 
-Shape letters: B images, h heads, D channels of a head, M windows of one image, N tokens of one window, T tokens of one image.
+Shape letters: B images, h heads, D channels of a head, M windows of one image, N tokens of one window, T tokens of an image.
 DIM is D rounded up to a power of two. Window m of image b has the index b · M + m over all images.
 
     qkv (B · T, 3, h, D), q_bias, v_bias (h, D), scale (h), bias (h, N, N), mixed (B · T, h, D)
@@ -299,8 +299,8 @@ def backward_of_keys(
     BLOCK: tl.constexpr,
     PRECISION: tl.constexpr,
 ):
-    """Gradients of keys and values. A program per (window of an image, share of the key blocks, head). Logits and weights are
-    transposed here: a row per key.
+    """Gradients of keys and values. A program per (window of an image, share of the key blocks, head). Logits and weights
+    are transposed here: a row per key.
 
     grad_v_bias (B · M, shares, h, D): sums of each program, float32. Padding tokens count too, as their values are the bias.
     """
