@@ -168,8 +168,7 @@ def test_transformers_window_follows_rounded_down_map():
 
 
 @pytest.mark.parametrize(
-    "size, windows, their_window, their_shift",
-    [((16, 4), (8, 4), 8, 4), ((4, 16), (4, 8), 4, 0), ((8, 16), (8, 8), 8, 0)],
+    "size, windows, their_window, their_shift", [((16, 4), (8, 4), 8, 4), ((4, 16), (4, 8), 4, 0), ((8, 16), (8, 8), 8, 0)]
 )
 def test_transformers_window_follows_height(size, windows, their_window, their_shift):
     """Where one axis fits a window transformers departs; ours chooses window and shift per axis and is checked here."""

@@ -53,11 +53,7 @@ class Attention(ctypes.Structure):
 class Bias(ctypes.Structure):
     """As in bias.c."""
 
-    _fields_ = [
-        *fields("coords weight1 bias1 weight2", POINTER),
-        *fields("offsets hidden heads", LONG),
-        ("threads", INT),
-    ]
+    _fields_ = [*fields("coords weight1 bias1 weight2", POINTER), *fields("offsets hidden heads", LONG), ("threads", INT)]
 
 
 class Join(ctypes.Structure):
