@@ -1,4 +1,4 @@
-"""Runs of the command in processes of their own, without seconds of importing for each: a fork_server imports once and forks.
+"""Runs of the command in processes of their own, without seconds of importing for each: a server imports once and forks.
 
     fork_server = ForkServer(log_folder)
     run = fork_server.start("pretrain", "--data", ...)   # a process group of its own: run.kill(signal.SIGKILL)

@@ -89,7 +89,7 @@ def by_kernels(case, numbers, attention=window_attention) -> dict[str, Tensor]:
 
 
 def by_plain_lines(case, numbers, dtype=torch.float64) -> dict[str, Tensor]:
-    """The same by `simmim.encoders.swinv2`, computed in float64, or with what the encoder rounds under autocast in `dtype`."""
+    """The same by the plain lines, computed in float64, or with what the encoder rounds under autocast in `dtype`."""
     given = [x.to(torch.float64 if dtype == torch.float64 else x.dtype).clone().requires_grad_() for x in numbers[:5]]
     qkv, q_bias, v_bias, scale, bias = given
     rows = qkv.view(case.images, *case.size, -1)

@@ -409,7 +409,8 @@ def test_fewer_threads_than_asked_for(tmp_path):
 def features_in_a_process(tmp_path, **environment):
     """What a fresh process computes and says of the kernels, with a cache of its own."""
     script = (
-        "import torch; from simmim.encoders.registry import build; from simmim.encoders.swinv2 import SwinV2Config, kernels\n"
+        "import torch; from simmim.encoders.registry import build\n"
+        "from simmim.encoders.swinv2 import SwinV2Config, kernels\n"
         "torch.manual_seed(0); encoder = build(SwinV2Config(16, (1,), (2,), window_size=4))\n"
         "encoder.layers[0].blocks[0].norm1.weight.data.fill_(1)\n"
         "features = encoder(torch.arange(3072.0).view(1, 3, 32, 32).sin()).pooled\n"

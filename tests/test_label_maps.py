@@ -28,7 +28,7 @@ def record(data):
 
 
 def scenes(folder, count=10, classes=3, size=(8, 12), seed=0):
-    """Images and label maps of `size` (height, width) in folder/images and folder/masks; each holds 0 and one other class."""
+    """Images and label maps of `size` (height, width) in folder/images and folder/masks, of 0 and one other class each."""
     generator = np.random.default_rng(seed)
     for kind in ("images", "masks"):
         (folder / kind).mkdir(parents=True, exist_ok=True)

@@ -1,4 +1,4 @@
-"""What every method of pre-training promises (`simmim.methods.base.Method`): SimMIM and a toy, on SwinV2 and a toy encoder."""
+"""What every method of pre-training promises (`simmim.methods.base`): SimMIM and a toy, on SwinV2 and a toy encoder."""
 
 import pytest
 import torch

@@ -164,7 +164,7 @@ def setups_to_try(requested: Setup, sequential_attention: int | None) -> list[Se
 
 
 def choose_setup(setups: Sequence[Setup], fits: Callable[[Setup], bool]) -> tuple[Setup | None, int]:
-    """The first setup that fits, else the last one with a smaller batch, or None; and the largest batch that it fits with."""
+    """The first setup that fits, else the last one with a smaller batch, or None; and the largest batch that fits."""
     for setup in setups:
         if fits(setup):
             return setup, largest_batch(setup, fits)

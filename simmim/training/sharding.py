@@ -15,7 +15,7 @@ FSDP = "fsdp"
 
 
 def strategy_named(name: str | Strategy, devices: str | int, nodes: int) -> str | Strategy:
-    """The strategy for Lightning's Trainer: `fsdp` is FSDP2 over all devices, whose checkpoints are those of a single device;
+    """The strategy for Lightning's Trainer: `fsdp` is FSDP2 over all devices, with the checkpoints of a single device;
     every other name stays as it is."""
     if name != FSDP:
         return name

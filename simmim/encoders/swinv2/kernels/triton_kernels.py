@@ -36,28 +36,10 @@ RUNTIME_SIZES = ["tokens", "windows", "heads", "shares", "num_windows", "chunks"
 
 @triton.jit(do_not_specialize=RUNTIME_SIZES)
 def forward(
-    qkv,
-    q_bias,
-    v_bias,
-    scale,
-    bias,
-    token_of,
-    region_of,
-    mixed,
-    normalizers,
-    tokens,
-    windows,
-    heads,
-    shares,
-    N: tl.constexpr,
-    D: tl.constexpr,
-    HAS_REGIONS: tl.constexpr,
-    WHOLE: tl.constexpr,
-    REST: tl.constexpr,
-    DIM: tl.constexpr,
-    BLOCK: tl.constexpr,
-    PRECISION: tl.constexpr,
-):
+    qkv, q_bias, v_bias, scale, bias, token_of, region_of, mixed, normalizers, tokens, windows, heads, shares,
+    N: tl.constexpr, D: tl.constexpr, HAS_REGIONS: tl.constexpr, WHOLE: tl.constexpr, REST: tl.constexpr,
+    DIM: tl.constexpr, BLOCK: tl.constexpr, PRECISION: tl.constexpr,
+):  # fmt: skip
     """Attention of a share of a window's queries to all of its keys. A program per (window of an image, share of the query
     blocks, head). Heads of a window are neighbors, because the heads of a token share cache lines."""
     head = tl.program_id(0) % heads
@@ -133,34 +115,11 @@ def forward(
 
 @triton.jit(do_not_specialize=RUNTIME_SIZES)
 def backward_of_queries(
-    qkv,
-    q_bias,
-    v_bias,
-    scale,
-    bias,
-    token_of,
-    region_of,
-    normalizers,
-    grad_mixed,
-    grad_qkv,
-    deltas,
-    grad_bias,
-    grad_q_bias,
-    grad_scale,
-    tokens,
-    windows,
-    heads,
-    num_windows,
-    chunks,
-    N: tl.constexpr,
-    D: tl.constexpr,
-    HAS_REGIONS: tl.constexpr,
-    WHOLE: tl.constexpr,
-    REST: tl.constexpr,
-    DIM: tl.constexpr,
-    BLOCK: tl.constexpr,
+    qkv, q_bias, v_bias, scale, bias, token_of, region_of, normalizers, grad_mixed, grad_qkv, deltas, grad_bias,
+    grad_q_bias, grad_scale, tokens, windows, heads, num_windows, chunks, N: tl.constexpr, D: tl.constexpr,
+    HAS_REGIONS: tl.constexpr, WHOLE: tl.constexpr, REST: tl.constexpr, DIM: tl.constexpr, BLOCK: tl.constexpr,
     PRECISION: tl.constexpr,
-):
+):  # fmt: skip
     """Gradients of queries, and of what all windows share. A program per (chunk of the windows of all images, block of
     queries, head), which sums over its windows. Also writes `deltas` for `backward_of_keys`.
 
@@ -274,31 +233,10 @@ def backward_of_queries(
 
 @triton.jit(do_not_specialize=RUNTIME_SIZES)
 def backward_of_keys(
-    qkv,
-    q_bias,
-    v_bias,
-    scale,
-    bias,
-    token_of,
-    region_of,
-    normalizers,
-    deltas,
-    grad_mixed,
-    grad_qkv,
-    grad_v_bias,
-    tokens,
-    windows,
-    heads,
-    shares,
-    N: tl.constexpr,
-    D: tl.constexpr,
-    HAS_REGIONS: tl.constexpr,
-    WHOLE: tl.constexpr,
-    REST: tl.constexpr,
-    DIM: tl.constexpr,
-    BLOCK: tl.constexpr,
-    PRECISION: tl.constexpr,
-):
+    qkv, q_bias, v_bias, scale, bias, token_of, region_of, normalizers, deltas, grad_mixed, grad_qkv, grad_v_bias,
+    tokens, windows, heads, shares, N: tl.constexpr, D: tl.constexpr, HAS_REGIONS: tl.constexpr, WHOLE: tl.constexpr,
+    REST: tl.constexpr, DIM: tl.constexpr, BLOCK: tl.constexpr, PRECISION: tl.constexpr,
+):  # fmt: skip
     """Gradients of keys and values. A program per (window of an image, share of the key blocks, head). Logits and weights
     are transposed here: a row per key.
 
