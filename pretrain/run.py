@@ -185,7 +185,7 @@ def resolve_run(settings: PretrainSettings) -> Resolved:
 
 
 def training_samples(resolved: Resolved) -> ImageSamples | StreamedSamples:
-    """The images in their endless order, cropped and flipped as settings say."""
+    """The images in their endless order, cropped and flipped as the settings ask."""
     settings, source, data = resolved.settings, resolved.source, resolved.settings.data
     view = RandomView(settings.size, data.crop_scale, data.crop_ratio, data.flip)
     options = (view, data.channels, settings.seed)
@@ -249,7 +249,7 @@ def provenance(settings: PretrainSettings, method: dict, count: int, steps: int)
 
 
 def data_name(path: str | list[str]) -> str:
-    """What a model card calls the images: their folders' names without the way there, which is nobody's business."""
+    """What a model card calls the images: the names of their folders without the path, which is private."""
     paths = [path] if isinstance(path, str) else path
     return ", ".join(Path(part).name for part in paths)
 

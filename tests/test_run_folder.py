@@ -57,7 +57,7 @@ def run_with_checkpoint(out):
 @pytest.mark.parametrize(
     "state, resume, overwrite, message",
     [
-        ("run", False, False, "is not empty: --resume goes on with the run, --overwrite starts it anew"),
+        ("run", False, False, "is not empty; resume: true goes on with the run, overwrite: true starts it again"),
         ("other", False, False, "is not empty and holds no run: give a new folder"),
         ("hidden", False, False, "is not empty"),
         ("other", False, True, r"holds no run \(config.yaml is missing\) and is left alone: give a new folder"),
@@ -65,8 +65,8 @@ def run_with_checkpoint(out):
         ("file", False, False, "is a file: give a new folder"),
         ("file", True, False, "is a file"),
         ("file", False, True, "is a file"),
-        ("run", True, True, "--resume and --overwrite exclude each other"),
-        ("absent", True, True, "--resume and --overwrite exclude each other"),
+        ("run", True, True, "resume and overwrite exclude each other"),
+        ("absent", True, True, "resume and overwrite exclude each other"),
     ],
 )
 def test_refusals(tmp_path, check, state, resume, overwrite, message):

@@ -119,7 +119,7 @@ def test_a_streaming_run_resumes_exactly(digits, tmp_path, power_cut, workers):
     whole = pretrain(PretrainSettings(**common, workers=workers, out=str(tmp_path / "whole")))
     with power_cut(after_step=12):
         pretrain(PretrainSettings(**common, workers=workers, out=str(tmp_path / "cut")))
-    with pytest.raises(ValueError, match=f"resume with --workers {max(workers, 1)}"):
+    with pytest.raises(ValueError, match=f"resume with workers {max(workers, 1)}"):
         pretrain(PretrainSettings(**common, workers=workers + 3, out=str(tmp_path / "cut"), resume=True))
     cut = pretrain(PretrainSettings(**common, workers=workers, out=str(tmp_path / "cut"), resume=True))
     first, second = (load_pretrained(run)[0].state_dict() for run in (whole, cut))

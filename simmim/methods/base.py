@@ -11,7 +11,7 @@ from __future__ import annotations
 import math
 from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from typing import Any, ClassVar, NamedTuple, TypeVar
 
 import torch
@@ -69,10 +69,6 @@ class MethodSettings:
             ValueError: when they cannot work on images of `image_size` (height, width) with that encoder.
         """
         return self
-
-    def with_encoder(self: Settings, encoder: dict[str, Any]) -> Settings:
-        """These settings with the resolved settings of the encoder."""
-        return replace(self, encoder=encoder)
 
 
 class Method(nn.Module, ABC):

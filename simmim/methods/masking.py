@@ -37,7 +37,7 @@ class BlockMasking:
             below = max(self.unit_px // self.patch_size, 1) * self.patch_size
             raise ValueError(
                 f"mask unit is {self.unit_px} px and patches are {self.patch_size} px: "
-                f"give a multiple of the patch size, {below} or {below + self.patch_size} say"
+                f"give a multiple of the patch size, for instance {below} or {below + self.patch_size}"
             )
         if not 0.0 < self.ratio < 1.0:
             raise ValueError(f"mask ratio is {self.ratio}: give a share between 0 and 1, 0.6 in the paper")
@@ -80,7 +80,7 @@ class BlockMasking:
         Args:
             image_size: (height, width) in pixels.
             generator: the only source of randomness.
-            seeds: one an image. The generator is seeded anew for each, so that an image's mask does not depend on the
+            seeds: one per image. The generator is seeded for each, so that an image's mask does not depend on the
                 batch it is in.
 
         Returns:

@@ -26,7 +26,7 @@ class Interrupted(Exception):
 
     def __init__(self, number: int, step: int, requeued: bool) -> None:
         self.exit_code = 128 + number
-        then = "SLURM starts it again" if requeued else "--resume goes on"
+        then = "SLURM starts it again" if requeued else "resume: true goes on"
         super().__init__(f"stopped by {signal.Signals(number).name}, saved up to step {step:,}; {then}")
 
 
@@ -72,12 +72,12 @@ class StopOnSignal(pl.Callback):
         raise Interrupted(self.received or signal.SIGTERM, trainer.global_step, requeued)
 
     def on_train_end(self, *_) -> None:
-        """Listen no more."""
+        """Restore the signal handlers."""
         self.restore()
 
     def on_exception(self, trainer: pl.Trainer, module: pl.LightningModule, exception: BaseException) -> None:
-        """Listen no more. When a process that loads images has died, which is heard of at any moment, say so, or that the
-        run was stopped, where the same signal had gone to all.
+        """Restore the signal handlers. If a loading process has died, report that, or that the run was stopped if the same
+        signal went to all processes.
 
         Raises:
             Interrupted, OSError: in these cases.
@@ -92,11 +92,11 @@ class StopOnSignal(pl.Callback):
         why = (str(exception).splitlines() or [type(exception).__name__])[0].rstrip(". ")
         raise OSError(
             f"a process that loads images died ({why}), for lack of memory perhaps: the run is saved up to step {step:,}; "
-            "--resume goes on, with fewer --workers if it happens again"
+            "resume: true goes on, with fewer workers if it happens again"
         ) from exception
 
     def restore(self) -> None:
-        """The handlers that were there before."""
+        """Put the earlier handlers back."""
         for number, handler in self.before.items():
             signal.signal(number, handler)
         self.before = {}

@@ -13,8 +13,7 @@ from tqdm import tqdm
 
 
 class StepSeeds(pl.Callback):
-    """Seeds torch anew at every batch from (seed, step, rank), so that stochastic depth in a resumed run is what it would
-    have been without the interruption."""
+    """Seeds torch before every batch from (seed, step, rank), so that stochastic depth does not depend on interruptions."""
 
     def __init__(self, seed: int) -> None:
         self.seed, self.step, self.part = seed, -1, 0
@@ -67,7 +66,7 @@ class ProgressLine(pl.Callback):
         self.bar.update(trainer.global_step - self.bar.n)
 
     def numbers(self, trainer: pl.Trainer) -> dict[str, str]:
-        """The metrics beside the bar, and the mean rate of this sitting."""
+        """The metrics beside the bar, and the mean rate since training started or resumed."""
         shown = {name: f"{float(value):.4g}" for name, value in trainer.progress_bar_metrics.items()}
         steps, seconds = trainer.global_step - self.bar.initial, self.bar.format_dict["elapsed"]
         return shown | {"images/s": f"{steps * self.batch_size / max(seconds, 1e-9):,.0f}"}

@@ -1,4 +1,4 @@
-"""The run folder: taken once, never overwritten by accident, its configuration written once."""
+"""The run folder: locked by one process, never overwritten by accident, its configuration written once."""
 
 from __future__ import annotations
 
@@ -16,8 +16,8 @@ from simmim.renamed_settings import with_current_names
 
 CONFIG, CHECKPOINTS, LAST, BEST = "config.yaml", "checkpoints", "last.ckpt", "best.ckpt"
 LOCK = ".lock"
-# Not part of what a run is: a resumed run may have other workers, devices or strategies, and says --resume. Settings may
-# name more of them as `may_change_on_resume`.
+# Settings that do not change the result of a run, so that a resumed run may have other ones. A settings class may add to
+# them by `may_change_on_resume`.
 MAY_CHANGE_ON_RESUME = (
     "resume",
     "overwrite",
@@ -65,7 +65,7 @@ def check_run_folder(out: str | Path, resume: bool, overwrite: bool) -> None:
     """
     run = Path(out).expanduser()
     if resume and overwrite:
-        raise ValueError("--resume and --overwrite exclude each other: go on with the run, or start it anew")
+        raise ValueError("resume and overwrite exclude each other: go on with the run, or start it again")
     if run.exists() and not run.is_dir():
         raise ValueError(f"run folder {str(run)!r} is a file: give a new folder")
     if not run.is_dir() or not any(entry.name != LOCK for entry in run.iterdir()):
@@ -79,17 +79,19 @@ def check_run_folder(out: str | Path, resume: bool, overwrite: bool) -> None:
     if not holds_run:
         raise ValueError(f"folder {str(run)!r} is not empty and holds no run: give a new folder")
     if not resume and not overwrite:
-        raise ValueError(f"run folder {str(run)!r} is not empty: --resume goes on with the run, --overwrite starts it anew")
+        raise ValueError(
+            f"run folder {str(run)!r} is not empty; resume: true goes on with the run, overwrite: true starts it again"
+        )
 
 
 @contextlib.contextmanager
 def locked_run_folder(settings) -> Iterator[Path]:
-    """The run folder of `settings` (which has out, resume and overwrite), made or taken up, its configuration written, and
-    held against other processes until the block ends.
+    """Create the run folder of `settings` (which has out, resume and overwrite) or resume in it, write its configuration,
+    and lock it against other processes until the block ends.
 
     Raises:
-        ValueError: as `check_run_folder`; when another process holds it; when a run is resumed with other settings than it
-            was started with, naming them.
+        ValueError: as `check_run_folder`; when another process has locked it; when a run is resumed with settings that
+            differ from those it was started with, naming them.
     """
     check_run_folder(settings.out, settings.resume, settings.overwrite)
     run = Path(settings.out).expanduser()
@@ -116,7 +118,7 @@ def locked_run_folder(settings) -> Iterator[Path]:
 
 
 def write_run_folder(run: Path, settings) -> None:
-    """Empty `run` where it is to be overwritten; write the configuration, or see that it is still the same.
+    """Empty `run` if it is to be overwritten; write the configuration, or check that it is the same as before.
 
     Raises:
         ValueError: when it is not.

@@ -1,7 +1,7 @@
-"""Checkpoints: written beside the training, whole or absent, the last few and the best kept, checked before they are used.
+"""Checkpoints: written in a thread during training, atomically; the last few and the best are kept and verified before use.
 
-RUN/checkpoints/ holds step-00001200.ckpt and the like; last.ckpt and best.ckpt are further names of two of them. A
-checkpoint is a zip archive, whose CRC-32 of every tensor tells a torn or altered file.
+RUN/checkpoints/ holds step-00001200.ckpt and others; last.ckpt and best.ckpt are second names of two of them. A checkpoint
+is a zip archive; the CRC-32 of every tensor reveals a truncated or altered file.
 """
 
 from __future__ import annotations
@@ -42,33 +42,33 @@ def saved_steps(run: Path) -> dict[int, Path]:
     return {int(STEP_FILE.search(path.name)[1]): path for path in sorted(paths, reverse=True)}
 
 
-def usable_checkpoint(run: Path, say: Callable[[str], None] | None = None) -> Path | None:
+def usable_checkpoint(run: Path, report_line: Callable[[str], None] | None = None) -> Path | None:
     """The newest whole checkpoint of a run; None when it has none yet.
 
     Args:
-        say: called with a line for every newer one that is torn.
+        report_line: called with a line for every newer checkpoint that is damaged.
 
     Raises:
-        ValueError: when the run has checkpoints and none is whole; when one would run code as it is read, which none that
-            this toolkit writes does.
+        ValueError: when the run has checkpoints and none is whole; when one would run code while it is read, as no
+            checkpoint of this toolkit does.
     """
     last = checkpoints_folder(run) / LAST
     newest = list(saved_steps(run).values())
     candidates = [*([last] if last.exists() else []), *newest]
-    torn: dict[Path, str] = {}
+    damaged: dict[Path, str] = {}
     for path in candidates:
-        if any(path.samefile(other) for other in torn):
+        if any(path.samefile(other) for other in damaged):
             continue
         problem = damage(path)
         if problem is None:
-            for broken, why in torn.items() if say else ():
-                say(f"warning: {broken} is torn ({why}); going on from {path.name}")
+            for broken, why in damaged.items() if report_line else ():
+                report_line(f"warning: {broken} is torn ({why}); going on from {path.name}")
             return path
-        torn[path] = problem
-    if torn:
-        first, why = next(iter(torn.items()))
+        damaged[path] = problem
+    if damaged:
+        first, why = next(iter(damaged.items()))
         raise ValueError(
-            f"run {str(run)!r} has no whole checkpoint: {first.name} is torn ({why}); --overwrite starts the run anew"
+            f"run {str(run)!r} has no whole checkpoint: {first.name} is torn ({why}); overwrite: true starts the run again"
         )
     return None
 
@@ -165,7 +165,7 @@ class CheckpointWriter(TorchCheckpointIO):
             self.policy.export(SavedModel(checkpoint["state_dict"], checkpoint["global_step"], mean_loss))
 
     def wait(self) -> None:
-        """Until what was begun is on the disk.
+        """Wait until the pending checkpoint is on the disk.
 
         Raises:
             OSError: when it could not be written, saying which checkpoint stands.
@@ -179,11 +179,11 @@ class CheckpointWriter(TorchCheckpointIO):
             stands = f"{standing} stands" if standing else "there is none before it"
             raise OSError(
                 f"a checkpoint could not be written ({str(error).splitlines()[0]}): {stands}; make room or mend the folder, "
-                "and --resume goes on"
+                "and resume: true goes on"
             ) from error
 
     def teardown(self) -> None:
-        """Let what was begun finish."""
+        """Wait for the pending checkpoint, whatever becomes of it."""
         if self.pending is not None:
             with contextlib.suppress(Exception):
                 self.pending.result()

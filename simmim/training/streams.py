@@ -1,4 +1,4 @@
-"""Training data as one endless stream, taken up at any step; validation data in order."""
+"""Training data as one endless stream that can start at any step; validation data in order."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from simmim.data import EndlessBatchSampler, ImageSamples, SequentialBatchSample
 
 
 class StreamData(pl.LightningDataModule):
-    """The endless training stream, taken up where the trainer's step counter stands.
+    """The endless training stream, which starts at the trainer's current step.
 
     Args:
         batch_size: images of one optimizer step over all devices and accumulated batches.
@@ -19,7 +19,7 @@ class StreamData(pl.LightningDataModule):
         super().__init__()
         self.train, self.batch_size = train, batch_size
         self.accumulate, self.workers = accumulate, workers
-        self.places: dict[int, tuple[int, int]] = {}  # of a stream: how far each of this rank's workers is
+        self.positions: dict[int, tuple[int, int]] = {}  # worker to (epoch, images read); of streamed sources
         self.resumed: dict | None = None
 
     def train_dataloader(self):
@@ -28,14 +28,14 @@ class StreamData(pl.LightningDataModule):
         share = per_device_batch(self.batch_size, trainer.world_size, self.accumulate)
         start = trainer.global_step * self.accumulate
         if isinstance(self.train, StreamedSamples):
-            self.places = self.resumed_places(start)
-            part = self.train.part(trainer.global_rank, trainer.world_size, start, self.places)
+            self.positions = self.resumed_positions(start)
+            part = self.train.part(trainer.global_rank, trainer.world_size, start, self.positions)
             return build_loader(part, self.workers, batch_size=share)
         order = EndlessBatchSampler(len(self.train), share, self.train.seed, trainer.global_rank, trainer.world_size, start)
         return build_loader(self.train, self.workers, order)
 
-    def resumed_places(self, start: int) -> dict[int, tuple[int, int]]:
-        """Where this rank's workers go on; where that cannot be told, at the beginning of a fresh epoch.
+    def resumed_positions(self, start: int) -> dict[int, tuple[int, int]]:
+        """The position from which each of this rank's workers continues; empty for the start of a new epoch.
 
         Raises:
             ValueError: when the run was stopped with other numbers of devices or workers, among which a stream is divided.
@@ -47,21 +47,21 @@ class StreamData(pl.LightningDataModule):
             devices, workers = self.resumed["divided"]
             raise ValueError(
                 f"the stream was divided among {devices} devices × {workers} workers and would be among "
-                f"{now[0]} × {now[1]}: resume with --workers {workers} on as many devices"
+                f"{now[0]} × {now[1]}: resume with workers {workers} on as many devices"
             )
         places = self.resumed["places"][self.trainer.global_rank]
         return {int(worker): tuple(place) for worker, place in places.items()}
 
-    def note_places(self, batch: dict) -> None:
-        """Take notice of how far the workers are with this batch."""
+    def record_positions(self, batch: dict) -> None:
+        """Record the position of the workers after this batch."""
         for worker, epoch, taken in batch.get("stream_position", ()):
-            self.places[worker] = (epoch, taken)
+            self.positions[worker] = (epoch, taken)
 
     def state_dict(self) -> dict:
-        """Every rank's places in its stream; nothing for images by number, whose order follows from the step."""
+        """The stream positions of every rank; nothing for indexed images, whose order follows from the step."""
         if not isinstance(self.train, StreamedSamples):
             return {}
-        places = [{str(worker): list(place) for worker, place in self.places.items()}]
+        places = [{str(worker): list(place) for worker, place in self.positions.items()}]
         if self.trainer.world_size > 1:
             gathered = [None] * self.trainer.world_size
             torch.distributed.all_gather_object(gathered, places[0])
@@ -69,16 +69,16 @@ class StreamData(pl.LightningDataModule):
         return {"places": places, "divided": [self.trainer.world_size, max(self.workers, 1)]}
 
     def load_state_dict(self, state: dict) -> None:
-        """Keep what a checkpoint says until the stream is opened."""
+        """Keep the positions of a checkpoint until the stream is opened."""
         self.resumed = state or None
 
 
 class TrackStreamPosition(pl.Callback):
-    """Tells the data of every batch that was trained on, so that a checkpoint knows the place in a stream."""
+    """Records the stream position after every batch, so that a checkpoint holds it."""
 
     def on_train_batch_end(self, trainer: pl.Trainer, module: pl.LightningModule, outputs, batch: dict, *_) -> None:
         """Before the callbacks that save."""
-        trainer.datamodule.note_places(batch)
+        trainer.datamodule.record_positions(batch)
 
 
 class ValidatedStreamData(StreamData):

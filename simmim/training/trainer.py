@@ -56,7 +56,7 @@ def check_trainer_keys(extra: Mapping[str, Any]) -> None:
     known = set(inspect.signature(pl.Trainer.__init__).parameters) - OWN_TRAINER_KEYS
     for key in extra:
         if key in OWN_TRAINER_KEYS:
-            raise ValueError(f"setting 'trainer.{key}' belongs to the run: see its own settings by --help")
+            raise ValueError(f"setting 'trainer.{key}' is set by the run: use the run's own settings")
         if key not in known:
             names = [f"trainer.{name}" for name in known]
             raise ValueError(f"unknown setting 'trainer.{key}'{did_you_mean(f'trainer.{key}', names)}")
