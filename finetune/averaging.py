@@ -13,6 +13,8 @@ import torch
 from torch import Tensor, nn
 from torch.optim.swa_utils import get_ema_multi_avg_fn
 
+from simmim.training.module import TrainingModule
+
 
 def decay_at(num_updates: int, decay: float) -> float:
     """The decay of the update after `num_updates` earlier ones. It grows to `decay`, so that the initial weights, which a
@@ -44,7 +46,7 @@ class AverageWeights(pl.Callback):
         """Keep the state of a checkpoint until the model is on its device."""
         self.num_updates, self.loaded = state["updates"], state["average"]
 
-    def on_fit_start(self, trainer: pl.Trainer, module: pl.LightningModule) -> None:
+    def on_fit_start(self, trainer: pl.Trainer, module: TrainingModule) -> None:
         """Start with the current weights, or with the average of a checkpoint."""
         self.average = {name: value.detach().clone() for name, value in averaged(module.model).items()}
         for name, value in self.loaded.items():
@@ -56,7 +58,7 @@ class AverageWeights(pl.Callback):
         self.step = trainer.global_step
 
     @torch.no_grad()
-    def on_train_batch_end(self, trainer: pl.Trainer, module: pl.LightningModule, *_) -> None:
+    def on_train_batch_end(self, trainer: pl.Trainer, module: TrainingModule, *_) -> None:
         """Average once per optimizer step, not once per accumulated batch."""
         if trainer.global_step == self.step:
             return
@@ -66,19 +68,19 @@ class AverageWeights(pl.Callback):
         update([self.average[name] for name in weights], [value.detach() for value in weights.values()], None)
         self.num_updates += 1
 
-    def on_validation_start(self, trainer: pl.Trainer, module: pl.LightningModule) -> None:
+    def on_validation_start(self, trainer: pl.Trainer, module: TrainingModule) -> None:
         """Put the average into the model."""
         self.swap(module.model, True)
 
-    def on_validation_end(self, trainer: pl.Trainer, module: pl.LightningModule) -> None:
+    def on_validation_end(self, trainer: pl.Trainer, module: TrainingModule) -> None:
         """Put the trained weights back."""
         self.swap(module.model, False)
 
-    def on_exception(self, trainer: pl.Trainer, module: pl.LightningModule, exception: BaseException) -> None:
+    def on_exception(self, trainer: pl.Trainer, module: TrainingModule, exception: BaseException) -> None:
         """Put the trained weights back, so that no other callback saves the average in their place."""
         self.swap(module.model, False)
 
-    def on_fit_end(self, trainer: pl.Trainer, module: pl.LightningModule) -> None:
+    def on_fit_end(self, trainer: pl.Trainer, module: TrainingModule) -> None:
         """Leave the average in the model; the last checkpoint has been saved."""
         self.swap(module.model, True)
         self.finished = True
@@ -117,4 +119,4 @@ def divided_like(value: Tensor, like: Tensor) -> Tensor:
         return value
     from torch.distributed.tensor import distribute_tensor
 
-    return distribute_tensor(value, like.device_mesh, like.placements)
+    return distribute_tensor(value, like.device_mesh, like.placements)  # type: ignore[attr-defined]

@@ -7,17 +7,20 @@ import math
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
+from typing import cast
 
 import pytorch_lightning as pl
 from pytorch_lightning.strategies import ModelParallelStrategy
 from torch import nn
 
+from simmim.encoders.base import Encoder
 from simmim.finetune.averaging import AverageWeights, whole
 from simmim.finetune.early_stop import StopEarly
 from simmim.finetune.freezing import KeepFrozen, frozen_parts
 from simmim.finetune.registry import task_named
 from simmim.finetune.settings import TransferSettings
 from simmim.finetune.task import PreparedTask
+from simmim.training.module import TrainingModule
 from simmim.training.optim import REFERENCE_BATCH
 from simmim.training.progress import Throughput
 from simmim.training.run import TrainingRun, check_before_start, run_training
@@ -91,7 +94,7 @@ def training_run(prepared: PreparedTask, best: KeepBest, quiet: bool) -> Trainin
     Raises:
         ValueError: when the encoder does not have the stages that are to be trained.
     """
-    settings, encoder = prepared.settings, prepared.module.model.encoder
+    settings, encoder = prepared.settings, cast(Encoder, prepared.module.model.encoder)
     num_images = len(prepared.train)
     num_steps = settings.num_steps(num_images)
     steps_per_validation = num_steps / settings.validations
@@ -136,7 +139,7 @@ class KeepBest(pl.Callback):
         self.value = -1.0
         self.whole_model: nn.Module | None = None  # receives the weights of a model that is divided among devices
 
-    def setup(self, trainer: pl.Trainer, module: pl.LightningModule, stage: str) -> None:
+    def setup(self, trainer: pl.Trainer, module: TrainingModule, stage: str) -> None:
         """Copy the model's structure before the model is divided."""
         if stage == "fit" and isinstance(trainer.strategy, ModelParallelStrategy):
             self.whole_model = copy.deepcopy(module.model)
@@ -149,7 +152,7 @@ class KeepBest(pl.Callback):
         """Restore the best value."""
         self.value = state["value"]
 
-    def on_validation_end(self, trainer: pl.Trainer, module: pl.LightningModule) -> None:
+    def on_validation_end(self, trainer: pl.Trainer, module: TrainingModule) -> None:
         """Export the model if it is better than all before, in training and after it."""
         value = float(trainer.callback_metrics[self.prepared.monitor])
         if value <= self.value:
@@ -192,6 +195,7 @@ def summary(prepared: PreparedTask, num_steps: int, trainer: pl.Trainer, checkpo
         checkpoint: that the run resumes from; None for a fresh start.
     """
     settings, model, classes = prepared.settings, prepared.module.model, prepared.classes
+    encoder = cast(Encoder, model.encoder)
     parameters = sum(parameter.numel() for parameter in model.parameters() if parameter.requires_grad) / 1e6
     names = ", ".join(classes[:NAMED_CLASSES]) + (", …" if len(classes) > NAMED_CLASSES else "")
     peak = settings.optim.lr * settings.batch_size / REFERENCE_BATCH
@@ -206,7 +210,7 @@ def summary(prepared: PreparedTask, num_steps: int, trainer: pl.Trainer, checkpo
         f"{f', the last {settings.train_stages} stages trained' if settings.train_stages else ''}"
         f", {parameters:.2f} M parameters trained",
         f"training {settings.epochs:g} epochs, {num_steps:,} steps of {settings.batch_size} images, peak learning rate "
-        f"{peak:.3g}, layer decay {settings.optim.layer_decay:g}, {settings.precision} on {machine(trainer, model.encoder)}",
+        f"{peak:.3g}, layer decay {settings.optim.layer_decay:g}, {settings.precision} on {machine(trainer, encoder)}",
         *(f"chosen   {reason}" for reason in prepared.reasons),
     ]
     if checkpoint:

@@ -20,7 +20,7 @@ from simmim.defaults import (
 )
 from simmim.encoders import registry
 from simmim.encoders.base import Encoder, EncoderConfig, with_fields
-from simmim.finetune.settings import EncoderSettings, Settings
+from simmim.finetune.settings import EncoderSettings, Settings, TransferSettings
 from simmim.training.run import KEEP_DECODED_MIB
 from simmim.training.trainer import default_precision
 
@@ -41,7 +41,7 @@ class Start(NamedTuple):
 
     encoder: Encoder
     preprocessing: Preprocessing
-    settings: Settings
+    settings: TransferSettings
     source: Checkpoint | None
     keep_decoded: bool
 
@@ -106,7 +106,7 @@ def start_from_checkpoint(
     config = apply_encoder_settings(config, chosen)
     settings = replace(settings, encoder=resolved_encoder_settings(chosen, config))
     check_size(settings, config)
-    saved = build_encoder(checkpoint, **{field.name: getattr(config, field.name) for field in fields(config)})
+    saved = build_encoder(checkpoint, **{field.name: getattr(config, field.name) for field in fields(config)})  # type: ignore[arg-type]
     encoder = saved.encoder
     if settings.init == "none":
         encoder = registry.build(encoder.config.without_training_size())
@@ -145,7 +145,7 @@ def apply_encoder_settings(config: EncoderConfig, chosen: EncoderSettings) -> En
     Raises:
         ValueError: for a field that the encoder does not have.
     """
-    known = {field.name for field in fields(config)}
+    known = {field.name for field in fields(config)}  # type: ignore[arg-type]
     changes = given_fields(chosen)
     for name, value in changes.items():
         if name not in known:

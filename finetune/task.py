@@ -6,13 +6,12 @@ from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 import pytorch_lightning as pl
-from torch import nn
-from torch.utils.data import Dataset
 
 from simmim.checkpoints.checkpoint import Checkpoint
+from simmim.data.samples import ImageSamples
 from simmim.finetune.settings import TransferSettings
 from simmim.training.loggers import LossNames
 from simmim.training.module import TrainingModule
@@ -27,6 +26,12 @@ def no_report(run: Path, module: pl.LightningModule) -> None:
 def no_text(run: Path) -> str:
     """No text."""
     return ""
+
+
+class SaveModel(Protocol):
+    """Writes a model into a folder so that it can be read without the run."""
+
+    def __call__(self, folder: Path, model: Any, /, provenance: dict) -> object: ...
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -55,13 +60,13 @@ class PreparedTask:
     settings: TransferSettings
     module: TrainingModule
     source: Checkpoint | None
-    train: Dataset
-    validation: Dataset
+    train: ImageSamples
+    validation: ImageSamples
     validation_batch_size: int
     classes: tuple[str, ...]
     monitor: str
     loss: LossNames
-    save: Callable[[Path, nn.Module, dict], object]
+    save: SaveModel
     provenance: Mapping[str, Any] = field(default_factory=dict)
     reasons: tuple[str, ...] = ()
     callbacks: tuple[pl.Callback, ...] = ()

@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import time
 from collections.abc import Iterable
+from typing import cast
 
 import pytorch_lightning as pl
 import torch
 
 from simmim.checkpoints.checkpoint import Preprocessing
 from simmim.data import open_labeled_source
-from simmim.encoders.base import EncoderConfig
+from simmim.encoders.base import Encoder, EncoderConfig
 from simmim.evaluate import (
     Embeddings,
     EncoderPass,
@@ -28,6 +29,7 @@ from simmim.evaluate import (
     record_unreadable,
     score_features,
 )
+from simmim.evaluate.features import AnyFeature
 from simmim.pretrain.module import PretrainingModule
 from simmim.pretrain.settings import ProbeSettings
 from simmim.training.progress import Throughput
@@ -95,7 +97,9 @@ class LabeledProbe(pl.Callback):
         keep = image_bytes * sum(len(part.rows) for part in self.pools.parts) <= KEEP_VIEWS_MIB * 2**20
         for part in self.pools.parts:
             views = load_views(self.preprocessing, self.channels, part.data, self.reading)
-            num_readable, batches, unreadable = 0, [], {}
+            num_readable = 0
+            batches: list[ViewBatch] = []
+            unreadable: dict[str, str] = {}
             for batch in views:
                 num_readable += len(batch.rows)
                 record_unreadable(unreadable, batch.unreadable)
@@ -154,10 +158,10 @@ class LabeledProbe(pl.Callback):
 
     def embed(self, trainer: pl.Trainer, module: PretrainingModule) -> list[Embeddings]:
         """Embeddings of the images by the encoder as it is now, in the precision of training."""
-        features = self.features if self.baseline else (*self.features, self.pixels)
+        features: tuple[AnyFeature, ...] = self.features if self.baseline else (*self.features, self.pixels)
         encoder_pass = EncoderPass(device=module.device)
         with torch.random.fork_rng(devices=[]), gathered(module), trainer.precision_plugin.forward_context():
-            encoder = module.model.encoder
+            encoder = cast(Encoder, module.model.encoder)
             encoded = (encode_views(encoder, self.preprocessing, views, features, encoder_pass) for views in self.views)
             return [collect_embeddings(batches) for batches in encoded]
 

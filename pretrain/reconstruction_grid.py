@@ -27,8 +27,8 @@ def reconstruction_panels(
     Returns:
         (B, 4, 3, height, width). One channel is shown as gray; of more than three, the first three.
     """
-    mean, std = (images.new_tensor(list(values)).view(-1, 1, 1) for values in (mean, std))
-    images, prediction = ((pixels.float() * std + mean).clamp(0, 1) for pixels in (images, prediction))
+    means, stds = (images.new_tensor(list(values)).view(-1, 1, 1) for values in (mean, std))
+    images, prediction = ((pixels.float() * stds + means).clamp(0, 1) for pixels in (images, prediction))
     height, width = images.shape[-2:]
     scale = -(-height // mask.shape[-2])
     hidden = mask.repeat_interleave(scale, 1).repeat_interleave(scale, 2)[:, None, :height, :width]

@@ -138,7 +138,7 @@ def training_run(resolved: Resolved, method: Method, notes: list[str]) -> Traini
 def stage_callbacks(resolved: Resolved, method: Method, probe: LabeledProbe | None) -> tuple[pl.Callback, ...]:
     """Pictures where the method predicts pixels, measures of activations, and the probe where there is one."""
     settings, folder = resolved.settings, Path(resolved.settings.out).expanduser()
-    callbacks = []
+    callbacks: list[pl.Callback] = []
     if method.predicts_pixels:
         samples = ImageSamples(resolved.source.head, CenterView(settings.size), settings.data.channels, settings.seed)
         callbacks.append(Reconstructions(samples, folder, resolved.steps_in(settings.reconstruct_every_epochs)))

@@ -73,4 +73,4 @@ class BalancedSamples(ImageSamples):
 
     def __getitem__(self, key: tuple[int, int]) -> dict:
         row, repeat = self.balanced_row(*key)
-        return super().__getitem__((f"{key[0]}.{repeat}", row))
+        return super().__getitem__((f"{key[0]}.{repeat}", row))  # type: ignore[index]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import replace
+from typing import Any
 
 from simmim.encoders.base import EncoderConfig
 from simmim.finetune.augment.color import check_kornia, has_kornia
@@ -90,7 +91,7 @@ def resolve_augmentation(
     needs_kornia = defaults["rand_augment"] > 0 and data.rand_augment is None and not has_kornia()
     if needs_kornia:
         defaults["rand_augment"] = 0.0
-    changes = {name: value for name, value in defaults.items() if getattr(data, name) is None}
+    changes: dict[str, Any] = {name: value for name, value in defaults.items() if getattr(data, name) is None}
     reasons = []
     if changes:
         kind = f"{'gray' if channels == 1 else 'color'} images" if side_px <= THUMBNAIL_PX else "images"
@@ -111,7 +112,10 @@ def default_augmentation(side_px: int, channels: int, per_class: float) -> dict[
     thumbnail, many = side_px <= THUMBNAIL_PX, per_class >= MANY_PER_CLASS
     sign = thumbnail and channels == 1
     if thumbnail:
-        chosen = {"crop_scale": (1.0, 1.0) if sign else (0.5, 1.0), "flip": 0.0 if sign else 0.5}
+        chosen: dict[str, float | tuple[float, float]] = {
+            "crop_scale": (1.0, 1.0) if sign else (0.5, 1.0),
+            "flip": 0.0 if sign else 0.5,
+        }
         chosen |= {"rand_augment": 0.0, "erasing": 0.0}
     else:
         chosen = {"crop_scale": (0.08, 1.0) if many else (0.3, 1.0), "flip": 0.5}

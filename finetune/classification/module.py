@@ -28,6 +28,9 @@ class ClassificationFinetuning(TrainingModule):
         class_weights: (classes,), weight of an image of each class in the loss; all 1 by default.
     """
 
+    model: Classifier
+    class_weights: Tensor | None
+
     def __init__(
         self,
         model: Classifier,
@@ -62,7 +65,7 @@ class ClassificationFinetuning(TrainingModule):
         logits = self.model(normalize(batch["image"], self.preprocessing.mean, self.preprocessing.std)).float()
         self.metrics.update(logits, batch["label"])
         for name, metric in self.metrics.rates.items():
-            self.log(name, metric, on_epoch=True, prog_bar=name == "accuracy", batch_size=len(logits))
+            self.log(name, metric, on_epoch=True, prog_bar=name == "accuracy", batch_size=len(logits))  # type: ignore[arg-type]
         loss = F.cross_entropy(logits, batch["label"])
         self.log("validation_loss", loss, on_epoch=True, batch_size=len(logits), sync_dist=True)
 

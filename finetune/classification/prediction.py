@@ -42,7 +42,8 @@ def predict(
     encoder_pass = EncoderPass(batch_size, workers, device_type())
     saved = load_classifier(run)
     source = open_images(images)
-    count, unreadable = 0, {}
+    count = 0
+    unreadable: dict[str, str] = {}
     with atomic_write(out) as temporary:
         with (
             temporary.open("w", newline="", encoding="utf-8") as file,

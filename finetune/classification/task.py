@@ -34,7 +34,7 @@ class Classification(Task):
         labels = read_labels(settings)
         start = find_start(settings, measure_images(labels.train), device, report_line)
         config, num_classes = start.encoder.config, len(labels.classes)
-        settings, reasons = resolve_settings(start.settings, len(labels.train), num_classes, config, device)
+        settings, reasons = resolve_settings(start.settings, len(labels.train), num_classes, config, device)  # type: ignore[arg-type]
         module = build_module(settings, start, labels, report_line)
         train, validation = build_samples(settings, labels, config.in_channels, start.keep_decoded)
         return PreparedTask(

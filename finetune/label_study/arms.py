@@ -46,5 +46,5 @@ def fingerprint_of(state: Mapping[str, Tensor]) -> int:
 
     checksum = 0
     for _, tensor in sorted(state.items()):
-        checksum = zlib.crc32(tensor.detach().contiguous().flatten().view(torch.uint8).numpy(), checksum)
+        checksum = zlib.crc32(tensor.detach().contiguous().flatten().view(torch.uint8).numpy(), checksum)  # type: ignore[arg-type]
     return checksum

@@ -54,12 +54,13 @@ class StudySettings(ClassificationSettings):
         if self.data.fold is not None:
             raise ValueError("data.fold is set by the study: give the number of parts of its cross-validation by folds")
         labels = str(self.labels).split(",") if isinstance(self.labels, str | int) else self.labels
-        object.__setattr__(self, "labels", tuple(parse_labels(value) for value in labels))
+        parsed = tuple(parse_labels(value) for value in labels)
+        object.__setattr__(self, "labels", parsed)
         against = self.against.split(",") if isinstance(self.against, str) else self.against
         object.__setattr__(self, "against", tuple(path.strip() for path in against if path.strip()))
         for name in ("lr_factors", "layer_decays"):
             object.__setattr__(self, name, tuple(getattr(self, name)))
-        if not self.labels or len(set(self.labels)) < len(self.labels):
+        if not parsed or len(set(parsed)) < len(parsed):
             raise ValueError(f"labels are {self.labels}: give different numbers, 1,5,20 for instance")
         if not self.lr_factors or min(self.lr_factors) <= 0:
             raise ValueError(f"lr_factors are {self.lr_factors}: give positive factors of optim.lr; 1 alone tunes nothing")

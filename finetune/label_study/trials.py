@@ -142,7 +142,7 @@ def build_job(arm: Arm, labels: int | str, seed: int, rates: Rates, fold: tuple[
     """
     settings = replace(
         arm.settings,
-        labels_per_class=None if labels == ALL else labels,
+        labels_per_class=None if labels == ALL else labels,  # type: ignore[arg-type]
         seed=seed,
         data=replace(arm.settings.data, fold=fold),
         optim=replace(arm.settings.optim, lr_factor=rates.lr_factor, layer_decay=rates.layer_decay),

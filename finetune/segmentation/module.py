@@ -37,7 +37,7 @@ def pixel_loss(
     """
     label_maps = label_maps.long()
     total = F.cross_entropy(
-        resize_logits(logits, label_maps.shape[1:]),
+        resize_logits(logits, label_maps.shape[1:]),  # type: ignore[arg-type]
         label_maps,
         weight=weights,
         ignore_index=ignored_id,
@@ -92,6 +92,9 @@ class SegmentationFinetuning(TrainingModule):
         class_weights: of each class in the loss.
         jitter: of colors, see `ColorSettings`.
     """
+
+    model: Segmenter
+    class_weights: Tensor | None
 
     def __init__(
         self,

@@ -26,8 +26,8 @@ def palette(count: int) -> np.ndarray:
     for index in range(count - 1):
         shades = ((0.9, 1.0), (0.55, 1.0), (0.9, 0.65))
         saturation, value = shades[index // 12 % len(shades)]
-        rgb = colorsys.hsv_to_rgb(index * GOLDEN % 1.0, saturation, value)
-        colors.append(tuple(round(255 * part) for part in rgb))
+        red, green, blue = colorsys.hsv_to_rgb(index * GOLDEN % 1.0, saturation, value)
+        colors.append((round(255 * red), round(255 * green), round(255 * blue)))
     return np.array(colors[:count], dtype=np.uint8)
 
 
@@ -110,7 +110,8 @@ def legend_lines(entries_px: Sequence[int], width_px: int) -> list[list[int]]:
         entries_px: width of each entry.
         width_px: width of a line; a wider entry has a line of its own.
     """
-    lines, used_px = [[]], 0
+    lines: list[list[int]] = [[]]
+    used_px = 0
     for index, entry_px in enumerate(entries_px):
         if lines[-1] and used_px + entry_px > width_px:
             lines.append([])

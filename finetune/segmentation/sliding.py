@@ -39,7 +39,7 @@ def dense_logits(model: Callable[[Tensor], Tensor], images: Tensor, window: Size
 
 def whole_logits(model: Callable[[Tensor], Tensor], images: Tensor) -> Tensor:
     """Logits of one pass over whole images."""
-    return resize_logits(model(images), images.shape[2:])
+    return resize_logits(model(images), images.shape[2:])  # type: ignore[arg-type]
 
 
 def sliding_logits(

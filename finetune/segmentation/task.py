@@ -46,7 +46,7 @@ class Segmentation(Task):
         labels = read_labels(settings)
         start = find_start(settings, measure_images(labels.train), device, report_line)
         config, scheme = start.encoder.config, labels.scheme
-        settings, reasons = resolve_settings(start.settings, labels, config.is_small, device)
+        settings, reasons = resolve_settings(start.settings, labels, config.is_small, device)  # type: ignore[arg-type]
         data = settings.data
         train, validation = build_samples(settings, labels, start)
         return PreparedTask(
@@ -180,4 +180,4 @@ def save_model(
     folder: Path, model: nn.Module, provenance: dict, data: SceneSettings, scheme: ClassScheme, preprocessing: Preprocessing
 ) -> None:
     """Write a model as `simmim.finetune.load_segmenter` reads it."""
-    save_segmenter(folder, SavedSegmenter(model, scheme, preprocessing, data.short_side, data.inference), provenance)
+    save_segmenter(folder, SavedSegmenter(model, scheme, preprocessing, data.short_side, data.inference), provenance)  # type: ignore[arg-type]

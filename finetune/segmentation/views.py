@@ -76,8 +76,8 @@ class RandomScene:
         labels = np.full(self.size, self.ignored_id, dtype=label_map.dtype)
         labels[:height, :width] = crop
         mirrored = generator.random() < self.flip
-        labels = torch.from_numpy(labels)
-        return (image.flip(-1), labels.flip(-1)) if mirrored else (image, labels)
+        target = torch.from_numpy(labels)
+        return (image.flip(-1), target.flip(-1)) if mirrored else (image, target)
 
 
 @dataclass(frozen=True)
@@ -136,6 +136,9 @@ class SceneSamples(ImageSamples):
         keep_decoded: hold decoded images and label maps in memory.
     """
 
+    view: Callable[[Picture, np.ndarray, random.Random], tuple[Tensor, Tensor]]  # type: ignore[assignment]
+    cache: dict[int, tuple[Picture, np.ndarray]] | None  # type: ignore[assignment]
+
     def __init__(
         self,
         source,
@@ -146,7 +149,7 @@ class SceneSamples(ImageSamples):
         keep_decoded: bool = False,
         max_pixels: int = MAX_PIXELS,
     ) -> None:
-        super().__init__(source, view, channels, seed, keep_decoded, max_pixels)
+        super().__init__(source, view, channels, seed, keep_decoded, max_pixels)  # type: ignore[arg-type]
         self.scheme = scheme
 
     def view_of(self, index: int, generator: random.Random) -> dict:

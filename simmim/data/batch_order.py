@@ -29,7 +29,7 @@ class EndlessBatchSampler(Sampler):
         self.rank, self.world_size, self.start = rank, world_size, start
 
     def __iter__(self) -> Iterator[list[tuple[int, int]]]:
-        epoch, order = -1, None
+        epoch, order = -1, np.arange(0)
         batch = self.start
         while True:
             first = (batch * self.world_size + self.rank) * self.batch_size

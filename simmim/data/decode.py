@@ -71,8 +71,8 @@ def file_channels(image: Image.Image) -> int:
     """Channels of a file opened by Pillow: 1 for gray, 3 for color in any encoding, with alpha or without; the count of
     samples for a TIFF file with further bands, which Pillow would drop."""
     if image.format == "TIFF":
-        samples, extras = image.tag_v2.get(SAMPLES_PER_PIXEL, 1), image.tag_v2.get(EXTRA_SAMPLES, ())
-        further = samples - COLOR_SAMPLES.get(image.tag_v2.get(PHOTOMETRIC), samples)
+        samples, extras = image.tag_v2.get(SAMPLES_PER_PIXEL, 1), image.tag_v2.get(EXTRA_SAMPLES, ())  # type: ignore[attr-defined]
+        further = samples - COLOR_SAMPLES.get(image.tag_v2.get(PHOTOMETRIC), samples)  # type: ignore[attr-defined]
         if further > 1 or (further == 1 and extras == (0,)):
             return samples
     return 1 if image.mode[0] in "IF" or image.mode in ("1", "L", "LA", "La") else 3
@@ -116,7 +116,7 @@ def _read_npy(stream: BinaryIO, record: Record, channels: int | None, max_pixels
     """The array of a `.npy` file as (channels, height, width), memory-mapped if it is a file on disk."""
     stream.seek(0)
     on_disk = record["bytes"] is None
-    values = np.load(record["path"] if on_disk else stream, mmap_mode="r" if on_disk else None, allow_pickle=False)
+    values = np.load(record["path"] if on_disk else stream, mmap_mode="r" if on_disk else None, allow_pickle=False)  # type: ignore[arg-type]
     if values.dtype.kind not in "biuf":
         raise ValueError(f"holds {values.dtype} values, not real numbers")
     if values.ndim not in (2, 3):

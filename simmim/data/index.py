@@ -41,7 +41,8 @@ class Scan:
     def __init__(self, folder: str | Path) -> None:
         self.folder = str(folder)
         self.stamps: dict[str, int] = {}
-        self.num_others, self.denied = 0, []
+        self.num_others = 0
+        self.denied: list[str] = []
         self._entered: set[tuple[int, int]] = set()
 
     def __iter__(self) -> Iterator[str]:
@@ -181,7 +182,8 @@ def write_paths(file: Path, paths: Iterable[str]) -> int:
     from datasets.arrow_writer import ArrowWriter
 
     features = datasets.Features({"image": datasets.Image(decode=False)})
-    count, pending = 0, []
+    count = 0
+    pending: list[str] = []
 
     def write() -> None:
         column = pa.array(pending, pa.string())

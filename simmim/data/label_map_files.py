@@ -112,7 +112,7 @@ def stored_values(image: Image.Image) -> np.ndarray:
     if image.mode not in ("1", "L", "P", "I", "I;16", "I;16B", "I;16L"):
         raise ValueError(f"holds colors (mode {image.mode}), expected one number per pixel: give a grayscale or palette PNG")
     # Pillow stretches gray values of 2 and 4 bits to the range from 0 to 255.
-    stretch = {"L;2": 85, "L;4": 17}.get(image.tile[0][3], 1) if image.format == "PNG" and image.tile else 1
+    stretch = {"L;2": 85, "L;4": 17}.get(image.tile[0][3], 1) if image.format == "PNG" and image.tile else 1  # type: ignore[attr-defined]
     image.load()
     return np.asarray(turn_upright(image, read_orientation(image))) // (1 if image.mode == "1" else stretch)
 

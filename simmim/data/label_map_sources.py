@@ -71,8 +71,8 @@ def find_folder_pairs(folder: Path) -> dict[str, tuple[Path, Path]]:
         validation = next(filter(None, validations), None)
         if train:
             return {"train": train, "validation": validation} if validation else {"train": train}
-    if pair_in(folder):
-        return {"train": pair_in(folder)}
+    if pair := pair_in(folder):
+        return {"train": pair}
     present = sorted(entry.name for entry in os.scandir(folder) if entry.is_dir())
     raise ValueError(
         f"labeled folder {str(folder)!r} has no folders of images and label maps, but "

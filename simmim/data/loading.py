@@ -39,14 +39,14 @@ class QuietQueue(multiprocessing.queues.Queue):
     @staticmethod
     def _on_queue_feeder_error(error: Exception, item) -> None:
         if not isinstance(error, BrokenPipeError):
-            multiprocessing.queues.Queue._on_queue_feeder_error(error, item)
+            multiprocessing.queues.Queue._on_queue_feeder_error(error, item)  # type: ignore[attr-defined]
 
 
 def quiet_context() -> multiprocessing.context.BaseContext:
     """The default way of starting processes, with `QuietQueue` as its queues."""
     context = multiprocessing.get_context()
 
-    class QuietContext(type(context)):
+    class QuietContext(type(context)):  # type: ignore[misc]
         def Queue(self, maxsize: int = 0) -> QuietQueue:
             return QuietQueue(maxsize, ctx=self.get_context())
 

@@ -78,7 +78,8 @@ class JpegPicture(Picture):
     """
 
     def __init__(self, record: Record, image: Image.Image, channels: int | None) -> None:
-        self.record, self.opened = record, image
+        self.record = record
+        self.opened: Image.Image | None = image
         self.channels = channels or (1 if image.mode == "L" else 3)
         self.orientation = read_orientation(image)
         self.size = upright_size(image, self.orientation)
@@ -86,7 +87,7 @@ class JpegPicture(Picture):
 
     def __del__(self) -> None:
         if self.opened is not None:
-            self.opened.fp.close()
+            self.opened.fp.close()  # type: ignore[attr-defined]
 
     def crop(self, box: Box, size: Size, interpolation: str = "bilinear") -> Tensor:
         """As `Picture.crop`, decoding no finer than `size` needs."""
@@ -98,8 +99,9 @@ class JpegPicture(Picture):
         height, width = size[::-1] if swaps_axes(self.orientation) else size
         image = self._decode(max(width / (right - left), height / (bottom - top)) * decoded_per_target_px)
         # An odd last row or column makes the coarse image larger than its reduction says, never smaller.
-        box = tuple(edge / self.reduction for edge in (left, top, right, bottom))
-        pixels = resize_box(image, box, (height, width), interpolation)
+        reduction = self.reduction or 1.0  # a decode has set it
+        reduced = (left / reduction, top / reduction, right / reduction, bottom / reduction)
+        pixels = resize_box(image, reduced, (height, width), interpolation)
         return as_tensor(turn_array_upright(pixels, self.orientation), self.channels)
 
     def decoded(self) -> Picture:
@@ -109,9 +111,10 @@ class JpegPicture(Picture):
         """The stored image in mode L or RGB, with at least `share` of its pixels along a side."""
         with decoding():
             image, self.opened = self.opened or open_pillow(open_record(self.record)), None
-            with image.fp:
+            with image.fp:  # type: ignore[attr-defined]
                 width = image.width
-                wanted = tuple(max(1, math.ceil(side * share)) for side in image.size)  # Pillow's (width, height)
+                # Pillow's (width, height).
+                wanted = max(1, math.ceil(width * share)), max(1, math.ceil(image.height * share))
                 draft = image.draft("L" if self.channels == 1 else None, wanted)
                 image.load()
             self.reduction = width / draft[1][2] if draft else 1.0
@@ -154,7 +157,7 @@ class ArrayPicture(Picture):
         # Beside an edge the sharper filters exceed the values' range.
         return torch.from_numpy(np.stack(channels).round().clip(0, 255).astype(np.uint8))
 
-    def decoded(self) -> Picture:
+    def decoded(self) -> ArrayPicture:
         return ArrayPicture(np.stack([self._to_levels(channel).round().astype(np.uint8) for channel in self.values]))
 
     def _to_levels(self, part: np.ndarray) -> np.ndarray:

@@ -24,7 +24,7 @@ def to_gray_or_rgb(image: Image.Image) -> Image.Image:
 def _has_gray_palette(image: Image.Image) -> bool:
     """Whether all colors that the image uses are gray, as in many scans."""
     used = np.flatnonzero(image.histogram())
-    colors = np.reshape(image.getpalette("RGB"), (-1, 3))
+    colors: np.ndarray = np.reshape(image.getpalette("RGB"), (-1, 3))  # type: ignore[arg-type]
     colors = colors[used[used < len(colors)]]
     return bool((colors == colors[:, :1]).all())
 

@@ -52,6 +52,6 @@ def num_bytes(record: Record) -> int:
     if record["bytes"] is not None:
         return len(record["bytes"])
     try:
-        return os.path.getsize(record["path"])
+        return os.path.getsize(record["path"])  # type: ignore[arg-type]
     except OSError:
         return 0

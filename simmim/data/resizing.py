@@ -89,12 +89,12 @@ def resize_box(image: Image.Image, box: Box, size: Size, interpolation: str) -> 
     box_width, box_height = box[2] - box[0], box[3] - box[1]
     whole_pixels = all(float(edge).is_integer() for edge in box)
     if whole_pixels:
-        image, box = image.crop(tuple(map(int, box))), (0, 0, box_width, box_height)
+        image, box = image.crop(tuple(map(int, box))), (0, 0, box_width, box_height)  # type: ignore[arg-type]
     reduces = may_reduce and max(box_height / size[0], box_width / size[1]) >= REDUCING_FROM
     if whole_pixels and row.in_torch and box_height * box_width > THUMBNAIL_PIXELS and not reduces:
-        pixels = torch.from_numpy(np.array(image))
-        pixels = pixels[None] if pixels.ndim == 2 else pixels.permute(2, 0, 1)
-        return torch.nn.functional.interpolate(pixels[None], size, mode=interpolation, antialias=True)[0].numpy()
+        tensor = torch.from_numpy(np.array(image))
+        tensor = tensor[None] if tensor.ndim == 2 else tensor.permute(2, 0, 1)
+        return torch.nn.functional.interpolate(tensor[None], size, mode=interpolation, antialias=True)[0].numpy()
     height, width = size
     resized = image.resize((width, height), row.resampling, box=box, reducing_gap=REDUCING_GAP if may_reduce else None)
     pixels = np.array(resized)

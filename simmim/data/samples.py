@@ -150,7 +150,7 @@ class StreamedSamples(IterableDataset):
                     continue
                 generator = random.Random(f"{self.seed}/{epoch}/{node}/{number}")
                 view, skipped, latest = self.view_or_replacement(row, latest, generator, f"row {number} of part {node}")
-                if view is None or number < num_taken:
+                if view is None or latest is None or number < num_taken:
                     continue
                 yield {
                     "image": view,

@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 from collections.abc import Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 from simmim.data.readers import detect_reader, known_kinds
@@ -60,7 +61,7 @@ def open_source(
     return Source(stream, length, head, streaming=True)
 
 
-def open_images(path: str | Sequence[str], column: str | None = None) -> datasets.Dataset:
+def open_images(path: str | Path | Sequence[str], column: str | None = None) -> datasets.Dataset:
     """Open one or several sources as one dataset with a column `image`, undecoded.
 
     Raises:
@@ -90,7 +91,7 @@ def open_stream(path: str | Sequence[str], column: str | None) -> tuple[datasets
         parts = [open_stream(str(part), column) for part in path]
         lengths = [length for _, length in parts]
         stream = parts[0][0] if len(parts) == 1 else datasets.concatenate_datasets([part for part, _ in parts])
-        return stream, sum(lengths) if all(lengths) else None
+        return stream, sum(lengths) if all(lengths) else None  # type: ignore[arg-type]
     reader, files = detect_reader(str(path))
     if not reader.can_stream:
         images = open_images(path, column)

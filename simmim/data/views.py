@@ -100,5 +100,5 @@ class CenterView:
 
 def normalize(images: Tensor, mean: Sequence[float], std: Sequence[float]) -> Tensor:
     """(B, channels, height, width) uint8 to float32: values in [0, 1] minus `mean`, divided by `std`, per channel."""
-    mean, std = (images.new_tensor(values, dtype=torch.float32).view(-1, 1, 1) for values in (mean, std))
-    return (images.float() / 255 - mean) / std
+    means, stds = (images.new_tensor(values, dtype=torch.float32).view(-1, 1, 1) for values in (mean, std))
+    return (images.float() / 255 - means) / stds

@@ -43,7 +43,7 @@ class PixelDecoder(nn.Linear):
         """
         cells = self.masked_cells(mask, targets) if prediction is None else None
         if cells is None:
-            prediction = self.predict(features, targets.shape[-2:]) if prediction is None else prediction
+            prediction = self.predict(features, targets.shape[-2:]) if prediction is None else prediction  # type: ignore[arg-type]
             return masked_l1(prediction, targets, mask, self.patch_size)
         pixels = self(rearrange(features, "b c h w -> b h w c")[cells])
         expected = rearrange(at_least_float32(targets), "b c (h p) (w q) -> b h w c p q", p=self.stride, q=self.stride)
@@ -97,7 +97,7 @@ def sliding_statistics(images: Tensor, patch_px: int) -> tuple[Tensor, Tensor]:
     # E[x²] − E[x]² in float32 has no digits left for a flat area of a contrasting image. MPS has no float64.
     pixels = images.float() if images.device.type == "mps" else images.double()
     mean = box_mean(pixels, patch_px)
-    count = box_count(images.shape[-2:], patch_px, pixels)
+    count = box_count(images.shape[-2:], patch_px, pixels)  # type: ignore[arg-type]
     variance = (box_mean(pixels.square(), patch_px) - mean.square()) * count / (count - 1).clamp(min=1)
     return mean.to(images.dtype), (variance.clamp(min=0) + 1e-6).sqrt().to(images.dtype)
 

@@ -101,7 +101,7 @@ class SimMIM(Method):
         tokens = self.encoder.embed(images)
         tokens = self.substitute(tokens, mask)
         features = self.encoder.encode(tokens).features
-        prediction = self.decoder.predict(features, images.shape[-2:]) if return_reconstruction else None
+        prediction = self.decoder.predict(features, images.shape[-2:]) if return_reconstruction else None  # type: ignore[arg-type]
         loss = self.decoder.loss(features, self.targets(images), mask, prediction)
         return MethodOutput(loss, prediction)
 

@@ -78,7 +78,7 @@ class ActivationMonitor(pl.Callback):
         self.first = self.first or self.latest
         scalars = {f"per_block/{kind}/{name}": self.latest[kind][name] for kind in ("rms", "max") for name in names}
         for logger in trainer.loggers:
-            logger.log_per_block(scalars, self.step)
+            logger.log_per_block(scalars, self.step)  # type: ignore[attr-defined]
         with atomic_write(self.path) as temporary:
             activation_plot([self.first, self.latest]).save(temporary, format="png")
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import warnings
 from collections.abc import Callable, Iterator
-from typing import Any
+from typing import Any, cast
 
 import pytorch_lightning as pl
 import torch
@@ -36,7 +36,7 @@ class CompileBlocks(pl.Callback):
             if trainer.is_global_zero and not self.quiet:
                 print(f"note     blocks are not compiled by torch: {problem}", flush=True)
 
-        encoder = module.model.encoder
+        encoder = cast(Encoder, module.model.encoder)
         problem = why_not(trainer.strategy.root_device, encoder)
         if problem:
             report(problem)
@@ -143,4 +143,4 @@ def ignored_warning(message: str) -> Iterator[None]:
         yield
     finally:
         with contextlib.suppress(ValueError):
-            warnings.filters.remove(entry)
+            cast(list, warnings.filters).remove(entry)

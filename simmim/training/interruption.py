@@ -7,6 +7,7 @@ import signal
 import subprocess
 import sys
 import threading
+from typing import Any
 
 import pytorch_lightning as pl
 from pytorch_lightning.plugins.environments import SLURMEnvironment
@@ -40,7 +41,7 @@ class StopOnSignal(pl.Callback):
     def __init__(self, save: SaveRun) -> None:
         self.save = save
         self.received: int | None = None
-        self.before: dict[int, object] = {}
+        self.before: dict[int, Any] = {}
 
     def on_train_start(self, trainer: pl.Trainer, module: pl.LightningModule) -> None:
         """Listen, after Lightning has set up handlers of its own."""

@@ -55,7 +55,8 @@ class NumericalGuard(pl.Callback):
         self.stop_after, self.spike_mads, self.min_past = stop_after, spike_mads, min_past
         self.past: deque[float] = deque(maxlen=window_steps)
         self.skipped = self.in_a_row = self.spikes = 0
-        self.step, self.saved_step = -1, None
+        self.step = -1
+        self.saved_step: int | None = None
         # Of the batches accumulated in this step: losses, each divided by their number, and what identifies the files.
         self.losses: list[Tensor] = []
         self.batches: list[dict] = []
@@ -78,7 +79,7 @@ class NumericalGuard(pl.Callback):
         """Remove the steps after the checkpoint from the list: a resumed run takes them again."""
         self.saved_step = trainer.global_step or None
         if trainer.is_global_zero and self.path.is_file():
-            _, *lines = self.path.read_text(encoding="utf-8").splitlines(keepends=True)
+            _header, *lines = self.path.read_text(encoding="utf-8").splitlines(keepends=True)
             kept = [line for line in lines if int(line.split("\t")[0]) < trainer.global_step]
             with atomic_write(self.path) as temporary:
                 temporary.write_text(HEADER + "".join(kept), encoding="utf-8")
@@ -165,9 +166,9 @@ class NumericalGuard(pl.Callback):
         """Log the counts, not through the module, which would first send each number to the device."""
         if self.skipped:
             trainer.progress_bar_metrics["skipped steps"] = self.skipped
-        if trainer.global_step > self.step and trainer.global_step % trainer.log_every_n_steps == 0:
+        if trainer.global_step > self.step and trainer.global_step % trainer.log_every_n_steps == 0:  # type: ignore[attr-defined]
             for logger in trainer.loggers:
-                counts = {"skipped_steps": self.skipped, "loss_spikes": self.spikes}
+                counts: dict[str, float] = {"skipped_steps": self.skipped, "loss_spikes": self.spikes}
                 logger.log_metrics(counts, step=trainer.global_step - 1)
 
     def on_train_end(self, trainer: pl.Trainer, *_) -> None:
@@ -210,7 +211,7 @@ def batch_files(trainer: pl.Trainer, batch: Mapping, number: int) -> list[str]:
         paths = batch.get("file", [None] * len(batch["stream_position"]))
         places = [f"image {taken} of epoch {epoch} of worker {worker}" for worker, epoch, taken in batch["stream_position"]]
         return [path or place for path, place in zip(paths, places)]
-    samples: ImageSamples = trainer.datamodule.train
+    samples: ImageSamples = trainer.datamodule.train  # type: ignore[attr-defined]
     order = EndlessBatchSampler(
         len(samples), batch["images"], samples.seed, trainer.global_rank, trainer.world_size, start=number
     )

@@ -9,6 +9,7 @@ import bisect
 import math
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
+from typing import cast
 
 import torch
 from torch import nn
@@ -48,7 +49,7 @@ def parameter_rules(model: nn.Module, weight_decay: float, layer_decay: float = 
     """
     if not 0.0 < layer_decay <= 1.0:
         raise ValueError(f"layer decay is {layer_decay}: give a factor in (0, 1], 1 for none")
-    encoder, prefix = (model, "") if isinstance(model, Encoder) else (model.encoder, "encoder.")
+    encoder, prefix = (model, "") if isinstance(model, Encoder) else (cast(Encoder, model.encoder), "encoder.")
     last_layer = encoder.num_layers + 1
     patterns = no_decay_patterns(model, encoder)
     rules = {}
@@ -155,7 +156,7 @@ class Schedule:
                 f"warm-up of {self.warmup_epochs} epochs in a run of {self.epochs}: give 0 to {self.epochs} epochs"
             )
 
-    def by_step(self, steps_per_epoch: int, global_batch: int) -> Callable[[int], float]:
+    def by_step(self, steps_per_epoch: float, global_batch: int) -> Callable[[int], float]:
         """The learning rate as a function of the optimizer step, from 0, at `global_batch` images per step."""
         lr, warmup_lr, min_lr = (scaled_lr(rate, global_batch) for rate in (self.lr, self.warmup_lr, self.min_lr))
         warmup_steps = round(self.warmup_epochs * steps_per_epoch)

@@ -111,7 +111,7 @@ class Throughput(pl.Callback):
     def on_train_batch_end(self, trainer: pl.Trainer, module: pl.LightningModule, *_) -> None:
         """Log the means since the last logged step."""
         now = self.ended = time.perf_counter()
-        if trainer.global_step > self.step and trainer.global_step % trainer.log_every_n_steps == 0:
+        if trainer.global_step > self.step and trainer.global_step % trainer.log_every_n_steps == 0:  # type: ignore[attr-defined]
             images = (trainer.global_step - self.step) * self.batch_size
             values = {"images_per_s": images / (now - self.since), "data_wait_share": self.waited_s / (now - self.since)}
             for logger in trainer.loggers:

@@ -130,6 +130,7 @@ def run_training(run: TrainingRun) -> FinishedRun:
         ValueError: when devices, batch size, folder or stored settings do not allow the run, before anything is written.
     """
     settings = run.settings
+    accumulate = settings.optim.accumulate  # type: ignore[attr-defined]  # every stage's settings have `optim`
     with quiet_libraries():
         save = SaveRun(run.folder, run.save)
         guard = run.module.guard = NumericalGuard(run.folder)
@@ -138,7 +139,7 @@ def run_training(run: TrainingRun) -> FinishedRun:
             run.num_steps,
             devices=settings.devices,
             precision=settings.precision,
-            accumulate=settings.optim.accumulate,
+            accumulate=accumulate,
             callbacks=ordered_callbacks(run, guard, save),
             checkpoint_io=save.writer,
             log_every_steps=min(settings.log_every_steps, run.num_steps),
@@ -146,7 +147,7 @@ def run_training(run: TrainingRun) -> FinishedRun:
             validate_every_steps=run.validate_every_steps,
             loggers=build_loggers(run.folder, settings.loggers, run.loss),
         )
-        per_device_batch(settings.batch_size, trainer.world_size, settings.optim.accumulate)
+        per_device_batch(settings.batch_size, trainer.world_size, accumulate)
         run.check(trainer)
         with locked_run_folder(settings) if is_first_process() else contextlib.nullcontext():
             report_line = print if is_first_process() else None

@@ -38,8 +38,8 @@ def step_file(run: Path, step: int) -> Path:
 
 def saved_steps(run: Path) -> dict[int, Path]:
     """Every step that has a checkpoint, the newest first."""
-    paths = [path for path in checkpoints_folder(run).glob("step-*.ckpt") if STEP_FILE.search(path.name)]
-    return {int(STEP_FILE.search(path.name)[1]): path for path in sorted(paths, reverse=True)}
+    paths = sorted(checkpoints_folder(run).glob("step-*.ckpt"), reverse=True)
+    return {int(match[1]): path for path in paths if (match := STEP_FILE.search(path.name))}
 
 
 def usable_checkpoint(run: Path, report_line: Callable[[str], None] | None = None) -> Path | None:
@@ -61,8 +61,9 @@ def usable_checkpoint(run: Path, report_line: Callable[[str], None] | None = Non
             continue
         problem = damage(path)
         if problem is None:
-            for broken, why in damaged.items() if report_line else ():
-                report_line(f"warning: {broken} is torn ({why}); going on from {path.name}")
+            if report_line:
+                for broken, why in damaged.items():
+                    report_line(f"warning: {broken} is torn ({why}); going on from {path.name}")
             return path
         damaged[path] = problem
     if damaged:
@@ -203,7 +204,7 @@ def in_model_order(state: dict, optimizer: torch.optim.Optimizer, module: torch.
 
 def loading_died(trainer: pl.Trainer, exception: BaseException) -> bool:
     """Whether this is how the death of a process that loads images is heard of, which is by a broken pipe at times."""
-    broken_pipe = isinstance(exception, ConnectionError | EOFError) and trainer.datamodule.workers > 0
+    broken_pipe = isinstance(exception, ConnectionError | EOFError) and trainer.datamodule.workers > 0  # type: ignore[attr-defined]
     return broken_pipe or "DataLoader worker" in str(exception)
 
 

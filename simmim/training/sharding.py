@@ -41,7 +41,7 @@ def shard(module: pl.LightningModule, model: nn.Module) -> None:
     for block in model.encoder.blocks():
         fully_shard(block, mesh=mesh)
     fully_shard(model, mesh=mesh)
-    model.is_sharded = True
+    model.is_sharded = True  # type: ignore[assignment]
 
 
 @contextlib.contextmanager

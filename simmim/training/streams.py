@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import pytorch_lightning as pl
 import torch
 
@@ -63,7 +65,7 @@ class StreamData(pl.LightningDataModule):
             return {}
         places = [{str(worker): list(place) for worker, place in self.positions.items()}]
         if self.trainer.world_size > 1:
-            gathered = [None] * self.trainer.world_size
+            gathered: list[Any] = [None] * self.trainer.world_size
             torch.distributed.all_gather_object(gathered, places[0])
             places = gathered
         return {"places": places, "divided": [self.trainer.world_size, max(self.workers, 1)]}
@@ -78,7 +80,7 @@ class TrackStreamPosition(pl.Callback):
 
     def on_train_batch_end(self, trainer: pl.Trainer, module: pl.LightningModule, outputs, batch: dict, *_) -> None:
         """Before the callbacks that save."""
-        trainer.datamodule.record_positions(batch)
+        trainer.datamodule.record_positions(batch)  # type: ignore[attr-defined]
 
 
 class ValidatedStreamData(StreamData):

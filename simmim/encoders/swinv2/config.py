@@ -198,7 +198,7 @@ class SwinV2Config(EncoderConfig):
         """Fields that follow from names and shapes of weights (`infer_architecture`)."""
         return infer_architecture(state)
 
-    def adapt_weights(self, state: State, config: EncoderConfig) -> tuple[State, tuple[str, ...]]:
+    def adapt_weights(self, state: State, config: SwinV2Config) -> tuple[State, tuple[str, ...]]:
         """As `EncoderConfig.adapt_weights`. Another window needs no change: the position bias is continuous."""
         state, notes = super().adapt_weights(state, config)
         if config.window_size != self.window_size:

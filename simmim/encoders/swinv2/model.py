@@ -11,6 +11,8 @@ feature maps are (B, H, W, C) inside and (B, C, H, W) where they are returned.
 from __future__ import annotations
 
 import math
+from collections.abc import Iterable
+from typing import cast
 
 import torch
 import torch.nn.functional as F
@@ -63,7 +65,7 @@ class WindowAttention(nn.Module):
         Returns:
             ((2·height − 1) · (2·width − 1), h), at least float32.
         """
-        weight = self.cpb_mlp[0].weight
+        weight: Tensor = self.cpb_mlp[0].weight  # type: ignore[assignment]
         coords = log_spaced_coords(window, pretrained, weight.device).to(weight.dtype)
         return MAX_BIAS * torch.sigmoid(at_least_float32(self.cpb_mlp(coords)))
 
@@ -233,7 +235,7 @@ class SwinV2Block(nn.Module):
 
     def windowed_attention(self, x: Tensor, windows_at_once: int | None = None) -> Tensor:
         """Attention within the block's windows: pad, shift, partition, attend, and back."""
-        size = x.shape[1:3]
+        size: Size = x.shape[1:3]  # type: ignore[assignment]
         window, shift, padded = self.geometry(size)
         windows = partition(x, window, shift, padded, self.shift_before_padding)
         # The mask of all windows has N times as many numbers as their regions. In sequential attention it would be the
@@ -248,7 +250,7 @@ class SwinV2Block(nn.Module):
         window = tuple(min(self.window_size, side) for side in size)
         # An axis that one window covers is not shifted.
         shift = tuple(w // 2 if self.shifted and side > w else 0 for side, w in zip(size, window))
-        return window, shift, tuple(-(-side // w) * w for side, w in zip(size, window))
+        return window, shift, tuple(-(-side // w) * w for side, w in zip(size, window))  # type: ignore[return-value]
 
     def pretrained(self, window: Size) -> Size:
         """The window that scales the coordinates of the position bias."""
@@ -393,7 +395,7 @@ class SwinV2(Encoder):
     def named_stages(self) -> dict[str, nn.Module]:
         """stage0.block0, …, stage0.merging, stage1.block0, …."""
         modules: dict[str, nn.Module] = {}
-        for number, stage in enumerate(self.layers):
+        for number, stage in enumerate(cast(Iterable[Stage], self.layers)):
             modules |= {f"stage{number}.block{index}": block for index, block in enumerate(stage.blocks)}
             if stage.downsample is not None:
                 modules[f"stage{number}.merging"] = stage.downsample

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, cast
 
 import yaml
 from pytorch_lightning.loggers import Logger
@@ -47,20 +47,20 @@ class RunLogger(Logger):
         """Show some scalars of each block of the encoder, by grouped names. They are too many for a table or a service."""
 
 
-def log_picture(loggers: Iterable[RunLogger], name: str, picture: Image.Image, step: int, caption: str) -> None:
+def log_picture(loggers: Iterable[Logger], name: str, picture: Image.Image, step: int, caption: str) -> None:
     """Show a picture in all loggers that can.
 
     Args:
         step: counted from 0, as of scalars.
         caption: what the picture holds, its columns for instance.
     """
-    for logger in loggers:
+    for logger in cast(Iterable[RunLogger], loggers):
         logger.log_picture(name, picture, step, caption)
 
 
 def flatten(values: Mapping, prefix: str = "") -> dict[str, bool | int | float | str]:
     """Nested settings by dotted keys; lists as text, None as none."""
-    flat = {}
+    flat: dict[str, bool | int | float | str] = {}
     for key, value in values.items():
         if isinstance(value, Mapping) and value:
             flat |= flatten(value, f"{prefix}{key}.")

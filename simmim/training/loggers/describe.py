@@ -31,7 +31,7 @@ class DescribeRun(pl.Callback):
         config = (self.run / CONFIG).read_text(encoding="utf-8") if (self.run / CONFIG).is_file() else ""
         session = Session(trainer.global_step, config, environment_of(trainer), self.monitor)
         for logger in trainer.loggers:
-            logger.describe(session)
+            logger.describe(session)  # type: ignore[attr-defined]
 
 
 def environment_of(trainer: pl.Trainer) -> dict[str, str]:

@@ -130,7 +130,7 @@ class Wandb(Service):
     @rank_zero_only
     def log_picture(self, name: str, picture: Image.Image, step: int, caption: str) -> None:
         """Show a picture in a panel."""
-        self.open().log_image(name, [picture], step=step, caption=[caption])
+        self.open().log_image(name, [picture], step=step, caption=[caption])  # type: ignore[attr-defined]
 
 
 class MLflow(Service):
@@ -156,4 +156,4 @@ class MLflow(Service):
     def log_picture(self, name: str, picture: Image.Image, step: int, caption: str) -> None:
         """Keep a picture as one file per step."""
         logger = self.open()
-        logger.experiment.log_image(logger.run_id, picture, artifact_file=f"{name}/step-{step:07d}.png")
+        logger.experiment.log_image(logger.run_id, picture, artifact_file=f"{name}/step-{step:07d}.png")  # type: ignore[attr-defined]
