@@ -7,7 +7,8 @@ import pytest
 import torch
 from safetensors import safe_open
 
-from simmim.encoders.swinv2 import SwinV2, SwinV2Config
+from simmim.encoders.registry import build
+from simmim.encoders.swinv2 import SwinV2Config
 from simmim.methods.pixels import masked_l1
 from simmim.methods.simmim import SimMIM
 
@@ -50,7 +51,7 @@ def _mode(request):
 @pytest.fixture(scope="module")
 def simmim_golden():
     metadata, tensors = read("simmim_swinv2_micro.safetensors")
-    model = SimMIM(SwinV2(encoder_config(metadata)))
+    model = SimMIM(build(encoder_config(metadata)))
     model.load_state_dict(to_our_names(tensors, "model."))
     return model, tensors
 
@@ -103,7 +104,7 @@ def test_normalized_target_and_its_loss(simmim_golden):
 
 def test_window_transfer():
     metadata, golden = read("classifier_swinv2_micro_window_transfer.safetensors")
-    encoder = SwinV2(encoder_config(metadata, pretrained_window_sizes=metadata["pretrained_window_sizes"]))
+    encoder = build(encoder_config(metadata, pretrained_window_sizes=metadata["pretrained_window_sizes"]))
     weights = to_our_names(golden, "model.")
     head_weight, head_bias = weights.pop("head.weight"), weights.pop("head.bias")
     encoder.load_state_dict(weights)

@@ -102,7 +102,10 @@ def test_global_randomness_is_untouched(seeds):
 @pytest.mark.parametrize(
     "settings, message",
     [
-        ({"unit_px": 30}, "mask unit is 30 px and patches are 4 px: give a multiple of the patch size, 28 or 32"),
+        (
+            {"unit_px": 30},
+            "mask unit is 30 px and patches are 4 px: give a multiple of the patch size, for instance 28 or 32",
+        ),
         ({"unit_px": 2}, "4 or 8"),
         ({"unit_px": 0}, "multiple of the patch size"),
         ({"unit_px": -4}, "multiple of the patch size"),

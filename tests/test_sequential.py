@@ -43,13 +43,21 @@ def run(config, images, half=False, **switches):
     return {"features": output.features.detach(), "images": images.grad, **gradients}
 
 
-def assert_equal_within(actual, expected, share):
-    """Of each tensor's largest number; ten times that for temperatures, whose gradients are sums that nearly cancel."""
+def assert_equal_within(actual, expected, share, exact=None):
+    """Of each tensor's largest number; ten times that for temperatures, whose gradients are sums that nearly cancel.
+
+    Args:
+        exact: the results in float64. A tensor that is as far from them as `expected`, within 1 %, also counts as equal: the
+            last bits of a sum depend on its order, which some processors' matrix products choose by the number of rows.
+    """
     assert actual.keys() == expected.keys()
     for name, value in expected.items():
         assert value.abs().max() > 0, name
-        allowed = share * (10 if name.endswith("logit_scale") else 1)
-        assert (actual[name] - value).abs().max() <= allowed * value.abs().max(), name
+        allowed = share * (10 if name.endswith("logit_scale") else 1) * value.abs().max()
+        if (actual[name] - value).abs().max() > allowed:
+            assert exact is not None, name
+            errors = [(results[name].double() - exact[name]).abs().max() for results in (actual, expected)]
+            assert errors[0] <= 1.01 * errors[1], name
 
 
 # 48 × 48 tokens in 16 windows of 144, as 768 px and windows of 24 at a quarter of the size. Bytes of all logits.
@@ -80,7 +88,8 @@ def test_sequential_equals_plain(config, size, switches, precision):
     """Outputs and every gradient."""
     dtype, half, share = PRECISIONS[precision]
     images = random_images(3, 3, *size, dtype=dtype)
-    assert_equal_within(run(config, images, half, **SWITCHES[switches]), run(config, images, half), share)
+    exact = run(config, images.double()) if dtype == torch.float32 else None
+    assert_equal_within(run(config, images, half, **SWITCHES[switches]), run(config, images, half), share, exact)
 
 
 @pytest.mark.parametrize("precision, share", [("float64", 1e-12), ("float32", 1e-5), ("bfloat16", 0.05)])
