@@ -6,9 +6,9 @@ from functools import lru_cache
 from pathlib import Path
 
 import torch
+from random_encoders import randomize
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
-from test_swinv2 import randomize
 
 from simmim.checkpoints import Checkpoint, Preprocessing
 from simmim.checkpoints.formats.base import ExportOptions

@@ -127,8 +127,8 @@ def distance(actual, expected):
 
 @pytest.fixture(autouse=True)
 def _products_as_on_a_gpu(monkeypatch):
-    """Triton's interpreter (3.7) multiplies the bits of bfloat16 as whole numbers and cuts off where GPUs round. Its products
-    are numpy's, whose order of summation depends on the processor and on which operand is transposed, unlike a GPU's."""
+    """Products as a GPU computes them. Triton's interpreter (3.7) multiplies bfloat16 as integers and truncates where
+    GPUs round; numpy's order of summation depends on the processor and on which operand is transposed."""
     if not INTERPRETED:
         return
     import triton.language as tl

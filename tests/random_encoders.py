@@ -1,4 +1,4 @@
-"""Encoders whose every parameter is random, so that each block changes the features."""
+"""Encoders whose every parameter is random, so that each block changes the features, and random images."""
 
 import torch
 
@@ -17,3 +17,31 @@ def random_encoder(config=CONFIG, seed=0):
     for name, parameter in encoder.named_parameters():
         parameter.normal_(1.0 if "norm" in name and "weight" in name else 0.0, 0.2, generator=generator)
     return encoder.eval()
+
+
+@torch.no_grad()
+def randomize(module, seed=0, max_logit_scale=3.5):
+    """Give every parameter random values of a magnitude that matters for the output; returns the module.
+
+    Args:
+        max_logit_scale: upper end of the logit scales (logarithms). At the clamp, log 100, rounding in float32 is magnified.
+    """
+    generator = torch.Generator().manual_seed(seed)
+    for name, parameter in module.named_parameters():
+        if name.endswith("logit_scale"):
+            parameter.uniform_(1.0, max_logit_scale, generator=generator)
+        elif parameter.ndim == 1 and name.endswith("weight"):
+            parameter.uniform_(0.5, 1.5, generator=generator)
+        elif parameter.ndim == 1:
+            parameter.normal_(0, 0.2, generator=generator)
+        else:
+            parameter.normal_(0, parameter[0].numel() ** -0.5, generator=generator)
+    return module
+
+
+def randomized_swinv2(config, **kwargs):
+    return randomize(SwinV2(config, **kwargs)).eval()
+
+
+def random_images(*shape, seed=1, dtype=torch.float32):
+    return torch.randn(*shape, generator=torch.Generator().manual_seed(seed), dtype=dtype)

@@ -5,7 +5,7 @@ import pytest
 import torch
 import yaml
 from conversion import FORMATS, RELEASED, SMALL, random_checkpoint, same_tensors
-from test_swinv2 import random_images
+from random_encoders import random_images
 
 from simmim import load_encoder
 from simmim.checkpoints.export import export

@@ -11,7 +11,7 @@ import pytest
 import torch
 import yaml
 from conversion import CLASSES, SMALL, assert_round_trip, random_checkpoint, same_tensors
-from test_swinv2 import random_images, randomize
+from random_encoders import random_images, randomize
 from torch import nn
 from toy_encoder import ToyConfig, ToyEncoder
 from toy_method import ToyMethod

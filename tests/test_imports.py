@@ -161,6 +161,12 @@ def test_files_and_functions_are_short(module):
             assert node.end_lineno - node.lineno < LONGEST_FUNCTION, node.name
 
 
+def test_test_files_are_short():
+    """A test file holds one concept, too."""
+    lengths = {path.name: len(path.read_text(encoding="utf-8").splitlines()) for path in (ROOT / "tests").rglob("*.py")}
+    assert {name: length for name, length in lengths.items() if length > LONGEST_FILE} == {}
+
+
 def test_the_command_imports_lazily():
     """At their tops the files that every call loads import nothing but the standard library and each other."""
     for module in ("simmim.cli", "simmim.cli.main", "simmim.cli.arguments", "simmim.cli.allocator"):

@@ -4,6 +4,8 @@ import math
 
 import pytest
 import torch
+from random_encoders import randomize
+from transformers_swinv2 import from_transformers
 
 from simmim.encoders.swinv2 import SwinV2, SwinV2Config
 from simmim.methods.masking import BlockMasking
@@ -309,19 +311,18 @@ def test_reconstruct_is_the_prediction_put_to_scale():
 def test_equals_transformers():
     """Loss and reconstruction of Swinv2ForMaskedImageModeling, for square images and raw targets, all it knows."""
     transformers = pytest.importorskip("transformers")
-    swinv2 = pytest.importorskip("tests.test_swinv2") if __package__ else pytest.importorskip("test_swinv2")
     theirs = transformers.Swinv2ForMaskedImageModeling(
         transformers.Swinv2Config(
             image_size=64, embed_dim=16, depths=(2, 2), num_heads=(2, 4), window_size=4, encoder_stride=8, num_channels=2
         )
     )
-    swinv2.randomize(theirs).eval()
+    randomize(theirs).eval()
     weights = theirs.state_dict()
     inner = {key.removeprefix("swinv2."): weights.pop(key) for key in list(weights) if key.startswith("swinv2.")}
     token = inner.pop("embeddings.mask_token").flatten()
     model = random_model(in_channels=2)
     config = model.encoder.config
-    encoder = {f"encoder.{key}": value for key, value in swinv2.from_transformers(inner, config).items()}
+    encoder = {f"encoder.{key}": value for key, value in from_transformers(inner, config).items()}
     head = {"decoder.weight": weights["decoder.0.weight"].flatten(1), "decoder.bias": weights["decoder.0.bias"]}
     model.load_state_dict({**encoder, **head, "mask_token": token})
     images, mask = random_batch(2, 2, 64, 64, unit_px=16)

@@ -17,8 +17,9 @@ import pytest
 import torch
 from conversion import random_checkpoint
 from PIL import Image
+from random_encoders import random_images, randomize
 from safetensors.torch import load_file, save_file
-from test_swinv2 import random_images, randomize, run_transformers
+from transformers_swinv2 import run_transformers
 
 from simmim import load_encoder
 from simmim.checkpoints import read, read_encoder

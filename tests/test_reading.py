@@ -6,8 +6,8 @@ from dataclasses import replace
 import pytest
 import torch
 from conversion import FORMATS, SMALL, assert_round_trip, random_checkpoint, rewritten, same_tensors
+from random_encoders import random_images
 from safetensors.torch import load_file, save_file
-from test_swinv2 import random_images
 
 from simmim import load_encoder
 from simmim.checkpoints import read, read_encoder

@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 import torch
 from conversion import FORMATS, assert_round_trip, forms_of, random_checkpoint, same_tensors, source_of
-from test_swinv2 import random_images
+from random_encoders import random_images
 
 from simmim import load_encoder
 from simmim.checkpoints import read

@@ -74,7 +74,7 @@ def outputs(model, images):
 
 def save(timm, job):
     """A random model, saved by timm as a folder or as a bare state dict; what it computes in float32 and float64."""
-    from test_swinv2 import randomize
+    from random_encoders import randomize
 
     model = randomize(timm.create_model(job["name"], **job["arguments"])).eval()
     if "resized" in job:
