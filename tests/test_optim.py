@@ -62,10 +62,19 @@ def test_schedules_are_the_reference_schedules():
             assert got == pytest.approx(expected, abs=1e-9), (kind, step)
 
 
-def test_schedule_in_epochs_is_the_schedule_in_steps_scaled_by_the_batch():
-    table = json.loads((GOLDEN / "lr_schedules.json").read_text())["multistep"]
-    schedule = Schedule(1e-4, 20, 2, 5e-7, "multistep", milestones=(15,)).by_step(5, global_batch=1024)
-    assert [schedule(step) for step in range(100)] == pytest.approx([2 * lr for lr in table["lr"]], abs=1e-9)
+@pytest.mark.parametrize("kind", ["multistep", "cosine"])
+def test_schedule_in_epochs_is_the_schedule_in_steps_scaled_by_the_batch(kind):
+    table = json.loads((GOLDEN / "lr_schedules.json").read_text())[kind]
+    decay = dict(milestones=(15,)) if kind == "multistep" else dict(min_lr=table["min_lr"])
+    rates = table["base_lr"], table["epochs"], table["warmup_epochs"], table["warmup_lr"]
+    schedule = Schedule(*rates, kind, **decay).by_step(table["steps_per_epoch"], global_batch=1024)
+    assert [schedule(step) for step in range(len(table["lr"]))] == pytest.approx([2 * lr for lr in table["lr"]], abs=1e-9)
+
+
+def test_a_cosine_ends_at_its_last_step():
+    schedule = Schedule(1.0, 2, 0.5, 0.0, min_lr=0.25).by_step(10, global_batch=512)
+    assert schedule(5) == 1.0 and schedule(12.5) == pytest.approx(0.625)
+    assert schedule(20) == schedule(25) == 0.25 < schedule(19)
 
 
 def test_every_parameter_sits_in_exactly_one_group():

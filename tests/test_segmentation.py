@@ -12,7 +12,7 @@ from torchmetrics.classification import MulticlassConfusionMatrix, MulticlassJac
 from simmim import load_encoder
 from simmim.checkpoints.checkpoint import Preprocessing
 from simmim.checkpoints.own_files import save_encoder
-from simmim.data import open_picture
+from simmim.data import normalize, open_picture
 from simmim.data.label_map_files import read_label_map
 from simmim.data.label_maps import ClassScheme
 from simmim.encoders.registry import build
@@ -94,6 +94,25 @@ def test_balanced_weights():
     weights = balanced_weights((900, 90, 10))
     assert sum(weight * share for weight, share in zip(weights, (0.9, 0.09, 0.01))) == pytest.approx(1)
     assert weights[2] / weights[0] == pytest.approx(math.sqrt(90))
+
+
+@pytest.mark.parametrize("weight", [0.0, 0.4, 1.5])
+def test_training_adds_the_weighted_loss_of_the_auxiliary_head(saved, weight):
+    """Both losses have the smoothing and the weights of the classes."""
+    optim, weights = OptimSettings(label_smoothing=0.1), (0.5, 2.0, 1.0)
+    module = SegmentationFinetuning(
+        saved.model, saved.preprocessing, saved.scheme, "auto", lambda step: 0.1, optim, weight, weights
+    )
+    module.log = lambda *_, **__: None
+    labels, _ = random_label_maps(classes=3, shape=(2, 32, 32))
+    images = torch.randint(0, 256, (2, 3, 32, 32), dtype=torch.uint8)
+    output = saved.model(normalize(images, saved.preprocessing.mean, saved.preprocessing.std), with_auxiliary=True)
+    main, auxiliary = (
+        pixel_loss(logits, labels, 255, torch.tensor(weights), 0.1) for logits in (output.logits, output.auxiliary)
+    )
+    loss = module.training_step({"image": images, "label_map": labels.to(torch.uint8)}, 0)
+    torch.testing.assert_close(loss, main + weight * auxiliary)
+    assert abs(main - auxiliary) > 0.01, "so that one cannot stand for the other"
 
 
 def test_every_validation_starts_from_zero(saved):
