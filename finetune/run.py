@@ -22,7 +22,6 @@ from simmim.finetune.settings import TransferSettings
 from simmim.finetune.task import PreparedTask
 from simmim.training.module import TrainingModule
 from simmim.training.optim import REFERENCE_BATCH
-from simmim.training.progress import Throughput
 from simmim.training.run import TrainingRun, check_before_start, run_training
 from simmim.training.run_folder import CONFIG, as_yaml
 from simmim.training.saving import SavePolicy
@@ -122,7 +121,6 @@ def training_run(prepared: PreparedTask, best: KeepBest, quiet: bool) -> Trainin
             *([AverageWeights(settings.optim.ema)] if settings.optim.ema else []),
             *([StopEarly(prepared.monitor, settings.patience)] if settings.patience else []),
         ),
-        throughput=Throughput(settings.batch_size),
         max_skipped_share=0.0 if settings.data.strict else settings.data.max_skipped_share,
         # A single validation is the one after the last step.
         validate_every_steps=math.ceil(steps_per_validation) if settings.validations > 1 else num_steps + 1,

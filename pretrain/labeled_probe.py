@@ -32,7 +32,6 @@ from simmim.evaluate import (
 from simmim.evaluate.features import AnyFeature
 from simmim.pretrain.module import PretrainingModule
 from simmim.pretrain.settings import ProbeSettings
-from simmim.training.progress import Throughput
 from simmim.training.sharding import gathered
 
 KEEP_VIEWS_MIB = 512  # labeled images that take less stay in memory as the encoder sees them, and are read once
@@ -55,7 +54,6 @@ class LabeledProbe(pl.Callback):
         preprocessing: of the encoder.
         config: of the encoder.
         workers: processes that read images.
-        throughput: of the run, which leaves the time of the measures out.
 
     Raises:
         ValueError: for labeled data that cannot be used, or where scikit-learn is needed and missing.
@@ -69,12 +67,10 @@ class LabeledProbe(pl.Callback):
         config: EncoderConfig,
         every_steps: int,
         workers: int,
-        throughput: Throughput,
     ) -> None:
         if settings.method == "probe":
             check_scikit_learn()
         self.settings, self.seed, self.preprocessing, self.every_steps = settings, seed, preprocessing, every_steps
-        self.throughput = throughput
         self.channels, self.reading = config.in_channels, EncoderPass(workers=workers)
         self.features, self.pixels = all_features(config, preprocessing.image_size), Pixels(preprocessing.image_size)
         source = open_labeled_source(settings.data, settings.column, settings.label_column)
@@ -147,7 +143,6 @@ class LabeledProbe(pl.Callback):
             print(f"no measure on labeled images at step {self.step:,}: {error}", flush=True)
             return
         seconds = time.perf_counter() - started
-        self.throughput.leave_out(seconds)
         if trainer.is_global_zero:
             method = self.settings.method
             trainer.progress_bar_metrics[method] = values["chosen" if "chosen" in values else "final"]

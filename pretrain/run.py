@@ -36,7 +36,6 @@ from simmim.pretrain.resolve import resolve_settings
 from simmim.pretrain.settings import DataSettings, OptimSettings, PretrainSettings, ProbeSettings, settings_class
 from simmim.training.activations import ActivationMonitor
 from simmim.training.loggers import LossNames
-from simmim.training.progress import Throughput
 from simmim.training.run import KEEP_DECODED_MIB, TrainingRun, check_before_start, run_training
 from simmim.training.run_folder import CONFIG, as_yaml, checkpoints_folder
 from simmim.training.saving import SavedModel, SavePolicy, usable_checkpoint
@@ -100,8 +99,8 @@ def training_run(resolved: Resolved, method: Method, notes: list[str]) -> Traini
     settings, source = resolved.settings, resolved.source
     data, optim = settings.data, settings.optim
     preprocessing = Preprocessing(settings.size, data.mean, data.std)
-    num_steps, throughput = resolved.steps_in(settings.epochs), Throughput(settings.batch_size)
-    probe = labeled_probe(resolved, preprocessing, throughput)
+    num_steps = resolved.steps_in(settings.epochs)
+    probe = labeled_probe(resolved, preprocessing)
     schedule = settings.schedule().by_step(resolved.steps_per_epoch, settings.batch_size)
 
     def read_probe(trainer: pl.Trainer) -> None:
@@ -129,7 +128,6 @@ def training_run(resolved: Resolved, method: Method, notes: list[str]) -> Traini
         summary=text,
         title="pre-training",
         callbacks=stage_callbacks(resolved, method, probe),
-        throughput=throughput,
         check=read_probe,
         max_skipped_share=0.0 if data.strict else data.max_skipped_share,
     )
@@ -194,13 +192,13 @@ def training_samples(resolved: Resolved) -> ImageSamples | StreamedSamples:
     return ImageSamples(source.images, *options, resolved.keep_decoded, data.max_pixels)
 
 
-def labeled_probe(resolved: Resolved, preprocessing: Preprocessing, throughput: Throughput) -> LabeledProbe | None:
+def labeled_probe(resolved: Resolved, preprocessing: Preprocessing) -> LabeledProbe | None:
     """The probe that resolved settings ask for; None where they do not."""
     settings = resolved.settings
     if settings.probe.data is None:
         return None
     every_steps, config = resolved.steps_in(settings.probe.every_epochs), settings.encoder_config()
-    return LabeledProbe(settings.probe, settings.seed, preprocessing, config, every_steps, settings.workers, throughput)
+    return LabeledProbe(settings.probe, settings.seed, preprocessing, config, every_steps, settings.workers)
 
 
 def build_method(settings: PretrainSettings) -> Method:

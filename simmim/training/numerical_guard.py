@@ -204,7 +204,7 @@ def batch_files(trainer: pl.Trainer, batch: Mapping, number: int) -> list[str]:
     """Paths of this process's batch, in the order of its images; positions in a stream that has no paths.
 
     Args:
-        batch: `images`, their number, and of the batch itself what is there of `skipped`, `place` and `file`.
+        batch: `images`, their number, and of the batch itself what is there of `skipped`, `stream_position` and `file`.
         number: of the batch, from 0 at the start of the run.
     """
     if "stream_position" in batch:

@@ -89,34 +89,53 @@ class ProgressLine(pl.Callback):
 
 
 class Throughput(pl.Callback):
-    """Logs images a second, and the share of the time that training waited for data."""
+    """Logs images a second, and the share of the time that training waited for data.
+
+    The time is that of training batches and of waiting for the next one. Validation, probes and pictures are left out: the
+    wait for the next batch begins after all other callbacks, when `WaitStart` says so.
+    """
 
     def __init__(self, batch_size: int) -> None:
         self.batch_size = batch_size
 
     def on_train_start(self, trainer: pl.Trainer, module: pl.LightningModule) -> None:
         """Start the clocks."""
-        self.since = self.ended = time.perf_counter()
-        self.step, self.waited_s = trainer.global_step, 0.0
+        self.step, self.trained_s, self.waited_s = trainer.global_step, 0.0, 0.0
+        self.start_waiting()
 
-    def leave_out(self, seconds: float) -> None:
-        """Count time that went into something else, between two batches, neither as training nor as waiting."""
-        self.since += seconds
-        self.ended += seconds
+    def start_waiting(self) -> None:
+        """All that follows until the next batch starts is spent fetching it."""
+        self.wait_started = time.perf_counter()
 
     def on_train_batch_start(self, *_) -> None:
-        """What has passed since the last batch ended was spent fetching this one."""
-        self.waited_s += time.perf_counter() - self.ended
+        """The batch has been fetched."""
+        self.batch_started = time.perf_counter()
+        self.waited_s += self.batch_started - self.wait_started
 
     def on_train_batch_end(self, trainer: pl.Trainer, module: pl.LightningModule, *_) -> None:
         """Log the means since the last logged step."""
-        now = self.ended = time.perf_counter()
+        self.trained_s += time.perf_counter() - self.batch_started
         if trainer.global_step > self.step and trainer.global_step % trainer.log_every_n_steps == 0:  # type: ignore[attr-defined]
-            images = (trainer.global_step - self.step) * self.batch_size
-            values = {"images_per_s": images / (now - self.since), "data_wait_share": self.waited_s / (now - self.since)}
+            images, seconds = (trainer.global_step - self.step) * self.batch_size, self.trained_s + self.waited_s
+            values = {"images_per_s": images / seconds, "data_wait_share": self.waited_s / seconds}
             for logger in trainer.loggers:
                 logger.log_metrics(values, step=trainer.global_step - 1)
-            self.since, self.step, self.waited_s = now, trainer.global_step, 0.0
+            self.step, self.trained_s, self.waited_s = trainer.global_step, 0.0, 0.0
+
+
+class WaitStart(pl.Callback):
+    """Tells a `Throughput` that all work after a batch is done. To be the last callback."""
+
+    def __init__(self, throughput: Throughput) -> None:
+        self.throughput = throughput
+
+    def on_train_batch_end(self, *_) -> None:
+        """Other callbacks have drawn, probed and counted."""
+        self.throughput.start_waiting()
+
+    def on_validation_end(self, *_) -> None:
+        """Validation, where there was one after the batch, is over too."""
+        self.throughput.start_waiting()
 
 
 SEEN_AT_LEAST = 500

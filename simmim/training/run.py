@@ -19,7 +19,7 @@ from simmim.training.interruption import StopOnSignal
 from simmim.training.loggers import DescribeRun, LossNames, build_loggers
 from simmim.training.module import TrainingModule
 from simmim.training.numerical_guard import NumericalGuard
-from simmim.training.progress import ProgressLine, SkippedImages, StepSeeds, Throughput
+from simmim.training.progress import ProgressLine, SkippedImages, StepSeeds, Throughput, WaitStart
 from simmim.training.quiet import quiet_libraries
 from simmim.training.run_folder import check_run_folder, locked_run_folder
 from simmim.training.saving import SavePolicy, SaveRun, usable_checkpoint
@@ -45,7 +45,6 @@ class TrainingRun:
         summary: text to print before the first step, from the trainer and the checkpoint that the run resumes from.
         title: of the progress bar.
         callbacks: the stage's own, in their order.
-        throughput: for callbacks whose time is not to count as training.
         check: called once the trainer is built and before the run folder is written. Raises ValueError where the run
             cannot work.
         max_skipped_share: of the images seen; more unreadable ones stop the run. 0 stops it at the first.
@@ -64,7 +63,6 @@ class TrainingRun:
     summary: Callable[[pl.Trainer, Path | None], str]
     title: str
     callbacks: tuple[pl.Callback, ...]
-    throughput: Throughput
     check: Callable[[pl.Trainer], None] = lambda trainer: None
     max_skipped_share: float = 0.05
     validate_every_steps: int | None = None
@@ -104,6 +102,7 @@ def check_before_start(settings: RunSettings) -> None:
 def ordered_callbacks(run: TrainingRun, guard: NumericalGuard, save: SaveRun) -> list[pl.Callback]:
     """All callbacks of a run. Lightning calls them in this order, each hook from the first to the last."""
     settings = run.settings
+    throughput = Throughput(settings.batch_size)
     optional = {
         "progress": () if run.quiet else (ProgressLine(run.title, settings.batch_size),),
         "compile": (CompileBlocks(run.quiet),) if settings.compile else (),
@@ -111,7 +110,7 @@ def ordered_callbacks(run: TrainingRun, guard: NumericalGuard, save: SaveRun) ->
     return [
         DescribeRun(run.folder, run.monitor),  # loggers learn what the run is before anything is logged
         StepSeeds(settings.seed),  # before anything that draws random numbers in a batch
-        run.throughput,  # takes the time at a batch's end before callbacks that take long
+        throughput,  # takes the time at a batch's end before callbacks that take long
         *optional["progress"],  # shows metrics that later callbacks of the step before have set
         SkippedImages(run.folder, run.num_images, run.max_skipped_share),  # may stop the run: before a state is saved
         guard,  # as above, and it counts before its counts are saved
@@ -119,7 +118,8 @@ def ordered_callbacks(run: TrainingRun, guard: NumericalGuard, save: SaveRun) ->
         TrackStreamPosition(),  # before a checkpoint is taken, which holds the position
         *run.callbacks,
         save,  # after all callbacks whose state it saves
-        StopOnSignal(save),  # last: what a signal stops has been saved by then
+        StopOnSignal(save),  # what a signal stops has been saved by then
+        WaitStart(throughput),  # last: what follows is the wait for the next batch
     ]
 
 

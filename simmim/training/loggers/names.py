@@ -10,8 +10,11 @@ from typing import NamedTuple
 GROUPED = {
     "lr": ("optimizer/learning_rate", "of the parameter group that learns fastest, at the step's batch size"),
     "grad_norm": ("optimizer/gradient_norm", "L2 norm over all parameters, before clipping"),
-    "images_per_s": ("speed/images_per_s", "over all devices, mean since the point before"),
-    "data_wait_share": ("speed/data_wait_share", "share of the time that training waited for images, 0 to 1"),
+    "images_per_s": (
+        "speed/images_per_s",
+        "over all devices, mean since the last point; validation, probes, pictures left out",
+    ),
+    "data_wait_share": ("speed/data_wait_share", "share of training time spent waiting for images, 0 to 1"),
     "accuracy": ("validation/accuracy", "share of the validation images, 0 to 1"),
     "top5_accuracy": ("validation/top5_accuracy", "share whose class is among the five most likely, 0 to 1"),
     "macro_f1": ("validation/macro_f1", "mean of F1 over the classes, each with the same weight, 0 to 1"),
@@ -22,7 +25,7 @@ GROUPED = {
     "pixel_accuracy": ("validation/pixel_accuracy", "share of the validation pixels that are not ignored, 0 to 1"),
     "skipped_steps": ("stability/skipped_steps", "steps so far whose loss or gradient was not finite"),
     "loss_spikes": ("stability/loss_spikes", "steps so far whose loss was far above the median of the last steps"),
-    "probe_s": ("speed/probe_s", "seconds of the last probe on labeled images, which images_per_s leaves out"),
+    "probe_s": ("speed/probe_s", "seconds of the last probe on labeled images"),
 }
 # Descriptions of scalars that are logged by their grouped names, by group.
 GROUPS = {
