@@ -108,7 +108,7 @@ def training_run(prepared: PreparedTask, best: KeepBest, quiet: bool) -> Trainin
             prepared.validation,
             prepared.validation_batch_size,
         ),
-        num_images=num_images,
+        num_images=prepared.train.num_images,
         num_steps=num_steps,
         loss=prepared.loss,
         save=SavePolicy(every_steps=max(MIN_STEPS_PER_CHECKPOINT, round(steps_per_validation)), keep_best=False),
@@ -118,7 +118,7 @@ def training_run(prepared: PreparedTask, best: KeepBest, quiet: bool) -> Trainin
             KeepFrozen(frozen_parts(encoder, settings.freeze, settings.train_stages)),
             *prepared.callbacks,
             best,  # before the average leaves the model: what was validated is exported
-            *([AverageWeights(settings.optim.ema)] if settings.optim.ema else []),
+            *averaging(prepared),
             *([StopEarly(prepared.monitor, settings.patience)] if settings.patience else []),
         ),
         max_skipped_share=0.0 if settings.data.strict else settings.data.max_skipped_share,
@@ -127,6 +127,14 @@ def training_run(prepared: PreparedTask, best: KeepBest, quiet: bool) -> Trainin
         monitor=prepared.monitor,
         quiet=quiet,
     )
+
+
+def averaging(prepared: PreparedTask) -> list[AverageWeights]:
+    """What averages the weights: the task's own, a plain average, or nothing."""
+    if prepared.average is not None:
+        return [prepared.average]
+    decay = prepared.settings.optim.ema
+    return [AverageWeights(decay)] if decay else []
 
 
 class KeepBest(pl.Callback):

@@ -11,7 +11,8 @@ from typing import Any, Protocol
 import pytorch_lightning as pl
 
 from simmim.checkpoints.checkpoint import Checkpoint
-from simmim.data.samples import ImageSamples
+from simmim.data.samples import ImageSamples, IndexedSamples
+from simmim.finetune.averaging import AverageWeights
 from simmim.finetune.settings import TransferSettings
 from simmim.training.loggers import LossNames
 from simmim.training.module import TrainingModule
@@ -42,7 +43,8 @@ class PreparedTask:
         settings: resolved; no setting is open.
         module: what is trained. Its `model` holds an encoder as `encoder` and is in training mode.
         source: what the encoder was read from; None for a preset.
-        train, validation: samples by (epoch, index).
+        train: samples by key, of which those with labels make an epoch.
+        validation: samples by (epoch, index).
         validation_batch_size: validation images per batch and device.
         classes: names of the classes.
         monitor: the validation metric by which the best model is chosen, as the module logs it: in [0, 1], higher is better.
@@ -50,6 +52,7 @@ class PreparedTask:
         save: writes a model into a folder so that it can be read without the run. Called with folder, model and provenance.
         provenance: what an exported model says of the choice of its labels.
         reasons: a line for each value that was chosen for the user: the value, then why.
+        average: averages the weights for validation and export, in place of a plain average of decay optim.ema.
         callbacks: further callbacks. They are called before the best model is exported.
         report: writes into the run folder what the validation that has just ended says of the best model so far. Called with
             run folder and module, in the first process alone.
@@ -60,7 +63,7 @@ class PreparedTask:
     settings: TransferSettings
     module: TrainingModule
     source: Checkpoint | None
-    train: ImageSamples
+    train: IndexedSamples
     validation: ImageSamples
     validation_batch_size: int
     classes: tuple[str, ...]
@@ -69,6 +72,7 @@ class PreparedTask:
     save: SaveModel
     provenance: Mapping[str, Any] = field(default_factory=dict)
     reasons: tuple[str, ...] = ()
+    average: AverageWeights | None = None
     callbacks: tuple[pl.Callback, ...] = ()
     report: Callable[[Path, pl.LightningModule], object] = no_report
     closing_text: Callable[[Path], str] = no_text

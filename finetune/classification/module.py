@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 import torch.nn.functional as F
 from torch import Tensor
@@ -49,16 +49,32 @@ class ClassificationFinetuning(TrainingModule):
 
     def training_step(self, batch: dict, batch_idx: int) -> Tensor:
         """Cross entropy to smoothed labels on changed images; the targets of mixed images are mixed in the same shares."""
-        labels, seeds, smoothing = batch["label"], batch["seed"], self.label_smoothing
-        images = self.changes.augment(batch["image"], seeds, self.preprocessing.mean, self.preprocessing.std)
-        if self.changes.mixing.active or self.class_weights is not None:
-            targets = F.one_hot(labels, self.model.head.out_features).float()
-            images, targets = self.changes.mix(images, targets, seeds)
-            loss = soft_cross_entropy(self.model(images).float(), targets, smoothing, self.class_weights)
-        else:
-            loss = F.cross_entropy(self.model(images).float(), labels, label_smoothing=smoothing)
+        images, targets = self.changed(batch["image"], batch["label"], batch["seed"])
+        loss = self.loss_of(self.model(images).float(), targets)
         self.log("loss", loss, prog_bar=True, batch_size=len(images), sync_dist=True)
         return loss
+
+    def changed(self, images: Tensor, labels: Tensor, seeds: Sequence[int]) -> tuple[Tensor, Tensor]:
+        """Randomly changed and normalized images, and their targets.
+
+        Args:
+            images: (B, channels, height, width) uint8.
+            labels: (B,).
+            seeds: one per image.
+
+        Returns:
+            Images, float; targets, labels as they are or, where images are mixed or weighted, shares of (B, classes).
+        """
+        images = self.changes.augment(images, seeds, self.preprocessing.mean, self.preprocessing.std)
+        if not self.changes.mixing.active and self.class_weights is None:
+            return images, labels
+        return self.changes.mix(images, F.one_hot(labels, self.model.head.out_features).float(), seeds)
+
+    def loss_of(self, logits: Tensor, targets: Tensor) -> Tensor:
+        """Mean cross entropy of logits, (B, classes), to the targets of `changed`."""
+        if targets.ndim == 1:
+            return F.cross_entropy(logits, targets, label_smoothing=self.label_smoothing)
+        return soft_cross_entropy(logits, targets, self.label_smoothing, self.class_weights)
 
     def validation_step(self, batch: dict, batch_idx: int) -> None:
         """Log the loss and the rates of `ClassMetrics` over all validation images."""

@@ -9,6 +9,7 @@ from simmim.finetune.augment.affine import AffineSettings
 from simmim.finetune.augment.batch import BatchChanges
 from simmim.finetune.augment.color import MAX_MAGNITUDE, ColorSettings
 from simmim.finetune.augment.mixing import MixSettings
+from simmim.finetune.classification.self_training.settings import SelfTrainingSettings
 from simmim.finetune.settings import LabeledDataSettings, TransferSettings
 from simmim.messages import did_you_mean
 
@@ -23,6 +24,8 @@ class LabeledSettings(LabeledDataSettings):
     Args:
         path: folder with a folder per class, or with train and val (or test) folders that have them; or a CSV file of paths
             and labels, Parquet files, a saved datasets folder, a hub id.
+        unlabeled: images without labels to learn from too (see self_training): a folder, or any other source that
+            pre-training reads. Labeled and validation images among them are left out.
         label_column: holds the labels, in sources with columns; detected by default.
         balance: for classes of different sizes: none; weights, to weight the loss of each image by the rarity of its class;
             sampling, to show all classes equally often, images of rare classes repeatedly.
@@ -44,6 +47,7 @@ class LabeledSettings(LabeledDataSettings):
             and validate with it. The validation images are not used.
     """
 
+    unlabeled: str | None = None
     label_column: str | None = None
     balance: str = "none"
     crop_scale: tuple[float, float] | None = None
@@ -108,6 +112,7 @@ class ClassificationSettings(TransferSettings):
         data: the labeled images; in Python a path is enough.
         labels_per_class: number of training images per class, drawn by the seed; all by default.
         monitor: metric by which the best model is chosen: accuracy, or macro_f1, in which all classes have the same weight.
+        self_training: how unlabeled images are learned from, where data.unlabeled gives some.
     """
 
     task: ClassVar[str] = "classification"
@@ -115,6 +120,7 @@ class ClassificationSettings(TransferSettings):
     data: LabeledSettings
     labels_per_class: int | None = None
     monitor: str = "accuracy"
+    self_training: SelfTrainingSettings = SelfTrainingSettings()
 
     def __post_init__(self) -> None:
         if isinstance(self.data, str):

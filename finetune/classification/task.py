@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
@@ -17,6 +18,13 @@ from simmim.finetune.classification.model import Classifier, save_classifier
 from simmim.finetune.classification.module import ClassificationFinetuning
 from simmim.finetune.classification.prediction import predict
 from simmim.finetune.classification.report import CAPTION, CLASSES, class_table, write_class_report
+from simmim.finetune.classification.self_training.defaults import resolve_self_training
+from simmim.finetune.classification.self_training.prepare import (
+    check_channels,
+    module_builder,
+    read_unlabeled,
+    with_unlabeled,
+)
 from simmim.finetune.classification.settings import ClassificationSettings
 from simmim.finetune.start import Start, find_start
 from simmim.finetune.task import Predictions, PreparedTask, ReportLine, Task
@@ -31,13 +39,24 @@ class Classification(Task):
 
     def prepare(self, settings: ClassificationSettings, device: str, report_line: ReportLine | None = None) -> PreparedTask:
         """Images by class, a linear head on the encoder's pooled features, cross entropy."""
-        labels = read_labels(settings)
-        start = find_start(settings, measure_images(labels.train), device, report_line)
-        config, num_classes = start.encoder.config, len(labels.classes)
-        settings, reasons = resolve_settings(start.settings, len(labels.train), num_classes, config, device)  # type: ignore[arg-type]
-        module = build_module(settings, start, labels, report_line)
+        labels, unlabeled = read_labels(settings), None
+        images = measure_images(labels.train)
+        if settings.data.unlabeled is not None:
+            unlabeled = read_unlabeled(settings, labels)
+            images = replace(images, decoded_mib=images.decoded_mib + unlabeled.decoded_mib)
+        start = find_start(settings, images, device, report_line)
+        config = start.encoder.config
+        num_labels, num_classes = len(labels.train), len(labels.classes)
+        settings, build, reasons = start.settings, ClassificationFinetuning, []
+        if unlabeled:
+            check_channels(unlabeled, config.in_channels)
+            settings, reasons = resolve_self_training(settings, len(unlabeled.images), config, device)
+        settings, further = resolve_settings(settings, num_labels, num_classes, config, device)  # type: ignore[arg-type]
+        if unlabeled:
+            build = module_builder(settings, labels)  # type: ignore[assignment]
+        module = build_module(settings, start, labels, report_line, build)
         train, validation = build_samples(settings, labels, config.in_channels, start.keep_decoded)
-        return PreparedTask(
+        prepared = PreparedTask(
             settings=settings,
             module=module,
             source=start.source,
@@ -49,10 +68,11 @@ class Classification(Task):
             loss=LOSS,
             save=partial(save_classifier, classes=labels.classes, preprocessing=module.preprocessing),
             provenance={"labels_per_class": settings.labels_per_class},
-            reasons=tuple(reasons),
+            reasons=(*reasons, *further),
             report=partial(report_validation, classes=labels.classes),
             closing_text=closing_text,
         )
+        return with_unlabeled(prepared, unlabeled, config.in_channels, start.keep_decoded) if unlabeled else prepared
 
     def predict(
         self,
@@ -81,9 +101,17 @@ def read_labels(settings: ClassificationSettings) -> LabeledImages:
 
 
 def build_module(
-    settings: ClassificationSettings, start: Start, labels: LabeledImages, report_line: ReportLine | None
+    settings: ClassificationSettings,
+    start: Start,
+    labels: LabeledImages,
+    report_line: ReportLine | None,
+    build: Callable[..., ClassificationFinetuning] = ClassificationFinetuning,
 ) -> ClassificationFinetuning:
-    """Encoder, head and how they are trained; the head's weights come from the source where it is for the same classes."""
+    """Encoder, head and how they are trained; the head's weights come from the source where it is for the same classes.
+
+    Args:
+        build: makes the module from the arguments of `ClassificationFinetuning`.
+    """
     # An encoder that was read is in evaluation mode, which Lightning would keep: without stochastic depth.
     model = Classifier(start.encoder, len(labels.classes)).train()
     if settings.init != "none" and start.source.head:
@@ -93,7 +121,7 @@ def build_module(
     if settings.data.balance == "weights":
         weights = class_weights(labels.train["label"], len(labels.classes))
     learning_rate = settings.learning_rate(len(labels.train))
-    return ClassificationFinetuning(model, preprocessing, settings.data.changes(), learning_rate, settings.optim, weights)
+    return build(model, preprocessing, settings.data.changes(), learning_rate, settings.optim, weights)
 
 
 def load_head(model: Classifier, source: Checkpoint, classes: tuple[str, ...], report_line: ReportLine | None) -> None:

@@ -24,7 +24,7 @@ class UsageError(ValueError):
 
 
 # A flag of its own for a setting that every run needs.
-SHORT_FLAGS = {"data": "data.path"}
+SHORT_FLAGS = {"data": "data.path", "unlabeled": "data.unlabeled"}
 # Words that are no settings.
 CONFIG, HELP, PRINT_CONFIG = "config", "help", "print_config"
 

@@ -12,7 +12,7 @@ from simmim.data.index import EXTENSIONS, dataset_from_paths, find_images, index
 from simmim.data.labels import LabeledImages, LabeledSource, open_labeled_source, read_labeled_images
 from simmim.data.loading import available_cores, build_loader, collate, default_num_workers
 from simmim.data.pillow_guard import UNREADABLE, describe_error
-from simmim.data.samples import ImageSamples, StreamedSamples
+from simmim.data.samples import ImageSamples, IndexedSamples, StreamedSamples
 from simmim.data.sources import Source, open_images, open_source
 from simmim.data.views import CenterView, RandomView, normalize
 
@@ -23,6 +23,7 @@ __all__ = [
     "EndlessBatchSampler",
     "ImageSamples",
     "ImageStatistics",
+    "IndexedSamples",
     "LabeledImages",
     "LabeledSource",
     "Picture",

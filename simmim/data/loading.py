@@ -54,8 +54,8 @@ def quiet_context() -> multiprocessing.context.BaseContext:
 
 
 def collate(samples: list[dict]) -> dict:
-    """Samples to a batch: images, label maps and labels are stacked; seeds, files, stream positions and skipped files become
-    lists."""
+    """Samples to a batch: images, label maps, labels and the weak views of those that have one are stacked; seeds, files,
+    stream positions and skipped files become lists."""
     batch = {
         "image": torch.stack([sample["image"] for sample in samples]),
         "seed": [sample["seed"] for sample in samples],
@@ -64,6 +64,9 @@ def collate(samples: list[dict]) -> dict:
     for name in ("stream_position", "file"):
         if name in samples[0]:
             batch[name] = [sample[name] for sample in samples]
+    weak = [sample["weak"] for sample in samples if "weak" in sample]
+    if weak:
+        batch["weak"] = torch.stack(weak)
     if "label_map" in samples[0]:
         batch["label_map"] = torch.stack([sample["label_map"] for sample in samples])
     if "label" in samples[0]:

@@ -8,12 +8,14 @@ from __future__ import annotations
 
 import copy
 import random
+from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from torch import Tensor
-from torch.utils.data import Dataset, IterableDataset, get_worker_info
+from torch.utils.data import Dataset, IterableDataset, Sampler, get_worker_info
 
+from simmim.data.batch_order import EndlessBatchSampler
 from simmim.data.decode import MAX_PIXELS, open_picture
 from simmim.data.pictures import Picture
 from simmim.data.pillow_guard import UNREADABLE, describe_error
@@ -24,7 +26,40 @@ if TYPE_CHECKING:
 MAX_REPLACEMENTS = 32
 
 
-class ImageSamples(Dataset):
+class IndexedSamples(Dataset, ABC):
+    """Samples by keys, and the order in which a run takes them.
+
+    Attributes:
+        seed: of everything random.
+    """
+
+    seed: int
+
+    @abstractmethod
+    def __len__(self) -> int:
+        """Training images that make an epoch."""
+
+    @abstractmethod
+    def batches(self, batch_size: int, rank: int = 0, world_size: int = 1, start: int = 0) -> Sampler:
+        """Endless batches of keys.
+
+        Args:
+            batch_size: training images per batch of this rank.
+            rank, world_size: this process and the number of processes.
+            start: batches to skip, those that a resumed run has done.
+        """
+
+    @abstractmethod
+    def path_of(self, key: Any) -> str:
+        """The path of a key's image, or its row where it has no path."""
+
+    @property
+    def num_images(self) -> int:
+        """All images that may be read."""
+        return len(self)
+
+
+class ImageSamples(IndexedSamples):
     """Samples by (epoch, index), each a function of that and the seed.
 
     A sample is a dict: `image` uint8 (channels, height, width); `seed`, for everything else that is random about it; `label`
@@ -56,9 +91,16 @@ class ImageSamples(Dataset):
     def __len__(self) -> int:
         return len(self.source)
 
+    def batches(self, batch_size: int, rank: int = 0, world_size: int = 1, start: int = 0) -> Sampler:
+        return EndlessBatchSampler(len(self), batch_size, self.seed, rank, world_size, start)
+
     def row_of(self, key: tuple[int, int]) -> int:
         """The source's row of a key."""
         return key[1]
+
+    def path_of(self, key: tuple[int, int]) -> str:
+        index = self.row_of(key)
+        return self.source[index]["image"]["path"] or f"image {index}"
 
     def __getitem__(self, key: tuple[int, int]) -> dict:
         epoch, index = key

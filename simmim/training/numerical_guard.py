@@ -12,9 +12,9 @@ import pytorch_lightning as pl
 import torch
 from torch import Tensor
 
-from simmim.data import EndlessBatchSampler, ImageSamples
 from simmim.files import atomic_write
 from simmim.training.run_folder import LAST, checkpoints_folder
+from simmim.training.streams import StreamData
 
 NON_FINITE_STEPS = "non-finite-steps.txt"
 HEADER = "step\tevent\tvalues\tfiles of the batch\n"
@@ -89,7 +89,7 @@ class NumericalGuard(pl.Callback):
         if trainer.global_step != self.step:
             self.step, self.losses, self.batches = trainer.global_step, [], []
         light = {name: value for name, value in batch.items() if name in ("skipped", "stream_position", "file")}
-        self.batches.append({**light, "images": len(batch["image"])})
+        self.batches.append(light)
 
     def on_before_backward(self, trainer: pl.Trainer, module: pl.LightningModule, loss: Tensor) -> None:
         """Keep the loss, without the scale that float16 gives it."""
@@ -204,20 +204,14 @@ def batch_files(trainer: pl.Trainer, batch: Mapping, number: int) -> list[str]:
     """Paths of this process's batch, in the order of its images; positions in a stream that has no paths.
 
     Args:
-        batch: `images`, their number, and of the batch itself what is there of `skipped`, `stream_position` and `file`.
+        batch: what is there of `skipped`, `stream_position` and `file`.
         number: of the batch, from 0 at the start of the run.
     """
     if "stream_position" in batch:
         paths = batch.get("file", [None] * len(batch["stream_position"]))
         places = [f"image {taken} of epoch {epoch} of worker {worker}" for worker, epoch, taken in batch["stream_position"]]
         return [path or place for path, place in zip(paths, places)]
-    samples: ImageSamples = trainer.datamodule.train  # type: ignore[attr-defined]
-    order = EndlessBatchSampler(
-        len(samples), batch["images"], samples.seed, trainer.global_rank, trainer.world_size, start=number
-    )
+    data: StreamData = trainer.datamodule  # type: ignore[attr-defined]
     unreadable = {path for path, _ in batch["skipped"]}
-    files = []
-    for index in map(samples.row_of, next(iter(order))):
-        path = samples.source[index]["image"]["path"] or f"image {index}"
-        files.append(f"{path} (unreadable, another in its place)" if path in unreadable else path)
-    return files
+    paths = map(data.train.path_of, next(iter(data.batches(number))))
+    return [f"{path} (unreadable, another in its place)" if path in unreadable else path for path in paths]

@@ -6,8 +6,9 @@ from typing import Any
 
 import pytorch_lightning as pl
 import torch
+from torch.utils.data import Sampler
 
-from simmim.data import EndlessBatchSampler, ImageSamples, SequentialBatchSampler, StreamedSamples, build_loader
+from simmim.data import ImageSamples, IndexedSamples, SequentialBatchSampler, StreamedSamples, build_loader
 
 
 class StreamData(pl.LightningDataModule):
@@ -17,7 +18,7 @@ class StreamData(pl.LightningDataModule):
         batch_size: images of one optimizer step over all devices and accumulated batches.
     """
 
-    def __init__(self, train: ImageSamples | StreamedSamples, batch_size: int, accumulate: int, workers: int) -> None:
+    def __init__(self, train: IndexedSamples | StreamedSamples, batch_size: int, accumulate: int, workers: int) -> None:
         super().__init__()
         self.train, self.batch_size = train, batch_size
         self.accumulate, self.workers = accumulate, workers
@@ -33,8 +34,18 @@ class StreamData(pl.LightningDataModule):
             self.positions = self.resumed_positions(start)
             part = self.train.part(trainer.global_rank, trainer.world_size, start, self.positions)
             return build_loader(part, self.workers, batch_size=share)
-        order = EndlessBatchSampler(len(self.train), share, self.train.seed, trainer.global_rank, trainer.world_size, start)
-        return build_loader(self.train, self.workers, order)
+        return build_loader(self.train, self.workers, self.batches(start))
+
+    def batches(self, start: int) -> Sampler:
+        """The keys of this rank's batches, of indexed images.
+
+        Args:
+            start: batches to skip.
+        """
+        assert isinstance(self.train, IndexedSamples)
+        trainer = self.trainer
+        share = per_device_batch(self.batch_size, trainer.world_size, self.accumulate)
+        return self.train.batches(share, trainer.global_rank, trainer.world_size, start)
 
     def resumed_positions(self, start: int) -> dict[int, tuple[int, int]]:
         """The position from which each of this rank's workers continues; empty for the start of a new epoch.
@@ -88,7 +99,7 @@ class ValidatedStreamData(StreamData):
 
     def __init__(
         self,
-        train: ImageSamples,
+        train: IndexedSamples,
         batch_size: int,
         accumulate: int,
         workers: int,

@@ -1,0 +1,146 @@
+"""What a run with unlabeled images has beside a run on labels alone."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from dataclasses import replace
+from functools import partial
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from simmim.data import ImageSamples, LabeledImages, RandomView, read_labeled_images
+from simmim.finetune.augment.affine import AffineSettings
+from simmim.finetune.augment.batch import BatchChanges
+from simmim.finetune.augment.color import ColorSettings
+from simmim.finetune.classification.self_training.defaults import start_step
+from simmim.finetune.classification.self_training.module import SelfTraining
+from simmim.finetune.classification.self_training.pseudo_labels import PseudoLabeler
+from simmim.finetune.classification.self_training.report import ReportPseudoLabels
+from simmim.finetune.classification.self_training.samples import SelfTrainingSamples, UnlabeledSamples
+from simmim.finetune.classification.self_training.teacher import Teacher
+from simmim.finetune.classification.self_training.unlabeled import UnlabeledImages, open_unlabeled
+from simmim.finetune.classification.settings import ClassificationSettings
+from simmim.finetune.task import PreparedTask
+
+MEANS_DECAY = 0.98  # of the running means of predictions and confidence: over about 50 batches
+WEAKEST_CROP = 0.8  # share of the area that the teacher sees at least, unless the labeled views are larger
+LARGEST_ZOOM = 0.9  # below 1, see `AffineSettings`
+NUM_REPORTS = 20
+
+
+def read_unlabeled(settings: ClassificationSettings, labels: LabeledImages) -> UnlabeledImages:
+    """The unlabeled images of a run.
+
+    Args:
+        labels: what the run learns from and what judges it.
+
+    Raises:
+        ValueError: as `open_unlabeled`; when a class has no label to learn from.
+    """
+    data = settings.data
+    assert data.unlabeled is not None
+    missing = sorted(set(range(len(labels.classes))) - set(labels.train["label"]))
+    if missing:
+        raise ValueError(
+            f"{len(labels.train)} labels for {len(labels.classes)} classes: class {labels.classes[missing[0]]!r} has none "
+            "to learn from, give each class one or more"
+        )
+    everything = read_labeled_images(data.path, None, settings.seed, data.column, data.label_column)
+    return open_unlabeled(data.unlabeled, labels, everything)
+
+
+def check_channels(unlabeled: UnlabeledImages, channels: int) -> None:
+    """Refuse unlabeled images that the encoder cannot read.
+
+    Args:
+        channels: of the encoder. Gray and color stand in for one another.
+
+    Raises:
+        ValueError: with both numbers.
+    """
+    if unlabeled.channels != channels and not {unlabeled.channels, channels} <= {1, 3}:
+        raise ValueError(
+            f"data.unlabeled has images of {unlabeled.channels} channels, the encoder reads {channels}: give unlabeled "
+            "images of the same kind as the labeled ones"
+        )
+
+
+def module_builder(settings: ClassificationSettings, labels: LabeledImages) -> Callable[..., SelfTraining]:
+    """`SelfTraining` with all of its own arguments, from resolved settings.
+
+    Raises:
+        ValueError: when the run holds no step with pseudo-labels.
+    """
+    chosen, num_classes = settings.self_training, len(labels.classes)
+    return partial(
+        SelfTraining,
+        strong=strong_changes(settings),
+        labeler=PseudoLabeler(num_classes, target_shares(chosen.alignment, labels), MEANS_DECAY),
+        teacher=Teacher(settings.optim.ema),
+        start=start_step(settings, len(labels.train)),
+        weight=chosen.weight,
+    )
+
+
+def target_shares(alignment: str, labels: LabeledImages) -> Tensor | None:
+    """The shares of the classes that predictions are aligned to, (classes,) float32; None for no alignment."""
+    num_classes = len(labels.classes)
+    if alignment == "none":
+        return None
+    if alignment == "uniform":
+        return torch.full((num_classes,), 1 / num_classes)
+    counts = torch.bincount(torch.tensor(labels.train["label"]), minlength=num_classes).float()
+    return counts / counts.sum()
+
+
+def strong_changes(settings: ClassificationSettings) -> BatchChanges:
+    """The random changes of the student's views of unlabeled images."""
+    data, chosen = settings.data, settings.self_training
+    factor, given = chosen.affine, data.affine
+    zoom = min(given.zoom * factor, LARGEST_ZOOM)
+    affine = AffineSettings(given.degrees * factor, zoom, given.shear * factor, given.shift * factor)
+    color = ColorSettings(
+        chosen.rand_augment or 0.0, data.rand_augment_operations, data.rand_augment_spread, data.color_jitter or 0.0
+    )
+    return BatchChanges(affine, color, chosen.erasing or 0.0)
+
+
+def with_unlabeled(prepared: PreparedTask, unlabeled: UnlabeledImages, channels: int, keep_decoded: bool) -> PreparedTask:
+    """A prepared run on labels alone, and the unlabeled images with it.
+
+    Args:
+        prepared: its module is of `module_builder`.
+        channels: of the encoder.
+        keep_decoded: whether all decoded images fit into memory.
+    """
+    settings, module, labeled = prepared.settings, prepared.module, prepared.train
+    assert isinstance(settings, ClassificationSettings) and isinstance(module, SelfTraining)
+    assert isinstance(labeled, ImageSamples) and settings.data.unlabeled is not None
+    data = settings.data
+    low, high = data.crop_scale or (1.0, 1.0)
+    strong_view, weak_view = (
+        RandomView(settings.size, scale, data.crop_ratio, data.flip or 0.0)
+        for scale in ((low, high), (max(low, min(WEAKEST_CROP, high)), high))
+    )
+    samples = UnlabeledSamples(unlabeled.images, strong_view, weak_view, channels, settings.seed, keep_decoded)
+    ratio = settings.self_training.ratio
+    assert ratio is not None
+    num_steps = settings.num_steps(len(labeled))
+    report = ReportPseudoLabels(
+        Path(settings.out).expanduser(), prepared.classes, max(math.ceil(num_steps / NUM_REPORTS), 1)
+    )
+    return replace(
+        prepared,
+        train=SelfTrainingSamples(labeled, samples, ratio, module.start * settings.optim.accumulate),
+        callbacks=(*prepared.callbacks, report),
+        average=module.teacher,
+        provenance={
+            **prepared.provenance,
+            "unlabeled": Path(data.unlabeled).name,
+            "unlabeled_images": len(unlabeled.images),
+        },
+        reasons=(*unlabeled.lines(), *prepared.reasons),
+    )

@@ -1,0 +1,60 @@
+"""RUN/pseudo-labels.csv: which pseudo-labels the student has learned from."""
+
+from __future__ import annotations
+
+import csv
+from collections.abc import Sequence
+from pathlib import Path
+
+import pytorch_lightning as pl
+
+from simmim.files import atomic_write
+from simmim.finetune.classification.self_training.module import SelfTraining
+
+PSEUDO_LABELS = "pseudo-labels.csv"
+COLUMNS = ("step", "unlabeled", "confident", "confident_of_known_class", "right")
+
+
+class ReportPseudoLabels(pl.Callback):
+    """Writes a row every `every_steps` steps and after the last one: steps taken; since the row before, the unlabeled images
+    shown, those with a confident pseudo-label, of these those whose true class is known and those that are right; and the
+    share of each class among the confident pseudo-labels.
+
+    The callback must stand before the one that saves, as it empties the counts of `SelfTraining`.
+    """
+
+    def __init__(self, run: Path, classes: Sequence[str], every_steps: int) -> None:
+        self.path, self.classes, self.every_steps = run / PSEUDO_LABELS, tuple(classes), every_steps
+        self.step = 0
+
+    def on_train_start(self, trainer: pl.Trainer, *_) -> None:
+        """Remove the rows after the checkpoint: a resumed run takes those steps again."""
+        self.step = trainer.global_step
+        if trainer.is_global_zero and self.path.is_file():
+            with self.path.open(newline="", encoding="utf-8") as file:
+                header, *rows = csv.reader(file)
+            self.write([header, *(row for row in rows if int(row[0]) <= self.step)])
+
+    def on_train_batch_end(self, trainer: pl.Trainer, module: SelfTraining, *_) -> None:  # type: ignore[override]
+        """Once per optimizer step, not once per accumulated batch."""
+        if trainer.global_step == self.step:
+            return
+        self.step = trainer.global_step
+        if self.step % self.every_steps and self.step != trainer.max_steps:
+            return
+        counts = module.counts.tolist()
+        module.counts.zero_()
+        if trainer.is_global_zero and counts[0]:
+            totals, by_class = counts[:4], counts[4:]
+            shares = [f"{count / max(totals[1], 1):.4f}" for count in by_class]
+            self.write([[str(self.step), *(f"{total:.0f}" for total in totals), *shares]], append=True)
+
+    def write(self, rows: list[list[str]], append: bool = False) -> None:
+        """Write the file again, or add rows to it, after a header where it is new."""
+        if append and self.path.is_file():
+            with self.path.open("a", newline="", encoding="utf-8") as file:
+                csv.writer(file, lineterminator="\n").writerows(rows)
+            return
+        rows = [[*COLUMNS, *self.classes], *rows] if append else rows
+        with atomic_write(self.path) as temporary, temporary.open("w", newline="", encoding="utf-8") as file:
+            csv.writer(file, lineterminator="\n").writerows(rows)
