@@ -133,9 +133,9 @@ class VariantAttention(WindowAttention):
 class PreNormBlock(SwinV2Block):
     """Swin V1's block: each branch normalizes its input, and its output is added to the main path as it is."""
 
-    def forward(self, x: Tensor, windows_at_once: int | None = None) -> Tensor:
+    def forward(self, x: Tensor, windows_at_once: int | None = None, groups: Tensor | None = None) -> Tensor:
         """(B, H, W, C) to the same shape."""
-        x = x + self.drop_path(self.windowed_attention(self.norm1(x)))
+        x = x + self.drop_path(self.windowed_attention(self.norm1(x), windows_at_once, groups))
         return x + self.drop_path(self.mlp(self.norm2(x)))
 
 

@@ -12,11 +12,11 @@ from torch import Tensor
 
 from simmim.encoders.registry import build
 from simmim.encoders.swinv2 import SwinV2Config, kernels
-from simmim.encoders.swinv2.geometry import partition, roll, shift_mask
+from simmim.encoders.swinv2.geometry import partition, roll, shift_mask, window_labels
 from simmim.encoders.swinv2.kernels import dispatch, self_test
 from simmim.encoders.swinv2.kernels import gpu as calls
 from simmim.encoders.swinv2.kernels.gpu import supports_window_attention, window_attention
-from simmim.encoders.swinv2.kernels.windows import Windows, window_indices
+from simmim.encoders.swinv2.kernels.windows import Windows, grouped_windows, window_indices
 from simmim.encoders.swinv2.model import attend
 
 INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
@@ -34,13 +34,22 @@ class Case(NamedTuple):
     head_dim: int = 16
     images: int = 1
     shift_before_padding: bool = False
+    groups: int = 0  # of tokens, that differ from image to image; 0 for none
 
     @property
     def padded(self):
         return tuple(-(-side // w) * w for side, w in zip(self.size, self.window))
 
     def windows(self) -> Windows:
-        return window_indices(self.size, self.window, self.shift, self.padded, self.shift_before_padding, DEVICE)
+        windows = window_indices(self.size, self.window, self.shift, self.padded, self.shift_before_padding, DEVICE)
+        return grouped_windows(windows, self.tokens_by_group(), self.window, self.shift)
+
+    def tokens_by_group(self) -> Tensor | None:
+        """(B, H, W) uint8."""
+        if not self.groups:
+            return None
+        drawn = torch.rand(self.images, *self.size, generator=torch.Generator().manual_seed(1)) * self.groups
+        return drawn.to(DEVICE, torch.uint8)
 
 
 CASES = {
@@ -50,6 +59,8 @@ CASES = {
     "shifted before padding": Case((7, 9), (5, 5), (2, 2), heads=1, head_dim=12, shift_before_padding=True),
     "one window of many blocks": Case((9, 9), (9, 9), heads=1, head_dim=40),
     "many blocks, padded, shifted": Case((9, 10), (9, 9), (0, 4), heads=1, head_dim=32),
+    "groups": Case((8, 4), (4, 4), images=2, groups=3),
+    "groups, two blocks, shifted": Case((5, 10), (5, 5), (0, 2), head_dim=12, images=2, groups=2),
 }
 
 
@@ -97,6 +108,8 @@ def by_plain_lines(case, numbers, dtype=torch.float64) -> dict[str, Tensor]:
     windows = (windows + torch.cat((q_bias, torch.zeros_like(q_bias), v_bias))).to(dtype)
     windows = rearrange(windows, "b n (t h d) -> b n t h d", t=3, h=case.heads)
     mask = shift_mask(case.padded, case.window, case.shift, qkv.device) if any(case.shift) else None
+    groups = case.tokens_by_group()
+    mask = mask if groups is None else window_labels(groups, case.window, case.shift)
     # A table with one row for each pair.
     table, index = rearrange(bias, "h i j -> (i j) h"), torch.arange(bias[0].numel(), device=bias.device)
     windows = attend(windows, scale, table, index, mask).flatten(-2)
@@ -367,6 +380,42 @@ def test_a_trial_that_fails_is_told_once(seen, monkeypatch):
         assert seen == [False, False]
     self_test.passes_self_test.cache_clear()
     assert torch.equal(torch.get_rng_state(), state)
+
+
+def test_a_trial_compares_groups(monkeypatch):
+    """Kernels that read the labels of the first image for all are found out."""
+
+    def same_for_all(*given, images):
+        labels = given[-1]
+        return window_attention(*given[:-1], labels if labels is None else labels[: len(given[-2])], images=images)
+
+    monkeypatch.setattr(self_test, "window_attention", same_for_all)
+    assert "differs from that of the plain code" in self_test.find_difference(DEVICE, torch.float32, 20, 12, attend)
+
+
+def test_other_groups_change_no_bit():
+    """At the lowest temperature, in the output and in all gradients of the group's own tokens."""
+    case = CASES["groups"]
+    numbers, others = numbers_of(case), (case.tokens_by_group() != 1).flatten()
+    numbers.scale.fill_(100.0)
+    numbers.grad[others] = 0
+    changed = numbers._replace(qkv=torch.where(others[:, None], 3 - numbers.qkv, numbers.qkv))
+    first, second = (by_kernels(case, given) for given in (numbers, changed))
+    assert torch.equal(first["mixed"][~others], second["mixed"][~others])
+    assert all(torch.equal(first[what], second[what]) for what in GIVEN)
+    assert not first["qkv"][others].any()
+
+
+def test_encoder_with_groups(seen):
+    config = ENCODERS["shifted"]
+    encoder, images = encoder_of(config), torch.randn(2, 3, 32, 32, generator=torch.Generator().manual_seed(1)).to(DEVICE)
+    units = torch.randint(3, (2, 4, 4), generator=torch.Generator().manual_seed(2)).to(DEVICE, torch.uint8)
+    groups = units.repeat_interleave(2, 1).repeat_interleave(2, 2)
+    actual = encoder.encode(encoder.embed(images), groups=groups).features
+    assert seen == [True] * sum(config.depths)
+    with kernels.disabled():
+        expected = encoder.double().encode(encoder.embed(images.double()), groups=groups).features
+    assert distance(actual.detach(), expected.detach()) < 1e-4
 
 
 def test_takes():

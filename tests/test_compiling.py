@@ -107,7 +107,7 @@ def test_blocks_that_do_not_compile_run_as_they_are(failing, plain_lines):
 
 def test_errors_of_a_block_are_raised_as_they_are():
     class Broken(torch.nn.Module):
-        def forward(self, x, windows_at_once=None):
+        def forward(self, x, windows_at_once=None, groups=None):
             raise ValueError("not by the compiler")
 
     encoder, reports = random_encoder(), []

@@ -62,7 +62,7 @@ def test_registers_suffice(kernel, architecture, tmp_path, monkeypatch):
     }
     types = dict.fromkeys(("qkv", "mixed", "grad_mixed", "grad_qkv"), "*bf16") | dict.fromkeys(constants, "constexpr")
     types |= {"token_of": "*i32", "region_of": "*u8"}
-    types |= dict.fromkeys(("tokens", "windows", "heads", "shares", "num_windows", "chunks"), "i32")
+    types |= dict.fromkeys(("tokens", "windows", "label_rows", "heads", "shares", "num_windows", "chunks"), "i32")
     signature = {name: types.get(name, "*fp32") for name in function.arg_names}
     aligned = {(at,): [["tt.divisibility", 16]] for at, name in enumerate(signature) if signature[name].startswith("*")}
     constants = {(function.arg_names.index(name),): value for name, value in constants.items()}

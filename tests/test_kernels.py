@@ -263,8 +263,8 @@ class Scaled(torch.nn.Linear):
 class Twice(dispatch.KernelBlock):
     """A block likewise."""
 
-    def windowed_attention(self, x, windows_at_once=None):
-        return 2 * super().windowed_attention(x, windows_at_once)
+    def windowed_attention(self, x, windows_at_once=None, groups=None):
+        return 2 * super().windowed_attention(x, windows_at_once, groups)
 
 
 def taken(encoder, images):
@@ -345,7 +345,7 @@ def test_blocks_that_were_changed_run_their_own_lines(name):
     encoder.layers[0].blocks[0].set_submodule(place, make())
     assert refused(encoder, torch.zeros(1, 3, 32, 32))
     block = encoder.layers[0].blocks[0]
-    block.windowed_attention = lambda x, windows_at_once=None: 0 * x
+    block.windowed_attention = lambda x, windows_at_once=None, groups=None: 0 * x
     assert torch.isfinite(block(torch.zeros(1, 8, 8, 16))).all()
 
 

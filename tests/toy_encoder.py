@@ -100,7 +100,8 @@ class ToyEncoder(Encoder):
         self.check_images(images)
         return rearrange(self.patches(pad_to_multiple(images, self.config.patch_size)), "b c h w -> b h w c")
 
-    def encode(self, tokens: Tensor, return_stages: bool = False) -> EncoderOutput:
+    def encode(self, tokens: Tensor, return_stages: bool = False, groups: Tensor | None = None) -> EncoderOutput:
+        self.check_groups(tokens, groups)  # refuses them
         x, maps = tokens, []
         for index, block in enumerate(self.stages):
             x = self.run_block(block, x)

@@ -29,6 +29,7 @@ Size = tuple[int, int]
 State = dict[str, Tensor]
 Config = TypeVar("Config", bound="EncoderConfig")
 
+MAX_GROUPS = 64  # of tokens on one map that are kept apart
 NARROWEST_PUBLISHED = 96  # channels of the first stage: Swin's and ConvNeXt's tiny
 
 
@@ -55,12 +56,14 @@ class EncoderConfig(ABC):
         patch_size: side of a patch in pixels, the resolution of masks.
         input_projection: name of the weight, (C, in_channels, …), that reads the images.
         size_fields: the fields by which a preset is recognized. Input channels, patch size and the like are left out.
+        supports_groups: whether its encoders keep groups of tokens apart (`Encoder.encode`).
     """
 
     in_channels: int
     patch_size: int
     input_projection: ClassVar[str]
     size_fields: ClassVar[tuple[str, ...]]
+    supports_groups: ClassVar[bool] = False
 
     @property
     @abstractmethod
@@ -116,6 +119,32 @@ class EncoderConfig(ABC):
     def without_training_size(self: Config) -> Config:
         """A copy without the record of `with_training_size`, for training from scratch."""
         return self
+
+    # --- several images on one canvas --------------------------------------------------------------------------------
+
+    def check_groups(self, image_size: Size) -> None:
+        """Check that encoders of this architecture keep groups of tokens apart (`Encoder.encode`) at `image_size`.
+
+        Raises:
+            ValueError: when no encoder of the family does, or none does at this size, saying what would help.
+        """
+        if not self.supports_groups:
+            raise ValueError("this encoder cannot keep several images on one canvas apart: choose another method")
+
+    def decoder_config(self, dim: int, depth: int) -> EncoderConfig:
+        """The architecture of a light decoder of this family for the last feature map, where `supports_groups`.
+
+        It is an encoder of one stage whose images are the feature map and whose patches are single tokens: `embed` projects
+        their channels, and `encode` lets every token attend to every other on a map of any size.
+
+        Args:
+            dim: its channels.
+            depth: its number of blocks.
+
+        Raises:
+            ValueError: for channels that the family cannot have, and when it has no such decoder.
+        """
+        raise ValueError("this encoder has no decoder: choose another method")
 
     # --- how weights depend on a configuration -----------------------------------------------------------------------
 
@@ -213,10 +242,19 @@ class Encoder(nn.Module, ABC):
         """
 
     @abstractmethod
-    def encode(self, tokens: Tensor, return_stages: bool = False) -> EncoderOutput:
+    def encode(self, tokens: Tensor, return_stages: bool = False, groups: Tensor | None = None) -> EncoderOutput:
         """Tokens of the first stage, (B, H, W, C), through all stages and the final norm.
 
         Blocks are called by `run_block`, which implements `checkpoint_activations`.
+
+        Args:
+            groups: (B, H, W) uint8, 0 to `MAX_GROUPS` − 1, the group of each token. Tokens of different groups do not
+                influence one another: each group is encoded as if its tokens were alone on the map. A token of the last map
+                must be of one group: groups are constant over squares of `stride` pixels. Such encoders read each patch by
+                itself in `embed`. None for one group.
+
+        Raises:
+            ValueError: for groups that the encoder does not support (`check_groups`).
         """
 
     def forward(self, images: Tensor, return_stages: bool = False) -> EncoderOutput:
@@ -249,6 +287,21 @@ class Encoder(nn.Module, ABC):
             raise ValueError(
                 f"images have shape {tuple(images.shape)}: this encoder takes "
                 f"(batch, {self.config.in_channels}, height, width)"
+            )
+
+    def check_groups(self, tokens: Tensor, groups: Tensor | None) -> None:
+        """Check that `encode` supports these groups of tokens, (B, H, W, C).
+
+        Raises:
+            ValueError: naming what it does not support.
+        """
+        if groups is None:
+            return
+        size = tuple(self.config.patch_size * side for side in tokens.shape[1:3])
+        self.config.check_groups(size)  # type: ignore[arg-type]
+        if groups.shape != tokens.shape[:3] or groups.dtype != torch.uint8:
+            raise ValueError(
+                f"groups are {groups.dtype} {tuple(groups.shape)}: expected uint8 {tuple(tokens.shape[:3])}, one per patch"
             )
 
     def run_block(self, block: nn.Module, *arguments: Any) -> Tensor:

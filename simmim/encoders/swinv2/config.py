@@ -12,6 +12,9 @@ from simmim.encoders.base import EncoderConfig, Size, State, with_fields
 from simmim.encoders.swinv2.weights import infer_architecture
 from simmim.messages import did_you_mean
 
+HEAD_DIM = 32  # channels of a head of the published models
+WHOLE_MAP = 2**15  # a window that is larger than every map
+
 
 @dataclass(frozen=True)
 class SwinV2Config(EncoderConfig):
@@ -51,6 +54,7 @@ class SwinV2Config(EncoderConfig):
 
     input_projection: ClassVar[str] = "patch_embed.proj.weight"
     size_fields: ClassVar[tuple[str, ...]] = ("embed_dim", "depths", "num_heads", "mlp_ratio", "extra_norm_every")
+    supports_groups: ClassVar[bool] = True
 
     def __post_init__(self) -> None:
         self._check_types()
@@ -168,6 +172,38 @@ class SwinV2Config(EncoderConfig):
                 return False
             height, width = -(-height // 2), -(-width // 2)
         return True
+
+    def check_groups(self, image_size: Size) -> None:
+        """Groups are supported where no map is padded: padding would be attended to by tokens of every group.
+
+        Raises:
+            ValueError: naming windows that divide all maps.
+        """
+        if any(side % self.strides[-1] for side in image_size):
+            raise ValueError(
+                f"images of {image_size[0]}×{image_size[1]} px on one canvas: give multiples of the last stage's stride, "
+                f"{self.strides[-1]} px"
+            )
+        if not self.windows_divide(image_size):
+            sides = range(1, self.window_size)
+            fitting = [side for side in sides if replace(self, window_size=side).windows_divide(image_size)]
+            raise ValueError(
+                f"encoder.window_size is {self.window_size}, which pads the maps of images of "
+                f"{image_size[0]}×{image_size[1]} px: several images on one canvas need windows that divide every map, "
+                f"for instance {max(fitting)}"
+            )
+
+    def decoder_config(self, dim: int, depth: int) -> SwinV2Config:
+        """One stage whose window is the whole map and whose position bias tells the places. Heads have 32 channels.
+
+        Raises:
+            ValueError: when heads of 32 channels do not divide `dim`.
+        """
+        if dim < 1 or dim % HEAD_DIM:
+            raise ValueError(f"decoder_dim is {dim}: give a multiple of {HEAD_DIM}, the channels of a head")
+        return SwinV2Config(
+            dim, (depth,), (dim // HEAD_DIM,), window_size=WHOLE_MAP, patch_size=1, in_channels=self.dims[-1]
+        )
 
     def fields_for_size(self, image_size: Size) -> dict[str, Any]:
         """A window of a quarter of the first stage's map, as published (12 at 192 px and patch 4), at least 4."""

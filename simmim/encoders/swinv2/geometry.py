@@ -22,6 +22,10 @@ from simmim.encoders.base import Size
 # Added to the logit of two tokens that only the cyclic shift brought into one window. The value of the reference. It is
 # below every logit at the initial temperature (−10 to 26), but not at the lowest (−100 to 116).
 MASKED_LOGIT = -100.0
+# Added to the logit of two tokens of different groups, which then have no weight whatever the temperature.
+OTHER_GROUP_LOGIT = -1e30
+# Labels of tokens are REGIONS · group + region. Kernels compare the bits of the group.
+REGIONS = 4
 
 
 @lru_cache(maxsize=256)
@@ -78,9 +82,26 @@ def shift_mask(size: Size, window: Size, shift: Size, device: torch.device) -> T
         return additive_mask(shift_regions(size, window, shift, device))
 
 
-def additive_mask(regions: Tensor) -> Tensor:
-    """Regions, (M, N), to a mask that is added to the logits, (M, N, N) float32: 0 within a region, else `MASKED_LOGIT`."""
-    return (regions[:, :, None] != regions[:, None, :]).to(torch.float32) * MASKED_LOGIT
+def additive_mask(labels: Tensor) -> Tensor:
+    """Labels, (M, N) or (B · M, N), to a mask that is added to the logits, (…, N, N) float32.
+
+    0 within a region of a group, `MASKED_LOGIT` between regions of a group, `OTHER_GROUP_LOGIT` between groups.
+    """
+    mask = (labels[:, :, None] != labels[:, None, :]).to(torch.float32) * MASKED_LOGIT
+    groups = labels // REGIONS
+    return mask.masked_fill_(groups[:, :, None] != groups[:, None, :], OTHER_GROUP_LOGIT)
+
+
+def window_labels(groups: Tensor, window: Size, shift: Size) -> Tensor:
+    """Groups of tokens, (B, H, W) uint8, to the label of each token of the windows of all images: (B · M, N) uint8.
+
+    The map is a multiple of the window. Labels are `REGIONS` · group + region, regions being those of `shift_regions`.
+    """
+    size: Size = groups.shape[1:]  # type: ignore[assignment]
+    labels = partition(groups[..., None] * REGIONS, window, shift, size, False).squeeze(-1)
+    if any(shift):
+        labels += shift_regions(size, window, shift, groups.device).to(torch.uint8).repeat(len(groups), 1)
+    return labels
 
 
 # --- maps to windows ---------------------------------------------------------------------------------------------------

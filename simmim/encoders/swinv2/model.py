@@ -30,6 +30,7 @@ from simmim.encoders.swinv2.geometry import (
     relative_position_index,
     shift_mask,
     shift_regions,
+    window_labels,
 )
 from simmim.execution import at_least_float32, without_autocast
 
@@ -84,7 +85,8 @@ class WindowAttention(nn.Module):
         """(B · M, N, C) to the same shape.
 
         Args:
-            mask: (M, N, N) as from `shift_mask`, or (M, N) as from `shift_regions`; None where windows are not shifted.
+            mask: (M, N, N) as from `shift_mask`, (M, N) as from `shift_regions`, or (B · M, N) as from `window_labels`;
+                None where all tokens of a window attend to one another.
             windows_at_once: number of windows to attend to at a time (`attend_sequentially`); None for all.
         """
         qkv_bias = torch.cat((self.q_bias, torch.zeros_like(self.q_bias), self.v_bias))
@@ -132,7 +134,7 @@ def attend_sequentially(
     piece again, so neither pass holds the logits or biases of more than one.
 
     Args:
-        regions: (M, N) as from `shift_regions`; None where windows are not shifted.
+        regions: (M, N) as from `shift_regions`, or (B · M, N) as from `window_labels`; None for none.
     """
     logits_per_head = min(windows_at_once, len(qkv)) * qkv.shape[1] ** 2
     heads_at_once = max(PIECE_LOGITS // logits_per_head, 1)
@@ -227,13 +229,18 @@ class SwinV2Block(nn.Module):
         self.drop_path = DropPath(drop_path)
         self.norm3 = nn.LayerNorm(dim) if extra_norm else nn.Identity()
 
-    def forward(self, x: Tensor, windows_at_once: int | None = None) -> Tensor:
-        """(B, H, W, C) to the same shape. `windows_at_once` is that of `WindowAttention.forward`."""
-        x = x + self.drop_path(self.norm1(self.windowed_attention(x, windows_at_once)))
+    def forward(self, x: Tensor, windows_at_once: int | None = None, groups: Tensor | None = None) -> Tensor:
+        """(B, H, W, C) to the same shape.
+
+        Args:
+            windows_at_once: that of `WindowAttention.forward`.
+            groups: (B, H, W) uint8, groups of tokens that do not attend to one another; the window divides the map.
+        """
+        x = x + self.drop_path(self.norm1(self.windowed_attention(x, windows_at_once, groups)))
         x = x + self.drop_path(self.norm2(self.mlp(x)))
         return self.norm3(x)
 
-    def windowed_attention(self, x: Tensor, windows_at_once: int | None = None) -> Tensor:
+    def windowed_attention(self, x: Tensor, windows_at_once: int | None = None, groups: Tensor | None = None) -> Tensor:
         """Attention within the block's windows: pad, shift, partition, attend, and back."""
         size: Size = x.shape[1:3]  # type: ignore[assignment]
         window, shift, padded = self.geometry(size)
@@ -242,6 +249,7 @@ class SwinV2Block(nn.Module):
         # largest tensor.
         make_mask = shift_mask if windows_at_once is None else shift_regions
         mask = make_mask(padded, window, shift, x.device) if any(shift) else None
+        mask = mask if groups is None else window_labels(groups, window, shift)
         windows = self.attn(windows, window, self.pretrained(window), mask, windows_at_once)
         return merge_windows(windows, window, shift, padded, size, self.shift_before_padding)
 
@@ -371,16 +379,23 @@ class SwinV2(Encoder):
         self.check_images(images)
         return self.patch_embed(images)
 
-    def encode(self, tokens: Tensor, return_stages: bool = False) -> EncoderOutput:
-        """Tokens of the first stage, (B, H, W, C), through all stages and the final norm."""
+    def encode(self, tokens: Tensor, return_stages: bool = False, groups: Tensor | None = None) -> EncoderOutput:
+        """Tokens of the first stage, (B, H, W, C), through all stages and the final norm.
+
+        Args:
+            groups: as in `Encoder.encode`. Stochastic depth drops a branch of a whole map, for all groups on it.
+        """
+        self.check_groups(tokens, groups)
         x, stages = tokens, []
         for stage in self.layers:
             for block in stage.blocks:
-                x = self.run_block(block, x, self.sequential_attention)
+                x = self.run_block(block, x, self.sequential_attention, groups)
             if return_stages:
                 stages.append(rearrange(x, "b h w c -> b c h w"))
             if stage.downsample is not None:
                 x = stage.downsample(x)
+                # The four tokens that a merging joins are of one group.
+                groups = None if groups is None else groups[:, ::2, ::2]
         x = self.norm(x)
         return EncoderOutput(
             rearrange(x, "b h w c -> b c h w"), x.mean(dim=(1, 2)), tuple(stages) if return_stages else None

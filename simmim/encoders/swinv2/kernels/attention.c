@@ -19,8 +19,10 @@ typedef struct {
     const float *table;       /* (offsets, h), position bias of each offset */
     const int64_t *offset_of; /* (N, N), the offset of two tokens */
     const int32_t *token_of;  /* (M, N), the token of the image at each place of a window; -1 for padding */
-    const uint8_t *region_of; /* (M, N), the region of each token, beyond which logits are masked; NULL for no regions */
-    long images, tokens, windows, window_tokens, heads, head_dim, offsets;
+    /* (label_rows, N), the label of each token, 4 · group + region, beyond which logits are masked; NULL for no labels. It has
+       M rows, the same for all images, or B · M. */
+    const uint8_t *region_of;
+    long label_rows, images, tokens, windows, window_tokens, heads, head_dim, offsets;
     int bf16, threads;
 } Attention;
 
@@ -34,7 +36,7 @@ typedef struct {
     const float *q_in_rows;                   /* (N, D), q for products that sum over D */
     const float *k_transposed, *v_transposed; /* (D, N), k and v for such products */
     const float *bias;                        /* (N, N) */
-    const uint8_t *region;                    /* (N), or NULL if the window has one region */
+    const uint8_t *region;                    /* (N), or NULL if the window has one label */
 } Head;
 
 INLINE long padded_tokens(const Attention *s) { return round_up(s->window_tokens, PAD); }
@@ -54,7 +56,7 @@ static float *bias_of_pairs(const Attention *s) {
     return bias;
 }
 
-/* Whether a window has more than one region. */
+/* Whether a window has more than one label. */
 static int has_regions(const uint8_t *region, long n) {
     for (long i = 1; i < n; i++)
         if (region[i] != region[0]) return 1;
@@ -112,7 +114,7 @@ INLINE Head gather_any(const Attention *s, long job, const float *bias, float *m
         store_transposed(pairs, k_transposed + i, n_pad, k_row, d_pad);
         if (for_gradient) store_transposed(pairs, v_transposed + i, n_pad, v_row, d_pad);
     }
-    const uint8_t *region = s->region_of ? s->region_of + window * n : NULL;
+    const uint8_t *region = s->region_of ? s->region_of + (image * s->windows + window) % s->label_rows * n : NULL;
     return (Head){
         .pairs = pairs, .index = index, .window = window, .image = image, .n = n, .n_pad = n_pad, .d = d, .d_pad = d_pad,
         .q = q, .k = k, .v = v, .q_factor = q_factor, .k_factor = k_factor, .q_in_rows = pairs ? packed_rows : q,
@@ -138,7 +140,10 @@ INLINE void logits_of(const Head *from, float *logits, long first) {
             store(line + j, load(line + j) * (load(from->k_factor + j) * factor) + load(bias + j));
         if (from->region) {
             uint8_t own = from->region[first + row];
-            for (long j = 0; j < from->n; j++) line[j] += from->region[j] != own ? MASKED_LOGIT : 0;
+            for (long j = 0; j < from->n; j++) {
+                uint8_t other = from->region[j] ^ own; /* 1 to 3 for another region of the same group */
+                line[j] += other >= REGIONS ? OTHER_GROUP_LOGIT : other ? MASKED_LOGIT : 0;
+            }
         }
     }
 }
@@ -169,7 +174,7 @@ int attention_forward(const Attention *s, void *out, float *log_sums) {
                     for (long j = LANES; j < n_pad; j += LANES) maximum = vec_max(maximum, load(line + j));
                     float largest_logit = max_lane(maximum);
                     for (long j = 0; j < n_pad; j += LANES) {
-                        vec weight = exponential(load(line + j) - largest_logit);
+                        vec weight = exponential_or_0(load(line + j) - largest_logit);
                         store(line + j, weight);
                         total += weight;
                     }
@@ -293,7 +298,7 @@ int attention_backward(
                     float *bias_sums = sums.pairs + (head.index * n + first + row) * n_pad;
                     vec inner = broadcast(0);
                     for (long j = 0; j < n_pad; j += LANES) {
-                        vec share = exponential(load(weight + j) - log_sum[first + row]);
+                        vec share = exponential_or_0(load(weight + j) - log_sum[first + row]);
                         store(weight + j, share);
                         inner += share * load(slope + j);
                     }

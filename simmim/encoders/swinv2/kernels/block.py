@@ -336,6 +336,7 @@ def attention_call(qkv, q_bias, v_bias, scale, table, windows: Windows, images: 
     tensors = qkv, q_bias, v_bias, scale, table, windows.offset_of, windows.token_of, windows.region_of
     return Attention(
         *map(address, tensors),
+        0 if windows.region_of is None else len(windows.region_of),
         images,
         len(qkv) // images,
         *windows.token_of.shape,

@@ -21,7 +21,7 @@ from simmim.encoders.swinv2.kernels.eligibility import supports_block, supports_
 from simmim.encoders.swinv2.kernels.gpu import window_attention
 from simmim.encoders.swinv2.kernels.library import get_kernels, is_disabled, unavailable_reason
 from simmim.encoders.swinv2.kernels.self_test import supports_attention
-from simmim.encoders.swinv2.kernels.windows import window_indices
+from simmim.encoders.swinv2.kernels.windows import grouped_windows, window_indices
 from simmim.encoders.swinv2.model import DropPath, Mlp, PatchMerging, SwinV2, SwinV2Block, WindowAttention, attend
 from simmim.execution import without_autocast
 
@@ -120,19 +120,20 @@ class KernelBlock(SwinV2Block):
         "drop_path": DropPath,
     }
 
-    def forward(self, x: Tensor, windows_at_once: int | None = None) -> Tensor:
+    def forward(self, x: Tensor, windows_at_once: int | None = None, groups: Tensor | None = None) -> Tensor:
         """As `SwinV2Block.forward`."""
         # A subclass or an instance may have replaced `windowed_attention`.
         is_own = getattr(self.windowed_attention, "__func__", None) is KernelBlock.windowed_attention
         if windows_at_once is None and is_own and supports_block(self, x):
-            return self.norm3(self.join_branches(x))
-        return super().forward(x, windows_at_once)
+            return self.norm3(self.join_branches(x, groups))
+        return super().forward(x, windows_at_once, groups)
 
-    def join_branches(self, x: Tensor) -> Tensor:
+    def join_branches(self, x: Tensor, groups: Tensor | None) -> Tensor:
         """Both branches of `SwinV2Block.forward` by the kernels for a CPU, without norm3."""
         size = tuple(x.shape[1:3])
         window, shift, padded = self.geometry(size)
         windows = window_indices(size, window, shift, padded, self.shift_before_padding, x.device)
+        windows = grouped_windows(windows, groups, window, shift)
         with without_autocast(x.device):
             scale = self.attn.inverse_temperature()
             table = self.attn.position_table_by_kernel(window, self.pretrained(window))
@@ -141,13 +142,14 @@ class KernelBlock(SwinV2Block):
         x, tokens = join_attention(x, self.attn, self.norm1, factors, windows, scale, table)
         return join_mlp(x, tokens, self.mlp, self.norm2, drop.factors(x) if drop.is_active else None)
 
-    def windowed_attention(self, x: Tensor, windows_at_once: int | None = None) -> Tensor:
+    def windowed_attention(self, x: Tensor, windows_at_once: int | None = None, groups: Tensor | None = None) -> Tensor:
         """As `SwinV2Block.windowed_attention`; on a GPU by kernels that read a window's tokens in place."""
         window, shift, padded = self.geometry(x.shape[1:3])
         if windows_at_once is not None or not supports_attention(self.attn, x, window, attend):
-            return super().windowed_attention(x, windows_at_once)
+            return super().windowed_attention(x, windows_at_once, groups)
         attn = self.attn
         windows = window_indices(tuple(x.shape[1:3]), window, shift, padded, self.shift_before_padding, x.device)
+        windows = grouped_windows(windows, groups, window, shift)
         with without_autocast(x.device):
             scale, bias = attn.inverse_temperature(), attn.position_bias(window, self.pretrained(window))
         qkv = F.linear(x, attn.qkv.weight).flatten(0, 2)

@@ -58,9 +58,9 @@ def window_attention(
 ) -> Tensor:
     """Attention of each token to the tokens of its window.
 
-    similarity(i, j) = cos(q_i + q_bias, k_j) · scale + bias_ij, plus `MASKED_LOGIT` across regions. Its softmax weighs the
-    values v_j + v_bias. Padding tokens have q = q_bias, k = 0 and v = v_bias. q + q_bias and v + v_bias are rounded to qkv's
-    type.
+    similarity(i, j) = cos(q_i + q_bias, k_j) · scale + bias_ij, plus `MASKED_LOGIT` across regions and `OTHER_GROUP_LOGIT`
+    across groups. Its softmax weighs the values v_j + v_bias. Padding tokens have q = q_bias, k = 0 and v = v_bias.
+    q + q_bias and v + v_bias are rounded to qkv's type.
 
     Args:
         qkv: (B · T, 3 · h · D), in (q k v, head, channel) order, without bias.
@@ -238,7 +238,7 @@ class Call(NamedTuple):
         inputs: the first arguments of each kernel.
         heads: h.
         num_windows: B · M, windows of all images.
-        sizes: T, M and h.
+        sizes: T, M, rows of labels and h.
         blocks: how a window is divided.
         constants: the values that the kernels are compiled for.
     """
@@ -246,7 +246,7 @@ class Call(NamedTuple):
     inputs: tuple[Tensor, ...]
     heads: int
     num_windows: int
-    sizes: tuple[int, int, int]
+    sizes: tuple[int, int, int, int]
     blocks: Blocks
     constants: dict
 
@@ -270,7 +270,8 @@ class Call(NamedTuple):
         # A kernel needs an address here. Without regions it does not read it.
         regions = token_of if region_of is None else region_of
         inputs = tuple(x.contiguous() for x in (qkv, q_bias, v_bias, scale, bias, token_of, regions))
-        return cls(inputs, heads, images * windows, (len(qkv) // images, windows, heads), blocks, constants)
+        sizes = len(qkv) // images, windows, len(regions), heads
+        return cls(inputs, heads, images * windows, sizes, blocks, constants)
 
     def launch(self, kernel, programs_per_head: int, *arguments) -> None:
         """Launch a kernel of triton_kernels.py."""

@@ -15,7 +15,7 @@ from collections.abc import Iterator
 from functools import lru_cache
 from pathlib import Path
 
-from simmim.encoders.swinv2.geometry import MASKED_LOGIT
+from simmim.encoders.swinv2.geometry import MASKED_LOGIT, OTHER_GROUP_LOGIT, REGIONS
 from simmim.encoders.swinv2.model import MAX_BIAS, SMALLEST_NORM
 from simmim.messages import first_line
 
@@ -24,6 +24,8 @@ HEADERS, SOURCES = ("vectors.h", "product.h"), ("attention.c", "bias.c", "pointw
 FLAGS = (
     *("-O3", "-fPIC", "-shared", "-std=gnu11", "-ffp-contract=fast", "-fno-math-errno", "-fno-trapping-math"),
     f"-DMASKED_LOGIT=({MASKED_LOGIT}f)",
+    f"-DOTHER_GROUP_LOGIT=({OTHER_GROUP_LOGIT}f)",
+    f"-DREGIONS={REGIONS}",
     f"-DSMALLEST_NORM={SMALLEST_NORM}f",
     f"-DMAX_BIAS={MAX_BIAS}f",
 )
@@ -45,7 +47,7 @@ class Attention(ctypes.Structure):
 
     _fields_ = [
         *fields("qkv q_bias v_bias scale table offset_of token_of region_of", POINTER),
-        *fields("images tokens windows window_tokens heads head_dim offsets", LONG),
+        *fields("label_rows images tokens windows window_tokens heads head_dim offsets", LONG),
         *OPTIONS,
     ]
 

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from simmim.encoders.base import Size
+from simmim.encoders.swinv2.geometry import REGIONS
 from simmim.encoders.swinv2.kernels.conditions import is_modified, product_dtype
 from simmim.encoders.swinv2.kernels.gpu import is_interpreted, supports_window_attention, window_attention
 from simmim.encoders.swinv2.kernels.library import is_disabled
@@ -21,7 +22,7 @@ from simmim.messages import first_line
 is_exporting = getattr(torch.compiler, "is_exporting", lambda: False)
 # Largest distance of a result from that of the plain code, relative to its norm. float32 products may have 10-bit mantissas.
 TOLERANCES = {torch.float32: 0.01, torch.float16: 0.02, torch.bfloat16: 0.05}
-IMAGES, HEADS, WINDOWS = 1, 1, 2  # of the self-test
+IMAGES, HEADS, WINDOWS = 2, 1, 2  # of the self-test
 
 
 def supports_attention(attn: nn.Module, x: Tensor, window: Size, plain: Callable) -> bool:
@@ -79,27 +80,33 @@ def passes_self_test(device: torch.device, dtype: torch.dtype, window_tokens: in
 def find_difference(device: torch.device, dtype: torch.dtype, window_tokens: int, head_dim: int, plain: Callable) -> str:
     """A text that names the first result by which kernels and plain code differ; empty if none does.
 
-    One head attends in two windows, first without regions and then with regions in the second window. Different kernels are
-    compiled for the two cases.
+    One head attends in two windows: without labels; with regions in the second window, for which other kernels are compiled;
+    and of two images with groups of tokens that differ between the images.
     """
     # Independent of the caller's modes (evaluation, tracing) and of its random numbers.
     with torch.inference_mode(False), torch.enable_grad(), torch.autocast(device.type, enabled=False):
         inputs, grad = draw_inputs(device, dtype, window_tokens, head_dim)
         token_of = torch.arange(WINDOWS * window_tokens, dtype=torch.int32, device=device).view(WINDOWS, -1)
-        regions = torch.stack((torch.zeros(window_tokens), torch.arange(window_tokens) % 2)).to(device, torch.uint8)
+        places = torch.arange(window_tokens)
+        regions = torch.stack((torch.zeros(window_tokens), places % 2)).to(device, torch.uint8)
+        groups = torch.stack([REGIONS * (places % divisor) for divisor in range(1, IMAGES * WINDOWS + 1)])
+        groups = groups.to(device, torch.uint8)  # (B · M, N)
 
         def by_kernels(regions, qkv, q_bias, v_bias, scale, bias) -> Tensor:
-            return window_attention(qkv, q_bias, v_bias, scale, bias, token_of, regions, images=IMAGES)
+            images = len(qkv) // token_of.numel()
+            return window_attention(qkv, q_bias, v_bias, scale, bias, token_of, regions, images=images)
 
         def by_plain_code(regions, qkv, q_bias, v_bias, scale, bias) -> Tensor:
             qkv = (qkv + torch.cat((q_bias, torch.zeros_like(q_bias), v_bias))).to(dtype)
             index = torch.arange(window_tokens**2, device=device)
-            windows = qkv.view(WINDOWS, window_tokens, 3, HEADS, head_dim)
+            windows = qkv.view(-1, window_tokens, 3, HEADS, head_dim)
             return plain(windows, scale, bias.view(-1, HEADS), index, regions).reshape(-1, head_dim)
 
-        for region_of in (None, regions):
-            actual = compute_results(by_kernels, region_of, inputs, grad)
-            expected = compute_results(by_plain_code, region_of, inputs, grad)
+        for images, region_of in ((1, None), (1, regions), (IMAGES, groups)):
+            tokens = images * token_of.numel()
+            given = [inputs[0][:tokens], *inputs[1:]], grad[:tokens]
+            actual = compute_results(by_kernels, region_of, *given)
+            expected = compute_results(by_plain_code, region_of, *given)
             for name, value in expected.items():
                 distance = ((actual[name] - value).norm() / value.norm()).item()
                 if not distance < TOLERANCES[dtype]:
@@ -114,7 +121,7 @@ def draw_inputs(device: torch.device, dtype: torch.dtype, window_tokens: int, he
     def random(*shape: int) -> Tensor:
         return torch.randn(shape, generator=generator, device=device)
 
-    tokens = WINDOWS * window_tokens
+    tokens = IMAGES * WINDOWS * window_tokens
     inputs = [
         random(tokens, 3 * head_dim).to(dtype),
         random(head_dim),

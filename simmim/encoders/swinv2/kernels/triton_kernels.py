@@ -13,7 +13,8 @@ Shape letters: B images, h heads, D channels of a head, M windows of one image, 
 DIM is D rounded up to a power of two. Window m of image b has the index b · M + m over all images.
 
     qkv (B · T, 3, h, D), q_bias, v_bias (h, D), scale (h), bias (h, N, N), mixed (B · T, h, D)
-    token_of (M, N), -1 for padding; region_of (M, N), read if HAS_REGIONS
+    token_of (M, N), -1 for padding; region_of (label_rows, N), labels 4 · group + region, read if HAS_REGIONS; label_rows is
+    M, for all images the same, or B · M
     normalizers (B · M, h, 2, N) float32: the largest logit of each query, and 1 / the sum of exp(logit − largest)
     deltas (B · M, h, N) float32: the mean of the gradients of a query's weights, weighted by these weights
 """
@@ -26,18 +27,20 @@ import triton.language as tl
 from simmim.encoders.swinv2 import geometry, model
 
 MASKED_LOGIT = tl.constexpr(geometry.MASKED_LOGIT)
+OTHER_GROUP_LOGIT = tl.constexpr(geometry.OTHER_GROUP_LOGIT)
+REGIONS = tl.constexpr(geometry.REGIONS)
 SMALLEST_NORM = tl.constexpr(model.SMALLEST_NORM)
 # Of a pair with a filler place, which has no weight. Differences of infinities would be NaN.
 FILLER_LOGIT = tl.constexpr(-1e30)
 # These differ between the stages of an encoder. By default Triton compiles a kernel again for values that are 1 or divisible
 # by 16.
-RUNTIME_SIZES = ["tokens", "windows", "heads", "shares", "num_windows", "chunks"]
+RUNTIME_SIZES = ["tokens", "windows", "label_rows", "heads", "shares", "num_windows", "chunks"]
 
 
 @triton.jit(do_not_specialize=RUNTIME_SIZES)
 def forward(
-    qkv, q_bias, v_bias, scale, bias, token_of, region_of, mixed, normalizers, tokens, windows, heads, shares,
-    N: tl.constexpr, D: tl.constexpr, HAS_REGIONS: tl.constexpr, WHOLE: tl.constexpr, REST: tl.constexpr,
+    qkv, q_bias, v_bias, scale, bias, token_of, region_of, mixed, normalizers, tokens, windows, label_rows, heads,
+    shares, N: tl.constexpr, D: tl.constexpr, HAS_REGIONS: tl.constexpr, WHOLE: tl.constexpr, REST: tl.constexpr,
     DIM: tl.constexpr, BLOCK: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     """Attention of a share of a window's queries to all of its keys. A program per (window of an image, share of the query
@@ -46,23 +49,24 @@ def forward(
     share = tl.program_id(0) // heads % shares
     image_window = tl.program_id(0) // heads // shares
     window, first_row = image_window % windows, tl.cast(image_window // windows, tl.int64) * tokens
+    label_row = image_window % label_rows
     window_head = tl.cast(image_window, tl.int64) * heads + head
     factor = tl.load(scale + head)
     stride, q_column, k_column, v_column = columns_of(heads, head, D)
 
-    k_place, k_token, k_region = load_places(token_of, region_of, window, 0, N, HAS_REGIONS, WHOLE)
+    k_place, k_token, k_region = load_places(token_of, region_of, window, label_row, 0, N, HAS_REGIONS, WHOLE)
     k = load_rows(qkv, first_row, k_token, stride, k_column, D, DIM)
     v = with_bias(load_rows(qkv, first_row, k_token, stride, v_column, D, DIM), v_bias, head, D, DIM)
     k_factor = inverse_or_0(norms(k))
     if REST > 0:
-        k2_place, k2_token, k2_region = load_places(token_of, region_of, window, WHOLE, N, HAS_REGIONS, REST)
+        k2_place, k2_token, k2_region = load_places(token_of, region_of, window, label_row, WHOLE, N, HAS_REGIONS, REST)
         k2 = load_rows(qkv, first_row, k2_token, stride, k_column, D, DIM)
         v2 = with_bias(load_rows(qkv, first_row, k2_token, stride, v_column, D, DIM), v_bias, head, D, DIM)
         k2_factor = inverse_or_0(norms(k2))
 
     blocks: tl.constexpr = (N + BLOCK - 1) // BLOCK
     for block in range(blocks * share // shares, blocks * (share + 1) // shares):
-        place, token, region = load_places(token_of, region_of, window, block * BLOCK, N, HAS_REGIONS, BLOCK)
+        place, token, region = load_places(token_of, region_of, window, label_row, block * BLOCK, N, HAS_REGIONS, BLOCK)
         q = with_bias(load_rows(qkv, first_row, token, stride, q_column, D, DIM), q_bias, head, D, DIM)
         q_factor = inverse_or_0(norms(q)) * factor
         logits = logits_of(
@@ -116,7 +120,7 @@ def forward(
 @triton.jit(do_not_specialize=RUNTIME_SIZES)
 def backward_of_queries(
     qkv, q_bias, v_bias, scale, bias, token_of, region_of, normalizers, grad_mixed, grad_qkv, deltas, grad_bias,
-    grad_q_bias, grad_scale, tokens, windows, heads, num_windows, chunks, N: tl.constexpr, D: tl.constexpr,
+    grad_q_bias, grad_scale, tokens, windows, label_rows, heads, num_windows, chunks, N: tl.constexpr, D: tl.constexpr,
     HAS_REGIONS: tl.constexpr, WHOLE: tl.constexpr, REST: tl.constexpr, DIM: tl.constexpr, BLOCK: tl.constexpr,
     PRECISION: tl.constexpr,
 ):  # fmt: skip
@@ -144,7 +148,8 @@ def backward_of_queries(
     last = ((chunk + 1).to(tl.int64) * num_windows // chunks).to(tl.int32)
     for image_window in range(first, last):
         window, first_row = image_window % windows, tl.cast(image_window // windows, tl.int64) * tokens
-        place, token, region = load_places(token_of, region_of, window, block * BLOCK, N, HAS_REGIONS, BLOCK)
+        label_row = image_window % label_rows
+        place, token, region = load_places(token_of, region_of, window, label_row, block * BLOCK, N, HAS_REGIONS, BLOCK)
         q = with_bias(load_rows(qkv, first_row, token, stride, q_column, D, DIM), q_bias, head, D, DIM)
         grad = load_rows(grad_mixed, first_row, token, heads * D, head * D, D, DIM)
         q_norm = norms(q)
@@ -152,7 +157,7 @@ def backward_of_queries(
         window_head = tl.cast(image_window, tl.int64) * heads + head
         row_max, inverse_sum = load_normalizers(normalizers, window_head, place, N)
 
-        k_place, k_token, k_region = load_places(token_of, region_of, window, 0, N, HAS_REGIONS, WHOLE)
+        k_place, k_token, k_region = load_places(token_of, region_of, window, label_row, 0, N, HAS_REGIONS, WHOLE)
         k = load_rows(qkv, first_row, k_token, stride, k_column, D, DIM)
         v = with_bias(load_rows(qkv, first_row, k_token, stride, v_column, D, DIM), v_bias, head, D, DIM)
         k_factor = inverse_or_0(norms(k))
@@ -176,7 +181,7 @@ def backward_of_queries(
         grad_weights = tl.dot(grad, tl.trans(v), input_precision=PRECISION)
         delta = tl.sum(weights * grad_weights, 1)
         if REST > 0:
-            k2_place, k2_token, k2_region = load_places(token_of, region_of, window, WHOLE, N, HAS_REGIONS, REST)
+            k2_place, k2_token, k2_region = load_places(token_of, region_of, window, label_row, WHOLE, N, HAS_REGIONS, REST)
             k2 = load_rows(qkv, first_row, k2_token, stride, k_column, D, DIM)
             v2 = with_bias(load_rows(qkv, first_row, k2_token, stride, v_column, D, DIM), v_bias, head, D, DIM)
             k2_factor = inverse_or_0(norms(k2))
@@ -234,8 +239,8 @@ def backward_of_queries(
 @triton.jit(do_not_specialize=RUNTIME_SIZES)
 def backward_of_keys(
     qkv, q_bias, v_bias, scale, bias, token_of, region_of, normalizers, deltas, grad_mixed, grad_qkv, grad_v_bias,
-    tokens, windows, heads, shares, N: tl.constexpr, D: tl.constexpr, HAS_REGIONS: tl.constexpr, WHOLE: tl.constexpr,
-    REST: tl.constexpr, DIM: tl.constexpr, BLOCK: tl.constexpr, PRECISION: tl.constexpr,
+    tokens, windows, label_rows, heads, shares, N: tl.constexpr, D: tl.constexpr, HAS_REGIONS: tl.constexpr,
+    WHOLE: tl.constexpr, REST: tl.constexpr, DIM: tl.constexpr, BLOCK: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     """Gradients of keys and values. A program per (window of an image, share of the key blocks, head). Logits and weights
     are transposed here: a row per key.
@@ -246,19 +251,20 @@ def backward_of_keys(
     share = tl.program_id(0) // heads % shares
     image_window = tl.program_id(0) // heads // shares
     window, first_row = image_window % windows, tl.cast(image_window // windows, tl.int64) * tokens
+    label_row = image_window % label_rows
     factor = tl.load(scale + head)
     stride, q_column, k_column, v_column = columns_of(heads, head, D)
     window_head = tl.cast(image_window, tl.int64) * heads + head
     GRAD_SCALE: tl.constexpr = WHOLE
 
-    q_place, q_token, q_region = load_places(token_of, region_of, window, 0, N, HAS_REGIONS, WHOLE)
+    q_place, q_token, q_region = load_places(token_of, region_of, window, label_row, 0, N, HAS_REGIONS, WHOLE)
     q = with_bias(load_rows(qkv, first_row, q_token, stride, q_column, D, DIM), q_bias, head, D, DIM)
     grad = load_rows(grad_mixed, first_row, q_token, heads * D, head * D, D, DIM)
     q_factor = inverse_or_0(norms(q))
     row_max, inverse_sum = load_normalizers(normalizers, window_head, q_place, N)
     delta = tl.load(deltas + window_head * N + q_place, mask=q_place < N, other=0.0)
     if REST > 0:
-        q2_place, q2_token, q2_region = load_places(token_of, region_of, window, WHOLE, N, HAS_REGIONS, REST)
+        q2_place, q2_token, q2_region = load_places(token_of, region_of, window, label_row, WHOLE, N, HAS_REGIONS, REST)
         q2 = with_bias(load_rows(qkv, first_row, q2_token, stride, q_column, D, DIM), q_bias, head, D, DIM)
         grad2 = load_rows(grad_mixed, first_row, q2_token, heads * D, head * D, D, DIM)
         q2_factor = inverse_or_0(norms(q2))
@@ -268,7 +274,7 @@ def backward_of_keys(
     v_bias_sum = tl.zeros((BLOCK, DIM), tl.float32)
     blocks: tl.constexpr = (N + BLOCK - 1) // BLOCK
     for block in range(blocks * share // shares, blocks * (share + 1) // shares):
-        place, token, region = load_places(token_of, region_of, window, block * BLOCK, N, HAS_REGIONS, BLOCK)
+        place, token, region = load_places(token_of, region_of, window, label_row, block * BLOCK, N, HAS_REGIONS, BLOCK)
         k = load_rows(qkv, first_row, token, stride, k_column, D, DIM)
         v = with_bias(load_rows(qkv, first_row, token, stride, v_column, D, DIM), v_bias, head, D, DIM)
         k_norm = norms(k)
@@ -338,13 +344,15 @@ def columns_of(heads, head, D: tl.constexpr):
 
 
 @triton.jit
-def load_places(token_of, region_of, window, first, N: tl.constexpr, HAS_REGIONS: tl.constexpr, BLOCK: tl.constexpr):
-    """BLOCK places of a window from `first` on, their tokens, -1 for none, and their regions."""
+def load_places(
+    token_of, region_of, window, label_row, first, N: tl.constexpr, HAS_REGIONS: tl.constexpr, BLOCK: tl.constexpr
+):
+    """BLOCK places of a window from `first` on, their tokens, -1 for none, and their labels."""
     place = first + tl.arange(0, BLOCK)
     token = tl.load(token_of + window * N + place, mask=place < N, other=-1)
     region = place
     if HAS_REGIONS:
-        region = tl.load(region_of + window * N + place, mask=place < N, other=0)
+        region = tl.load(region_of + label_row * N + place, mask=place < N, other=0)
     return place, token, region
 
 
@@ -440,5 +448,6 @@ def logits_of(
         offsets = row[:, None] * N + column[None, :]
     logits += tl.load(bias + offsets, mask=valid, other=FILLER_LOGIT)
     if HAS_REGIONS:
-        logits += tl.where(row_region[:, None] == column_region[None, :], 0.0, MASKED_LOGIT)
+        other = row_region[:, None] ^ column_region[None, :]  # 1 to 3 for another region of the same group
+        logits += tl.where(other == 0, 0.0, tl.where(other < REGIONS, MASKED_LOGIT, OTHER_GROUP_LOGIT))
     return logits

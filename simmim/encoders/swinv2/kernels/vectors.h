@@ -83,6 +83,9 @@ INLINE vec exponential(vec x) {
     return times_power_of_two(p, n);
 }
 
+/* As `exponential`, and exactly 0 below -87: a weight by which nothing passes. */
+INLINE vec exponential_or_0(vec x) { return (vec)(~(x < broadcast(-87.0f)) & (ivec)exponential(x)); }
+
 /* --- rows of float32, or of bfloat16 if `bf16` is set ------------------------------------------------------------- */
 
 #ifdef __AVX512F__ /* GCC would convert each half of the vector by itself and join them */

@@ -9,15 +9,16 @@ import torch
 from torch import Tensor
 
 from simmim.encoders.base import Size
-from simmim.encoders.swinv2.geometry import partition, relative_position_index, shift_regions
+from simmim.encoders.swinv2.geometry import partition, relative_position_index, shift_regions, window_labels
 
 
 class Windows(NamedTuple):
-    """The windows of one image, M of N tokens each.
+    """The windows of an image, M of N tokens each.
 
     Attributes:
         token_of: (M, N) int32, the token, row by row, at each place of each window; -1 for padding.
-        region_of: (M, N) uint8 as from `shift_regions`; None where windows are not shifted.
+        region_of: (M, N) uint8 as from `shift_regions`, or (B · M, N) as from `window_labels`, each image its own; None
+            where all tokens of a window attend to one another.
         offset_of: (N · N,) int64 as from `relative_position_index`.
     """
 
@@ -37,3 +38,8 @@ def window_indices(
         token_of = partition(numbers, window, shift, padded, shift_before_padding).squeeze(-1) - 1
         regions = shift_regions(padded, window, shift, device).to(torch.uint8) if any(shift) else None
         return Windows(token_of.int(), regions, relative_position_index(window, device))
+
+
+def grouped_windows(windows: Windows, groups: Tensor | None, window: Size, shift: Size) -> Windows:
+    """`windows` with the labels of groups of tokens, (B, H, W) uint8, that do not attend to one another; None for none."""
+    return windows if groups is None else windows._replace(region_of=window_labels(groups, window, shift))
