@@ -1,4 +1,4 @@
-"""Fixtures that several tests share, and caches that leave the user's alone."""
+"""Fixtures shared by several test files, and cache folders of their own, so that the user's stay untouched."""
 
 import os
 import sys
@@ -30,13 +30,13 @@ def pytest_collection_modifyitems(items):
 
 @pytest.fixture(scope="session", autouse=True)
 def _one_thread():
-    """Tests run in parallel processes; threads would only fight for cores. It also fixes the order of summation."""
+    """Tests run in parallel processes, whose threads would compete for cores. One thread also fixes the order of sums."""
     torch.set_num_threads(1)
 
 
 @pytest.fixture(scope="module")
 def fork_server(tmp_path_factory):
-    """A process that has imported everything, to start runs of the command from."""
+    """A `ForkServer`, from which runs of the command start without importing."""
     from fork_server import ForkServer
 
     fork_server = ForkServer(tmp_path_factory.mktemp("logs"))
@@ -46,13 +46,13 @@ def fork_server(tmp_path_factory):
 
 @pytest.fixture(scope="session")
 def digits(tmp_path_factory):
-    """300 real digits: 240 unlabeled, the same in class folders, 60 for test."""
+    """300 scanned digits: 240 for training, without labels and in class folders, and 60 for testing."""
     return write_digits(tmp_path_factory.mktemp("digits"), count=300)
 
 
 @pytest.fixture(scope="session")
 def encoder_folder(tmp_path_factory):
-    """A small encoder of gray 32 px images in three stages, no parameter of which has the value that it begins with."""
+    """A saved encoder of three stages for gray images of 32 px, with every parameter moved off its initial value."""
     from simmim.checkpoints.checkpoint import Preprocessing
     from simmim.checkpoints.own_files import save_encoder
     from simmim.encoders.swinv2 import SwinV2, SwinV2Config
@@ -67,8 +67,7 @@ def encoder_folder(tmp_path_factory):
 
 @pytest.fixture(scope="session")
 def scene_folder(tmp_path_factory):
-    """30 labeled scenes in train/ and 10 in val/, of real digits on real photographs: gray, 40 px, two classes of digits and
-    the background."""
+    """30 scenes in train/ and 10 in val/ with label maps: scanned digits of two classes on photographs, gray, 40 px."""
     import numpy as np
     import scenes
 
@@ -86,7 +85,7 @@ def scene_folder(tmp_path_factory):
 
 @pytest.fixture
 def power_cut():
-    """power_cut(after_step): a context that training breaks off in, after that step and what is saved at it."""
+    """`power_cut(after_step)`: a context in which training fails right after that step and its checkpoint."""
     from simmim.training.saving import SaveRun
 
     @contextmanager
@@ -107,7 +106,7 @@ def power_cut():
 
 @pytest.fixture
 def plain_lines(monkeypatch):
-    """The encoder's plain lines on a CPU too, and every pixel predicted, as on a GPU."""
+    """Computes on the CPU as on a GPU without kernels: the reference implementation, and every pixel predicted."""
     from simmim.encoders.swinv2 import kernels
 
     monkeypatch.setattr("simmim.methods.pixels.PixelDecoder.masked_cells", lambda self, mask, images: None)
@@ -117,7 +116,7 @@ def plain_lines(monkeypatch):
 
 @pytest.fixture(scope="session")
 def digit_vectors(digits):
-    """Vectors and labels of all digits, with every feature of a random encoder."""
+    """Every feature of a random encoder for all digits, and their labels: a training and a test part."""
     from random_encoders import GRAY, random_encoder
 
     from simmim.data import read_labeled_images

@@ -1,11 +1,11 @@
-"""Runs of the command in processes of their own, without seconds of importing for each: a server imports once and forks.
+"""Runs the command in separate processes that need not import anything: a server process imports once and forks.
 
     fork_server = ForkServer(log_folder)
-    run = fork_server.start("pretrain", "--data", ...)   # a process group of its own: run.kill(signal.SIGKILL)
+    run = fork_server.start("pretrain", "--data", ...)   # in its own process group: run.kill(signal.SIGKILL)
     code, output = run.wait()
-    finish(fork_server.start_pair("pretrain", ...))      # one run of two processes, as torchrun starts them
+    finish(fork_server.start_pair("pretrain", ...))  # one run of two processes, as torchrun starts them
 
-Run as a program, this file is the fork_server itself.
+Executed as a script, this file is the server.
 """
 
 import contextlib
@@ -19,8 +19,8 @@ import time
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent
-# Lightning noted its rank when the fork_server imported it.
-RANK = """
+# Lightning reads its rank when it is imported, which the server did before the fork.
+SET_RANK = """
 import os
 from pytorch_lightning.utilities import rank_zero_only
 rank_zero_only.rank = int(os.environ["RANK"])
@@ -28,38 +28,47 @@ rank_zero_only.rank = int(os.environ["RANK"])
 
 
 class Run:
-    """One process that runs the command; `output` is what it wrote to stdout and stderr."""
+    """A process that runs the command.
+
+    Attributes:
+        pid: of the process, and the id of its process group.
+        log: file with its stdout and stderr.
+        code: exit code once it has been waited for.
+    """
 
     def __init__(self, fork_server, pid, log):
         self.fork_server, self.pid, self.log, self.code = fork_server, pid, log, None
 
     def kill(self, number=signal.SIGKILL, group=True):
-        """Send a signal to the process and, as a terminal or a dying machine does, to its children."""
-        with contextlib.suppress(ProcessLookupError):  # it has ended by itself
+        """Send a signal to the whole process group, as a terminal does, or to the process alone."""
+        with contextlib.suppress(ProcessLookupError):  # already exited
             (os.killpg if group else os.kill)(self.pid, number)
 
     def wait(self):
-        """(exit code, output); the code is negative for a process that a signal ended."""
+        """Wait for the exit; returns the exit code, negative for a signal, and the output."""
         if self.code is None:
             self.code = self.fork_server.ask({"wait": self.pid})
         return self.code, self.log.read_text(encoding="utf-8", errors="replace")
 
     def until(self, condition, timeout_s=60.0):
-        """Wait for `condition()`; fails when the process ends or time runs out first."""
+        """Poll until `condition()` is true; fails if the process exits or the timeout expires before."""
         end = time.monotonic() + timeout_s
         while not condition():
             if not self.fork_server.ask({"alive": self.pid}):
                 code, output = self.wait()
-                raise AssertionError(f"ended before its time, exit code {code}: {output}")
-            assert time.monotonic() < end, f"nothing happened in {timeout_s} s: {self.log.read_text()}"
+                raise AssertionError(f"exited before the condition held, exit code {code}: {output}")
+            assert time.monotonic() < end, f"the condition did not hold within {timeout_s} s: {self.log.read_text()}"
             time.sleep(0.01)
 
 
 def finish(runs, code=0):
-    """Wait for all, which must end with `code`; what the first wrote. Of several any may be the one that failed first."""
-    ended = [run.wait() for run in runs]
-    assert all(found == code for found, _ in ended), "\n".join(f"exit code {found}\n{output}" for found, output in ended)
-    return ended[0][1]
+    """Wait for all runs and check that each exits with `code`; returns the output of the first.
+
+    On a failure the outputs of all are shown, as any of the processes may have caused it.
+    """
+    results = [run.wait() for run in runs]
+    assert all(found == code for found, _ in results), "\n".join(f"exit code {found}\n{output}" for found, output in results)
+    return results[0][1]
 
 
 class ForkServer:
@@ -67,7 +76,7 @@ class ForkServer:
 
     def __init__(self, logs):
         self.logs, self.count = Path(logs), 0
-        # A process that crashes in C writes where its threads were.
+        # The fault handler prints the stacks of all threads when a process crashes in native code.
         environment = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1", "PYTHONFAULTHANDLER": "1"}
         self.process = subprocess.Popen(
             [sys.executable, __file__], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, env=environment, cwd=ROOT
@@ -81,10 +90,10 @@ class ForkServer:
         return Run(self, pid, log)
 
     def start_pair(self, *words, prelude=""):
-        """Two processes over gloo that run `simmim WORDS` together, with the environment that torchrun gives."""
-        with socket.socket() as free:
-            free.bind(("127.0.0.1", 0))
-            port = free.getsockname()[1]
+        """Run `simmim WORDS` in two processes connected by gloo, with the environment variables that torchrun sets."""
+        with socket.socket() as listener:
+            listener.bind(("127.0.0.1", 0))  # a free port
+            port = listener.getsockname()[1]
         shared = {
             "WORLD_SIZE": "2",
             "LOCAL_WORLD_SIZE": "2",
@@ -95,62 +104,62 @@ class ForkServer:
             "GLOO_SOCKET_IFNAME": "lo",
         }
         return [
-            self.start(*words, prelude=RANK + prelude, env={**shared, "RANK": str(rank), "LOCAL_RANK": str(rank)})
+            self.start(*words, prelude=SET_RANK + prelude, env={**shared, "RANK": str(rank), "LOCAL_RANK": str(rank)})
             for rank in range(2)
         ]
 
     def ask(self, request):
-        """One request and its answer."""
+        """Send one request to the server and return its answer."""
         self.process.stdin.write(json.dumps(request) + "\n")
         self.process.stdin.flush()
         answer = self.process.stdout.readline()
-        assert answer, "the fork_server has died"
+        assert answer, "the fork server has died"
         return json.loads(answer)
 
     def close(self):
-        """End the fork_server."""
+        """Shut the server down."""
         self.process.stdin.close()
         self.process.wait(timeout=30)
 
 
 def serve():
-    """Answer requests until stdin ends."""
+    """Answer requests, one JSON object per line, until stdin is closed."""
     import simmim.pretrain.run  # noqa: F401
     from simmim.cli import main
 
-    ended = {}
+    exit_codes = {}
     for line in sys.stdin:
         request = json.loads(line)
         if "words" in request:
             pid = os.fork()
             if not pid:
-                become(request, main)
-            os_setpgid(pid)
+                run_command(request, main)
+            set_process_group(pid)
             answer = pid
         elif "wait" in request:
             pid = request["wait"]
-            if pid not in ended:
-                ended[pid] = os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1])
-            answer = ended[pid]
+            if pid not in exit_codes:
+                exit_codes[pid] = os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1])
+            answer = exit_codes[pid]
         else:
             pid = request["alive"]
-            if pid not in ended:
+            if pid not in exit_codes:
                 found, status = os.waitpid(pid, os.WNOHANG)
                 if found:
-                    ended[pid] = os.waitstatus_to_exitcode(status)
-            answer = pid not in ended
+                    exit_codes[pid] = os.waitstatus_to_exitcode(status)
+            answer = pid not in exit_codes
         print(json.dumps(answer), flush=True)
 
 
-def os_setpgid(pid):
-    """Give the child a group of its own before anyone sends signals to it; it may have done so, or ended, already."""
-    with contextlib.suppress(OSError):
+def set_process_group(pid):
+    """Put a process into its own process group. Parent and child both do this, so that it holds before a signal is sent."""
+    with contextlib.suppress(OSError):  # already done, or already exited
         os.setpgid(pid, pid)
 
 
-def become(request, main):
-    """In the child: the command, with its output in a file."""
-    os_setpgid(0)
+def run_command(request, main):
+    """In the child: run the command with its output redirected to a file, and exit."""
+    set_process_group(0)
     log = os.open(request["log"], os.O_CREAT | os.O_WRONLY | os.O_TRUNC)
     os.dup2(log, 1)
     os.dup2(log, 2)
@@ -160,15 +169,15 @@ def become(request, main):
     try:
         exec(request["prelude"], {})
         code = main(request["words"])
-    except SystemExit as ended:
-        code = ended.code or 0
+    except SystemExit as error:
+        code = error.code or 0
     except BaseException:
         import traceback
 
         traceback.print_exc()
     sys.stdout.flush()
     sys.stderr.flush()
-    # Not os._exit, where threads and loading processes would not be ended as they are at the end of a program.
+    # Not os._exit, which would skip the shutdown of threads and of data loader workers.
     raise SystemExit(code)
 
 

@@ -70,7 +70,7 @@ def test_image_seeds_ignore_batch_and_generator():
 
 
 @pytest.mark.parametrize("seeds", [[1, 2], [1, 2, 3, 4], []])
-def test_one_seed_an_image(seeds):
+def test_one_seed_per_image(seeds):
     with pytest.raises(ValueError):
         BlockMasking(16).draw(3, (96, 96), generator(), seeds=seeds)
 
@@ -109,7 +109,7 @@ def test_global_randomness_is_untouched(seeds):
         ({"unit_px": 2}, "4 or 8"),
         ({"unit_px": 0}, "multiple of the patch size"),
         ({"unit_px": -4}, "multiple of the patch size"),
-        ({"ratio": 0.0}, "mask ratio is 0.0: give a share between 0 and 1"),
+        ({"ratio": 0.0}, "mask ratio is 0.0: give a number between 0 and 1"),
         ({"ratio": 1.0}, "mask ratio is 1.0"),
         ({"ratio": -0.1}, "mask ratio is -0.1"),
         ({"ratio": 60}, "mask ratio is 60"),
@@ -144,7 +144,7 @@ def test_suggested_units_fit():
 
 
 @pytest.mark.parametrize("unit_px, ratio, size", [(32, 0.6, (32, 32)), (32, 0.6, (32, 64)), (16, 0.95, (64, 64))])
-def test_masks_that_hide_all(unit_px, ratio, size):
-    message = rf"mask ratio {ratio} hides all \d+ units of {unit_px} px .* give a smaller unit or ratio"
+def test_ratios_that_mask_all_units(unit_px, ratio, size):
+    message = rf"mask ratio {ratio} masks all \d+ units of {unit_px} px .* give a smaller unit or ratio"
     with pytest.raises(ValueError, match=message):
         BlockMasking(unit_px, ratio).draw(1, size, generator())

@@ -143,7 +143,7 @@ def test_resolving_changes_no_input():
         ({"model": SimMIMSettings(mask_unit=12)}, "unit of 12 px does not divide .* 32×32 px; units that do: 4, 8, 16$"),
         ({"model": SimMIMSettings(mask_unit=32), "image_size": (96, 80)}, "96×80 px; units that do: 4, 8, 16$"),
         ({"model": SimMIMSettings(mask_unit=6)}, "mask unit is 6 px and patches are 4 px: give a multiple"),
-        ({"model": SimMIMSettings(mask_ratio=1.5)}, "mask ratio is 1.5: give a share between 0 and 1"),
+        ({"model": SimMIMSettings(mask_ratio=1.5)}, "mask ratio is 1.5: give a number between 0 and 1"),
         ({"image_size": 30}, "no mask unit fits images of 30×30 px with patches of 4 px: .* multiple of 4$"),
         ({"preset": "tyni"}, "unknown preset 'tyni'; did you mean 'tiny'"),
         ({"model": SimMIMSettings(encoder={"window": 7})}, "unknown encoder setting 'window'; did you mean 'window_s"),

@@ -99,6 +99,13 @@ def test_classification_from_scratch_and_frozen(run, digits, tmp_path):
     simmim(*words, "--out", tmp_path / "scratch", "--init", "none", "--encoder.like", run)
     simmim(*words, "--out", tmp_path / "preset", "--init", "none", "--encoder.preset", "toy", "--image-size", "32")
     simmim(*words, "--out", tmp_path / "frozen", "--init", run, "--train-stages", "1")
+    pretrained, frozen = load_encoder(run).state_dict(), load_encoder(tmp_path / "frozen").state_dict()
+    changed = {name for name, value in pretrained.items() if not torch.equal(value, frozen[name])}
+    assert changed and all(name.startswith(("stages.2.", "norm.")) for name in changed), changed
+    for name in ("scratch", "preset"):
+        encoder = load_encoder(tmp_path / name)
+        assert encoder.config == load_encoder(run).config
+        assert not torch.equal(encoder.patches.weight, pretrained["patches.weight"])
 
 
 def test_settings_that_it_does_not_have(run, digits, tmp_path, capsys):

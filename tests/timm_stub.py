@@ -1,7 +1,7 @@
-"""timm in a process of its own: `python timm_stub.py JOBS.json` imports it without torchvision and does a list of jobs.
+"""Runs timm in a separate process: `python timm_stub.py JOBS.json` imports timm without torchvision and runs a list of jobs.
 
-timm asks torchvision, of which there may be no build beside torch's, for names that its swinv2 models never call; here
-they stand for nothing. Such a torchvision would break torchmetrics, hence the process.
+timm imports names from torchvision that its Swin V2 models never use. There may be no build of torchvision for the installed
+torch, so that stubs take its place. In the test process they would break torchmetrics, which looks for torchvision too.
 """
 
 import enum
@@ -16,7 +16,7 @@ from safetensors.torch import load_file, save_file
 
 
 class InterpolationMode(enum.Enum):
-    """torchvision's, which timm has tables of."""
+    """The members of torchvision's enum that timm's tables name."""
 
     NEAREST = "nearest"
     NEAREST_EXACT = "nearest-exact"
@@ -28,7 +28,7 @@ class InterpolationMode(enum.Enum):
 
 
 class Stub(types.ModuleType):
-    """A module in which every name is an empty class."""
+    """A module whose every attribute is an empty class."""
 
     def __getattr__(self, name):
         if name.startswith("__"):
@@ -37,7 +37,7 @@ class Stub(types.ModuleType):
 
 
 def stub_torchvision():
-    """Put the modules that timm imports from into sys.modules."""
+    """Put stubs of the modules that timm imports into sys.modules."""
     for name in (
         *("torchvision", "torchvision.transforms", "torchvision.transforms.functional", "torchvision.datasets"),
         *("torchvision.ops", "torchvision.ops.misc", "torchvision.models", "torchvision.models.feature_extraction"),
@@ -52,13 +52,13 @@ def stub_torchvision():
 
 
 def write(results, path):
-    """Tensors of storage of their own, as a file must have them."""
+    """Save tensors as safetensors, copied because the format refuses shared storage."""
     save_file({name: value.clone().contiguous() for name, value in results.items()}, path)
 
 
 @torch.inference_mode()
 def outputs(model, images):
-    """Pooled features, logits where there is a head, and each stage's map before merging, as the encoder returns them."""
+    """Pooled features, each stage's feature map before merging, and the logits of a head, in the encoder's layout."""
     maps = []
     hooks = [layer.register_forward_hook(lambda *call: maps.append(call[2].movedim(-1, 1))) for layer in model.layers]
     features = model.forward_features(images)
@@ -73,7 +73,7 @@ def outputs(model, images):
 
 
 def save(timm, job):
-    """A random model, saved by timm as a folder or as a bare state dict; what it computes in float32 and float64."""
+    """Save a random model with timm, as a folder or as a bare state dict, and its outputs in each of the job's dtypes."""
     from random_encoders import randomize
 
     model = randomize(timm.create_model(job["name"], **job["arguments"])).eval()
@@ -93,7 +93,7 @@ def save(timm, job):
 
 @torch.inference_mode()
 def load(timm, job):
-    """A folder of ours in timm's three ways: strictly from the file, from the folder, and as a feature pyramid."""
+    """Load an exported folder in timm's three ways: the weights strictly, the folder, and with `features_only`."""
     images, folder = load_file(job["images"])["images"], job["folder"]
     description = json.loads((Path(folder) / "config.json").read_text())
     classes = description["num_classes"]
@@ -121,10 +121,10 @@ def load(timm, job):
 
 
 def run(timm, job):
-    """Lines of Python as they stand, and what the `model` they make computes."""
-    names = {}
-    exec(job["code"], names)
-    write(outputs(names["model"].eval(), load_file(job["images"])["images"]), job["out"])
+    """Execute the printed loading code and save the outputs of the `model` that it defines."""
+    namespace = {}
+    exec(job["code"], namespace)
+    write(outputs(namespace["model"].eval(), load_file(job["images"])["images"]), job["out"])
 
 
 if __name__ == "__main__":

@@ -1,7 +1,9 @@
-"""Random block masks (SimMIM, arXiv 2111.09886, section 3.2).
+"""Patch-aligned random masking with a masked patch size larger than the encoder's patches (SimMIM, arXiv 2111.09886,
+section 3.2).
 
-The image is cut into square mask units, a fixed share of them is hidden, and the mask is handed on at patch resolution.
-In every function here True means masked: hidden from the encoder, to be predicted.
+The image is divided into square mask units, "masked patches" in the paper. A fixed number of randomly chosen units is masked
+in every image. The mask is returned at the resolution of the encoder's patches.
+True = masked: replaced by the mask token, and predicted.
 """
 
 from __future__ import annotations
@@ -15,15 +17,16 @@ from torch import Tensor
 
 @dataclass(frozen=True)
 class BlockMasking:
-    """How masks are drawn.
+    """Draws random masks made of square mask units.
 
     Args:
-        unit_px: side of a mask unit in pixels; a multiple of the patch size. The paper's 32 suits images of 192 px.
-        ratio: share of the units that is hidden, in (0, 1); rounded up to whole units.
+        unit_px: side of a mask unit (the paper's masked patch size) in pixels, a multiple of the patch size; 32 at 192 px in
+            the paper.
+        ratio: mask ratio, in (0, 1): share of the units that are masked; their number is rounded up.
         patch_size: side of the encoder's patches in pixels.
 
     Raises:
-        ValueError: for a unit, ratio or patch size that cannot work, saying what would.
+        ValueError: when an argument is out of range or the unit is no multiple of the patch size.
     """
 
     unit_px: int = 32
@@ -40,64 +43,74 @@ class BlockMasking:
                 f"give a multiple of the patch size, for instance {below} or {below + self.patch_size}"
             )
         if not 0.0 < self.ratio < 1.0:
-            raise ValueError(f"mask ratio is {self.ratio}: give a share between 0 and 1, 0.6 in the paper")
+            raise ValueError(f"mask ratio is {self.ratio}: give a number between 0 and 1, for example 0.6 as in the paper")
 
     def grid(self, image_size: tuple[int, int]) -> tuple[int, int]:
-        """Rows and columns of mask units in an image of (height, width) pixels.
+        """Number of mask units per column and per row of an image: (rows, columns).
+
+        Args:
+            image_size: (height, width) in pixels.
 
         Raises:
-            ValueError: when the unit does not divide the image, naming units that do.
+            ValueError: when the unit does not divide both sides; the message lists units that do.
         """
         height, width = image_size
         if height < 1 or width < 1 or height % self.unit_px or width % self.unit_px:
-            sides = [unit for unit in range(1, min(height, width) + 1) if not height % unit and not width % unit]
-            fitting = [unit for unit in sides if unit % self.patch_size == 0 and unit < max(height, width)]
-            hint = f"units that do: {', '.join(map(str, fitting))}" if fitting else "choose another image size"
+            divisors = [unit for unit in range(1, min(height, width) + 1) if not height % unit and not width % unit]
+            valid_units = [unit for unit in divisors if unit % self.patch_size == 0 and unit < max(height, width)]
+            hint = f"units that do: {', '.join(map(str, valid_units))}" if valid_units else "choose another image size"
             raise ValueError(f"mask unit of {self.unit_px} px does not divide an image of {height}×{width} px; {hint}")
         return height // self.unit_px, width // self.unit_px
 
     def num_masked_units(self, image_size: tuple[int, int]) -> int:
-        """Units hidden in each image: ⌈ratio · units⌉.
+        """Number of masked units per image: ⌈ratio · number of units⌉.
+
+        Args:
+            image_size: (height, width) in pixels.
 
         Raises:
-            ValueError: when that leaves nothing visible, or the unit does not divide the image.
+            ValueError: when all units would be masked, or the unit does not divide the image.
         """
         rows, columns = self.grid(image_size)
-        # Rounded before the ceiling: 0.6 · 10 must hide 6 units, also where the product comes to 6.000000000000001.
-        count = math.ceil(round(self.ratio * rows * columns, 9))
-        if count >= rows * columns:
+        # Rounded before the ceiling: 0.07 · 100 is 7.000000000000001 in floating point, and must mask 7 units, not 8.
+        num_masked = math.ceil(round(self.ratio * rows * columns, 9))
+        if num_masked >= rows * columns:
             raise ValueError(
-                f"mask ratio {self.ratio} hides all {rows * columns} units of {self.unit_px} px in an image of "
+                f"mask ratio {self.ratio} masks all {rows * columns} units of {self.unit_px} px in an image of "
                 f"{image_size[0]}×{image_size[1]} px: give a smaller unit or ratio"
             )
-        return count
+        return num_masked
 
     def draw(
         self, batch_size: int, image_size: tuple[int, int], generator: torch.Generator, seeds: list[int] | None = None
     ) -> Tensor:
-        """Masks of a batch, each image its own, on the generator's device.
+        """Draw an independent mask for each image of a batch, on the generator's device.
 
         Args:
             image_size: (height, width) in pixels.
             generator: the only source of randomness.
-            seeds: one per image. The generator is seeded for each, so that an image's mask does not depend on the
-                batch it is in.
+            seeds: one per image. The generator is seeded with each in turn, so that the mask of an image does not depend on
+                its batch.
 
         Returns:
-            (batch_size, height / patch, width / patch) bool, True = masked.
+            (batch_size, height / patch_size, width / patch_size) bool, True = masked.
+
+        Raises:
+            ValueError: for another number of seeds than images, and as `num_masked_units`.
         """
         rows, columns = self.grid(image_size)
-        count = self.num_masked_units(image_size)
+        num_masked = self.num_masked_units(image_size)
         noise = torch.empty(batch_size, rows * columns, device=generator.device)
         if seeds is None:
             noise.uniform_(generator=generator)
         elif len(seeds) != batch_size:
-            raise ValueError(f"{len(seeds)} seeds for {batch_size} images: give one an image")
+            raise ValueError(f"{len(seeds)} seeds for {batch_size} images: give one per image")
         else:
             for row, seed in zip(noise, seeds, strict=True):
                 row.uniform_(generator=generator.manual_seed(seed))
-        masked = torch.zeros_like(noise, dtype=torch.bool)
-        masked.scatter_(1, noise.argsort(dim=1)[:, :count], True)
-        scale = self.unit_px // self.patch_size
-        units = masked.view(batch_size, rows, columns)
-        return units.repeat_interleave(scale, dim=1).repeat_interleave(scale, dim=2)
+        # The units with the smallest noise are masked: a uniformly random choice of exactly `num_masked` units.
+        unit_mask = torch.zeros_like(noise, dtype=torch.bool)
+        unit_mask.scatter_(1, noise.argsort(dim=1)[:, :num_masked], True)
+        patches_per_side = self.unit_px // self.patch_size
+        unit_mask = unit_mask.view(batch_size, rows, columns)
+        return unit_mask.repeat_interleave(patches_per_side, dim=1).repeat_interleave(patches_per_side, dim=2)
