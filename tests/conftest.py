@@ -9,6 +9,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from second_try import pytest_collection_modifyitems, pytest_configure, pytest_terminal_summary  # noqa: F401
 
 from simmim.data.digits import write_digits
 
@@ -20,23 +21,15 @@ os.environ |= {"XDG_CACHE_HOME": _CACHES.name, "HF_HOME": os.path.join(_CACHES.n
 sys.path.append(str(Path(__file__).resolve().parent.parent / "benchmarks"))
 
 
-def pytest_collection_modifyitems(items):
-    """Of some hundred runs of two processes two have crashed in C, once seen in PyTorch's own gloo thread (2.13.0, inside
-    libtorch_cpu): a run that a segmentation fault or an abort ended, and no other, is tried a second time."""
-    for item in items:
-        if "fork_server" in item.fixturenames:
-            item.add_marker(pytest.mark.flaky(reruns=1, only_rerun="exit code -(6|11)"))
-
-
 @pytest.fixture(scope="session", autouse=True)
 def _one_thread():
     """Tests run in parallel processes, whose threads would compete for cores. One thread also fixes the order of sums."""
     torch.set_num_threads(1)
 
 
-@pytest.fixture(scope="module")
+@pytest.fixture(scope="session")
 def fork_server(tmp_path_factory):
-    """A `ForkServer`, from which runs of the command start without importing."""
+    """A `ForkServer`, from which runs of the command start without importing; one for all tests of a process."""
     from fork_server import ForkServer
 
     fork_server = ForkServer(tmp_path_factory.mktemp("logs"))

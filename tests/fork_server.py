@@ -18,9 +18,12 @@ import sys
 import time
 from pathlib import Path
 
+from second_try import PRINT_STACKS, unexpected_end
+
 ROOT = Path(__file__).resolve().parent.parent
 # Lightning reads its rank when it is imported, which the server did before the fork.
-SET_RANK = """
+SET_RANK = f"""
+{PRINT_STACKS}
 import os
 from pytorch_lightning.utilities import rank_zero_only
 rank_zero_only.rank = int(os.environ["RANK"])
@@ -34,10 +37,11 @@ class Run:
         pid: of the process, and the id of its process group.
         log: file with its stdout and stderr.
         code: exit code once it has been waited for.
+        others: the other processes of the same run.
     """
 
     def __init__(self, fork_server, pid, log):
-        self.fork_server, self.pid, self.log, self.code = fork_server, pid, log, None
+        self.fork_server, self.pid, self.log, self.code, self.others = fork_server, pid, log, None, []
 
     def kill(self, number=signal.SIGKILL, group=True):
         """Send a signal to the whole process group, as a terminal does, or to the process alone."""
@@ -55,8 +59,7 @@ class Run:
         end = time.monotonic() + timeout_s
         while not condition():
             if not self.fork_server.ask({"alive": self.pid}):
-                code, output = self.wait()
-                raise AssertionError(f"exited before the condition held, exit code {code}: {output}")
+                raise unexpected_end([run.wait() for run in (self, *self.others)])
             assert time.monotonic() < end, f"the condition did not hold within {timeout_s} s: {self.log.read_text()}"
             time.sleep(0.01)
 
@@ -67,7 +70,8 @@ def finish(runs, code=0):
     On a failure the outputs of all are shown, as any of the processes may have caused it.
     """
     results = [run.wait() for run in runs]
-    assert all(found == code for found, _ in results), "\n".join(f"exit code {found}\n{output}" for found, output in results)
+    if any(found != code for found, _ in results):
+        raise unexpected_end(results)
     return results[0][1]
 
 
@@ -90,7 +94,10 @@ class ForkServer:
         return Run(self, pid, log)
 
     def start_pair(self, *words, prelude=""):
-        """Run `simmim WORDS` in two processes connected by gloo, with the environment variables that torchrun sets."""
+        """Run `simmim WORDS` in two processes connected by gloo, with the environment variables that torchrun sets.
+
+        The test that calls this is marked `two_processes`.
+        """
         with socket.socket() as listener:
             listener.bind(("127.0.0.1", 0))  # a free port
             port = listener.getsockname()[1]
@@ -103,10 +110,12 @@ class ForkServer:
             "TORCHELASTIC_RUN_ID": "test",
             "GLOO_SOCKET_IFNAME": "lo",
         }
-        return [
+        first, second = (
             self.start(*words, prelude=SET_RANK + prelude, env={**shared, "RANK": str(rank), "LOCAL_RANK": str(rank)})
             for rank in range(2)
-        ]
+        )
+        first.others, second.others = [second], [first]
+        return [first, second]
 
     def ask(self, request):
         """Send one request to the server and return its answer."""
@@ -149,6 +158,7 @@ def serve():
                     exit_codes[pid] = os.waitstatus_to_exitcode(status)
             answer = pid not in exit_codes
         print(json.dumps(answer), flush=True)
+    os._exit(0)  # the interpreter's own exit takes a second
 
 
 def set_process_group(pid):

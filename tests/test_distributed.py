@@ -76,6 +76,7 @@ def assert_same(run, alone):
     torch.testing.assert_close(*pair, rtol=0, atol=1e-4)
 
 
+@pytest.mark.two_processes
 @pytest.mark.parametrize("strategy", ["ddp", "fsdp"])
 def test_two_processes_equal_one(start, alone, tmp_path, strategy):
     """The same global batch: losses within 1e-5 relative over 50 steps, weights within 1e-4, and one plain encoder."""
@@ -84,6 +85,7 @@ def test_two_processes_equal_one(start, alone, tmp_path, strategy):
     assert_same(tmp_path / "run", alone)
 
 
+@pytest.mark.two_processes
 @pytest.mark.parametrize("first, second", [("ddp", None), ("fsdp", None), (None, "fsdp"), ("fsdp", "ddp")])
 def test_checkpoints_move_between_strategies_and_world_sizes(start, alone, tmp_path, first, second):
     """Stopped by a signal to one process, which all obey; taken up by other processes in another way."""
@@ -98,6 +100,7 @@ def test_checkpoints_move_between_strategies_and_world_sizes(start, alone, tmp_p
     assert_same(run, alone)
 
 
+@pytest.mark.two_processes
 def test_sharded_parameters_are_divided(start, tmp_path):
     """Each of the two processes holds about half of the parameters and of the optimizer's state."""
     counted = """
@@ -123,6 +126,7 @@ def test_a_batch_that_does_not_divide_is_refused(start, tmp_path):
         assert code == 2 and "a batch of 33 images does not divide into 2 devices" in output, output
 
 
+@pytest.mark.two_processes
 def test_a_giant_of_reduced_width_trains_sharded(start, tmp_path):
     """All 50 blocks of giant-3b with their extra norms, under FSDP, activation checkpoints and sequential attention."""
     words = (

@@ -41,6 +41,7 @@ def alone(start, tmp_path_factory):
     return run
 
 
+@pytest.mark.two_processes
 @pytest.mark.parametrize("strategy", ["ddp", "fsdp"])
 def test_two_processes_equal_one(start, alone, tmp_path, strategy):
     run = tmp_path / "run"

@@ -283,6 +283,7 @@ def alone(digits, tmp_path_factory):
     return pretrain(settings(digits, tmp_path_factory.mktemp("alone") / "run", probe=False, model=model))
 
 
+@pytest.mark.two_processes
 @pytest.mark.parametrize("strategy", ["ddp", "fsdp"])
 def test_two_processes(fork_server, digits, alone, tmp_path, strategy):
     """Training is that of one process without a probe, and accuracies are those of the exported encoder."""
