@@ -20,7 +20,8 @@ class DataSettings:
 
     Args:
         path: folder of images, nested at will; or a glob, a text file of paths, Parquet or Arrow files, WebDataset tar
-            shards, a saved datasets folder, a hub id; or a list of several.
+            shards, a saved datasets folder, a hub id; or a list of several. A run goes on without subfolders that cannot be
+            read, and names them; they are looked for again the next time.
         column: column of the images, in sources that have columns; found by default.
         streaming: read in order through a shuffle buffer, without an index or a local copy.
         shuffle_buffer: images in that buffer, per loading process.

@@ -1,9 +1,20 @@
-"""Parts of error messages that several packages share."""
+"""Notices, and parts of error messages that several packages share."""
 
 from __future__ import annotations
 
 import difflib
+import warnings
 from collections.abc import Iterable
+
+
+class Notice(UserWarning):
+    """What a user should know, and what is no error: images that are left out, for instance. The command prints each once,
+    as one line; in Python they are warnings."""
+
+
+def notify(text: str) -> None:
+    """Warn of `text`, one line."""
+    warnings.warn(text, Notice, stacklevel=3)
 
 
 def did_you_mean(name: str, known: Iterable[str]) -> str:
@@ -16,3 +27,14 @@ def did_you_mean(name: str, known: Iterable[str]) -> str:
 def first_line(error: BaseException) -> str:
     """The first line of an error's text; the error's class name where it has no text."""
     return next((line.strip() for line in str(error).splitlines() if line.strip()), type(error).__name__)
+
+
+def counted(number: int, noun: str) -> str:
+    """A number with its noun: 1 image, 1,204 images."""
+    return f"{number:,} {noun}{'s' * (number != 1)}"
+
+
+def name_some(names: Iterable[str], most: int = 3) -> str:
+    """The first names, and the number of the others."""
+    names = list(names)
+    return "; ".join(names[:most]) + (f"; and {len(names) - most:,} more" if len(names) > most else "")

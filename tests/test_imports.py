@@ -169,7 +169,7 @@ def test_test_files_are_short():
 
 def test_the_command_imports_lazily():
     """At their tops the files that every call loads import nothing but the standard library and each other."""
-    for module in ("simmim.cli", "simmim.cli.main", "simmim.cli.arguments", "simmim.cli.allocator"):
+    for module in ("simmim.cli", "simmim.cli.main", "simmim.cli.arguments", "simmim.cli.allocator", "simmim.cli.notices"):
         body = [node for node in tree_of(module).body if isinstance(node, ast.Import | ast.ImportFrom)]
         tree = ast.Module(body, type_ignores=[])
         light = ("simmim.cli", "simmim.messages", "simmim.renamed_settings")

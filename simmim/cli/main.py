@@ -11,6 +11,7 @@ from importlib import import_module
 
 from simmim.cli.allocator import keep_freed_memory
 from simmim.cli.arguments import UsageError, nearest
+from simmim.cli.notices import notices_as_lines
 
 DESCRIPTION = "Pre-train an encoder on your own images without labels, look at it, export it, fine-tune it on few labels."
 
@@ -70,7 +71,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
         else:
             command = command_named(words[0])
             keep_freed_memory()
-            code = command.run(words[1:])
+            with notices_as_lines(print_notice):
+                code = command.run(words[1:])
             sys.stdout.flush()
             return code
     except (ValueError, OSError) as error:
@@ -115,6 +117,11 @@ def command_named(name: str) -> Command:
 def print_error(error: BaseException | str) -> None:
     """Print an error as one line on stderr."""
     print(f"simmim: {with_flags(' '.join(str(error).split()))}", file=sys.stderr)
+
+
+def print_notice(text: str) -> None:
+    """Print what the user should know, and what is no error, as one line on stderr."""
+    print(f"simmim: note: {with_flags(' '.join(text.split()))}", file=sys.stderr, flush=True)
 
 
 def with_flags(message: str) -> str:

@@ -9,11 +9,14 @@ import hashlib
 import json
 import os
 import time
+from collections import Counter
 from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from simmim.data.left_out import LeftOut
 from simmim.files import atomic_write, write_json
+from simmim.messages import counted
 
 if TYPE_CHECKING:
     import datasets
@@ -21,7 +24,7 @@ if TYPE_CHECKING:
 EXTENSIONS = frozenset(
     (".jpg", ".jpeg", ".jfif", ".png", ".bmp", ".gif", ".webp", ".tif", ".tiff", ".ppm", ".pgm", ".jp2", ".avif", ".npy")
 )
-VERSION = 1
+VERSION = 2
 ROWS_AT_ONCE = 100_000
 # A folder that changed this shortly before its scan may change again within the same tick of its time stamp.
 TRUSTED_AGE_S = 2.0
@@ -34,15 +37,13 @@ class Scan:
 
     Attributes:
         stamps: time of the last change, in ns, of every folder entered; −1 for a folder that changed just before.
-        num_others: files without an image's extension.
-        denied: folders that could not be read.
+        left_out: the folders that could not be read, and the files without an image's extension.
     """
 
     def __init__(self, folder: str | Path) -> None:
         self.folder = str(folder)
         self.stamps: dict[str, int] = {}
-        self.num_others = 0
-        self.denied: list[str] = []
+        self.left_out = LeftOut()
         self._entered: set[tuple[int, int]] = set()
 
     def __iter__(self) -> Iterator[str]:
@@ -60,54 +61,103 @@ class Scan:
                     (entry.name + "/" if is_folder else entry.name, entry.path, is_folder)
                     for entry in entries
                     if not entry.name.startswith(".")
-                    for is_folder in (entry.is_dir(),)
+                    for is_folder in (is_folder_entry(entry),)
                 )
-        except OSError:
-            self.denied.append(folder)
+        except OSError as error:
+            self.left_out.deny(folder, error)
             return
         trusted = time.time() - status.st_mtime > TRUSTED_AGE_S
         self.stamps[folder] = status.st_mtime_ns if trusted else -1
         for name, path, is_folder in children:
             if is_folder:
                 yield from self._walk(path)
-            elif os.path.splitext(name)[1].lower() in EXTENSIONS:
+            elif is_image_name(name):
                 if not path.isprintable() and path != path.encode("utf-8", "ignore").decode("utf-8"):
                     raise ValueError(f"file name {path!r} is not valid UTF-8: rename the file")
                 yield path
             else:
-                self.num_others += 1
+                self._leave_out(path)
+
+    def _leave_out(self, path: str) -> None:
+        """Count an entry that is no image; a link whose target cannot be reached may be to a folder of images."""
+        if os.path.islink(path):
+            try:
+                os.stat(path)
+            except OSError as error:
+                self.left_out.deny(path, error)
+                return
+        self.left_out.count(path)
+
+
+def is_folder_entry(entry: os.DirEntry[str]) -> bool:
+    """Whether an entry is a folder; False for a link whose target cannot be reached."""
+    try:
+        return entry.is_dir()
+    except OSError:
+        if entry.is_symlink():
+            return False
+        raise
+
+
+def is_image_name(path: str) -> bool:
+    """Whether the name has an image's extension."""
+    return os.path.splitext(path)[1].lower() in EXTENSIONS
 
 
 def index_folder(folder: str | Path) -> datasets.Dataset:
     """All images below `folder` as a `datasets.Dataset` with an undecoded column `image`, in the order of their paths.
 
-    The index is stored in the user's cache folder and used again as long as no folder of the tree has changed.
+    The index is stored in the user's cache folder and used again as long as no folder of the tree has changed. An index that
+    lacks a folder, because that could not be read, serves this call alone and is not stored. What is left out is a `Notice`.
 
     Raises:
-        ValueError: if there is no such folder, it is empty, or it holds no image.
+        ValueError: if there is no such folder, it cannot be read, is empty, or holds no image.
     """
     folder = Path(folder).expanduser()
     check_folder(folder)
     root = os.path.abspath(folder)
     stem = cache_folder() / hashlib.sha256(root.encode()).hexdigest()[:24]
-    cached = read_cached_index(stem, root)
-    if cached is not None:
-        return cached
+    index, left_out = read_cached_index(stem, root) or build_index(stem, root)
+    if not len(index):
+        raise ValueError(explain_no_images(folder, left_out))
+    left_out.report(str(folder))
+    return index
+
+
+def build_index(stem: Path, root: str) -> tuple[datasets.Dataset, LeftOut]:
+    """Scan `root`, and store the index if it is complete and the cache folder can be written.
+
+    Args:
+        stem: path of the index's two files, without their extensions.
+    """
+    import tempfile
+
     scan = Scan(root)
     try:
         stem.parent.mkdir(parents=True, exist_ok=True)
-        with atomic_write(stem.with_suffix(".arrow")) as temporary:
-            count = write_paths(temporary, scan)
+        # Not in place of an older index: that one is valid again once all folders can be read as before.
+        with tempfile.TemporaryDirectory(prefix=f".{stem.name}.", dir=stem.parent) as temporary:
+            file = Path(temporary) / "index.arrow"
+            count = write_paths(file, scan)
             if not count:
-                raise ValueError(explain_no_images(folder, scan))
-        write_json(stem.with_suffix(".json"), {"version": VERSION, "root": root, "count": count, "stamps": scan.stamps})
+                return dataset_from_paths([]), scan.left_out
+            if scan.left_out.denied:
+                return read_arrow(file, in_memory=True), scan.left_out
+            with atomic_write(stem.with_suffix(".arrow")) as complete:
+                file.replace(complete)
+        description = {"count": count, "stamps": scan.stamps, "endings": scan.left_out.endings}
+        write_json(stem.with_suffix(".json"), {"version": VERSION, "root": root, **description})
+        return read_arrow(stem.with_suffix(".arrow")), scan.left_out
     except OSError:  # the cache folder cannot be written: the index lives in memory, for this run
-        return dataset_from_paths(list(Scan(root)))
-    return read_arrow(stem)
+        scan = Scan(root)
+        return dataset_from_paths(list(scan)), scan.left_out
 
 
-def find_images(folder: str | Path) -> list[str]:
+def find_images(folder: str | Path, left_out: LeftOut | None = None) -> list[str]:
     """Paths of all images below `folder`, in their order, without an index.
+
+    Args:
+        left_out: takes what is left out, for a report of several folders; by default it is a `Notice` at once.
 
     Raises:
         ValueError: as `index_folder`.
@@ -117,8 +167,17 @@ def find_images(folder: str | Path) -> list[str]:
     scan = Scan(folder)
     paths = list(scan)
     if not paths:
-        raise ValueError(explain_no_images(folder, scan))
+        raise ValueError(explain_no_images(folder, scan.left_out))
+    if left_out is None:
+        scan.left_out.report(str(folder))
+    else:
+        left_out.add(scan.left_out)
     return paths
+
+
+def count_images(folder: str | Path) -> int:
+    """The number of images below `folder`; 0 for none."""
+    return sum(1 for _ in Scan(folder))
 
 
 def check_folder(folder: Path) -> None:
@@ -132,12 +191,13 @@ def check_folder(folder: Path) -> None:
         raise ValueError(f"image folder {str(folder)!r} {problem}: give a folder that holds images")
 
 
-def explain_no_images(folder: Path, scan: Scan) -> str:
+def explain_no_images(folder: Path, left_out: LeftOut) -> str:
     """Why a folder gives no images."""
-    if scan.denied:
-        problem = f"cannot be read ({scan.denied[0]})"
-    elif scan.num_others:
-        problem = f"holds {scan.num_others} file{'s' * (scan.num_others != 1)} but no image"
+    if left_out.denied:
+        path, reason = next(iter(left_out.denied.items()))
+        problem = f"cannot be read ({path}: {reason})"
+    elif left_out.num_files:
+        problem = f"holds {counted(left_out.num_files, 'file')} but no image"
     else:
         problem = "is empty"
     extensions = ", ".join(sorted(extension[1:] for extension in EXTENSIONS))
@@ -150,8 +210,8 @@ def cache_folder() -> Path:
     return Path(base) / "simmim" / "index"
 
 
-def read_cached_index(stem: Path, root: str) -> datasets.Dataset | None:
-    """The stored index of `root`; None if there is none or a folder has changed since.
+def read_cached_index(stem: Path, root: str) -> tuple[datasets.Dataset, LeftOut] | None:
+    """The stored index of `root`, and what it leaves out; None if there is none or a folder has changed since.
 
     Args:
         stem: path of the index's two files, without their extensions.
@@ -162,17 +222,17 @@ def read_cached_index(stem: Path, root: str) -> datasets.Dataset | None:
             return None
         if any(os.stat(path).st_mtime_ns != stamp for path, stamp in description["stamps"].items()):
             return None
-        index = read_arrow(stem)
-        return index if len(index) == description["count"] else None
+        index = read_arrow(stem.with_suffix(".arrow"))
+        return (index, LeftOut(endings=Counter(description["endings"]))) if len(index) == description["count"] else None
     except (OSError, ValueError, KeyError):
         return None
 
 
-def read_arrow(stem: Path) -> datasets.Dataset:
-    """The index at `stem`, memory-mapped."""
+def read_arrow(file: Path, in_memory: bool = False) -> datasets.Dataset:
+    """The index in `file`, memory-mapped unless it is to be in memory."""
     import datasets
 
-    return datasets.Dataset.from_file(str(stem.with_suffix(".arrow")))
+    return datasets.Dataset.from_file(str(file), in_memory=in_memory)
 
 
 def write_paths(file: Path, paths: Iterable[str]) -> int:

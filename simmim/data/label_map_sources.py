@@ -6,20 +6,25 @@ The folder of label maps is called masks/ and the setting mask_column, as other 
 from __future__ import annotations
 
 import os
+from collections.abc import Mapping
+from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, NamedTuple
 
-from simmim.data.index import dataset_from_paths, find_images
+from simmim.data.index import count_images, dataset_from_paths, find_images
 from simmim.data.label_sources import (
     IMAGE_FOLDER,
     LABEL_MAP_FOLDERS,
-    VALIDATION_NAMES,
     CsvColumn,
+    divide_rows,
     is_csv,
     is_plain_folder,
     read_csv,
     read_train_and_validation,
+    subfolders,
 )
+from simmim.data.left_out import LeftOut
+from simmim.data.parts import EXPECTED, Parts, assign_parts, meaning_of
 from simmim.data.readers import detect_reader
 from simmim.data.sources import detect_image_column, select_images
 
@@ -39,45 +44,87 @@ def read_scenes(path: str, column: str | None = None, mask_column: str | None = 
     """
     folder = Path(path).expanduser()
     if is_csv(path):
-        return {"train": read_csv_scenes(folder, column or "image", mask_column or "mask")}
+        return read_csv_scenes(folder, column or "image", mask_column or "mask")
     if is_plain_folder(path):
-        return {name: read_folder_pair(*pair) for name, pair in find_folder_pairs(folder).items()}
+        found = find_folder_pairs(folder)
+        found.report(str(folder))
+        return {use: read_folder_pair(*pair) for use, pair in found.pairs.items()}
     reader, files = detect_reader(path)
     if not reader.has_columns:
         raise ValueError(f"{path!r} has images and no label maps: give a folder with {LAYOUT}")
-    parts = read_train_and_validation(reader, files)
+    parts = read_train_and_validation(path, reader, files)
     return {name: select_scenes(rows, column, mask_column, path) for name, rows in parts.items()}
 
 
-def find_folder_pairs(folder: Path) -> dict[str, tuple[Path, Path]]:
+class FolderPair(NamedTuple):
+    """A folder of images and the folder of their label maps."""
+
+    images: Path
+    label_maps: Path
+
+
+@dataclass(frozen=True)
+class FolderPairs:
+    """The folders of scenes.
+
+    Attributes:
+        pairs: by "train" and, if there is such a part, "validation".
+        parts: the parts that they are; None where the folder is not divided.
+        left_aside: folders of images by the names of the parts that are not used.
+    """
+
+    pairs: dict[str, FolderPair]
+    parts: Parts | None = None
+    left_aside: Mapping[str, Path] = field(default_factory=dict)
+
+    def report(self, source: str) -> None:
+        """Notices of what is left aside."""
+        if self.parts is not None:
+            sizes = {name: count_images(folder) for name, folder in self.left_aside.items()}
+            self.parts._replace(left_aside=tuple(sizes)).report(source, sizes)
+
+
+def find_folder_pairs(folder: Path) -> FolderPairs:
     """The folders of images and of label maps of each part.
 
     Raises:
-        ValueError: if there are none, with the expected layout.
+        ValueError: if there are none, with the expected layout; if two parts mean the same, or none is to train on.
     """
     if not folder.is_dir():
         raise ValueError(f"labeled folder {str(folder)!r} does not exist: give a folder with {LAYOUT}")
-
-    def pair_in(parent: Path, part: str = "") -> tuple[Path, Path] | None:
-        images = parent / IMAGE_FOLDER / part
-        candidates = (parent / name / part for name in LABEL_MAP_FOLDERS)
-        label_maps = next((candidate for candidate in candidates if candidate.is_dir()), None)
-        return (images, label_maps) if images.is_dir() and label_maps else None
-
-    for train, validations in (
-        (pair_in(folder / "train"), (pair_in(folder / name) for name in VALIDATION_NAMES)),
-        (pair_in(folder, "train"), (pair_in(folder, name) for name in VALIDATION_NAMES)),
+    names, image_names = subfolders(folder), subfolders(folder / IMAGE_FOLDER)
+    for candidates, pairs in (
+        # PART/images beside PART/masks, or images/PART beside masks/PART.
+        ({name: folder / name / IMAGE_FOLDER for name in names}, {name: pair_in(folder / name) for name in names}),
+        (
+            {name: folder / IMAGE_FOLDER / name for name in image_names},
+            {name: pair_in(folder, name) for name in image_names},
+        ),
     ):
-        validation = next(filter(None, validations), None)
-        if train:
-            return {"train": train, "validation": validation} if validation else {"train": train}
+        complete = {name: pair for name, pair in pairs.items() if pair is not None}
+        parts = assign_parts(complete, str(folder))
+        if parts is not None:
+            used = {use: complete[name] for use, name in parts.used.items()}
+            others = {
+                name: images for name, images in candidates.items() if name not in parts.used.values() and images.is_dir()
+            }
+            return FolderPairs(used, parts, others)
+        if len(complete) > 1 and all(map(meaning_of, complete)):
+            raise ValueError(f"{str(folder)!r} has {' and '.join(complete)} and nothing to train on: {EXPECTED}; rename one")
     if pair := pair_in(folder):
-        return {"train": pair}
-    present = sorted(entry.name for entry in os.scandir(folder) if entry.is_dir())
+        return FolderPairs({"train": pair})
     raise ValueError(
         f"labeled folder {str(folder)!r} has no folders of images and label maps, but "
-        f"{', '.join(present[:8]) or 'no folder at all'}: give one with {LAYOUT}"
+        f"{', '.join(names[:8]) or 'no folder at all'}: give one with {LAYOUT}"
     )
+
+
+def pair_in(parent: Path, part: str = "") -> FolderPair | None:
+    """The folders of images and label maps in `parent`, of one part; None if one is missing."""
+    images = parent / IMAGE_FOLDER / part
+    candidates = (parent / name / part for name in LABEL_MAP_FOLDERS)
+    label_maps = next((candidate for candidate in candidates if candidate.is_dir()), None)
+    return FolderPair(images, label_maps) if images.is_dir() and label_maps else None
 
 
 def note_on_label_maps(path: str | list[str]) -> str:
@@ -85,8 +132,8 @@ def note_on_label_maps(path: str | list[str]) -> str:
     for part in [path] if isinstance(path, str) else path:
         folder = Path(part).expanduser()
         try:
-            images, label_maps = find_folder_pairs(folder)["train"]
-            find_images(label_maps)
+            images, label_maps = find_folder_pairs(folder).pairs["train"]
+            find_images(label_maps, LeftOut())
         except (ValueError, OSError):
             continue
         return (
@@ -138,11 +185,11 @@ def find_stems(folder: Path) -> dict[str, str]:
     return paths
 
 
-def read_csv_scenes(file: Path, column: str, mask_column: str) -> datasets.Dataset:
-    """Images and label maps of a CSV file with a header. Relative paths start at the file's folder.
+def read_csv_scenes(file: Path, column: str, mask_column: str) -> dict[str, datasets.Dataset]:
+    """Images and label maps of a CSV file with a header, by part. Relative paths start at the file's folder.
 
     Raises:
-        ValueError: as `read_csv`, and for an image that does not exist.
+        ValueError: as `read_csv` and `divide_rows`, and for an image that does not exist.
     """
     rows = read_csv(
         file, [CsvColumn("image", "data.column", column), CsvColumn("label map", "data.mask_column", mask_column)]
@@ -151,7 +198,10 @@ def read_csv_scenes(file: Path, column: str, mask_column: str) -> datasets.Datas
     for number, (image, _) in enumerate(rows, start=2):
         if not os.path.isfile(os.path.join(folder, image)):
             raise ValueError(f"{file}, line {number}: there is no image {os.path.join(folder, image)}")
-    return pair_paths(*([os.path.join(folder, name) for name in names] for names in zip(*rows)))
+    return {
+        use: pair_paths(*([os.path.join(folder, name) for name in names] for names in zip(*part)))
+        for use, part in divide_rows(file, rows).items()
+    }
 
 
 def pair_paths(images: list[str], label_maps: list[str]) -> datasets.Dataset:
@@ -191,7 +241,7 @@ def read_class_names(path: Path) -> tuple[str, ...]:
     """
     folder = path if path.is_dir() else path.parent
     names: dict[Path, tuple[str, ...]] = {}
-    for parent in (folder, folder / "train", *(folder / name for name in VALIDATION_NAMES)):
+    for parent in (folder, *(folder / name for name in subfolders(folder) if meaning_of(name))):
         file = parent / CLASSES_FILE
         if file.is_file():
             names[file] = tuple(line.strip() for line in file.read_text(encoding="utf-8-sig").splitlines() if line.strip())

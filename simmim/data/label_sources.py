@@ -4,22 +4,25 @@ from __future__ import annotations
 
 import csv
 import os
+from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from simmim.data.index import dataset_from_paths, find_images
+from simmim.data.index import count_images, dataset_from_paths, find_images
+from simmim.data.left_out import LeftOut
+from simmim.data.parts import EXPECTED, Parts, assign_parts, assign_splits, meaning_of
 from simmim.data.readers import HUB_ID, FolderReader, Reader, detect_reader
 from simmim.data.sources import detect_image_column, select_images
 
 if TYPE_CHECKING:
     import datasets
 
-VALIDATION_NAMES = ("val", "valid", "validation", "test")
 IMAGE_FOLDER, LABEL_MAP_FOLDERS = "images", ("masks", "annotations", "labels")  # of scenes, which have a class per pixel
 PATH_COLUMNS = ("path", "file", "filename", "file_name", "image")
 LABEL_COLUMNS = ("label", "class", "target", "category", "labels", "cls")
+PART_COLUMNS = ("split", "subset", "partition")  # of a CSV file: which rows are to train on, …
 
 
 def read_labels(path: str, column: str | None, label_column: str | None) -> dict[str, tuple[datasets.Dataset, list[str]]]:
@@ -30,13 +33,13 @@ def read_labels(path: str, column: str | None, label_column: str | None) -> dict
     """
     folder = Path(path).expanduser()
     if is_csv(path):
-        return {"train": read_csv_labels(folder, column, label_column)}
+        return read_csv_labels(folder, column, label_column)
     if is_plain_folder(path):
         return read_class_folders(folder)
     reader, files = detect_reader(path)
     if not reader.has_columns:
         raise ValueError(f"{path!r} has images and no labels: give a folder with one subfolder per class")
-    parts = read_train_and_validation(reader, files)
+    parts = read_train_and_validation(path, reader, files)
     return {name: select_labels(rows, column, label_column, path) for name, rows in parts.items()}
 
 
@@ -54,12 +57,15 @@ def is_plain_folder(path: str) -> bool:
     return folder.is_dir() and isinstance(detect_reader(str(folder))[0], FolderReader)
 
 
-def read_train_and_validation(reader: Reader, files: list[str]) -> dict[str, datasets.Dataset]:
-    """Rows with columns as "train", and "validation" if the source has a split of one of `VALIDATION_NAMES`."""
+def read_train_and_validation(path: str, reader: Reader, files: list[str]) -> dict[str, datasets.Dataset]:
+    """Rows with columns as "train", and as "validation" if the source has such a split.
+
+    Raises:
+        ValueError: as `assign_splits`.
+    """
     splits = reader.read_splits(files)
-    train = splits["train"] if "train" in splits else next(iter(splits.values()))
-    validation = next((splits[name] for name in VALIDATION_NAMES if name in splits), train)
-    return {"train": train} if validation is train else {"train": train, "validation": validation}
+    parts = assign_splits({name: len(rows) for name, rows in splits.items()}, path)
+    return {use: splits[name] for use, name in parts.used.items()}
 
 
 def select_labels(rows, column: str | None, label_column: str | None, path: str) -> tuple[datasets.Dataset, list[str]]:
@@ -128,11 +134,13 @@ def read_csv(file: Path, columns: Sequence[CsvColumn]) -> list[tuple[str, ...]]:
     return rows
 
 
-def read_csv_labels(file: Path, column: str | None, label_column: str | None) -> tuple[datasets.Dataset, list[str]]:
-    """Images and labels of a CSV file with a header. Relative paths start at the file's folder.
+def read_csv_labels(
+    file: Path, column: str | None, label_column: str | None
+) -> dict[str, tuple[datasets.Dataset, list[str]]]:
+    """Images and labels of a CSV file with a header, by part. Relative paths start at the file's folder.
 
     Raises:
-        ValueError: as `read_csv`.
+        ValueError: as `read_csv` and `divide_rows`.
     """
     rows = read_csv(
         file,
@@ -142,7 +150,31 @@ def read_csv_labels(file: Path, column: str | None, label_column: str | None) ->
         ],
     )
     folder = file.resolve().parent
-    return dataset_from_paths([os.path.join(folder, path) for path, _ in rows]), [label for _, label in rows]
+    return {
+        use: (dataset_from_paths([os.path.join(folder, path) for path, _ in part]), [label for _, label in part])
+        for use, part in divide_rows(file, rows).items()
+    }
+
+
+def divide_rows(file: Path, rows: Sequence[tuple[str, ...]]) -> dict[str, list[tuple[str, ...]]]:
+    """Rows of `read_csv` as "train" and "validation", by the file's column of parts; all as "train" if it has none.
+
+    Raises:
+        ValueError: if a row of that column says anything but a usual name of a part, or no row says train.
+    """
+    with file.open(encoding="utf-8-sig", newline="") as lines:
+        reader = csv.DictReader(lines)
+        column = next((name for name in PART_COLUMNS if name in (reader.fieldnames or ())), None)
+        names = [row[column] or "" for row in reader] if column else []
+    if column is None:
+        return {"train": list(rows)}
+    for number, name in enumerate(names, start=2):
+        if meaning_of(name) is None:
+            raise ValueError(
+                f"{file}, line {number} has the {column} {name!r}: {EXPECTED}; or rename the column, if it tells no parts"
+            )
+    parts = assign_splits(Counter(names), str(file))
+    return {use: [row for row, name in zip(rows, names) if name == wanted] for use, wanted in parts.used.items()}
 
 
 # --- class folders -----------------------------------------------------------------------------------------------------
@@ -152,21 +184,56 @@ def read_class_folders(folder: Path) -> dict[str, tuple[datasets.Dataset, list[s
     """Images and labels of class folders, or of those in `train/` and `val/`.
 
     Raises:
-        ValueError: as `find_class_folders`.
+        ValueError: as `find_parts` and `find_class_folders`.
     """
-    validation = next((folder / name for name in VALIDATION_NAMES if (folder / name).is_dir()), None)
-    parts = {"train": folder}
-    if (folder / "train").is_dir() and validation is not None:
-        parts = {"train": folder / "train", "validation": validation}
-    labeled = {}
-    for part, parent in parts.items():
-        paths_by_class = find_class_folders(parent)
+    parts = find_parts(folder)
+    left_out, labeled = LeftOut(), {}
+    for use, parent in {"train": folder}.items() if parts is None else parts.used.items():
+        paths_by_class = find_class_folders(folder / parent, left_out)
         labels = [name for name, paths in paths_by_class.items() for _ in paths]
-        labeled[part] = dataset_from_paths([path for paths in paths_by_class.values() for path in paths]), labels
+        labeled[use] = dataset_from_paths([path for paths in paths_by_class.values() for path in paths]), labels
+    left_out.report(str(folder))
+    if parts is not None:
+        parts.report(str(folder), {name: count_images(folder / name) for name in parts.left_aside})
     return labeled
 
 
-def find_class_folders(folder: Path) -> dict[str, list[str]]:
+def find_parts(folder: Path) -> Parts | None:
+    """The subfolders that are parts of the whole; None if they are classes.
+
+    They are parts where one has a usual name for training, and another one for validation or test, or there is no other. A
+    class may be called train or test where that says nothing of the kind.
+
+    Raises:
+        ValueError: if two subfolders mean the same, or if it is unclear what they are.
+    """
+    names = subfolders(folder)
+    parts = assign_parts(names, str(folder))
+    if parts is None:
+        if len(names) > 1 and all(map(meaning_of, names)):
+            raise ValueError(
+                f"labeled folder {str(folder)!r} has {' and '.join(names)} and nothing to train on: {EXPECTED}; rename one"
+            )
+        return None
+    if parts.validation is not None or len(names) == 1:
+        return parts
+    if len(subfolders(folder / parts.train)) > 1:
+        raise ValueError(
+            f"labeled folder {str(folder)!r} has {' and '.join(names)}, and {parts.train} may be a class or a part: "
+            f"give {str(folder / parts.train)!r} if it holds the classes, or rename it if it is one"
+        )
+    return None
+
+
+def subfolders(folder: Path) -> list[str]:
+    """Names of the folders in `folder`, without hidden ones, in order; none if there is no such folder."""
+    if not folder.is_dir():
+        return []
+    with os.scandir(folder) as entries:
+        return sorted(entry.name for entry in entries if entry.is_dir() and not entry.name.startswith("."))
+
+
+def find_class_folders(folder: Path, left_out: LeftOut) -> dict[str, list[str]]:
     """Class names with the paths of their images, one class per subfolder, in the names' order.
 
     Raises:
@@ -174,7 +241,7 @@ def find_class_folders(folder: Path) -> dict[str, list[str]]:
     """
     if not folder.is_dir():
         raise ValueError(f"labeled folder {str(folder)!r} does not exist: give a folder with one subfolder per class")
-    names = sorted(entry.name for entry in os.scandir(folder) if entry.is_dir() and not entry.name.startswith("."))
+    names = subfolders(folder)
     if len(names) < 2:
         raise ValueError(
             f"labeled folder {str(folder)!r} has {len(names)} class folder{'s' * (len(names) != 1)}: "
@@ -185,4 +252,4 @@ def find_class_folders(folder: Path) -> dict[str, list[str]]:
             f"labeled folder {str(folder)!r} has {' and '.join(names)}, which are no classes: give a folder with one "
             "subfolder per class, or use simmim finetune segmentation"
         )
-    return {name: find_images(folder / name) for name in names}
+    return {name: find_images(folder / name, left_out) for name in names}

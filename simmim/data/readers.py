@@ -11,13 +11,15 @@ import glob
 import os
 import re
 from abc import ABC, abstractmethod
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from simmim.data.index import EXTENSIONS, dataset_from_paths, index_folder
-from simmim.messages import first_line
+from simmim.data.index import dataset_from_paths, index_folder, is_image_name
+from simmim.data.left_out import LeftOut
+from simmim.data.parts import TRAINING, meaning_of
+from simmim.messages import counted, first_line, notify
 
 if TYPE_CHECKING:
     import datasets
@@ -52,13 +54,18 @@ def locate(path: str) -> Location:
     """Look at `path`.
 
     Raises:
-        ValueError: if `path` is empty or a glob that no file matches.
+        ValueError: if `path` is empty, a folder that cannot be read, or a glob that no file matches.
     """
     if not path:
         raise ValueError(f"no images: give {known_kinds()}")
     expanded = os.path.expanduser(path)
     if os.path.isdir(expanded):
-        names = sorted(name for name in os.listdir(expanded) if not name.startswith("."))
+        try:
+            names = sorted(name for name in os.listdir(expanded) if not name.startswith("."))
+        except OSError as error:
+            raise ValueError(
+                f"folder {path!r} cannot be read ({error.strerror}): give one that can, or try again"
+            ) from error
         return Location(path, expanded, True, tuple(os.path.join(expanded, name) for name in names))
     if os.path.isfile(expanded):
         return Location(path, expanded, False, (expanded,))
@@ -153,10 +160,24 @@ class GlobReader(Reader):
     has_columns = False
 
     def detect(self, location: Location) -> list[str] | None:
-        return None if location.is_folder else [path for path in location.entries if is_image_name(path)] or None
+        if location.is_folder or not any(map(is_image_name, location.entries)):
+            return None
+        return [location.expanded]
 
     def read(self, files: list[str]) -> datasets.Dataset:
-        return dataset_from_paths(files)
+        pattern, left_out, images = files[0], LeftOut(), []
+        for path in locate(pattern).entries:
+            if is_image_name(path):
+                images.append(path)
+            else:
+                left_out.count(path)
+        for folder in searched_folders(pattern):
+            try:
+                os.scandir(folder).close()
+            except OSError as error:
+                left_out.deny(folder, error)
+        left_out.report(pattern)
+        return dataset_from_paths(images)
 
 
 class ListReader(Reader):
@@ -182,9 +203,13 @@ class ListReader(Reader):
         return dataset_from_paths(paths)
 
 
-def is_image_name(path: str) -> bool:
-    """Whether the name has an image's extension."""
-    return os.path.splitext(path)[1].lower() in EXTENSIONS
+def searched_folders(pattern: str) -> set[str]:
+    """The folders whose entries a glob looks at. The glob passes over those that it cannot read without a word."""
+    if not glob.has_magic(pattern) or os.path.isfile(pattern):
+        return set()
+    parent = os.path.dirname(pattern)
+    folders = glob.glob(parent, recursive=True) if glob.has_magic(parent) else [parent or os.curdir]
+    return {folder for folder in folders if os.path.isdir(folder)} | searched_folders(parent)
 
 
 # --- rows with columns, read by the datasets library -------------------------------------------------------------------
@@ -214,6 +239,11 @@ class ShardReader(Reader):
 
     def read(self, files: list[str]) -> datasets.Dataset:
         return self._load(files, streaming=False)
+
+    def read_splits(self, files: list[str]) -> dict[str, datasets.Dataset]:
+        """The rows by the part that the files' names tell: train-00000.parquet, test.parquet."""
+        by_part = divide_files(files)
+        return {part: self.read(its_files) for part, its_files in by_part.items()} or {"train": self.read(files)}
 
     def stream(self, files: list[str]) -> tuple[datasets.IterableDataset, int | None]:
         rows = self._load(files, streaming=True)
@@ -257,7 +287,10 @@ class SavedReader(Reader):
 
     def read(self, files: list[str]) -> datasets.Dataset:
         splits = self.read_splits(files)
-        return splits["train"] if "train" in splits else next(iter(splits.values()))
+        train = next((name for name in splits if meaning_of(name) == TRAINING), next(iter(splits)))
+        if others := [f"{name} ({counted(len(rows), 'image')})" for name, rows in splits.items() if name != train]:
+            notify(f"of {files[0]!r} the split {train} is read; left aside: {', '.join(others)}")
+        return splits[train]
 
     def read_splits(self, files: list[str]) -> dict[str, datasets.Dataset]:
         with as_value_error(f"{files[0]!r} cannot be read as saved: {{error}}"):
@@ -279,10 +312,7 @@ class HubReader(Reader):
         return self._load(files, split="train")
 
     def read_splits(self, files: list[str]) -> dict[str, datasets.Dataset]:
-        try:
-            return dict(self._load(files))
-        except ValueError:
-            return {"train": self.read(files)}  # raises again, unless only another split is at fault
+        return dict(self._load(files))
 
     def stream(self, files: list[str]) -> tuple[datasets.IterableDataset, int | None]:
         rows = self._load(files, split="train", streaming=True)
@@ -296,6 +326,27 @@ class HubReader(Reader):
         )
         with as_value_error(message):
             return datasets.load_dataset(files[0], **options)
+
+
+def divide_files(files: Sequence[str]) -> dict[str, list[str]]:
+    """Files by the part that their names tell; none if no name tells one.
+
+    Raises:
+        ValueError: if some names tell a part and others do not.
+    """
+    by_part: dict[str, list[str]] = {}
+    for file in files:
+        words = re.split(r"[^a-z]+", os.path.splitext(os.path.basename(file))[0].lower())
+        told = {word for word in words if meaning_of(word)}
+        by_part.setdefault(told.pop() if len(told) == 1 else "", []).append(file)
+    unclear = by_part.pop("", [])
+    if unclear and by_part:
+        others = ", ".join(os.path.basename(files[0]) for files in by_part.values())
+        raise ValueError(
+            f"{os.path.basename(unclear[0])!r} lies beside {others}, and its name does not tell its part: rename it "
+            "(train-…, val-…, test-…), or give the files of one part"
+        )
+    return by_part
 
 
 def import_datasets():

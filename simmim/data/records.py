@@ -3,10 +3,16 @@
 from __future__ import annotations
 
 import builtins
+import hashlib
 import io
 import os
 import stat
-from typing import BinaryIO, TypedDict
+from typing import TYPE_CHECKING, BinaryIO, TypedDict
+
+if TYPE_CHECKING:
+    import datasets
+
+ROWS_AT_ONCE = 100_000
 
 
 class Record(TypedDict):
@@ -55,3 +61,21 @@ def num_bytes(record: Record) -> int:
         return os.path.getsize(record["path"])  # type: ignore[arg-type]
     except OSError:
         return 0
+
+
+def digest_paths(source: datasets.Dataset) -> str | None:
+    """A hash of the paths of all rows in their order; None where rows hold their files' bytes, which are not read for it.
+
+    A million paths take about a second.
+    """
+    if not len(source) or source[0]["image"]["bytes"] is not None:
+        return None
+    table = source.with_format("arrow").select_columns(["image"])
+    hasher = hashlib.blake2b(digest_size=8)
+    for first in range(0, len(source), ROWS_AT_ONCE):
+        for records in table[first : first + ROWS_AT_ONCE]["image"].chunks:
+            if records.field("bytes").null_count < len(records):
+                return None
+            paths = (f"{path}\n" for path in records.field("path").to_pylist())
+            hasher.update("".join(paths).encode("utf-8", "surrogateescape"))
+    return hasher.hexdigest()

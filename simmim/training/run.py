@@ -22,6 +22,7 @@ from simmim.training.numerical_guard import NumericalGuard
 from simmim.training.progress import ProgressLine, SkippedImages, StepSeeds, Throughput, WaitStart
 from simmim.training.quiet import quiet_libraries
 from simmim.training.run_folder import check_run_folder, locked_run_folder
+from simmim.training.same_images import SameImages
 from simmim.training.saving import SavePolicy, SaveRun, usable_checkpoint
 from simmim.training.settings import RunSettings
 from simmim.training.streams import StreamData, TrackStreamPosition, per_device_batch
@@ -113,7 +114,8 @@ def ordered_callbacks(run: TrainingRun, guard: NumericalGuard, save: SaveRun) ->
         throughput,  # takes the time at a batch's end before callbacks that take long
         *optional["progress"],  # shows metrics that later callbacks of the step before have set
         SkippedImages(run.folder, run.num_images, run.max_skipped_share),  # may stop the run: before a state is saved
-        guard,  # as above, and it counts before its counts are saved
+        SameImages(run.num_images, run.data.train),
+        guard,  # as SkippedImages, and it counts before its counts are saved
         *optional["compile"],  # in setup alone, before strategies divide the model
         TrackStreamPosition(),  # before a checkpoint is taken, which holds the position
         *run.callbacks,
