@@ -23,7 +23,7 @@ from torch.utils._pytree import tree_leaves
 
 MIB = 2**20
 MODES = {"plain": (False, False), "checkpointed": (True, False), "sequential": (False, True), "both": (True, True)}
-# Predictions are for the plain lines, which run on every device. The kernels for a CPU use less memory.
+# Predictions are for the reference implementation, which runs on every device. The kernels for a CPU use less memory.
 # glibc keeps freed blocks below a threshold for reuse, and raises the threshold with use. With the threshold fixed at 64
 # KiB, larger blocks return to the system at once, so the resident set follows the tensors.
 ENVIRONMENT = {"SIMMIM_KERNELS": "0", "MALLOC_MMAP_THRESHOLD_": "65536", "MALLOC_TRIM_THRESHOLD_": "65536"}

@@ -98,7 +98,7 @@ def power_cut():
 
 
 @pytest.fixture
-def plain_lines(monkeypatch):
+def reference_implementation(monkeypatch):
     """Computes on the CPU as on a GPU without kernels: the reference implementation, and every pixel predicted."""
     from simmim.encoders.swinv2 import kernels
 

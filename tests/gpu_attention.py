@@ -99,8 +99,8 @@ def by_kernels(case, numbers, attention=window_attention) -> dict[str, Tensor]:
     return {"mixed": mixed.detach()} | dict(zip(GIVEN, torch.autograd.grad(mixed, given, numbers.grad)))
 
 
-def by_plain_lines(case, numbers, dtype=torch.float64) -> dict[str, Tensor]:
-    """The same by the plain lines, computed in float64, or with what the encoder rounds under autocast in `dtype`."""
+def by_reference(case, numbers, dtype=torch.float64) -> dict[str, Tensor]:
+    """The same by the reference implementation in float64, or with what the encoder rounds under autocast in `dtype`."""
     given = [x.to(torch.float64 if dtype == torch.float64 else x.dtype).clone().requires_grad_() for x in numbers[:5]]
     qkv, q_bias, v_bias, scale, bias = given
     rows = qkv.view(case.images, *case.size, -1)
@@ -123,9 +123,9 @@ def by_plain_lines(case, numbers, dtype=torch.float64) -> dict[str, Tensor]:
 
 
 def assert_as_exact(case, numbers):
-    """As the plain lines are in the type that the numbers have."""
-    actual, expected = by_kernels(case, numbers), by_plain_lines(case, numbers)
-    plain = by_plain_lines(case, numbers, numbers.qkv.dtype)
+    """As the reference implementation is in the type that the numbers have."""
+    actual, expected = by_kernels(case, numbers), by_reference(case, numbers)
+    plain = by_reference(case, numbers, numbers.qkv.dtype)
     for what, value in expected.items():
         assert actual[what].dtype == plain[what].dtype, what
         # One number a head, the small sum of many large ones: which rounding is luckier differs.
@@ -172,10 +172,10 @@ def _products_as_on_a_gpu(monkeypatch):
 
 
 @pytest.mark.parametrize("name", CASES)
-def test_as_the_plain_lines(name):
+def test_as_the_reference(name):
     case = CASES[name]
     numbers = numbers_of(case)
-    actual, expected = by_kernels(case, numbers), by_plain_lines(case, numbers)
+    actual, expected = by_kernels(case, numbers), by_reference(case, numbers)
     for what, value in expected.items():
         assert actual[what].shape == value.shape, what
         assert distance(actual[what], value) < 5e-6, what
@@ -183,7 +183,7 @@ def test_as_the_plain_lines(name):
 
 @pytest.mark.parametrize("lowest", [False, True])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
-def test_as_exact_as_the_plain_lines(dtype, lowest):
+def test_as_accurate_as_the_reference(dtype, lowest):
     """Logits are not rounded, at the lowest temperature either, where they reach 100."""
     case = CASES["two blocks, padded, shifted"]
     numbers = numbers_of(case, dtype)
@@ -202,7 +202,7 @@ def test_small_gradients_survive_float16():
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16])
 def test_rows_too_small_to_normalize(dtype):
-    """Theirs are gradients by 1e12, as normalizing is there, and nobody else's suffer. One is of zeros."""
+    """Their own gradients are scaled by up to 1e12, as those of `normalize`, and no other token's are. One token is zero."""
     case = CASES["two blocks, padded, shifted"]
     numbers = numbers_of(case, dtype)
     numbers.q_bias.zero_()
@@ -211,7 +211,7 @@ def test_rows_too_small_to_normalize(dtype):
     rows = numbers.qkv.view(len(small), 3, -1)
     rows[3, :2] = 0
     rows[20, :2] *= 1e-13  # in float16 this is 0 too
-    actual, expected = by_kernels(case, numbers), by_plain_lines(case, numbers)
+    actual, expected = by_kernels(case, numbers), by_reference(case, numbers)
     near = 5e-6 if dtype == torch.float32 else 2e-3
     for what in ("mixed", "v_bias", "scale", "bias"):
         assert distance(actual[what], expected[what]) < near, what
@@ -240,7 +240,7 @@ def test_however_the_work_is_shared(programs, monkeypatch):
     for name in ("one block", "many blocks, padded, shifted"):
         case = CASES[name]._replace(heads=1)
         numbers = numbers_of(case)
-        actual, expected = by_kernels(case, numbers), by_plain_lines(case, numbers)
+        actual, expected = by_kernels(case, numbers), by_reference(case, numbers)
         for what, value in expected.items():
             assert distance(actual[what], value) < 5e-6, (name, what)
 
@@ -256,7 +256,7 @@ def test_only_the_gradients_that_are_asked_for():
     """Also: a scale of one dimension, and a position bias that is a view of its table."""
     case = CASES["fewer tokens than a block"]
     numbers, windows = numbers_of(case), case.windows()
-    expected = by_plain_lines(case, numbers)
+    expected = by_reference(case, numbers)
     qkv, scale = numbers.qkv.clone().requires_grad_(), numbers.scale.flatten().requires_grad_()
     bias = numbers.bias.permute(1, 2, 0).contiguous().permute(2, 0, 1)
     mixed = window_attention(qkv, numbers.q_bias, numbers.v_bias, scale, bias, *windows[:2], case.images)
@@ -361,7 +361,7 @@ def test_a_trial_passes(dtype):
 
 
 def test_a_trial_that_fails_is_told_once(seen, monkeypatch):
-    """Kernels that are wrong, or do not compile, are not used, and numbers are the plain lines'."""
+    """Kernels that are wrong, or do not compile, are not used, and the reference implementation computes instead."""
     encoder, images = encoder_of(ENCODERS["padded"]), torch.randn(1, 3, 32, 32).to(DEVICE)
     state = torch.get_rng_state()
 
@@ -371,7 +371,10 @@ def test_a_trial_that_fails_is_told_once(seen, monkeypatch):
     def fails(*given, images):
         raise RuntimeError("no such instruction\nin a long tale")
 
-    for attention, problem in ((wrong, "differs from that of the plain code by"), (fails, "no such instruction$")):
+    for attention, problem in (
+        (wrong, "differs from that of the reference implementation by"),
+        (fails, "no such instruction$"),
+    ):
         seen.clear()
         self_test.passes_self_test.cache_clear()
         monkeypatch.setattr(self_test, "window_attention", attention)
@@ -391,7 +394,9 @@ def test_a_trial_compares_groups(monkeypatch):
         return window_attention(*given[:-1], labels if labels is None else labels[: len(given[-2])], images=images)
 
     monkeypatch.setattr(self_test, "window_attention", same_for_all)
-    assert "differs from that of the plain code" in self_test.find_difference(DEVICE, torch.float32, 20, 12, attend)
+    assert "differs from that of the reference implementation" in self_test.find_difference(
+        DEVICE, torch.float32, 20, 12, attend
+    )
 
 
 def test_other_groups_change_no_bit():

@@ -17,7 +17,7 @@ def noise(*shape, seed=0, kind=np.uint8):
 
 
 def flat_blocks(*channels, seed=0):
-    """32 × 48 pixels in flat squares of 16, which lossy formats keep within a few levels."""
+    """32 × 48 pixels in flat squares of 16 px, which lossy formats keep within a few levels."""
     return np.random.default_rng(seed).integers(30, 226, (2, 3, *channels), dtype=np.uint8).repeat(16, 0).repeat(16, 1)
 
 

@@ -256,6 +256,15 @@ def test_weights_that_cannot_be_saved_leave_the_old(saved):
     assert {path.name: path.read_bytes() for path in saved.iterdir()} == before
 
 
+def test_saving_over_a_classifier_leaves_none_of_its_head(tmp_path):
+    head = {"weight": torch.zeros(2, 32), "bias": torch.zeros(2)}
+    folder = save_encoder(tmp_path / "saved", random_encoder(TINY), COLOR, {}, head, ("cat", "dog"))
+    assert read_encoder(folder).checkpoint.classes == ("cat", "dog")
+    save_encoder(folder, random_encoder(TINY, seed=5), COLOR, {})
+    checkpoint = read_encoder(folder).checkpoint
+    assert checkpoint.head == {} and checkpoint.classes == ()
+
+
 def test_oblong_pretraining_loads_bit_identical(tmp_path):
     """Where a map is lower than the window, height and width are scaled differently, also after loading."""
     encoder = random_encoder(SwinV2Config(16, (1, 1, 1), (2, 2, 2), window_size=8))

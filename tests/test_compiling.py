@@ -53,7 +53,7 @@ def global_state():
     return CONFIG.recompile_limit, CONFIG.suppress_errors, list(warnings.filters)
 
 
-def test_compiled_blocks_compute_the_same(plain_lines):
+def test_compiled_blocks_compute_the_same(reference_implementation):
     """By one compilation for like blocks, under the same names of weights; afterwards all is as it was."""
     encoder = random_encoder()
     expected, names, state = gradients(encoder), list(encoder.state_dict()), global_state()
@@ -72,7 +72,7 @@ def test_compiled_blocks_compute_the_same(plain_lines):
     assert all(map(torch.equal, gradients(encoder).values(), expected.values())) and not counters["stats"]
 
 
-def test_copies_of_compiled_blocks_are_not_compiled(plain_lines):
+def test_copies_of_compiled_blocks_are_not_compiled(reference_implementation):
     encoder = random_encoder()
     undo = compiling.compile_blocks(encoder, print, backend="eager")
     for copied in (copy.deepcopy(encoder), pickle.loads(pickle.dumps(encoder))):
@@ -82,7 +82,7 @@ def test_copies_of_compiled_blocks_are_not_compiled(plain_lines):
 
 
 @pytest.mark.parametrize("failing", [1, 2, 100])
-def test_blocks_that_do_not_compile_run_as_they_are(failing, plain_lines):
+def test_blocks_that_do_not_compile_run_as_they_are(failing, reference_implementation):
     """One report, whatever number of compilations fail; results are those of plain blocks."""
     encoder, failures, reports = random_encoder(), [], []
     expected, state = gradients(encoder), global_state()
@@ -97,10 +97,10 @@ def test_blocks_that_do_not_compile_run_as_they_are(failing, plain_lines):
     for name, value in gradients(encoder).items():
         assert torch.allclose(value, expected[name], rtol=1e-4, atol=1e-5 * expected[name].abs().max()), name
     assert reports == ["RuntimeError: this graph is too hard"] or reports == ["this graph is too hard"]
-    tried = len(failures)
-    assert tried == min(failing, 5)
+    num_attempts = len(failures)
+    assert num_attempts == min(failing, 5)
     gradients(encoder)
-    assert len(failures) == tried and len(reports) == 1
+    assert len(failures) == num_attempts and len(reports) == 1
     undo.close()
     assert global_state() == state
 
@@ -152,7 +152,7 @@ def fake_trainer():
 
 
 @pytest.mark.parametrize("end", ["teardown", "on_exception"])
-def test_the_callback_undoes_what_it_did(end, plain_lines, monkeypatch):
+def test_the_callback_undoes_what_it_did(end, reference_implementation, monkeypatch):
     monkeypatch.setattr(compiling, "why_not", lambda device, encoder: "")
     encoder, state = random_encoder(), global_state()
     callback, module = compiling.CompileBlocks(), SimpleNamespace(model=SimpleNamespace(encoder=encoder))
@@ -186,7 +186,7 @@ def test_a_run_compiles_or_says_why_not(problem, digits, tmp_path, monkeypatch, 
     assert global_state()[:2] == state
 
 
-def test_a_run_goes_on_where_a_block_does_not_compile(digits, tmp_path, monkeypatch, capsys, plain_lines):
+def test_a_run_goes_on_where_a_block_does_not_compile(digits, tmp_path, monkeypatch, capsys, reference_implementation):
     """The run ends well and prints one line."""
 
     def fail(graph, inputs):

@@ -41,11 +41,11 @@ def encoder_config(metadata, **more):
     )
 
 
-@pytest.fixture(autouse=True, params=["kernels", "plain lines"])
+@pytest.fixture(autouse=True, params=["kernels", "reference implementation"])
 def _mode(request):
     """Everything by the kernels of a CPU, and by the lines that every device runs."""
-    if request.param == "plain lines":
-        request.getfixturevalue("plain_lines")
+    if request.param == "reference implementation":
+        request.getfixturevalue("reference_implementation")
 
 
 @pytest.fixture(scope="module")

@@ -124,7 +124,7 @@ def by_reference(encoder, images, groups, share):
 @every_case
 @pytest.mark.parametrize("share", [1, 2, 3, 4])
 def test_each_group_is_encoded_alone(case, share):
-    """Features and all gradients, by the plain lines in float64 and by kernels in float32."""
+    """Features and all gradients, by the reference implementation in float64 and by kernels in float32."""
     config, size = CASES[case]
     encoder = prepared(config)
     images, groups = images_of(config, size, 2 * share), random_groups(config, size, share)

@@ -75,7 +75,7 @@ def images_of(config, size, count=2):
 
 
 def test_the_machine_has_them():
-    """Everything below would otherwise compare the plain lines with themselves."""
+    """Everything below would otherwise compare the reference implementation with itself."""
     assert kernels.get_kernels() is not None, kernels.unavailable_reason()
     assert kernels.get_kernels().threaded
     config, size = CASES["drop path"]
@@ -84,7 +84,7 @@ def test_the_machine_has_them():
 
 @pytest.mark.parametrize("case", CASES)
 def test_equal_to_float64(case, monkeypatch):
-    """Output and every gradient are as near to a float64 computation by the plain lines as those lines are in float32."""
+    """Output and every gradient are as near to the reference implementation in float64 as that is in float32."""
     config, size = CASES[case]
     encoder, images = randomized(config), images_of(config, size)
     factors = torch.tensor([2.0, 0.0])  # of a whole batch, in all precisions alike
@@ -118,7 +118,7 @@ def test_older_processors_compute_the_same(flag, tmp_path, monkeypatch):
 
 
 @pytest.mark.parametrize("case", ["divided, heads of 32", "padded, heads of 12", "drop path"])
-def test_bfloat16_is_as_good_as_the_plain_lines(case, monkeypatch):
+def test_bfloat16_is_as_accurate_as_the_reference(case, monkeypatch):
     """Under autocast both round products; the main path here is float32, so that the error is no larger."""
     config, size = CASES[case]
     encoder, images = randomized(config), images_of(config, size)
@@ -203,7 +203,7 @@ def test_attention_at_the_ends_of_its_logits():
 
 @pytest.mark.parametrize("name", ["attn.q_bias", "attn.v_bias", "attn.logit_scale", "mlp.fc1.bias", "norm2.weight"])
 def test_what_is_not_a_number_stays_so(name, monkeypatch):
-    """In the output and every gradient that the plain lines make NaN: the guard of a run looks there."""
+    """In the output and every gradient that the reference implementation makes NaN: the guard of a run looks there."""
     config, size = CASES["divided, heads of 32"]
     encoder, images = randomized(config), images_of(config, size)
     with torch.no_grad():
@@ -367,7 +367,7 @@ def test_mergings_that_were_changed_run_their_own_lines(change):
 
 
 def test_no_images_no_features():
-    """An empty batch, as the plain lines take it."""
+    """An empty batch, as the reference implementation handles it."""
     assert build(SwinV2Config(16, (1,), (2,), window_size=4))(torch.zeros(0, 3, 32, 32)).pooled.shape == (0, 16)
 
 
@@ -423,7 +423,7 @@ def features_in_a_process(tmp_path, **environment):
     return float(value), said
 
 
-def test_without_a_compiler_the_plain_lines_serve(tmp_path):
+def test_without_a_compiler_the_reference_implementation_runs(tmp_path):
     """Silently, with the reason at hand and nothing left in the cache; the next process with a compiler has the kernels."""
     broken = tmp_path / "broken-cc"
     broken.write_text(

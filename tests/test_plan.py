@@ -32,7 +32,7 @@ from simmim.planning.step import step_flops, step_memory
 from simmim.training.optim import adamw, parameter_groups
 
 # Plans are for a GPU, which predicts every pixel; a CPU predicts only what is masked where that is cheaper.
-like_a_gpu = pytest.mark.usefixtures("plain_lines")
+like_a_gpu = pytest.mark.usefixtures("reference_implementation")
 ROOT = Path(__file__).parent.parent
 # checkpoint_activations and sequential_attention.
 OPTIONS = {"plain": (False, None), "checkpointed": (True, None), "sequential": (False, 8), "both": (True, 8)}

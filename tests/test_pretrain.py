@@ -1,7 +1,9 @@
 """Stage 1 as a whole: determinism, resuming, logs, the run folder, bad images."""
 
+import contextlib
 import csv
 import shutil
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -10,6 +12,7 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 
 from simmim import load_encoder
 from simmim.pretrain import DataSettings, OptimSettings, PretrainSettings, SimMIMSettings, load_pretrained, pretrain
+from simmim.training.progress import SkippedImages
 
 SMALL = SimMIMSettings(mask_unit=8, encoder={"embed_dim": 16, "depths": [1, 1], "num_heads": [1, 2], "drop_path_rate": 0.2})
 
@@ -156,6 +159,19 @@ def test_too_many_bad_images_stop_the_run_and_a_larger_share_lets_it_go_on(digit
         pretrain(settings(digits, tmp_path / "run", data=DataSettings(folder)))
     run = pretrain(settings(digits, tmp_path / "more", data=DataSettings(folder, max_skipped_share=0.1)))
     assert len((run / "skipped-images.txt").read_text().splitlines()) == 20
+
+
+def test_a_resumed_run_goes_on_with_its_skipped_images(tmp_path):
+    """60 of 10,000 images are few, also right after the run is resumed."""
+    (tmp_path / "skipped-images.txt").write_text("".join(f"{number}.png\tempty file\n" for number in range(60)))
+    skipped = SkippedImages(tmp_path, count=100_000, max_share=0.05)
+    data = SimpleNamespace(batch_size=100)
+    for steps, stops in ((100, False), (10, True)):
+        trainer = SimpleNamespace(global_step=steps, datamodule=data, progress_bar_metrics={})
+        skipped.on_train_start(trainer, None)
+        with pytest.raises(ValueError, match="60 of the first 1,100 images") if stops else contextlib.nullcontext():
+            skipped.on_train_batch_end(trainer, None, None, {"skipped": (), "image": torch.zeros(100)})
+        assert trainer.progress_bar_metrics == {"skipped images": 60}
 
 
 def test_other_channel_counts_pretrain(tmp_path):

@@ -1,4 +1,4 @@
-"""The run folder is taken once and never by accident; metrics.csv survives interruption."""
+"""The run folder is locked and never overwritten by accident; metrics.csv survives interruption."""
 
 import csv
 import os
@@ -10,6 +10,7 @@ import yaml
 
 from simmim.training.loggers import MetricsCsv
 from simmim.training.run_folder import as_yaml, check_run_folder, checkpoints_folder, differences, locked_run_folder, plain
+from simmim.training.saving import CheckpointWriter, SavePolicy, step_file
 
 
 @dataclass(frozen=True)
@@ -34,7 +35,20 @@ class Settings:
     extra: dict = field(default_factory=lambda: {"a": {"b": (1, 2)}, "ä": None})
 
 
-def take_run_folder(settings):
+def test_an_export_that_fails_without_a_text_is_named(tmp_path):
+    """A MemoryError has no text. The checkpoint is written before the export."""
+
+    def fail(model):
+        raise MemoryError
+
+    run = open_run_folder(Settings(str(tmp_path / "run")))
+    writer = CheckpointWriter(run, SavePolicy(every_steps=1, export=fail))
+    writer.save_checkpoint({"state_dict": {}, "global_step": 1}, step_file(run, 1))
+    with pytest.raises(OSError, match=r"could not be written \(MemoryError\): .*step-00000001\.ckpt stands"):
+        writer.wait()
+
+
+def open_run_folder(settings):
     with locked_run_folder(settings) as run:
         return run
 
@@ -45,7 +59,7 @@ def files_of(folder):
 
 
 def run_with_checkpoint(out):
-    run = take_run_folder(Settings(str(out)))
+    run = open_run_folder(Settings(str(out)))
     (checkpoints_folder(run) / "last.ckpt").write_bytes(b"weights")
     return run
 
@@ -53,7 +67,7 @@ def run_with_checkpoint(out):
 # --- the folder ------------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("check", [check_run_folder, lambda *given: take_run_folder(Settings(*given))])
+@pytest.mark.parametrize("check", [check_run_folder, lambda *given: open_run_folder(Settings(*given))])
 @pytest.mark.parametrize(
     "state, resume, overwrite, message",
     [
@@ -95,13 +109,13 @@ def test_free_folders_are_taken(tmp_path, resume, overwrite, there):
         out.mkdir(parents=True)
     check_run_folder(out, resume, overwrite)
     assert out.exists() == there, "checking writes nothing"
-    assert take_run_folder(Settings(str(out), resume, overwrite)) == out
+    assert open_run_folder(Settings(str(out), resume, overwrite)) == out
     assert sorted(os.listdir(out)) == ["checkpoints", "config.yaml"] and os.listdir(out / "checkpoints") == []
 
 
 def test_config_holds_the_settings(tmp_path):
     """Complete, in their order, as plain values of the right types; resume and overwrite are no part of it."""
-    run = take_run_folder(Settings(str(tmp_path / "run"), devices=2, inner=Inner(milestones=(7,))))
+    run = open_run_folder(Settings(str(tmp_path / "run"), devices=2, inner=Inner(milestones=(7,))))
     values = yaml.safe_load((run / "config.yaml").read_text(encoding="utf-8"))
     assert values == {
         "out": str(tmp_path / "run"),
@@ -122,7 +136,7 @@ def test_plain_values():
 
 def test_home_folder_is_expanded(tmp_path, monkeypatch):
     monkeypatch.setenv("HOME", str(tmp_path))
-    assert take_run_folder(Settings("~/run")) == tmp_path / "run"
+    assert open_run_folder(Settings("~/run")) == tmp_path / "run"
     with pytest.raises(ValueError, match="is not empty"):
         check_run_folder("~/run", False, False)
 
@@ -131,7 +145,7 @@ def test_overwriting_starts_anew(tmp_path):
     run = run_with_checkpoint(tmp_path / "run")
     (run / "tensorboard").mkdir()
     (run / "tensorboard" / "events").touch()
-    assert take_run_folder(Settings(str(run), overwrite=True, epochs=20.0)) == run
+    assert open_run_folder(Settings(str(run), overwrite=True, epochs=20.0)) == run
     assert sorted(files_of(run)) == ["config.yaml"]
     assert yaml.safe_load((run / "config.yaml").read_text())["epochs"] == 20.0
 
@@ -141,10 +155,10 @@ def test_resuming_keeps_the_folder_as_it_is(tmp_path):
     run = run_with_checkpoint(tmp_path / "run")
     before = files_of(run)
     for changes in ({}, {"workers": 7}, {"workers": None}, {"devices": 4}, {"devices": "1", "workers": 0}):
-        assert take_run_folder(Settings(str(run), resume=True, **changes)) == run
+        assert open_run_folder(Settings(str(run), resume=True, **changes)) == run
         assert files_of(run) == before
     run.rename(tmp_path / "moved")
-    take_run_folder(Settings(str(tmp_path / "moved"), resume=True))
+    open_run_folder(Settings(str(tmp_path / "moved"), resume=True))
     assert files_of(tmp_path / "moved") == before, "a moved run is still the same run"
 
 
@@ -163,7 +177,7 @@ def test_resuming_with_other_settings(tmp_path, changes, message):
     run = run_with_checkpoint(tmp_path / "run")
     before = files_of(run)
     with pytest.raises(ValueError, match=message) as caught:
-        take_run_folder(Settings(str(run), resume=True, **changes))
+        open_run_folder(Settings(str(run), resume=True, **changes))
     assert "workers" not in str(caught.value) and files_of(run) == before
 
 

@@ -7,7 +7,7 @@ from memory import LiveBytes
 from simmim.encoders.swinv2 import SwinV2, SwinV2Config, geometry, model
 from simmim.methods.simmim import SimMIM
 
-pytestmark = pytest.mark.usefixtures("plain_lines")
+pytestmark = pytest.mark.usefixtures("reference_implementation")
 SWITCHES = {"plain": {}, "sequential": {"sequential_attention": 3}, "checkpointed": {"checkpoint_activations": True}}
 SWITCHES["both"] = SWITCHES["sequential"] | SWITCHES["checkpointed"]
 

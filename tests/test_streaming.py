@@ -87,8 +87,8 @@ def test_resuming_from_stream_positions_is_exact(numbered, workers):
     for done in (1, 4, 11, 17):
         positions = {}
         for batch in whole[:done]:
-            for worker, epoch, taken in batch["stream_position"]:
-                positions[worker] = (epoch, taken)
+            for worker, epoch, read in batch["stream_position"]:
+                positions[worker] = (epoch, read)
         part = stream_of(numbered, 4).part(0, 1, done, positions)
         for expected, batch in zip(whole[done:], build_loader(part, workers, batch_size=3)):
             assert torch.equal(batch["image"], expected["image"])

@@ -127,7 +127,7 @@ def test_sentence_where_the_other_arm_never_reaches_the_score_and_where_it_is_be
     sentences = gain_sentences(result_of((0.25, -0.1, 0.1)))
     assert sentences[0].endswith("; from scratch does not reach that score with 40.")
     assert "pre-training loses 10.0 ± 0.3 points over from scratch" in sentences[1] and "saves" not in sentences[1]
-    assert sentences[2].endswith("over 3 seeds)."), "no larger number of labels was tried"
+    assert sentences[2].endswith("over 3 seeds)."), "no larger number of labels was compared"
 
 
 def test_the_plot_shows_every_number():

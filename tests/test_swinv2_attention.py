@@ -215,11 +215,11 @@ def test_encoder_under_autocast_is_near_float32(scale, tolerance):
     assert 0 < (half - full).norm() / full.norm() < tolerance
 
 
-@pytest.mark.parametrize("mode", ["kernels", "plain code"])
+@pytest.mark.parametrize("mode", ["kernels", "reference implementation"])
 def test_position_bias_is_cached_while_weights_are_fixed(mode, request, monkeypatch):
     """Once per block and window size in passes without gradients; with gradients and afterwards it is computed again."""
-    if mode == "plain code":
-        request.getfixturevalue("plain_lines")
+    if mode == "reference implementation":
+        request.getfixturevalue("reference_implementation")
     encoder = randomize(build(SwinV2Config(16, (2, 1), (1, 2), window_size=4))).eval()
     calls = []
 

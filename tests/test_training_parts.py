@@ -247,11 +247,11 @@ def judged():
 
 def test_rates_are_sklearn_s(judged):
     labels, logits, metrics = judged
-    taken = logits.argmax(axis=1)
+    predicted = logits.argmax(axis=1)
     rates = {name: metric.compute().item() for name, metric in metrics.rates.items()}
     assert rates == {
-        "accuracy": pytest.approx((taken == labels).mean(), abs=1e-6),
-        "macro_f1": pytest.approx(f1_score(labels, taken, average="macro"), abs=1e-6),
+        "accuracy": pytest.approx((predicted == labels).mean(), abs=1e-6),
+        "macro_f1": pytest.approx(f1_score(labels, predicted, average="macro"), abs=1e-6),
         "top5_accuracy": pytest.approx(top_k_accuracy_score(labels, logits, k=5), abs=1e-6),
     }
     assert set(ClassMetrics(5).rates) == {"accuracy", "macro_f1"}
@@ -259,13 +259,13 @@ def test_rates_are_sklearn_s(judged):
 
 def test_the_class_table_is_sklearn_s(judged, tmp_path):
     labels, logits, metrics = judged
-    taken = logits.argmax(axis=1)
+    predicted = logits.argmax(axis=1)
     metrics.confusions.reset()
     metrics.confusions.update(torch.from_numpy(logits), torch.from_numpy(labels))
     table = metrics.pop_confusions()
-    assert np.array_equal(table.numpy(), confusion_matrix(labels, taken, labels=range(8)))
+    assert np.array_equal(table.numpy(), confusion_matrix(labels, predicted, labels=range(8)))
     rows = class_rows(table, "abcdefgh")
-    expected = precision_recall_fscore_support(labels, taken, zero_division=np.nan)
+    expected = precision_recall_fscore_support(labels, predicted, zero_division=np.nan)
     for place, row in enumerate(rows):
         values = [row.precision, row.recall, row.f1, row.images]
         assert values == pytest.approx([column[place] for column in expected], nan_ok=True)

@@ -39,7 +39,8 @@ def save_encoder(
     """Write `encoder` into `folder`, with a classifier's `head` and `classes` if there is one.
 
     Args:
-        folder: is created if necessary. Files of the same names are replaced, each atomically.
+        folder: is created if necessary. Files of an encoder that was saved there before are replaced, each atomically, or
+            deleted where this one has no such part.
         preprocessing, provenance, head, classes: as of `Checkpoint`.
 
     Returns:
@@ -79,9 +80,14 @@ def save_checkpoint(folder: str | Path, checkpoint: Checkpoint) -> Path:
     )
     if checkpoint.pretraining:
         write_safetensors(folder / PRETRAINING, checkpoint.pretraining)
+    else:
+        (folder / PRETRAINING).unlink(missing_ok=True)
     if checkpoint.head:
         write_safetensors(folder / HEAD, checkpoint.head)
         write_json(folder / HEAD_CONFIG, {"task": "classification", "classes": list(checkpoint.classes)})
+    else:
+        for name in (HEAD, HEAD_CONFIG):
+            (folder / name).unlink(missing_ok=True)
     return folder
 
 

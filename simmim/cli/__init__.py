@@ -1,4 +1,4 @@
-"""The command `simmim`. It imports everything lazily and is imported by nobody."""
+"""The command `simmim`. It imports everything lazily, and no other package imports it."""
 
 from simmim.cli.main import main
 

@@ -17,8 +17,8 @@ def activation_plot(measures: Sequence[Mapping]) -> Image.Image:
     squares as thick lines with points, maxima as thin lines.
 
     Args:
-        measures: `{"step": …, "rms": {name: value}, "max": {name: value}}` each. Names are stage0.block0 and the like; any
-            other part of a stage is drawn as a vertical line. Values without a logarithm are left out.
+        measures: `{"step": …, "rms": {name: value}, "max": {name: value}}` each. Names are those of
+            `Encoder.named_stages`; parts other than blocks are vertical lines. Values without a logarithm are left out.
     """
     names = list(measures[-1]["rms"])
     values = [value for measure in measures for kind in ("rms", "max") for value in measure[kind].values()]

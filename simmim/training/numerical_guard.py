@@ -209,7 +209,9 @@ def batch_files(trainer: pl.Trainer, batch: Mapping, number: int) -> list[str]:
     """
     if "stream_position" in batch:
         paths = batch.get("file", [None] * len(batch["stream_position"]))
-        places = [f"image {taken} of epoch {epoch} of worker {worker}" for worker, epoch, taken in batch["stream_position"]]
+        places = [
+            f"image {number} of epoch {epoch} of worker {worker}" for worker, epoch, number in batch["stream_position"]
+        ]
         return [path or place for path, place in zip(paths, places)]
     data: StreamData = trainer.datamodule  # type: ignore[attr-defined]
     unreadable = {path for path, _ in batch["skipped"]}

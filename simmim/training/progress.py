@@ -154,8 +154,9 @@ class SkippedImages(pl.Callback):
         self.reasons: dict[str, str] = {}
         self.seen = 0
 
-    def on_train_start(self, *_) -> None:
-        """A resumed run has its list already."""
+    def on_train_start(self, trainer: pl.Trainer, *_) -> None:
+        """A resumed run has its list already, of the images that it has seen."""
+        self.seen = trainer.global_step * trainer.datamodule.batch_size  # type: ignore[attr-defined]
         if self.path.is_file():
             lines = self.path.read_text(encoding="utf-8").splitlines()
             self.reasons = dict(line.split("\t", 1) for line in lines if "\t" in line)

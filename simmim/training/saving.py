@@ -26,6 +26,7 @@ from torch import Tensor
 
 from simmim.checkpoints.weight_files import read_torch_file
 from simmim.files import atomic_write
+from simmim.messages import first_line
 from simmim.training.run_folder import BEST, CONFIG, LAST, checkpoints_folder
 
 STEP_FILE = re.compile(r"step-(\d+)\.ckpt$")
@@ -179,7 +180,7 @@ class CheckpointWriter(TorchCheckpointIO):
             standing = next(iter(saved_steps(self.run).values()), None)
             stands = f"{standing} stands" if standing else "there is none before it"
             raise OSError(
-                f"a checkpoint could not be written ({str(error).splitlines()[0]}): {stands}; make room or mend the folder, "
+                f"a checkpoint could not be written ({first_line(error)}): {stands}; make room or mend the folder, "
                 "and resume: true goes on"
             ) from error
 

@@ -67,8 +67,8 @@ class StreamData(pl.LightningDataModule):
 
     def record_positions(self, batch: dict) -> None:
         """Record the position of the workers after this batch."""
-        for worker, epoch, taken in batch.get("stream_position", ()):
-            self.positions[worker] = (epoch, taken)
+        for worker, epoch, read in batch.get("stream_position", ()):
+            self.positions[worker] = (epoch, read)
 
     def state_dict(self) -> dict:
         """The stream positions of every rank; nothing for indexed images, whose order follows from the step."""

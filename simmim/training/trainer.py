@@ -15,7 +15,7 @@ from pytorch_lightning.utilities import rank_zero_only
 from pytorch_lightning.utilities.exceptions import MisconfigurationException
 
 from simmim.encoders.base import Encoder, EncoderConfig
-from simmim.messages import did_you_mean
+from simmim.messages import did_you_mean, first_line
 from simmim.training.sharding import strategy_named
 
 # What the run itself decides; everything else of the Trainer is open to the user as --trainer.KEY.
@@ -138,9 +138,8 @@ def build_trainer(
     try:
         return pl.Trainer(**settings)
     except (MisconfigurationException, TypeError, ValueError, RuntimeError) as error:
-        first = str(error).strip().splitlines()[0]
         what = f"devices {devices!r}, precision {precision!r}" + (f", trainer {dict(extra)}" if extra else "")
-        raise ValueError(f"{what} does not work here: {first}") from error
+        raise ValueError(f"{what} does not work here: {first_line(error)}") from error
 
 
 def machine(trainer: pl.Trainer, encoder: Encoder) -> str:

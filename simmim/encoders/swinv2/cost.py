@@ -26,7 +26,7 @@ from simmim.encoders.swinv2.model import CPB_HIDDEN, PIECE_LOGITS, Stage, SwinV2
 
 
 class SwinV2Cost:
-    """The `CostModel` of SwinV2. It counts the encoder's plain lines; kernels keep less."""
+    """The `CostModel` of SwinV2. It counts the reference implementation; kernels keep less."""
 
     def flops(self, config: SwinV2Config, image_size: Size, setup: Setup) -> Flops:
         """FLOPs per image. The position bias is computed once per batch, so each image has a share of it."""

@@ -1,4 +1,4 @@
-"""What both kinds of kernels check before they replace the plain code of a module."""
+"""What both kinds of kernels check before they replace the reference implementation of a module."""
 
 from __future__ import annotations
 

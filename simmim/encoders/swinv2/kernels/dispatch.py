@@ -1,7 +1,7 @@
-"""Puts kernels into an encoder. The only place that decides whether a call is computed by a kernel or by the plain code.
+"""Puts kernels into an encoder. The only place that decides whether a call runs a kernel or the reference implementation.
 
 Each class here is a class of `model.py` with the same parameters. It calls a kernel where the kernel supports the call, else
-the plain code that it inherits.
+the reference implementation that it inherits.
 """
 
 from __future__ import annotations
@@ -30,9 +30,9 @@ def use(encoder: SwinV2) -> SwinV2:
     """Put kernels into an encoder, in place, and return it.
 
     The encoder and its blocks, attentions and mergings get the classes of this file. Parameters, their names and all results
-    stay the same. A call still runs the plain code where no kernel supports it: on other devices or number types, with hooks
-    or replaced parts inside a block, under torch.compile, inside `disabled` and with SIMMIM_KERNELS=0 (see `eligibility` and
-    `self_test`).
+    stay the same. A call still runs the reference implementation where no kernel supports it: on other devices or number
+    types, with hooks or replaced parts inside a block, under torch.compile, inside `disabled` and with SIMMIM_KERNELS=0 (see
+    `eligibility` and `self_test`).
     """
     for module in encoder.modules():
         module.__class__ = KERNEL_CLASSES.get(type(module), type(module))

@@ -128,7 +128,7 @@ _open_contexts = 0  # of `disabled`
 
 @contextlib.contextmanager
 def disabled() -> Iterator[None]:
-    """A context in which every encoder runs the plain code, on any device. For comparisons."""
+    """A context in which every encoder runs the reference implementation, on any device. For comparisons."""
     global _open_contexts
     _open_contexts += 1
     try:

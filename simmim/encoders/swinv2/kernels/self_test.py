@@ -1,5 +1,5 @@
-"""A self-test of the kernels for a GPU: before they are used on a device they are compared with the plain code, once per
-window and head size."""
+"""A self-test of the kernels for a GPU: before their first use on a device they are compared with the reference
+implementation, once per window and head size."""
 
 from __future__ import annotations
 
@@ -20,7 +20,8 @@ from simmim.messages import first_line
 
 # Before 2.7 torch has no such function. It exported by tracing, which `is_eager` detects.
 is_exporting = getattr(torch.compiler, "is_exporting", lambda: False)
-# Largest distance of a result from that of the plain code, relative to its norm. float32 products may have 10-bit mantissas.
+# Largest distance of a result from that of the reference implementation, relative to its norm. Products of float32 may have
+# 10-bit mantissas.
 TOLERANCES = {torch.float32: 0.01, torch.float16: 0.02, torch.bfloat16: 0.05}
 IMAGES, HEADS, WINDOWS = 2, 1, 2  # of the self-test
 
@@ -56,7 +57,7 @@ passes_while_compiling._dynamo_marked_constant = True
 
 @lru_cache(maxsize=256)
 def passes_self_test(device: torch.device, dtype: torch.dtype, window_tokens: int, head_dim: int, plain: Callable) -> bool:
-    """Whether `window_attention` supports these sizes and its results are those of the plain code.
+    """Whether `window_attention` supports these sizes and its results are those of the reference implementation.
 
     If they are not, or a kernel fails, a warning says so once and the kernels are not used.
 
@@ -78,7 +79,7 @@ def passes_self_test(device: torch.device, dtype: torch.dtype, window_tokens: in
 
 
 def find_difference(device: torch.device, dtype: torch.dtype, window_tokens: int, head_dim: int, plain: Callable) -> str:
-    """A text that names the first result by which kernels and plain code differ; empty if none does.
+    """A text that names the first result by which kernels and reference implementation differ; empty if none does.
 
     One head attends in two windows: without labels; with regions in the second window, for which other kernels are compiled;
     and of two images with groups of tokens that differ between the images.
@@ -110,7 +111,7 @@ def find_difference(device: torch.device, dtype: torch.dtype, window_tokens: int
             for name, value in expected.items():
                 distance = ((actual[name] - value).norm() / value.norm()).item()
                 if not distance < TOLERANCES[dtype]:
-                    return f"its {name} differs from that of the plain code by {distance:.2g} of its norm"
+                    return f"its {name} differs from that of the reference implementation by {distance:.2g} of its norm"
     return ""
 
 
