@@ -240,12 +240,13 @@ def test_a_killed_study_leaves_no_process(digits, encoder_folder, tmp_path):
     call = words(digits, encoder_folder, tmp_path / "study", "--labels", "2", "--steps", "100000", "--lr-factors", "[1]")
     with (tmp_path / "log").open("w") as log:
         study = subprocess.Popen([sys.executable, "-m", "simmim.cli", *call], stdout=log, stderr=log, start_new_session=True)
-    begun = tmp_path / "study/runs/2-labels/pre-trained-seed-0/config.yaml"
-    wait_until(begun.is_file)
-    children = children_of(study.pid)
-    assert len(children) >= 2
-    study.kill()
-    study.wait()
+    try:
+        wait_until((tmp_path / "study/runs/2-labels/pre-trained-seed-0/config.yaml").is_file)
+        children = children_of(study.pid)
+        assert len(children) >= 2
+    finally:
+        study.kill()
+        study.wait()
     wait_until(lambda: not any(alive(child) for child in children))
 
 
