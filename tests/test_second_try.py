@@ -16,8 +16,11 @@ CRASH = (
 import ctypes, os, time
 import torch.distributed as dist
 dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
-names = {{open(f"/proc/self/task/{{task}}/comm").read().strip(): int(task) for task in os.listdir("/proc/self/task")}}
-thread = names["gloo_tcp_loop"] if {in_gloo} else os.getpid()
+def threads():
+    return {{open(f"/proc/self/task/{{task}}/comm").read().strip(): int(task) for task in os.listdir("/proc/self/task")}}
+while "gloo_tcp_loop" not in threads():  # a thread gives itself its name after it has started
+    time.sleep(0.01)
+thread = threads()["gloo_tcp_loop"] if {in_gloo} else os.getpid()
 ctypes.CDLL(None).syscall({tgkill}, os.getpid(), thread, {number})
 time.sleep(30)
 """
