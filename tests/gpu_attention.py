@@ -167,6 +167,13 @@ def _products_as_on_a_gpu(monkeypatch):
             result = result + column[:, None] * row[None, :]
         return interpreter.TensorHandle(result, addend.dtype.scalar)
 
+    patch = interpreter._patch_lang
+
+    def patch_lang(function):
+        """Functions that a kernel calls patch the language again, to the same effect, which takes half of the time."""
+        return patch(function) if tl.core.is_builtin(tl.load) else interpreter._LangPatchScope()
+
+    monkeypatch.setattr(interpreter, "_patch_lang", patch_lang)
     monkeypatch.setattr(builder, "cast_impl", cast_impl)
     monkeypatch.setattr(builder, "create_dot", create_dot)
 

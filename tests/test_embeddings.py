@@ -4,8 +4,6 @@ import contextlib
 import io
 import itertools
 import json
-import subprocess
-import sys
 import warnings
 from dataclasses import replace
 from pathlib import Path
@@ -391,12 +389,3 @@ def test_the_file_is_written_whole_or_not_at_all(saved, digits, tmp_path, monkey
     with pytest.raises(ValueError, match=r"v\.parquet' exists: give a new file"):
         write_embeddings(saved, digits.unlabeled, out, options=HERE)
     assert out.read_text() == "mine" and [path.name for path in folder.iterdir()] == ["v.parquet"]
-
-
-def test_importing_loads_nothing_heavy():
-    """Optional and large libraries are imported when they are used."""
-    names = ("pyarrow", "sklearn", "datasets", "pandas", "pytorch_lightning")
-    code = f"import sys, simmim.evaluate\nprint([name for name in {names!r} if name in sys.modules])"
-    root = Path(__file__).resolve().parent.parent
-    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=root, timeout=100)
-    assert done.stdout.strip() == "[]", done.stderr

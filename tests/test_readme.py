@@ -1,14 +1,12 @@
 """Every command and every piece of Python in the README runs as it stands there, in order, on real digits."""
 
-import os
 import re
 import shlex
 import shutil
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
+from fork_server import finish
 from PIL import Image
 
 ROOT = Path(__file__).parents[1]
@@ -49,26 +47,19 @@ def write_scenes(folder, files):
         Image.open(file).point(lambda value: int(value > 100)).save(folder / "masks" / file.name)
 
 
-def run(words, place):
-    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
-    done = subprocess.run(words, cwd=place, env=environment, capture_output=True, text=True, timeout=600, check=False)
-    assert done.returncode == 0, f"{words}: {done.stderr}"
-    return done
-
-
-def test_commands_then_python(place):
-    ran = 0
+def test_commands_then_python(place, fork_server):
+    count = 0
     for words in commands():
         short = () if "--print_config" in words else SHORTER.get(words[0], ())
-        run([sys.executable, "-m", "simmim.cli", *words, *short], place)
-        ran += 1
-    assert ran == 21
+        finish([fork_server.start(*words, *short, cwd=place)])
+        count += 1
+    assert count == 21
     assert (place / "grid.png").is_file()
     assert (place / "predictions.csv").is_file()
     blocks = re.findall(r"```python\n(.*?)```", README, re.S)
     assert len(blocks) == 2
     # One process for all blocks: what one defines the next may use.
-    run([sys.executable, "-c", "\n".join(blocks)], place)
+    finish([fork_server.start("--version", prelude="\n".join(blocks), cwd=place)])
 
 
 def test_what_the_readme_links_to_is_there():
