@@ -29,6 +29,7 @@ from simmim.finetune.label_study.report import (
     plot,
 )
 from simmim.finetune.label_study.results import Rates, StudyResult, Trial, read_trials, write_trials
+from simmim.finetune.label_study.study import prepare_study, rate_grid
 from simmim.finetune.label_study.trials import Tuning, best_rates, build_job, run_arms
 from simmim.finetune.settings import OptimSettings
 
@@ -177,6 +178,51 @@ def test_a_fold_sees_none_of_the_validation_images(digits):
         assert train | validation == ours and not train & validation
         held += sorted(validation)
     assert sorted(held) == sorted(ours)
+
+
+def images_of(job):
+    """Paths of the images that a job trains on, and of those that it is validated with."""
+    from simmim.finetune.classification.task import read_labels
+
+    labels = read_labels(job.settings)
+    return tuple({row["image"]["path"] for row in part} for part in (labels.train, labels.validation))
+
+
+@pytest.mark.parametrize("part, num_judging", [("train", 40), ("", 60)])
+def test_no_image_that_trains_or_tunes_in_any_seed_judges(part, num_judging, digits, encoder_folder, tmp_path):
+    """Of labels without a validation part a fifth of each class (4 of 24) judges all seeds, arms and numbers of labels."""
+    data = str(digits.labeled / part)
+    settings = StudySettings(
+        data=data, out=str(tmp_path), init=str(encoder_folder), labels="2,all", seeds=2, seed=5, tuning_seeds=2, folds=2
+    )
+    settings, arms, labels = prepare_study(settings)
+    used, judging, validations = set(), set(), set()
+
+    def run(job):
+        train, held_out = images_of(job)
+        if job.settings.data.fold:
+            used.update(train | held_out)
+        else:
+            used.update(train)
+            judging.add(frozenset(held_out))
+            validations.add(job.settings.validations)
+        return {"accuracy": 0.5, "validation_loss": 1.0}
+
+    tuning = Tuning(rate_grid(settings)[:2], settings.folds, settings.tuning_seeds)
+    run_arms(arms[:1], labels, (5, 6), tmp_path, processes=0, tuning=tuning, run=run)
+    (judging,) = judging
+    assert len(judging) == num_judging and not used & judging
+    assert validations == {1}, "a judged run looks once: of two looks the better one could be taken"
+
+
+def test_a_single_run_draws_its_own_validation_images_unless_told_otherwise(digits):
+    settings = ClassificationSettings(data=LabeledSettings(str(digits.labeled / "train")), out="unused", labels_per_class=2)
+    alike = replace(settings, data=replace(settings.data, validation_seed=0))
+    (own, _, same, other) = (
+        images_of(build_job(Arm("a", chosen), 2, seed, Rates(1.0, None)))
+        for chosen, seed in ((settings, 0), (settings, 1), (alike, 0), (alike, 1))
+    )
+    assert same[1] == other[1] != own[1] and same[0] != other[0]
 
 
 def test_the_rates_of_the_highest_held_out_accuracy_are_chosen():

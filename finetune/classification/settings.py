@@ -45,6 +45,8 @@ class LabeledSettings(LabeledDataSettings):
         evaluation_crop: share of the sides that validation sees; by default 0.875, and 1 for images up to 64 px.
         fold: cross-validation, as (part, number of parts): train on the labels of all parts but this one, counted from 0,
             and validate with it. The validation images are not used.
+        validation_seed: draws the fifth of each class to validate with, where the images have no validation part; by default
+            seed draws it, so that each seed has its own. A study holds one fifth out for all its runs.
     """
 
     unlabeled: str | None = None
@@ -64,6 +66,7 @@ class LabeledSettings(LabeledDataSettings):
     mix_probability: float = 1.0
     evaluation_crop: float | None = None
     fold: tuple[int, int] | None = None
+    validation_seed: int | None = None
 
     def __post_init__(self) -> None:
         for name in ("crop_scale", "crop_ratio"):

@@ -96,7 +96,9 @@ def read_labels(settings: ClassificationSettings) -> LabeledImages:
         ValueError: when the labels cannot be read or are too few.
     """
     data = settings.data
-    labels = read_labeled_images(data.path, settings.labels_per_class, settings.seed, data.column, data.label_column)
+    labels = read_labeled_images(
+        data.path, settings.labels_per_class, settings.seed, data.column, data.label_column, data.validation_seed
+    )
     return hold_out_fold(labels, *data.fold, settings.seed) if data.fold else labels
 
 

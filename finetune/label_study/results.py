@@ -40,8 +40,8 @@ class Trial:
         labels: number per class, or "all".
         seed: of labels, initial weights and order.
         rates: that it was trained with.
-        score: accuracy after the last step, in [0, 1], on the validation images or on the held-out fold. The validation
-            images choose nothing.
+        score: accuracy after the last step, in [0, 1]: with a fold, on those labels, to choose rates; else on the study's
+            judging images, which are the same for all its trials, and which train and choose nothing.
         loss: mean cross entropy on the same images.
         fold: (part, number of parts) in cross-validation.
     """

@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 
 from simmim.checkpoints import read
-from simmim.data import LabeledImages, available_cores, measure_images, read_labeled_images
+from simmim.data import LabeledImages, LabeledSource, available_cores, measure_images, open_labeled_source
 from simmim.finetune.freezing import frozen_parts
 from simmim.finetune.label_study.arms import Arm, fingerprint_of, scratch_settings
 from simmim.finetune.label_study.report import check_libraries, write_report
@@ -42,24 +42,38 @@ def study(settings: StudySettings) -> StudyResult:
 def prepare_study(settings: StudySettings) -> tuple[StudySettings, list[Arm], dict[int | str, float]]:
     """Settings with the number of processes resolved, the arms, and the numbers of labels as of `StudyResult`.
 
-    Prints which numbers of labels are left out because there are too few images.
+    Prints which images judge, and which numbers of labels are left out because there are too few images.
 
     Raises:
         ValueError: when the labels or an encoder cannot be read, no number of labels is left, or a run cannot start.
     """
     data = settings.data
-    images = read_labeled_images(data.path, None, settings.seed, data.column, data.label_column)
+    source = open_labeled_source(data.path, data.column, data.label_column)
+    validation_seed = validation_seed_of(settings, source)
+    images = source.draw(None, settings.seed, validation_seed)
     labels = available_labels(settings, images)
+    origin = "of the validation part" if validation_seed is None else f"that seed {validation_seed} holds out once"
+    print(f"judged by  {len(images.validation):,} images {origin}; no trial trains or tunes on them")
     checkpoints = {name: read(path) for name, path in settings.arm_names().items()}
     small, device = checkpoints["pre-trained"].config.is_small, device_type()
     processes = settings.processes or (available_cores() if small and device == "cpu" else 1)
     settings = replace(settings, processes=processes)
-    arms = build_arms(settings, {name: fingerprint_of(checkpoint.encoder) for name, checkpoint in checkpoints.items()})
+    # Of the arms alone: as a setting of the study it would stand in its folder as if the user had given it.
+    judged_alike = replace(settings, data=replace(data, validation_seed=validation_seed))
+    arms = build_arms(judged_alike, {name: fingerprint_of(checkpoint.encoder) for name, checkpoint in checkpoints.items()})
     statistics = measure_images(images.train)
     for arm in arms:  # a run that cannot start is an error now, not in the first trial
         encoder = find_start(arm.settings, statistics, device).encoder
         frozen_parts(encoder, arm.settings.freeze, arm.settings.train_stages)
     return settings, arms, labels
+
+
+def validation_seed_of(settings: StudySettings, source: LabeledSource) -> int | None:
+    """The seed of the fifth that is held out once for all trials; None where the source has a validation part."""
+    if source.validation is not None:
+        return None
+    given = settings.data.validation_seed
+    return settings.seed if given is None else given
 
 
 def available_labels(settings: StudySettings, images: LabeledImages) -> dict[int | str, float]:

@@ -1,8 +1,10 @@
 """The trials of a study: which there are, which are done, and how one is run.
 
-For one seed all arms have the same labels in the same order, so that differences are paired. Each arm's learning rate is
-chosen from the same grid by cross-validation on the labels that it may train on. The result of a trial is a file of its own,
-so that a study that is started again runs only what is missing.
+For one seed all arms have the same labels in the same order, so that differences are paired. Each arm's learning rate
+and layer decay are chosen from the same grid by cross-validation on the labels that it may train on; those of the first
+seeds tune for all. The judging images, the source's validation part or a fifth that is held out once for the whole
+study, tune and train in no trial, and each judged run looks at them once, after its last step. The result of a trial is
+a file of its own, so that a study that is started again runs only what is missing.
 """
 
 from __future__ import annotations
@@ -27,7 +29,7 @@ from simmim.finetune.label_study.pool import run_in_pool, trial_pool
 from simmim.finetune.label_study.results import Rates, StudyResult, Trial
 from simmim.finetune.label_study.settings import ALL
 from simmim.renamed_settings import with_current_names
-from simmim.training.run_folder import CHECKPOINTS, MAY_CHANGE_ON_RESUME, plain
+from simmim.training.run_folder import CHECKPOINTS, MAY_CHANGE_ON_RESUME, plain, with_defaults
 
 TRIALS, RUNS, TUNING_RUNS = "trials", "runs", "tuning-runs"
 SCORE, LOSS = "accuracy", "validation_loss"  # metrics of a run
@@ -146,7 +148,7 @@ def build_job(arm: Arm, labels: int | str, seed: int, rates: Rates, fold: tuple[
         seed=seed,
         data=replace(arm.settings.data, fold=fold),
         optim=replace(arm.settings.optim, lr_factor=rates.lr_factor, layer_decay=rates.layer_decay),
-        validations=1,
+        validations=1,  # judging images choose nothing: a second look could pick the better one
         resume=False,
         overwrite=True,  # what an interrupted trial has left
     )
@@ -183,6 +185,9 @@ def run_jobs(
     """
     stored = {job.name: read_metrics(job, out) for job in jobs}
     missing = [job for job in jobs if stored[job.name] is None]
+    num_other = sum(result_file(out, job).is_file() for job in missing)
+    if num_other:
+        bar.write(f"run again  {num_other} trials: their stored results are of other settings, weights or judging images")
     bar.update(len(jobs) - len(missing))
     metrics_of = {name: metrics for name, metrics in stored.items() if metrics is not None}
     for job, metrics in run_in_pool(pool, run, missing):
@@ -201,6 +206,9 @@ def read_metrics(job: Job, out: Path) -> Metrics | None:
         return None
     stored = json.loads(file.read_text(encoding="utf-8"))
     settings, _ = with_current_names(stored["identity"]["settings"])
+    settings = with_defaults(settings, job.settings)
+    for name in MAY_CHANGE_ON_RESUME:
+        settings.pop(name, None)
     same = {**stored["identity"], "settings": settings} == json.loads(json.dumps(job.identity))
     return stored["metrics"] if same else None
 

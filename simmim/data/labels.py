@@ -37,7 +37,7 @@ class LabeledSource:
         classes: the classes' names, in order.
         train: column `image`, undecoded.
         rows: rows of `train` by class name.
-        validation: as `train`; None if the source has no such part, and a fifth of `train` is held out by seed.
+        validation: as `train`; None if the source has no such part, and a fifth of `train` is held out.
         validation_rows: rows of `validation` by class name.
     """
 
@@ -48,16 +48,19 @@ class LabeledSource:
     validation: datasets.Dataset | None = None
     validation_rows: Mapping[str, Sequence[int]] | None = None
 
-    def draw_rows(self, labels_per_class: int | None, seed: int) -> tuple[dict[str, list[int]], dict[str, list[int]]]:
+    def draw_rows(
+        self, labels_per_class: int | None, seed: int, validation_seed: int | None = None
+    ) -> tuple[dict[str, list[int]], dict[str, list[int]]]:
         """Rows by class name, to train on and to validate with; the latter of `train` if there is no `validation`.
 
         Args:
-            labels_per_class, seed: as of `read_labeled_images`; the same seed draws the same rows.
+            labels_per_class, seed, validation_seed: as of `read_labeled_images`; the same seeds draw the same rows.
 
         Raises:
             ValueError: as `read_labeled_images`.
         """
         generator = random.Random(f"labels/{seed}")
+        hold_out = generator if validation_seed is None else random.Random(f"validation/{validation_seed}")
         rows = {name: list(self.rows[name]) for name in self.classes}
         if self.validation_rows is not None:
             held_out = {name: list(self.validation_rows[name]) for name in self.classes}
@@ -68,7 +71,7 @@ class LabeledSource:
                     raise ValueError(
                         f"class {name!r} has 1 image: give at least 2, one to train on and one to validate with"
                     )
-                drawn = set(generator.sample(rows[name], max(1, len(rows[name]) // 5)))
+                drawn = set(hold_out.sample(rows[name], max(1, len(rows[name]) // 5)))
                 held_out[name] = sorted(drawn)
                 rows[name] = [row for row in rows[name] if row not in drawn]
         if labels_per_class is not None:
@@ -81,9 +84,9 @@ class LabeledSource:
                 rows[name] = sorted(generator.sample(rows[name], labels_per_class))
         return rows, held_out
 
-    def draw(self, labels_per_class: int | None, seed: int) -> LabeledImages:
+    def draw(self, labels_per_class: int | None, seed: int, validation_seed: int | None = None) -> LabeledImages:
         """The images of `draw_rows`."""
-        rows, held_out = self.draw_rows(labels_per_class, seed)
+        rows, held_out = self.draw_rows(labels_per_class, seed, validation_seed)
         validation = self.train if self.validation is None else self.validation
         names = list(self.classes)
         return LabeledImages(
@@ -97,22 +100,25 @@ def read_labeled_images(
     seed: int,
     column: str | None = None,
     label_column: str | None = None,
+    validation_seed: int | None = None,
 ) -> LabeledImages:
     """Read labeled images and choose what to train on and what to validate with.
 
     `path` is a folder with one subfolder per class; one with such folders in `train/` and in `val/` or `test/`; a CSV file
     of paths (relative to it) and labels; Parquet files; a saved `datasets` folder or a hub id, with or without a
-    validation split. If there is none, a fifth of each class, drawn by `seed`, is held out before any label is chosen.
+    validation split. If there is none, a fifth of each class is held out before any label is chosen.
 
     Args:
         labels_per_class: keep this number of training images of each class, drawn by `seed`; None keeps all.
         column, label_column: the columns of images and labels; detected by default.
+        validation_seed: draws the fifth that is held out, the same whatever `seed` is; by default `seed` draws it. Of no
+            effect where the source has a validation part.
 
     Raises:
         ValueError: if there are fewer than two classes, the two parts' classes differ, a class has a single image and must
             be divided, or a class has fewer training images than asked for.
     """
-    return open_labeled_source(path, column, label_column).draw(labels_per_class, seed)
+    return open_labeled_source(path, column, label_column).draw(labels_per_class, seed, validation_seed)
 
 
 def open_labeled_source(path: str | Path, column: str | None = None, label_column: str | None = None) -> LabeledSource:
