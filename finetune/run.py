@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import copy
 import math
 from dataclasses import dataclass
@@ -13,6 +14,7 @@ import pytorch_lightning as pl
 from pytorch_lightning.strategies import ModelParallelStrategy
 from torch import nn
 
+from simmim.data import ImageSamples
 from simmim.encoders.base import Encoder
 from simmim.finetune.averaging import AverageWeights, whole
 from simmim.finetune.early_stop import StopEarly
@@ -20,13 +22,15 @@ from simmim.finetune.freezing import KeepFrozen, frozen_parts
 from simmim.finetune.registry import task_named
 from simmim.finetune.settings import TransferSettings
 from simmim.finetune.task import PreparedTask
+from simmim.messages import without_notices
 from simmim.training.module import TrainingModule
 from simmim.training.optim import REFERENCE_BATCH
 from simmim.training.run import TrainingRun, check_before_start, run_training
 from simmim.training.run_folder import CONFIG, as_yaml
 from simmim.training.saving import SavePolicy
+from simmim.training.shared_images import pretraining_images, report_shared
 from simmim.training.streams import ValidatedStreamData
-from simmim.training.trainer import device_type, machine
+from simmim.training.trainer import device_type, is_first_process, machine
 
 MIN_STEPS_PER_CHECKPOINT = 50
 NAMED_CLASSES = 8  # in the summary
@@ -77,7 +81,10 @@ def finetune(settings: TransferSettings, quiet: bool = False) -> FinetuneResult:
     """
     check_before_start(settings)
     pl.seed_everything(settings.seed, workers=True, verbose=False)
-    prepared = task_named(settings.task).prepare(settings, device_type(), None if quiet else print)
+    with without_notices() if quiet else contextlib.nullcontext():
+        prepared = task_named(settings.task).prepare(settings, device_type(), None if quiet else print)
+    if not quiet and is_first_process():
+        report_shared_images(prepared)
     best = KeepBest(prepared)
     run = training_run(prepared, best, quiet)
     finished = run_training(run)
@@ -85,6 +92,15 @@ def finetune(settings: TransferSettings, quiet: bool = False) -> FinetuneResult:
     if finished.trainer.is_global_zero and not quiet:
         print(closing_text(prepared, result))
     return result
+
+
+def report_shared_images(prepared: PreparedTask) -> None:
+    """Notices of validation images that are also among the training images, or among those that the encoder has seen."""
+    train, init = prepared.train, prepared.settings.init
+    others = {"the training images": train.source} if isinstance(train, ImageSamples) else {}
+    if init != "none":
+        others[f"the pre-training images of {init}"] = pretraining_images(init)
+    report_shared(prepared.validation.source, others)
 
 
 def training_run(prepared: PreparedTask, best: KeepBest, quiet: bool) -> TrainingRun:

@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import time
 from collections.abc import Iterable
-from typing import cast
+from typing import TYPE_CHECKING, cast
 
+import numpy as np
 import pytorch_lightning as pl
 import torch
 
@@ -33,6 +34,9 @@ from simmim.evaluate.features import AnyFeature
 from simmim.pretrain.module import PretrainingModule
 from simmim.pretrain.settings import ProbeSettings
 from simmim.training.sharding import gathered
+
+if TYPE_CHECKING:
+    import datasets
 
 KEEP_VIEWS_MIB = 512  # labeled images that take less stay in memory as the encoder sees them, and are read once
 
@@ -105,6 +109,11 @@ class LabeledProbe(pl.Callback):
             check_any_readable(num_readable, unreadable)
             self.unreadable |= unreadable
             self.views.append(batches if keep else views)
+
+    def tested_images(self) -> datasets.Dataset:
+        """The images that it is tested on, with the column `image`."""
+        pool = self.pools.test
+        return pool.data.select(np.searchsorted(pool.rows, self.drawn.test.rows))
 
     def __str__(self) -> str:
         """For the summary of a run, after `read`."""

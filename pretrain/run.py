@@ -39,8 +39,9 @@ from simmim.training.loggers import LossNames
 from simmim.training.run import KEEP_DECODED_MIB, TrainingRun, check_before_start, run_training
 from simmim.training.run_folder import CONFIG, as_yaml, checkpoints_folder
 from simmim.training.saving import SavedModel, SavePolicy, usable_checkpoint
+from simmim.training.shared_images import report_shared
 from simmim.training.streams import StreamData
-from simmim.training.trainer import default_precision, device_type, machine
+from simmim.training.trainer import default_precision, device_type, is_first_process, machine
 
 
 class Resolved(NamedTuple):
@@ -169,7 +170,7 @@ def resolve_run(settings: PretrainSettings) -> Resolved:
     """Look at the images, the machine and the encoder to start from, and fill in what the user left open."""
     data = settings.data
     source = open_source(data.path, data.column, data.streaming, data.count)
-    images = measure_images(source.head, data.channels, max_pixels=data.max_pixels)
+    images = measure_images(source.head, data.channels, max_pixels=data.max_pixels, num_images=source.num_images)
     device = device_type()
     keep_decoded = images.decoded_mib <= KEEP_DECODED_MIB and not source.streaming
     # A run that is resumed no longer needs the encoder it started from, which may be gone.
@@ -198,7 +199,11 @@ def labeled_probe(resolved: Resolved, preprocessing: Preprocessing) -> LabeledPr
     if settings.probe.data is None:
         return None
     every_steps, config = resolved.steps_in(settings.probe.every_epochs), settings.encoder_config()
-    return LabeledProbe(settings.probe, settings.seed, preprocessing, config, every_steps, settings.workers)
+    probe = LabeledProbe(settings.probe, settings.seed, preprocessing, config, every_steps, settings.workers)
+    if is_first_process() and not resolved.source.streaming:
+        others = {"the pre-training images": resolved.source.images}
+        report_shared(probe.tested_images(), others, "images of the probe's test")  # type: ignore[arg-type]
+    return probe
 
 
 def build_method(settings: PretrainSettings) -> Method:

@@ -2,14 +2,23 @@
 
 from __future__ import annotations
 
+import contextlib
 import difflib
 import warnings
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 
 
 class Notice(UserWarning):
     """What a user should know, and what is no error: images that are left out, for instance. The command prints each once,
     as one line; in Python they are warnings."""
+
+
+@contextlib.contextmanager
+def without_notices() -> Iterator[None]:
+    """Inside the block a `Notice` is not shown: it has been already, or does not matter there."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", Notice)
+        yield
 
 
 def notify(text: str) -> None:

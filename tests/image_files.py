@@ -1,12 +1,14 @@
 """Writing image files for tests, and reading them back."""
 
 import io
+import warnings
 
 import numpy as np
 import torch
 from PIL import Image
 
 from simmim.data import read_image
+from simmim.messages import Notice
 
 EXACT = {"quality": 100, "subsampling": 0}  # JPEG's least loss
 
@@ -154,3 +156,11 @@ def broken_files(folder):
     (folder / "header.png").write_bytes(b"\x89PNG\r\n\x1a\n")
     (folder / "folder.png").mkdir()
     return sorted(str(path) for path in folder.iterdir())
+
+
+def notices(read, *arguments):
+    """What `read` returns, and the notices that it gives."""
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always", Notice)
+        result = read(*arguments)
+    return result, [str(warning.message) for warning in caught if warning.category is Notice]

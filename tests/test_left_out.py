@@ -5,7 +5,7 @@ import warnings
 from dataclasses import replace
 
 import pytest
-from image_files import write_empty
+from image_files import notices, write_empty
 
 from simmim.cli import main
 from simmim.data import find_images, index_folder, open_images, read_labeled_images
@@ -51,14 +51,6 @@ def deny(monkeypatch):
             denied[str(path)] = error or PermissionError(13, "Permission denied", str(path))
 
     return deny
-
-
-def notices(read, *arguments):
-    """What `read` returns, and its notices."""
-    with warnings.catch_warnings(record=True) as caught:
-        warnings.simplefilter("always", Notice)
-        result = read(*arguments)
-    return result, [str(warning.message) for warning in caught if warning.category is Notice]
 
 
 # --- folders ---------------------------------------------------------------------------------------------------------
@@ -168,8 +160,11 @@ def test_a_run_that_goes_on_with_other_images_says_so(folder, deny, tmp_path, po
     with pytest.warns(Notice, match="goes on with other images than before: 6 then, 3 now"), power_cut(after_step=3):
         pretrain(settings)
     deny(None)
+    os.utime(folder / "a")
+    with pytest.warns(Notice, match="other images than before: 3 then, 6 now"), power_cut(after_step=4):
+        pretrain(settings)
     (folder / "a" / "0.png").rename(folder / "a" / "00.png")
-    with pytest.warns(Notice, match="other images than before: 6 then and now, with other names"), power_cut(after_step=4):
+    with pytest.warns(Notice, match="other images than before: 6 then and now, with other names"), power_cut(after_step=5):
         pretrain(settings)
     with warnings.catch_warnings():
         warnings.simplefilter("error", Notice)

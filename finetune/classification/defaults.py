@@ -16,6 +16,7 @@ THUMBNAIL_PX = 64  # images up to this side are thumbnails, which evaluation see
 FEW_PER_CLASS, FEW_LABELS_LAYER_DECAY = 20, 0.65
 # From this number of images per class on, sets are large enough for what the papers do to ImageNet's 1,300 per class.
 MANY_PER_CLASS = 500
+NO_RAND_AUGMENT = "no RandAugment: kornia is not installed (pip install 'simmim-toolkit[finetune]')"
 
 
 def resolve_settings(
@@ -98,7 +99,7 @@ def resolve_augmentation(
         values = ", ".join(f"{name} {range_text(value)}" for name, value in changes.items())
         reasons.append(f"{values}: for {kind} of {side_px} px and {per_class:,.0f} labels per class")
     if needs_kornia:
-        reasons.append("no RandAugment: kornia is not installed (pip install 'simmim-toolkit[finetune]')")
+        reasons.append(NO_RAND_AUGMENT)
     return replace(data, **changes), reasons
 
 

@@ -11,14 +11,17 @@ import numpy as np
 
 from simmim.checkpoints import read
 from simmim.data import LabeledImages, LabeledSource, available_cores, measure_images, open_labeled_source
+from simmim.finetune.classification.defaults import NO_RAND_AUGMENT, resolve_augmentation
 from simmim.finetune.freezing import frozen_parts
 from simmim.finetune.label_study.arms import Arm, fingerprint_of, scratch_settings
 from simmim.finetune.label_study.report import check_libraries, write_report
 from simmim.finetune.label_study.results import Rates, StudyResult
 from simmim.finetune.label_study.settings import ALL, StudySettings
 from simmim.finetune.label_study.trials import Tuning, run_arms
-from simmim.finetune.start import find_start
+from simmim.finetune.start import Start, find_start
+from simmim.messages import notify
 from simmim.training.run_folder import check_run_folder, locked_run_folder
+from simmim.training.shared_images import pretraining_images, report_shared
 from simmim.training.trainer import device_type
 
 
@@ -63,8 +66,10 @@ def prepare_study(settings: StudySettings) -> tuple[StudySettings, list[Arm], di
     arms = build_arms(judged_alike, {name: fingerprint_of(checkpoint.encoder) for name, checkpoint in checkpoints.items()})
     statistics = measure_images(images.train)
     for arm in arms:  # a run that cannot start is an error now, not in the first trial
-        encoder = find_start(arm.settings, statistics, device).encoder
-        frozen_parts(encoder, arm.settings.freeze, arm.settings.train_stages)
+        start = find_start(arm.settings, statistics, device)
+        frozen_parts(start.encoder, arm.settings.freeze, arm.settings.train_stages)
+        tell_what_runs_lack(start)
+    report_shared(images.validation, {f"the pre-training images of {settings.init}": pretraining_images(settings.init)})
     return settings, arms, labels
 
 
@@ -74,6 +79,14 @@ def validation_seed_of(settings: StudySettings, source: LabeledSource) -> int | 
         return None
     given = settings.data.validation_seed
     return settings.seed if given is None else given
+
+
+def tell_what_runs_lack(start: Start) -> None:
+    """A `Notice`, since the runs of a study print nothing themselves."""
+    data, side_px, channels = start.settings.data, min(start.preprocessing.image_size), start.encoder.config.in_channels
+    _, reasons = resolve_augmentation(data, side_px, channels, per_class=1.0)  # type: ignore[arg-type]
+    if NO_RAND_AUGMENT in reasons:
+        notify(f"{NO_RAND_AUGMENT}; none of the study's runs has it")
 
 
 def available_labels(settings: StudySettings, images: LabeledImages) -> dict[int | str, float]:

@@ -154,8 +154,10 @@ class SceneSamples(ImageSamples):
 
     def view_of(self, index: int, generator: random.Random) -> dict:
         """The view of the scene at `index`."""
-        image, label_map = self.view(*self.load(index), generator)
-        return {"image": image, "label_map": label_map}
+        picture, label_map = self.load(index)
+        image, view_of_map = self.view(picture, label_map, generator)
+        gray_copies = [self.name_of(index)] if picture.loses_color else []
+        return {"image": image, "label_map": view_of_map, "gray_copies": gray_copies}
 
     def load(self, index: int) -> tuple[Picture, np.ndarray]:
         """The image at `index`, and its label map as class ids.

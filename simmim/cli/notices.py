@@ -28,7 +28,7 @@ def notices_as_lines(print_line: Callable[[str], object]) -> Iterator[None]:
 
     with warnings.catch_warnings():
         warnings.simplefilter("always", Notice)
-        warnings.showwarning = show_warning
+        warnings.showwarning = show_warning  # type: ignore[assignment]
         yield
 
 

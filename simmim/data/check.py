@@ -25,6 +25,7 @@ from simmim.data.loading import available_cores
 from simmim.data.pictures import Picture
 from simmim.data.views import RandomView
 from simmim.defaults import default_image_size, default_preset
+from simmim.messages import without_notices
 
 if TYPE_CHECKING:
     import datasets
@@ -170,7 +171,8 @@ def detect_channels(source: datasets.Dataset) -> tuple[int | None, str | None]:
     """The channels of a model of these images, or, if the images do not go together, the problem. Then each image is read
     in its own channels."""
     try:
-        return measure_images(source).channels, None
+        with without_notices():  # all images are about to be read
+            return measure_images(source).channels, None
     except ValueError as error:
         return None, str(error)
 

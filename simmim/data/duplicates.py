@@ -1,19 +1,24 @@
-"""Byte-identical images of a source."""
+"""Byte-identical images, of a source or of two."""
 
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Iterable
-from typing import TYPE_CHECKING
+import time
+from collections.abc import Iterable, Iterator
+from typing import TYPE_CHECKING, NamedTuple
 
 import numpy as np
 from torch.utils.data import Dataset
 
 from simmim.data.inspection import process_rows
-from simmim.data.records import record_name
+from simmim.data.records import num_bytes, record_name
 
 if TYPE_CHECKING:
     import datasets
+
+
+COMPARE_S = 10.0  # at most, for the images that two sources share; a million sizes on a local disk take about as long
+ROWS_AT_ONCE = 1000
 
 
 class RowDigests(Dataset):
@@ -74,3 +79,55 @@ def list_groups(source: datasets.Dataset, groups: Iterable[np.ndarray], max_file
         names.append(tuple(record_name(source[int(row)]["image"], int(row)) for row in group[:num_left]))
         num_left -= len(names[-1])
     return tuple(names)
+
+
+# --- two sources -------------------------------------------------------------------------------------------------------
+
+
+class Shared(NamedTuple):
+    """How many images of a source are in another one.
+
+    Attributes:
+        num_shared: images of the second source with a byte-identical one in the first, of those that were compared.
+        complete: whether all were compared.
+    """
+
+    num_shared: int
+    complete: bool
+
+
+def count_shared(first: datasets.Dataset, second: datasets.Dataset, seconds: float = COMPARE_S) -> Shared:
+    """How many images of `second` are byte-identical to one of `first`. Only files of equal size are read.
+
+    Args:
+        second: the smaller source.
+        seconds: after which no further images are compared.
+    """
+    end, complete = time.perf_counter() + seconds, True
+    rows_by_size: dict[int, list[int]] = {}
+    for row, size in enumerate(file_sizes(second)):
+        if time.perf_counter() > end:
+            complete = False
+            break
+        if size:
+            rows_by_size.setdefault(size, []).append(row)
+    digests_of, digests_in = RowDigests(first), RowDigests(second)
+    rows_by_digest: dict[bytes, list[int]] = {}  # of `second`, where the size has occurred in `first`
+    shared: set[int] = set()
+    for row, size in enumerate(file_sizes(first)):
+        if time.perf_counter() > end:
+            complete = False
+            break
+        if size in rows_by_size:
+            for other in rows_by_size[size]:
+                rows_by_digest.setdefault(digests_in.digest(other), []).append(other)
+            rows_by_size[size] = []
+            shared.update(rows_by_digest.get(digests_of.digest(row), ()))
+    return Shared(len(shared), complete)
+
+
+def file_sizes(source: datasets.Dataset) -> Iterator[int]:
+    """The bytes of each row's file in order; 0 for a missing file."""
+    images = source.select_columns(["image"])
+    for first in range(0, len(images), ROWS_AT_ONCE):
+        yield from map(num_bytes, images[first : first + ROWS_AT_ONCE]["image"])

@@ -12,6 +12,7 @@ from simmim.data.orientation import Size
 from simmim.data.pictures import Picture
 from simmim.data.pillow_guard import UNREADABLE, describe_error
 from simmim.data.records import record_name
+from simmim.messages import notify
 
 if TYPE_CHECKING:
     import datasets
@@ -40,13 +41,21 @@ class ImageStatistics:
 
 
 def measure_images(
-    source: datasets.Dataset, channels: int | None = None, num_samples: int = 256, max_pixels: int = MAX_PIXELS
+    source: datasets.Dataset,
+    channels: int | None = None,
+    num_samples: int = 256,
+    max_pixels: int = MAX_PIXELS,
+    num_images: int | None = None,
 ) -> ImageStatistics:
     """Measure up to `num_samples` images, evenly spread over the source.
+
+    That all are gray is a `Notice` where others may be in color: a model of gray images sees those without their color. Gray
+    images among color ones lose nothing.
 
     Args:
         channels: in which all images are read; None detects them.
         max_pixels: larger images count as unreadable.
+        num_images: images that `source` stands for; its rows by default.
 
     Raises:
         ValueError: if none of them can be read, with the first one's reason; if they differ in channels other than as gray
@@ -68,7 +77,13 @@ def measure_images(
         paths.setdefault(picture.channels, record_name(record, row))
     if not sizes:
         raise ValueError(f"none of {len(rows)} sampled images can be read; the first, {first_error}")
-    channels = common_channels(paths)
+    found = common_channels(paths)
+    if channels is None and found == 1 and len(rows) < (num_images or len(source)):
+        notify(
+            f"gray: decided from {len(sizes):,} of {num_images or len(source):,} images; color images among the others are "
+            "read as gray, and counted"
+        )
+    channels = found
     # Gray images among color images count as color.
     pixels = [np.broadcast_to(small, (channels, *small.shape[1:])).reshape(channels, -1) for small in thumbnails]
     values = np.concatenate(pixels, axis=1) / 255

@@ -54,13 +54,16 @@ def quiet_context() -> multiprocessing.context.BaseContext:
 
 
 def collate(samples: list[dict]) -> dict:
-    """Samples to a batch: images, label maps, labels and the weak views of those that have one are stacked; seeds, files,
-    stream positions and skipped files become lists."""
+    """Samples to a batch: images, label maps, labels and the weak views of those that have one are stacked; all else becomes
+    lists."""
     batch = {
         "image": torch.stack([sample["image"] for sample in samples]),
         "seed": [sample["seed"] for sample in samples],
         "skipped": [entry for sample in samples for entry in sample["skipped"]],
     }
+    gray_copies = [path for sample in samples for path in sample.get("gray_copies", ())]
+    if gray_copies:
+        batch["gray_copies"] = gray_copies
     for name in ("stream_position", "file"):
         if name in samples[0]:
             batch[name] = [sample[name] for sample in samples]

@@ -36,7 +36,7 @@ class Parts(NamedTuple):
         return {"train": self.train} | ({} if self.validation is None else {"validation": self.validation})
 
     def report(self, source: str, sizes: Mapping[str, int]) -> None:
-        """A `Notice` of what is left aside, and one where a test part validates.
+        """A `Notice` of what is left aside.
 
         Args:
             source: as the user gave it.
@@ -48,11 +48,6 @@ class Parts(NamedTuple):
                 f"{self.validation} validates" if self.validation else "a fifth of it is held out to validate with"
             )
             notify(f"{' and '.join(named)} of {source!r} {'is' if len(named) == 1 else 'are'} left aside: {use}")
-        if self.validation and meaning_of(self.validation) == TEST:
-            notify(
-                f"{self.validation} of {source!r} validates, as there is no val beside it: its images choose the best "
-                "model, so that a figure on them is no longer a test"
-            )
 
 
 def meaning_of(name: str) -> str | None:

@@ -43,10 +43,14 @@ class Picture:
         size: (height, width) in pixels, upright.
         channels: of what `crop` returns.
         image: the pixels, in mode L or RGB.
+        loses_color: whether the file is in color and `crop` returns gray.
     """
+
+    loses_color = False
 
     def __init__(self, image: Image.Image, channels: int | None = None) -> None:
         converted = to_gray_or_rgb(image)
+        self.loses_color = channels == 1 and converted.mode == "RGB"
         self.image = converted.convert("L") if channels == 1 else converted
         self.size: Size = (image.height, image.width)
         self.channels = channels or len(converted.getbands())
@@ -81,6 +85,7 @@ class JpegPicture(Picture):
         self.record = record
         self.opened: Image.Image | None = image
         self.channels = channels or (1 if image.mode == "L" else 3)
+        self.loses_color = channels == 1 and image.mode != "L"
         self.orientation = read_orientation(image)
         self.size = upright_size(image, self.orientation)
         self.reduction: float | None = None
@@ -105,7 +110,9 @@ class JpegPicture(Picture):
         return as_tensor(turn_array_upright(pixels, self.orientation), self.channels)
 
     def decoded(self) -> Picture:
-        return Picture(turn_upright(self._decode(1), self.orientation), self.channels)
+        picture = Picture(turn_upright(self._decode(1), self.orientation), self.channels)
+        picture.loses_color = self.loses_color  # decoded as gray, it would not tell
+        return picture
 
     def _decode(self, share: float) -> Image.Image:
         """The stored image in mode L or RGB, with at least `share` of its pixels along a side."""

@@ -63,7 +63,8 @@ class ImageSamples(IndexedSamples):
     """Samples by (epoch, index), each a function of that and the seed.
 
     A sample is a dict: `image` uint8 (channels, height, width); `seed`, for everything else that is random about it; `label`
-    if the source has labels; `skipped`, the (path, reason) of unreadable images that it replaces.
+    if the source has labels; `skipped`, the (path, reason) of unreadable images that it replaces; `gray_copies`, the path of
+    a color image that is read as gray.
 
     Args:
         source: column `image`, undecoded, and `label` if there are labels.
@@ -99,8 +100,7 @@ class ImageSamples(IndexedSamples):
         return key[1]
 
     def path_of(self, key: tuple[int, int]) -> str:
-        index = self.row_of(key)
-        return self.source[index]["image"]["path"] or f"image {index}"
+        return self.name_of(self.row_of(key))
 
     def __getitem__(self, key: tuple[int, int]) -> dict:
         epoch, index = key
@@ -122,7 +122,13 @@ class ImageSamples(IndexedSamples):
     def view_of(self, index: int, generator: random.Random) -> dict:
         """The view of the image at `index`, with its label if there are labels."""
         picture, label = self.load(index)
-        return {"image": self.view(picture, generator)} | ({"label": label} if self.labeled else {})
+        gray_copies = [self.name_of(index)] if picture.loses_color else []
+        sample = {"image": self.view(picture, generator), "gray_copies": gray_copies}
+        return sample | ({"label": label} if self.labeled else {})
+
+    def name_of(self, index: int) -> str:
+        """The path of the image at `index` of the source, or its row."""
+        return self.source[index]["image"]["path"] or f"image {index}"
 
     def load(self, index: int) -> tuple[Picture, int | None]:
         """The image at `index` and its label."""
@@ -191,11 +197,12 @@ class StreamedSamples(IterableDataset):
                 if number < num_taken - 1:
                     continue
                 generator = random.Random(f"{self.seed}/{epoch}/{node}/{number}")
-                view, skipped, latest = self.view_or_replacement(row, latest, generator, f"row {number} of part {node}")
-                if view is None or latest is None or number < num_taken:
+                name = f"row {number} of part {node}"
+                sample, skipped, latest = self.view_or_replacement(row, latest, generator, name)
+                if sample is None or latest is None or number < num_taken:
                     continue
                 yield {
-                    "image": view,
+                    **sample,
                     "seed": generator.getrandbits(62),
                     "skipped": skipped,
                     "stream_position": (worker, epoch, number + 1),
@@ -207,20 +214,26 @@ class StreamedSamples(IterableDataset):
 
     def view_or_replacement(
         self, row: dict, latest: dict | None, generator: random.Random, name: str
-    ) -> tuple[Tensor | None, list[tuple[str, str]], dict | None]:
-        """The view of a row's image, the skipped files, and the row it comes from: if the image is unreadable, `latest`, the
-        last row that could be read. No view if there is none yet."""
+    ) -> tuple[dict | None, list[tuple[str, str]], dict | None]:
+        """The sample of a row's image (`view_of`), the skipped files, and the row it comes from: if the image is unreadable,
+        `latest`, the last row that could be read. No sample if there is none yet."""
         try:
-            return self.view(self.open(row), generator), [], row
+            return self.view_of(row, generator, name), [], row
         except UNREADABLE as error:
             skipped = [(row["image"]["path"] or name, describe_error(error))]
         if latest is None:
             return None, skipped, None
-        return self.view(self.open(latest), generator), skipped, latest
+        return self.view_of(latest, generator, name), skipped, latest
 
-    def open(self, row: dict) -> Picture:
-        """The picture of a row."""
-        return open_picture(row["image"], self.channels, self.max_pixels)
+    def view_of(self, row: dict, generator: random.Random, name: str) -> dict:
+        """The view of a row's image.
+
+        Args:
+            name: of the row, where the image has no path.
+        """
+        picture = open_picture(row["image"], self.channels, self.max_pixels)
+        gray_copies = [row["image"]["path"] or name] if picture.loses_color else []
+        return {"image": self.view(picture, generator), "gray_copies": gray_copies}
 
     def rows(self, epoch: int, node: int, num_nodes: int) -> Iterator[dict]:
         """One epoch's rows of one of `num_nodes` parts."""

@@ -15,6 +15,7 @@ from pathlib import Path
 import pytorch_lightning as pl
 
 from simmim.training.compiling import CompileBlocks
+from simmim.training.gray_copies import GrayCopies
 from simmim.training.interruption import StopOnSignal
 from simmim.training.loggers import DescribeRun, LossNames, build_loggers
 from simmim.training.module import TrainingModule
@@ -115,6 +116,7 @@ def ordered_callbacks(run: TrainingRun, guard: NumericalGuard, save: SaveRun) ->
         *optional["progress"],  # shows metrics that later callbacks of the step before have set
         SkippedImages(run.folder, run.num_images, run.max_skipped_share),  # may stop the run: before a state is saved
         SameImages(run.num_images, run.data.train),
+        GrayCopies(run.quiet),
         guard,  # as SkippedImages, and it counts before its counts are saved
         *optional["compile"],  # in setup alone, before strategies divide the model
         TrackStreamPosition(),  # before a checkpoint is taken, which holds the position

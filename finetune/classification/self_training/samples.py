@@ -40,7 +40,8 @@ class UnlabeledSamples(ImageSamples):
         picture, label = self.load(index)
         # A generator of its own: the teacher's view does not depend on what the student's draws.
         weak = self.weak_view(picture, random.Random(f"{generator.getrandbits(62)}/weak"))
-        return {"image": self.view(picture, generator), "weak": weak, "label": label}
+        gray_copies = [self.name_of(index)] if picture.loses_color else []
+        return {"image": self.view(picture, generator), "weak": weak, "label": label, "gray_copies": gray_copies}
 
 
 class Key(NamedTuple):

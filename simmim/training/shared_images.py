@@ -1,0 +1,79 @@
+"""Images that are in two places: in pre-training and in validation, in training and in validation."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Mapping
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import yaml
+
+from simmim.data import open_images
+from simmim.data.duplicates import COMPARE_S, count_shared
+from simmim.messages import notify, without_notices
+from simmim.renamed_settings import with_current_names
+from simmim.training.run_folder import CONFIG
+
+if TYPE_CHECKING:
+    import datasets
+
+
+def report_shared(
+    validation: datasets.Dataset, others: Mapping[str, datasets.Dataset | None], noun: str = "validation images"
+) -> None:
+    """A `Notice` for each other set that holds images of `validation`: files of equal content, under whatever names.
+
+    Args:
+        validation: with a column `image`, undecoded.
+        others: the other sets by what they are, for the text. None for one that cannot be opened, which is passed over.
+        noun: what `validation` holds, for the text.
+    """
+    for name, other in others.items():
+        if other is None:
+            continue
+        shared = count_shared(other, validation)
+        if shared.num_shared:
+            verb = "is" if shared.num_shared == 1 else "are"
+            least = "" if shared.complete else "at least "
+            notify(
+                f"{least}{shared.num_shared:,} of {len(validation):,} {noun} {verb} also among {name}: files of equal "
+                "content, so that the score says less of images that were never seen"
+            )
+        elif not shared.complete:
+            notify(
+                f"whether {noun} are also among {name} is open: {COMPARE_S:g} s were not enough to compare all, and "
+                "none was found by then"
+            )
+
+
+def pretraining_images(init: str) -> datasets.Dataset | None:
+    """The images of the pre-training run that an encoder comes from; None where that is unknown, or they are not here.
+
+    Only folders, globs and lists of files are opened, which costs next to nothing.
+
+    Args:
+        init: a run folder, or the encoder/ in one.
+    """
+    folder = Path(init).expanduser()
+    file = next((path for path in (folder / CONFIG, folder.parent / CONFIG) if path.is_file()), None)
+    if file is None:
+        return None
+    try:
+        settings, _ = with_current_names(yaml.safe_load(file.read_text(encoding="utf-8")))
+        data = settings["data"] if isinstance(settings["data"], dict) else {"path": settings["data"]}
+        paths = [data["path"]] if isinstance(data["path"], str) else data["path"]
+        if data.get("streaming") or not all(map(is_cheap, paths)):
+            return None
+        with without_notices():  # the pre-training has told them
+            return open_images(paths, data.get("column"))
+    except (OSError, ValueError, KeyError, TypeError, yaml.YAMLError):
+        return None
+
+
+def is_cheap(path: str) -> bool:
+    """Whether a source of images is files here that are listed without being read."""
+    from simmim.data.readers import detect_reader
+
+    expanded = os.path.expanduser(path)
+    return (os.path.exists(expanded) or any(sign in path for sign in "*?[")) and not detect_reader(path)[0].has_columns
