@@ -171,7 +171,9 @@ def _products_as_on_a_gpu(monkeypatch):
 
     def patch_lang(function):
         """Functions that a kernel calls patch the language again, to the same effect, which takes half of the time."""
-        return patch(function) if tl.core.is_builtin(tl.load) else interpreter._LangPatchScope()
+        languages = [value for value in function.__globals__.values() if value is tl or value is tl.core]
+        is_patched = not any(tl.core.is_builtin(language.load) for language in languages)
+        return interpreter._LangPatchScope() if is_patched else patch(function)
 
     monkeypatch.setattr(interpreter, "_patch_lang", patch_lang)
     monkeypatch.setattr(builder, "cast_impl", cast_impl)
@@ -285,7 +287,7 @@ def test_compiled():
 
 @pytest.mark.parametrize("name", ["one block", "fewer tokens than a block"])
 def test_the_operator_is_what_it_says(name):
-    case = CASES[name]._replace(images=1)
+    case = CASES[name]._replace(images=1, heads=1)
     windows = case.windows()
     given = [x.clone().requires_grad_() for x in numbers_of(case)[:5]]
     checks = torch.library.opcheck(calls._forward, (*given, windows.token_of, windows.region_of, case.images))
@@ -330,7 +332,7 @@ def seen(monkeypatch):
 @pytest.mark.parametrize("name", ENCODERS)
 def test_encoder(name, seen):
     encoder = encoder_of(ENCODERS[name])
-    images = torch.randn(2, 3, 36, 52, generator=torch.Generator().manual_seed(1)).to(DEVICE)
+    images = torch.randn(1, 3, 24, 28, generator=torch.Generator().manual_seed(1)).to(DEVICE)
     actual = encoded(encoder, images)
     assert seen == [True] * sum(ENCODERS[name].depths)
     with kernels.disabled():
@@ -341,7 +343,8 @@ def test_encoder(name, seen):
 
 def test_encoder_compiled():
     """The trial is made while the compiler traces, and leaves nothing in the graph."""
-    encoder, images = encoder_of(ENCODERS["shifted"]), torch.randn(1, 3, 32, 32).to(DEVICE)
+    encoder = encoder_of(SwinV2Config(16, (2,), (1,), window_size=4))
+    images = torch.randn(1, 3, 32, 32).to(DEVICE)
     expected = encoded(encoder, images)
     self_test.passes_self_test.cache_clear()
     torch._dynamo.reset()
