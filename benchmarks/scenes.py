@@ -191,7 +191,7 @@ def write_scenes(
     objects: Objects,
     photos: list[np.ndarray],
     unlabeled: int = 10_000,
-    train: int = 200,
+    train: int = 700,
     validation: int = 300,
     spec: SceneSpec = SceneSpec(),
     seed: int = 0,
@@ -221,7 +221,7 @@ def write_scenes(
     (out / "labeled" / "classes.txt").write_text(names, encoding="utf-8")
 
 
-def main() -> int:
+def main(arguments: list[str] | None = None) -> int:
     """Read the flags and write the scenes."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--out", type=Path, required=True, help="folder to make")
@@ -229,12 +229,12 @@ def main() -> int:
     parser.add_argument("--fine", action="store_true", help="the ten classes of Fashion-MNIST")
     parser.add_argument("--photos", choices=("skimage", "sklearn"), default="skimage")
     parser.add_argument("--unlabeled", type=int, default=10_000)
-    parser.add_argument("--train", type=int, default=200)
+    parser.add_argument("--train", type=int, default=700, help="labeled; benchmarks/segmentation.py needs 700")
     parser.add_argument("--validation", type=int, default=300)
     parser.add_argument("--side", type=int, default=64, help="side of a scene in pixels")
     parser.add_argument("--color", action="store_true")
     parser.add_argument("--seed", type=int, default=0)
-    options = parser.parse_args()
+    options = parser.parse_args(arguments)
     try:
         objects = load_garments(options.fine) if options.objects == "fashion" else load_digits()
         photos = load_photographs(options.photos)

@@ -9,9 +9,10 @@ own that computes only when it is asked to, so no two compute at once. A round a
 that is not timed and then for the steps that are. A step is forward, backward, and fused AdamW.
 
 Each round also measures the rate of a plain matrix product (2048³ on a CPU, 8192³ on CUDA), the median over one second. The
-share is the rate of the operations in a contender's own matrix products, divided by that rate. Peers that are not installed
-are listed and left out. The authors' code is no package and no part of this repository: DIR is a checkout of
-https://github.com/microsoft/Swin-Transformer, which needs timm. Prints Markdown; --json writes every figure.
+share is the rate of the operations in a contender's own matrix products, divided by that rate; both are medians over the
+rounds. Peers that are not installed are listed and left out. The authors' code is no package and no part of this repository:
+DIR is a checkout of https://github.com/microsoft/Swin-Transformer, which needs timm. Prints Markdown; --json writes every
+figure.
 """
 
 from __future__ import annotations
@@ -242,24 +243,24 @@ def title(work: Work) -> str:
 
 
 def as_markdown(figures: dict[str, dict], work: Work) -> str:
-    """One row per contender: medians over the rounds, and medians of the ratios within a round."""
-    gemm = figures["gemm"]["gflops"]
+    """One row per contender: medians over the rounds, the shares that follow from these, and medians of the ratios within a
+    round."""
+    gemm = statistics.median(figures["gemm"]["gflops"])
     names = [name for name in figures if name != "gemm"]
     ours = next((name for name in names if name.startswith("ours")), names[0])
     lines = [
-        f"matrix product {statistics.median(gemm):,.0f} GFLOP/s, {operations(work, whole=True) / 1e9:.1f} GFLOP per image",
+        f"matrix product {gemm:,.0f} GFLOP/s, {operations(work, whole=True) / 1e9:.1f} GFLOP per image",
         "",
         f"| | images/s | share of the product's rate | {ours} against it | peak memory, MiB | first step, s |",
         "| --- | ---: | ---: | ---: | ---: | ---: |",
     ]
     for name in names:
-        rates = [work.batch / seconds for seconds in figures[name]["seconds"]]
+        rate = work.batch / statistics.median(figures[name]["seconds"])
         # On a CPU ours predicts only the masked pixels. What it does not compute is not counted.
         flops = operations(work, whole=not name.startswith("ours") or work.device != "cpu")
-        shares = [rate * flops / 1e9 / gflops for rate, gflops in zip(rates, gemm)]
         ratios = [theirs / mine for theirs, mine in zip(figures[name]["seconds"], figures[ours]["seconds"])]
         lines.append(
-            f"| {name} | {statistics.median(rates):.2f} | {statistics.median(shares):.0%} | "
+            f"| {name} | {rate:.2f} | {rate * flops / 1e9 / gemm:.0%} | "
             f"{statistics.median(ratios):.2f} × | {figures[name]['peak_mib']:,.0f} | {figures[name]['first_step_s']:.1f} |"
         )
     return "\n".join(lines)

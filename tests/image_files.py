@@ -1,6 +1,8 @@
 """Writing image files for tests, and reading them back."""
 
+import gzip
 import io
+import struct
 import warnings
 
 import numpy as np
@@ -164,3 +166,16 @@ def notices(read, *arguments):
         warnings.simplefilter("always", Notice)
         result = read(*arguments)
     return result, [str(warning.message) for warning in caught if warning.category is Notice]
+
+
+def write_idx_files(folder, parts):
+    """The four files of Fashion-MNIST.
+
+    Args:
+        parts: images, (count, 28, 28) uint8, and labels, (count,) uint8, by the name of the part, train and t10k.
+    """
+    folder.mkdir()
+    for name, (images, labels) in parts.items():
+        for kind, values in (("images-idx3", images), ("labels-idx1", labels)):
+            header = struct.pack(f">4B{values.ndim}I", 0, 0, 8, values.ndim, *values.shape)
+            (folder / f"{name}-{kind}-ubyte.gz").write_bytes(gzip.compress(header + values.tobytes()))

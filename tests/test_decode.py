@@ -210,6 +210,22 @@ def test_deep_images_without_contrast_and_with_holes(tmp_path):
     assert shown[1, 1] == 0 and shown[3, 3] == 255 and shown[2, 0] == round(8 / 15 * 255)
 
 
+def test_deep_color_keeps_its_upper_8_bits(tmp_path):
+    """Unlike deep gray it is not scaled by the image's range."""
+    import tifffile
+
+    values = noise(6, 10, 3, kind=np.uint16) // 4
+    tifffile.imwrite(tmp_path / "deep.tif", values, photometric="rgb")
+    np.testing.assert_array_equal(pixels_of(tmp_path / "deep.tif", 3), values >> 8)
+
+
+@pytest.mark.parametrize("name", ["pages.tif", "frames.gif", "frames.png"])
+def test_the_first_page_or_frame_is_read(tmp_path, name):
+    first, second = (Image.fromarray(np.full((6, 10), level, dtype=np.uint8)) for level in (10, 200))
+    first.save(tmp_path / name, save_all=True, append_images=[second])
+    assert (pixels_of(tmp_path / name, 1) == 10).all()
+
+
 @pytest.mark.parametrize("orientation", range(1, 9))
 def test_exif_orientation(tmp_path, orientation):
     """A picture stored in this orientation comes out upright, pixel by pixel."""

@@ -7,6 +7,7 @@ import struct
 import fashion_mnist
 import numpy as np
 import pytest
+from image_files import write_idx_files
 from PIL import Image
 
 from simmim.data import open_images
@@ -20,13 +21,7 @@ PER_CLASS = {"train": 6, "t10k": 3}  # images per class
 def source(tmp_path):
     """The data set's four files, small: random pixels, labels in turn."""
     folder = tmp_path / "source"
-    folder.mkdir()
-    for name, per_class in PER_CLASS.items():
-        images, labels = random_images(name, per_class)
-        header = struct.pack(">4B3I", 0, 0, 8, 3, *images.shape)
-        (folder / f"{name}-images-idx3-ubyte.gz").write_bytes(gzip.compress(header + images.tobytes()))
-        header = struct.pack(">4BI", 0, 0, 8, 1, len(labels))
-        (folder / f"{name}-labels-idx1-ubyte.gz").write_bytes(gzip.compress(header + labels.tobytes()))
+    write_idx_files(folder, {name: random_images(name, per_class) for name, per_class in PER_CLASS.items()})
     return folder
 
 

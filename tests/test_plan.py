@@ -14,6 +14,7 @@ from types import SimpleNamespace
 import memory as benchmark
 import pytest
 import torch
+import yaml
 from memory import LiveBytes
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
@@ -98,6 +99,23 @@ def test_flops_of_masked_cells(predicted):
     assert expected == (pytest.approx(forward, rel=1e-3), pytest.approx(counter.get_total_flops(), rel=0.01))
 
 
+@pytest.mark.parametrize("name", ["swinv2-base-192", "tiny-one-gpu", "micro-laptop"])
+def test_recipes_state_their_flops(name):
+    """The header of a recipe tells its FLOPs and the command that plans them."""
+    text = (ROOT / f"configs/pretrain/{name}.yaml").read_text(encoding="utf-8")
+    stated, preset, size, window = re.search(
+        r"(\d+(?:\.\d)?) GFLOP per image and step \(simmim plan --preset (\w+) --image (\d+) --window (\d+)\)", text
+    ).groups()
+    recipe = yaml.safe_load(text)
+    assert (preset, int(size), int(window)) == (
+        recipe["preset"],
+        recipe["image_size"],
+        recipe["model"]["encoder"]["window_size"],
+    )
+    planned = plan_for(preset, int(size), encoder={"window_size": int(window)}).training_flops / 1e9
+    assert stated == f"{planned:.{len(stated.partition('.')[2])}f}"
+
+
 # --- memory --------------------------------------------------------------------------------------------------------
 
 
@@ -151,13 +169,14 @@ CASES = {
     ],
 )
 def test_memory(config, size, batch, options, precision):
-    """Parameters, gradients and moments within 0.1 %. Activations, and the peak less what all options share, within 10 %."""
+    """Parameters, gradients and moments within 0.01 %, activations within 2 %. The peak less what all options share within
+    4 % in float32 and 7 % in bfloat16, as docs/scaling.md says."""
     setup = Setup(batch, 1, precision, "ddp", *OPTIONS[options], device="cpu")
     predicted, real = memory(config, size, setup), measured(config, size, setup)
-    assert predicted.parameters + predicted.gradients + predicted.optimizer == pytest.approx(real["state"], rel=1e-3)
-    assert predicted.activations == pytest.approx(real["activations"], rel=0.1)
+    assert predicted.parameters + predicted.gradients + predicted.optimizer == pytest.approx(real["state"], rel=1e-4)
+    assert predicted.activations == pytest.approx(real["activations"], rel=0.02)
     fixed = predicted.parameters + predicted.optimizer
-    assert predicted.peak - fixed == pytest.approx(real["peak"] - fixed, rel=0.1)
+    assert predicted.peak - fixed == pytest.approx(real["peak"] - fixed, rel=0.04 if precision == "32-true" else 0.07)
     assert predicted.peak < fixed + predicted.gradients + predicted.activations + predicted.working
 
 

