@@ -75,11 +75,13 @@ def test_pretraining_images_of_a_run(sources, tmp_path):
         ("someone/pictures", None),
     ):
         for data in ({"path": path, "streaming": False, "column": None}, path):
-            (run / "config.yaml").write_text(yaml.safe_dump({"data": data}))
+            (run / "config.yaml").write_text(yaml.safe_dump({"data": data, "model": {}}))
             for init in (run, run / "encoder"):
                 images = pretraining_images(str(init))
                 assert (images and len(images)) == expected, (path, init)
-    (run / "config.yaml").write_text(yaml.safe_dump({"data": {"path": str(first), "streaming": True}}))
+    (run / "config.yaml").write_text(yaml.safe_dump({"data": {"path": str(first), "streaming": True}, "model": {}}))
     assert pretraining_images(str(run)) is None
+    (run / "config.yaml").write_text(yaml.safe_dump({"data": {"path": str(first)}, "head": {}}))
+    assert pretraining_images(str(run)) is None, "a fine-tuning"
     (run / "config.yaml").write_text("[no settings")
     assert pretraining_images(str(run)) is pretraining_images(str(tmp_path / "nothing")) is None

@@ -61,6 +61,8 @@ def pretraining_images(init: str) -> datasets.Dataset | None:
         return None
     try:
         settings, _ = with_current_names(yaml.safe_load(file.read_text(encoding="utf-8")))
+        if "model" not in settings:  # a fine-tuning, whose images have labels
+            return None
         data = settings["data"] if isinstance(settings["data"], dict) else {"path": settings["data"]}
         paths = [data["path"]] if isinstance(data["path"], str) else data["path"]
         if data.get("streaming") or not all(map(is_cheap, paths)):
