@@ -12,11 +12,17 @@ import sys
 import types
 from dataclasses import dataclass
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor, nn
 
+if TYPE_CHECKING:
+    from simmim.encoders.base import EncoderConfig
+    from simmim.methods.canvas import CanvasSettings
+
 PEERS = ("transformers", "timm", "authors")
+SHARES = {f"canvas{share}": share for share in (2, 3, 4)}  # ours with that many images on a canvas
 
 
 @dataclass(frozen=True)
@@ -57,12 +63,17 @@ def missing_peers(authors: Path | None) -> dict[str, str]:
     return missing
 
 
-def draw_batch(work: Work) -> tuple[Tensor, Tensor]:
-    """Images, (B, 3, size, size), and masks, (B, H, W) bool, the same for every contender."""
+def draw_batch(work: Work, name: str = "ours") -> tuple[Tensor, Tensor]:
+    """Images, (B, 3, size, size), and masks, (B, H, W) bool, the same for every contender but those on canvases."""
     from simmim.methods.masking import BlockMasking
 
-    images = torch.randn(work.batch, 3, work.size, work.size, generator=torch.Generator().manual_seed(1))
-    mask = BlockMasking().draw(work.batch, (work.size, work.size), torch.Generator(), list(range(work.batch)))
+    size, seeds = (work.size, work.size), list(range(work.batch))
+    images = torch.randn(work.batch, 3, *size, generator=torch.Generator().manual_seed(1))
+    if name in SHARES:
+        config, settings = canvas_of(name, work)
+        mask = settings.canvas(config).draw(size, seeds, torch.device("cpu"))
+    else:
+        mask = BlockMasking().draw(work.batch, size, torch.Generator(), seeds)
     return images.to(work.device), mask.to(work.device)
 
 
@@ -100,6 +111,8 @@ def build_contender(name: str, work: Work) -> nn.Module:
     """A contender with the weights that all share."""
     if name == "ours":
         return build_ours(work)
+    if name in SHARES:
+        return build_canvas(name, work)
     if name == "transformers":
         return build_transformers(work)
     return build_timm(work) if name == "timm" else build_authors(work)
@@ -136,6 +149,30 @@ def build_ours(work: Work) -> WithLoss:
 
     model = SimMIM(registry.build(registry.preset_config(work.preset, window_size=work.window)))
     model.load_state_dict(load_file(Path(work.weights) / "ours.safetensors"))
+    return WithLoss(model)
+
+
+def canvas_of(name: str, work: Work) -> tuple[EncoderConfig, CanvasSettings]:
+    """The encoder's architecture and the settings of a contender on canvases."""
+    from simmim.encoders.registry import preset_config
+    from simmim.methods.canvas import CanvasSettings
+
+    config = preset_config(work.preset, window_size=work.window)
+    return config, CanvasSettings(share=SHARES[name]).resolve((work.size, work.size), config)
+
+
+def build_canvas(name: str, work: Work) -> WithLoss:
+    """This toolkit's encoder with several images on a canvas. Its decoder is fresh: no other contender has one."""
+    from safetensors.torch import load_file
+
+    from simmim.encoders import registry
+    from simmim.methods.canvas import Canvas
+
+    config, settings = canvas_of(name, work)
+    model = Canvas(registry.build(config), settings)
+    weights = load_file(Path(work.weights) / "ours.safetensors")
+    encoder = {key.removeprefix("encoder."): value for key, value in weights.items() if key.startswith("encoder.")}
+    model.encoder.load_state_dict(encoder)
     return WithLoss(model)
 
 

@@ -1,6 +1,7 @@
 """The training step against transformers', timm's and the authors' code, interleaved on the same machine.
 
     .venv/bin/python benchmarks/step.py --precision float32 bf16 --json step.json
+    .venv/bin/python benchmarks/step.py --batch 48 --contenders ours canvas2 canvas3 canvas4    # several images on a canvas
     .venv/bin/python benchmarks/step.py --features              # inference: images to feature vectors
     .venv/bin/python benchmarks/step.py --authors DIR           # with the authors' published code, a checkout in DIR
 
@@ -30,7 +31,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 import torch
-from contenders import PEERS, Work, build_contender, draw_batch, missing_peers, write_weights
+from contenders import PEERS, SHARES, Work, build_contender, canvas_of, draw_batch, missing_peers, write_weights
 from processes import Worker, answer, reset_peak, resident_mib
 from torch import nn
 
@@ -51,8 +52,15 @@ def main(arguments: list[str] | None = None) -> int:
         return 0
     if options.authors and not (options.authors / "models/simmim.py").is_file():
         parser.error(f"--authors {options.authors} holds no models/simmim.py: give the root of a checkout")
-    if unknown := [name for name in options.contenders if name.partition("+")[0] not in ("ours", *PEERS)]:
-        parser.error(f"unknown contender {unknown[0]!r}: give some of ours, {', '.join(PEERS)}, with +compile or without")
+    known = ("ours", *SHARES, *PEERS)
+    if unknown := [name for name in options.contenders if name.partition("+")[0] not in known]:
+        parser.error(f"unknown contender {unknown[0]!r}: give some of {', '.join(known)}, with +compile or without")
+    for name in options.contenders:
+        share = SHARES.get(name.partition("+")[0], 1)
+        if share > 1 and options.features:
+            parser.error(f"{name} is a way of training: leave it out with --features")
+        if options.batch % share:
+            parser.error(f"--batch {options.batch} for {name}: give a multiple of {share}")
     missing = missing_peers(options.authors)
     for name, reason in missing.items():
         print(f"{name} {reason}: left out", file=sys.stderr)
@@ -109,7 +117,7 @@ def serve(name: str, work: Work) -> None:
     library, _, compiled = name.partition("+")
     if work.threads:
         torch.set_num_threads(work.threads)
-    if library == "ours" and work.device == "cpu":
+    if library in ("ours", *SHARES) and work.device == "cpu":
         keep_freed_memory()  # as the command does
     if library in ("timm", "authors"):  # the authors' code imports timm's layers
         sys.path.insert(0, str(ROOT / "tests"))
@@ -119,7 +127,7 @@ def serve(name: str, work: Work) -> None:
     torch.mm(torch.ones(64, 64, device=work.device), torch.ones(64, 64, device=work.device))
     peak_mib = measure_peak(work.device)
     model = build_contender(library, work).to(work.device)
-    step = build_step(model, work, compiled=library if compiled else "")
+    step = build_step(model, work, library, compiled=bool(compiled))
     model.train(not work.features)
     started = time.perf_counter()
     first_loss = step()
@@ -136,16 +144,17 @@ def serve(name: str, work: Work) -> None:
         answer({"seconds": (time.perf_counter() - started) / count})
 
 
-def build_step(model: nn.Module, work: Work, compiled: str) -> Callable[[], float]:
+def build_step(model: nn.Module, work: Work, name: str, compiled: bool) -> Callable[[], float]:
     """A function that takes one step on the batch that all share and returns its loss.
 
     Args:
-        compiled: library whose model is put under torch.compile; empty for none.
+        name: of the contender.
+        compiled: whether it is put under torch.compile.
     """
-    images, mask = draw_batch(work)
+    images, mask = draw_batch(work, name)
     optimizer = torch.optim.AdamW(model.parameters(), lr=1e-4, weight_decay=0.05, fused=True)
     run = model.features if work.features else model
-    if compiled == "ours":
+    if compiled and name in ("ours", *SHARES):
         from simmim.training.compiling import compile_blocks
 
         atexit.register(compile_blocks(model.model.encoder, print).close)  # as the setting `compile` does
@@ -199,7 +208,8 @@ def compare(names: list[str], work: Work, rounds: int, steps: int, cold: bool) -
             stack.callback(worker.close)
             figures[name] = {**worker.ask(json.dumps(vars(work))), **worker.read(), "seconds": []}
             workers[name] = worker
-        check_losses({name: figures[name]["loss"] for name in names}, work.precision)
+        same_masks = [name for name in names if name.partition("+")[0] not in SHARES]
+        check_losses({name: figures[name]["loss"] for name in same_masks}, work.precision)
         for number in range(rounds):
             print(f"round {number + 1} of {rounds}", file=sys.stderr, flush=True)
             figures["gemm"]["gflops"].append(gemm_gflops(work))
@@ -211,7 +221,7 @@ def compare(names: list[str], work: Work, rounds: int, steps: int, cold: bool) -
 
 def check_losses(losses: dict[str, float], precision: str) -> None:
     """Exit if the first losses differ: then the contenders do not compute the same."""
-    low, high = min(losses.values()), max(losses.values())
+    low, high = min(losses.values(), default=0.0), max(losses.values(), default=0.0)
     if high - low > LOSS_TOLERANCE * (10 if precision == "bf16" else 1):
         raise SystemExit(f"the contenders' first losses differ: {losses}")
 
@@ -249,15 +259,14 @@ def as_markdown(figures: dict[str, dict], work: Work) -> str:
     names = [name for name in figures if name != "gemm"]
     ours = next((name for name in names if name.startswith("ours")), names[0])
     lines = [
-        f"matrix product {gemm:,.0f} GFLOP/s, {operations(work, whole=True) / 1e9:.1f} GFLOP per image",
+        f"matrix product {gemm:,.0f} GFLOP/s, {operations(work) / 1e9:.1f} GFLOP per image",
         "",
         f"| | images/s | share of the product's rate | {ours} against it | peak memory, MiB | first step, s |",
         "| --- | ---: | ---: | ---: | ---: | ---: |",
     ]
     for name in names:
         rate = work.batch / statistics.median(figures[name]["seconds"])
-        # On a CPU ours predicts only the masked pixels. What it does not compute is not counted.
-        flops = operations(work, whole=not name.startswith("ours") or work.device != "cpu")
+        flops = operations(work, name.partition("+")[0])
         ratios = [theirs / mine for theirs, mine in zip(figures[name]["seconds"], figures[ours]["seconds"])]
         lines.append(
             f"| {name} | {rate:.2f} | {rate * flops / 1e9 / gemm:.0%} | "
@@ -266,23 +275,28 @@ def as_markdown(figures: dict[str, dict], work: Work) -> str:
     return "\n".join(lines)
 
 
-def operations(work: Work, whole: bool) -> float:
-    """FLOPs of the matrix products in one image's step.
+def operations(work: Work, name: str = "") -> float:
+    """FLOPs of the matrix products in one image's step of a contender.
+
+    On a CPU ours predicts only the masked pixels. What it does not compute is not counted.
 
     Args:
-        whole: the whole image is predicted, not only what is masked.
+        name: of the contender; any but ours predicts all pixels.
     """
     from simmim.encoders.cost import Setup
     from simmim.encoders.swinv2 import SwinV2Config
-    from simmim.methods.simmim import SimMIM
+    from simmim.methods.canvas import Canvas
+    from simmim.methods.simmim import SimMIM, SimMIMSettings
     from simmim.planning.step import cost_model, step_flops
 
     config = SwinV2Config.from_preset(work.preset, window_size=work.window)
     size, setup = (work.size, work.size), Setup(work.batch, precision="32-true", device=work.device)
     if work.features:
         return cost_model(config).flops(config, size, setup).forward
-    masked = draw_batch(work)[1].float().mean().item()
-    return step_flops(config, size, setup, SimMIM, predicted=1.0 if whole else masked).training
+    only_masked = work.device == "cpu" and name in ("ours", *SHARES)
+    predicted = draw_batch(work, name)[1].float().mean().item() if only_masked else 1.0
+    method, settings = (Canvas, canvas_of(name, work)[1]) if name in SHARES else (SimMIM, SimMIMSettings())
+    return step_flops(config, size, setup, method, predicted, settings).training
 
 
 if __name__ == "__main__":

@@ -55,7 +55,7 @@ def resolve_settings(
     settings = replace(settings, data=data, image_size=image_size)
     settings, config = resolve_encoder(settings, device, initial)
     epochs = settings.epochs or default_pretraining_epochs(num_images)
-    batch_size = settings.batch_size or default_batch_size(device, config.is_small)
+    batch_size = settings.batch_size or default_batch_size(device, config.is_small, settings.model.images_per_input)
     between_pictures = max(epochs / PICTURES_PER_RUN, MIN_STEPS_PER_PICTURE * batch_size / num_images)
     steps_per_epoch = math.ceil(num_images / batch_size)
     resolved = replace(

@@ -104,7 +104,8 @@ def training_run(resolved: Resolved, method: Method, notes: list[str]) -> Traini
     probe = labeled_probe(resolved, preprocessing)
     schedule = settings.schedule().by_step(resolved.steps_per_epoch, settings.batch_size)
 
-    def read_probe(trainer: pl.Trainer) -> None:
+    def check(trainer: pl.Trainer) -> None:
+        check_batch(settings, trainer.world_size)
         if probe and (trainer.is_global_zero or isinstance(trainer.strategy, ModelParallelStrategy)):
             probe.read()
 
@@ -129,9 +130,23 @@ def training_run(resolved: Resolved, method: Method, notes: list[str]) -> Traini
         summary=text,
         title="pre-training",
         callbacks=stage_callbacks(resolved, method, probe),
-        check=read_probe,
+        check=check,
         max_skipped_share=0.0 if data.strict else data.max_skipped_share,
     )
+
+
+def check_batch(settings: PretrainSettings, world: int) -> None:
+    """Check that every forward pass takes whole inputs of the encoder, the same ones on any number of devices.
+
+    Raises:
+        ValueError: when images that belong together would be on different devices or in different passes.
+    """
+    images, accumulate = settings.model.images_per_input, settings.optim.accumulate
+    if settings.batch_size % (images * world * accumulate):
+        raise ValueError(
+            f"batch_size is {settings.batch_size} on {world} device{'s' * (world != 1)} × {accumulate} accumulated batches, "
+            f"and the encoder takes {images} images as one: give a multiple of {images * world * accumulate}"
+        )
 
 
 def stage_callbacks(resolved: Resolved, method: Method, probe: LabeledProbe | None) -> tuple[pl.Callback, ...]:
@@ -225,7 +240,7 @@ def load_initial_weights(method: Method, source: Checkpoint) -> str:
     report, shapes = str(saved.report), {name: tuple(value.shape) for name, value in source.pretraining.items()}
     if source.pretraining and source.method != method.name:
         report += f"\nadapted    {method.own_parts} are fresh: the source was trained by {source.method}"
-    elif source.pretraining and shapes != dict(method.expected_state(config)):
+    elif source.pretraining and shapes != {name: tuple(value.shape) for name, value in method.own_state().items()}:
         report += f"\nadapted    {method.own_parts} are fresh: those of the source are for other channels"
     elif source.pretraining:
         report += f"\nloaded     {method.load_own_state(source.pretraining, source.provenance)}"

@@ -74,13 +74,17 @@ def default_ema(steps: int) -> float:
     return min(1 - 1 / max(steps / 20, 1), 0.9999)
 
 
-def default_batch_size(device: str, small: bool) -> int:
+def default_batch_size(device: str, small: bool, multiple: int = 1) -> int:
     """Images per optimizer step.
 
     Args:
         device: cuda, mps or cpu.
         small: as `EncoderConfig.is_small`.
+        multiple: of which each device's batch is a multiple. What comes out is one of it and of a power of two, so that it
+            divides among devices.
     """
-    if device == "cpu":
-        return 128 if small else 32
-    return 512 if small else 128
+    images = {("cpu", True): 128, ("cpu", False): 32}.get((device, small), 512 if small else 128)
+    for power in (16, 8, 4, 2, 1):
+        if images >= 4 * power * multiple:
+            return images // (power * multiple) * power * multiple
+    return multiple

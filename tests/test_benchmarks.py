@@ -57,7 +57,18 @@ def test_a_share_follows_from_the_figures_beside_it():
     }
     name, rate, share, *_ = table_row(step.as_markdown(figures, work))
     assert (name, rate) == ("transformers", "8.00")
-    assert share == f"{8 * step.operations(work, whole=True) / 1e9 / 200:.0%}" == "86%"
+    assert share == f"{8 * step.operations(work) / 1e9 / 200:.0%}" == "86%"
+
+
+def test_canvases_are_measured():
+    """Images a second and peak memory of a batch of images, not of canvases."""
+    words = [*SMALL.split(), "--batch", 6, "--contenders", "ours", "canvas2", "canvas3"]
+    rows = [line.split("|") for line in run_benchmark("step.py", *words).splitlines()[-2:]]
+    assert [row[1].strip() for row in rows] == ["canvas2", "canvas3"]
+    assert all(float(row[2]) > 0 and float(row[5].replace(",", "")) >= 0 for row in rows)
+    command = [sys.executable, str(ROOT / "benchmarks" / "step.py"), *SMALL.split(), "--contenders", "canvas3"]
+    refused = subprocess.run(command, capture_output=True, text=True, cwd=ROOT, timeout=100)
+    assert refused.returncode == 2 and "--batch 2 for canvas3: give a multiple of 3" in refused.stderr
 
 
 def test_a_version_equals_itself():

@@ -1,4 +1,4 @@
-"""What every method of pre-training promises (`simmim.methods.base`): SimMIM and a toy, on SwinV2 and a toy encoder."""
+"""What every method of pre-training promises (`simmim.methods.base`): all of them and a toy, on SwinV2 and a toy encoder."""
 
 import pytest
 import torch
@@ -7,12 +7,13 @@ from toy_method import ToyMethod, ToySettings
 
 from simmim.encoders import registry as encoders
 from simmim.encoders.swinv2 import SwinV2Config
+from simmim.methods.canvas import Canvas, CanvasSettings
 from simmim.methods.registry import METHODS, method_named
 from simmim.methods.simmim import SimMIM, SimMIMSettings
 from simmim.training.optim import parameter_rules
 
-SIZE = (32, 48)
-METHOD_SETTINGS = {SimMIM: SimMIMSettings(), ToyMethod: ToySettings()}
+SIZE = (32, 64)
+METHOD_SETTINGS = {SimMIM: SimMIMSettings(), ToyMethod: ToySettings(), Canvas: CanvasSettings(share=2)}
 CONFIGS = {
     "swinv2": SwinV2Config(16, (1, 1), (1, 2), window_size=4, in_channels=2),
     "toy": toy_encoder.ToyConfig(widths=(6, 8), in_channels=2),
@@ -25,7 +26,10 @@ def _registered(monkeypatch):
     monkeypatch.setitem(METHODS, "toy", ("toy_method", "ToyMethod"))
 
 
-@pytest.fixture(params=[(method, name) for method in METHOD_SETTINGS for name in CONFIGS], ids=str)
+PAIRS = [(method, name) for method in METHOD_SETTINGS for name in CONFIGS if (method, name) != (Canvas, "toy")]
+
+
+@pytest.fixture(params=PAIRS, ids=str)
 def method(request):
     """A method around an encoder."""
     kind, name = request.param
@@ -38,13 +42,15 @@ def images():
     return torch.randn(3, 2, *SIZE, generator=torch.Generator().manual_seed(1))
 
 
-def test_draws_depend_on_an_image_s_seed_alone(method):
-    """Not on the batch that it is in, nor on global generators."""
-    whole = method.draw(SIZE, [5, 6, 7], torch.device("cpu"))
+def test_draws_depend_on_the_seeds_of_an_input_alone(method):
+    """On those of the images that the encoder takes as one: not on the batch that they are in, nor on global generators."""
+    count = METHOD_SETTINGS[type(method)].images_per_input
+    seeds = list(range(5, 5 + 3 * count))
+    whole = method.draw(SIZE, seeds, torch.device("cpu"))
     torch.manual_seed(1)
-    assert torch.equal(whole[1:2], method.draw(SIZE, [6], torch.device("cpu")))
-    assert torch.equal(whole, method.draw(SIZE, [5, 6, 7], torch.device("cpu")))
-    assert not torch.equal(whole[0], whole[1])
+    assert torch.equal(whole[count : 2 * count], method.draw(SIZE, seeds[count : 2 * count], torch.device("cpu")))
+    assert torch.equal(whole, method.draw(SIZE, seeds, torch.device("cpu")))
+    assert not torch.equal(whole[0], whole[count])
 
 
 def test_every_parameter_gets_a_gradient(method):
@@ -60,7 +66,8 @@ def test_every_parameter_gets_a_gradient(method):
 def test_own_state_is_what_is_expected_and_loads(method):
     state = method.own_state()
     shapes = {name: tuple(value.shape) for name, value in state.items()}
-    assert shapes == dict(method.expected_state(method.encoder.config))
+    settings = METHOD_SETTINGS[type(method)]
+    assert shapes == dict(method.expected_state(method.encoder.config, settings))
     assert not any(name.startswith("encoder.") for name in state)
     other = {name: torch.full_like(value, 2.0) for name, value in state.items()}
     before = {name: value.clone() for name, value in method.encoder.state_dict().items()}
@@ -93,10 +100,12 @@ def test_pixels_or_a_reason(method):
 def test_it_describes_itself(method):
     assert method.describe(SIZE)
     assert method.provenance()
+    settings = method.settings_from({**method.provenance(), "method": method.title, "steps": 7})
+    assert method.expected_state(method.encoder.config, settings).keys() == method.own_state().keys()
     assert method.loss_name and method.loss_description and method.title
 
 
 def test_names():
-    assert method_named("simmim") is SimMIM and method_named("toy") is ToyMethod
+    assert method_named("simmim") is SimMIM and method_named("toy") is ToyMethod and method_named("canvas") is Canvas
     with pytest.raises(ValueError, match="unknown method 'simmin'; did you mean 'simmim'"):
         method_named("simmin")

@@ -409,7 +409,7 @@ class ToyMethod(Method):
     name, title = "toy", "Toy"
 
     @classmethod
-    def expected_state(cls, config):
+    def expected_state(cls, config, settings):
         return {"head.weight": (config.channels[0], config.in_channels)}
 
 

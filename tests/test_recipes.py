@@ -35,7 +35,7 @@ def finetune_settings(path):
 
 def test_there_are_recipes_for_each_stage():
     own = {"demo", "tiny-one-gpu", "micro-laptop", "fashion-mnist"}
-    assert {path.stem for path in PRETRAIN} == own | {"swinv2-base-192", "scenes"}
+    assert {path.stem for path in PRETRAIN} == own | {"swinv2-base-192", "scenes", "tiny-canvas"}
     assert {path.stem for path in FINETUNE} == own | {"swinv2-base-224"}
 
 
@@ -47,7 +47,8 @@ def test_pretraining_recipe_builds(path):
         images = torch.empty(2, 3, *settings.size)
         rows, columns = (side // settings.encoder_config().patch_size for side in settings.size)
         assert model(images, torch.ones(2, rows, columns, dtype=torch.bool)).loss.shape == ()
-    assert settings.model.masking(4).num_masked_units(settings.size) > 0
+    assert " masked" in model.describe(settings.size)
+    assert settings.batch_size % settings.model.images_per_input == 0
     rate = settings.schedule().by_step(1000, settings.batch_size)
     rates = [rate(step) for step in range(0, round(1000 * settings.epochs), 100)]
     assert math.isclose(max(rates), settings.optim.lr * settings.batch_size / 512)

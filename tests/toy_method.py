@@ -69,5 +69,5 @@ class ToyMethod(Method):
         return {"hidden_share": self.hidden_share}
 
     @classmethod
-    def expected_state(cls, config: EncoderConfig) -> dict[str, tuple[int, ...]]:
+    def expected_state(cls, config: EncoderConfig, settings: ToySettings) -> dict[str, tuple[int, ...]]:
         return {"head.weight": (config.in_channels, config.channels[-1]), "head.bias": (config.in_channels,)}

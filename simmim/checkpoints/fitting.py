@@ -145,7 +145,11 @@ def check_pretraining(checkpoint: Checkpoint, source: Path) -> None:
         method = method_named(checkpoint.method)
     except ValueError as error:
         raise ValueError(f"{source}: {error}") from error
-    problems = mismatches(method.expected_state(checkpoint.config), checkpoint.pretraining)
+    try:
+        expected = method.expected_state(checkpoint.config, method.settings_from(checkpoint.provenance))
+    except (TypeError, ValueError) as error:  # its provenance has other values, or other types
+        raise ValueError(f"{source} does not fit {method.title} with this encoder: {error}") from error
+    problems = mismatches(expected, checkpoint.pretraining)
     if problems:
         raise ValueError(f"{source} does not fit {method.title} with this encoder: {problems}")
 

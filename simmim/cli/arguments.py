@@ -80,11 +80,13 @@ class Schema:
         hints: type of each setting, by dotted key.
         groups: keys of nested dataclasses.
         required: settings without a default.
+        absent: why there is no such setting, of settings that one may expect; from the dataclasses' `absent`.
     """
 
     hints: dict[str, Any]
     groups: tuple[str, ...]
     required: tuple[str, ...]
+    absent: dict[str, str]
 
     @classmethod
     def of(cls, settings_class: type, prefix: str = "") -> Schema:
@@ -92,6 +94,7 @@ class Schema:
         hints: dict[str, Any] = {}
         groups: list[str] = []
         required: list[str] = []
+        absent = {prefix + name: reason for name, reason in getattr(settings_class, "absent", {}).items()}
         types_of_fields = typing.get_type_hints(settings_class)
         for field in fields(settings_class):
             key, hint = prefix + field.name, types_of_fields[field.name]
@@ -99,13 +102,20 @@ class Schema:
                 inner = cls.of(hint, key + ".")
                 hints |= inner.hints
                 groups += [key, *inner.groups]
+                absent |= inner.absent
                 inner_required = inner.required
             else:
                 hints[key] = hint
                 inner_required = (key,)
             if field.default is MISSING and field.default_factory is MISSING:
                 required += inner_required
-        return cls(hints, tuple(groups), tuple(required))
+        return cls(hints, tuple(groups), tuple(required), absent)
+
+    def unknown(self, key: str) -> UsageError:
+        """The error for a key that is no setting: why not, or the nearest known one."""
+        if key in self.absent:
+            return UsageError(f"{key} is no setting here: {self.absent[key]}")
+        return UsageError(f"unknown setting {key!r}{nearest(key, list(self.hints))}")
 
     def accepts_any_key(self, key: str) -> bool:
         """Whether `key` is inside a setting that is a mapping of free keys, such as `trainer`."""
@@ -123,7 +133,7 @@ class Schema:
             note_on_renamed(key)
             key = current_name(key)
         if key not in self.hints and key not in self.groups and not self.accepts_any_key(key):
-            raise UsageError(f"unknown setting {key!r}{nearest(key, list(self.hints))}")
+            raise self.unknown(key)
         return key
 
     def leaves(self, values: Mapping, prefix: str = "") -> dict[str, Any]:
@@ -138,7 +148,7 @@ class Schema:
             if key in self.hints:
                 leaves[key] = value
             elif key not in self.groups:
-                raise UsageError(f"unknown setting {key!r}{nearest(key, list(self.hints))}")
+                raise self.unknown(key)
             elif isinstance(value, Mapping):
                 leaves |= self.leaves(value, f"{key}.")
             else:

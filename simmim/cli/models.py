@@ -105,6 +105,7 @@ class PlanOptions:
         window: side of the attention windows in tokens, short for encoder.window_size.
         encoder: settings of the encoder that replace the preset's, as model.encoder of pretrain.
         method: the method of pre-training; the default of pretrain by default.
+        model: settings of the method, as model of pretrain: --model.share 3.
         precision: bf16-mixed or 32-true.
         device_memory_gib: memory of one device.
     """
@@ -116,6 +117,7 @@ class PlanOptions:
     window: int | None = None
     encoder: dict[str, Any] = field(default_factory=dict)
     method: str | None = None
+    model: dict[str, Any] = field(default_factory=dict)
     precision: str = "bf16-mixed"
     device_memory_gib: float = 80.0
 
@@ -135,5 +137,6 @@ def run_plan(words: Sequence[str]) -> None:
         options.device_memory_gib,
         options.encoder if options.window is None else {**options.encoder, "window_size": options.window},
         options.method,
+        options.model,
     )
     print(render(planned))

@@ -11,14 +11,14 @@ from __future__ import annotations
 import math
 from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields
 from typing import Any, ClassVar, NamedTuple, TypeVar
 
 import torch
 from torch import Tensor, nn
 
 from simmim.encoders.base import Encoder, EncoderConfig, Size, State
-from simmim.encoders.cost import LayerCost, Setup
+from simmim.encoders.cost import Flops, LayerCost, Setup
 
 Settings = TypeVar("Settings", bound="MethodSettings")
 
@@ -58,9 +58,17 @@ class MethodSettings:
             backward pass: less memory where images or windows are large.
     """
 
+    # Settings of other methods that users may expect here, and why there is no such setting.
+    absent: ClassVar[Mapping[str, str]] = {}
+
     encoder: dict[str, Any] = field(default_factory=dict)
     checkpoint_activations: bool = False
     sequential_attention: int | None = None
+
+    @property
+    def images_per_input(self) -> int:
+        """Images that the encoder takes as one. A device's batch is a multiple of it, and consecutive images go together."""
+        return 1
 
     def resolve(self: Settings, image_size: Size, config: EncoderConfig) -> Settings:
         """These settings with all filled in that the user left open.
@@ -104,8 +112,9 @@ class Method(nn.Module, ABC):
 
     @abstractmethod
     def draw(self, image_size: Size, seeds: Sequence[int], device: torch.device) -> Tensor:
-        """The random part of a step on a batch, masks for instance: one row per image, from that image's seed alone, so
-        that it depends neither on the batch nor on the device's share of it."""
+        """The random part of a step on a batch, masks for instance: one row per image, from the seeds alone of the images
+        that share its input (`MethodSettings.images_per_input` consecutive ones), so that it depends neither on the rest of
+        the batch nor on the device's share of it."""
 
     @abstractmethod
     def forward(self, images: Tensor, drawn: Tensor, return_reconstruction: bool = False) -> MethodOutput:
@@ -138,8 +147,18 @@ class Method(nn.Module, ABC):
 
     @classmethod
     @abstractmethod
-    def expected_state(cls, config: EncoderConfig) -> Mapping[str, tuple[int, ...]]:
-        """Names and shapes of `own_state` around an encoder of that architecture."""
+    def expected_state(cls, config: EncoderConfig, settings: Any) -> Mapping[str, tuple[int, ...]]:
+        """Names and shapes of `own_state` around an encoder of that architecture, with settings of `settings_class`."""
+
+    @classmethod
+    def settings_from(cls, provenance: Mapping[str, Any]) -> MethodSettings:
+        """The settings that the provenance of an exported encoder names; the others have their defaults.
+
+        Raises:
+            ValueError, TypeError: for values that are none of such settings.
+        """
+        own = {item.name for item in fields(cls.settings_class)} - {item.name for item in fields(MethodSettings)}
+        return cls.settings_class(**{name: value for name, value in provenance.items() if name in own})
 
     def load_own_state(self, state: Mapping[str, Tensor], provenance: Mapping[str, Any]) -> str:
         """Take over the weights of an earlier run.
@@ -162,15 +181,19 @@ class Method(nn.Module, ABC):
     # --- cost --------------------------------------------------------------------------------------------------------
 
     @classmethod
-    def head_flops(cls, config: EncoderConfig, image_size: Size, predicted: float = 1.0) -> float:
-        """FLOPs per image of what comes after the encoder, in the forward pass.
+    def head_flops(
+        cls, config: EncoderConfig, settings: Any, image_size: Size, setup: Setup, predicted: float = 1.0
+    ) -> Flops:
+        """FLOPs per image of what comes after the encoder.
 
         Args:
+            settings: of `settings_class`.
             predicted: share of the image that is predicted, in [0, 1].
         """
-        return 0.0
+        return Flops(0.0, 0.0)
 
     @classmethod
-    def head_cost(cls, config: EncoderConfig, image_size: Size, setup: Setup) -> LayerCost:
-        """Memory of all that is not the encoder, the loss included; by default of the parameters alone."""
-        return LayerCost(sum(math.prod(shape) for shape in cls.expected_state(config).values()), 0.0)
+    def head_layers(cls, config: EncoderConfig, settings: Any, image_size: Size, setup: Setup) -> Sequence[LayerCost]:
+        """Memory of all that is not the encoder, the loss included, in the order of the forward pass; by default of the
+        parameters alone."""
+        return [LayerCost(sum(math.prod(shape) for shape in cls.expected_state(config, settings).values()), 0.0)]

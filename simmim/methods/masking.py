@@ -9,10 +9,14 @@ True = masked: replaced by the mask token, and predicted.
 from __future__ import annotations
 
 import math
+import random
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
+
+from simmim.encoders.base import MAX_GROUPS
 
 
 @dataclass(frozen=True)
@@ -54,13 +58,7 @@ class BlockMasking:
         Raises:
             ValueError: when the unit does not divide both sides; the message lists units that do.
         """
-        height, width = image_size
-        if height < 1 or width < 1 or height % self.unit_px or width % self.unit_px:
-            divisors = [unit for unit in range(1, min(height, width) + 1) if not height % unit and not width % unit]
-            valid_units = [unit for unit in divisors if unit % self.patch_size == 0 and unit < max(height, width)]
-            hint = f"units that do: {', '.join(map(str, valid_units))}" if valid_units else "choose another image size"
-            raise ValueError(f"mask unit of {self.unit_px} px does not divide an image of {height}×{width} px; {hint}")
-        return height // self.unit_px, width // self.unit_px
+        return unit_grid(image_size, self.unit_px, self.patch_size)
 
     def num_masked_units(self, image_size: tuple[int, int]) -> int:
         """Number of masked units per image: ⌈ratio · number of units⌉.
@@ -112,5 +110,108 @@ class BlockMasking:
         unit_mask = torch.zeros_like(noise, dtype=torch.bool)
         unit_mask.scatter_(1, noise.argsort(dim=1)[:, :num_masked], True)
         patches_per_side = self.unit_px // self.patch_size
-        unit_mask = unit_mask.view(batch_size, rows, columns)
-        return unit_mask.repeat_interleave(patches_per_side, dim=1).repeat_interleave(patches_per_side, dim=2)
+        return enlarge(unit_mask.view(batch_size, rows, columns), patches_per_side)
+
+
+@dataclass(frozen=True)
+class SharedCanvas:
+    """How the units of a canvas are dealt out to the images that share it, at random and in equal parts.
+
+    Every unit is visible in exactly one of the images, with the same probability for each. Where the parts cannot be equal,
+    they differ by one unit, and chance decides who has more.
+
+    Args:
+        share: images on a canvas, 2 to `MAX_GROUPS`.
+        unit_px: side of a mask unit in pixels; a multiple of `stride`.
+        patch_size: side of the encoder's patches in pixels.
+        stride: pixels per token of the encoder's last map. A token must not hold pixels of two images.
+
+    Raises:
+        ValueError: for a share or unit that cannot work, saying what would.
+    """
+
+    share: int
+    unit_px: int
+    patch_size: int
+    stride: int
+
+    def __post_init__(self) -> None:
+        check_share(self.share)
+        if self.unit_px < 1 or self.unit_px % self.stride:
+            above = max(-(-self.unit_px // self.stride), 1) * self.stride
+            raise ValueError(
+                f"model.mask_unit is {self.unit_px} px and the last stage has a token for {self.stride} px: give a multiple "
+                f"of {self.stride} px, for instance {above}, or fewer stages"
+            )
+
+    def grid(self, image_size: tuple[int, int]) -> tuple[int, int]:
+        """Rows and columns of mask units in an image of (height, width) pixels.
+
+        Raises:
+            ValueError: when the unit does not divide the image, or there are fewer units than images.
+        """
+        rows, columns = unit_grid(image_size, self.unit_px, self.stride)
+        if rows * columns < self.share:
+            raise ValueError(
+                f"model.share is {self.share} and images of {image_size[0]}×{image_size[1]} px have {rows * columns} mask "
+                f"unit{'s' * (rows * columns > 1)} of {self.unit_px} px: give a smaller model.share or model.mask_unit"
+            )
+        return rows, columns
+
+    def num_masked_units(self, image_size: tuple[int, int]) -> tuple[int, int]:
+        """The smallest and the largest number of units that an image lacks."""
+        units = math.prod(self.grid(image_size))
+        return units - -(-units // self.share), units - units // self.share
+
+    def draw(self, image_size: tuple[int, int], seeds: Sequence[int], device: torch.device) -> Tensor:
+        """Masks of a batch. `share` consecutive images are on a canvas, fewer at the end, and their seeds decide.
+
+        Returns:
+            (len(seeds), height / patch, width / patch) bool, True = masked.
+        """
+        rows, columns = self.grid(image_size)
+        generator = torch.Generator(device)
+        canvases = [seeds[first : first + self.share] for first in range(0, len(seeds), self.share)]
+        noise = torch.empty(len(canvases), rows * columns + 1, device=device)
+        for row, own in zip(noise, canvases):
+            # Hashed: sums and differences of seeds coincide more often than chance has it.
+            seed = random.Random("/".join(map(str, own))).getrandbits(62)
+            row.uniform_(generator=generator.manual_seed(seed))
+        ranks = noise[:, :-1].argsort(dim=1).argsort(dim=1)
+        first_image = (noise[:, -1:] * self.share).long()  # the first image to get a unit may get one more
+        owners = (ranks + first_image) % self.share
+        masked = owners[:, None] != torch.arange(self.share, device=device)[:, None]
+        return enlarge(masked.view(-1, rows, columns)[: len(seeds)], self.unit_px // self.patch_size)
+
+
+def check_share(share: int) -> None:
+    """Check the number of images on a canvas.
+
+    Raises:
+        ValueError: for one that is out of range.
+    """
+    if not 2 <= share <= MAX_GROUPS:
+        raise ValueError(f"model.share is {share}: give the number of images on a canvas, 2 to {MAX_GROUPS}")
+
+
+def unit_grid(image_size: tuple[int, int], unit_px: int, step_px: int) -> tuple[int, int]:
+    """Rows and columns of mask units in an image of (height, width) pixels.
+
+    Args:
+        step_px: of which units are multiples.
+
+    Raises:
+        ValueError: when the unit does not divide the image, naming units that do.
+    """
+    height, width = image_size
+    if height < 1 or width < 1 or height % unit_px or width % unit_px:
+        sides = [unit for unit in range(1, min(height, width) + 1) if not height % unit and not width % unit]
+        fitting = [unit for unit in sides if unit % step_px == 0 and unit < max(height, width)]
+        hint = f"units that do: {', '.join(map(str, fitting))}" if fitting else "choose another image size"
+        raise ValueError(f"mask unit of {unit_px} px does not divide an image of {height}×{width} px; {hint}")
+    return height // unit_px, width // unit_px
+
+
+def enlarge(maps: Tensor, scale: int) -> Tensor:
+    """(B, H, W) to (B, scale · H, scale · W): every element becomes a square."""
+    return maps.repeat_interleave(scale, dim=1).repeat_interleave(scale, dim=2)

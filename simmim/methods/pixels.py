@@ -6,22 +6,31 @@ height and width. A mask is (B, H, W) bool at patch resolution, True = masked.
 
 from __future__ import annotations
 
+import math
+from collections.abc import Mapping
+from typing import Any
+
 import torch
 import torch.nn.functional as F
 from einops import rearrange
 from torch import Tensor, nn
 
-from simmim.encoders.base import Encoder
+from simmim.encoders.base import Encoder, EncoderConfig, Size
+from simmim.encoders.cost import LayerCost, Setup
 from simmim.execution import at_least_float32, is_eager
 
 EMPTY_MASK = 1e-5  # pixels: the reference's guard against an empty mask, far below one pixel
 
 
 class PixelDecoder(nn.Linear):
-    """One linear layer that predicts, from each token of the last feature map, its cell of stride × stride pixels."""
+    """One linear layer that predicts, from each token of the last feature map, its cell of stride × stride pixels.
 
-    def __init__(self, encoder: Encoder) -> None:
-        super().__init__(encoder.dim, encoder.stride**2 * encoder.config.in_channels)
+    Args:
+        dim: channels of the map; those of the encoder's last map by default.
+    """
+
+    def __init__(self, encoder: Encoder, dim: int | None = None) -> None:
+        super().__init__(dim or encoder.dim, encoder.stride**2 * encoder.config.in_channels)
         self.stride, self.patch_size = encoder.stride, encoder.config.patch_size
 
     def predict(self, features: Tensor, image_size: tuple[int, int]) -> Tensor:
@@ -65,6 +74,39 @@ class PixelDecoder(nn.Linear):
         return whole if torch.equal(whole, patches.any(dim=-1)) else None
 
 
+def decoder_shapes(config: EncoderConfig, dim: int) -> dict[str, tuple[int, ...]]:
+    """Names and shapes of a `PixelDecoder`'s parameters, for a map of `dim` channels."""
+    outputs = config.strides[-1] ** 2 * config.in_channels
+    return {"weight": (outputs, dim), "bias": (outputs,)}
+
+
+def decoder_flops(config: EncoderConfig, dim: int, image_size: Size) -> int:
+    """FLOPs per image of the forward pass of a `PixelDecoder`, with every pixel predicted."""
+    tokens = math.prod(-(-side // config.strides[-1]) for side in image_size)
+    return 2 * tokens * dim * config.in_channels * config.strides[-1] ** 2
+
+
+def decoder_cost(config: EncoderConfig, dim: int, image_size: Size, setup: Setup, more_parameters: int) -> LayerCost:
+    """Memory of a `PixelDecoder` and the loss, with every pixel predicted.
+
+    Args:
+        more_parameters: that belong to no other layer, mask tokens for instance.
+    """
+    parameters = sum(math.prod(shape) for shape in decoder_shapes(config, dim).values()) + more_parameters
+    tokens = setup.batch_per_device * math.prod(-(-side // config.strides[-1]) for side in image_size)
+    pixels = setup.batch_per_device * math.prod(image_size) * config.in_channels
+    predicted = tokens * config.in_channels * config.strides[-1] ** 2
+    # The decoder's input; in float32 the error of each pixel, and which pixels are masked, once for all channels.
+    kept = tokens * dim * setup.compute_bytes + pixels * 4 * (1 + 1 / config.in_channels)
+    loss = pixels * 4 * 2
+    return LayerCost(
+        parameters,
+        kept + setup.weight_copies(parameters),
+        forward=predicted * setup.compute_bytes + loss,
+        backward=loss,
+    )
+
+
 def masked_l1(reconstruction: Tensor, target: Tensor, mask: Tensor, patch_size: int) -> Tensor:
     """Mean absolute error over masked pixels and channels, equation 1 of the SimMIM paper; 0 where nothing is masked.
 
@@ -80,6 +122,45 @@ def masked_l1(reconstruction: Tensor, target: Tensor, mask: Tensor, patch_size: 
 
 
 # --- Targets normalized over a sliding patch ---------------------------------------------------------------------------
+
+
+def check_target_patch(patch_px: int | None) -> None:
+    """Check the side in pixels of the sliding patch; None for raw pixels.
+
+    Raises:
+        ValueError: for one that is not odd, or too small.
+    """
+    if patch_px is not None and (patch_px < 3 or patch_px % 2 == 0):
+        raise ValueError(f"norm_target_patch is {patch_px}: give an odd number of pixels, 47 as published")
+
+
+def pixel_targets(images: Tensor, patch_px: int | None) -> Tensor:
+    """What predictions are compared with: the images, or the images normalized over a sliding patch."""
+    if patch_px is None:
+        return images
+    mean, deviation = sliding_statistics(images, patch_px)
+    return (images - mean) / deviation
+
+
+def as_pixels(prediction: Tensor, images: Tensor, patch_px: int | None) -> Tensor:
+    """A prediction of `pixel_targets` in the scale of the images, for pictures.
+
+    With normalized targets each pixel is put back to scale with the true local mean and deviation, which the encoder does
+    not predict: such a picture knows the masked area's brightness and contrast.
+    """
+    prediction = prediction.to(images.dtype)
+    if patch_px is None:
+        return prediction
+    mean, deviation = sliding_statistics(images, patch_px)
+    return prediction * deviation + mean
+
+
+def note_on_targets(provenance: Mapping[str, Any], patch_px: int | None) -> str:
+    """What differs between the targets of an earlier run and these; empty for nothing."""
+    earlier = provenance.get("norm_target_patch")
+    if not earlier or earlier == patch_px:
+        return ""
+    return f"; they predict pixels normalized over {earlier} px: model.norm_target_patch {earlier} goes on like that"
 
 
 def sliding_statistics(images: Tensor, patch_px: int) -> tuple[Tensor, Tensor]:

@@ -11,7 +11,7 @@ from simmim.messages import did_you_mean
 from simmim.methods.base import Method
 
 # Name to module and class. The first is the default.
-METHODS = {"simmim": ("simmim.methods.simmim", "SimMIM")}
+METHODS = {"simmim": ("simmim.methods.simmim", "SimMIM"), "canvas": ("simmim.methods.canvas", "Canvas")}
 
 
 def default_method() -> str:

@@ -16,10 +16,19 @@ from torch import Tensor, nn
 
 from simmim.defaults import default_mask_unit
 from simmim.encoders.base import Encoder, EncoderConfig, Size
-from simmim.encoders.cost import LayerCost, Setup
+from simmim.encoders.cost import Flops, LayerCost, Setup
 from simmim.methods.base import Method, MethodOutput, MethodSettings, Reconstruction
 from simmim.methods.masking import BlockMasking
-from simmim.methods.pixels import PixelDecoder, sliding_statistics
+from simmim.methods.pixels import (
+    PixelDecoder,
+    as_pixels,
+    check_target_patch,
+    decoder_cost,
+    decoder_flops,
+    decoder_shapes,
+    note_on_targets,
+    pixel_targets,
+)
 
 
 @dataclass(frozen=True)
@@ -78,8 +87,7 @@ class SimMIM(Method):
 
     def __init__(self, encoder: Encoder, norm_target_patch: int | None = None, masking: BlockMasking | None = None) -> None:
         super().__init__()
-        if norm_target_patch is not None and (norm_target_patch < 3 or norm_target_patch % 2 == 0):
-            raise ValueError(f"norm_target_patch is {norm_target_patch}: give an odd number of pixels, 47 as published")
+        check_target_patch(norm_target_patch)
         self.encoder = encoder
         self.norm_target_patch, self.masking = norm_target_patch, masking
         self.mask_token = nn.Parameter(torch.zeros(encoder.channels[0]))
@@ -116,10 +124,7 @@ class SimMIM(Method):
 
     def targets(self, images: Tensor) -> Tensor:
         """What the masked pixels are compared with: the images, or the images normalized over a sliding patch."""
-        if self.norm_target_patch is None:
-            return images
-        mean, deviation = sliding_statistics(images, self.norm_target_patch)
-        return (images - mean) / deviation
+        return pixel_targets(images, self.norm_target_patch)
 
     def draw(self, image_size: Size, seeds: Sequence[int], device: torch.device) -> Tensor:
         """Masks, (B, H, W) bool, True = masked."""
@@ -128,16 +133,9 @@ class SimMIM(Method):
 
     @torch.no_grad()
     def reconstruct(self, images: Tensor, mask: Tensor) -> Reconstruction:
-        """The prediction as pixels in the scale of `images`, for pictures.
-
-        With normalized targets each pixel is put back to scale with the true local mean and deviation, which the
-        encoder does not predict: such a picture knows the masked area's brightness and contrast.
-        """
-        prediction = self(images, mask, return_reconstruction=True).reconstruction.to(images.dtype)
-        if self.norm_target_patch is not None:
-            mean, deviation = sliding_statistics(images, self.norm_target_patch)
-            prediction = prediction * deviation + mean
-        return Reconstruction(mask, prediction)
+        """The prediction as pixels in the scale of `images` (`as_pixels`), for pictures."""
+        prediction = self(images, mask, return_reconstruction=True).reconstruction
+        return Reconstruction(mask, as_pixels(prediction, images, self.norm_target_patch))
 
     def describe(self, image_size: Size) -> str:
         """How much is masked."""
@@ -157,25 +155,14 @@ class SimMIM(Method):
     # --- own state ---------------------------------------------------------------------------------------------------
 
     @classmethod
-    def expected_state(cls, config: EncoderConfig) -> dict[str, tuple[int, ...]]:
+    def expected_state(cls, config: EncoderConfig, settings: SimMIMSettings) -> dict[str, tuple[int, ...]]:
         """Mask token and decoder."""
-        outputs = config.strides[-1] ** 2 * config.in_channels
-        return {
-            "mask_token": (config.channels[0],),
-            "decoder.weight": (outputs, config.channels[-1]),
-            "decoder.bias": (outputs,),
-        }
+        decoder = decoder_shapes(config, config.channels[-1])
+        return {"mask_token": (config.channels[0],)} | {f"decoder.{name}": shape for name, shape in decoder.items()}
 
     def load_own_state(self, state: Mapping[str, Tensor], provenance: Mapping[str, Any]) -> str:
         """Take over mask token and decoder, and note a decoder that was trained for other targets."""
-        super().load_own_state(state, provenance)
-        patch = provenance.get("norm_target_patch")
-        if patch and patch != self.norm_target_patch:
-            return (
-                f"{self.own_parts}; they predict pixels normalized over {patch} px: "
-                f"model.norm_target_patch {patch} goes on like that"
-            )
-        return self.own_parts
+        return super().load_own_state(state, provenance) + note_on_targets(provenance, self.norm_target_patch)
 
     def no_decay(self) -> tuple[str, ...]:
         """The mask token, as the reference means to."""
@@ -184,24 +171,14 @@ class SimMIM(Method):
     # --- cost --------------------------------------------------------------------------------------------------------
 
     @classmethod
-    def head_flops(cls, config: EncoderConfig, image_size: Size, predicted: float = 1.0) -> float:
+    def head_flops(
+        cls, config: EncoderConfig, settings: SimMIMSettings, image_size: Size, setup: Setup, predicted: float = 1.0
+    ) -> Flops:
         """FLOPs of the decoder. A CPU predicts only the cells that are masked (`PixelDecoder.masked_cells`)."""
-        tokens = math.prod(-(-side // config.strides[-1]) for side in image_size)
-        return predicted * 2 * tokens * config.channels[-1] * config.in_channels * config.strides[-1] ** 2
+        forward = predicted * decoder_flops(config, config.channels[-1], image_size)
+        return Flops(forward, 3 * forward)  # a product has two gradients
 
     @classmethod
-    def head_cost(cls, config: EncoderConfig, image_size: Size, setup: Setup) -> LayerCost:
+    def head_layers(cls, config: EncoderConfig, settings: SimMIMSettings, image_size: Size, setup: Setup) -> list[LayerCost]:
         """Memory of decoder and loss, with every pixel predicted; the mask token counts among the parameters."""
-        parameters = sum(math.prod(shape) for shape in cls.expected_state(config).values())
-        tokens = setup.batch_per_device * math.prod(-(-side // config.strides[-1]) for side in image_size)
-        pixels = setup.batch_per_device * math.prod(image_size) * config.in_channels
-        predicted = tokens * config.in_channels * config.strides[-1] ** 2
-        # The decoder's input; in float32 the error of each pixel, and which pixels are masked, once for all channels.
-        kept = tokens * config.channels[-1] * setup.compute_bytes + pixels * 4 * (1 + 1 / config.in_channels)
-        loss = pixels * 4 * 2
-        return LayerCost(
-            parameters,
-            kept + setup.weight_copies(parameters),
-            forward=predicted * setup.compute_bytes + loss,
-            backward=loss,
-        )
+        return [decoder_cost(config, config.channels[-1], image_size, setup, config.channels[0])]

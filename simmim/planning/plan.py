@@ -4,13 +4,15 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, fields, replace
 from typing import Any
 
 from simmim.defaults import as_size, default_batch_size
 from simmim.encoders.base import EncoderConfig, Size, with_fields
 from simmim.encoders.cost import Setup
 from simmim.encoders.registry import preset_config
+from simmim.messages import did_you_mean
+from simmim.methods.base import MethodSettings
 from simmim.methods.registry import default_method, method_named
 from simmim.planning.step import Memory, cost_model, step_flops, step_memory
 
@@ -56,6 +58,7 @@ def plan(
     device_memory_gib: float = 80.0,
     title: str = "encoder",
     method: str | None = None,
+    settings: MethodSettings | None = None,
 ) -> Plan:
     """What pre-training this encoder needs of each device, and the options with which it fits.
 
@@ -65,31 +68,30 @@ def plan(
         device_memory_gib: memory of one device, of which `USABLE_SHARE` is planned for.
         title: name of the model, for the report.
         method: name of the method of pre-training; the default one where None.
+        settings: of the method; its defaults where None.
 
     Raises:
         ValueError: for a setting out of range, and for an encoder whose family has no cost model.
     """
-    size = as_size(image_size)
-    if min(size) < 1:
-        raise ValueError(f"image_size is {size[0]}×{size[1]} px: give positive numbers")
-    if device_memory_gib <= 0:
-        raise ValueError(f"device_memory_gib is {device_memory_gib:g}: give a positive number")
+    size, method = as_size(image_size), method or default_method()
+    method_class = method_named(method)
+    settings = settings or method_class.settings_class()
+    images = settings.images_per_input
+    check_plan(size, device_memory_gib, requested, images)
     at_once = cost_model(config).default_sequential_attention(config, size)
     if requested.sequential_attention is not None and at_once is None:
         raise ValueError(
             f"sequential_attention is {requested.sequential_attention}: this encoder has no windows, leave it out"
         )
-    method = method or default_method()
-    method_class = method_named(method)
 
     def memory(setup: Setup) -> Memory:
-        return step_memory(config, size, setup, method_class)
+        return step_memory(config, size, setup, method_class, settings)
 
     def fits(setup: Setup) -> bool:
         return memory(setup).peak <= device_memory_gib * USABLE_SHARE * GIB
 
-    recommended, largest = choose_setup(setups_to_try(requested, at_once), fits)
-    flops = step_flops(config, size, requested, method_class)
+    recommended, largest = choose_setup(setups_to_try(requested, at_once), fits, images)
+    flops = step_flops(config, size, requested, method_class, settings=settings)
     return Plan(
         title=title,
         config=config,
@@ -97,7 +99,7 @@ def plan(
         image_size=size,
         device_memory_gib=device_memory_gib,
         encoder_parameters=sum(layer.parameters for layer in cost_model(config).layers(config, size, requested)),
-        head_parameters=method_class.head_cost(config, size, requested).parameters,
+        head_parameters=sum(layer.parameters for layer in method_class.head_layers(config, settings, size, requested)),
         forward_flops=round(flops.forward),
         training_flops=round(flops.training),
         requested=requested,
@@ -106,6 +108,23 @@ def plan(
         recommended_memory=memory(recommended) if recommended else None,
         largest_batch=largest,
     )
+
+
+def check_plan(image_size: Size, device_memory_gib: float, requested: Setup, images_per_input: int) -> None:
+    """Check the numbers of a plan.
+
+    Raises:
+        ValueError: for one that is out of range, and for a batch that the encoder cannot take.
+    """
+    if min(image_size) < 1:
+        raise ValueError(f"image_size is {image_size[0]}×{image_size[1]} px: give positive numbers")
+    if device_memory_gib <= 0:
+        raise ValueError(f"device_memory_gib is {device_memory_gib:g}: give a positive number")
+    if requested.batch_per_device % images_per_input:
+        raise ValueError(
+            f"{requested.batch_per_device} images per device do not divide by {images_per_input}, which the encoder takes "
+            f"as one: give a batch that is a multiple of {images_per_input * requested.devices}"
+        )
 
 
 def plan_for(
@@ -117,6 +136,7 @@ def plan_for(
     device_memory_gib: float = 80.0,
     encoder: Mapping[str, Any] | None = None,
     method: str | None = None,
+    model: Mapping[str, Any] | None = None,
     **setup: Any,
 ) -> Plan:
     """`plan` of a preset, with the defaults of `simmim pretrain` for what is left open.
@@ -125,6 +145,7 @@ def plan_for(
         image_size: pixels, one number or (height, width).
         batch_size: images per optimizer step, over all devices.
         encoder: settings of the encoder that replace the preset's; those that follow from the image size do so by default.
+        model: settings of the method.
         setup: `strategy`, `checkpoint_activations`, `sequential_attention` and `device` of `Setup`.
 
     Raises:
@@ -137,12 +158,29 @@ def plan_for(
         raise ValueError(f"image_size is {size[0]}×{size[1]} px: give at least a patch of {config.patch_size} px")
     config = with_fields(config, **{**config.fields_for_size(size), **(encoder or {})})
     method = method or default_method()
-    method_named(method).settings_class().resolve(size, config)  # refuses what pre-training would refuse
+    settings = resolve_method(method, model or {}, size, config)
     if devices < 1:
         raise ValueError(f"devices is {devices}: give 1 or more")
-    batch_size = default_batch_size("cuda", config.is_small) if batch_size is None else batch_size
+    if batch_size is None:
+        batch_size = default_batch_size("cuda", config.is_small, settings.images_per_input)
     requested = Setup(math.ceil(batch_size / devices), devices, precision, **setup)
-    return plan(config, size, requested, device_memory_gib, title=preset, method=method)
+    return plan(config, size, requested, device_memory_gib, title=preset, method=method, settings=settings)
+
+
+def resolve_method(method: str, model: Mapping[str, Any], image_size: Size, config: EncoderConfig) -> MethodSettings:
+    """The settings of a method of that name, resolved as pre-training would.
+
+    Raises:
+        ValueError: for an unknown method or setting, and for images and encoders that the method refuses.
+    """
+    kind = method_named(method).settings_class
+    known = [item.name for item in fields(kind)]
+    for name in model:
+        if name in kind.absent:
+            raise ValueError(f"model.{name} is no setting of {method}: {kind.absent[name]}")
+        if name not in known:
+            raise ValueError(f"unknown setting 'model.{name}'{did_you_mean(name, known)}")
+    return kind(**model).resolve(image_size, config)
 
 
 def setups_to_try(requested: Setup, sequential_attention: int | None) -> list[Setup]:
@@ -163,12 +201,16 @@ def setups_to_try(requested: Setup, sequential_attention: int | None) -> list[Se
     return setups
 
 
-def choose_setup(setups: Sequence[Setup], fits: Callable[[Setup], bool]) -> tuple[Setup | None, int]:
-    """The first setup that fits, else the last one with a smaller batch, or None; and the largest batch that fits."""
+def choose_setup(setups: Sequence[Setup], fits: Callable[[Setup], bool], multiple: int = 1) -> tuple[Setup | None, int]:
+    """The first setup that fits, else the last one with a smaller batch, or None; and the largest batch that fits.
+
+    Args:
+        multiple: of which batches per device are multiples.
+    """
     for setup in setups:
         if fits(setup):
-            return setup, largest_batch(setup, fits)
-    largest = largest_batch(setups[-1], fits)
+            return setup, largest_batch(setup, fits) // multiple * multiple
+    largest = largest_batch(setups[-1], fits) // multiple * multiple
     return replace(setups[-1], batch_per_device=largest) if largest else None, largest
 
 

@@ -7,13 +7,13 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 from simmim.encoders.base import EncoderConfig, Size
 from simmim.encoders.cost import CostModel, Flops, LayerCost, Setup
 from simmim.encoders.registry import family_of
-from simmim.methods.base import Method
+from simmim.methods.base import Method, MethodSettings
 
 OPTIMIZER_STATES = 2  # AdamW's two moments of each parameter
 
@@ -30,18 +30,33 @@ def cost_model(config: EncoderConfig) -> CostModel[Any]:
     return family.cost
 
 
-def step_flops(config: EncoderConfig, image_size: Size, setup: Setup, method: type[Method], predicted: float = 1.0) -> Flops:
+def encoder_setup(setup: Setup, settings: MethodSettings) -> Setup:
+    """`setup` as the encoder sees it, which takes `settings.images_per_input` images as one."""
+    return replace(setup, batch_per_device=math.ceil(setup.batch_per_device / settings.images_per_input))
+
+
+def step_flops(
+    config: EncoderConfig,
+    image_size: Size,
+    setup: Setup,
+    method: type[Method],
+    predicted: float = 1.0,
+    settings: MethodSettings | None = None,
+) -> Flops:
     """FLOPs of encoder and head per image, in a batch of `setup.batch_per_device`.
 
     Args:
         predicted: share of the image that the method predicts, in [0, 1].
+        settings: of the method; its defaults where None.
 
     Raises:
         ValueError: as `cost_model`.
     """
-    encoder = cost_model(config).flops(config, image_size, setup)
-    head = method.head_flops(config, image_size, predicted)
-    return Flops(encoder.forward + head, encoder.training + 3 * head)  # a product has two gradients
+    settings = settings or method.settings_class()
+    encoder = cost_model(config).flops(config, image_size, encoder_setup(setup, settings))
+    head = method.head_flops(config, settings, image_size, setup, predicted)
+    images = settings.images_per_input
+    return Flops(encoder.forward / images + head.forward, encoder.training / images + head.training)
 
 
 @dataclass(frozen=True)
@@ -67,14 +82,26 @@ class Memory:
     peak: int
 
 
-def step_memory(config: EncoderConfig, image_size: Size, setup: Setup, method: type[Method]) -> Memory:
+def step_memory(
+    config: EncoderConfig,
+    image_size: Size,
+    setup: Setup,
+    method: type[Method],
+    settings: MethodSettings | None = None,
+) -> Memory:
     """Memory of one device in a training step.
+
+    Args:
+        settings: of the method; its defaults where None.
 
     Raises:
         ValueError: as `cost_model`.
     """
-    cost = cost_model(config)
-    layers = [*cost.layers(config, image_size, setup), method.head_cost(config, image_size, setup)]
+    cost, settings = cost_model(config), settings or method.settings_class()
+    layers = [
+        *cost.layers(config, image_size, encoder_setup(setup, settings)),
+        *method.head_layers(config, settings, image_size, setup),
+    ]
     cached = cost.cached_bytes(config, image_size, setup)
     num_shards = setup.devices if setup.sharded else 1
     parameters = math.ceil(4 * sum(layer.parameters for layer in layers) / num_shards)

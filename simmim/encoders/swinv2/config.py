@@ -185,12 +185,13 @@ class SwinV2Config(EncoderConfig):
                 f"{self.strides[-1]} px"
             )
         if not self.windows_divide(image_size):
-            sides = range(1, self.window_size)
+            sides = range(1, 2 * self.window_size)
             fitting = [side for side in sides if replace(self, window_size=side).windows_divide(image_size)]
+            nearest = min(fitting, key=lambda side: abs(side - self.window_size))
             raise ValueError(
-                f"encoder.window_size is {self.window_size}, which pads the maps of images of "
+                f"window_size is {self.window_size}, which pads the maps of images of "
                 f"{image_size[0]}×{image_size[1]} px: several images on one canvas need windows that divide every map, "
-                f"for instance {max(fitting)}"
+                f"for instance {nearest}"
             )
 
     def decoder_config(self, dim: int, depth: int) -> SwinV2Config:
