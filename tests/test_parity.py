@@ -64,11 +64,11 @@ TRANSFERRED = (12, 12, 12, 6)
 CASES = [
     Case("256 px, window 8", 256, 8),
     Case("256 px, window 16", 256, 16),
-    Case("192 px, window 12, to 384 px, window 24", 384, 24, TRANSFERRED),
+    Case("micro, 192 px, window 12, to 384 px, window 24", 384, 24, TRANSFERRED, preset="micro"),
     Case("224 px, window 8", 224, 8),  # maps of 56, 28, 14 and 7 tokens: padded in the second and third stage
     Case("256 px, window 8, gray", 256, 8, channels=1),
     Case("256 px, window 16, gray", 256, 16, channels=1, dtypes=("float32",)),
-    Case("192 px, window 12, to 384 px, window 24, gray", 384, 24, TRANSFERRED, channels=1, dtypes=("float32",)),
+    Case("micro, 384 px, window 24, gray", 384, 24, TRANSFERRED, preset="micro", channels=1, dtypes=("float32",)),
     Case("224 px, window 8, gray", 224, 8, channels=1, dtypes=("float32",)),
     Case("base, 256 px, window 8", 256, 8, preset="base"),
     Case("base, 192 px, window 12, to 384 px, window 24", 384, 24, TRANSFERRED, preset="base", dtypes=("float32",)),
