@@ -14,6 +14,7 @@ import pytorch_lightning as pl
 from pytorch_lightning.strategies import ModelParallelStrategy
 from torch import nn
 
+from simmim.checkpoints.own_files import update_provenance
 from simmim.data import ImageSamples
 from simmim.encoders.base import Encoder
 from simmim.finetune.averaging import AverageWeights, whole
@@ -45,12 +46,14 @@ class FinetuneResult:
         metrics: validation metrics after the last step, by the names under which they are logged.
         monitor: the metric by which the best model was chosen.
         best: its best value, that of the model in `run`/encoder, in [0, 1].
+        num_validations: of which `best` is the best one. The best of many is higher than new images would give.
     """
 
     run: Path
     metrics: dict[str, float]
     monitor: str
     best: float
+    num_validations: int = 1
 
     @property
     def score(self) -> float:
@@ -88,7 +91,7 @@ def finetune(settings: TransferSettings, quiet: bool = False) -> FinetuneResult:
     best = KeepBest(prepared)
     run = training_run(prepared, best, quiet)
     finished = run_training(run)
-    result = FinetuneResult(run.folder, finished.metrics, prepared.monitor, best.value)
+    result = FinetuneResult(run.folder, finished.metrics, prepared.monitor, best.value, best.num_validations)
     if finished.trainer.is_global_zero and not quiet:
         print(closing_text(prepared, result))
     return result
@@ -154,11 +157,13 @@ def averaging(prepared: PreparedTask) -> list[AverageWeights]:
 
 
 class KeepBest(pl.Callback):
-    """Exports the model whenever its validation metric is the best so far; of equal ones the first is kept."""
+    """Exports the model whenever its validation metric is the best so far; of equal ones the first is kept. The export
+    records of how many validations it is the best."""
 
     def __init__(self, prepared: PreparedTask) -> None:
         self.prepared, self.folder = prepared, Path(prepared.settings.out).expanduser()
         self.value = -1.0
+        self.num_validations, self.last_step = 0, -1
         self.whole_model: nn.Module | None = None  # receives the weights of a model that is divided among devices
 
     def setup(self, trainer: pl.Trainer, module: TrainingModule, stage: str) -> None:
@@ -167,17 +172,31 @@ class KeepBest(pl.Callback):
             self.whole_model = copy.deepcopy(module.model)
 
     def state_dict(self) -> dict:
-        """The best value, for a resumed run."""
-        return {"value": self.value}
+        """The best value, and how many validations there were, for a resumed run."""
+        return {"value": self.value, "num_validations": self.num_validations, "last_step": self.last_step}
 
     def load_state_dict(self, state: dict) -> None:
-        """Restore the best value."""
+        """Restore them; runs of earlier versions have not counted, and count from here on."""
         self.value = state["value"]
+        self.num_validations, self.last_step = state.get("num_validations"), state.get("last_step", -1)
+
+    def count(self, step: int) -> None:
+        """Count the validation after `step`; a second one of the same weights is no further look."""
+        if self.num_validations is None:  # at even distances before
+            settings = self.prepared.settings
+            self.num_validations = math.ceil(step * settings.validations / settings.num_steps(len(self.prepared.train)))
+        elif step != self.last_step:
+            self.num_validations += 1
+        self.last_step = step
 
     def on_validation_end(self, trainer: pl.Trainer, module: TrainingModule) -> None:
         """Export the model if it is better than all before, in training and after it."""
+        self.count(trainer.global_step)
+        validation = {"validation": f"{best_of(self.num_validations)}, on {len(self.prepared.validation):,} images"}
         value = float(trainer.callback_metrics[self.prepared.monitor])
         if value <= self.value:
+            if trainer.is_global_zero:
+                update_provenance(self.folder / "encoder", validation)
             return
         self.value = value
         model = module.model
@@ -187,8 +206,14 @@ class KeepBest(pl.Callback):
             model = self.whole_model
         if trainer.is_global_zero:
             origin = {**provenance(self.prepared), "steps": trainer.global_step, self.prepared.monitor: self.value}
+            origin |= validation
             self.prepared.save(self.folder / "encoder", model, provenance=origin)
             self.prepared.report(self.folder, module)
+
+
+def best_of(num_validations: int) -> str:
+    """Of which validation a figure is."""
+    return f"best of {num_validations} validations" if num_validations > 1 else "the only validation"
 
 
 def provenance(prepared: PreparedTask) -> dict:
@@ -227,6 +252,7 @@ def summary(prepared: PreparedTask, num_steps: int, trainer: pl.Trainer, checkpo
         "",
         f"labels   {len(prepared.train):,} images to train on, {len(prepared.validation):,} to validate with, "
         f"{len(classes)} classes: {names}",
+        *([f"keeps    the best of {settings.validations} validations"] if settings.validations > 1 else []),
         f"encoder  {'from scratch' if settings.init == 'none' else settings.init}"
         f"{', frozen' if settings.freeze else ''}"
         f"{f', the last {settings.train_stages} stages trained' if settings.train_stages else ''}"
@@ -242,8 +268,10 @@ def summary(prepared: PreparedTask, num_steps: int, trainer: pl.Trainer, checkpo
 
 def closing_text(prepared: PreparedTask, result: FinetuneResult) -> str:
     """The result, what the task says of its best model, and where that model is."""
+    look, table = best_of(result.num_validations), prepared.closing_text(result.run)
+    heading = f"of the {look}, which is higher than new images would give:\n" if result.num_validations > 1 and table else ""
     return (
-        f"{result.monitor} {result.score:.1%} at the end, {result.best:.1%} best, on {len(prepared.validation):,} "
-        f"validation images\n{prepared.closing_text(result.run)}best model: {result.run / 'encoder'}\n"
+        f"{result.monitor} {result.score:.1%} at the end, {result.best:.1%} {look}, on {len(prepared.validation):,} "
+        f"validation images\n{heading}{table}best model: {result.run / 'encoder'}\n"
         f"use it: simmim predict --run {result.run} --images PATH --out PREDICTIONS"
     )

@@ -1,8 +1,7 @@
-"""Accuracy against labels: statistics against known numbers, equal tuning of all arms, and a study by the command."""
+"""Accuracy against labels: which images judge, equal tuning of all arms, and a study by the command."""
 
 import csv
 import json
-import math
 import statistics
 import subprocess
 import sys
@@ -12,132 +11,22 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from scipy.stats import ttest_rel
 from sklearn.model_selection import StratifiedKFold
 
 from simmim.cli import main
+from simmim.cli.train import study_settings
 from simmim.data import read_labeled_images
 from simmim.finetune import ClassificationSettings, EncoderSettings, LabeledSettings, StudySettings, finetune
 from simmim.finetune.classification.folds import assign_folds
 from simmim.finetune.label_study.arms import Arm, pretrained_and_scratch
-from simmim.finetune.label_study.report import (
-    comparison_table,
-    equivalent_labels,
-    gain_sentences,
-    mean_and_error,
-    paired_gain,
-    plot,
-)
-from simmim.finetune.label_study.results import Rates, StudyResult, Trial, read_trials, write_trials
+from simmim.finetune.label_study.results import Rates, Trial, read_trials, write_trials
 from simmim.finetune.label_study.study import prepare_study, rate_grid
-from simmim.finetune.label_study.trials import Tuning, best_rates, build_job, run_arms
+from simmim.finetune.label_study.trials import Tuning, best_rates, build_job, run_arms, tuning_cost
 from simmim.finetune.settings import OptimSettings
 
 
 def trial(arm, labels, seed, accuracy, lr=0.1, loss=1.0, fold=None):
     return Trial(arm, labels, seed, Rates(lr, 0.75), accuracy, loss, fold)
-
-
-# --- Statistics ------------------------------------------------------------------------------------------------------
-
-
-def test_mean_and_error():
-    """Of 1, 2, 3, 6: mean 3, squares 4 + 1 + 0 + 9 = 14, deviation sqrt(14 / 3), error of the mean half of it."""
-    mean, error = mean_and_error([1, 2, 3, 6])
-    assert mean == 3 and error == pytest.approx(math.sqrt(14 / 3) / 2)
-    assert mean_and_error([0.5, 0.5]) == (0.5, 0.0)
-    mean, error = mean_and_error([0.25])
-    assert mean == 0.25 and math.isnan(error)
-
-
-def test_comparison_table():
-    """5 labels: 60, 70, 80 against 50, 60, 40: gains 10, 10, 40, mean 20, error sqrt(300) / sqrt(3) = 10."""
-    accuracies = {
-        ("ours", 5): (0.6, 0.7, 0.8),
-        ("theirs", 5): (0.5, 0.6, 0.4),
-        ("ours", "all"): (0.9, 0.9, 0.9),
-        ("theirs", "all"): (0.91, 0.93, 0.92),
-    }
-    trials = [
-        trial(arm, labels, seed, accuracy)
-        for (arm, labels), values in accuracies.items()
-        for seed, accuracy in zip((3, 1, 2), values)
-    ]
-    p = [ttest_rel(accuracies["ours", labels], accuracies["theirs", labels]).pvalue for labels in (5, "all")]
-    expected = [
-        "| labels per class | ours | theirs | paired gain | seeds |",
-        "| ---: | ---: | ---: | ---: | ---: |",
-        f"| 5 | 70.0 ± 5.8 | 50.0 ± 5.8 | +20.0 ± 10.0 (p = {p[0]:.2g}) | 3 |",
-        f"| all | 90.0 ± 0.0 | 92.0 ± 0.6 | -2.0 ± 0.6 (p = {p[1]:.2g}) | 3 |",
-    ]
-    assert comparison_table(trials, ("ours", "theirs"), (5, "all")).splitlines() == expected
-    assert comparison_table(trials[::-1], ("ours", "theirs"), (5, "all")).splitlines() == expected, "in any order"
-    swapped = comparison_table(trials, ("theirs", "ours"), (5, "all")).splitlines()[2]
-    assert swapped.split("|")[4].strip().startswith("-20.0 ± 10.0")
-
-
-def test_pairing_is_by_seed():
-    """Two arms that differ by 12.5 points with every seed have an exact gain, however much the seeds differ. A seed that one
-    arm alone has does not count."""
-    trials = [trial("b", 1, seed, seed / 16) for seed in (5, 1, 3)]
-    trials += [trial("a", 1, seed, seed / 16 + 0.125) for seed in (1, 3, 5, 7)]
-    gain = paired_gain(trials, "a", "b", 1)
-    assert (gain.mean, gain.error, gain.num_seeds) == (12.5, 0.0, 3) and math.isnan(gain.p)
-
-
-def test_p_is_the_paired_t_test_s():
-    generator = np.random.default_rng(0)
-    ours, theirs = generator.random((2, 7))
-    trials = [trial("a", 1, seed, value) for seed, value in enumerate(ours)]
-    trials += [trial("b", 1, seed, value) for seed, value in enumerate(theirs)]
-    assert paired_gain(trials, "a", "b", 1).p == pytest.approx(ttest_rel(ours, theirs).pvalue, rel=1e-9)
-
-
-def test_equivalent_labels():
-    """Between 10 labels at 60 % and 40 at 80 %, 70 % are half-way by logarithm: 20 labels."""
-    trials = [trial("b", 10, 0, 0.6), trial("b", 40, 0, 0.8)]
-    places = {10: 10, 40: 40}
-    assert equivalent_labels(trials, "b", 70.0, places) == pytest.approx(20)
-    assert equivalent_labels(trials, "b", 80.0, places) == pytest.approx(40)
-    assert equivalent_labels(trials, "b", 80.1, places) == math.inf
-    assert equivalent_labels(trials, "b", 59.0, places) == 0.0
-
-
-def result_of(gains, scratch=(0.5, 0.6, 0.7)):
-    """A study of 10, 20 and 40 labels with three seeds, whose pre-trained arm has these gains."""
-    trials, noise = [], (-0.01, 0.0, 0.01)
-    for labels, base, gain in zip((10, 20, 40), scratch, gains):
-        for seed in range(3):
-            trials.append(trial("from scratch", labels, seed, base + noise[seed]))
-            trials.append(trial("pre-trained", labels, seed, base + gain + noise[seed] / 2))
-    return StudyResult(("pre-trained", "from scratch"), tuple(trials), (), {10: 10, 20: 20, 40: 40})
-
-
-def test_sentences():
-    sentences = gain_sentences(result_of((0.15, 0.05, 0.001)))
-    assert sentences[0].startswith(
-        "With 10 labels per class pre-training gains 15.0 ± 0.3 points over from scratch (p < 0.001, "
-    )
-    saved = "labels per class: from scratch needs 28 for the same score."
-    assert sentences[0].endswith(f"over 3 seeds) and saves 18 {saved}")
-    assert sentences[1].endswith(f"and saves 8 {saved}")
-    assert sentences[2].endswith(", which may be chance.")
-
-
-def test_sentence_where_the_other_arm_never_reaches_the_score_and_where_it_is_better():
-    sentences = gain_sentences(result_of((0.25, -0.1, 0.1)))
-    assert sentences[0].endswith("; from scratch does not reach that score with 40.")
-    assert "pre-training loses 10.0 ± 0.3 points over from scratch" in sentences[1] and "saves" not in sentences[1]
-    assert sentences[2].endswith("over 3 seeds)."), "no larger number of labels was compared"
-
-
-def test_the_plot_shows_every_number():
-    result = result_of((0.1, 0.1, 0.1))
-    axes = plot(result, "digits").axes[0]
-    assert [label.get_text() for label in axes.get_xticklabels()] == ["10", "20", "40"]
-    means = axes.containers[0].lines[0].get_ydata()
-    assert list(means) == pytest.approx([60, 70, 80]) and axes.get_xscale() == "log"
-    assert [text.get_text() for text in axes.get_legend().get_texts()] == ["pre-trained", "from scratch"]
 
 
 def test_trials_are_read_as_they_were_written(tmp_path):
@@ -195,7 +84,7 @@ def test_no_image_that_trains_or_tunes_in_any_seed_judges(part, num_judging, dig
     settings = StudySettings(
         data=data, out=str(tmp_path), init=str(encoder_folder), labels="2,all", seeds=2, seed=5, tuning_seeds=2, folds=2
     )
-    settings, arms, labels = prepare_study(settings)
+    settings, arms, labels, _ = prepare_study(settings)
     used, judging, validations = set(), set(), set()
 
     def run(job):
@@ -263,6 +152,31 @@ def test_every_arm_is_tuned_on_the_same_grid_with_its_own_labels(tmp_path):
         ("from scratch", 5): 0.1,
     }, "one label cannot be held out: the rate at two serves"
     assert len(result.trials) == 2 * 3 * 2 and len(result.tuning) == len(held_out)
+
+
+def test_a_layer_decay_of_one_is_tried_by_every_arm_unless_told_otherwise(tmp_path):
+    """Both sides choose among each learning rate with the default decay, which follows from the labels, and with 1."""
+    base = ClassificationSettings(data="images", out="unused", init="enc")
+    own = replace(base, optim=OptimSettings(layer_decay=0.9))
+    arms = [Arm("pre-trained", base), Arm("from scratch", replace(base, init="none")), Arm("own", own)]
+    settings = study_settings(["--data", "images", "--out", "unused", "--init", "enc"])
+    grid = rate_grid(settings)
+
+    def run(job):
+        return {"accuracy": job.settings.optim.layer_decay, "validation_loss": 1.0}
+
+    tuning = Tuning(grid, num_folds=2)
+    result = run_arms(arms, {5: 5, 50: 50}, (0, 1), tmp_path, processes=0, tuning=tuning, run=run)
+    for arm, labels, decay in (("pre-trained", 5, 0.65), ("from scratch", 50, 0.75), ("own", 5, 0.9)):
+        tried = {trial.rates for trial in result.tuning if (trial.arm, trial.labels) == (arm, labels)}
+        assert tried == {Rates(factor, value) for factor in (0.3, 1.0, 3.0) for value in (decay, 1.0)}
+    assert {trial.rates.layer_decay for trial in result.trials} == {1.0}
+    assert tuning_cost(tuning, arms, {5: 5, 50: 50}, (0, 1)).startswith("72 to tune (6 rates, ")
+    given = ["--data", "images", "--out", "unused", "--init", "enc", "--layer_decays"]
+    assert {rates.layer_decay for rates in rate_grid(study_settings([*given, "[default,0.9]"]))} == {"default", 0.9}
+    assert {rates.layer_decay for rates in rate_grid(study_settings([*given, "[]"]))} == {None}
+    frozen = replace(settings, freeze=True, scratch=False, against="other")
+    assert {rates.layer_decay for rates in rate_grid(frozen)} == {None}, "no decay reaches the head"
 
 
 def test_the_identity_of_a_job_holds_all_that_its_result_depends_on():
@@ -337,8 +251,8 @@ def test_twin_from_scratch():
 
 def words(digits, encoder_folder, out, *more):
     data = ["--data", str(digits.labeled), "--data.flip", "0", "--init", str(encoder_folder), "--out", str(out)]
-    rates = ["--optim.lr", "0.3", "--optim.layer_decay", "0.7", "--lr-factors", "[0.5,1]"]
-    short = ["--steps", "8", "--batch-size", "10", "--seeds", "2", "--folds", "2", "--processes", "2"]
+    rates = ["--optim.lr", "0.3", "--optim.layer_decay", "0.7", "--lr-factors", "[0.5,1]", "--layer-decays", "[]"]
+    short = ["--steps", "4", "--batch-size", "10", "--seeds", "2", "--folds", "2", "--processes", "2"]
     return ["study", *data, *rates, *short, *more]
 
 
@@ -382,7 +296,7 @@ def test_a_trial_is_a_run_with_the_same_labels(finished, digits, encoder_folder,
         init=str(encoder_folder),
         labels_per_class=2,
         seed=1,
-        steps=8,
+        steps=4,
         batch_size=10,
         validations=1,
         optim=OptimSettings(lr=0.3 * float(row["lr_factor"]), layer_decay=float(row["layer_decay"])),
@@ -394,6 +308,10 @@ def test_a_study_goes_on_and_grows(finished, digits, encoder_folder, capsys):
     """Trials with a stored result are not run again, those that are missing or of other weights are; seeds and labels may be
     added."""
     before = rows(finished / "results.csv")
+    older = finished / "trials/2-labels/pre-trained-seed-0.json"
+    found = json.loads(older.read_text())
+    del found["identity"]["settings"]["data"]["validation_seed"]  # an earlier version did not have it
+    older.write_text(json.dumps(found))
     written = {file: file.stat().st_mtime_ns for file in (finished / "trials").rglob("*.json")}
     lost = finished / "trials/1-labels/pre-trained-seed-0.json"
     lost.unlink()
@@ -407,6 +325,7 @@ def test_a_study_goes_on_and_grows(finished, digits, encoder_folder, capsys):
     assert len(after) == 2 * 3 * 3
     rewritten = {file for file, time in written.items() if file.stat().st_mtime_ns != time}
     assert rewritten == {lost, stale}
+    assert "run again  1 trial stored with other settings, weights or judging images" in capsys.readouterr().out
 
 
 @pytest.mark.parametrize(
@@ -418,7 +337,7 @@ def test_a_study_goes_on_and_grows(finished, digits, encoder_folder, capsys):
         (("--labels", "few"), "labels per class 'few' is not a number"),
         (("--seeds", "1"), "seeds is 1: give 2 or more"),
         (("--lr-factors", "[0]"), "give positive factors of optim.lr"),
-        (("--layer-decays", "[1.5]"), "layer_decays are (1.5,): give factors in (0, 1]"),
+        (("--layer-decays", "[1.5]"), "layer_decays are (1.5,): give factors in (0, 1], or default"),
         (("--scratch", "false"), "there is nothing to compare with"),
         (("--init", "none"), "a study compares an encoder with others: give it by init"),
         (("--labels-per-class", "3"), "give a study's numbers by labels, as in 1,5,20"),

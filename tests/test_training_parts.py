@@ -4,6 +4,7 @@ import csv
 import json
 from collections import Counter
 from dataclasses import replace
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -12,6 +13,8 @@ from PIL import Image
 from sklearn.metrics import confusion_matrix, f1_score, precision_recall_fscore_support, top_k_accuracy_score
 
 from simmim import load_encoder
+from simmim.checkpoints import read
+from simmim.checkpoints.export import export
 from simmim.data import CenterView, read_labeled_images
 from simmim.defaults import default_ema
 from simmim.encoders.swinv2 import PRESETS
@@ -23,6 +26,7 @@ from simmim.finetune.classification.metrics import ClassMetrics, class_rows
 from simmim.finetune.classification.module import ClassificationFinetuning
 from simmim.finetune.classification.report import class_table, confusion_picture, write_class_table
 from simmim.finetune.early_stop import StopEarly
+from simmim.finetune.run import KeepBest
 from simmim.finetune.settings import EncoderSettings, OptimSettings
 from simmim.training.saving import SaveRun
 
@@ -172,6 +176,23 @@ def test_stops_when_nothing_gets_better_and_stays_stopped(digits, encoder_folder
     assert "stopped early after 16 steps: 3 validations without better accuracy" in capsys.readouterr().out
     again = finetune(replace(chosen, resume=True), quiet=True)
     assert trained_state(again.run)["global_step"] == 16 and again.metrics == result.metrics
+    assert (result.num_validations, again.num_validations) == (4, 4), (
+        "the last weights are looked at twice, which is one look"
+    )
+    provenance = json.loads((result.run / "encoder/config.json").read_text())["provenance"]
+    assert provenance["steps"] == 4 and provenance["validation"] == "best of 4 validations, on 60 images"
+
+
+def test_validations_that_an_earlier_version_did_not_count():
+    """They lie at even distances: after 16 of 40 steps with 10 validations there were 4."""
+    chosen = SimpleNamespace(out="run", validations=10, num_steps=lambda num_images: 40)
+    best = KeepBest(SimpleNamespace(settings=chosen, train=range(3)))
+    best.load_state_dict({"value": 0.5})
+    best.count(16)
+    assert best.num_validations == 4
+    best.count(20)
+    best.count(20)
+    assert best.num_validations == 5
 
 
 @pytest.mark.parametrize(
@@ -302,6 +323,12 @@ def test_a_run_leaves_the_report_of_its_best_model(digits, encoder_folder, tmp_p
     assert "precision  recall" in said and "chosen   " in said
     config = json.loads((result.run / "encoder/config.json").read_text())
     assert config["provenance"]["macro_f1"] == pytest.approx(result.best)
+    assert config["provenance"]["validation"] == "best of 3 validations, on 60 images"
+    assert "keeps    the best of 3 validations" in said and "% best of 3 validations, on 60 validation images" in said
+    assert "of the best of 3 validations, which is higher than new images would give:\nclass " in said
+    export(read(result.run), "safetensors", tmp_path / "exported")
+    metrics = (tmp_path / "exported/README.md").read_text().split("## Metrics")[1].split("##")[0]
+    assert "- macro f1: " in metrics and "- validation: best of 3 validations, on 60 images" in metrics
 
 
 # --- defaults --------------------------------------------------------------------------------------------------------

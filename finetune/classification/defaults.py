@@ -42,6 +42,11 @@ def resolve_settings(
     return replace(resolved, data=data), [*schedule, *decay_reasons, *augmentation_reasons]
 
 
+def default_layer_decay(per_class: float) -> float:
+    """The layer decay of a run with `per_class` training images per class."""
+    return FEW_LABELS_LAYER_DECAY if per_class <= FEW_PER_CLASS else PUBLISHED_LAYER_DECAY
+
+
 def resolve_layer_decay(settings: ClassificationSettings, per_class: float) -> tuple[ClassificationSettings, list[str]]:
     """Settings with the layer decay resolved, and the reason.
 
@@ -50,9 +55,8 @@ def resolve_layer_decay(settings: ClassificationSettings, per_class: float) -> t
     """
     if settings.optim.layer_decay is not None:
         return settings, []
-    few = per_class <= FEW_PER_CLASS
-    decay = FEW_LABELS_LAYER_DECAY if few else PUBLISHED_LAYER_DECAY
-    reason = f"for {per_class:,.0f} labels per class" if few else "as published"
+    decay = default_layer_decay(per_class)
+    reason = f"for {per_class:,.0f} labels per class" if decay == FEW_LABELS_LAYER_DECAY else "as published"
     return replace(settings, optim=replace(settings.optim, layer_decay=decay)), [f"layer decay {decay:g}: {reason}"]
 
 

@@ -15,7 +15,7 @@ from simmim.files import atomic_write
 from simmim.finetune.classification.metrics import ClassRow, class_rows
 
 CLASSES, CONFUSIONS = "classes.csv", "confusions.png"
-CAPTION = "rows: true class, columns: predicted class, shade: share of the row"
+CAPTION = "of the best validation so far; rows: true class, columns: predicted class, shade: share of the row"
 MAX_PRINTED, NUM_WORST = 20, 10  # classes in the printed table; of more classes the worst
 CELL_PX, LABEL_PX, MARGIN_PX = 28, 12, 6
 MAX_NAMED = 40  # a picture of more classes has no numbers and no names

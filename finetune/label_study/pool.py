@@ -5,10 +5,13 @@ from __future__ import annotations
 import multiprocessing
 import os
 import threading
+import warnings
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import Executor, ProcessPoolExecutor, as_completed
 from contextlib import contextmanager
 from typing import TypeVar
+
+from simmim.messages import Notice
 
 Job = TypeVar("Job")
 Result = TypeVar("Result")
@@ -41,6 +44,7 @@ def prepare_process(one_thread: bool) -> None:
         one_thread: compute in one thread, where several processes would compete for the cores.
     """
     threading.Thread(target=end_with_parent, daemon=True).start()
+    warnings.simplefilter("ignore", Notice)  # the study has read the same images and has said what there is to say
     if one_thread:
         os.environ["OMP_NUM_THREADS"] = "1"
         import torch

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 from simmim.files import atomic_write
-from simmim.finetune.label_study.settings import parse_labels
+from simmim.finetune.label_study.settings import DEFAULT, parse_labels
 
 COLUMNS = ("arm", "labels_per_class", "seed", "lr_factor", "layer_decay", "fold", "accuracy", "cross_entropy")
 
@@ -19,11 +19,20 @@ class Rates(NamedTuple):
 
     Attributes:
         lr_factor: factor of the peak learning rate.
-        layer_decay: None for a run's default.
+        layer_decay: None for a run's default; in a grid also "default", which `resolved` replaces.
     """
 
     lr_factor: float
-    layer_decay: float | None
+    layer_decay: float | str | None
+
+    def resolved(self, default: float) -> Rates:
+        """With `default` in place of "default"."""
+        return self._replace(layer_decay=default) if self.layer_decay == DEFAULT else self
+
+    def describe(self) -> str:
+        """As a cell of a table."""
+        decay = DEFAULT if self.layer_decay is None else f"{self.layer_decay:g}"
+        return f"lr × {self.lr_factor:g}, decay {decay}"
 
     def __str__(self) -> str:
         """As part of a file's name."""
@@ -64,12 +73,14 @@ class StudyResult:
         trials: by labels, seed and arm.
         tuning: trials of the cross-validation.
         labels: mean number of labels per class, by the number that was asked for; they differ for "all".
+        judged_by: which images judge, for the report; empty where that is not known.
     """
 
     arms: tuple[str, ...]
     trials: tuple[Trial, ...]
     tuning: tuple[Trial, ...]
     labels: dict[int | str, float]
+    judged_by: str = ""
 
 
 def write_trials(file: Path, trials: Sequence[Trial]) -> None:

@@ -9,6 +9,7 @@ from typing import Any, ClassVar
 from simmim.finetune.classification.settings import ClassificationSettings
 
 ALL = "all"
+DEFAULT = "default"  # among layer decays
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -23,7 +24,9 @@ class StudySettings(ClassificationSettings):
         scratch: compare with the same architecture from scratch.
         lr_factors: factors of optim.lr that every arm tries at every number of labels, by cross-validation on the labels
             alone. A single one tunes nothing.
-        layer_decays: layer decays tried together with them; by default that of optim.
+        layer_decays: layer decays tried together with each of them; default is that of optim, or of a run with this number
+            of labels. By default that and 1, as a decay that suits pre-trained weights hardly trains the first layers of an
+            encoder from scratch. Twice as many runs tune as with an empty list, which tunes the learning rate alone.
         folds: number of parts of the cross-validation; fewer where a class has fewer labels.
         tuning_seeds: choices of labels that are cross-validated; the best rates over all serve every seed.
         processes: trials at a time; by default one per core for nano and micro on a CPU, else one.
@@ -39,7 +42,7 @@ class StudySettings(ClassificationSettings):
     against: str | tuple[str, ...] = ()
     scratch: bool = True
     lr_factors: tuple[float, ...] = (0.3, 1.0, 3.0)
-    layer_decays: tuple[float, ...] = ()
+    layer_decays: tuple[float | str, ...] = (DEFAULT, 1.0)
     folds: int = 3
     tuning_seeds: int = 1
     processes: int | None = None
@@ -64,8 +67,8 @@ class StudySettings(ClassificationSettings):
             raise ValueError(f"labels are {self.labels}: give different numbers, 1,5,20 for instance")
         if not self.lr_factors or min(self.lr_factors) <= 0:
             raise ValueError(f"lr_factors are {self.lr_factors}: give positive factors of optim.lr; 1 alone tunes nothing")
-        if any(not 0 < decay <= 1 for decay in self.layer_decays):
-            raise ValueError(f"layer_decays are {self.layer_decays}: give factors in (0, 1]")
+        if any(decay != DEFAULT and (isinstance(decay, str) or not 0 < decay <= 1) for decay in self.layer_decays):
+            raise ValueError(f"layer_decays are {self.layer_decays}: give factors in (0, 1], or {DEFAULT}")
         if not self.scratch and not self.against:
             raise ValueError("there is nothing to compare with: leave scratch true, or give an encoder by against")
         for name, least in (("seeds", 2), ("folds", 2), ("tuning_seeds", 1), ("processes", 1)):

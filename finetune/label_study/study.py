@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Mapping
 from dataclasses import replace
 from itertools import product
-from typing import Any
 
 import numpy as np
 
@@ -17,9 +17,9 @@ from simmim.finetune.label_study.arms import Arm, fingerprint_of, scratch_settin
 from simmim.finetune.label_study.report import check_libraries, write_report
 from simmim.finetune.label_study.results import Rates, StudyResult
 from simmim.finetune.label_study.settings import ALL, StudySettings
-from simmim.finetune.label_study.trials import Tuning, run_arms
+from simmim.finetune.label_study.trials import Tuning, run_arms, tuning_cost
 from simmim.finetune.start import Start, find_start
-from simmim.messages import notify
+from simmim.messages import Notice, notify
 from simmim.training.run_folder import check_run_folder, locked_run_folder
 from simmim.training.shared_images import pretraining_images, report_shared
 from simmim.training.trainer import device_type
@@ -33,17 +33,20 @@ def study(settings: StudySettings) -> StudyResult:
     """
     check_libraries()
     check_run_folder(settings.out, settings.resume, settings.overwrite)
-    settings, arms, labels = prepare_study(settings)
+    settings, arms, labels, judged_by = prepare_study(settings)
     seeds = range(settings.seed, settings.seed + settings.seeds)
     tuning = Tuning(rate_grid(settings), settings.folds, settings.tuning_seeds)
     with locked_run_folder(settings) as folder:
+        print(f"runs       {tuning_cost(tuning, arms, labels, seeds)}", flush=True)
         result = run_arms(arms, labels, seeds, folder, settings.processes, tuning, settings.keep_weights)
+        result = replace(result, judged_by=judged_by)
         write_report(result, folder)
     return result
 
 
-def prepare_study(settings: StudySettings) -> tuple[StudySettings, list[Arm], dict[int | str, float]]:
-    """Settings with the number of processes resolved, the arms, and the numbers of labels as of `StudyResult`.
+def prepare_study(settings: StudySettings) -> tuple[StudySettings, list[Arm], dict[int | str, float], str]:
+    """Settings with the number of processes resolved, the arms, and the numbers of labels and the judging images as of
+    `StudyResult`.
 
     Prints which images judge, and which numbers of labels are left out because there are too few images.
 
@@ -51,12 +54,16 @@ def prepare_study(settings: StudySettings) -> tuple[StudySettings, list[Arm], di
         ValueError: when the labels or an encoder cannot be read, no number of labels is left, or a run cannot start.
     """
     data = settings.data
-    source = open_labeled_source(data.path, data.column, data.label_column)
+    with warnings.catch_warnings():
+        # A single run's notice, whose best model it chooses. Here no image that judges chooses.
+        warnings.filterwarnings("ignore", ".* validates, as there is no val", Notice)
+        source = open_labeled_source(data.path, data.column, data.label_column)
     validation_seed = validation_seed_of(settings, source)
     images = source.draw(None, settings.seed, validation_seed)
     labels = available_labels(settings, images)
     origin = "of the validation part" if validation_seed is None else f"that seed {validation_seed} holds out once"
-    print(f"judged by  {len(images.validation):,} images {origin}; no trial trains or tunes on them")
+    judged_by = f"{len(images.validation):,} images {origin}"
+    print(f"judged by  {judged_by}: no trial trains or tunes on them")
     checkpoints = {name: read(path) for name, path in settings.arm_names().items()}
     small, device = checkpoints["pre-trained"].config.is_small, device_type()
     processes = settings.processes or (available_cores() if small and device == "cpu" else 1)
@@ -70,7 +77,7 @@ def prepare_study(settings: StudySettings) -> tuple[StudySettings, list[Arm], di
         frozen_parts(start.encoder, arm.settings.freeze, arm.settings.train_stages)
         tell_what_runs_lack(start)
     report_shared(images.validation, {f"the pre-training images of {settings.init}": pretraining_images(settings.init)})
-    return settings, arms, labels
+    return settings, arms, labels, judged_by
 
 
 def validation_seed_of(settings: StudySettings, source: LabeledSource) -> int | None:
@@ -126,5 +133,7 @@ def build_arms(settings: StudySettings, fingerprints: Mapping[str, int]) -> list
 
 def rate_grid(settings: StudySettings) -> tuple[Rates, ...]:
     """The rates among which every arm chooses."""
-    decays: tuple[Any, ...] = settings.layer_decays or (settings.optim.layer_decay,)
-    return tuple(Rates(factor, decay) for factor, decay in product(sorted(settings.lr_factors), decays))
+    # Of a frozen encoder the head alone is trained, which no layer decay reaches.
+    decays: tuple[float | str | None, ...] = () if settings.freeze else settings.layer_decays
+    decays = tuple(dict.fromkeys(decays)) or (settings.optim.layer_decay,)
+    return tuple(Rates(factor, decay) for factor, decay in product(sorted(set(settings.lr_factors)), decays))

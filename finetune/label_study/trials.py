@@ -23,11 +23,13 @@ from typing import Any, NamedTuple
 from tqdm import tqdm
 
 from simmim.files import atomic_write
+from simmim.finetune.classification.defaults import default_layer_decay
 from simmim.finetune.classification.settings import ClassificationSettings
 from simmim.finetune.label_study.arms import Arm
 from simmim.finetune.label_study.pool import run_in_pool, trial_pool
 from simmim.finetune.label_study.results import Rates, StudyResult, Trial
 from simmim.finetune.label_study.settings import ALL
+from simmim.messages import counted
 from simmim.renamed_settings import with_current_names
 from simmim.training.run_folder import CHECKPOINTS, MAY_CHANGE_ON_RESUME, plain, with_defaults
 
@@ -68,7 +70,8 @@ class Tuning:
     """How rates are chosen.
 
     Args:
-        grid: rates to choose from. A single one serves all arms, and without any each arm keeps its own settings.
+        grid: rates to choose from. A single one serves all arms, and without any each arm keeps its own settings. A layer
+            decay of "default" is that of the arm's settings, or of a run with as many labels.
         num_folds: of the cross-validation; fewer where a class has fewer labels.
         num_seeds: choices of labels that are cross-validated; the best rates over all serve every seed.
     """
@@ -77,10 +80,37 @@ class Tuning:
     num_folds: int = 3
     num_seeds: int = 1
 
-    def jobs(self, arm: Arm, labels: int | str, num_parts: int, seeds: Sequence[int]) -> list[Job]:
-        """The cross-validation of one arm at one number of labels."""
-        cases = product(self.grid, list(seeds)[: self.num_seeds], range(num_parts))
-        return [build_job(arm, labels, seed, rates, (part, num_parts)) for rates, seed, part in cases]
+    def grid_of(self, arm: Arm, per_class: float) -> tuple[Rates, ...]:
+        """The rates that an arm chooses from with `per_class` labels per class, each once."""
+        own = arm.settings.optim.layer_decay
+        default = default_layer_decay(per_class) if own is None else own
+        return tuple(dict.fromkeys(rates.resolved(default) for rates in self.grid))
+
+    def jobs(self, arms: Sequence[Arm], labels: Mapping[int | str, float], seeds: Sequence[int]) -> TuningJobs:
+        """The cross-validation of every arm at every number of labels that is tuned: not at a single label per class, which
+        cannot be held out, and not where there is nothing to choose."""
+        jobs: TuningJobs = {}
+        for (value, per_class), arm in product(labels.items(), arms):
+            grid, num_parts = self.grid_of(arm, per_class), min(self.num_folds, int(per_class))
+            if len(grid) > 1 and num_parts > 1:
+                cases = product(grid, list(seeds)[: self.num_seeds], range(num_parts))
+                jobs[arm.name, value] = [
+                    build_job(arm, value, seed, rates, (part, num_parts)) for rates, seed, part in cases
+                ]
+        return jobs
+
+
+TuningJobs = dict[tuple[str, int | str], list[Job]]  # by name of the arm and labels
+
+
+def tuning_cost(tuning: Tuning, arms: Sequence[Arm], labels: Mapping[int | str, float], seeds: Sequence[int]) -> str:
+    """How many runs tune and how many are judged."""
+    num_tuning = sum(map(len, tuning.jobs(arms, labels, seeds).values()))
+    num_judged = len(arms) * len(labels) * len(seeds)
+    return (
+        f"{num_tuning:,} to tune ({len(tuning.grid)} rates, up to {tuning.num_folds} parts of the labels held out in turn, "
+        f"{len(arms)} arms), {num_judged:,} to judge"
+    )
 
 
 def run_arms(
@@ -109,12 +139,7 @@ def run_arms(
     """
     tuning = tuning or Tuning()
     run = run or partial(run_trial, out=out, keep_weights=keep_weights)
-    # A single label per class cannot be held out.
-    num_parts = {value: min(tuning.num_folds, int(count)) for value, count in labels.items() if count >= 2}
-    tuned = num_parts if len(tuning.grid) > 1 else {}
-    tuning_jobs = {
-        (arm.name, value): tuning.jobs(arm, value, parts, seeds) for value, parts in tuned.items() for arm in arms
-    }
+    tuning_jobs = tuning.jobs(arms, labels, seeds)
     num_trials = sum(map(len, tuning_jobs.values())) + len(arms) * len(labels) * len(seeds)
     with tqdm(total=num_trials, desc="fine-tuning", unit="trial") as bar, trial_pool(processes) as pool:
         held_out = run_jobs([job for jobs in tuning_jobs.values() for job in jobs], out, pool, bar, run)
@@ -122,12 +147,12 @@ def run_arms(
 
         def rates_of(arm: Arm, value: int | str) -> Rates:
             """The best rates at this number of labels, or at the nearest larger one that was tuned, for every arm alike."""
-            own = (
-                tuning.grid[0]
-                if len(tuning.grid) == 1
-                else Rates(arm.settings.optim.lr_factor, arm.settings.optim.layer_decay)
+            grid = tuning.grid_of(arm, labels[value])
+            own = grid[0] if len(grid) == 1 else Rates(arm.settings.optim.lr_factor, arm.settings.optim.layer_decay)
+            larger = (
+                best[arm.name, other] for other in labels if labels[other] >= labels[value] and (arm.name, other) in best
             )
-            return next((best[arm.name, other] for other in tuned if labels[other] >= labels[value]), own)
+            return next(larger, own)
 
         jobs = [build_job(arm, value, seed, rates_of(arm, value)) for value, seed, arm in product(labels, seeds, arms)]
         final = run_jobs(jobs, out, pool, bar, run)
@@ -147,7 +172,7 @@ def build_job(arm: Arm, labels: int | str, seed: int, rates: Rates, fold: tuple[
         labels_per_class=None if labels == ALL else labels,  # type: ignore[arg-type]
         seed=seed,
         data=replace(arm.settings.data, fold=fold),
-        optim=replace(arm.settings.optim, lr_factor=rates.lr_factor, layer_decay=rates.layer_decay),
+        optim=replace(arm.settings.optim, lr_factor=rates.lr_factor, layer_decay=rates.layer_decay),  # type: ignore[arg-type]  # resolved
         validations=1,  # judging images choose nothing: a second look could pick the better one
         resume=False,
         overwrite=True,  # what an interrupted trial has left
@@ -187,7 +212,7 @@ def run_jobs(
     missing = [job for job in jobs if stored[job.name] is None]
     num_other = sum(result_file(out, job).is_file() for job in missing)
     if num_other:
-        bar.write(f"run again  {num_other} trials: their stored results are of other settings, weights or judging images")
+        bar.write(f"run again  {counted(num_other, 'trial')} stored with other settings, weights or judging images")
     bar.update(len(jobs) - len(missing))
     metrics_of = {name: metrics for name, metrics in stored.items() if metrics is not None}
     for job, metrics in run_in_pool(pool, run, missing):

@@ -10,8 +10,10 @@ Every file is written atomically.
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import asdict
 from pathlib import Path
+from typing import Any
 
 from simmim.checkpoints.checkpoint import Checkpoint, Preprocessing
 from simmim.checkpoints.fitting import check_head, check_pretraining, check_state
@@ -89,6 +91,13 @@ def save_checkpoint(folder: str | Path, checkpoint: Checkpoint) -> Path:
         for name in (HEAD, HEAD_CONFIG):
             (folder / name).unlink(missing_ok=True)
     return folder
+
+
+def update_provenance(folder: Path, entries: Mapping[str, Any]) -> None:
+    """Add or replace entries of the provenance that `save_checkpoint` wrote into `folder`; without it nothing happens."""
+    if (folder / CONFIG).is_file():
+        description = read_json(folder / CONFIG)
+        write_json(folder / CONFIG, {**description, "provenance": {**description.get("provenance", {}), **entries}})
 
 
 def read_checkpoint(folder: Path) -> Checkpoint:
