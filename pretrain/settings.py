@@ -77,7 +77,8 @@ class OptimSettings(OptimizerSettings):
     """AdamW, its schedule, and gradient clipping. Learning rates are per 512 images of the global batch.
 
     Args:
-        lr: peak learning rate; by default 1e-4 as published for tiny to giant, 2e-3 for nano and micro.
+        lr: peak learning rate; by default 1e-4 as published for tiny to giant. For nano and micro a peak of 4e-3 at a batch
+            of 64 images that grows with the root of the batch: 3.2e-2 per 512 images at 64, 1.1e-2 at 512.
         schedule: cosine or multistep.
         warmup_epochs: by default 10, or a tenth of shorter runs.
         milestones: epochs at which multistep multiplies by gamma.

@@ -107,9 +107,9 @@ def test_metrics_tell_loss_rate_gradient_and_throughput(finished):
     assert losses[-1] < losses[0]
     assert all(0 < float(row["grad_norm"]) for row in table)
     assert all(float(row["images_per_s"]) > 0 and 0 <= float(row["data_wait_share"]) < 1 for row in table)
-    # 240 images, 32 a step, 2 epochs: 15 steps, warm-up 0.2 epochs = 2 steps, peak 2e-3 · 32 / 512.
+    # 240 images, 32 per step, 2 epochs: 15 steps, warm-up 0.2 epochs = 2 steps, peak 4e-3 · √(32 / 64), 4.5e-2 per 512.
     rates = {int(row["step"]): float(row["lr"]) for row in table}
-    peak = 2e-3 * 32 / 512
+    peak = 4.5e-2 * 32 / 512
     assert rates[3] == pytest.approx(0.5 * peak * (1 + np.cos(np.pi * 1 / 13)), rel=1e-5)
     assert rates[13] == pytest.approx(0.5 * peak * (1 + np.cos(np.pi * 11 / 13)), rel=1e-5)
 

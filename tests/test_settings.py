@@ -49,12 +49,19 @@ def test_digits_on_a_laptop():
     assert (chosen.image_size, chosen.size, chosen.preset) == (32, (32, 32), "nano")
     assert (chosen.model.mask_unit, chosen.model.encoder) == (4, {"window_size": 4})
     assert (chosen.epochs, chosen.batch_size, chosen.workers) == (800.0, 128, 2)
-    assert (chosen.optim.lr, chosen.optim.warmup_epochs) == (2e-3, 10)
+    assert (chosen.optim.lr, chosen.optim.warmup_epochs) == (2.3e-2, 10)
     assert (chosen.data.channels, chosen.data.mean, chosen.data.std) == (1, (0.131,), (0.308,))
     assert (chosen.save_every_steps, chosen.reconstruct_every_epochs) == (50, 40.0)
     config = chosen.encoder_config()
     assert (config.in_channels, config.window_size, config.depths, config.patch_size) == (1, 4, (2, 2), 4)
     assert chosen.model.masking(4).num_masked_units(chosen.size) == 39, "0.6 of 8 × 8 units, rounded up"
+
+
+@pytest.mark.parametrize("batch_size, peak", [(64, 4e-3), (256, 8e-3), (1024, 1.6e-2)])
+def test_the_peak_rate_of_a_small_encoder_grows_with_the_root_of_the_batch(batch_size, peak):
+    schedule = resolved(batch_size=batch_size, epochs=10.0).schedule()
+    rate = schedule.by_step(steps_per_epoch=100, global_batch=batch_size)
+    assert max(map(rate, range(1000))) == pytest.approx(peak, rel=0.02)
 
 
 def test_short_runs_have_fewer_pictures():
@@ -66,7 +73,7 @@ def test_short_runs_have_fewer_pictures():
 
 @pytest.mark.parametrize(
     "device, preset, batch_size, lr",
-    [("cpu", "micro", 128, 2e-3), ("mps", "tiny", 128, 1e-4), ("cuda", "tiny", 128, 1e-4)],
+    [("cpu", "micro", 128, 2.3e-2), ("mps", "tiny", 128, 1e-4), ("cuda", "tiny", 128, 1e-4)],
 )
 def test_photos(device, preset, batch_size, lr):
     """192 px, mask unit 32, window 12 as published, ImageNet's statistics whatever the images' own."""
