@@ -8,6 +8,7 @@ _HOMES = {
     "PretrainSettings": "simmim.pretrain.settings",
     "DataSettings": "simmim.pretrain.settings",
     "SimMIMSettings": "simmim.methods.simmim",
+    "CanvasSettings": "simmim.methods.canvas",
     "OptimSettings": "simmim.pretrain.settings",
     "ProbeSettings": "simmim.pretrain.settings",
 }

@@ -10,6 +10,7 @@ from toy_encoder import ToyConfig, ToyEncoder
 from simmim.encoders.swinv2 import SwinV2, SwinV2Config, kernels
 from simmim.encoders.swinv2.geometry import additive_mask, shift_regions, window_labels
 from simmim.encoders.swinv2.kernels import dispatch
+from simmim.training.compiling import compile_blocks
 
 # Windows of 4, 6 and 12 tokens, two blocks a stage, of which the second is shifted along both axes, one or none; one of
 # them with windows of pre-training and extra norms.
@@ -177,8 +178,25 @@ def test_other_groups_change_no_bit_at_the_lowest_temperature(case, way):
     assert torch.equal(results[0][-1] != 0, ~others.expand_as(images)), "only the group's own pixels have a gradient"
 
 
+def test_compiled_blocks_compute_the_same():
+    """Each block is one graph, without a break where labels are made."""
+    config, size = SwinV2Config(16, (2,), (1,), window_size=4), (32, 32)
+    encoder, images, groups = prepared(config), images_of(config, size, 4), random_groups(config, size, 2)
+    reports = []
+    torch._dynamo.reset()
+    torch._dynamo.utils.counters.clear()
+    with kernels.disabled():
+        expected = by_groups(encoder, images, groups, 2)
+        undo = compile_blocks(encoder, reports.append, backend="aot_eager")
+        actual = by_groups(encoder, images, groups, 2)
+        undo.close()
+    assert not reports and not torch._dynamo.utils.counters["graph_break"]
+    for name, value in expected.items():
+        assert distance(actual[name], value) < 1e-5, name
+
+
 def test_all_ways_agree():
-    """Checkpoints, sequential attention, kernels and compiled blocks: the same features and gradients."""
+    """Checkpoints, sequential attention and kernels: the same features and gradients."""
     config, size = CASES["window 6"]
     encoder, images, groups = prepared(config), images_of(config, size, 6), random_groups(config, size, 3)
     with kernels.disabled():
