@@ -4,7 +4,7 @@ BIN := .venv/bin
 # Tests run in two processes of one thread each: small tensors gain nothing from more threads, and contention slows them down.
 TEST_PROCESSES ?= 2
 
-.PHONY: install demo test lint format clean
+.PHONY: install demo test mutate lint format clean
 
 install: .venv/installed
 
@@ -22,6 +22,10 @@ demo: install
 
 test: install
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest --numprocesses $(TEST_PROCESSES) $(TEST_ARGUMENTS)
+
+# Changes one place of the mathematics at a time, in a copy, and lists what no test notices: tests/mutate.py.
+mutate: install
+	OMP_NUM_THREADS=1 $(BIN)/python tests/mutate.py --sample $(or $(SAMPLE),8) $(MODULE)
 
 lint: install
 	$(BIN)/ruff check .

@@ -71,19 +71,20 @@ def test_one_seed_one_result(digits, encoder_folder, finished, tmp_path):
     assert again == replace(finished, run=again.run)
 
 
-def test_resumed_equals_uninterrupted(digits, encoder_folder, tmp_path, power_cut):
+def test_resumed_equals_uninterrupted(digits, encoder_folder, tmp_path, power_cut, monkeypatch):
+    monkeypatch.setattr("simmim.finetune.run.MIN_STEPS_PER_CHECKPOINT", 1)
     changes = {"rand_augment": 9.0, "color_jitter": 0.4, "erasing": 0.25, "mixup": 0.8, "cutmix": 1.0}
-    longer = {
+    changed = {
         "encoder": EncoderSettings(drop_path_rate=0.3),
-        "epochs": 40.0,
+        "epochs": 6.0,
         "data": LabeledSettings(str(digits.labeled), balance="sampling", **changes),
         "optim": OptimSettings(ema=0.9),
         "patience": 100,
     }
-    whole = finetune(settings(digits, encoder_folder, tmp_path / "whole", **longer), quiet=True)
-    with power_cut(after_step=70):
-        finetune(settings(digits, encoder_folder, tmp_path / "cut", **longer), quiet=True)
-    cut = finetune(settings(digits, encoder_folder, tmp_path / "cut", **longer, resume=True), quiet=True)
+    whole = finetune(settings(digits, encoder_folder, tmp_path / "whole", **changed), quiet=True)
+    with power_cut(after_step=10):
+        finetune(settings(digits, encoder_folder, tmp_path / "cut", **changed), quiet=True)
+    cut = finetune(settings(digits, encoder_folder, tmp_path / "cut", **changed, resume=True), quiet=True)
     first, second = (torch.load(r.run / "checkpoints/last.ckpt", weights_only=True) for r in (whole, cut))
     assert all(torch.equal(value, second["state_dict"][name]) for name, value in first["state_dict"].items())
     torch.testing.assert_close(first["callbacks"]["AverageWeights"], second["callbacks"]["AverageWeights"], rtol=0, atol=0)

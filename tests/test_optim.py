@@ -75,6 +75,14 @@ def test_a_cosine_ends_at_its_last_step():
     schedule = Schedule(1.0, 2, 0.5, 0.0, min_lr=0.25).by_step(10, global_batch=512)
     assert schedule(5) == 1.0 and schedule(12.5) == pytest.approx(0.625)
     assert schedule(20) == schedule(25) == 0.25 < schedule(19)
+    assert Schedule(1.0, 2, 0.5, 0.0).by_step(10, global_batch=512)(20) == 0.0, "by default"
+
+
+def test_runs_shorter_than_an_epoch_and_without_warmup():
+    schedule = Schedule(1.0, 0.5, 0.0, 0.0).by_step(10, global_batch=512)
+    assert schedule(0) == 1.0 and schedule(5) == 0.0
+    assert Schedule(1.0, 0.5, 0.4, 0.0).by_step(10, global_batch=512)(5) == 0.0, "one step after the warm-up"
+    assert Schedule(1.0, 0.5, 0.5, 0.0).by_step(10, global_batch=512)(4) == pytest.approx(0.8), "warm-up alone"
 
 
 def test_every_parameter_sits_in_exactly_one_group():
@@ -115,6 +123,7 @@ def test_linear_scaling():
         (dict(decay="linear"), "'cosine' or 'multistep'"),
         (dict(warmup_epochs=30), "warm-up of 30 epochs in a run of 20"),
         (dict(lr=0.0), "positive"),
+        (dict(epochs=0.0, warmup_epochs=0.0), "positive"),
     ],
 )
 def test_impossible_schedules_are_refused(settings, message):

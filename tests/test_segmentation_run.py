@@ -96,14 +96,15 @@ def test_predict_writes_label_maps(scene_folder, run, tmp_path, capsys):
     assert not (tmp_path / "bare" / "overlays").exists()
 
 
-def test_resumed_equals_uninterrupted(scene_folder, encoder_folder, tmp_path, power_cut):
+def test_resumed_equals_uninterrupted(scene_folder, encoder_folder, tmp_path, power_cut, monkeypatch):
     """Bit by bit, with dropout, stochastic depth, random views and jitter."""
-    longer = {"encoder": EncoderSettings(drop_path_rate=0.3), "steps": 70}
-    whole = finetune(settings(scene_folder, encoder_folder, tmp_path / "whole", **longer), quiet=True)
-    with power_cut(after_step=60):
-        finetune(settings(scene_folder, encoder_folder, tmp_path / "cut", **longer), quiet=True)
-    assert (tmp_path / "cut/checkpoints/step-00000050.ckpt").is_file()
-    cut = finetune(settings(scene_folder, encoder_folder, tmp_path / "cut", **longer, resume=True), quiet=True)
+    monkeypatch.setattr("simmim.finetune.run.MIN_STEPS_PER_CHECKPOINT", 1)
+    drop = {"encoder": EncoderSettings(drop_path_rate=0.3)}
+    whole = finetune(settings(scene_folder, encoder_folder, tmp_path / "whole", **drop), quiet=True)
+    with power_cut(after_step=10):
+        finetune(settings(scene_folder, encoder_folder, tmp_path / "cut", **drop), quiet=True)
+    assert (tmp_path / "cut/checkpoints/step-00000008.ckpt").is_file()
+    cut = finetune(settings(scene_folder, encoder_folder, tmp_path / "cut", **drop, resume=True), quiet=True)
     first, second = (torch.load(r.run / "checkpoints/last.ckpt", weights_only=True) for r in (whole, cut))
     assert all(torch.equal(value, second["state_dict"][name]) for name, value in first["state_dict"].items())
     assert cut == replace(whole, run=cut.run)
