@@ -18,6 +18,7 @@ from simmim.finetune.label_study.results import Rates, Trial
 SHORTER = {
     "pretrain/demo.yaml": {"epochs": 0.2, "optim": {"lr": 3.2e-2, "warmup_epochs": 0}},
     "finetune/demo.yaml": {"steps": 1},
+    "finetune/demo-unlabeled.yaml": {"steps": 2},
 }
 
 
@@ -42,12 +43,16 @@ def test_the_demo_ends_with_its_table(shortened, tmp_path, capsys):
     assert main(["demo", "--out", str(out), "--seeds", "2"]) == 0
     table = (out / "table.md").read_text(encoding="utf-8")
     assert table in capsys.readouterr().out
-    assert re.findall(r"^\| (\d+) \| [\d.]+ ± [\d.]+ \| [\d.]+ ± [\d.]+ \| [+−-]", table, re.M) == ["5", "10"]
+    assert re.findall(r"^\| (\d+) \| [\d.]+ ± [\d.]+ \| [\d.]+ ± [\d.]+ \| [+−-]", table, re.M) == ["5", "10", "5"]
+    assert "| labels per class | pre-trained, with unlabeled | pre-trained | paired gain | seeds |" in table
     assert Image.open(out / "reconstructions.png").size[0] > 4 * 28
     assert load_encoder(out / "pretrain").config.channels == (32, 64)
     configs = [yaml.safe_load(file.read_text()) for file in (out / "finetune").rglob("config.yaml")]
     chosen = {(config["init"] == "none", config["seed"], config["labels_per_class"]) for config in configs}
     assert len(configs) == len(chosen) == 8
+    configs += [yaml.safe_load(file.read_text()) for file in (out / "finetune-unlabeled").rglob("config.yaml")]
+    with_unlabeled = [config for config in configs if config["data"]["unlabeled"]]
+    assert [config["labels_per_class"] for config in with_unlabeled] == [5, 5] and len(configs) == 10
     for config in configs:
         if config["init"] == "none":
             assert (config["optim"]["lr"], config["optim"]["layer_decay"]) == tuple(demo.SCRATCH_TWIN.values())

@@ -91,7 +91,7 @@ def write_scenes(folder, files):
 
 
 def test_commands_then_python(place, fork_server, monkeypatch):
-    assert run_commands("console", place, monkeypatch) == 21
+    assert run_commands("console", place, monkeypatch) == 22
     assert (place / "grid.png").is_file()
     assert (place / "predictions.csv").is_file()
     blocks = re.findall(r"```python\n(.*?)```", README, re.S)

@@ -36,7 +36,7 @@ def finetune_settings(path):
 def test_there_are_recipes_for_each_stage():
     own = {"demo", "tiny-one-gpu", "micro-laptop", "fashion-mnist"}
     assert {path.stem for path in PRETRAIN} == own | {"swinv2-base-192", "scenes", "tiny-canvas"}
-    assert {path.stem for path in FINETUNE} == own | {"swinv2-base-224"}
+    assert {path.stem for path in FINETUNE} == own | {"swinv2-base-224", "demo-unlabeled"}
 
 
 @pytest.mark.parametrize("path", PRETRAIN, ids=lambda path: path.stem)

@@ -29,6 +29,8 @@ from simmim.finetune.classification.self_training.pseudo_labels import PseudoLab
 from simmim.finetune.classification.self_training.settings import SelfTrainingSettings
 from simmim.finetune.classification.self_training.teacher import Teacher
 from simmim.finetune.classification.self_training.unlabeled import open_unlabeled
+from simmim.finetune.label_study.settings import StudySettings
+from simmim.finetune.label_study.study import build_arms
 from simmim.finetune.registry import task_named
 from simmim.finetune.settings import OptimSettings
 
@@ -47,16 +49,18 @@ def test_labels_alignment_and_thresholds_by_numpy():
     """Five batches; in float64, by the formulas of the docstring."""
     generator, target, decay = np.random.default_rng(0), np.array([0.5, 0.3, 0.2]), 0.6
     labeler = PseudoLabeler(3, torch.tensor(target, dtype=torch.float32), decay)
-    prediction, confidence, skipped = np.zeros(3), 0.0, 0
+    prediction, aligned, confidence, skipped = np.zeros(3), np.zeros(3), 0.0, 0
     for number in range(5):
-        p = generator.dirichlet((0.6, 0.9, 0.2), 40)
-        found = labeler(torch.tensor(p, dtype=torch.float32), unchanged)
+        p, labeled = generator.dirichlet((0.6, 0.9, 0.2), 40), generator.dirichlet((0.5, 0.5, 0.5), 7)
+        found = labeler(*(torch.tensor(one, dtype=torch.float32) for one in (p, labeled)), unchanged)
         keep = min(1 - 1 / (number + 1), decay)
         prediction = keep * prediction + (1 - keep) * p.mean(0)
         q = p * target / prediction
         q /= q.sum(1, keepdims=True)
-        confidence = keep * confidence + (1 - keep) * q.max(1).mean()
-        thresholds = confidence * prediction / prediction.max()
+        confidence = keep * confidence + (1 - keep) * labeled.max(1).mean()
+        aligned = keep * aligned + (1 - keep) * q.mean(0)
+        ratio = aligned / target
+        thresholds = 0.95 * confidence * ratio / ratio.max()
         assert (found.labels.numpy() == q.argmax(1)).all()
         np.testing.assert_allclose(found.confidence.numpy(), q.max(1), rtol=1e-5)
         np.testing.assert_allclose(labeler.thresholds().numpy(), thresholds, rtol=1e-5)
@@ -69,7 +73,7 @@ def test_images_of_no_class_are_left_out():
     """Half of the predictions are sure, half know nothing."""
     sure, unsure = torch.eye(4).mul(0.95).add(0.0125).repeat(10, 1), torch.full((40, 4), 0.25)
     labeler = PseudoLabeler(4, None, 0.9)
-    found = labeler(torch.cat([sure, unsure]), unchanged)
+    found = labeler(torch.cat([sure, unsure]), sure, unchanged)
     assert found.confident[:40].all() and not found.confident[40:].any()
 
 
@@ -255,13 +259,13 @@ def test_resumed_equals_uninterrupted(digits, encoder_folder, tmp_path, power_cu
     cut = finetune(settings(digits, encoder_folder, tmp_path / "cut", **longer, resume=True), quiet=True)
     first, second = (torch.load(r.run / "checkpoints/last.ckpt", weights_only=True) for r in (whole, cut))
     torch.testing.assert_close(first["state_dict"], second["state_dict"], rtol=0, atol=0)
-    assert first["state_dict"]["labeler.num_batches"] == 2 * 54, "a tenth of the steps is on labels alone"
+    assert first["state_dict"]["labeler.num_batches"] == 2 * 57, "a twentieth of the steps is on labels alone"
     torch.testing.assert_close(first["callbacks"]["AverageWeights"], second["callbacks"]["AverageWeights"], rtol=0, atol=0)
     assert cut == replace(whole, run=cut.run)
     for name in ("encoder/encoder.safetensors", "encoder/head.safetensors", "pseudo-labels.csv"):
         assert (cut.run / name).read_bytes() == (whole.run / name).read_bytes(), name
     rows = read_rows(cut.run)
-    assert int(rows[-1]["step"]) == 60 and sum(int(row["unlabeled"]) for row in rows) == 54 * 8
+    assert int(rows[-1]["step"]) == 60 and sum(int(row["unlabeled"]) for row in rows) == 57 * 8
     assert sum(float(rows[-1][name]) for name in "0123456789") == pytest.approx(1, abs=1e-3)
     provenance = json.loads((cut.run / "encoder/config.json").read_text())["provenance"]
     assert (provenance["unlabeled"], provenance["unlabeled_images"]) == ("unlabeled", 200)
@@ -345,6 +349,19 @@ def test_a_class_without_labels_is_refused(digits, encoder_folder, tmp_path):
 def test_settings_out_of_range(changes):
     with pytest.raises(ValueError, match="self_training"):
         SelfTrainingSettings(**changes)
+
+
+def test_a_study_gives_the_unlabeled_images_to_scratch_too(digits, encoder_folder):
+    data = LabeledSettings(str(digits.labeled), unlabeled=str(digits.unlabeled))
+    chosen = StudySettings(data=data, init=str(encoder_folder), out="study", self_training=SelfTrainingSettings(ratio=2))
+    arms = {arm.name: arm.settings for arm in build_arms(chosen, {"pre-trained": 1})}
+    assert [*arms] == ["pre-trained", "from scratch"] and arms["from scratch"].init == "none"
+    assert all(arm.data.unlabeled == data.unlabeled and arm.self_training.ratio == 2 for arm in arms.values())
+
+
+def test_self_training_needs_unlabeled_images(digits):
+    with pytest.raises(ValueError, match=r"give them by data\.unlabeled"):
+        ClassificationSettings(data=str(digits.labeled), out="run", self_training=SelfTrainingSettings(ratio=2))
 
 
 def test_batches_of_two_processes_are_those_of_one(digits, encoder_folder, tmp_path):

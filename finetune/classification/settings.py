@@ -131,3 +131,5 @@ class ClassificationSettings(TransferSettings):
         super().__post_init__()
         if self.monitor not in MONITORS:
             raise ValueError(f"unknown monitor {self.monitor!r}{did_you_mean(self.monitor, MONITORS)}")
+        if self.data.unlabeled is None and self.self_training != SelfTrainingSettings():
+            raise ValueError("self_training is about unlabeled images: give them by data.unlabeled, or leave it out")

@@ -50,7 +50,7 @@ class Classification(Task):
         settings, build, reasons = start.settings, ClassificationFinetuning, []
         if unlabeled:
             check_channels(unlabeled, config.in_channels)
-            settings, reasons = resolve_self_training(settings, len(unlabeled.images), config, device)
+            settings, reasons = resolve_self_training(settings, num_labels, len(unlabeled.images), config, device)
         settings, further = resolve_settings(settings, num_labels, num_classes, config, device)  # type: ignore[arg-type]
         if unlabeled:
             build = module_builder(settings, labels)  # type: ignore[assignment]

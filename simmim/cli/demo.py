@@ -7,12 +7,17 @@ import time
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from simmim.cli.arguments import UsageError, parse
 
 # The from-scratch arm's own rates: the best that benchmarks/demo_search.py found for it.
 SCRATCH_TWIN = {"scratch_lr": 0.65536, "scratch_layer_decay": 0.65}
 LABELS_PER_CLASS = (5, 10)
+LABELS_WITH_UNLABELED, WITH_UNLABELED = 5, "pre-trained, with unlabeled"
+
+if TYPE_CHECKING:
+    from simmim.data.digits import DigitFolders
 
 
 @dataclass(frozen=True)
@@ -56,8 +61,8 @@ def run_demo(words: Sequence[str]) -> None:
     print("3/4 reconstructing digits that the model has not seen", flush=True)
     picture = reconstruct(run, digits.labeled / "test", out / "reconstructions.png", count=16)
 
-    print("4/4 fine-tuning with 5 and 10 labels per class, and the same from scratch", flush=True)
-    table = compare_with_scratch(run, digits.labeled, out, options.seeds)
+    print("4/4 fine-tuning with 5 and 10 labels per class, the same from scratch, and with unlabeled digits", flush=True)
+    table = compare_arms(run, digits, out, options.seeds)
     (out / "table.md").write_text(table + "\n", encoding="utf-8")
     print(
         f"\nTest accuracy in percent on 1,000 digits, mean ± standard error:\n\n{table}\n\n"
@@ -69,23 +74,31 @@ def run_demo(words: Sequence[str]) -> None:
     )
 
 
-def compare_with_scratch(run: Path, labeled: Path, out: Path, num_seeds: int) -> str:
-    """Fine-tune the encoder of `run` and its twin from scratch; the table of their accuracies."""
+def compare_arms(run: Path, digits: DigitFolders, out: Path, num_seeds: int) -> str:
+    """Fine-tune the encoder of `run`, its twin from scratch, and the encoder with the unlabeled digits too; the tables of
+    their accuracies."""
     from simmim.cli.train import finetune_settings
     from simmim.data import available_cores
     from simmim.finetune.classification.settings import ClassificationSettings
-    from simmim.finetune.label_study.arms import pretrained_and_scratch
+    from simmim.finetune.label_study.arms import Arm, pretrained_and_scratch
     from simmim.finetune.label_study.report import comparison_table
     from simmim.finetune.label_study.trials import run_arms
 
-    recipe = ["--config", str(recipe_path("finetune/demo.yaml"))]
-    words = [*recipe, "--data", str(labeled), "--out", str(out / "finetune"), "--init", str(run)]
-    settings = finetune_settings("classification", words)
-    assert isinstance(settings, ClassificationSettings)
-    arms = pretrained_and_scratch(settings, **SCRATCH_TWIN)
-    labels: dict[int | str, float] = {number: number for number in LABELS_PER_CLASS}
-    result = run_arms(arms, labels, range(num_seeds), out / "finetune", processes=min(available_cores(), 4))
-    return comparison_table(result.trials, result.arms, LABELS_PER_CLASS)
+    def settings_of(recipe: str, folder: Path, *more: str) -> ClassificationSettings:
+        words = ["--config", str(recipe_path(recipe)), "--data", str(digits.labeled), "--out", str(folder)]
+        settings = finetune_settings("classification", [*words, "--init", str(run), *more])
+        assert isinstance(settings, ClassificationSettings)
+        return settings
+
+    processes, folder = min(available_cores(), 4), out / "finetune"
+    arms = pretrained_and_scratch(settings_of("finetune/demo.yaml", folder), **SCRATCH_TWIN)
+    plain = run_arms(arms, dict(zip(LABELS_PER_CLASS, LABELS_PER_CLASS)), range(num_seeds), folder, processes)
+    folder, count = out / "finetune-unlabeled", LABELS_WITH_UNLABELED
+    arm = Arm(WITH_UNLABELED, settings_of("finetune/demo-unlabeled.yaml", folder, "--unlabeled", str(digits.unlabeled)))
+    semi = run_arms([arm], {count: count}, range(num_seeds), folder, processes)
+    first = comparison_table(plain.trials, plain.arms, LABELS_PER_CLASS)
+    second = comparison_table((*semi.trials, *plain.trials), (WITH_UNLABELED, arms[0].name), [count])
+    return f"{first}\n\n{second}"
 
 
 def recipe_path(name: str) -> Path:

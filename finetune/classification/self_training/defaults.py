@@ -11,21 +11,23 @@ from simmim.finetune.classification.defaults import THUMBNAIL_PX
 from simmim.finetune.classification.settings import ClassificationSettings
 
 RATIO = 5
-LABELED_SHARE = 4  # with five unlabeled images for each labeled one a step costs at most twice as much as on labels alone
-MIN_STEPS, MAX_STEPS, PASSES = 700, 4000, 20
-EMA = 0.99
-RAND_AUGMENT, ERASING = 9.0, 0.5
+# The teacher gets better from step to step: at equal cost many small steps are worth more than few large ones.
+LABELED_SHARE = 8
+MIN_STEPS, MAX_STEPS, PASSES = 1500, 6000, 20
+EMA = 0.97
+WARMUP = 0.05
+SIGN_AFFINE, RAND_AUGMENT, ERASING = 1.5, 9.0, 0.5
 
 
 def resolve_self_training(
-    settings: ClassificationSettings, num_unlabeled: int, encoder: EncoderConfig, device: str
+    settings: ClassificationSettings, num_labels: int, num_unlabeled: int, encoder: EncoderConfig, device: str
 ) -> tuple[ClassificationSettings, list[str]]:
     """Settings with ratio, batch size, length, teacher and strong views resolved, and a line for each choice: the value,
     then why. What does not depend on the unlabeled images stays open.
 
     Args:
         settings: with image size and the encoder's settings resolved.
-        num_unlabeled: images.
+        num_labels, num_unlabeled: images.
         encoder: as it is trained.
         device: cuda, mps or cpu.
 
@@ -36,16 +38,20 @@ def resolve_self_training(
         raise ValueError(
             "optim.ema is 0: with data.unlabeled the average of the weights is the teacher, give a decay below 1"
         )
-    settings, reasons = resolve_length(settings, num_unlabeled, encoder, device)
+    settings, reasons = resolve_length(settings, num_labels, num_unlabeled, encoder, device)
     if settings.optim.ema is None:
         settings = replace(settings, optim=replace(settings.optim, ema=EMA))
         reasons.append(f"teacher: the average of the weights over about {1 / (1 - EMA):.0f} steps, decay {EMA:g}")
-    settings, view_reasons = resolve_strong_views(settings)
+    if settings.optim.warmup_epochs is None:
+        epochs = settings.epochs or settings.steps * settings.batch_size / num_labels
+        settings = replace(settings, optim=replace(settings.optim, warmup_epochs=WARMUP * epochs))
+        reasons.append(f"warm-up over {WARMUP:.0%} of the steps: epochs of a few labels say little")
+    settings, view_reasons = resolve_strong_views(settings, encoder.in_channels)
     return settings, [*reasons, *view_reasons]
 
 
 def resolve_length(
-    settings: ClassificationSettings, num_unlabeled: int, encoder: EncoderConfig, device: str
+    settings: ClassificationSettings, num_labels: int, num_unlabeled: int, encoder: EncoderConfig, device: str
 ) -> tuple[ClassificationSettings, list[str]]:
     """Settings with ratio, batch size and number of steps resolved, and the reasons."""
     reasons = []
@@ -54,11 +60,10 @@ def resolve_length(
         chosen = replace(chosen, ratio=RATIO)
         reasons.append(f"{RATIO} unlabeled images per labeled one: those without a confident pseudo-label cost little")
     if batch_size is None:
-        whole = default_batch_size(device, encoder.is_small)
-        batch_size = max(whole // LABELED_SHARE, 1)
-        reasons.append(
-            f"batch size {batch_size}: labeled images of a step, a quarter of the {whole} of a run on labels alone"
-        )
+        share = max(default_batch_size(device, encoder.is_small) // LABELED_SHARE, 1)
+        batch_size = min(share, num_labels)
+        reason = "all labels" if batch_size == num_labels else "small, as the teacher gets better from step to step"
+        reasons.append(f"batch size {batch_size}, with {batch_size * chosen.ratio} unlabeled images: {reason}")
     if settings.epochs is None and steps is None:
         images_per_step = batch_size * chosen.ratio
         steps = round(min(max(PASSES * num_unlabeled / images_per_step, MIN_STEPS), MAX_STEPS))
@@ -67,19 +72,26 @@ def resolve_length(
     return replace(settings, self_training=chosen, batch_size=batch_size, steps=steps), reasons
 
 
-def resolve_strong_views(settings: ClassificationSettings) -> tuple[ClassificationSettings, list[str]]:
-    """Settings with the strong views resolved, and why. Thumbnails are too small for remapped colors, as in
-    `simmim.finetune.classification.defaults`."""
+def resolve_strong_views(settings: ClassificationSettings, channels: int) -> tuple[ClassificationSettings, list[str]]:
+    """Settings with the strong views resolved, and why.
+
+    As published for photographs: RandAugment and an erased box. Gray thumbnails are mostly signs, whose gray values say
+    little; they are moved farther than the labeled ones.
+
+    Args:
+        channels: of the encoder.
+    """
     chosen, side_px = settings.self_training, min(settings.size)
-    thumbnail = side_px <= THUMBNAIL_PX
-    defaults = {"rand_augment": 0.0 if thumbnail else RAND_AUGMENT, "erasing": 0.0 if thumbnail else ERASING}
+    sign = side_px <= THUMBNAIL_PX and channels == 1
+    defaults = {"affine": SIGN_AFFINE if sign else 1.0, "rand_augment": 0.0 if sign else RAND_AUGMENT, "erasing": ERASING}
     if chosen.rand_augment is None and not has_kornia():
         defaults["rand_augment"] = 0.0
     changes = {name: value for name, value in defaults.items() if getattr(chosen, name) is None}
     chosen = replace(chosen, **changes)
     check_kornia(ColorSettings(chosen.rand_augment or 0.0))
     values = ", ".join(f"{name} {value:g}" for name, value in changes.items())
-    reasons = [f"strong views of unlabeled images, {values}: for images of {side_px} px"] if changes else []
+    reason = f"for {'gray' if channels == 1 else 'color'} images of {side_px} px"
+    reasons = [f"strong views of unlabeled images, {values}: {reason}"] if changes else []
     return replace(settings, self_training=chosen), reasons
 
 

@@ -48,7 +48,7 @@ class SelfTraining(ClassificationFinetuning):
         super().__init__(*arguments)
         self.strong, self.labeler, self.teacher = strong, labeler, teacher
         self.start, self.weight = start, weight
-        self.register_buffer("counts", torch.zeros(4 + self.model.head.out_features, dtype=torch.float64))
+        self.register_buffer("counts", torch.zeros(4 + self.model.head.out_features, dtype=torch.int64))
 
     def training_step(self, batch: dict, batch_idx: int) -> Tensor:
         """Loss of labeled and of confidently labeled unlabeled images, which pass through the student together."""
@@ -56,7 +56,7 @@ class SelfTraining(ClassificationFinetuning):
             return super().training_step(batch, batch_idx)
         num_unlabeled = len(batch["weak"])
         num_labeled = len(batch["image"]) - num_unlabeled
-        pseudo = self.pseudo_labels(batch["weak"])
+        pseudo = self.pseudo_labels(batch["weak"], batch["image"][:num_labeled])
         rows = pseudo.confident.nonzero()[:, 0]
         images, targets = self.changed(
             batch["image"][:num_labeled], batch["label"][:num_labeled], batch["seed"][:num_labeled]
@@ -77,15 +77,18 @@ class SelfTraining(ClassificationFinetuning):
         return loss
 
     @torch.no_grad()
-    def pseudo_labels(self, weak: Tensor) -> PseudoLabels:
+    def pseudo_labels(self, weak: Tensor, labeled: Tensor) -> PseudoLabels:
         """The teacher's labels.
 
         Args:
-            weak: (U, channels, height, width) uint8, weak views.
+            weak: (U, channels, height, width) uint8, weak views of unlabeled images.
+            labeled: (B, channels, height, width) uint8, for comparison.
         """
+        images = normalize(torch.cat([weak, labeled]), self.preprocessing.mean, self.preprocessing.std)
         with self.teacher.predicting(self.model):
-            logits = self.model(normalize(weak, self.preprocessing.mean, self.preprocessing.std)).float()
-        return self.labeler(logits.softmax(dim=1), lambda value: self.trainer.strategy.reduce(value, reduce_op="mean"))
+            probabilities = self.model(images).float().softmax(dim=1)
+        of_weak, of_labeled = probabilities.split([len(weak), len(labeled)])
+        return self.labeler(of_weak, of_labeled, lambda value: self.trainer.strategy.reduce(value, reduce_op="mean"))
 
     def weight_at(self, step: int) -> float:
         """The weight of the pseudo-labels' loss at an optimizer step from `start` on."""
@@ -101,7 +104,7 @@ class SelfTraining(ClassificationFinetuning):
         right = is_known & (pseudo.labels == known)
         by_class = F.one_hot(pseudo.labels[confident], self.model.head.out_features).sum(dim=0)
         totals = torch.stack([torch.tensor(len(known), device=known.device), confident.sum(), is_known.sum(), right.sum()])
-        counts = self.trainer.strategy.reduce(torch.cat([totals, by_class]).double(), reduce_op="sum")
+        counts = self.trainer.strategy.reduce(torch.cat([totals, by_class]), reduce_op="sum")
         self.counts += counts
         self.log("confident_share", counts[1] / counts[0], prog_bar=True)
         if counts[2]:

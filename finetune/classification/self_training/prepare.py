@@ -48,7 +48,7 @@ def read_unlabeled(settings: ClassificationSettings, labels: LabeledImages) -> U
             f"{len(labels.train)} labels for {len(labels.classes)} classes: class {labels.classes[missing[0]]!r} has none "
             "to learn from, give each class one or more"
         )
-    everything = read_labeled_images(data.path, None, settings.seed, data.column, data.label_column)
+    everything = read_labeled_images(data.path, None, settings.seed, data.column, data.label_column, data.validation_seed)
     return open_unlabeled(data.unlabeled, labels, everything)
 
 
@@ -99,7 +99,7 @@ def target_shares(alignment: str, labels: LabeledImages) -> Tensor | None:
 def strong_changes(settings: ClassificationSettings) -> BatchChanges:
     """The random changes of the student's views of unlabeled images."""
     data, chosen = settings.data, settings.self_training
-    factor, given = chosen.affine, data.affine
+    factor, given = (1.0 if chosen.affine is None else chosen.affine), data.affine
     zoom = min(given.zoom * factor, LARGEST_ZOOM)
     affine = AffineSettings(given.degrees * factor, zoom, given.shear * factor, given.shift * factor)
     color = ColorSettings(

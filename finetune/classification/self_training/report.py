@@ -47,7 +47,7 @@ class ReportPseudoLabels(pl.Callback):
         if trainer.is_global_zero and counts[0]:
             totals, by_class = counts[:4], counts[4:]
             shares = [f"{count / max(totals[1], 1):.4f}" for count in by_class]
-            self.write([[str(self.step), *(f"{total:.0f}" for total in totals), *shares]], append=True)
+            self.write([[str(self.step), *(str(total) for total in totals), *shares]], append=True)
 
     def write(self, rows: list[list[str]], append: bool = False) -> None:
         """Write the file again, or add rows to it, after a header where it is new."""

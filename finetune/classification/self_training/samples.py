@@ -13,8 +13,8 @@ from simmim.data import ImageSamples, IndexedSamples, Picture
 
 
 class UnlabeledSamples(ImageSamples):
-    """Samples of unlabeled images with two independent views: `image` for the student, `weak` for the teacher. Their `label`
-    is the true one where it is known, else −1.
+    """Samples of unlabeled images with two views: `image` for the student, `weak` for the teacher. Their `label` is the true
+    one where it is known, else −1.
 
     Args:
         source: columns `image`, undecoded, and `label`.
@@ -38,10 +38,11 @@ class UnlabeledSamples(ImageSamples):
     def view_of(self, index: int, generator: random.Random) -> dict:
         """Both views of the image at `index`, and its label."""
         picture, label = self.load(index)
-        # A generator of its own: the teacher's view does not depend on what the student's draws.
-        weak = self.weak_view(picture, random.Random(f"{generator.getrandbits(62)}/weak"))
+        image = self.view(picture, generator)
+        # Crops that are as weak as the teacher's need no second one.
+        weak = image if self.view == self.weak_view else self.weak_view(picture, generator)
         gray_copies = [self.name_of(index)] if picture.loses_color else []
-        return {"image": self.view(picture, generator), "weak": weak, "label": label, "gray_copies": gray_copies}
+        return {"image": image, "weak": weak, "label": label, "gray_copies": gray_copies}
 
 
 class Key(NamedTuple):

@@ -20,16 +20,16 @@ class SelfTrainingSettings:
         weight: of the loss of the pseudo-labels. It is reached in as many steps as `start` takes.
         alignment: shares of the classes that the predictions for unlabeled images are drawn to: those of the labels,
             uniform, or none, where neither tells them.
-        affine: factor of data.affine in the strong views.
-        rand_augment: magnitude of RandAugment in the strong views, 0 to 10; by default it follows from the image size.
-        erasing: probability that a box of a strong view is erased; by default it follows from the image size.
+        affine: factor of data.affine in the strong views; by default 1, and 1.5 for gray images up to 64 px, mostly signs.
+        rand_augment: magnitude of RandAugment in the strong views, 0 to 10; by default 9, and 0 for gray images up to 64 px.
+        erasing: probability that a box of a strong view is erased; by default 0.5.
     """
 
     ratio: int | None = None
-    start: float = 0.1
+    start: float = 0.05
     weight: float = 1.0
     alignment: str = "labels"
-    affine: float = 1.0
+    affine: float | None = None
     rand_augment: float | None = None
     erasing: float | None = None
 
@@ -38,7 +38,7 @@ class SelfTrainingSettings:
             raise ValueError(f"self_training.ratio is {self.ratio}: give 1 unlabeled image per labeled one, or more")
         if not 0 <= self.start <= 1:
             raise ValueError(f"self_training.start is {self.start}: give a share of the steps, from 0 to 1")
-        if self.weight <= 0 or self.affine < 0:
+        if self.weight <= 0 or (self.affine or 0) < 0:
             raise ValueError(
                 f"self_training.weight is {self.weight} and self_training.affine {self.affine}: give a positive weight and "
                 "a factor from 0 on"
