@@ -47,7 +47,8 @@ class Classification(Task):
         start = find_start(settings, images, device, report_line)
         config = start.encoder.config
         num_labels, num_classes = len(labels.train), len(labels.classes)
-        settings, build, reasons = start.settings, ClassificationFinetuning, []
+        settings, build = start.settings, ClassificationFinetuning
+        reasons: list[str] = []
         if unlabeled:
             check_channels(unlabeled, config.in_channels)
             settings, reasons = resolve_self_training(settings, num_labels, len(unlabeled.images), config, device)

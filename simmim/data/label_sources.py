@@ -188,7 +188,7 @@ def read_class_folders(folder: Path) -> dict[str, tuple[datasets.Dataset, list[s
     """
     parts = find_parts(folder)
     left_out, labeled = LeftOut(), {}
-    for use, parent in {"train": folder}.items() if parts is None else parts.used.items():
+    for use, parent in {"train": ""}.items() if parts is None else parts.used.items():
         paths_by_class = find_class_folders(folder / parent, left_out)
         labels = [name for name, paths in paths_by_class.items() for _ in paths]
         labeled[use] = dataset_from_paths([path for paths in paths_by_class.values() for path in paths]), labels
