@@ -6,6 +6,7 @@ from collections.abc import Callable
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
+from typing import cast
 
 from torch import Tensor
 
@@ -47,12 +48,13 @@ class Classification(Task):
         start = find_start(settings, images, device, report_line)
         config = start.encoder.config
         num_labels, num_classes = len(labels.train), len(labels.classes)
-        settings, build = start.settings, ClassificationFinetuning
+        settings = cast(ClassificationSettings, start.settings)
+        build = ClassificationFinetuning
         reasons: list[str] = []
         if unlabeled:
             check_channels(unlabeled, config.in_channels)
             settings, reasons = resolve_self_training(settings, num_labels, len(unlabeled.images), config, device)
-        settings, further = resolve_settings(settings, num_labels, num_classes, config, device)  # type: ignore[arg-type]
+        settings, further = resolve_settings(settings, num_labels, num_classes, config, device)
         if unlabeled:
             build = module_builder(settings, labels)  # type: ignore[assignment]
         module = build_module(settings, start, labels, report_line, build)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import replace
+from typing import Any
 
 from simmim.defaults import default_batch_size
 from simmim.encoders.base import EncoderConfig
@@ -86,7 +87,7 @@ def resolve_strong_views(settings: ClassificationSettings, channels: int) -> tup
     defaults = {"affine": SIGN_AFFINE if sign else 1.0, "rand_augment": 0.0 if sign else RAND_AUGMENT, "erasing": ERASING}
     if chosen.rand_augment is None and not has_kornia():
         defaults["rand_augment"] = 0.0
-    changes = {name: value for name, value in defaults.items() if getattr(chosen, name) is None}
+    changes: dict[str, Any] = {name: value for name, value in defaults.items() if getattr(chosen, name) is None}
     chosen = replace(chosen, **changes)
     check_kornia(ColorSettings(chosen.rand_augment or 0.0))
     values = ", ".join(f"{name} {value:g}" for name, value in changes.items())
