@@ -364,7 +364,7 @@ def test_unreadable_files_are_refused_by_every_command(name, place, digits, monk
             "--out new --format onxx",
             ["unknown format 'onxx'; did you mean 'onnx'? known: hf, official, onnx, safetensors, timm"],
         ),
-        ("--out new --form head", ["unknown form 'head'; known: classifier, encoder, simmim"]),
+        ("--out new --form head", ["unknown form 'head'; known: canvas, classifier, encoder, simmim"]),
         ("--out new --form classifier", ["has no head: it cannot be exported in the form classifier"]),
         ("--out new --form simmim", ["has no mask token and decoder"]),
         ("--out new --format timm --form simmim", ["has no mask token and decoder"]),
