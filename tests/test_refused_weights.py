@@ -240,7 +240,7 @@ def test_parts_of_another_size_are_refused(tmp_path):
         ValueError, match=r"does not fit SimMIM with this encoder: 2 missing \(decoder\.weight, decoder\.bias\)"
     ):
         check_pretraining(replace(checkpoint, pretraining={"mask_token": torch.zeros(8)}), Path("file"))
-    with pytest.raises(ValueError, match=r"file: unknown method 'mae'; known: simmim"):
+    with pytest.raises(ValueError, match=r"file: unknown method 'mae'; known: canvas, simmim"):
         check_pretraining(replace(checkpoint, method="mae"), Path("file"))
     folder = export(checkpoint, "hf", tmp_path / "hf", "encoder").folder
     wider = "encoder.layers.0.blocks.0.attention.self.key.weight"
