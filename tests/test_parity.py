@@ -19,7 +19,7 @@ from conversion import random_checkpoint
 from PIL import Image
 from random_encoders import random_images, randomize
 from safetensors.torch import load_file, save_file
-from transformers_swinv2 import run_transformers
+from transformers_swinv2 import run_transformers, transformers_model
 
 from simmim import load_encoder
 from simmim.checkpoints import read, read_encoder
@@ -104,20 +104,8 @@ def assert_same(encoder, images, theirs, dtype="float32"):
 
 def saved_by_transformers(config, size, folder):
     """A random Swinv2Model for images of `size`, saved by `save_pretrained`."""
-    import transformers
-
-    model = transformers.Swinv2Model(
-        transformers.Swinv2Config(
-            image_size=size,
-            num_channels=config.in_channels,
-            embed_dim=config.embed_dim,
-            depths=config.depths,
-            num_heads=config.num_heads,
-            window_size=config.window_size,
-            pretrained_window_sizes=config.pretrained_window_sizes or (0,) * len(config.depths),
-        )
-    )
-    randomize(model).eval().save_pretrained(folder)
+    model = transformers_model(config, size)
+    model.save_pretrained(folder)
     return model
 
 

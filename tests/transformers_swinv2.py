@@ -15,10 +15,10 @@ def from_transformers(state, config):
     return ours
 
 
-def transformers_twin(config, image_size, max_logit_scale=3.5):
-    """A random Swinv2Model built for `image_size` and our encoder with the same weights."""
+def transformers_model(config, image_size, max_logit_scale=3.5):
+    """A random Swinv2Model of an architecture, built for `image_size`."""
     transformers = pytest.importorskip("transformers")
-    theirs = transformers.Swinv2Model(
+    model = transformers.Swinv2Model(
         transformers.Swinv2Config(
             image_size=image_size,
             patch_size=config.patch_size,
@@ -32,7 +32,12 @@ def transformers_twin(config, image_size, max_logit_scale=3.5):
             drop_path_rate=0.0,
         )
     )
-    randomize(theirs, max_logit_scale=max_logit_scale).eval()
+    return randomize(model, max_logit_scale=max_logit_scale).eval()
+
+
+def transformers_twin(config, image_size, max_logit_scale=3.5):
+    """A random Swinv2Model built for `image_size` and our encoder with the same weights."""
+    theirs = transformers_model(config, image_size, max_logit_scale)
     with torch.device("meta"):
         ours = SwinV2(config)
     ours.load_state_dict(from_transformers(theirs.state_dict(), config), assign=True)

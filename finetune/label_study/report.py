@@ -284,16 +284,16 @@ def saved_labels(equivalent: float, labels: int | str, other: str, result: Study
 
 
 def saved_interval(result: StudyResult, labels: int | str, other: str) -> str:
-    """The 95 % interval of the labels saved, in parentheses."""
+    """The 95 % interval of the labels saved, in parentheses; a limit outside what was measured as over or under its end."""
     count, counts = result.labels[labels], list(result.labels.values())
-    low, high = equivalent_interval(result, labels, other)
-    few = f"under {min(counts) - count:.0f}" if low == 0 else f"{low - count:.0f}"
-    few = f"over {max(counts) - count:.0f}" if math.isinf(low) else few
-    if math.isinf(low):
-        return f"(95 % interval {few})"
-    many = f"under {min(counts) - count:.0f}" if high == 0 else f"{high - count:.0f}"
-    many = f"over {max(counts) - count:.0f}" if math.isinf(high) else many
-    return f"(95 % interval {few} to {many})"
+
+    def limit(equivalent: float) -> str:
+        if equivalent == 0:
+            return f"under {min(counts) - count:.0f}"
+        return f"over {max(counts) - count:.0f}" if math.isinf(equivalent) else f"{equivalent - count:.0f}"
+
+    low, high = map(limit, equivalent_interval(result, labels, other))
+    return f"(95 % interval {low})" if low == high else f"(95 % interval {low} to {high})"
 
 
 def report(result: StudyResult) -> str:
