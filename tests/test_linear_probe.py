@@ -45,6 +45,18 @@ def test_same_choice_as_a_grid_search(digit_vectors, name, seed):
     assert found.converged and found.accuracy > 0.5
 
 
+def test_more_values_than_vectors_give_the_same_classifier():
+    """The rotation into the span of the vectors leaves the optimum where it is."""
+    generator = np.random.default_rng(0)
+    labels = np.arange(30) % 3
+    vectors = generator.normal(size=(30, 200)) + generator.normal(size=(3, 200))[labels] * np.logspace(-2, 0, 200)
+    others = generator.normal(size=(400, 200))
+    ((predict, converged),) = probe.logistic_fits(vectors, labels, (0.1,))
+    direct = make_pipeline(StandardScaler(), LogisticRegression(C=0.1, max_iter=1000, tol=1e-8)).fit(vectors, labels)
+    assert converged and np.mean(predict(others) == direct.predict(others)) > 0.99
+    assert len(np.unique(predict(others))) == 3
+
+
 def test_scale_and_test_labels_do_not_matter(digit_vectors):
     _, train, train_labels, test, test_labels = digit_vectors
     vectors, others = train["final"], test["final"]

@@ -123,6 +123,9 @@ def logistic_fits(
 ) -> Iterator[tuple[Callable[[np.ndarray], np.ndarray], bool]]:
     """Fit one inverse strength after another.
 
+    Where there are fewer vectors than values, the vectors are rotated to as many coordinates as there are vectors. That
+    changes neither penalty nor logits, for the weights of the optimum lie in the span of the vectors, and fits are faster.
+
     All fits share one model, and each starts from the solution before it. So a classifier must be used before the next fit.
 
     Args:
@@ -137,11 +140,16 @@ def logistic_fits(
 
     scaler = StandardScaler().fit(vectors)
     scaled = scaler.transform(vectors)
+    axes: np.ndarray | None = None  # (D, T), orthonormal, whose span holds the scaled vectors
+    if scaled.shape[0] < scaled.shape[1]:
+        axes, triangle = np.linalg.qr(scaled.T)
+        scaled = triangle.T
     model = LogisticRegression(max_iter=MAX_ITERATIONS, warm_start=True)
 
     def predict(others: np.ndarray) -> np.ndarray:
         """Classes by the current fit."""
-        return model.predict(scaler.transform(others))
+        scaled = scaler.transform(others)
+        return model.predict(scaled if axes is None else scaled @ axes)
 
     for c in strengths:
         with warnings.catch_warnings(record=True) as caught:
