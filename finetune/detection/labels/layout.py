@@ -1,0 +1,94 @@
+"""Folders of images and of their annotation files, and the parts that they are."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Sequence
+from pathlib import Path
+from typing import NamedTuple
+
+from simmim.data.index import count_images
+from simmim.data.label_map_sources import find_stems
+from simmim.data.label_sources import subfolders
+from simmim.data.parts import assign_parts
+
+IMAGE_FOLDERS = ("images", "JPEGImages")
+
+
+class Pair(NamedTuple):
+    """The folder of a part's images, and that of its annotation files; may be the same one."""
+
+    images: Path
+    annotations: Path
+
+
+def files_in(folder: Path, suffix: str) -> list[Path]:
+    """Files of that ending in `folder` itself, in order; none if there is no such folder."""
+    if not folder.is_dir():
+        return []
+    with os.scandir(folder) as entries:
+        names = sorted(entry.name for entry in entries if entry.name.lower().endswith(suffix) and entry.is_file())
+    return [folder / name for name in names if not name.startswith(".")]
+
+
+def find_pairs(folder: Path, annotation_folders: Sequence[str], suffix: str, together: bool = True) -> dict[str, Pair]:
+    """The folders of "train" and, if there is such a part, "validation"; empty if there are none.
+
+    They are PART/images beside PART/labels, images/PART beside labels/PART, PART with both, or the same without parts.
+
+    Args:
+        annotation_folders: usual names.
+        suffix: of annotation files.
+        together: whether images and annotation files may lie in one folder.
+    """
+    names = set(subfolders(folder))
+    for images in IMAGE_FOLDERS:
+        names |= set(subfolders(folder / images))
+    pairs = {name: pair for name in sorted(names) if (pair := pair_of(folder, name, annotation_folders, suffix, together))}
+    parts = assign_parts(pairs, str(folder))
+    if parts is not None:
+        parts.report(str(folder), {name: count_images(pairs[name].images) for name in parts.left_aside})
+        return {use: pairs[name] for use, name in parts.used.items()}
+    pair = pair_in(folder, "", annotation_folders, suffix, together)
+    return {"train": pair} if pair else {}
+
+
+def pair_of(folder: Path, part: str, annotation_folders: Sequence[str], suffix: str, together: bool) -> Pair | None:
+    """The folders of one part, PART/images or images/PART; None if one is missing."""
+    if part in (*IMAGE_FOLDERS, *annotation_folders):
+        return None
+    return pair_in(folder / part, "", annotation_folders, suffix, together) or pair_in(
+        folder, part, annotation_folders, suffix, False
+    )
+
+
+def pair_in(parent: Path, part: str, annotation_folders: Sequence[str], suffix: str, together: bool) -> Pair | None:
+    """The folders in `parent`, of one part; None if one is missing."""
+    images = next((parent / name / part for name in IMAGE_FOLDERS if (parent / name / part).is_dir()), None)
+    annotations = next((parent / name / part for name in annotation_folders if files_in(parent / name / part, suffix)), None)
+    if images is None and annotations is not None and together and count_images(parent):
+        images = parent
+    if annotations is None and together and files_in(parent, suffix):
+        annotations, images = parent, images or parent
+    return Pair(images, annotations) if images is not None and annotations is not None else None
+
+
+def image_files(pair: Pair) -> dict[str, str]:
+    """Every image of a pair by its path without the ending.
+
+    Raises:
+        ValueError: as `find_stems`.
+    """
+    return find_stems(pair.images)
+
+
+def read_text(file: Path) -> str:
+    """A text file's content.
+
+    Raises:
+        ValueError: for a file that cannot be read as UTF-8.
+    """
+    try:
+        return file.read_text(encoding="utf-8-sig")
+    except (OSError, UnicodeDecodeError) as error:
+        raise ValueError(f"{file} cannot be read ({error}): give a text file in UTF-8") from error
