@@ -23,7 +23,7 @@ from simmim.finetune.freezing import KeepFrozen, frozen_parts
 from simmim.finetune.registry import task_named
 from simmim.finetune.settings import TransferSettings
 from simmim.finetune.task import PreparedTask
-from simmim.messages import without_notices
+from simmim.messages import notify, without_notices
 from simmim.training.module import TrainingModule
 from simmim.training.optim import REFERENCE_BATCH
 from simmim.training.run import TrainingRun, check_before_start, run_training
@@ -88,6 +88,7 @@ def finetune(settings: TransferSettings, quiet: bool = False) -> FinetuneResult:
         prepared = task_named(settings.task).prepare(settings, device_type(), None if quiet else print)
     if not quiet and is_first_process():
         report_shared_images(prepared)
+        report_test_choice(prepared)
     best = KeepBest(prepared)
     run = training_run(prepared, best, quiet)
     finished = run_training(run)
@@ -104,6 +105,17 @@ def report_shared_images(prepared: PreparedTask) -> None:
     if init != "none":
         others[f"the pre-training images of {init}"] = pretraining_images(init)
     report_shared(prepared.validation.source, others)
+
+
+def report_test_choice(prepared: PreparedTask) -> None:
+    """A notice where a part that is called test chooses the model."""
+    validations = prepared.settings.validations
+    if prepared.test_validates and validations > 1:
+        notify(
+            f"the test part of {prepared.settings.data.path!r} validates, for there is no other, and chooses the best of "
+            f"{validations} models: the best figure is higher than new images would give. Add a validation part, or give "
+            "validations: 1 to keep the last model"
+        )
 
 
 def training_run(prepared: PreparedTask, best: KeepBest, quiet: bool) -> TrainingRun:

@@ -52,6 +52,7 @@ class PreparedTask:
         save: writes a model into a folder so that it can be read without the run. Called with folder, model and provenance.
         provenance: what an exported model says of the choice of its labels.
         reasons: a line for each value that was chosen for the user: the value, then why.
+        test_validates: whether the validation images are a part that is called test.
         average: averages the weights for validation and export, in place of a plain average of decay optim.ema.
         callbacks: further callbacks. They are called before the best model is exported.
         report: writes into the run folder what the validation that has just ended says of the best model so far. Called with
@@ -72,6 +73,7 @@ class PreparedTask:
     save: SaveModel
     provenance: Mapping[str, Any] = field(default_factory=dict)
     reasons: tuple[str, ...] = ()
+    test_validates: bool = False
     average: AverageWeights | None = None
     callbacks: tuple[pl.Callback, ...] = ()
     report: Callable[[Path, pl.LightningModule], object] = no_report

@@ -6,6 +6,7 @@ from dataclasses import replace
 
 import pytest
 import torch
+from image_files import notices
 
 from simmim import load_encoder
 from simmim.checkpoints.checkpoint import Preprocessing
@@ -15,6 +16,7 @@ from simmim.finetune.augment.batch import BatchChanges
 from simmim.finetune.classification.model import Classifier
 from simmim.finetune.classification.module import ClassificationFinetuning
 from simmim.finetune.registry import task_named
+from simmim.finetune.run import report_test_choice
 from simmim.finetune.settings import OptimSettings
 
 
@@ -48,6 +50,15 @@ def test_the_best_classifier_is_kept(digits, finished):
     accuracy = (logits.argmax(dim=1) == torch.tensor(labels.validation["label"])).float().mean()
     assert accuracy.item() == pytest.approx(finished.best)
     assert finished.best >= finished.accuracy
+
+
+@pytest.mark.parametrize("part, validations, count", [("test", 3, 1), ("test", 1, 0), ("val", 3, 0)])
+def test_a_test_part_that_chooses_the_model_is_said(digits, tmp_path, part, validations, count):
+    for name in ("train", part):
+        (tmp_path / name).symlink_to(digits.labeled / "train")
+    chosen = settings(digits, "none", tmp_path / "run", data=LabeledSettings(str(tmp_path)), validations=validations)
+    _, lines = notices(report_test_choice, task_named("classification").prepare(chosen, "cpu"))
+    assert [line.startswith("the test part of") for line in lines] == [True] * count
 
 
 def test_nothing_writes_to_a_finished_run(digits, encoder_folder, tmp_path):

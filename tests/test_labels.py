@@ -3,7 +3,7 @@
 from collections import Counter
 
 import pytest
-from image_files import write_empty
+from image_files import notices, write_empty
 
 from simmim.data import find_images, read_labeled_images
 
@@ -49,13 +49,23 @@ def test_train_and_validation_folders(tmp_path, validation_name):
         write_empty(*(tmp_path / "train" / name / f"{number}.png" for number in range(6)))
         write_empty(*(tmp_path / validation_name / name / f"v{number}.png" for number in range(3)))
     labels = read_labeled_images(tmp_path, None, seed=0)
-    assert labels.classes == ("x", "y")
+    assert labels.classes == ("x", "y") and labels.test_validates == (validation_name == "test")
     assert [path for path, _ in paths_and_labels(labels.train)] == find_images(tmp_path / "train")
     assert [path for path, _ in paths_and_labels(labels.validation)] == find_images(tmp_path / validation_name)
     some = [paths_and_labels(read_labeled_images(tmp_path, 2, seed).train) for seed in (0, 0, 1)]
     assert some[0] == some[1] != some[2] and Counter(label for _, label in some[0]) == {0: 2, 1: 2}
     for seed in (0, 1):
         assert read_labeled_images(tmp_path, 2, seed).validation["label"][:] == [0] * 3 + [1] * 3
+
+
+def test_a_class_may_lack_validation_images(tmp_path):
+    """It is said, and the others are validated."""
+    write_empty(
+        *(tmp_path / place for place in ("train/a/1.png", "train/b/2.png", "train/c/3.png", "val/a/4.png", "val/c/5.png"))
+    )
+    labels, lines = notices(read_labeled_images, tmp_path, None, 0)
+    assert lines == [f"no validation image of '{tmp_path}' is of b: nothing is measured of these classes"]
+    assert (labels.classes, labels.validation["label"][:]) == (("a", "b", "c"), [0, 2])
 
 
 def test_class_called_test_is_a_class(tmp_path):
@@ -85,7 +95,7 @@ def test_class_folders_that_cannot_work(tmp_path):
         "one/a": "a' has 0 class folders: give at least two",
         "single": "class 'a' has 1 image: give at least 2",
         "blank": "b' is empty",
-        "other": "classes differ between .*: only in one of them: b, c",
+        "other": "classes differ between .*: no training image of c; add some",
     }.items():
         with pytest.raises(ValueError, match=message):
             read_labeled_images(tmp_path / name, None, 0)

@@ -163,7 +163,7 @@ def test_parts_of_scenes(tmp_path, layout):
     scenes, lines = notices(read_scenes, str(write_scenes(tmp_path / "1", *parts("Training", "dev"))))
     assert {name: len(part) for name, part in scenes.items()} == {"train": 3, "validation": 3} and lines == []
     scenes, lines = notices(read_scenes, str(write_scenes(tmp_path / "2", *parts("train", "test"))))
-    assert set(scenes) == {"train", "validation"} and lines == []
+    assert set(scenes) == {"train", "test"} and lines == []
     folder = write_scenes(tmp_path / "3", *parts("train", "val"))
     write_scenes(folder, *parts("test"), masks=False)
     scenes, lines = notices(read_scenes, str(folder))
@@ -179,5 +179,5 @@ def test_a_csv_file_of_scenes_with_a_column_of_parts(tmp_path):
     lines = [f"images/{number}.png,masks/{number}.png,{part}" for number, part in enumerate(("train", "train", "test"))]
     (tmp_path / "scenes.csv").write_text("\n".join(["image,mask,split", *lines]))
     scenes, lines = notices(read_scenes, str(tmp_path / "scenes.csv"))
-    assert {name: len(part) for name, part in scenes.items()} == {"train": 2, "validation": 1}
+    assert {name: len(part) for name, part in scenes.items()} == {"train": 2, "test": 1}
     assert lines == []

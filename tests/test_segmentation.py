@@ -63,11 +63,12 @@ def test_counts_of_parts_add_up():
 
 def test_table_of_classes(tmp_path):
     confusion = torch.tensor([[6, 2, 0], [1, 3, 0], [0, 0, 0]])
-    write_class_table(tmp_path / "iou.csv", confusion, ("ground", "house", "tree, tall"))
+    write_class_table(tmp_path / "iou.csv", confusion, ("ground", "house", "tree, tall"), 30)
     lines = class_table(tmp_path / "iou.csv").splitlines()
     assert lines[2] == "| ground | 66.7% | 75.0% | 85.7% | 66.7% |"
     assert lines[3] == "| house | 50.0% | 75.0% | 60.0% | 33.3% |"
     assert lines[4] == "| tree, tall | – | – | – | 0.0% |"
+    assert (tmp_path / "iou.csv").read_text().splitlines()[1].endswith(",0.6667,30")
 
 
 @pytest.mark.parametrize("smoothing", [0.0, 0.1])

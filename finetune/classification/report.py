@@ -24,14 +24,15 @@ DARK_BLUE = (8, 48, 107)
 MAX_NAME_LENGTH = 16
 
 
-def write_class_report(run: Path, confusions: Tensor, names: Sequence[str]) -> Image.Image:
+def write_class_report(run: Path, confusions: Tensor, names: Sequence[str], step: int) -> Image.Image:
     """Write table and picture into the run folder, and return the picture.
 
     Args:
         confusions: (classes, classes), a row per true class.
+        step: number of steps after which this was the best validation; both files say so.
     """
-    write_class_table(run / CLASSES, class_rows(confusions, names))
-    picture = confusion_picture(confusions, names)
+    write_class_table(run / CLASSES, class_rows(confusions, names), step)
+    picture = titled(confusion_picture(confusions, names), f"the best validation, after {step:,} steps")
     with atomic_write(run / CONFUSIONS) as temporary:
         picture.save(temporary, format="PNG")
     return picture
@@ -40,15 +41,15 @@ def write_class_report(run: Path, confusions: Tensor, names: Sequence[str]) -> I
 # --- Table -------------------------------------------------------------------------------------------------------------
 
 
-def write_class_table(path: Path, rows: Sequence[ClassRow]) -> None:
-    """Write a CSV file with a row per class; a cell is empty where a rate is not defined."""
+def write_class_table(path: Path, rows: Sequence[ClassRow], step: int) -> None:
+    """Write a CSV file with a row per class; a cell is empty where a rate is not defined. `step` is in every row."""
     names = [field.name for field in fields(ClassRow)]
     with atomic_write(path) as temporary, temporary.open("w", newline="", encoding="utf-8") as file:
         writer = csv.writer(file)
-        writer.writerow(["class", *names[1:]])
+        writer.writerow(["class", *names[1:], "step"])
         for row in rows:
             rates = ["" if rate != rate else f"{rate:.6f}" for rate in (row.precision, row.recall, row.f1)]
-            writer.writerow([row.name, *rates, row.images])
+            writer.writerow([row.name, *rates, row.images, step])
 
 
 def class_table(path: Path) -> str:
@@ -110,6 +111,15 @@ def named_picture(shades: Image.Image, counts: np.ndarray, shares: np.ndarray, n
                 center = (label_px + column * CELL_PX + CELL_PX // 2, middle)
                 draw.text(center, f"{int(counts[row, column])}", fill=color, anchor="mm")
     return picture
+
+
+def titled(picture: Image.Image, title: str) -> Image.Image:
+    """The picture below a line of text."""
+    width = max(picture.width, int(ImageDraw.Draw(picture).textlength(title)) + 2 * MARGIN_PX)
+    whole = Image.new("RGB", (width, picture.height + LABEL_PX + MARGIN_PX), "white")
+    whole.paste(picture, (0, LABEL_PX + MARGIN_PX))
+    ImageDraw.Draw(whole).text((MARGIN_PX, MARGIN_PX // 2), title, fill="black")
+    return whole
 
 
 def shortened(name: str) -> str:

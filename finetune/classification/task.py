@@ -67,6 +67,7 @@ class Classification(Task):
             validation=validation,
             validation_batch_size=VALIDATION_BATCH_SIZE,
             classes=labels.classes,
+            test_validates=labels.test_validates,
             monitor=settings.monitor,
             loss=LOSS,
             save=partial(save_classifier, classes=labels.classes, preprocessing=module.preprocessing),
@@ -157,9 +158,9 @@ def build_samples(
 def report_validation(run: Path, module: ClassificationFinetuning, classes: tuple[str, ...]) -> None:
     """Write classes.csv and confusions.png, which TensorBoard shows too."""
     if module.confusions is not None:
-        picture = write_class_report(run, module.confusions, classes)
-        step = max(module.trainer.global_step - 1, 0)
-        log_picture(module.trainer.loggers, "confusions", picture, step, CAPTION)
+        step = module.trainer.global_step
+        picture = write_class_report(run, module.confusions, classes, step)
+        log_picture(module.trainer.loggers, "confusions", picture, max(step - 1, 0), CAPTION)
 
 
 def closing_text(run: Path) -> str:

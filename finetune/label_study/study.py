@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import warnings
 from collections.abc import Mapping
 from dataclasses import replace
 from itertools import product
@@ -19,7 +18,7 @@ from simmim.finetune.label_study.results import Rates, StudyResult
 from simmim.finetune.label_study.settings import ALL, StudySettings
 from simmim.finetune.label_study.trials import Tuning, run_arms, tuning_cost
 from simmim.finetune.start import Start, find_start
-from simmim.messages import Notice, notify
+from simmim.messages import notify
 from simmim.training.run_folder import check_run_folder, locked_run_folder
 from simmim.training.shared_images import pretraining_images, report_shared
 from simmim.training.trainer import device_type
@@ -54,10 +53,7 @@ def prepare_study(settings: StudySettings) -> tuple[StudySettings, list[Arm], di
         ValueError: when the labels or an encoder cannot be read, no number of labels is left, or a run cannot start.
     """
     data = settings.data
-    with warnings.catch_warnings():
-        # A single run's notice, whose best model it chooses. Here no image that judges chooses.
-        warnings.filterwarnings("ignore", ".* validates, as there is no val", Notice)
-        source = open_labeled_source(data.path, data.column, data.label_column)
+    source = open_labeled_source(data.path, data.column, data.label_column)
     validation_seed = validation_seed_of(settings, source)
     images = source.draw(None, settings.seed, validation_seed)
     labels = available_labels(settings, images)
@@ -89,7 +85,7 @@ def validation_seed_of(settings: StudySettings, source: LabeledSource) -> int | 
 
 
 def tell_what_runs_lack(start: Start) -> None:
-    """A `Notice`, since the runs of a study print nothing themselves."""
+    """A notice, since the runs of a study print nothing themselves."""
     data, side_px, channels = start.settings.data, min(start.preprocessing.image_size), start.encoder.config.in_channels
     _, reasons = resolve_augmentation(data, side_px, channels, per_class=1.0)  # type: ignore[arg-type]
     if NO_RAND_AUGMENT in reasons:

@@ -36,17 +36,17 @@ def pixel_accuracy(confusion: Tensor) -> float:
     return (confusion.diagonal().sum() / confusion.sum()).item()
 
 
-def write_class_table(file: Path, confusion: Tensor, classes: Sequence[str]) -> None:
+def write_class_table(file: Path, confusion: Tensor, classes: Sequence[str], step: int) -> None:
     """Write a CSV file with a row per class: IoU, recall and precision, empty where a class is not labeled or not predicted,
-    and the share of the labeled pixels."""
+    the share of the labeled pixels, and the number of steps after which this was the best validation."""
     labeled, predicted = confusion.double().sum(dim=1), confusion.double().sum(dim=0)
     correct = confusion.double().diagonal()
     columns = [iou_by_class(confusion), correct / labeled, correct / predicted, labeled / labeled.sum()]
     with atomic_write(file) as temporary, temporary.open("w", newline="", encoding="utf-8") as text:
         writer = csv.writer(text)
-        writer.writerow(COLUMNS)
+        writer.writerow([*COLUMNS, "step"])
         for name, *shares in zip(classes, *(column.tolist() for column in columns)):
-            writer.writerow([name, *("" if math.isnan(share) else f"{share:.4f}" for share in shares)])
+            writer.writerow([name, *("" if math.isnan(share) else f"{share:.4f}" for share in shares), step])
 
 
 def class_table(file: Path) -> str:
@@ -54,6 +54,6 @@ def class_table(file: Path) -> str:
     with file.open(newline="", encoding="utf-8") as text:
         _, *rows = csv.reader(text)
     lines = [f"| {' | '.join(COLUMNS)} |", "| --- | ---: | ---: | ---: | ---: |"]
-    for name, *shares in rows:
+    for name, *shares, _step in rows:
         lines.append(f"| {name} | {' | '.join(f'{float(share):.1%}' if share else '–' for share in shares)} |")
     return "\n".join(lines)

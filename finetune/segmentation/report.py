@@ -33,7 +33,7 @@ class LogLabelMaps(pl.Callback):
 
 def report_validation(run: Path, module: SegmentationFinetuning, classes: Sequence[str]) -> None:
     """Write iou.csv, a row per class, and masks.png."""
-    write_class_table(run / CLASSES, module.confusion, classes)
+    write_class_table(run / CLASSES, module.confusion, classes, module.trainer.global_step)
     if module.shown:
         with atomic_write(run / PICTURE) as temporary:
             draw_predictions(module.shown, classes).save(temporary, format="png")

@@ -57,6 +57,7 @@ class Segmentation(Task):
             validation=validation,
             validation_batch_size=validation_batch_size(labels, data.short_side),
             classes=scheme.classes,
+            test_validates=labels.test_validates,
             monitor="mean_iou",
             loss=LOSS,
             save=partial(save_model, data=data, scheme=scheme, preprocessing=start.preprocessing),

@@ -37,7 +37,7 @@ LAYOUT = "images/ and masks/ with files of the same names, or train/ and val/ th
 
 
 def read_scenes(path: str, column: str | None = None, mask_column: str | None = None) -> dict[str, datasets.Dataset]:
-    """Columns `image` and `label_map`, undecoded, of "train", and of "validation" if the source has such a part.
+    """Columns `image` and `label_map`, undecoded, by the keys of `Parts.used`.
 
     Raises:
         ValueError: if there are no images with label maps at `path`.
@@ -68,7 +68,7 @@ class FolderPairs:
     """The folders of scenes.
 
     Attributes:
-        pairs: by "train" and, if there is such a part, "validation".
+        pairs: by the keys of `Parts.used`.
         parts: the parts that they are; None where the folder is not divided.
         left_aside: folders of images by the names of the parts that are not used.
     """

@@ -16,6 +16,7 @@ import numpy as np
 from simmim.data.label_map_files import NUM_VALUES, SceneStatistics, inspect_scenes
 from simmim.data.label_map_sources import CLASSES_FILE, read_class_names, read_scenes
 from simmim.data.orientation import Size
+from simmim.data.parts import validating_use
 
 if TYPE_CHECKING:
     import datasets
@@ -62,6 +63,7 @@ class LabeledScenes:
         pixels: number of training pixels of each class.
         validation_sizes: (height, width) of the validation images, upright; None for an image that cannot be read.
         notes: what was inferred from the label maps, a sentence each.
+        test_validates: whether `validation` is a part that is called test.
     """
 
     train: datasets.Dataset
@@ -70,6 +72,7 @@ class LabeledScenes:
     pixels: tuple[int, ...]
     validation_sizes: tuple[Size | None, ...]
     notes: tuple[str, ...] = ()
+    test_validates: bool = False
 
     @property
     def classes(self) -> tuple[str, ...]:
@@ -119,23 +122,26 @@ def read_labeled_scenes(
 
     generator = random.Random(f"scenes/{seed}")
     rows = list(range(len(parts["train"])))
-    if "validation" in parts:
-        check_classes_are_trained(statistics["train"], statistics["validation"], scheme)
+    use = validating_use(parts)
+    if use:
+        validation, judging = parts[use], statistics[use]
+        check_classes_are_trained(statistics["train"], judging, scheme)
     else:
         rows, held_out = hold_out_fifth(rows, generator, path)
-        parts["validation"] = parts["train"].select(held_out)
-        statistics["validation"] = [statistics["train"][row] for row in held_out]
-    check_pixels([statistics["train"][row] for row in rows], statistics["validation"], scheme, path)
+        validation = parts["train"].select(held_out)
+        judging = [statistics["train"][row] for row in held_out]
+    check_pixels([statistics["train"][row] for row in rows], judging, scheme, path)
     if labels is not None:
         rows = draw_scenes(statistics["train"], rows, labels, scheme, generator)
-    notes += note_missing_classes(statistics["validation"], scheme)
+    notes += note_missing_classes(judging, scheme)
     return LabeledScenes(
         parts["train"].select(rows),
-        parts["validation"],
+        validation,
         scheme,
         count_pixels((statistics["train"][row] for row in rows), scheme),
-        tuple(scene.size for scene in statistics["validation"]),
+        tuple(scene.size for scene in judging),
         tuple(notes),
+        use == "test",
     )
 
 

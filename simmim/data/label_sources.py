@@ -26,7 +26,7 @@ PART_COLUMNS = ("split", "subset", "partition")  # of a CSV file: which rows are
 
 
 def read_labels(path: str, column: str | None, label_column: str | None) -> dict[str, tuple[datasets.Dataset, list[str]]]:
-    """Images, undecoded, and their labels: of "train", and of "validation" if the source has such a part.
+    """Images, undecoded, and their labels by the keys of `Parts.used`.
 
     Raises:
         ValueError: if there are no labeled images at `path`.
@@ -58,7 +58,7 @@ def is_plain_folder(path: str) -> bool:
 
 
 def read_train_and_validation(path: str, reader: Reader, files: list[str]) -> dict[str, datasets.Dataset]:
-    """Rows with columns as "train", and as "validation" if the source has such a split.
+    """Rows with columns by the keys of `Parts.used`.
 
     Raises:
         ValueError: as `assign_splits`.
@@ -157,7 +157,7 @@ def read_csv_labels(
 
 
 def divide_rows(file: Path, rows: Sequence[tuple[str, ...]]) -> dict[str, list[tuple[str, ...]]]:
-    """Rows of `read_csv` as "train" and "validation", by the file's column of parts; all as "train" if it has none.
+    """Rows of `read_csv` by the keys of `Parts.used`, as the file's column of parts says; all as "train" if it has none.
 
     Raises:
         ValueError: if a row of that column says anything but a usual name of a part, or no row says train.

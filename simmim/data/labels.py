@@ -9,6 +9,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from simmim.data.label_sources import read_labels
+from simmim.data.parts import validating_use
+from simmim.messages import notify
 
 if TYPE_CHECKING:
     import datasets
@@ -21,11 +23,13 @@ class LabeledImages:
     Attributes:
         train, validation: columns `image`, undecoded, and `label`, an index of `classes`.
         classes: the classes' names.
+        test_validates: whether `validation` is a part that is called test.
     """
 
     train: datasets.Dataset
     validation: datasets.Dataset
     classes: tuple[str, ...]
+    test_validates: bool = False
 
 
 @dataclass(frozen=True)
@@ -38,7 +42,8 @@ class LabeledSource:
         train: column `image`, undecoded.
         rows: rows of `train` by class name.
         validation: as `train`; None if the source has no such part, and a fifth of `train` is held out.
-        validation_rows: rows of `validation` by class name.
+        validation_rows: rows of `validation` by class name; a class may have none.
+        test_validates: as of `LabeledImages`.
     """
 
     path: str
@@ -47,6 +52,7 @@ class LabeledSource:
     rows: Mapping[str, Sequence[int]]
     validation: datasets.Dataset | None = None
     validation_rows: Mapping[str, Sequence[int]] | None = None
+    test_validates: bool = False
 
     def draw_rows(
         self, labels_per_class: int | None, seed: int, validation_seed: int | None = None
@@ -63,7 +69,7 @@ class LabeledSource:
         hold_out = generator if validation_seed is None else random.Random(f"validation/{validation_seed}")
         rows = {name: list(self.rows[name]) for name in self.classes}
         if self.validation_rows is not None:
-            held_out = {name: list(self.validation_rows[name]) for name in self.classes}
+            held_out = {name: list(self.validation_rows.get(name, ())) for name in self.classes}
         else:
             held_out = {}
             for name in self.classes:
@@ -90,7 +96,10 @@ class LabeledSource:
         validation = self.train if self.validation is None else self.validation
         names = list(self.classes)
         return LabeledImages(
-            select_labeled_rows(self.train, rows, names), select_labeled_rows(validation, held_out, names), self.classes
+            select_labeled_rows(self.train, rows, names),
+            select_labeled_rows(validation, held_out, names),
+            self.classes,
+            self.test_validates,
         )
 
 
@@ -115,8 +124,8 @@ def read_labeled_images(
             effect where the source has a validation part.
 
     Raises:
-        ValueError: if there are fewer than two classes, the two parts' classes differ, a class has a single image and must
-            be divided, or a class has fewer training images than asked for.
+        ValueError: as `open_labeled_source`; if a class has a single image and must be divided, or fewer training
+            images than asked for.
     """
     return open_labeled_source(path, column, label_column).draw(labels_per_class, seed, validation_seed)
 
@@ -125,19 +134,23 @@ def open_labeled_source(path: str | Path, column: str | None = None, label_colum
     """As `read_labeled_images`, without drawing, so that several draws read the labels once.
 
     Raises:
-        ValueError: if there are fewer than two classes or the two parts' classes differ.
+        ValueError: if there are fewer than two classes, or an image of the validation part has a class that no training
+            image has. Classes that are not validated are a `Notice`.
     """
     parts = {name: group_by_class(*part) for name, part in read_labels(str(path), column, label_column).items()}
     images, rows, names = parts["train"]
-    if "validation" not in parts:
+    use = validating_use(parts)
+    if use is None:
         return LabeledSource(str(path), tuple(names), images, rows)
-    validation, validation_rows, validation_names = parts["validation"]
-    if set(names) != set(validation_names):
+    validation, validation_rows, validation_names = parts[use]
+    if new := sorted(set(validation_names) - set(names)):
         raise ValueError(
-            f"classes differ between the training and the validation images of {str(path)!r}: only in one of them: "
-            f"{', '.join(sorted(set(names) ^ set(validation_names)))}"
+            f"classes differ between the training and the validation images of {str(path)!r}: no training image of "
+            f"{', '.join(new)}; add some, or leave these validation images out"
         )
-    return LabeledSource(str(path), tuple(names), images, rows, validation, validation_rows)
+    if missing := sorted(set(names) - set(validation_names)):
+        notify(f"no validation image of {str(path)!r} is of {', '.join(missing)}: nothing is measured of these classes")
+    return LabeledSource(str(path), tuple(names), images, rows, validation, validation_rows, use == "test")
 
 
 def group_by_class(images: datasets.Dataset, labels: list[str]) -> tuple[datasets.Dataset, dict[str, list[int]], list[str]]:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Container, Iterable, Mapping
 from typing import NamedTuple
 
 from simmim.messages import counted, notify
@@ -32,8 +32,10 @@ class Parts(NamedTuple):
 
     @property
     def used(self) -> dict[str, str]:
-        """The names by "train" and, where there is one, "validation"."""
-        return {"train": self.train} | ({} if self.validation is None else {"validation": self.validation})
+        """The names by "train" and, where there is one, "validation", or "test" where a test part is to validate."""
+        if self.validation is None:
+            return {"train": self.train}
+        return {"train": self.train, "test" if meaning_of(self.validation) == TEST else "validation": self.validation}
 
     def report(self, source: str, sizes: Mapping[str, int]) -> None:
         """A `Notice` of what is left aside.
@@ -48,6 +50,11 @@ class Parts(NamedTuple):
                 f"{self.validation} validates" if self.validation else "a fifth of it is held out to validate with"
             )
             notify(f"{' and '.join(named)} of {source!r} {'is' if len(named) == 1 else 'are'} left aside: {use}")
+
+
+def validating_use(uses: Container[str]) -> str | None:
+    """Which of the keys of `Parts.used` is to validate; None where a share of the training part is to be held out."""
+    return next((use for use in ("validation", "test") if use in uses), None)
 
 
 def meaning_of(name: str) -> str | None:
