@@ -111,15 +111,8 @@ def read_labeled_scenes(
             values that are no class, fewer than two classes, classes without a training pixel, and too few scenes.
     """
     parts = read_scenes(path := str(path), column, mask_column)
-    names = tuple(classes) or read_class_names(Path(path).expanduser())
     statistics = {part: inspect_scenes(scenes, progress) for part, scenes in parts.items()}
-    notes: list[str] = []
-    if not names and not values:
-        values = find_values(statistics.values(), ignore_index)
-        notes.append(f"classes are the {len(values)} values that the label maps hold")
-    scheme = build_scheme(names, values, ignore_index, path)
-    check_values([scene for scenes in statistics.values() for scene in scenes], scheme)
-
+    scheme, notes = find_scheme(path, classes, values, ignore_index, [*statistics.values()])
     generator = random.Random(f"scenes/{seed}")
     rows = list(range(len(parts["train"])))
     use = validating_use(parts)
@@ -143,6 +136,28 @@ def read_labeled_scenes(
         tuple(notes),
         use == "test",
     )
+
+
+def find_scheme(
+    path: str,
+    classes: Sequence[str],
+    values: Sequence[int],
+    ignore_index: int,
+    statistics: Sequence[Sequence[SceneStatistics]],
+) -> tuple[ClassScheme, list[str]]:
+    """The classes as of `read_labeled_scenes`, and what was inferred from the label maps.
+
+    Raises:
+        ValueError: as `build_scheme` and `check_values`.
+    """
+    names = tuple(classes) or read_class_names(Path(path).expanduser())
+    notes: list[str] = []
+    if not names and not values:
+        values = find_values(statistics, ignore_index)
+        notes.append(f"classes are the {len(values)} values that the label maps hold")
+    scheme = build_scheme(names, values, ignore_index, path)
+    check_values([scene for scenes in statistics for scene in scenes], scheme)
+    return scheme, notes
 
 
 def hold_out_fifth(rows: list[int], generator: random.Random, path: str) -> tuple[list[int], list[int]]:
