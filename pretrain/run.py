@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
-from typing import NamedTuple
+from typing import TYPE_CHECKING, NamedTuple
 
 import pytorch_lightning as pl
 from pytorch_lightning.strategies import ModelParallelStrategy
@@ -22,6 +23,7 @@ from simmim.data import (
     Source,
     StreamedSamples,
     default_num_workers,
+    hold_out,
     measure_images,
     open_source,
 )
@@ -34,6 +36,7 @@ from simmim.pretrain.module import PretrainingModule
 from simmim.pretrain.reconstructions import Reconstructions
 from simmim.pretrain.resolve import resolve_settings
 from simmim.pretrain.settings import DataSettings, OptimSettings, PretrainSettings, ProbeSettings, settings_class
+from simmim.pretrain.validation import HeldOutLoss, default_steps_between, trend
 from simmim.training.activations import ActivationMonitor
 from simmim.training.loggers import LossNames
 from simmim.training.run import KEEP_DECODED_MIB, TrainingRun, check_before_start, run_training
@@ -43,21 +46,26 @@ from simmim.training.shared_images import report_shared
 from simmim.training.streams import StreamData
 from simmim.training.trainer import default_precision, device_type, is_first_process, machine
 
+if TYPE_CHECKING:
+    import datasets
+
 
 class Resolved(NamedTuple):
     """What a run is made of, once everything that the user left open is filled in.
 
     Attributes:
         settings: complete.
-        source: the images.
+        source: the images to train on.
         keep_decoded: whether images stay in memory once they are decoded.
         initial: the checkpoint that the weights start from; None for fresh ones.
+        held_out: the images to validate with, which `source` does not have; None where there are none.
     """
 
     settings: PretrainSettings
     source: Source
     keep_decoded: bool
     initial: Checkpoint | None
+    held_out: datasets.Dataset | None = None
 
     @property
     def steps_per_epoch(self) -> float:
@@ -87,6 +95,8 @@ def pretrain(settings: PretrainSettings) -> Path:
     run = training_run(resolved, method, notes)
     finished = run_training(run)
     if finished.trainer.is_global_zero:
+        if held_out_loss := next((part for part in run.callbacks if isinstance(part, HeldOutLoss)), None):
+            print(closing_line(held_out_loss, run.folder))
         print(f"encoder: {run.folder / 'encoder'}\nlook at it: tensorboard --logdir {run.folder / 'tensorboard'}")
     return run.folder
 
@@ -101,7 +111,7 @@ def training_run(resolved: Resolved, method: Method, notes: list[str]) -> Traini
     data, optim = settings.data, settings.optim
     preprocessing = Preprocessing(settings.size, data.mean, data.std)
     num_steps = resolved.steps_in(settings.epochs)
-    probe = labeled_probe(resolved, preprocessing)
+    probe, validation = labeled_probe(resolved, preprocessing), held_out_loss(resolved)
     schedule = settings.schedule().by_step(resolved.steps_per_epoch, settings.batch_size)
 
     def check(trainer: pl.Trainer) -> None:
@@ -111,7 +121,7 @@ def training_run(resolved: Resolved, method: Method, notes: list[str]) -> Traini
 
     def text(trainer: pl.Trainer, resumed: Path | None) -> str:
         masks = note_on_label_maps(data.path)
-        lines = [*notes, summary(settings, method, source.num_images, num_steps, trainer, resumed, probe)]
+        lines = [*notes, summary(settings, method, source.num_images, num_steps, trainer, resumed, probe, validation)]
         return "\n".join([*lines, f"note     {masks}"] if masks else lines)
 
     return TrainingRun(
@@ -126,12 +136,14 @@ def training_run(resolved: Resolved, method: Method, notes: list[str]) -> Traini
             settings.save_every_minutes,
             settings.keep_checkpoints,
             export=encoder_export(settings, method, preprocessing, source.num_images),
+            judge=validation.loss_at if validation else None,
         ),
         summary=text,
         title="pre-training",
-        callbacks=stage_callbacks(resolved, method, probe),
+        callbacks=stage_callbacks(resolved, method, probe, validation),
         check=check,
         max_skipped_share=0.0 if data.strict else data.max_skipped_share,
+        monitor="validation_loss" if validation else None,
     )
 
 
@@ -149,15 +161,17 @@ def check_batch(settings: PretrainSettings, world: int) -> None:
         )
 
 
-def stage_callbacks(resolved: Resolved, method: Method, probe: LabeledProbe | None) -> tuple[pl.Callback, ...]:
-    """Pictures where the method predicts pixels, measures of activations, and the probe where there is one."""
+def stage_callbacks(
+    resolved: Resolved, method: Method, probe: LabeledProbe | None, validation: HeldOutLoss | None
+) -> tuple[pl.Callback, ...]:
+    """Pictures where the method predicts pixels, measures of activations, and where there are some probe and validation."""
     settings, folder = resolved.settings, Path(resolved.settings.out).expanduser()
     callbacks: list[pl.Callback] = []
     if method.predicts_pixels:
         samples = ImageSamples(resolved.source.head, CenterView(settings.size), settings.data.channels, settings.seed)
         callbacks.append(Reconstructions(samples, folder, resolved.steps_in(settings.reconstruct_every_epochs)))
     callbacks.append(ActivationMonitor(folder, resolved.steps_in(settings.activations_every_epochs)))
-    return (*callbacks, probe) if probe else tuple(callbacks)
+    return (*callbacks, *(part for part in (probe, validation) if part))
 
 
 def encoder_export(
@@ -173,6 +187,8 @@ def encoder_export(
         origin = provenance(settings, method.provenance(), num_images, saved.step)
         if saved.mean_loss is not None:
             origin["loss"] = round(saved.mean_loss, 5)
+        if saved.validation_loss is not None:
+            origin["validation_loss"] = round(saved.validation_loss, 5)
         trained = Checkpoint(
             method.encoder.config, encoder, preprocessing, folder, provenance=origin, method=method.name, pretraining=own
         )
@@ -184,7 +200,9 @@ def encoder_export(
 def resolve_run(settings: PretrainSettings) -> Resolved:
     """Look at the images, the machine and the encoder to start from, and fill in what the user left open."""
     data = settings.data
-    source = open_source(data.path, data.column, data.streaming, data.count)
+    source, held_out = open_source(data.path, data.column, data.streaming, data.count), None
+    if data.validation is not None:
+        source, held_out = hold_out(source, data.validation, settings.seed)
     images = measure_images(source.head, data.channels, max_pixels=data.max_pixels, num_images=source.num_images)
     device = device_type()
     keep_decoded = images.decoded_mib <= KEEP_DECODED_MIB and not source.streaming
@@ -195,7 +213,12 @@ def resolve_run(settings: PretrainSettings) -> Resolved:
     workers = 0 if keep_decoded and device == "cpu" else default_num_workers(device)
     settings = resolve_settings(settings, images, source.num_images, device, workers, initial)
     precision = settings.precision or default_precision(device, settings.encoder_config())
-    return Resolved(replace(settings, precision=precision), source, keep_decoded, initial)
+    settings = replace(settings, precision=precision)
+    if held_out is not None and settings.validate_every_epochs is None:
+        num_steps = max(1, round(settings.epochs * source.num_images / settings.batch_size))
+        every_steps = default_steps_between(num_steps, len(held_out), settings.batch_size)
+        settings = replace(settings, validate_every_epochs=every_steps * settings.batch_size / source.num_images)
+    return Resolved(settings, source, keep_decoded, initial, held_out)
 
 
 def training_samples(resolved: Resolved) -> ImageSamples | StreamedSamples:
@@ -219,6 +242,28 @@ def labeled_probe(resolved: Resolved, preprocessing: Preprocessing) -> LabeledPr
         others = {"the pre-training images": resolved.source.images}
         report_shared(probe.tested_images(), others, "images of the probe's test")  # type: ignore[arg-type]
     return probe
+
+
+def held_out_loss(resolved: Resolved) -> HeldOutLoss | None:
+    """The validation that resolved settings ask for; None where they do not."""
+    settings, data = resolved.settings, resolved.settings.data
+    if resolved.held_out is None:
+        return None
+    if is_first_process():
+        report_shared(resolved.held_out, {"the pre-training images": resolved.source.head})
+    view = CenterView(settings.size)
+    samples = ImageSamples(resolved.held_out, view, data.channels, settings.seed, max_pixels=data.max_pixels)
+    every_steps = resolved.steps_in(settings.validate_every_epochs)
+    return HeldOutLoss(samples, every_steps, settings.model.images_per_input, settings.workers)
+
+
+def closing_line(validation: HeldOutLoss, folder: Path) -> str:
+    """What the course of the validation loss says, and of which step the encoder is."""
+    lines, finite = [trend(validation.measures)], [measure for measure in validation.measures if math.isfinite(measure[1])]
+    if finite:
+        step, loss = min(finite, key=lambda measure: measure[1])
+        lines.append(f"{folder / 'encoder'} is of the lowest validation loss, {loss:.4g} at step {step:,}")
+    return "\n".join(lines)
 
 
 def build_method(settings: PretrainSettings) -> Method:
@@ -280,6 +325,7 @@ def summary(
     trainer: pl.Trainer,
     resumed: Path | None,
     probe: LabeledProbe | None = None,
+    validation: HeldOutLoss | None = None,
 ) -> str:
     """What is about to happen, and the resolved configuration."""
     encoder = model.encoder
@@ -298,6 +344,8 @@ def summary(
         f"training {settings.epochs:g} epochs, {steps:,} steps of {settings.batch_size} images, peak learning rate "
         f"{peak:.3g}, {settings.precision} on {machine(trainer, encoder)}",
     ]
+    if validation:
+        lines.append(f"validate {validation}")
     if probe:
         lines.append(f"probe    {probe}")
     if resumed:

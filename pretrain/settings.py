@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass, field, make_dataclass
 from typing import ClassVar
 
@@ -29,6 +30,8 @@ class DataSettings:
         strict: stop at the first image that cannot be read.
         max_skipped_share: stop when a larger share of the images so far cannot be read. Other images replace these.
         max_pixels: larger images are not read, as a guard against decompression bombs.
+        validation: images that are kept out of pre-training, and whose loss is logged: a share below 1, or their number.
+            Which they are follows from the seed. By default none.
         channels: 1 for gray, 3 for color, or the number in TIFF and .npy files; found from the images by default.
         mean: mean of each channel, of values in [0, 1]; by default ImageNet's for color, else the images' own.
         std: standard deviation of each channel, as mean.
@@ -45,6 +48,7 @@ class DataSettings:
     strict: bool = False
     max_skipped_share: float = 0.05
     max_pixels: int = 200_000_000
+    validation: int | float | None = None
     channels: int | None = None
     mean: tuple[float, ...] | None = None
     std: tuple[float, ...] | None = None
@@ -61,6 +65,7 @@ class DataSettings:
                 raise ValueError(f"data.{name} is {getattr(self, name)}: give a positive number")
         if not 0 <= self.max_skipped_share <= 1:
             raise ValueError(f"data.max_skipped_share is {self.max_skipped_share}: give a share from 0 to 1")
+        check_validation(self.validation, self.streaming)
         low, high = self.crop_scale
         if not 0 < low <= high <= 1:
             raise ValueError(f"data.crop_scale is {self.crop_scale}: give shares of the area, 0 < low <= high <= 1")
@@ -70,6 +75,23 @@ class DataSettings:
             raise ValueError(f"data.flip is {self.flip}: give a probability")
         if self.std is not None and min(self.std) <= 0:
             raise ValueError(f"data.std is {self.std}: give positive numbers")
+
+
+def check_validation(validation: float | None, streaming: bool) -> None:
+    """Check how many images are to be held out.
+
+    Raises:
+        ValueError: for what is neither a share nor a number, and for a stream, of which none can be.
+    """
+    if validation is None:
+        return
+    if not 0 < validation < math.inf or (validation >= 1 and validation != round(validation)):
+        raise ValueError(f"data.validation is {validation:g}: give a share below 1, as 0.02, or a number of images, as 500")
+    if streaming:
+        raise ValueError(
+            "data.validation holds out images by their number, and those of a stream have none: leave out data.validation "
+            "or data.streaming"
+        )
 
 
 @dataclass(frozen=True)
@@ -135,6 +157,7 @@ POSITIVE = (
     "keep_checkpoints",
     "reconstruct_every_epochs",
     "activations_every_epochs",
+    "validate_every_epochs",
 )
 
 
@@ -157,6 +180,8 @@ class PretrainSettings(RunSettings):
         keep_checkpoints: number of the newest checkpoints that stay, beside the best.
         activations_every_epochs: a measure of every block's output every `activations_every_epochs` epochs; by default as
             often as pictures.
+        validate_every_epochs: the loss of the images that data.validation holds out every `validate_every_epochs` epochs and
+            at the end; by default fifty measures, or as many as take a fiftieth of the time.
         model: settings of the method, and changes to the preset's encoder.
         optim: optimizer and schedule.
         probe: accuracy of the features on a small labeled set, logged beside the loss.
@@ -172,6 +197,7 @@ class PretrainSettings(RunSettings):
     save_every_minutes: float = 15.0
     keep_checkpoints: int = 2
     activations_every_epochs: float | None = None
+    validate_every_epochs: float | None = None
     model: MethodSettings | None = None
     optim: OptimSettings = OptimSettings()
     probe: ProbeSettings = ProbeSettings()
@@ -186,6 +212,8 @@ class PretrainSettings(RunSettings):
             raise ValueError(f"model is {type(self.model).__name__}: the method {self.method} takes {own.__name__}")
         super().__post_init__()
         check_positive(self, POSITIVE)
+        if self.validate_every_epochs and self.data.validation is None:
+            raise ValueError("validate_every_epochs needs images to validate with: give data.validation")
         if self.init != "none" and self.preset:
             raise ValueError("preset describes a fresh encoder, and init brings its own: give one of them")
 

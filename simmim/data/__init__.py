@@ -7,6 +7,7 @@ as a picture (`pictures`), of which a view (`views`) is a crop; `samples`, `batc
 
 from simmim.data.batch_order import EndlessBatchSampler, SequentialBatchSampler
 from simmim.data.decode import Picture, open_picture, read_image
+from simmim.data.held_out import HeldOut, hold_out
 from simmim.data.image_statistics import ImageStatistics, measure_images
 from simmim.data.index import EXTENSIONS, dataset_from_paths, find_images, index_folder
 from simmim.data.labels import LabeledImages, LabeledSource, open_labeled_source, read_labeled_images
@@ -21,6 +22,7 @@ __all__ = [
     "UNREADABLE",
     "CenterView",
     "EndlessBatchSampler",
+    "HeldOut",
     "ImageSamples",
     "ImageStatistics",
     "IndexedSamples",
@@ -38,6 +40,7 @@ __all__ = [
     "default_num_workers",
     "describe_error",
     "find_images",
+    "hold_out",
     "index_folder",
     "measure_images",
     "normalize",

@@ -51,7 +51,8 @@ class TrainingRun:
             cannot work.
         max_skipped_share: of the images seen; more unreadable ones stop the run. 0 stops it at the first.
         validate_every_steps: None where there are no validation images.
-        monitor: validation metric by which the best model is chosen; None where there are no validation images.
+        monitor: validation metric by which the best model is chosen; None where there are no validation images. A stage may
+            validate by a callback of its own.
         quiet: print nothing and show no progress.
     """
 

@@ -99,11 +99,13 @@ class SavedModel(NamedTuple):
         weights: by their names in the Lightning module, on the CPU; in one piece under every strategy.
         step: optimizer steps taken.
         mean_loss: over the steps since the checkpoint before; None where losses are not kept.
+        validation_loss: as the policy's judge measured it at this step; None where it did not.
     """
 
     weights: dict[str, Tensor]
     step: int
     mean_loss: float | None
+    validation_loss: float | None = None
 
 
 @dataclass(frozen=True)
@@ -114,7 +116,9 @@ class SavePolicy:
         every_steps, every_minutes: whichever comes first.
         keep: number of the newest checkpoints that stay, beside the best.
         keep_best: also keep, as best.ckpt, the checkpoint with the lowest mean loss since the one before it.
-        export: called in the writing thread after each checkpoint.
+        export: called in the writing thread after each checkpoint, with a judge after the best one so far alone.
+        judge: the validation loss after a step, None where it was not measured. With a judge, best.ckpt is the checkpoint of
+            the lowest such loss, and there is one whenever it is lower than before.
     """
 
     every_steps: int
@@ -122,6 +126,7 @@ class SavePolicy:
     keep: int = 2
     keep_best: bool = True
     export: Callable[[SavedModel], None] | None = None
+    judge: Callable[[int], float | None] | None = None
 
 
 class CheckpointWriter(TorchCheckpointIO):
@@ -132,7 +137,8 @@ class CheckpointWriter(TorchCheckpointIO):
         run: the run folder.
 
     Attributes:
-        mean_loss, is_best: of the next checkpoint; set before it is saved, and handed to the thread with it.
+        mean_loss, validation_loss, is_best: of the next checkpoint; set before it is saved, and handed to the thread with
+            it.
     """
 
     def __init__(self, run: Path, policy: SavePolicy) -> None:
@@ -140,15 +146,17 @@ class CheckpointWriter(TorchCheckpointIO):
         self.pool = ThreadPoolExecutor(1, thread_name_prefix="checkpoint")
         self.pending: Future | None = None
         self.mean_loss: float | None = None
+        self.validation_loss: float | None = None
         self.is_best = False
 
     def save_checkpoint(self, checkpoint: dict, path, storage_options=None) -> None:
         """Take a copy of `checkpoint` and begin to write it; waits for the one before."""
         self.wait()
         copied = apply_to_collection(checkpoint, Tensor, lambda value: value.detach().to("cpu", copy=True))
-        self.pending = self.pool.submit(self.write, copied, Path(path), self.mean_loss, self.is_best)
+        saved = SavedModel(copied["state_dict"], copied["global_step"], self.mean_loss, self.validation_loss)
+        self.pending = self.pool.submit(self.write, copied, Path(path), saved, self.is_best)
 
-    def write(self, checkpoint: dict, path: Path, mean_loss: float | None, is_best: bool) -> None:
+    def write(self, checkpoint: dict, path: Path, saved: SavedModel, is_best: bool) -> None:
         """Write the file and its other names, delete the oldest ones, export.
 
         Raises:
@@ -163,8 +171,9 @@ class CheckpointWriter(TorchCheckpointIO):
             link_as(path, path.with_name(BEST))
         for old in list(saved_steps(self.run).values())[self.policy.keep :]:
             old.unlink(missing_ok=True)
-        if self.policy.export:
-            self.policy.export(SavedModel(checkpoint["state_dict"], checkpoint["global_step"], mean_loss))
+        waits_for_best = self.policy.judge is not None and not is_best and path.with_name(BEST).exists()
+        if self.policy.export and not waits_for_best:
+            self.policy.export(saved)
 
     def wait(self) -> None:
         """Wait until the pending checkpoint is on the disk.
@@ -232,7 +241,7 @@ class SaveRun(pl.Callback):
         self.between_steps = True
 
     def state_dict(self) -> dict:
-        """The mean loss up to this checkpoint since the one before, and the lowest such mean."""
+        """The mean loss up to this checkpoint since the one before, and the loss of the best checkpoint."""
         return {"best": self.best, "mean_loss": self.mean_loss}
 
     def load_state_dict(self, state: dict) -> None:
@@ -249,6 +258,7 @@ class SaveRun(pl.Callback):
         if trainer.global_step != self.seen_step:
             self.seen_step = trainer.global_step
             due = trainer.global_step % self.policy.every_steps == 0
+            due = due or self.is_best(self.validation_loss(trainer.global_step))
             if not due and self.policy.every_minutes < float("inf"):
                 late = time.monotonic() - self.saved_at > self.policy.every_minutes * 60
                 due = trainer.strategy.reduce_boolean_decision(late, all=False)
@@ -296,17 +306,30 @@ class SaveRun(pl.Callback):
         if trainer.global_step == self.saved_step:
             return
         self.saved_step, self.saved_at = trainer.global_step, time.monotonic()
-        if self.losses:
-            losses = torch.stack(self.losses).float()
-            finite = losses[torch.isfinite(losses)]  # others belong to steps that were skipped
-            self.losses.clear()
-            self.writer.is_best = False
-            if len(finite):
-                self.mean_loss = float(finite.mean())
-                self.writer.is_best = self.mean_loss < self.best
-                self.best = min(self.mean_loss, self.best)
-        self.writer.mean_loss = self.mean_loss
+        judged, validation_loss = self.pop_mean_loss(), self.validation_loss(trainer.global_step)
+        self.mean_loss = self.mean_loss if judged is None else judged
+        if self.policy.judge:
+            judged = validation_loss
+        self.writer.is_best = self.is_best(judged)
+        if self.writer.is_best and judged is not None:
+            self.best = judged
+        self.writer.mean_loss, self.writer.validation_loss = self.mean_loss, validation_loss
         # First the metrics: a row of a step before the checkpoint would never be logged again.
         for logger in trainer.loggers:
             logger.save()
         trainer.save_checkpoint(step_file(self.run, trainer.global_step))
+
+    def pop_mean_loss(self) -> float | None:
+        """The mean loss since the checkpoint before; None without a finite one."""
+        losses = torch.stack(self.losses).float() if self.losses else torch.empty(0)
+        self.losses.clear()
+        finite = losses[torch.isfinite(losses)]  # others belong to steps that were skipped
+        return float(finite.mean()) if len(finite) else None
+
+    def validation_loss(self, step: int) -> float | None:
+        """As the policy's judge measured it."""
+        return self.policy.judge(step) if self.policy.judge else None
+
+    def is_best(self, loss: float | None) -> bool:
+        """Whether a loss is lower than that of the best checkpoint."""
+        return loss is not None and loss < self.best

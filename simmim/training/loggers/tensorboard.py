@@ -60,7 +60,7 @@ class TensorBoardPage(RunLogger, TensorBoardLogger):
             return
         self.add(text_pb(f"run/{CONFIG}", f"```yaml\n{session.config.rstrip()}\n```"), 0)
         shown = (session.monitor, "validation_loss", "loss") if session.monitor else ("loss", "images_per_s")
-        for summary in settings_and_metrics(session.settings(), [self.names(name) for name in shown]):
+        for summary in settings_and_metrics(session.settings(), [self.names(name) for name in dict.fromkeys(shown)]):
             self.add(summary, 0)
         if session.monitor:
             tags = [self.names("loss"), self.names("validation_loss")]
