@@ -129,7 +129,7 @@ def test_the_exported_encoder_is_the_trained_one(finished):
         assert torch.equal(model.encoder(images).features, load_encoder(finished)(images).features)
 
 
-def test_bad_images_are_replaced_counted_and_listed(digits, tmp_path):
+def test_bad_images_are_replaced_counted_and_listed(digits, tmp_path, capsys):
     folder = tmp_path / "images"
     shutil.copytree(digits.unlabeled, folder)
     (folder / "broken.png").write_bytes(b"no picture at all")
@@ -138,6 +138,7 @@ def test_bad_images_are_replaced_counted_and_listed(digits, tmp_path):
     lines = sorted((run / "skipped-images.txt").read_text().splitlines())
     assert [line.split("\t")[0] for line in lines] == [str(folder / "broken.png"), str(folder / "empty.png")]
     assert lines[1].endswith("empty file")
+    assert f"2 images could not be read and were replaced; see {run / 'skipped-images.txt'}" in capsys.readouterr().out
 
 
 def with_bad_images(digits, folder, bad):

@@ -11,6 +11,8 @@ import pytorch_lightning as pl
 import torch
 from tqdm import tqdm
 
+from simmim.messages import counted
+
 
 class StepSeeds(pl.Callback):
     """Seeds torch before every batch from (seed, step, rank), so that stochastic depth does not depend on interruptions."""
@@ -183,6 +185,8 @@ class SkippedImages(pl.Callback):
             )
 
     def on_train_end(self, trainer: pl.Trainer, *_) -> None:
-        """Say so once more at the end."""
-        if self.reasons:
-            print(f"{len(self.reasons)} images could not be read and were replaced by others; see {self.path}")
+        """Say so once more at the end, for all processes, which share the list."""
+        if trainer.is_global_zero and self.path.is_file():
+            count = len({line.split("\t", 1)[0] for line in self.path.read_text(encoding="utf-8").splitlines()})
+            verb = "was" if count == 1 else "were"
+            print(f"{counted(count, 'image')} could not be read and {verb} replaced; see {self.path}")
