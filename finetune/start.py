@@ -4,12 +4,12 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import fields, replace
-from typing import Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 from simmim.checkpoints import read
 from simmim.checkpoints.checkpoint import Checkpoint, Preprocessing
 from simmim.checkpoints.fitting import build_encoder
-from simmim.data import ImageStatistics, default_num_workers
+from simmim.data import ImageStatistics, default_num_workers, measure_for_encoder
 from simmim.defaults import (
     IMAGENET_MEAN,
     IMAGENET_STD,
@@ -23,6 +23,9 @@ from simmim.encoders.base import Encoder, EncoderConfig, with_fields
 from simmim.finetune.settings import EncoderSettings, Settings, TransferSettings
 from simmim.training.run import KEEP_DECODED_MIB
 from simmim.training.trainer import default_precision
+
+if TYPE_CHECKING:
+    import datasets
 
 # Fields of an encoder's configuration that fine-tuning may change. An encoder need not have them.
 OPTIONAL_FIELDS = ("window_size", "drop_path_rate")
@@ -65,7 +68,7 @@ def find_start(
         encoder, preprocessing, settings = start_from_preset(settings, images, device)
     else:
         checkpoint = read(source, **given_fields(settings.encoder))
-        encoder, preprocessing, settings = start_from_checkpoint(settings, checkpoint, images.channels, report_line)
+        encoder, preprocessing, settings = start_from_checkpoint(settings, checkpoint, images, report_line)
     keep_decoded = images.decoded_mib <= KEEP_DECODED_MIB
     workers = settings.workers
     if workers is None:
@@ -74,6 +77,22 @@ def find_start(
     precision = settings.precision or default_precision(device, encoder.config)
     settings = replace(settings, workers=workers, precision=precision)
     return Start(encoder, preprocessing, settings, checkpoint, keep_decoded)
+
+
+def measure_training_images(settings: TransferSettings, train: datasets.Dataset) -> ImageStatistics:
+    """Statistics of the training images, read as the encoder's were where that is known; else as suits them.
+
+    Raises:
+        ValueError: as `find_start` and `measure_images`.
+    """
+    source = settings.init if settings.init != "none" else settings.encoder.like
+    reading = None
+    if source is not None:
+        checkpoint = read(source, **given_fields(settings.encoder))
+        # This toolkit wrote down how it reads images, once there was more than one way.
+        known = checkpoint.preprocessing.reading is not None or "toolkit" in checkpoint.provenance
+        reading = checkpoint.preprocessing.reading_or_default if known else None
+    return measure_for_encoder(train, reading)
 
 
 def start_from_preset(settings: Settings, images: ImageStatistics, device: str) -> tuple[Encoder, Preprocessing, Settings]:
@@ -85,24 +104,25 @@ def start_from_preset(settings: Settings, images: ImageStatistics, device: str) 
     config = apply_encoder_settings(with_fields(config, **config.fields_for_size(settings.size)), chosen)
     settings = replace(settings, encoder=replace(resolved_encoder_settings(chosen, config), preset=preset))
     check_size(settings, config)
-    mean, std = (IMAGENET_MEAN, IMAGENET_STD) if images.channels == 3 else (images.mean, images.std)
+    color = images.channels == 3 and not images.reading.is_deep
+    mean, std = (IMAGENET_MEAN, IMAGENET_STD) if color else (images.mean, images.std)
     encoder = registry.build(config, chosen.checkpoint_activations, chosen.sequential_attention)
-    return encoder, Preprocessing(settings.size, mean, std), settings
+    return encoder, Preprocessing(settings.size, mean, std, reading=images.reading), settings
 
 
 def start_from_checkpoint(
-    settings: Settings, checkpoint: Checkpoint, channels: int, report_line: Callable[[str], object] | None
+    settings: Settings, checkpoint: Checkpoint, images: ImageStatistics, report_line: Callable[[str], object] | None
 ) -> tuple[Encoder, Preprocessing, Settings]:
     """The encoder of a checkpoint, adapted to images and settings, its preprocessing, and the resolved settings. With `init`
     none the weights are fresh.
 
     Args:
-        channels: of the training images.
+        images: statistics of the training images, as from `measure_training_images`.
     """
     chosen, trained_size = settings.encoder, checkpoint.preprocessing.image_size
     settings = replace(settings, image_size=settings.image_size or plain_size(trained_size))
     config = checkpoint.config.adapt_to_size(trained_size, settings.size)
-    config = with_fields(config, in_channels=encoder_channels(checkpoint.config.in_channels, channels))
+    config = with_fields(config, in_channels=encoder_channels(checkpoint.config.in_channels, images.channels))
     config = apply_encoder_settings(config, chosen)
     settings = replace(settings, encoder=resolved_encoder_settings(chosen, config))
     check_size(settings, config)
@@ -114,7 +134,12 @@ def start_from_checkpoint(
         report_line(str(saved.report))
     encoder.save_memory(chosen.checkpoint_activations, chosen.sequential_attention)
     # Training views are bilinear, whatever the encoder was trained on before; so is the view that evaluates them.
-    preprocessing = replace(saved.preprocessing, image_size=settings.size, interpolation="bilinear", fit="crop")
+    preprocessing = replace(
+        saved.preprocessing, image_size=settings.size, interpolation="bilinear", fit="crop", reading=images.reading
+    )
+    if images.reading.is_deep and checkpoint.preprocessing.reading != images.reading:
+        # The encoder's statistics are of values on another scale.
+        preprocessing = replace(preprocessing, mean=images.mean, std=images.std)
     return encoder, preprocessing, settings
 
 

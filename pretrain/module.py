@@ -6,13 +6,13 @@ from collections.abc import Callable
 
 from torch import Tensor
 
-from simmim.data import normalize
+from simmim.data import normalize, valid_pixels
 from simmim.methods.base import Method
 from simmim.training.module import TrainingModule
 
 
 class PretrainingModule(TrainingModule):
-    """One optimizer step after another on batches of uint8 images.
+    """One optimizer step after another on batches of images, uint8 or, of deep images, float32.
 
     Args:
         model: the method, with its encoder.
@@ -38,8 +38,14 @@ class PretrainingModule(TrainingModule):
         images = normalize(batch["image"], self.mean, self.std)
         return images, self.model.draw(tuple(images.shape[-2:]), batch["seed"], images.device)
 
+    def loss_of(self, batch: dict) -> Tensor:
+        """The loss of one batch, of the pixels that have data."""
+        valid = valid_pixels(batch["image"])
+        known = {} if valid is None else {"valid": valid}
+        return self.model(*self.inputs(batch), **known).loss
+
     def training_step(self, batch: dict, batch_idx: int) -> Tensor:
-        """The loss of one batch."""
-        loss = self.model(*self.inputs(batch)).loss
+        """The loss of one batch, logged."""
+        loss = self.loss_of(batch)
         self.log("loss", loss, prog_bar=True, batch_size=len(batch["image"]), sync_dist=True)
         return loss

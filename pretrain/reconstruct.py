@@ -34,7 +34,9 @@ def reconstruct(run: str | Path, images: str | Path, out: str | Path, count: int
     for row in order:
         record = source[row]["image"]
         try:
-            pixels.append(view(open_picture(record, settings.data.channels)))
+            pixels.append(
+                view(open_picture(record, settings.data.channels, settings.data.max_pixels, settings.data.reading))
+            )
         except UNREADABLE as error:
             first_error = first_error or f"{record['path']}: {describe_error(error)}"
         if len(pixels) == count:

@@ -85,10 +85,11 @@ def resolve_data(data: DataSettings, images: ImageStatistics, initial: Checkpoin
     """
     found = encoder_channels(initial.config.in_channels, images.channels) if initial else images.channels
     channels = data.channels or found
-    mean, std = (IMAGENET_MEAN, IMAGENET_STD) if channels == 3 else (images.mean, images.std)
-    if initial and initial.config.in_channels == channels:
+    deep = images.reading.is_deep
+    mean, std = (IMAGENET_MEAN, IMAGENET_STD) if channels == 3 and not deep else (images.mean, images.std)
+    if initial and initial.config.in_channels == channels and not (deep and initial.preprocessing.reading != images.reading):
         mean, std = initial.preprocessing.mean, initial.preprocessing.std
-    data = replace(data, channels=channels, mean=data.mean or mean, std=data.std or std)
+    data = replace(data.with_reading(images.reading), channels=channels, mean=data.mean or mean, std=data.std or std)
     if len(data.mean) != channels or len(data.std) != channels:
         raise ValueError(f"data.mean {data.mean} and data.std {data.std} need one number for each of {channels} channels")
     return data

@@ -19,11 +19,13 @@ from simmim.checkpoints.weight_files import read_torch_file
 from simmim.data import (
     CenterView,
     ImageSamples,
+    ImageStatistics,
     RandomView,
     Source,
     StreamedSamples,
     default_num_workers,
     hold_out,
+    measure_for_encoder,
     measure_images,
     open_source,
 )
@@ -109,7 +111,7 @@ def training_run(resolved: Resolved, method: Method, notes: list[str]) -> Traini
     """
     settings, source = resolved.settings, resolved.source
     data, optim = settings.data, settings.optim
-    preprocessing = Preprocessing(settings.size, data.mean, data.std)
+    preprocessing = Preprocessing(settings.size, data.mean, data.std, reading=data.reading)
     num_steps = resolved.steps_in(settings.epochs)
     probe, validation = labeled_probe(resolved, preprocessing), held_out_loss(resolved)
     schedule = settings.schedule().by_step(resolved.steps_per_epoch, settings.batch_size)
@@ -168,7 +170,9 @@ def stage_callbacks(
     settings, folder = resolved.settings, Path(resolved.settings.out).expanduser()
     callbacks: list[pl.Callback] = []
     if method.predicts_pixels:
-        samples = ImageSamples(resolved.source.head, CenterView(settings.size), settings.data.channels, settings.seed)
+        data = settings.data
+        view, options = CenterView(settings.size), (False, data.max_pixels, data.reading)
+        samples = ImageSamples(resolved.source.head, view, data.channels, settings.seed, *options)
         callbacks.append(Reconstructions(samples, folder, resolved.steps_in(settings.reconstruct_every_epochs)))
     callbacks.append(ActivationMonitor(folder, resolved.steps_in(settings.activations_every_epochs)))
     return (*callbacks, *(part for part in (probe, validation) if part))
@@ -203,12 +207,12 @@ def resolve_run(settings: PretrainSettings) -> Resolved:
     source, held_out = open_source(data.path, data.column, data.streaming, data.count), None
     if data.validation is not None:
         source, held_out = hold_out(source, data.validation, settings.seed)
-    images = measure_images(source.head, data.channels, max_pixels=data.max_pixels, num_images=source.num_images)
-    device = device_type()
-    keep_decoded = images.decoded_mib <= KEEP_DECODED_MIB and not source.streaming
     # A run that is resumed no longer needs the encoder it started from, which may be gone.
     has_checkpoint = settings.resume and any(checkpoints_folder(Path(settings.out).expanduser()).glob("*.ckpt"))
     initial = read(settings.init) if settings.init != "none" and not has_checkpoint else None
+    images = measure_source(settings, source, initial, resumes=has_checkpoint)
+    device = device_type()
+    keep_decoded = images.decoded_mib <= KEEP_DECODED_MIB and not source.streaming
     # Images that are in memory already are cropped faster than they could be sent between processes.
     workers = 0 if keep_decoded and device == "cpu" else default_num_workers(device)
     settings = resolve_settings(settings, images, source.num_images, device, workers, initial)
@@ -221,14 +225,26 @@ def resolve_run(settings: PretrainSettings) -> Resolved:
     return Resolved(settings, source, keep_decoded, initial, held_out)
 
 
+def measure_source(settings: PretrainSettings, source: Source, initial: Checkpoint | None, resumes: bool) -> ImageStatistics:
+    """Statistics of a sample of the images, read as the settings say; where these leave it open, as the run that is resumed
+    reads them, or as the encoder to start from."""
+    data = settings.data
+    reading, options = data.reading, {"max_pixels": data.max_pixels, "num_images": source.num_images}
+    if data.range == "auto" and resumes and (Path(settings.out).expanduser() / CONFIG).is_file():
+        reading = read_settings(settings.out).data.reading
+    elif data.range == "auto" and initial and initial.preprocessing.reading and initial.preprocessing.reading.is_deep:
+        return measure_for_encoder(source.head, initial.preprocessing.reading, channels=data.channels, **options)
+    return measure_images(source.head, data.channels, reading=reading, **options)
+
+
 def training_samples(resolved: Resolved) -> ImageSamples | StreamedSamples:
     """The images in their endless order, cropped and flipped as the settings ask."""
     settings, source, data = resolved.settings, resolved.source, resolved.settings.data
     view = RandomView(settings.size, data.crop_scale, data.crop_ratio, data.flip)
     options = (view, data.channels, settings.seed)
     if source.streaming:
-        return StreamedSamples(source.images, *options, data.shuffle_buffer, data.max_pixels)
-    return ImageSamples(source.images, *options, resolved.keep_decoded, data.max_pixels)
+        return StreamedSamples(source.images, *options, data.shuffle_buffer, data.max_pixels, data.reading)
+    return ImageSamples(source.images, *options, resolved.keep_decoded, data.max_pixels, data.reading)
 
 
 def labeled_probe(resolved: Resolved, preprocessing: Preprocessing) -> LabeledProbe | None:
@@ -252,7 +268,7 @@ def held_out_loss(resolved: Resolved) -> HeldOutLoss | None:
     if is_first_process():
         report_shared(resolved.held_out, {"the pre-training images": resolved.source.head})
     view = CenterView(settings.size)
-    samples = ImageSamples(resolved.held_out, view, data.channels, settings.seed, max_pixels=data.max_pixels)
+    samples = ImageSamples(resolved.held_out, view, data.channels, settings.seed, False, data.max_pixels, data.reading)
     every_steps = resolved.steps_in(settings.validate_every_epochs)
     return HeldOutLoss(samples, every_steps, settings.model.images_per_input, settings.workers)
 
@@ -344,6 +360,8 @@ def summary(
         f"training {settings.epochs:g} epochs, {steps:,} steps of {settings.batch_size} images, peak learning rate "
         f"{peak:.3g}, {settings.precision} on {machine(trainer, encoder)}",
     ]
+    if values := settings.data.reading.describe():
+        lines.insert(-2, f"values   {values.removeprefix('values ')}")
     if validation:
         lines.append(f"validate {validation}")
     if probe:
@@ -390,5 +408,6 @@ def read_settings(run: str | Path) -> PretrainSettings:
         "optim": OptimSettings,
         "probe": ProbeSettings,
     }
-    given = {**values, **{name: kind(**values.get(name, {})) for name, kind in groups.items()}}
+    stored = {name: {**getattr(kind, "earlier", {}), **values.get(name, {})} for name, kind in groups.items()}
+    given = {**values, **{name: kind(**stored[name]) for name, kind in groups.items()}}
     return settings_class(method)(**given)

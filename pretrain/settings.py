@@ -3,14 +3,15 @@
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass, field, make_dataclass
-from typing import ClassVar
+from dataclasses import dataclass, field, make_dataclass, replace
+from typing import Any, ClassVar
 
 from simmim.encoders import registry
 from simmim.encoders.base import EncoderConfig
 from simmim.messages import did_you_mean
 from simmim.methods.base import MethodSettings
 from simmim.methods.registry import default_method, method_named
+from simmim.reading import Reading
 from simmim.training.optim import Schedule
 from simmim.training.settings import OptimizerSettings, RunSettings, check_positive
 
@@ -35,6 +36,10 @@ class DataSettings:
         channels: 1 for gray, 3 for color, or the number in TIFF and .npy files; found from the images by default.
         mean: mean of each channel, of values in [0, 1]; by default ImageNet's for color, else the images' own.
         std: standard deviation of each channel, as mean.
+        range: values deeper than 8 bits are shares of one range a channel, the same for all images: auto estimates it from a
+            sample, type takes the range of the files' type, [[low, high], …] gives it. image stretches every image by its
+            own smallest and largest value, to 8 bits. 8-bit images stay as they are, unless numbers are given.
+        transform: of deep values that span decades: log, sqrt, asinh, or none.
         crop_scale: range of the random crop's share of the image's area.
         crop_ratio: range of the crop's width over height.
         flip: probability of mirroring left and right.
@@ -52,11 +57,17 @@ class DataSettings:
     channels: int | None = None
     mean: tuple[float, ...] | None = None
     std: tuple[float, ...] | None = None
+    range: tuple[tuple[float, float], ...] | str = "auto"
+    transform: str = "none"
     crop_scale: tuple[float, float] = (0.67, 1.0)
     crop_ratio: tuple[float, float] = (0.75, 1.3333333333333333)
     flip: float = 0.5
 
+    # What versions did that had no such setting.
+    earlier: ClassVar[dict[str, Any]] = {"range": "image"}
+
     def __post_init__(self) -> None:
+        object.__setattr__(self, "range", self.reading.range)
         for name in ("mean", "std", "crop_scale", "crop_ratio"):
             if getattr(self, name) is not None:
                 object.__setattr__(self, name, tuple(getattr(self, name)))
@@ -75,6 +86,19 @@ class DataSettings:
             raise ValueError(f"data.flip is {self.flip}: give a probability")
         if self.std is not None and min(self.std) <= 0:
             raise ValueError(f"data.std is {self.std}: give positive numbers")
+
+    @property
+    def reading(self) -> Reading:
+        """How files become pictures.
+
+        Raises:
+            ValueError: for settings that are none.
+        """
+        return Reading(self.range, self.transform)
+
+    def with_reading(self, reading: Reading) -> DataSettings:
+        """These settings with all that `reading` settles."""
+        return replace(self, **vars(reading))
 
 
 def check_validation(validation: float | None, streaming: bool) -> None:

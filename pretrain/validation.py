@@ -122,7 +122,7 @@ class HeldOutLoss(pl.Callback):
             with torch.random.fork_rng(devices=[]), torch.no_grad(), trainer.precision_plugin.forward_context():
                 for number, batch in enumerate(self.batches):
                     images = batch["image"].to(module.device)
-                    loss = model(*module.inputs({**batch, "image": images})).loss.float()
+                    loss = module.loss_of({**batch, "image": images}).float()
                     place = number * trainer.world_size + trainer.global_rank
                     if place < len(self.order):
                         losses[place] = loss

@@ -68,7 +68,7 @@ class ToyFormat(Format):
         np.savez(folder / "toy.npz", **arrays)
         description = {
             "architecture": config_as_dict(checkpoint.config),
-            "preprocessing": vars(checkpoint.preprocessing),
+            "preprocessing": checkpoint.preprocessing.as_dict(),
             "provenance": checkpoint.provenance,
             "method": checkpoint.method,
             "classes": checkpoint.classes if form == CLASSIFIER else (),

@@ -57,7 +57,9 @@ class ToyMethod(Method):
         rows = [torch.rand(size, generator=torch.Generator().manual_seed(seed)) for seed in seeds]
         return (torch.stack(rows) < self.hidden_share).to(device)
 
-    def forward(self, images: Tensor, drawn: Tensor, return_reconstruction: bool = False) -> MethodOutput:
+    def forward(
+        self, images: Tensor, drawn: Tensor, return_reconstruction: bool = False, valid: Tensor | None = None
+    ) -> MethodOutput:
         tokens = self.encoder.embed(images).masked_fill(drawn[..., None], 0.0)
         predicted = self.head(self.encoder.encode(tokens).pooled)
         return MethodOutput((predicted - images.mean(dim=(2, 3))).square().mean())

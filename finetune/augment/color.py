@@ -100,7 +100,7 @@ def recolor(images: Tensor, seeds: Sequence[int], changes: Sequence[Sequence[Cha
     """Apply jitter, and then the changes that are not movements.
 
     Args:
-        images: (B, channels, height, width) uint8.
+        images: (B, channels, height, width), uint8 or shares in [0, 1].
         seeds, changes: one per image.
 
     Returns:
@@ -111,7 +111,7 @@ def recolor(images: Tensor, seeds: Sequence[int], changes: Sequence[Sequence[Cha
     if not len(changed_rows):
         return images
     rows = torch.tensor(list(changed_rows), device=images.device)
-    values = images[rows].float() / 255
+    values = images[rows].float() if images.is_floating_point() else images[rows].float() / 255
     if settings.jitter:
         values = jitter(values, settings.draw_jitter([seeds[row] for row in changed_rows]))
     for turn in range(max((len(of_image) for of_image in color), default=0)):
@@ -124,7 +124,10 @@ def recolor(images: Tensor, seeds: Sequence[int], changes: Sequence[Sequence[Cha
             arguments = torch.tensor([argument_of(change) for _, change in members], device=images.device)
             values[positions] = OPERATIONS[name](values[positions], arguments)
     changed = images.clone()
-    changed[rows] = (values * 255).round().clamp(0, 255).to(torch.uint8)
+    if images.is_floating_point():
+        changed[rows] = values.clamp(0, 1).to(images.dtype)
+    else:
+        changed[rows] = (values * 255).round().clamp(0, 255).to(torch.uint8)
     return changed
 
 

@@ -51,8 +51,8 @@ def balanced_order(rows_by_class: Sequence[Sequence[int]], num_images: int, seed
 class BalancedSamples(ImageSamples):
     """`ImageSamples` whose epochs show all classes equally often. An image that repeats in an epoch has another view."""
 
-    def __init__(self, source, view, channels: int, seed: int, keep_decoded: bool = False) -> None:
-        super().__init__(source, view, channels, seed, keep_decoded)
+    def __init__(self, source, view, channels: int, seed: int, **options) -> None:
+        super().__init__(source, view, channels, seed, **options)
         rows: dict[int, list[int]] = {}
         for row, label in enumerate(source["label"]):
             rows.setdefault(label, []).append(row)

@@ -11,7 +11,7 @@ from typing import cast
 from torch import Tensor
 
 from simmim.checkpoints.checkpoint import Checkpoint
-from simmim.data import CenterView, ImageSamples, LabeledImages, RandomView, measure_images, read_labeled_images
+from simmim.data import CenterView, ImageSamples, LabeledImages, RandomView, read_labeled_images
 from simmim.finetune.classification.balance import BalancedSamples, class_weights
 from simmim.finetune.classification.defaults import resolve_settings
 from simmim.finetune.classification.folds import hold_out_fold
@@ -27,7 +27,7 @@ from simmim.finetune.classification.self_training.prepare import (
     with_unlabeled,
 )
 from simmim.finetune.classification.settings import ClassificationSettings
-from simmim.finetune.start import Start, find_start
+from simmim.finetune.start import Start, find_start, measure_training_images
 from simmim.finetune.task import Predictions, PreparedTask, ReportLine, Task
 from simmim.training.loggers import LossNames, log_picture
 
@@ -41,9 +41,9 @@ class Classification(Task):
     def prepare(self, settings: ClassificationSettings, device: str, report_line: ReportLine | None = None) -> PreparedTask:
         """Images by class, a linear head on the encoder's pooled features, cross entropy."""
         labels, unlabeled = read_labels(settings), None
-        images = measure_images(labels.train)
+        images = measure_training_images(settings, labels.train)
         if settings.data.unlabeled is not None:
-            unlabeled = read_unlabeled(settings, labels)
+            unlabeled = read_unlabeled(settings, labels, images.reading)
             images = replace(images, decoded_mib=images.decoded_mib + unlabeled.decoded_mib)
         start = find_start(settings, images, device, report_line)
         config = start.encoder.config
@@ -58,7 +58,7 @@ class Classification(Task):
         if unlabeled:
             build = module_builder(settings, labels)  # type: ignore[assignment]
         module = build_module(settings, start, labels, report_line, build)
-        train, validation = build_samples(settings, labels, config.in_channels, start.keep_decoded)
+        train, validation = build_samples(settings, labels, config.in_channels, start)
         prepared = PreparedTask(
             settings=settings,
             module=module,
@@ -76,7 +76,7 @@ class Classification(Task):
             report=partial(report_validation, classes=labels.classes),
             closing_text=closing_text,
         )
-        return with_unlabeled(prepared, unlabeled, config.in_channels, start.keep_decoded) if unlabeled else prepared
+        return with_unlabeled(prepared, unlabeled, config.in_channels, start) if unlabeled else prepared
 
     def predict(
         self,
@@ -142,16 +142,17 @@ def load_head(model: Classifier, source: Checkpoint, classes: tuple[str, ...], r
 
 
 def build_samples(
-    settings: ClassificationSettings, labels: LabeledImages, channels: int, keep_decoded: bool
+    settings: ClassificationSettings, labels: LabeledImages, channels: int, start: Start
 ) -> tuple[ImageSamples, ImageSamples]:
     """Training samples, cropped and flipped at random, and validation samples, cropped in the center."""
     data = settings.data
     train_view = RandomView(settings.size, data.crop_scale, data.crop_ratio, data.flip)
     train_class = BalancedSamples if data.balance == "sampling" else ImageSamples
     validation_view = CenterView(settings.size, data.evaluation_crop)
+    shared = {"keep_decoded": start.keep_decoded, "reading": start.preprocessing.reading_or_default}
     return (
-        train_class(labels.train, train_view, channels, settings.seed, keep_decoded),
-        ImageSamples(labels.validation, validation_view, channels, settings.seed, keep_decoded),
+        train_class(labels.train, train_view, channels, settings.seed, **shared),  # type: ignore[arg-type]
+        ImageSamples(labels.validation, validation_view, channels, settings.seed, **shared),  # type: ignore[arg-type]
     )
 
 

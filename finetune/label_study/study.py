@@ -9,7 +9,7 @@ from itertools import product
 import numpy as np
 
 from simmim.checkpoints import read
-from simmim.data import LabeledImages, LabeledSource, available_cores, measure_images, open_labeled_source
+from simmim.data import LabeledImages, LabeledSource, available_cores, open_labeled_source
 from simmim.finetune.classification.defaults import NO_RAND_AUGMENT, resolve_augmentation
 from simmim.finetune.freezing import frozen_parts
 from simmim.finetune.label_study.arms import Arm, fingerprint_of, scratch_settings
@@ -17,7 +17,7 @@ from simmim.finetune.label_study.report import check_libraries, write_report
 from simmim.finetune.label_study.results import Rates, StudyResult
 from simmim.finetune.label_study.settings import ALL, StudySettings
 from simmim.finetune.label_study.trials import Tuning, run_arms, tuning_cost
-from simmim.finetune.start import Start, find_start
+from simmim.finetune.start import Start, find_start, measure_training_images
 from simmim.messages import notify
 from simmim.training.run_folder import check_run_folder, locked_run_folder
 from simmim.training.shared_images import pretraining_images, report_shared
@@ -67,8 +67,8 @@ def prepare_study(settings: StudySettings) -> tuple[StudySettings, list[Arm], di
     # Of the arms alone: as a setting of the study it would stand in its folder as if the user had given it.
     judged_alike = replace(settings, data=replace(data, validation_seed=validation_seed))
     arms = build_arms(judged_alike, {name: fingerprint_of(checkpoint.encoder) for name, checkpoint in checkpoints.items()})
-    statistics = measure_images(images.train)
     for arm in arms:  # a run that cannot start is an error now, not in the first trial
+        statistics = measure_training_images(arm.settings, images.train)
         start = find_start(arm.settings, statistics, device)
         frozen_parts(start.encoder, arm.settings.freeze, arm.settings.train_stages)
         tell_what_runs_lack(start)

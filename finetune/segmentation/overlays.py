@@ -47,8 +47,10 @@ def overlay(image: np.ndarray, label_map: np.ndarray, colors: np.ndarray) -> np.
 
 
 def as_color(image: Tensor) -> np.ndarray:
-    """(channels, height, width) uint8 to (height, width, 3): one or two channels as gray by the first, more by the first
-    three."""
+    """(channels, height, width), uint8 or shares in [0, 1], to (height, width, 3) uint8: one or two channels as gray by the
+    first, more by the first three."""
+    if image.is_floating_point():
+        image = (image.nan_to_num(nan=0.0) * 255).round().to(torch.uint8)
     rgb = image[:3] if len(image) >= 3 else image[:1].expand(3, -1, -1)
     return rgb.permute(1, 2, 0).cpu().numpy()
 
@@ -59,7 +61,7 @@ def overlay_grid(
     """Image, labels and prediction side by side, a row per image, above a legend of the classes' colors.
 
     Args:
-        images: (channels, height, width) uint8 each, of any size.
+        images: (channels, height, width) each, uint8 or shares in [0, 1], of any size.
         labels, predictions: class ids, (height, width) each, of any size.
     """
     colors = palette(len(classes))
@@ -95,7 +97,7 @@ def overlay_row(image: Tensor, label_maps: Sequence[Tensor], colors: np.ndarray)
     longer = max(height, width)
     factor = MAX_CELL_PX / longer if longer > MAX_CELL_PX else min(max(1, -(-MIN_CELL_PX // longer)), MAX_ENLARGEMENT)
     size = max(1, round(height * factor)), max(1, round(width * factor))
-    shown = as_color(F.interpolate(image[None].float(), size, mode="nearest-exact")[0].to(torch.uint8))
+    shown = as_color(F.interpolate(image[None].float(), size, mode="nearest-exact")[0].to(image.dtype))
     cells = [shown]
     for label_map in label_maps:
         resized = F.interpolate(label_map[None, None].float(), size, mode="nearest-exact")[0, 0]

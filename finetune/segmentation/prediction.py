@@ -49,7 +49,7 @@ class InputImage(NamedTuple):
 
     Attributes:
         name: name of its files in the output, without an ending.
-        pixels: (channels, height, width) uint8 at the model's scale.
+        pixels: (channels, height, width), uint8 or float32, at the model's scale.
         size: (height, width) of the file's image.
     """
 
@@ -108,7 +108,7 @@ def read_images(source, names: list[str], saved: SavedSegmenter, unreadable: dic
     for row in tqdm(range(len(source)), desc="predicting", unit="image"):
         record = source[row]["image"]
         try:
-            picture = open_picture(record, channels)
+            picture = open_picture(record, channels, reading=saved.preprocessing.reading_or_default)
             pixels = whole_picture(picture, saved.short_side)
         except UNREADABLE as error:
             unreadable[record["path"] or f"row {row}"] = describe_error(error)

@@ -12,7 +12,7 @@ from torch import nn
 from tqdm import tqdm
 
 from simmim.checkpoints.checkpoint import Preprocessing
-from simmim.data import measure_images
+from simmim.data.decode import MAX_PIXELS
 from simmim.data.label_maps import ClassScheme, LabeledScenes, read_labeled_scenes
 from simmim.finetune.segmentation.defaults import resolve_settings
 from simmim.finetune.segmentation.model import (
@@ -29,7 +29,7 @@ from simmim.finetune.segmentation.prediction import segment
 from simmim.finetune.segmentation.report import LogLabelMaps, closing_text, report_validation
 from simmim.finetune.segmentation.settings import SceneSettings, SegmentationSettings
 from simmim.finetune.segmentation.views import RandomScene, SceneSamples, WholeScene, scaled_size
-from simmim.finetune.start import Start, find_start
+from simmim.finetune.start import Start, find_start, measure_training_images
 from simmim.finetune.task import Predictions, PreparedTask, ReportLine, Task
 from simmim.training.loggers import LossNames
 
@@ -44,7 +44,7 @@ class Segmentation(Task):
     def prepare(self, settings: SegmentationSettings, device: str, report_line: ReportLine | None = None) -> PreparedTask:
         """Images with label maps, UPerNet on the encoder's stages, cross entropy over pixels."""
         labels = read_labels(settings)
-        start = find_start(settings, measure_images(labels.train), device, report_line)
+        start = find_start(settings, measure_training_images(settings, labels.train), device, report_line)
         config, scheme = start.encoder.config, labels.scheme
         settings, reasons = resolve_settings(start.settings, labels, config.is_small, device)  # type: ignore[arg-type]
         data = settings.data
@@ -160,7 +160,8 @@ def build_samples(settings: SegmentationSettings, labels: LabeledScenes, start: 
     train_view = RandomScene(
         settings.size, data.short_side, data.scale, data.crop_class_share, data.flip, fill, scheme.ignored_id
     )
-    shared = (scheme, channels, settings.seed, start.keep_decoded)
+    reading = start.preprocessing.reading_or_default
+    shared = (scheme, channels, settings.seed, start.keep_decoded, MAX_PIXELS, reading)
     return (
         SceneSamples(labels.train, train_view, *shared),
         SceneSamples(labels.validation, WholeScene(data.short_side), *shared),

@@ -12,9 +12,10 @@ import torch
 from torch import Tensor
 
 from simmim.data import ImageSamples, Picture, open_picture
-from simmim.data.decode import MAX_PIXELS
+from simmim.data.decode import MAX_PIXELS, STRETCHED
 from simmim.data.label_map_files import read_label_map
 from simmim.data.label_maps import ClassScheme
+from simmim.reading import Reading
 
 Size = tuple[int, int]
 MAX_CROPS = 10  # drawn in search of one in which no class dominates, as published
@@ -56,7 +57,8 @@ class RandomScene:
     ignored_id: int
 
     def __call__(self, picture: Picture, label_map: np.ndarray, generator: random.Random) -> tuple[Tensor, Tensor]:
-        """A view drawn from `generator`: (channels, height, width) uint8, and (height, width) of the label map's dtype.
+        """A view drawn from `generator`: (channels, height, width), uint8 or float32, and (height, width) of the label map's
+        dtype.
 
         Args:
             label_map: class ids, (height, width) of the picture.
@@ -71,8 +73,12 @@ class RandomScene:
                 break
         down, across = picture.size[0] / scaled[0], picture.size[1] / scaled[1]
         box = (left * across, top * down, (left + width) * across, (top + height) * down)
-        image = torch.tensor(self.fill, dtype=torch.uint8).view(-1, 1, 1).repeat(1, *self.size)
-        image[:, :height, :width] = picture.crop(box, (height, width))
+        part = picture.crop(box, (height, width))
+        fill = torch.tensor(self.fill, dtype=torch.uint8)
+        if part.is_floating_point():
+            fill = torch.full_like(fill, torch.nan, dtype=part.dtype)  # no data, which becomes the mean
+        image = fill.view(-1, 1, 1).repeat(1, *self.size)
+        image[:, :height, :width] = part
         labels = np.full(self.size, self.ignored_id, dtype=label_map.dtype)
         labels[:height, :width] = crop
         mirrored = generator.random() < self.flip
@@ -93,12 +99,12 @@ class WholeScene:
     def __call__(
         self, picture: Picture, label_map: np.ndarray, generator: random.Random | None = None
     ) -> tuple[Tensor, Tensor]:
-        """(channels, scaled height, scaled width) uint8, and the label map at its own size. Draws nothing."""
+        """(channels, scaled height, scaled width), uint8 or float32, and the label map at its own size. Draws nothing."""
         return whole_picture(picture, self.short_side), torch.from_numpy(label_map)
 
 
 def whole_picture(picture: Picture, short_side: int) -> Tensor:
-    """A whole picture resized to `scaled_size`: (channels, height, width) uint8."""
+    """A whole picture resized to `scaled_size`: (channels, height, width), uint8 or float32."""
     height, width = picture.size
     return picture.crop((0, 0, width, height), scaled_size(picture.size, short_side))
 
@@ -132,7 +138,7 @@ class SceneSamples(ImageSamples):
         source: undecoded columns `image` and `label_map`.
         view: `RandomScene` or `WholeScene`.
         scheme: the classes.
-        channels, seed, max_pixels: as of `ImageSamples`.
+        channels, seed, max_pixels, reading: as of `ImageSamples`.
         keep_decoded: hold decoded images and label maps in memory.
     """
 
@@ -148,8 +154,9 @@ class SceneSamples(ImageSamples):
         seed: int,
         keep_decoded: bool = False,
         max_pixels: int = MAX_PIXELS,
+        reading: Reading = STRETCHED,
     ) -> None:
-        super().__init__(source, view, channels, seed, keep_decoded, max_pixels)  # type: ignore[arg-type]
+        super().__init__(source, view, channels, seed, keep_decoded, max_pixels, reading)  # type: ignore[arg-type]
         self.scheme = scheme
 
     def view_of(self, index: int, generator: random.Random) -> dict:
@@ -168,7 +175,7 @@ class SceneSamples(ImageSamples):
         if self.cache is not None and index in self.cache:
             return self.cache[index]
         row = self.source[index]
-        picture = open_picture(row["image"], self.channels, self.max_pixels)
+        picture = open_picture(row["image"], self.channels, self.max_pixels, self.reading)
         label_map = self.scheme.class_ids(read_label_map(row["label_map"]))
         if label_map.shape != picture.size:
             height, width = label_map.shape

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
+from typing import Any
 
 from simmim.encoders.base import Encoder, EncoderConfig, State
 from simmim.methods.registry import default_method
+from simmim.reading import Reading
 
 
 @dataclass(frozen=True)
@@ -19,6 +21,8 @@ class Preprocessing:
         interpolation: how images are resized: nearest, bilinear, bicubic or lanczos, antialiased.
         crop: share of the sides of the largest central crop that evaluation uses.
         fit: crop, to keep the image's proportions; squash, to resize the whole image to `image_size`.
+        reading: how files become pictures; None where the file does not say, which means as version 0.1 read them, and in
+            fine-tuning as suits the labeled images.
     """
 
     image_size: tuple[int, int]
@@ -27,16 +31,30 @@ class Preprocessing:
     interpolation: str = "bilinear"
     crop: float = 1.0
     fit: str = "crop"
+    reading: Reading | None = None
 
     def __post_init__(self) -> None:
         for name in ("image_size", "mean", "std"):
             object.__setattr__(self, name, tuple(getattr(self, name)))
+        if isinstance(self.reading, dict):  # of a file
+            object.__setattr__(self, "reading", Reading(**self.reading))
+
+    @property
+    def reading_or_default(self) -> Reading:
+        """`reading`, or that of version 0.1."""
+        return self.reading or Reading()
+
+    def as_dict(self) -> dict[str, Any]:
+        """Plain values for a file, of which `Preprocessing(**values)` is equal to this."""
+        return {name: value for name, value in asdict(self).items() if name != "reading" or value is not None}
 
     def describe(self) -> str:
-        """Channels, size and resizing in a few words: "3 channels, 224×224 px, bicubic, central crop 0.875"."""
+        """Channels, size, resizing and values in a few words: "3 channels, 224×224 px, bicubic, central crop 0.875"."""
         height, width = self.image_size
         fit = f"central crop {self.crop:g}" if self.fit == "crop" else "squashed"
-        return f"{len(self.mean)} channels, {height}×{width} px, {self.interpolation}, {fit}"
+        values = self.reading_or_default.describe()
+        text = f"{len(self.mean)} channels, {height}×{width} px, {self.interpolation}, {fit}"
+        return f"{text}, {values}" if values else text
 
 
 @dataclass(frozen=True)

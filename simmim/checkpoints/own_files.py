@@ -11,7 +11,6 @@ Every file is written atomically.
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -75,7 +74,7 @@ def save_checkpoint(folder: str | Path, checkpoint: Checkpoint) -> Path:
         {
             "format": MARKER,
             "architecture": registry.config_as_dict(config),
-            "preprocessing": asdict(checkpoint.preprocessing),
+            "preprocessing": checkpoint.preprocessing.as_dict(),
             "provenance": checkpoint.provenance,
             **({"method": checkpoint.method} if checkpoint.pretraining or checkpoint.method != default_method() else {}),
         },
@@ -112,7 +111,7 @@ def read_checkpoint(folder: Path) -> Checkpoint:
     try:
         config = registry.config_from_dict(description["architecture"])
         preprocessing = Preprocessing(**description["preprocessing"])
-    except (KeyError, TypeError, AttributeError) as error:
+    except (KeyError, TypeError, AttributeError, ValueError) as error:
         raise ValueError(f"{folder / CONFIG} is damaged ({error}): export the encoder again") from error
     encoder = read_safetensors(folder / WEIGHTS)
     check_state(config, encoder, folder / WEIGHTS)

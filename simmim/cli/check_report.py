@@ -14,6 +14,8 @@ if TYPE_CHECKING:
 
 MAX_LINES = 20  # of a list of files
 BAR_WIDTH = 40
+BLOCKS = " ▁▂▃▄▅▆▇█"
+SATURATED = 0.05  # share of a channel's values in the last part of its range
 
 
 def render(report: CheckReport) -> str:
@@ -39,6 +41,7 @@ def render(report: CheckReport) -> str:
         f"modes        {counts_text(report.modes)}"
         + (f"; a model sees {plural(report.channels, 'channel')}" if report.channels else ""),
         f"orientation  {tags}",
+        *values_text(report),
         "",
         f"shorter side, median {report.short_side_px:,} px",
         *bars(report.short_sides_px),
@@ -71,6 +74,23 @@ def suggested_command(report: CheckReport) -> str:
         f"simmim pretrain --data {shlex.quote(report.path)} --out runs/first --preset {suggestion.preset} "
         f"--image-size {suggestion.image_size_px}"
     )
+
+
+def values_text(report: CheckReport) -> list[str]:
+    """For images deeper than 8 bits a line a channel: its range, its histogram, and what is wrong with it."""
+    if not report.ranges:
+        return []
+    lines = ["values       one range a channel for all images, as --data.range auto takes it"]
+    for channel, ((low, high), histogram, missing) in enumerate(zip(report.ranges, report.histograms, report.missing)):
+        fullest = max(histogram) or 1
+        drawn = "".join(BLOCKS[math.ceil((len(BLOCKS) - 1) * share / fullest)] for share in histogram)
+        notes = [f"{missing:.1%} without data"] if missing else []
+        if missing == 1 or max(histogram) == 1:
+            notes.append("dead: all values alike")
+        elif histogram[-1] > SATURATED:
+            notes.append(f"saturated: {histogram[-1]:.0%} at the upper end")
+        lines.append("  ".join([f"  {channel}  {low:,.6g} to {high:,.6g}", drawn, *notes]))
+    return lines
 
 
 def bars(buckets: dict[int, int]) -> list[str]:

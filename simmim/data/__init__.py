@@ -8,14 +8,14 @@ as a picture (`pictures`), of which a view (`views`) is a crop; `samples`, `batc
 from simmim.data.batch_order import EndlessBatchSampler, SequentialBatchSampler
 from simmim.data.decode import Picture, open_picture, read_image
 from simmim.data.held_out import HeldOut, hold_out
-from simmim.data.image_statistics import ImageStatistics, measure_images
+from simmim.data.image_statistics import ImageStatistics, measure_for_encoder, measure_images
 from simmim.data.index import EXTENSIONS, dataset_from_paths, find_images, index_folder
 from simmim.data.labels import LabeledImages, LabeledSource, open_labeled_source, read_labeled_images
 from simmim.data.loading import available_cores, build_loader, collate, default_num_workers
 from simmim.data.pillow_guard import UNREADABLE, describe_error
 from simmim.data.samples import ImageSamples, IndexedSamples, StreamedSamples
 from simmim.data.sources import Source, open_images, open_source
-from simmim.data.views import CenterView, RandomView, normalize
+from simmim.data.views import CenterView, RandomView, normalize, valid_pixels, without_holes
 
 __all__ = [
     "EXTENSIONS",
@@ -42,6 +42,7 @@ __all__ = [
     "find_images",
     "hold_out",
     "index_folder",
+    "measure_for_encoder",
     "measure_images",
     "normalize",
     "open_images",
@@ -50,4 +51,6 @@ __all__ = [
     "open_source",
     "read_image",
     "read_labeled_images",
+    "valid_pixels",
+    "without_holes",
 ]

@@ -12,20 +12,21 @@ import time
 from collections import Counter
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 from torch import Tensor
 
-from simmim.data.decode import MAX_PIXELS, open_picture
+from simmim.data.decode import MAX_PIXELS, STRETCHED, open_picture
 from simmim.data.duplicates import find_duplicates, list_groups
-from simmim.data.image_statistics import measure_images
+from simmim.data.image_statistics import ImageStatistics, measure_images
 from simmim.data.inspection import RowTallies, Tally, process_rows
 from simmim.data.loading import available_cores
 from simmim.data.pictures import Picture
 from simmim.data.views import RandomView
 from simmim.defaults import default_image_size, default_preset
 from simmim.messages import without_notices
+from simmim.reading import AUTO, Reading
 
 if TYPE_CHECKING:
     import datasets
@@ -52,9 +53,12 @@ class CheckReport:
         path: as the user gave it.
         images: number of images.
         mib: size of the images' files.
-        formats, modes: images by file format and by Pillow mode, frequent ones first; these and all that follows count
+        formats, modes: images by file format and by Pillow mode, or type and channels of values deeper than 8 bits, frequent
+            ones first; these and all that follows count
             readable images only.
         channels: of a model of these images by default; None if a problem leaves that open.
+        ranges: (low, high) of each channel of images deeper than 8 bits, as pre-training would take them; empty for others.
+        histograms, missing: as of `ImageStatistics`.
         short_sides_px: images by the length of their shorter side; the keys are the buckets' smallest lengths.
         short_side_px: the median; 0 if nothing is readable.
         oriented: images that carry an EXIF orientation other than upright.
@@ -75,6 +79,9 @@ class CheckReport:
     formats: dict[str, int]
     modes: dict[str, int]
     channels: int | None
+    ranges: tuple[tuple[float, float], ...]
+    histograms: tuple[tuple[float, ...], ...]
+    missing: tuple[float, ...]
     short_sides_px: dict[int, int]
     short_side_px: int
     oriented: int
@@ -102,6 +109,7 @@ def check_images(
     images_per_second: float | None = None,
     max_pixels: int = MAX_PIXELS,
     progress: bool = False,
+    reading: Reading = AUTO,
 ) -> CheckReport:
     """Read every image of `source`.
 
@@ -113,6 +121,7 @@ def check_images(
         images_per_second: throughput of the model; None reports the workers for `RATES`.
         max_pixels: larger images count as unreadable, as in training.
         progress: show progress bars on standard error if that is a terminal.
+        reading: how values become pictures.
 
     Raises:
         ValueError: for a number of workers or a rate out of range, and for a source without rows.
@@ -120,8 +129,9 @@ def check_images(
     check_options(workers, images_per_second)
     if not len(source):
         raise ValueError(f"{path!r} holds no images")
-    channels, problem = detect_channels(source)
-    tally, sizes = tally_images(source, channels, max_pixels, workers, progress)
+    measured, problem = measure_source(source, max_pixels, reading)
+    channels, reading = (measured.channels, measured.reading) if measured else (None, STRETCHED)
+    tally, sizes = tally_images(RowTallies(source, *(how := (channels, max_pixels, reading))), workers, progress)
     readable = np.ones(len(source), dtype=bool)
     readable[tally.unreadable_rows] = False
     groups = find_duplicates(source, np.where(readable, sizes, 0), workers, progress)
@@ -130,16 +140,14 @@ def check_images(
     if readable.any():
         side_px = default_image_size(median_px)
         suggestion = Suggestion(side_px, default_preset(side_px, device))
-        view = RandomView((side_px, side_px))
-        rate = measure_loading_rate(source, np.flatnonzero(readable), view, channels, max_pixels)
-    rates = RATES if images_per_second is None else (float(images_per_second),)
+        rate = measure_loading_rate(source, np.flatnonzero(readable), RandomView((side_px, side_px)), how)
     return CheckReport(
         path=path,
         images=len(source),
         mib=round(float(sizes.sum()) / 2**20, 3),
         formats=frequent_first(tally.formats),
         modes=frequent_first(tally.modes),
-        channels=channels,
+        **channel_fields(measured),
         short_sides_px=histogram(tally.short_sides),
         short_side_px=median_px,
         oriented=tally.oriented,
@@ -149,10 +157,23 @@ def check_images(
         duplicates_removable=sum(len(group) - 1 for group in groups),
         duplicates=list_groups(source, groups, MAX_DUPLICATES_LISTED),
         images_per_second=rate,
-        workers_needed={needed: math.ceil(needed / rate) for needed in rates if rate},
+        workers_needed=count_workers(rate, images_per_second),
         cores=available_cores(),
         suggestion=suggestion,
     )
+
+
+def channel_fields(measured: ImageStatistics | None) -> dict[str, Any]:
+    """What a report says of the channels and their values."""
+    if measured is None:
+        return {"channels": None, "ranges": (), "histograms": (), "missing": ()}
+    ranges = measured.reading.range if measured.reading.is_deep else ()
+    return {
+        "channels": measured.channels,
+        "ranges": ranges,
+        "histograms": measured.histograms,
+        "missing": measured.missing,
+    }
 
 
 def check_options(workers: int, images_per_second: float | None) -> None:
@@ -167,24 +188,21 @@ def check_options(workers: int, images_per_second: float | None) -> None:
         raise ValueError(f"images per second is {images_per_second}: give a positive number")
 
 
-def detect_channels(source: datasets.Dataset) -> tuple[int | None, str | None]:
-    """The channels of a model of these images, or, if the images do not go together, the problem. Then each image is read
-    in its own channels."""
+def measure_source(source: datasets.Dataset, max_pixels: int, reading: Reading) -> tuple[ImageStatistics | None, str | None]:
+    """Statistics from which a model's defaults follow, or, if the images do not go together, the problem. Then each image is
+    read in its own channels."""
     try:
         with without_notices():  # all images are about to be read
-            return measure_images(source).channels, None
+            return measure_images(source, max_pixels=max_pixels, reading=reading), None
     except ValueError as error:
         return None, str(error)
 
 
-def tally_images(
-    source: datasets.Dataset, channels: int | None, max_pixels: int, workers: int, progress: bool
-) -> tuple[Tally, np.ndarray]:
+def tally_images(task: RowTallies, workers: int, progress: bool) -> tuple[Tally, np.ndarray]:
     """The tally of all images, and the bytes of each image's file, (rows,) int64."""
-    tally, sizes = Tally(), np.zeros(len(source), dtype=np.int64)
+    tally, sizes = Tally(), np.zeros(len(task.source), dtype=np.int64)
     title = "reading images" if progress else None
-    task = RowTallies(source, channels, max_pixels)
-    for rows, part in process_rows(task, range(len(source)), workers, title):
+    for rows, part in process_rows(task, range(len(task.source)), workers, title):
         tally.add(part)
         sizes[rows.start : rows.stop] = part.sizes
     return tally, sizes
@@ -194,24 +212,32 @@ def measure_loading_rate(
     source: datasets.Dataset,
     rows: np.ndarray,
     view: Callable[[Picture, random.Random], Tensor],
-    channels: int | None,
-    max_pixels: int,
+    how: tuple[int | None, int, Reading],
 ) -> float:
     """Images per second that one process opens and crops, measured on up to 256 of `rows` and for a few seconds at most.
 
     They have just been read: a disk slower than the decoding shows only if the images exceed the memory.
+
+    Args:
+        how: `open_picture`'s arguments but for the record.
     """
     chosen = rows[np.unique(np.linspace(0, len(rows) - 1, MEASURED_IMAGES).round().astype(int))]
     generator = random.Random(0)
     generator.shuffle(order := chosen.tolist())
-    view(open_picture(source[order[0]]["image"], channels, max_pixels), generator)  # loads Pillow's plugins, untimed
+    view(open_picture(source[order[0]]["image"], *how), generator)  # loads Pillow's plugins, untimed
     num_loaded, started = 0, time.perf_counter()
     for row in order:
-        view(open_picture(source[row]["image"], channels, max_pixels), generator)
+        view(open_picture(source[row]["image"], *how), generator)
         num_loaded += 1
         if time.perf_counter() - started > MEASURED_S:
             break
     return round(num_loaded / (time.perf_counter() - started), 2)
+
+
+def count_workers(rate: float | None, images_per_second: float | None) -> dict[float, int]:
+    """Loading processes by the images/s that they keep up with, of `RATES` or a given one; none where nothing is loaded."""
+    rates = RATES if images_per_second is None else (float(images_per_second),)
+    return {needed: math.ceil(needed / rate) for needed in rates if rate}
 
 
 def median_of(counts: Counter[int]) -> int:

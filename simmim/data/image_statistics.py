@@ -2,21 +2,26 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from simmim.data.decode import MAX_PIXELS, open_picture
+from simmim.data.decode import MAX_PIXELS, STRETCHED, open_picture
 from simmim.data.orientation import Size
 from simmim.data.pictures import Picture
 from simmim.data.pillow_guard import UNREADABLE, describe_error
 from simmim.data.records import record_name
+from simmim.data.value_ranges import common_channels, settle_reading
 from simmim.messages import notify
+from simmim.reading import Reading
 
 if TYPE_CHECKING:
     import datasets
 
+BYTES_OF_DEEP = 2  # of a value that is deeper than 8 bits, in most files
+BINS = 24
+LEAST_STD = 1e-4  # of a channel of deep values, which may be constant
 THUMBNAIL_PX = 64  # longer side; enough for means and deviations, and a large JPEG is not decoded in full
 
 
@@ -30,6 +35,9 @@ class ImageStatistics:
         decoded_mib: estimated size of all images decoded.
         mean, std: per channel, of values in [0, 1].
         sizes: (height, width) in pixels, upright, of each sampled image that could be read.
+        reading: how values become pictures, with nothing left open.
+        histograms: of deep images, for each channel, the share of the values in each of `BINS` parts of its range.
+        missing: of deep images, for each channel, the share of the pixels without data.
     """
 
     short_side_px: int
@@ -38,6 +46,9 @@ class ImageStatistics:
     mean: tuple[float, ...]
     std: tuple[float, ...]
     sizes: tuple[Size, ...] = ()
+    reading: Reading = STRETCHED
+    histograms: tuple[tuple[float, ...], ...] = ()
+    missing: tuple[float, ...] = ()
 
 
 def measure_images(
@@ -46,6 +57,7 @@ def measure_images(
     num_samples: int = 256,
     max_pixels: int = MAX_PIXELS,
     num_images: int | None = None,
+    reading: Reading = STRETCHED,
 ) -> ImageStatistics:
     """Measure up to `num_samples` images, evenly spread over the source.
 
@@ -56,25 +68,27 @@ def measure_images(
         channels: in which all images are read; None detects them.
         max_pixels: larger images count as unreadable.
         num_images: images that `source` stands for; its rows by default.
+        reading: how values become pictures; a range of auto or type is settled by the sample.
 
     Raises:
         ValueError: if none of them can be read, with the first one's reason; if they differ in channels other than as gray
             and color do, with two files' counts.
     """
     rows = np.unique(np.linspace(0, len(source) - 1, min(num_samples, len(source))).round().astype(int))
+    records = {int(row): source[int(row)]["image"] for row in rows}
+    reading = settle_reading(reading, records, channels, max_pixels)
     thumbnails, sizes = [], []
-    paths: dict[int, str] = {}  # by number of channels, the first file that has it
+    paths: dict[int, list[str]] = {}  # by number of channels, the files that have it
     first_error = None
-    for row in rows:
-        record = source[int(row)]["image"]
+    for row, record in records.items():
         try:
-            picture = open_picture(record, channels, max_pixels)
+            picture = open_picture(record, channels, max_pixels, reading)
             thumbnails.append(thumbnail(picture))
         except UNREADABLE as error:
             first_error = first_error or f"{record['path']}: {describe_error(error)}"
             continue
         sizes.append(picture.size)
-        paths.setdefault(picture.channels, record_name(record, row))
+        paths.setdefault(picture.channels, []).append(record_name(record, row))
     if not sizes:
         raise ValueError(f"none of {len(rows)} sampled images can be read; the first, {first_error}")
     found = common_channels(paths)
@@ -83,38 +97,73 @@ def measure_images(
             f"gray: decided from {len(sizes):,} of {num_images or len(source):,} images; color images among the others are "
             "read as gray, and counted"
         )
-    channels = found
-    # Gray images among color images count as color.
-    pixels = [np.broadcast_to(small, (channels, *small.shape[1:])).reshape(channels, -1) for small in thumbnails]
-    values = np.concatenate(pixels, axis=1) / 255
+    values = pool_channels(thumbnails, found)
+    mean, std = mean_and_deviation(values)
+    value_bytes = BYTES_OF_DEEP if reading.is_deep else 1
+    num_values = float(np.mean([height * width for height, width in sizes])) * found * len(source)
     return ImageStatistics(
         short_side_px=int(np.median([min(size) for size in sizes])),
-        channels=channels,
-        decoded_mib=float(np.mean([height * width for height, width in sizes])) * channels * len(source) / 2**20,
-        mean=tuple(round(float(value), 3) for value in values.mean(axis=1)),
-        std=tuple(round(max(float(value), 0.01), 3) for value in values.std(axis=1)),
+        channels=found,
+        decoded_mib=num_values * value_bytes / 2**20,
+        mean=mean,
+        std=std,
         sizes=tuple(sizes),
+        reading=reading,
+        **(describe_values(values) if reading.is_deep else {}),  # type: ignore[arg-type]
     )
 
 
-def common_channels(paths: dict[int, str]) -> int:
-    """The number of channels in which all images can be read.
+def measure_for_encoder(source: datasets.Dataset, encoder: Reading | None, **options: Any) -> ImageStatistics:
+    """As `measure_images`, with the reading of an encoder where that fits the images: the one by which it was trained.
 
     Args:
-        paths: by number of channels, a file that has it.
-
-    Raises:
-        ValueError: if files differ other than as gray and color do.
+        encoder: its reading; None settles one by the images. Ranges for another number of channels are not used.
+        options: of `measure_images`.
     """
-    uncommon = paths.keys() - {1, 3}
-    if uncommon and len(paths) > 1:
-        one, other = min(uncommon), min(paths.keys() - {min(uncommon)})
-        raise ValueError(f"images differ in channels: {paths[one]} has {one}, {paths[other]} has {other}")
-    return max(paths)
+    if encoder is not None and not encoder.is_deep:
+        return measure_images(source, reading=encoder, **options)
+    images = measure_images(source, reading=replace(encoder or Reading(), range="auto", transform="none"), **options)
+    if encoder is None or ({len(encoder.range), images.channels} - {1, 3} and len(encoder.range) != images.channels):
+        return images
+    return measure_images(source, reading=encoder, **{**options, "channels": len(encoder.range)})
+
+
+def pool_channels(thumbnails: list[np.ndarray], channels: int) -> np.ndarray:
+    """The values of all thumbnails, (channels, pixels). Gray images among color images count as color."""
+    pixels = [np.broadcast_to(small, (channels, *small.shape[1:])).reshape(channels, -1) for small in thumbnails]
+    return np.concatenate(pixels, axis=1)
+
+
+def describe_values(values: np.ndarray) -> dict[str, tuple]:
+    """The histograms and the missing shares of `ImageStatistics`, of (channels, pixels) shares."""
+    histograms = []
+    for channel in values:
+        counts = np.histogram(channel[~np.isnan(channel)], bins=BINS, range=(0, 1))[0]
+        histograms.append(tuple((counts / max(counts.sum(), 1)).tolist()))
+    return {"histograms": tuple(histograms), "missing": tuple(np.isnan(values).mean(axis=1).tolist())}
+
+
+def mean_and_deviation(values: np.ndarray) -> tuple[tuple[float, ...], tuple[float, ...]]:
+    """Mean and standard deviation of each channel, in [0, 1], without pixels that lack data.
+
+    Args:
+        values: (channels, pixels), uint8 levels or float shares.
+    """
+    if values.dtype == np.uint8:
+        values = values / 255
+        return tuple(round(float(mean), 3) for mean in values.mean(axis=1)), tuple(
+            round(max(float(std), 0.01), 3) for std in values.std(axis=1)
+        )
+    values = values.astype(np.float64)
+    empty = np.isnan(values).all(axis=1)
+    values[empty] = 0
+    # Deep values may fill a small part of their range: four significant digits, and no floor that matters.
+    means, stds = np.nanmean(values, axis=1), np.nanstd(values, axis=1)
+    return tuple(float(f"{mean:.4g}") for mean in means), tuple(float(f"{max(std, LEAST_STD):.4g}") for std in stds)
 
 
 def thumbnail(picture: Picture) -> np.ndarray:
-    """All of a picture, no side longer than `THUMBNAIL_PX`: (channels, height, width) uint8."""
+    """All of a picture, no side longer than `THUMBNAIL_PX`: (channels, height, width) uint8 or float32."""
     height, width = picture.size
     scale = min(1.0, THUMBNAIL_PX / max(height, width))
     size = max(1, round(height * scale)), max(1, round(width * scale))

@@ -13,9 +13,11 @@ from PIL import Image
 from torch.utils.data import DataLoader, Dataset
 
 from simmim.data.decode import open_picture
+from simmim.data.deep import DeepPicture
 from simmim.data.orientation import read_orientation
 from simmim.data.pillow_guard import UNREADABLE, decoding, describe_error
 from simmim.data.records import Record, num_bytes, open_record, record_name
+from simmim.reading import Reading
 
 if TYPE_CHECKING:
     import datasets
@@ -57,8 +59,8 @@ class Tally:
 class RowTallies(Dataset):
     """The tally of a range of rows, each image read as training reads it."""
 
-    def __init__(self, source: datasets.Dataset, channels: int | None, max_pixels: int) -> None:
-        self.source, self.channels, self.max_pixels = source, channels, max_pixels
+    def __init__(self, source: datasets.Dataset, channels: int | None, max_pixels: int, reading: Reading) -> None:
+        self.source, self.channels, self.max_pixels, self.reading = source, channels, max_pixels, reading
 
     def __getitem__(self, rows: range) -> Tally:
         tally = Tally()
@@ -71,7 +73,7 @@ class RowTallies(Dataset):
         record = self.source[row]["image"]
         tally.sizes.append(num_bytes(record))
         try:
-            picture = open_picture(record, self.channels, self.max_pixels)
+            picture = open_picture(record, self.channels, self.max_pixels, self.reading)
             height, width = picture.size
             picture.crop((0, 0, width, height), (min(height, CROP_PX), min(width, CROP_PX)))
         except Exception as error:  # any exception: this command is the place to learn of it
@@ -81,7 +83,11 @@ class RowTallies(Dataset):
             return
         format, mode, oriented = read_header(record)
         tally.formats[format] += 1
-        tally.modes[mode if picture.channels in (1, 3) else f"{picture.channels} channels"] += 1
+        if isinstance(picture, DeepPicture) and picture.stored.is_deep:
+            mode = f"{picture.stored.values.dtype} × {len(picture.stored.values)}"
+        elif picture.channels not in (1, 3):
+            mode = f"{picture.channels} channels"
+        tally.modes[mode] += 1
         tally.short_sides[min(height, width)] += 1
         tally.oriented += oriented
 

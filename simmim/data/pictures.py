@@ -29,7 +29,7 @@ from simmim.data.orientation import (
 from simmim.data.pillow_guard import decoding, open_pillow
 from simmim.data.pixel_values import finite_range, scale_to_255, to_gray_or_rgb
 from simmim.data.records import Record, open_record
-from simmim.data.resizing import as_tensor, clip_box, get_interpolation, resize_box
+from simmim.data.resizing import as_tensor, clip_box, get_interpolation, region_of, resize_box
 
 
 class Picture:
@@ -129,34 +129,31 @@ class JpegPicture(Picture):
 
 
 class ArrayPicture(Picture):
-    """An array with any number of channels, in memory or on disk. Values other than uint8 and bool are scaled by the
-    array's range when they are cropped.
+    """An array with any number of channels, in memory or on disk. Values other than uint8 and bool are scaled to 8 bits
+    when they are cropped.
 
     Args:
         values: (channels, height, width) of bool or any real numbers.
+        ends: the values that become 0 and 255; the smallest and largest of the array by default.
     """
 
-    def __init__(self, values: np.ndarray) -> None:
-        self.values = values
+    def __init__(self, values: np.ndarray, ends: tuple[float, float] | None = None) -> None:
+        self.values, self.ends = values, ends
         self.channels, *size = values.shape
         self.size = tuple(size)
 
     @functools.cached_property
     def range(self) -> tuple[float, float]:
         """Smallest and largest value of all channels together, so that the channels' ratios stay."""
+        if self.ends:
+            return self.ends
         lows, highs = zip(*map(finite_range, self.values))
         return min(lows), max(highs)
 
     def crop(self, box: Box, size: Size, interpolation: str = "bilinear") -> Tensor:
         """As `Picture.crop`, channel by channel."""
         box, row = clip_box(box, self.size), get_interpolation(interpolation)
-        (height, width), (left, top, right, bottom) = size, box
-        # The filter reaches over the edges of the box.
-        margin_x = row.reach * ((right - left) / width + 2)
-        margin_y = row.reach * ((bottom - top) / height + 2)
-        first_x, first_y = max(0, math.floor(left - margin_x)), max(0, math.floor(top - margin_y))
-        region = np.s_[first_y : math.ceil(bottom + margin_y), first_x : math.ceil(right + margin_x)]
-        box = (left - first_x, top - first_y, right - first_x, bottom - first_y)
+        (height, width), (region, box) = size, region_of(box, size, row.reach)
         channels = []
         for channel in self.values:
             image = Image.fromarray(np.ascontiguousarray(self._to_levels(channel[region])))

@@ -58,3 +58,10 @@ def scale_to_255(values: np.ndarray, low: float, high: float) -> np.ndarray:
     with np.errstate(invalid="ignore", over="ignore"):
         shares = np.clip((values.astype(np.float64) / 2 - low / 2) / span, 0, 1)
     return (np.nan_to_num(shares, nan=0.0) * 255).astype(np.float32)
+
+
+def type_range(dtype: np.dtype) -> tuple[float, float]:
+    """The smallest and largest value of a type; 0 and 1 of floating-point numbers and bool."""
+    if dtype.kind in "iu":
+        return float(np.iinfo(dtype).min), float(np.iinfo(dtype).max)
+    return 0.0, 1.0

@@ -77,6 +77,16 @@ def clip_box(box: Box, size: Size) -> Box:
     return max(left, 0), max(top, 0), min(right, width), min(bottom, height)
 
 
+def region_of(box: Box, size: Size, reach: int) -> tuple[tuple[slice, slice], Box]:
+    """The whole pixels that a filter of radius `reach` looks at when `box` is resized to `size`, and the box in them."""
+    (height, width), (left, top, right, bottom) = size, box
+    # The filter reaches over the edges of the box.
+    margin_x, margin_y = reach * ((right - left) / width + 2), reach * ((bottom - top) / height + 2)
+    first_x, first_y = max(0, math.floor(left - margin_x)), max(0, math.floor(top - margin_y))
+    region = slice(first_y, math.ceil(bottom + margin_y)), slice(first_x, math.ceil(right + margin_x))
+    return region, (left - first_x, top - first_y, right - first_x, bottom - first_y)
+
+
 def resize_box(image: Image.Image, box: Box, size: Size, interpolation: str) -> np.ndarray:
     """The part of an image of mode L or RGB inside `box`, resized to `size`: (bands, height, width) uint8.
 

@@ -16,9 +16,10 @@ from torch import Tensor
 from torch.utils.data import Dataset, IterableDataset, Sampler, get_worker_info
 
 from simmim.data.batch_order import EndlessBatchSampler
-from simmim.data.decode import MAX_PIXELS, open_picture
+from simmim.data.decode import MAX_PIXELS, STRETCHED, open_picture
 from simmim.data.pictures import Picture
 from simmim.data.pillow_guard import UNREADABLE, describe_error
+from simmim.reading import Reading
 
 if TYPE_CHECKING:
     import datasets
@@ -62,7 +63,8 @@ class IndexedSamples(Dataset, ABC):
 class ImageSamples(IndexedSamples):
     """Samples by (epoch, index), each a function of that and the seed.
 
-    A sample is a dict: `image` uint8 (channels, height, width); `seed`, for everything else that is random about it; `label`
+    A sample is a dict: `image` (channels, height, width), uint8, or float32 of deep images;
+    `seed`, for everything else that is random about it; `label`
     if the source has labels; `skipped`, the (path, reason) of unreadable images that it replaces; `gray_copies`, the path of
     a color image that is read as gray.
 
@@ -73,6 +75,7 @@ class ImageSamples(IndexedSamples):
         seed: of everything random.
         keep_decoded: hold decoded images in memory, for small data sets.
         max_pixels: larger images count as unreadable.
+        reading: how values become pictures.
     """
 
     def __init__(
@@ -83,8 +86,9 @@ class ImageSamples(IndexedSamples):
         seed: int,
         keep_decoded: bool = False,
         max_pixels: int = MAX_PIXELS,
+        reading: Reading = STRETCHED,
     ) -> None:
-        self.max_pixels = max_pixels
+        self.max_pixels, self.reading = max_pixels, reading
         self.source, self.view, self.channels, self.seed = source, view, channels, seed
         self.labeled = "label" in source.column_names
         self.cache: dict[int, tuple[Picture, int | None]] | None = {} if keep_decoded else None
@@ -135,7 +139,7 @@ class ImageSamples(IndexedSamples):
         if self.cache is not None and index in self.cache:
             return self.cache[index]
         row = self.source[index]
-        picture = open_picture(row["image"], self.channels, self.max_pixels)
+        picture = open_picture(row["image"], self.channels, self.max_pixels, self.reading)
         if self.cache is not None:
             self.cache[index] = picture.decoded(), row.get("label")
             return self.cache[index]
@@ -153,7 +157,7 @@ class StreamedSamples(IterableDataset):
 
     Args:
         stream: rows `{"image": …}`.
-        view, channels, seed, max_pixels: as of `ImageSamples`.
+        view, channels, seed, max_pixels, reading: as of `ImageSamples`.
         buffer: samples that the shuffle buffer holds, undecoded.
     """
 
@@ -165,7 +169,9 @@ class StreamedSamples(IterableDataset):
         seed: int,
         buffer: int,
         max_pixels: int = MAX_PIXELS,
+        reading: Reading = STRETCHED,
     ) -> None:
+        self.reading = reading
         self.stream, self.view, self.channels, self.seed = stream, view, channels, seed
         self.buffer, self.max_pixels = buffer, max_pixels
         self.rank, self.world_size, self.batches_done = 0, 1, 0
@@ -231,7 +237,7 @@ class StreamedSamples(IterableDataset):
         Args:
             name: of the row, where the image has no path.
         """
-        picture = open_picture(row["image"], self.channels, self.max_pixels)
+        picture = open_picture(row["image"], self.channels, self.max_pixels, self.reading)
         gray_copies = [row["image"]["path"] or name] if picture.loses_color else []
         return {"image": self.view(picture, generator), "gray_copies": gray_copies}
 

@@ -34,7 +34,7 @@ class RandomView:
     flip: float = 0.5
 
     def __call__(self, picture: Picture, generator: random.Random) -> Tensor:
-        """A view drawn from `generator`: (channels, height, width) uint8."""
+        """A view drawn from `generator`: (channels, height, width), uint8 or float32 as the picture's crops."""
         box = self.crop_box(picture.size, generator)
         mirrored = generator.random() < self.flip
         view = picture.crop(box, self.size)
@@ -86,7 +86,7 @@ class CenterView:
             raise ValueError(f"share of the image is {self.share}: give a number above 0, at most 1")
 
     def __call__(self, picture: Picture, generator: random.Random | None = None) -> Tensor:
-        """The central view, (channels, height, width) uint8; draws nothing."""
+        """The central view, (channels, height, width), uint8 or float32 as the picture's crops; draws nothing."""
         image_height, image_width = picture.size
         if self.fit == "squash":
             height, width = image_height * self.share, image_width * self.share
@@ -99,6 +99,24 @@ class CenterView:
 
 
 def normalize(images: Tensor, mean: Sequence[float], std: Sequence[float]) -> Tensor:
-    """(B, channels, height, width) uint8 to float32: values in [0, 1] minus `mean`, divided by `std`, per channel."""
+    """(B, channels, height, width) to float32: values in [0, 1] minus `mean`, divided by `std`, per channel.
+
+    Args:
+        images: uint8 levels, or float shares of a range; NaN, which is no data, becomes the mean.
+    """
     means, stds = (images.new_tensor(values, dtype=torch.float32).view(-1, 1, 1) for values in (mean, std))
+    if images.is_floating_point():
+        return ((images.float() - means) / stds).nan_to_num(nan=0.0)
     return (images.float() / 255 - means) / stds
+
+
+def without_holes(images: Tensor, mean: Sequence[float]) -> Tensor:
+    """Images whose pixels without data are the mean, one per channel."""
+    if not images.is_floating_point():
+        return images
+    return torch.where(images.isnan(), images.new_tensor(mean).view(-1, 1, 1), images)
+
+
+def valid_pixels(images: Tensor) -> Tensor | None:
+    """Where images have data, bool of their shape; None for uint8 levels, which have data everywhere."""
+    return ~images.isnan() if images.is_floating_point() else None

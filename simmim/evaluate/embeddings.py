@@ -22,6 +22,7 @@ from simmim.data import UNREADABLE, CenterView, default_num_workers, describe_er
 from simmim.data.loading import ignore_signals
 from simmim.encoders.base import Encoder
 from simmim.evaluate.features import AnyFeature, Feature
+from simmim.reading import Reading
 
 if TYPE_CHECKING:
     import datasets
@@ -160,7 +161,7 @@ def encode_views(
     no_vectors = {feature.name: np.empty((0, feature.dim(encoder.config)), np.float32) for feature in features}
 
     def encode(images: Tensor) -> dict[str, np.ndarray]:
-        """(B, channels, height, width) uint8 to vectors by name."""
+        """(B, channels, height, width), uint8 or float32, to vectors by name."""
         # The context is not around the loop: it would hold in the caller too between two batches. It is not inference mode:
         # training must be able to use what the pass leaves behind, of a sharded encoder for instance.
         with torch.no_grad():
@@ -183,7 +184,8 @@ def encode_views(
 
 
 class ViewBatch(NamedTuple):
-    """Images as the encoder sees them: `images` (B, channels, height, width) uint8, the rest as in `EmbeddedBatch`."""
+    """Images as the encoder sees them: `images` (B, channels, height, width), uint8 or float32; the rest as in
+    `EmbeddedBatch`."""
 
     rows: list[int]
     paths: list[str]
@@ -209,7 +211,7 @@ def load_views(
     view = CenterView(preprocessing.image_size, preprocessing.crop, preprocessing.interpolation, preprocessing.fit)
     workers = default_num_workers(device.type) if options.workers is None else options.workers
     return DataLoader(
-        ViewDataset(source, view, channels),
+        ViewDataset(source, view, channels, preprocessing.reading_or_default),
         batch_size=None,
         sampler=ranges,
         num_workers=min(workers, len(ranges)),
@@ -223,8 +225,8 @@ def load_views(
 class ViewDataset(Dataset):
     """Views of the images of a source. Each item is a whole batch, so that a process sends one tensor and not many."""
 
-    def __init__(self, source: datasets.Dataset, view: CenterView, channels: int) -> None:
-        self.source, self.view, self.channels = source, view, channels
+    def __init__(self, source: datasets.Dataset, view: CenterView, channels: int, reading: Reading) -> None:
+        self.source, self.view, self.channels, self.reading = source, view, channels, reading
 
     def __getitem__(self, rows: range) -> ViewBatch:
         readable, paths, views, unreadable = [], [], [], []
@@ -232,7 +234,7 @@ class ViewDataset(Dataset):
             record = self.source[row]["image"]
             path = record["path"] or f"row {row}"
             try:
-                views.append(self.view(open_picture(record, self.channels)))
+                views.append(self.view(open_picture(record, self.channels, reading=self.reading)))
             except UNREADABLE as error:
                 unreadable.append((path, describe_error(error)))
                 continue

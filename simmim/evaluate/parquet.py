@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -104,7 +104,7 @@ def embeddings_schema(saved: SavedEncoder, feature: Feature) -> pa.Schema:
         "encoder": str(saved.report.source),
         "provenance": saved.provenance,
         "architecture": config_as_dict(saved.encoder.config),
-        "preprocessing": asdict(saved.preprocessing),
+        "preprocessing": saved.preprocessing.as_dict(),
         "stage": feature.stage,
         "pooling": feature.pooling,
     }

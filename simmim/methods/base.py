@@ -117,12 +117,15 @@ class Method(nn.Module, ABC):
         the batch nor on the device's share of it."""
 
     @abstractmethod
-    def forward(self, images: Tensor, drawn: Tensor, return_reconstruction: bool = False) -> MethodOutput:
+    def forward(
+        self, images: Tensor, drawn: Tensor, return_reconstruction: bool = False, valid: Tensor | None = None
+    ) -> MethodOutput:
         """The loss of a batch.
 
         Args:
-            images: (B, channels, height, width), float, normalized.
+            images: (B, channels, height, width), float, normalized; zeros, the mean, where there is no data.
             drawn: as from `draw`.
+            valid: bool of the images' shape, where they have data, which alone is learned from; None for everywhere.
         """
 
     # --- looking at it -----------------------------------------------------------------------------------------------

@@ -163,19 +163,22 @@ class Canvas(Method):
         """From resolved settings."""
         return cls(encoder, settings)
 
-    def forward(self, images: Tensor, mask: Tensor, return_reconstruction: bool = False) -> MethodOutput:
+    def forward(
+        self, images: Tensor, mask: Tensor, return_reconstruction: bool = False, valid: Tensor | None = None
+    ) -> MethodOutput:
         """Loss of predicting the masked pixels of `images` from the visible ones.
 
         Args:
             images: (B, channels, height, width), float, normalized.
             mask: (B, H, W) bool, True = masked, as from `draw`.
+            valid: bool of the images' shape, where they have data; None for everywhere.
         """
         canvases, groups = self.compose(images, mask)
         features = self.encoder.encode(self.encoder.embed(canvases), groups=groups).features
         features = self.decode(features, mask)
         prediction = self.pixels.predict(features, images.shape[-2:]) if return_reconstruction else None  # type: ignore[arg-type]
-        targets = pixel_targets(images, self.settings.norm_target_patch)
-        return MethodOutput(self.pixels.loss(features, targets, mask, prediction), prediction)
+        targets = pixel_targets(images, self.settings.norm_target_patch, valid)
+        return MethodOutput(self.pixels.loss(features, targets, mask, prediction, valid), prediction)
 
     def compose(self, images: Tensor, mask: Tensor) -> tuple[Tensor, Tensor]:
         """The canvases, and whose each of their patches is.

@@ -39,7 +39,14 @@ class PixelDecoder(nn.Linear):
         image = rearrange(pixels, "b h w (c p q) -> b c (h p) (w q)", p=self.stride, q=self.stride)
         return image[..., : image_size[0], : image_size[1]]
 
-    def loss(self, features: Tensor, targets: Tensor, mask: Tensor, prediction: Tensor | None = None) -> Tensor:
+    def loss(
+        self,
+        features: Tensor,
+        targets: Tensor,
+        mask: Tensor,
+        prediction: Tensor | None = None,
+        valid: Tensor | None = None,
+    ) -> Tensor:
         """`masked_l1` between prediction and targets, a scalar.
 
         Without a prediction, only the cells that are masked are predicted, where that is cheaper than to predict all.
@@ -49,14 +56,18 @@ class PixelDecoder(nn.Linear):
             targets: (B, channels, height, width).
             mask: (B, H, W) bool, True = masked.
             prediction: as from `predict`.
+            valid: as of `masked_l1`.
         """
         cells = self.masked_cells(mask, targets) if prediction is None else None
         if cells is None:
             prediction = self.predict(features, targets.shape[-2:]) if prediction is None else prediction  # type: ignore[arg-type]
-            return masked_l1(prediction, targets, mask, self.patch_size)
+            return masked_l1(prediction, targets, mask, self.patch_size, valid)
         pixels = self(rearrange(features, "b c h w -> b h w c")[cells])
         expected = rearrange(at_least_float32(targets), "b c (h p) (w q) -> b h w c p q", p=self.stride, q=self.stride)
         error = (pixels.to(expected.dtype) - expected[cells].flatten(1)).abs()
+        if valid is not None:
+            known = rearrange(valid, "b c (h p) (w q) -> b h w c p q", p=self.stride, q=self.stride)[cells].flatten(1)
+            return (error * known).sum() / (known.sum() + EMPTY_MASK)
         return error.sum() / (len(error) * self.stride**2 + EMPTY_MASK) / targets.shape[1]
 
     def masked_cells(self, mask: Tensor, images: Tensor) -> Tensor | None:
@@ -107,16 +118,20 @@ def decoder_cost(config: EncoderConfig, dim: int, image_size: Size, setup: Setup
     )
 
 
-def masked_l1(reconstruction: Tensor, target: Tensor, mask: Tensor, patch_size: int) -> Tensor:
+def masked_l1(reconstruction: Tensor, target: Tensor, mask: Tensor, patch_size: int, valid: Tensor | None = None) -> Tensor:
     """Mean absolute error over masked pixels and channels, equation 1 of the SimMIM paper; 0 where nothing is masked.
 
     Args:
         reconstruction: (B, channels, height, width), as `target`.
         mask: (B, H, W) bool at patch resolution, True = masked.
+        valid: (B, channels, height, width) bool, where the target has data; nothing else counts. None for everywhere.
     """
     target = at_least_float32(target)  # half precision cannot even count the pixels of a batch
     pixels = mask.repeat_interleave(patch_size, 1).repeat_interleave(patch_size, 2)[:, None]
     pixels = pixels[..., : target.shape[-2], : target.shape[-1]].to(target.dtype)
+    if valid is not None:
+        known = pixels * valid
+        return ((reconstruction.to(target.dtype) - target).abs() * known).sum() / (known.sum() + EMPTY_MASK)
     error = (reconstruction.to(target.dtype) - target).abs() * pixels
     return error.sum() / (pixels.sum() + EMPTY_MASK) / target.shape[1]
 
@@ -134,11 +149,15 @@ def check_target_patch(patch_px: int | None) -> None:
         raise ValueError(f"norm_target_patch is {patch_px}: give an odd number of pixels, 47 as published")
 
 
-def pixel_targets(images: Tensor, patch_px: int | None) -> Tensor:
-    """What predictions are compared with: the images, or the images normalized over a sliding patch."""
+def pixel_targets(images: Tensor, patch_px: int | None, valid: Tensor | None = None) -> Tensor:
+    """What predictions are compared with: the images, or the images normalized over a sliding patch.
+
+    Args:
+        valid: as of `masked_l1`; pixels without data are no part of the statistics.
+    """
     if patch_px is None:
         return images
-    mean, deviation = sliding_statistics(images, patch_px)
+    mean, deviation = sliding_statistics(images, patch_px, valid)
     return (images - mean) / deviation
 
 
@@ -163,7 +182,7 @@ def note_on_targets(provenance: Mapping[str, Any], patch_px: int | None) -> str:
     return f"; they predict pixels normalized over {earlier} px: model.norm_target_patch {earlier} goes on like that"
 
 
-def sliding_statistics(images: Tensor, patch_px: int) -> tuple[Tensor, Tensor]:
+def sliding_statistics(images: Tensor, patch_px: int, valid: Tensor | None = None) -> tuple[Tensor, Tensor]:
     """Mean and deviation of each pixel's neighborhood, a square of `patch_px` clipped at the border.
 
     The deviation is sqrt(unbiased variance + 1e-6). A clipped square is a product of two intervals, so the mean over it
@@ -171,15 +190,21 @@ def sliding_statistics(images: Tensor, patch_px: int) -> tuple[Tensor, Tensor]:
 
     Args:
         images: (B, channels, height, width), float.
+        valid: bool of the same shape, the pixels that count; None for all.
 
     Returns:
         Two tensors of the images' shape.
     """
     # E[x²] − E[x]² in float32 has no digits left for a flat area of a contrasting image. MPS has no float64.
     pixels = images.float() if images.device.type == "mps" else images.double()
-    mean = box_mean(pixels, patch_px)
     count = box_count(images.shape[-2:], patch_px, pixels)  # type: ignore[arg-type]
-    variance = (box_mean(pixels.square(), patch_px) - mean.square()) * count / (count - 1).clamp(min=1)
+    share = 1.0
+    if valid is not None:
+        pixels = pixels * valid
+        share = box_mean(valid.to(pixels.dtype), patch_px).clamp(min=1e-12)  # type: ignore[assignment]
+        count = count * share
+    mean = box_mean(pixels, patch_px) / share
+    variance = (box_mean(pixels.square(), patch_px) / share - mean.square()) * count / (count - 1).clamp(min=1)
     return mean.to(images.dtype), (variance.clamp(min=0) + 1e-6).sqrt().to(images.dtype)
 
 

@@ -99,18 +99,21 @@ class SimMIM(Method):
         """From resolved settings."""
         return cls(encoder, settings.norm_target_patch, settings.masking(encoder.config.patch_size))
 
-    def forward(self, images: Tensor, mask: Tensor, return_reconstruction: bool = False) -> MethodOutput:
+    def forward(
+        self, images: Tensor, mask: Tensor, return_reconstruction: bool = False, valid: Tensor | None = None
+    ) -> MethodOutput:
         """Loss of predicting the masked pixels of `images` from the visible ones.
 
         Args:
             images: (B, channels, height, width), float, normalized.
             mask: (B, H, W) bool, True = masked.
+            valid: bool of the images' shape, where they have data; None for everywhere.
         """
         tokens = self.encoder.embed(images)
         tokens = self.substitute(tokens, mask)
         features = self.encoder.encode(tokens).features
         prediction = self.decoder.predict(features, images.shape[-2:]) if return_reconstruction else None  # type: ignore[arg-type]
-        loss = self.decoder.loss(features, self.targets(images), mask, prediction)
+        loss = self.decoder.loss(features, self.targets(images, valid), mask, prediction, valid)
         return MethodOutput(loss, prediction)
 
     def substitute(self, tokens: Tensor, mask: Tensor) -> Tensor:
@@ -122,9 +125,9 @@ class SimMIM(Method):
             )
         return torch.where(mask[..., None], self.mask_token.to(tokens.dtype), tokens)
 
-    def targets(self, images: Tensor) -> Tensor:
+    def targets(self, images: Tensor, valid: Tensor | None = None) -> Tensor:
         """What the masked pixels are compared with: the images, or the images normalized over a sliding patch."""
-        return pixel_targets(images, self.norm_target_patch)
+        return pixel_targets(images, self.norm_target_patch, valid)
 
     def draw(self, image_size: Size, seeds: Sequence[int], device: torch.device) -> Tensor:
         """Masks, (B, H, W) bool, True = masked."""

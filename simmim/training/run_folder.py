@@ -156,9 +156,9 @@ def differences(old, new, prefix: str = "") -> list[str]:
 
 
 def with_defaults(stored: dict, settings) -> dict:
-    """A stored configuration with the settings that its version did not have yet, at their defaults, which mean what that
-    version did."""
-    filled = dict(stored)
+    """A stored configuration with the settings that its version did not have yet, as that version did: at their defaults, or
+    as the settings' class says in `earlier`."""
+    filled = {**getattr(settings, "earlier", {}), **stored}
     for field in fields(settings):
         value = getattr(settings, field.name)
         if is_dataclass(value) and isinstance(filled.get(field.name), dict):

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from simmim.data import ImageSamples, LabeledImages, RandomView, read_labeled_images
+from simmim.data.decode import STRETCHED
 from simmim.finetune.augment.affine import AffineSettings
 from simmim.finetune.augment.batch import BatchChanges
 from simmim.finetune.augment.color import ColorSettings
@@ -23,7 +24,9 @@ from simmim.finetune.classification.self_training.samples import SelfTrainingSam
 from simmim.finetune.classification.self_training.teacher import Teacher
 from simmim.finetune.classification.self_training.unlabeled import UnlabeledImages, open_unlabeled
 from simmim.finetune.classification.settings import ClassificationSettings
+from simmim.finetune.start import Start
 from simmim.finetune.task import PreparedTask
+from simmim.reading import Reading
 
 MEANS_DECAY = 0.98  # of the running means of predictions and confidence: over about 50 batches
 WEAKEST_CROP = 0.8  # share of the area that the teacher sees at least, unless the labeled views are larger
@@ -31,11 +34,12 @@ LARGEST_ZOOM = 0.9  # below 1, see `AffineSettings`
 NUM_REPORTS = 20
 
 
-def read_unlabeled(settings: ClassificationSettings, labels: LabeledImages) -> UnlabeledImages:
+def read_unlabeled(settings: ClassificationSettings, labels: LabeledImages, reading: Reading = STRETCHED) -> UnlabeledImages:
     """The unlabeled images of a run.
 
     Args:
         labels: what the run learns from and what judges it.
+        reading: how values become pictures, as for the labeled images.
 
     Raises:
         ValueError: as `open_unlabeled`; when a class has no label to learn from.
@@ -49,7 +53,7 @@ def read_unlabeled(settings: ClassificationSettings, labels: LabeledImages) -> U
             "to learn from, give each class one or more"
         )
     everything = read_labeled_images(data.path, None, settings.seed, data.column, data.label_column, data.validation_seed)
-    return open_unlabeled(data.unlabeled, labels, everything)
+    return open_unlabeled(data.unlabeled, labels, everything, reading)
 
 
 def check_channels(unlabeled: UnlabeledImages, channels: int) -> None:
@@ -108,13 +112,13 @@ def strong_changes(settings: ClassificationSettings) -> BatchChanges:
     return BatchChanges(affine, color, chosen.erasing or 0.0)
 
 
-def with_unlabeled(prepared: PreparedTask, unlabeled: UnlabeledImages, channels: int, keep_decoded: bool) -> PreparedTask:
+def with_unlabeled(prepared: PreparedTask, unlabeled: UnlabeledImages, channels: int, start: Start) -> PreparedTask:
     """A prepared run on labels alone, and the unlabeled images with it.
 
     Args:
         prepared: its module is of `module_builder`.
         channels: of the encoder.
-        keep_decoded: whether all decoded images fit into memory.
+        start: where the run starts.
     """
     settings, module, labeled = prepared.settings, prepared.module, prepared.train
     assert isinstance(settings, ClassificationSettings) and isinstance(module, SelfTraining)
@@ -125,7 +129,15 @@ def with_unlabeled(prepared: PreparedTask, unlabeled: UnlabeledImages, channels:
         RandomView(settings.size, scale, data.crop_ratio, data.flip or 0.0)
         for scale in ((low, high), (max(low, min(WEAKEST_CROP, high)), high))
     )
-    samples = UnlabeledSamples(unlabeled.images, strong_view, weak_view, channels, settings.seed, keep_decoded)
+    samples = UnlabeledSamples(
+        unlabeled.images,
+        strong_view,
+        weak_view,
+        channels,
+        settings.seed,
+        keep_decoded=start.keep_decoded,
+        reading=start.preprocessing.reading_or_default,
+    )
     ratio = settings.self_training.ratio
     assert ratio is not None
     num_steps = settings.num_steps(len(labeled))

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import random
 from collections.abc import Callable, Iterator
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 from torch import Tensor
 from torch.utils.data import Sampler
@@ -20,7 +20,7 @@ class UnlabeledSamples(ImageSamples):
         source: columns `image`, undecoded, and `label`.
         view: of the student.
         weak_view: of the teacher.
-        channels, seed, keep_decoded: as of `ImageSamples`.
+        channels, seed, options: as of `ImageSamples`.
     """
 
     def __init__(
@@ -30,9 +30,9 @@ class UnlabeledSamples(ImageSamples):
         weak_view: Callable[[Picture, random.Random], Tensor],
         channels: int,
         seed: int,
-        keep_decoded: bool = False,
+        **options: Any,
     ) -> None:
-        super().__init__(source, view, channels, seed, keep_decoded)
+        super().__init__(source, view, channels, seed, **options)
         self.weak_view = weak_view
 
     def view_of(self, index: int, generator: random.Random) -> dict:

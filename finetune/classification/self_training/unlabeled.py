@@ -8,7 +8,9 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from simmim.data import LabeledImages, measure_images, open_images
+from simmim.data.decode import STRETCHED
 from simmim.data.duplicates import RowDigests
+from simmim.reading import Reading
 
 if TYPE_CHECKING:
     import datasets
@@ -44,7 +46,9 @@ class UnlabeledImages:
         return ["; ".join([f"{len(self.images):,} unlabeled images", *left_out])]
 
 
-def open_unlabeled(path: str, labels: LabeledImages, everything: LabeledImages) -> UnlabeledImages:
+def open_unlabeled(
+    path: str, labels: LabeledImages, everything: LabeledImages, reading: Reading = STRETCHED
+) -> UnlabeledImages:
     """The images at `path` whose files are identical to no labeled and no validation image.
 
     Args:
@@ -52,6 +56,7 @@ def open_unlabeled(path: str, labels: LabeledImages, everything: LabeledImages) 
         labels: what the run learns from, and what judges it.
         everything: the whole labeled source, before labels are drawn and folds are held out. Its validation images judge
             too; its other images may be among the unlabeled ones.
+        reading: how values become pictures, as for the labeled images.
 
     Raises:
         ValueError: when there are no images at `path`, none is left, or none can be read.
@@ -71,7 +76,7 @@ def open_unlabeled(path: str, labels: LabeledImages, everything: LabeledImages) 
     known = [class_of.get(digest, UNKNOWN) for digest in digests]
     # In this order no image is copied.
     rows = images.add_column("label", known).select(kept)
-    measured = measure_images(rows)
+    measured = measure_images(rows, reading=reading)
     return UnlabeledImages(rows, int(is_labeled.sum()), int(is_judging.sum()), measured.channels, measured.decoded_mib)
 
 

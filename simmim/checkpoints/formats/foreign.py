@@ -72,7 +72,7 @@ def description_of(checkpoint: Checkpoint, form: str) -> dict[str, Any]:
     no place for."""
     return {
         "architecture": encoders.config_as_dict(checkpoint.config),
-        "preprocessing": vars(checkpoint.preprocessing),
+        "preprocessing": checkpoint.preprocessing.as_dict(),
         "provenance": checkpoint.provenance,
         "classes": list(checkpoint.classes) if form == CLASSIFIER else [],
     }

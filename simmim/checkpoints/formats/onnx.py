@@ -86,7 +86,7 @@ class OnnxFormat(Format):
         return (
             "import numpy, onnxruntime\n\n"
             f"session = onnxruntime.InferenceSession({path + '/model.onnx'!r})\n"
-            f"images = numpy.zeros({shape}, 'float32')  # your images, normalized as {CONFIG} says\n"
+            f"images = numpy.zeros({shape}, 'float32')  # your images, scaled and normalized as {CONFIG} says\n"
             "outputs = session.run(None, {'images': images})"
         )
 
