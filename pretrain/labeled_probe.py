@@ -29,6 +29,9 @@ from simmim.evaluate import (
     pool_draws,
     record_unreadable,
     score_features,
+    score_untrained,
+    untrained_encoder,
+    verdict,
 )
 from simmim.evaluate.features import AnyFeature
 from simmim.pretrain.module import PretrainingModule
@@ -49,8 +52,9 @@ class LabeledProbe(pl.Callback):
     generators, and the modes of modules are restored.
 
     Logged are the accuracies of each stage's and the final features as `knn/stage0`, `knn/stage0.2x2`, …, `knn/final`, of
-    the feature that the training labels alone choose as `knn/chosen`, of plain pixels as `knn/pixels`, and the time of the
-    measure as `probe_s`. With the other method `probe/` takes the place of `knn/`.
+    the feature that the training labels alone choose as `knn/chosen`, of plain pixels as `knn/pixels`, of the same encoder
+    with random weights as `knn/untrained` (not where the model is sharded), and the time of the measure as `probe_s`. With
+    the other method `probe/` takes the place of `knn/`.
 
     Args:
         settings: with `data` given.
@@ -84,7 +88,10 @@ class LabeledProbe(pl.Callback):
         self.pools = pool_draws(source, [self.drawn])
         self.views: list[Iterable[ViewBatch]] = []
         self.unreadable: dict[str, str] = {}
+        self.config = config
         self.baseline: FeatureScore | None = None
+        self.untrained: FeatureScore | None = None
+        self.last: dict[str, float] = {}  # accuracies of the last measure
         self.step = 0  # of the last measure; all batches that are accumulated in one step end at the same step
 
     def read(self) -> None:
@@ -147,13 +154,15 @@ class LabeledProbe(pl.Callback):
         started = time.perf_counter()
         try:
             embedded = self.embed(trainer, module)
+            if trainer.is_global_zero and module.device_mesh is None and self.baseline is None:
+                self.untrained = self.score_untrained(module.device)
             values = self.accuracies(embedded) if trainer.is_global_zero else {}
         except ValueError as error:  # a curve may have a gap, which is no reason to stop a run of days
             print(f"no measure on labeled images at step {self.step:,}: {error}", flush=True)
             return
         seconds = time.perf_counter() - started
         if trainer.is_global_zero:
-            method = self.settings.method
+            method, self.last = self.settings.method, values
             trainer.progress_bar_metrics[method] = values["chosen" if "chosen" in values else "final"]
             values = {f"{method}/{name}": value for name, value in values.items()} | {"probe_s": seconds}
             for logger in trainer.loggers:
@@ -169,6 +178,31 @@ class LabeledProbe(pl.Callback):
             encoded = (encode_views(encoder, self.preprocessing, views, features, encoder_pass) for views in self.views)
             return [collect_embeddings(batches) for batches in encoded]
 
+    def score_untrained(self, device: torch.device) -> FeatureScore | None:
+        """The score of the encoder with random weights on the same images. It is computed once."""
+        encoder, encoder_pass = untrained_encoder(self.config, self.seed), EncoderPass(device=device)
+        batches = (encode_views(encoder, self.preprocessing, views, self.features, encoder_pass) for views in self.views)
+        split = self.pools.split(self.drawn, [collect_embeddings(part) for part in batches])
+        return score_untrained(split, self.settings.method, self.settings.k)
+
+    def closing_lines(self, num_images: int) -> list[str]:
+        """What the last measure says, and whether pre-training has helped; none where there was no measure.
+
+        Args:
+            num_images: of the pre-training.
+        """
+        if not self.last:
+            return []
+        name = "chosen" if "chosen" in self.last else "final"
+        compared = {"plain pixels": "pixels", "the same encoder untrained": "untrained"}
+        others = {words: self.last[key] for words, key in compared.items() if key in self.last}
+        method = {"knn": f"{self.settings.k}-NN", "probe": "logistic regression"}[self.settings.method]
+        figures = "".join(f", {words} {accuracy:.1%}" for words, accuracy in others.items())
+        return [
+            f"{method} on the labeled images: {self.last[name]:.1%} by {name} features{figures}",
+            verdict(self.last[name], others, num_images),
+        ]
+
     def accuracies(self, embedded: list[Embeddings]) -> dict[str, float]:
         """Test accuracies in [0, 1] by name: of each feature, of the chosen one, and of plain pixels."""
         split = self.pools.split(self.drawn, embedded)
@@ -179,4 +213,5 @@ class LabeledProbe(pl.Callback):
         }
         if scores.best is not None:
             values["chosen"] = scores.best.accuracy
-        return values | {"pixels": self.baseline.accuracy}
+        untrained = {"untrained": self.untrained.accuracy} if self.untrained else {}
+        return values | {"pixels": self.baseline.accuracy} | untrained

@@ -97,8 +97,8 @@ def pretrain(settings: PretrainSettings) -> Path:
     run = training_run(resolved, method, notes)
     finished = run_training(run)
     if finished.trainer.is_global_zero:
-        if held_out_loss := next((part for part in run.callbacks if isinstance(part, HeldOutLoss)), None):
-            print(closing_line(held_out_loss, run.folder))
+        for line in closing_lines(run):
+            print(line)
         print(f"encoder: {run.folder / 'encoder'}\nlook at it: tensorboard --logdir {run.folder / 'tensorboard'}")
     return run.folder
 
@@ -273,13 +273,19 @@ def held_out_loss(resolved: Resolved) -> HeldOutLoss | None:
     return HeldOutLoss(samples, every_steps, settings.model.images_per_input, settings.workers)
 
 
-def closing_line(validation: HeldOutLoss, folder: Path) -> str:
-    """What the course of the validation loss says, and of which step the encoder is."""
-    lines, finite = [trend(validation.measures)], [measure for measure in validation.measures if math.isfinite(measure[1])]
-    if finite:
-        step, loss = min(finite, key=lambda measure: measure[1])
-        lines.append(f"{folder / 'encoder'} is of the lowest validation loss, {loss:.4g} at step {step:,}")
-    return "\n".join(lines)
+def closing_lines(run: TrainingRun) -> list[str]:
+    """What the course of the validation loss says, of which step the encoder is, and what the probe on labels says."""
+    lines: list[str] = []
+    for part in run.callbacks:
+        if isinstance(part, HeldOutLoss):
+            lines.append(trend(part.measures))
+            finite = [measure for measure in part.measures if math.isfinite(measure[1])]
+            if finite:
+                step, loss = min(finite, key=lambda measure: measure[1])
+                lines.append(f"{run.folder / 'encoder'} is of the lowest validation loss, {loss:.4g} at step {step:,}")
+        elif isinstance(part, LabeledProbe):
+            lines += part.closing_lines(run.num_images)
+    return lines
 
 
 def build_method(settings: PretrainSettings) -> Method:

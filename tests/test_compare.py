@@ -208,8 +208,9 @@ def test_files(saved, digits, tmp_path):
         ("0", "stage 0"),
         ("0", "stage 0, 2x2"),
         ("0", "pixels, 32×32"),
-        ("1", "stage 0"),
+        ("0", "untrained"),
     ]
+    assert values["untrained"][1]["probe"] == report.draws[1].untrained.probe == float(rows[7]["probe"])
     assert [float(row["probe"]) for row in rows if row["feature"] == "stage 0"] == each
     assert sum(int(row["chosen"]) for row in rows) == 2
     assert (tmp_path / "new" / "r.md").read_text() == report.table() + "\n"
@@ -243,6 +244,9 @@ def test_probe_and_knn(folder, digits, tmp_path, capsys, monkeypatch):
     out, err = capsys.readouterr()
     assert "linear probe" not in out and "| feature | values | k-NN | held out |" in out
     assert f"not read: {torn}: empty file" in err and "1 images unreadable" in out
+    assert "| untrained: stage" in out and "the same encoder untrained" in out and "Pre-training has not helped yet" in out
+    assert main(["knn", *common, "--untrained", "false"]) == 0
+    assert "untrained" not in capsys.readouterr().out
     monkeypatch.setattr(SwinV2, "encode", lambda *given: pytest.fail("images were encoded although scikit-learn is missing"))
     assert main(["probe", *common]) == 2
     assert "needs scikit-learn" in capsys.readouterr().err

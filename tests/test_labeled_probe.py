@@ -2,6 +2,7 @@
 
 import csv
 import random
+import re
 import shutil
 import time
 
@@ -98,10 +99,11 @@ def test_steps_and_figures(watched):
     found = measures(watched)
     assert list(found) == [0, 4, 9, 14, 16]
     for values in found.values():
-        assert values.keys() == {f"knn/{name}" for name in (*FEATURES, "chosen", "pixels")}
+        assert values.keys() == {f"knn/{name}" for name in (*FEATURES, "chosen", "pixels", "untrained")}
         assert all(0 <= value <= 1 for value in values.values())
         assert values["knn/chosen"] in [values[f"knn/{name}"] for name in FEATURES]
         assert values["knn/pixels"] == found[0]["knn/pixels"] > 0.5
+        assert values["knn/untrained"] == found[0]["knn/untrained"] > 0.3
     assert found[0] != found[16]
     assert all(float(row["probe_s"]) > 0 for row in rows(watched) if row["probe_s"])
 
@@ -116,6 +118,7 @@ def test_figures_are_those_of_the_exported_encoder(watched, digits):
     agree = [last[f"knn/{row.name.replace(', ', '.').replace(' ', '')}"] == row.knn for row in report.draws[0].rows[:-1]]
     assert sum(agree) >= 5, "exactly, except for an image between two classes in one feature"
     assert last["knn/chosen"] == pytest.approx(report.draws[0].best.knn, abs=0.02)
+    assert last["knn/untrained"] == pytest.approx(report.draws[0].untrained.knn, abs=1.1 / 60)
 
 
 def test_tensorboard_groups_and_describes_them(watched):
@@ -137,6 +140,10 @@ def test_logistic_regression(digits, tmp_path, capsys):
     out, err = capsys.readouterr()
     assert "probe    logistic regression on 40 of 240 labeled images, tested on 40 of 60, every 1 steps" in out
     assert "probe=0." in err
+    closing = (
+        r"logistic regression on the labeled images: .*% by chosen features, plain pixels .*%, the same encoder untrained"
+    )
+    assert re.search(closing, out) and "Pre-training has not helped yet" in out and "240 images are few" in out
     found = measures(run)
     assert list(found) == [0, 1] and {"probe/chosen", "probe/pixels", "probe/final.2x2"} <= found[1].keys()
     assert not any(name.startswith("knn") for name in found[1])

@@ -69,6 +69,7 @@ class CompareOptions:
         workers: processes that load images; by default what suits the machine.
         column: holds the images, in sources with columns; detected by default.
         label_column: holds the labels; detected by default.
+        untrained: compare with the same encoder with random weights, which doubles the time of encoding.
     """
 
     run: str
@@ -84,6 +85,7 @@ class CompareOptions:
     workers: int | None = None
     column: str | None = None
     label_column: str | None = None
+    untrained: bool = True
 
 
 def run_probe(words: Sequence[str]) -> None:
@@ -114,6 +116,7 @@ def compare_stages(method: str, words: Sequence[str], purpose: str) -> None:
         options.k,
         column=options.column,
         label_column=options.label_column,
+        untrained=options.untrained,
     )
     if options.out:
         check_report_file(options.out)

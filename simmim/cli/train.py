@@ -31,6 +31,8 @@ def next_steps(settings: PretrainSettings, run: Path) -> str:
     from simmim.methods.registry import method_named
 
     commands = [f"simmim finetune classification --init {run} --data LABELED_FOLDER --out {run}-finetuned"]
+    if settings.probe.data is None:  # else the run has measured it
+        commands.insert(0, f"simmim probe --run {run} --data LABELED_FOLDER")
     if method_named(settings.method).predicts_pixels:
         commands.insert(0, f"simmim reconstruct --run {run} --images {settings.data.path} --out grid.png")
     return "next: " + "\n      ".join(commands)

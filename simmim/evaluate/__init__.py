@@ -31,6 +31,8 @@ from simmim.evaluate.probe import (
 )
 from simmim.evaluate.report import Comparison, Report, check_report_file, compare, write_report
 from simmim.evaluate.scores import FeatureScore, FeatureScores, score_features, scores_table
+from simmim.evaluate.untrained import score_untrained, untrained_encoder
+from simmim.evaluate.verdict import verdict
 
 __all__ = [
     "DEFAULT_STRENGTH",
@@ -71,9 +73,12 @@ __all__ = [
     "pool_draws",
     "record_unreadable",
     "score_features",
+    "score_untrained",
     "scores_table",
     "select_features",
     "subsample",
+    "untrained_encoder",
+    "verdict",
     "write_embeddings",
     "write_report",
 ]

@@ -5,19 +5,21 @@ from __future__ import annotations
 import csv
 import json
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 
 from tqdm import tqdm
 
 from simmim.checkpoints.checkpoint import SavedEncoder
 from simmim.data import LabeledSource, open_labeled_source
+from simmim.encoders.base import Encoder
 from simmim.evaluate.embeddings import DEFAULT_PASS, EncoderPass
 from simmim.evaluate.features import AnyFeature, Pixels, select_features
 from simmim.evaluate.labeled import Draw, draw_labels, embed_pools, pool_draws, unreadable_images
 from simmim.evaluate.neighbors import check_knn_settings
 from simmim.evaluate.probe import check_scikit_learn
 from simmim.evaluate.scores import METHODS, FeatureScores, best_score, estimate, mean_scores, score_features, scores_table
+from simmim.evaluate.untrained import score_untrained, untrained_encoder
 from simmim.files import atomic_write
 
 SUFFIXES = (".json", ".csv", ".md")
@@ -36,6 +38,7 @@ class Comparison:
         stage, pooling: of which features, as of `select_features`.
         k, temperature: as of `knn_predict`.
         column, label_column: names of the columns with image and label; found by default.
+        untrained: compare with the same encoder with random weights, too.
 
     Raises:
         ValueError: for values out of range.
@@ -52,6 +55,7 @@ class Comparison:
     temperature: float = 0.07
     column: str | None = None
     label_column: str | None = None
+    untrained: bool = True
 
     def __post_init__(self) -> None:
         if self.method not in METHODS:
@@ -96,7 +100,7 @@ class Report:
         draws = f", mean ± standard error over {len(self.draws)} draws" if len(self.draws) > 1 else ""
         return (
             f"Accuracy in percent on {test:,.0f} images; {train:,.0f} to train on, {len(self.classes)} classes, "
-            f"{labels}{draws}.\n\n{scores_table(*self.draws)}"
+            f"{labels}{draws}.\n\n{scores_table(*self.draws, num_images=self.provenance.get('images'))}"
         )
 
     def as_dict(self) -> dict:
@@ -112,6 +116,7 @@ class Report:
             "unreadable": dict(self.unreadable),
             "chosen": best.name if best else None,
             "baseline": self.draws[0].baseline,
+            "untrained": [scores.untrained and scores.untrained._asdict() for scores in self.draws],
             "features": [
                 {
                     "feature": row.name,
@@ -131,9 +136,11 @@ class Report:
 
 
 def compare(saved: SavedEncoder, comparison: Comparison, options: EncoderPass = DEFAULT_PASS, quiet: bool = False) -> Report:
-    """Encode the images of all draws, each once, and score every feature and plain pixels with every draw.
+    """Encode the images of all draws, each once, and score every feature and plain pixels with every draw. Once more with
+    random weights, where the comparison asks for it.
 
-    All features of all these images are in memory: 45 KB per image for SwinV2-T with every feature.
+    All features of all these images are in memory: 45 KB per image for SwinV2-T with every feature, twice where it is
+    compared with random weights.
 
     Args:
         quiet: show no progress bars.
@@ -153,23 +160,25 @@ def compare(saved: SavedEncoder, comparison: Comparison, options: EncoderPass = 
     source = open_labeled_source(comparison.data, comparison.column, comparison.label_column)
     draws = draw_all(source, comparison)
     pools = pool_draws(source, draws)
-    with tqdm(total=sum(len(part.rows) for part in pools.parts), desc="embedding", unit="image", disable=quiet) as bar:
-        embedded = embed_pools(saved.encoder, preprocessing, pools, features, options, bar.update)
+    passes: list[tuple[Encoder, tuple[AnyFeature, ...]]] = [(saved.encoder, features)]
+    if comparison.untrained:
+        passes.append((untrained_encoder(config, saved.provenance.get("seed", comparison.seed)), features[:-1]))
+    num_images = sum(len(part.rows) for part in pools.parts) * len(passes)
+    with tqdm(total=num_images, desc="embedding", unit="image", disable=quiet) as bar:
+        embedded, *untrained = [
+            embed_pools(encoder, preprocessing, pools, chosen, options, bar.update) for encoder, chosen in passes
+        ]
     scores, counts = [], []
     with tqdm(total=len(draws) * len(features), desc=comparison.method, unit="fit", disable=quiet) as bar:
         for draw in draws:
-            split = pools.split(draw, embedded)
-            scores.append(
-                score_features(
-                    split,
-                    comparison.method,
-                    comparison.k,
-                    comparison.temperature,
-                    progress=lambda row: bar.update(),
-                    baseline=pixels.name,
-                    device=options.device,
-                )
+            split, how = pools.split(draw, embedded), (comparison.method, comparison.k, comparison.temperature)
+            found = score_features(
+                split, *how, progress=lambda row: bar.update(), baseline=pixels.name, device=options.device
             )
+            if untrained:
+                random = pools.split(draw, untrained[0])
+                found = replace(found, untrained=score_untrained(random, *how, device=options.device))
+            scores.append(found)
             counts.append((len(split.train_labels), len(split.test_labels)))
     return Report(
         comparison,
@@ -230,4 +239,6 @@ def write_report(report: Report, out: str | Path) -> Path:
             writer.writerow(["seed", "feature", "values", "knn", "probe", "c", "cross_validated", "converged", "chosen"])
             for seed, scores in zip(report.seeds, report.draws):
                 writer.writerows([seed, *row, int(row == scores.best)] for row in scores.rows)
+                if scores.untrained:
+                    writer.writerow([seed, "untrained", *scores.untrained[1:], 0])
     return path

@@ -16,6 +16,7 @@ import torch
 from simmim.evaluate.labeled import Split
 from simmim.evaluate.neighbors import held_out_knn_accuracy, knn_accuracy
 from simmim.evaluate.probe import linear_probe
+from simmim.evaluate.verdict import LEAST_GAIN, verdict
 
 METHODS = ("probe", "knn")
 
@@ -56,11 +57,13 @@ class FeatureScores:
         rows: one per feature, in their order.
         best: the row that `best_score` chooses.
         baseline: name of the row to compare with, which is never the best.
+        untrained: the same encoder with random weights, by a feature of its own choice; None where it was not asked for.
     """
 
     rows: tuple[FeatureScore, ...]
     best: FeatureScore | None
     baseline: str | None = None
+    untrained: FeatureScore | None = None
 
     def row(self, name: str) -> FeatureScore:
         """The row of one feature."""
@@ -168,10 +171,14 @@ def mean_or_none(values: Sequence[float | None]) -> float | None:
     return float(np.mean(present)) if len(present) == len(values) else None
 
 
-def scores_table(*draws: FeatureScores) -> str:
+def scores_table(*draws: FeatureScores, num_images: int | None = None) -> str:
     """A Markdown table of accuracies in percent, with standard errors over several draws, and what follows from it.
 
-    The best feature is in bold. Below stands how it was chosen and how it compares with the baseline, if there is one.
+    The best feature is in bold. Below stands how it was chosen and how it compares with the baseline and the untrained
+    encoder, where there are.
+
+    Args:
+        num_images: of the pre-training, where known.
     """
     baseline = draws[0].baseline
     rows = mean_scores(draws) if len(draws) > 1 else list(draws[0].rows)
@@ -192,20 +199,64 @@ def scores_table(*draws: FeatureScores) -> str:
             mark = "" if row.converged else " (not converged)"
             cells += [percent(row, "probe") + mark, f"{row.c:.3g}" if len(draws) > 1 else f"{row.c:g}"]
         lines.append(f"| {' | '.join([name, str(row.dim), *cells, percent(row, 'cross_validated')])} |")
-    return "\n".join([*lines, "", *conclusions(best, baseline, draws)])
+    lines += untrained_row(draws, probed)
+    return "\n".join([*lines, "", *conclusions(rows, best, draws, num_images)])
 
 
-def conclusions(best: FeatureScore | None, baseline: str | None, draws: Sequence[FeatureScores]) -> list[str]:
-    """Sentences: which feature was chosen and how, and by how much it differs from the baseline."""
+def untrained_row(draws: Sequence[FeatureScores], probed: bool) -> list[str]:
+    """The line of the untrained encoder in the table; none where a draw lacks it."""
+    each = [scores.untrained for scores in draws if scores.untrained is not None]
+    if len(each) < len(draws):
+        return []
+    names = sorted({row.name for row in each})
+    cells = [estimate([row.knn for row in each]).percent()]
+    if probed:
+        cells += [estimate([row.accuracy for row in each]).percent(), "–"]
+    return [f"| untrained: {' or '.join(names)} | {each[0].dim} | {' | '.join([*cells, '–'])} |"]
+
+
+def conclusions(
+    rows: Sequence[FeatureScore], best: FeatureScore | None, draws: Sequence[FeatureScores], num_images: int | None
+) -> list[str]:
+    """Sentences: which feature was chosen and how, by how much it differs from baseline and untrained encoder, and whether
+    the pre-training was worth it.
+
+    Args:
+        rows: of every feature, means over the draws.
+    """
+    baseline = draws[0].baseline
     if best is None:
-        return ["None is chosen: a class has a single label, which cross-validation cannot hold out."]
+        lines = ["None is chosen: a class has a single label, which cross-validation cannot hold out."]
+        # The largest of many test accuracies is too high. Where even that is none above pixels, nothing is.
+        largest = max((row.accuracy for row in rows if row.name != baseline), default=0.0)
+        pixels = next((row.accuracy for row in rows if row.name == baseline), None)
+        if pixels is not None and largest - pixels < LEAST_GAIN:
+            lines.append(verdict(largest, {"plain pixels": pixels}, num_images))
+        return lines
     procedure = "cross-validation" if best.probe is not None else "holding out each in turn"
     lines = [f"Chosen by {procedure} on the training images alone: {best.name}."]
-    if baseline is not None:
-        gain = estimate([scores.row(best.name).accuracy - scores.row(baseline).accuracy for scores in draws])
-        classifier = "linear probe" if best.probe is not None else "k-NN"
+    classifier = "linear probe" if best.probe is not None else "k-NN"
+    others, comparisons = compared_with(best.name, draws), []
+    for name, (_, gain) in others.items():
         points = f"{100 * abs(gain.mean):.1f}" + ("" if gain.error is None else f" ± {100 * gain.error:.1f}")
-        direction = "above" if gain.mean > 0 else "below"
-        size = baseline.partition(", ")[2]
-        lines.append(f"By {classifier} it is {points} points {direction} plain pixels ({size}).")
+        comparisons.append(f"{points} points {'above' if gain.mean > 0 else 'below'} {name}")
+    if comparisons:
+        lines.append(f"By {classifier} it is {', and '.join(comparisons)}.")
+        lines.append(verdict(best.accuracy, {name: accuracy for name, (accuracy, _) in others.items()}, num_images))
     return lines
+
+
+def compared_with(best: str, draws: Sequence[FeatureScores]) -> dict[str, tuple[float, Estimate]]:
+    """The mean accuracy of what a feature is compared with, and the feature's gain over it, draw by draw."""
+    found: dict[str, list[float]] = {}
+    for scores in draws:
+        if scores.baseline is not None:
+            pixels = f"plain pixels ({scores.baseline.partition(', ')[2]})"
+            found.setdefault(pixels, []).append(scores.row(scores.baseline).accuracy)
+        if scores.untrained is not None:
+            found.setdefault("the same encoder untrained", []).append(scores.untrained.accuracy)
+    ours = [scores.row(best).accuracy for scores in draws]
+    return {
+        name: (float(np.mean(each)), estimate([own - other for own, other in zip(ours, each, strict=True)]))
+        for name, each in found.items()
+    }

@@ -31,9 +31,10 @@ GROUPED = {
 GROUPS = {
     "iou": "intersection over union of the class's true and predicted pixels in the validation images, 0 to 1",
     "knn": "share of labeled test images that their nearest labeled neighbors classify correctly by these features, 0 to 1; "
-    "chosen: the features that the training labels alone would choose, pixels: the plain images",
+    "chosen: the features that the training labels alone would choose, pixels: the plain images, untrained: random weights",
     "probe": "share of labeled test images that logistic regression over these frozen features classifies correctly, 0 to "
-    "1; chosen: the features that the training labels alone would choose, pixels: the plain images",
+    "1; chosen: the features that the training labels alone would choose, pixels: the plain images, untrained: random "
+    "weights",
 }
 # Lightning adds it to whatever is logged. Batches come from one endless stream, so it is always 0.
 IGNORED_METRICS = ("epoch",)
