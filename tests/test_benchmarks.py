@@ -11,6 +11,7 @@ from types import SimpleNamespace
 
 import numpy as np
 import pytest
+import recipe_search
 import segmentation
 import step
 from PIL import Image
@@ -194,3 +195,25 @@ def test_the_picture_shows_a_run_and_its_study(tmp_path):
     for box, colors in (((0, 0, 550, 418), {blue}), ((550, 0, 1100, 418), {blue, orange})):
         present = {color for _, color in picture.crop(box).getcolors(maxcolors=1 << 16)}
         assert present & {blue, orange} == colors
+
+
+def test_recipe_search_gives_candidates_the_same_time(digits, encoder_folder, tmp_path, monkeypatch, capsys):
+    """A step of the second candidate costs twice as much, so it gets half of the steps; nothing is done twice."""
+    lengths = {}
+
+    def pretrain_steps(search, words, steps, run):
+        shutil.copytree(encoder_folder, run, dirs_exist_ok=True)
+        lengths.setdefault(" ".join(words), []).append(steps)
+        return 5 + steps * (0.02 if "nano" in words else 0.04)
+
+    monkeypatch.setattr(recipe_search, "pretrain_steps", pretrain_steps)
+    monkeypatch.setattr(recipe_search, "in_process", lambda work, *arguments: work(*arguments))
+    (tmp_path / "candidates.yaml").write_text("small: --preset nano\nlarge: --preset micro\n")
+    words = ["--candidates", tmp_path / "candidates.yaml", "--data", digits.unlabeled, "--labeled", digits.labeled]
+    words += ["--out", tmp_path / "search", "--minutes", "0.1", "--labels", "2", "--steps", "1", "--draws", "1"]
+    assert recipe_search.main([*map(str, words)]) == 0
+    table = capsys.readouterr().out
+    assert lengths == {"--preset nano": [8, 32, 300], "--preset micro": [8, 32, 150]}
+    assert [line.split(" | ")[:3] for line in table.splitlines()[2:]] == [["| small", "300", "20"], ["| large", "150", "40"]]
+    monkeypatch.setattr(recipe_search, "in_process", None)
+    assert recipe_search.main([*map(str, words)]) == 0 and capsys.readouterr().out == table
