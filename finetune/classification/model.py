@@ -1,4 +1,4 @@
-"""A classifier: one linear layer on an encoder's mean-pooled features, and how it is saved and loaded."""
+"""A classifier: a head on an encoder, and how it is saved and loaded."""
 
 from __future__ import annotations
 
@@ -11,21 +11,24 @@ from simmim.checkpoints import read_encoder
 from simmim.checkpoints.checkpoint import Preprocessing
 from simmim.checkpoints.own_files import save_encoder
 from simmim.encoders.base import Encoder
+from simmim.encoders.heads import build_head, head_input, head_of
 
 
 class Classifier(nn.Module):
-    """An encoder and a linear head on its pooled features."""
+    """An encoder and a head on it: a linear layer on the pooled features, or on what queries gather of the last map.
 
-    def __init__(self, encoder: Encoder, num_classes: int) -> None:
+    Args:
+        head: one of `HEADS`, for a fresh one; or a head.
+    """
+
+    def __init__(self, encoder: Encoder, num_classes: int, head: str | nn.Linear = "linear") -> None:
         super().__init__()
         self.encoder = encoder
-        self.head = nn.Linear(encoder.dim, num_classes)
-        nn.init.trunc_normal_(self.head.weight, std=0.02)
-        nn.init.zeros_(self.head.bias)
+        self.head = build_head(head, encoder.dim, num_classes) if isinstance(head, str) else head
 
     def forward(self, images: Tensor) -> Tensor:
         """Normalized images, (B, channels, height, width), to logits, (B, classes)."""
-        return self.head(self.encoder(images).pooled)
+        return self.head(head_input(self.head, self.encoder(images)))
 
 
 @dataclass(frozen=True)
@@ -55,6 +58,5 @@ def load_classifier(path: str | Path) -> SavedClassifier:
     head, classes = saved.checkpoint.head, saved.checkpoint.classes
     if not head:
         raise ValueError(f"{str(path)!r} holds an encoder but no classifier: give a run of simmim finetune")
-    model = Classifier(saved.encoder, len(classes))
-    model.head.load_state_dict(head)
+    model = Classifier(saved.encoder, len(classes), head_of(head, saved.encoder.dim))
     return SavedClassifier(model.eval(), classes, saved.preprocessing)

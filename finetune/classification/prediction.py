@@ -4,14 +4,18 @@ from __future__ import annotations
 
 import csv
 from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
 from pathlib import Path
+from typing import ClassVar
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from tqdm import tqdm
 
 from simmim.data import open_images
-from simmim.evaluate import EncoderPass, Feature, embed_batches
+from simmim.encoders.base import EncoderConfig, EncoderOutput
+from simmim.encoders.heads import head_input
+from simmim.evaluate import EncoderPass, embed_batches
 from simmim.files import atomic_write
 from simmim.finetune.classification.model import SavedClassifier, load_classifier
 from simmim.training.trainer import device_type
@@ -62,14 +66,32 @@ def predict(
     return count, unreadable
 
 
+@dataclass(frozen=True)
+class HeadInput:
+    """What a classifier's linear layer reads, as a feature of the last map (`simmim.evaluate.Feature`)."""
+
+    head: nn.Linear
+    stage: ClassVar[None] = None  # needs no map before the last
+    name: ClassVar[str] = "head"
+
+    def dim(self, config: EncoderConfig) -> int:
+        """Values of the vector."""
+        return self.head.in_features
+
+    def extract(self, images: Tensor, output: EncoderOutput) -> Tensor:
+        """The vectors of a batch, (B, D) float32."""
+        return head_input(self.head.to(images.device), output).float()
+
+
 def classify(
     saved: SavedClassifier, source, encoder_pass: EncoderPass
 ) -> Iterator[tuple[list[str], Tensor, list[tuple[str, str]]]]:
     """Batch by batch: paths, probabilities, (B, classes) float32 on the CPU, and (path, reason) of unreadable images.
 
-    The head is applied to the vectors of `simmim embed`, so that both see images alike.
+    The head is applied to vectors as of `simmim embed`, so that both see images alike.
     """
-    feature, head = Feature(), saved.model.head
+    head = saved.model.head
+    feature = HeadInput(head)
     for batch in embed_batches(saved.model.encoder, saved.preprocessing, source, (feature,), encoder_pass):
         with torch.inference_mode():
             probabilities = head(torch.from_numpy(batch.vectors[feature.name]).to(head.weight)).softmax(dim=1)

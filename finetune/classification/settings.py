@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import ClassVar
 
+from simmim.encoders.heads import HEADS
 from simmim.finetune.augment.affine import AffineSettings
 from simmim.finetune.augment.batch import BatchChanges
 from simmim.finetune.augment.color import MAX_MAGNITUDE, ColorSettings
@@ -114,6 +115,7 @@ class ClassificationSettings(TransferSettings):
     Args:
         data: the labeled images; in Python a path is enough.
         labels_per_class: number of training images per class, drawn by the seed; all by default.
+        head: linear, on the mean over the last map; or attentive: a few learned queries attend over all of its tokens.
         monitor: metric by which the best model is chosen: accuracy, or macro_f1, in which all classes have the same weight.
         self_training: how unlabeled images are learned from, where data.unlabeled gives some.
     """
@@ -122,6 +124,7 @@ class ClassificationSettings(TransferSettings):
 
     data: LabeledSettings
     labels_per_class: int | None = None
+    head: str = "linear"
     monitor: str = "accuracy"
     self_training: SelfTrainingSettings = SelfTrainingSettings()
 
@@ -129,6 +132,8 @@ class ClassificationSettings(TransferSettings):
         if isinstance(self.data, str):
             object.__setattr__(self, "data", LabeledSettings(self.data))
         super().__post_init__()
+        if self.head not in HEADS:
+            raise ValueError(f"unknown head {self.head!r}{did_you_mean(self.head, HEADS)}")
         if self.monitor not in MONITORS:
             raise ValueError(f"unknown monitor {self.monitor!r}{did_you_mean(self.monitor, MONITORS)}")
         if self.data.unlabeled is None and self.self_training != SelfTrainingSettings():

@@ -39,7 +39,7 @@ class Classification(Task):
     """One class per image."""
 
     def prepare(self, settings: ClassificationSettings, device: str, report_line: ReportLine | None = None) -> PreparedTask:
-        """Images by class, a linear head on the encoder's pooled features, cross entropy."""
+        """Images by class, a head on the encoder, cross entropy."""
         labels, unlabeled = read_labels(settings), None
         images = measure_training_images(settings, labels.train)
         if settings.data.unlabeled is not None:
@@ -119,7 +119,7 @@ def build_module(
         build: makes the module from the arguments of `ClassificationFinetuning`.
     """
     # An encoder that was read is in evaluation mode, which Lightning would keep: without stochastic depth.
-    model = Classifier(start.encoder, len(labels.classes)).train()
+    model = Classifier(start.encoder, len(labels.classes), settings.head).train()
     if settings.init != "none" and start.source.head:
         load_head(model, start.source, labels.classes, report_line)
     preprocessing = replace(start.preprocessing, crop=settings.data.evaluation_crop)
@@ -131,12 +131,15 @@ def build_module(
 
 
 def load_head(model: Classifier, source: Checkpoint, classes: tuple[str, ...], report_line: ReportLine | None) -> None:
-    """Load the source's head where it is for the same classes, else keep the fresh one. Either is reported."""
-    if source.classes == tuple(classes):
+    """Load the source's head where it is of the same kind and classes, else keep the fresh one. Either is reported."""
+    shapes = {name: value.shape for name, value in source.head.items()}
+    if source.classes != tuple(classes):
+        text = f"head of {len(source.classes)} classes replaced by a fresh one of {len(classes)}"
+    elif shapes == {name: value.shape for name, value in model.head.state_dict().items()}:
         model.head.load_state_dict(source.head)
         text = f"head of the same {len(classes)} classes loaded"
     else:
-        text = f"head of {len(source.classes)} classes replaced by a fresh one of {len(classes)}"
+        text = "head of another kind replaced by a fresh one"
     if report_line:
         report_line(f"adapted    {text}")
 

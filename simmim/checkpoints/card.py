@@ -7,6 +7,7 @@ from typing import Any
 from simmim.checkpoints.checkpoint import Checkpoint
 from simmim.checkpoints.formats.base import CLASSIFIER, Format
 from simmim.encoders import registry
+from simmim.encoders.heads import is_attentive
 from simmim.methods.registry import METHODS, method_named
 
 # Entries of the provenance that have sections of their own; all others are the recipe.
@@ -65,7 +66,8 @@ def opening(checkpoint: Checkpoint, form: str) -> str:
     values = sum(value.numel() for value in checkpoint.encoder.values())
     text = f"A {family.title} encoder{citation(family.paper)} of {values / 1e6:.2f} M parameters"
     if form == CLASSIFIER:
-        return f"{text} with a classifier's head"
+        attentive = " of learned queries over the last map (arXiv 2506.10178)" if is_attentive(checkpoint.head) else ""
+        return f"{text} with a classifier's head{attentive}"
     if form in METHODS:
         method = method_named(form)
         return f"{text}, with the {method.own_parts} of {method.title}{citation(method.paper)}"

@@ -103,6 +103,11 @@ def choose_form(checkpoint: Checkpoint, format: Format, form: str | None) -> str
         raise ValueError(f"unknown form {form!r}{did_you_mean(form, form_names())}")
     if form in format.forms(checkpoint):
         return form
+    if form == CLASSIFIER and checkpoint.head:
+        able = [name for name in names() if format_named(name).holds_head(checkpoint)]
+        raise ValueError(
+            f"{format.name} has no place for an attentive head: export as {' or '.join(able)}, or the encoder alone"
+        )
     if form == CLASSIFIER:
         raise ValueError(f"{checkpoint.source} has no head: it cannot be exported in the form {form}")
     method = method_named(form)

@@ -16,6 +16,7 @@ from simmim.checkpoints.checkpoint import Checkpoint, LoadReport, Preprocessing,
 from simmim.checkpoints.formats.registry import format_named
 from simmim.encoders import registry
 from simmim.encoders.base import Encoder, EncoderConfig, State, with_fields
+from simmim.encoders.heads import head_shapes
 from simmim.methods.registry import method_named
 
 
@@ -163,6 +164,6 @@ def check_head(head: Mapping[str, Tensor], classes: tuple[str, ...], config: Enc
     if not head:
         return
     shapes = {name: tuple(value.shape) for name, value in head.items()}
-    expected = {"weight": (len(classes), config.channels[-1]), "bias": (len(classes),)}
+    expected = head_shapes(head, config.channels[-1], len(classes))
     if shapes != expected:
         raise ValueError(f"{source} holds a head {shapes}: expected {expected} for {len(classes)} classes and this encoder")

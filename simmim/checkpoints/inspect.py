@@ -11,6 +11,7 @@ from simmim.checkpoints.formats import registry as formats
 from simmim.checkpoints.formats.base import Format
 from simmim.checkpoints.reading import read
 from simmim.encoders import registry
+from simmim.encoders.heads import is_attentive
 
 
 def inspect(path: str | Path, **overrides: Any) -> str:
@@ -50,7 +51,8 @@ def held_parts(checkpoint: Checkpoint) -> list[str]:
         parts.append(own_parts(checkpoint))
     if checkpoint.head:
         names = ", ".join(checkpoint.classes[:5]) + (", …" if len(checkpoint.classes) > 5 else "")
-        parts.append(f"head of {len(checkpoint.classes)} classes: {names}")
+        kind = "attentive head" if is_attentive(checkpoint.head) else "head"
+        parts.append(f"{kind} of {len(checkpoint.classes)} classes: {names}")
     return parts
 
 

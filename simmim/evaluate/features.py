@@ -6,6 +6,7 @@ Shape letters: B images of a batch, D values of a feature vector.
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Protocol
 
 import torch.nn.functional as F
 from torch import Tensor
@@ -15,6 +16,24 @@ from simmim.encoders.base import EncoderConfig, EncoderOutput, Size
 POOLINGS = ("mean", "2x2")
 # Largest side of the pixel feature: 3,072 values in color, for which logistic regression is still fast.
 PIXELS_SIDE = 32
+
+
+class AnyFeature(Protocol):
+    """A vector per image: `Feature`, `Pixels`, and what has their attributes."""
+
+    @property
+    def name(self) -> str:
+        """Name in tables and keys."""
+
+    @property
+    def stage(self) -> int | None:
+        """The stage whose map is needed; None for one that needs the encoder's last map alone, or none."""
+
+    def dim(self, config: EncoderConfig) -> int:
+        """D for an encoder of this architecture."""
+
+    def extract(self, images: Tensor, output: EncoderOutput) -> Tensor:
+        """The vectors of a batch, (B, D) float32."""
 
 
 @dataclass(frozen=True)
@@ -103,9 +122,6 @@ class Pixels:
     def extract(self, images: Tensor, output: EncoderOutput) -> Tensor:
         """The vectors of a batch, (B, D) float32; the arguments are as of `Feature.extract`."""
         return F.adaptive_avg_pool2d(images.float(), self.size).flatten(1)
-
-
-AnyFeature = Feature | Pixels
 
 
 def all_features(config: EncoderConfig, image_size: Size) -> tuple[Feature, ...]:

@@ -16,6 +16,7 @@ from simmim.checkpoints.checkpoint import Checkpoint
 from simmim.checkpoints.source import Source
 from simmim.encoders import registry as encoders
 from simmim.encoders.base import EncoderConfig
+from simmim.encoders.heads import is_attentive
 from simmim.methods.registry import METHODS, method_named
 
 # Forms are what an exported folder holds: the encoder alone, a classifier, or, under the name of a method of pre-training,
@@ -55,6 +56,7 @@ class Format(ABC):
             tables. None for a format that holds every family.
         methods: the methods of pre-training whose own weights the format can hold, by name; None for all.
         keeps_everything: whether each form holds all that a checkpoint holds.
+        attentive_heads: whether it has a place for attentive heads of classifiers, beside linear ones.
         prefers_pretraining: whether the method's own weights are written unless another form is asked for.
     """
 
@@ -65,6 +67,7 @@ class Format(ABC):
     families: ClassVar[dict[str, str] | None] = None
     methods: ClassVar[tuple[str, ...] | None] = ()
     keeps_everything: ClassVar[bool] = False
+    attentive_heads: ClassVar[bool] = False
     prefers_pretraining: ClassVar[bool] = False
 
     def rows_for(self, config: EncoderConfig) -> Any:
@@ -101,13 +104,17 @@ class Format(ABC):
         """Whether the format has a place for the own weights of a method."""
         return self.methods is None or name in self.methods
 
+    def holds_head(self, checkpoint: Checkpoint) -> bool:
+        """Whether the format has a place for a head of that kind."""
+        return self.attentive_heads or not is_attentive(checkpoint.head)
+
     def forms(self, checkpoint: Checkpoint) -> tuple[str, ...]:
         """The forms in which the format can hold `checkpoint`."""
         pretraining = bool(checkpoint.pretraining) and self.holds_method(checkpoint.method)
         return (
             ENCODER,
             *((checkpoint.method,) if pretraining else ()),
-            *((CLASSIFIER,) if checkpoint.head else ()),
+            *((CLASSIFIER,) if checkpoint.head and self.holds_head(checkpoint) else ()),
         )
 
     def default_form(self, checkpoint: Checkpoint) -> str:

@@ -23,6 +23,7 @@ from simmim.checkpoints.formats.base import CLASSIFIER, ExportOptions, Format
 from simmim.checkpoints.formats.foreign import description_of
 from simmim.checkpoints.source import CONFIG, DESCRIPTION, Source
 from simmim.encoders.base import Encoder, Size
+from simmim.encoders.heads import AttentiveHead, head_input, head_of
 from simmim.files import atomic_write, write_json
 from simmim.messages import did_you_mean
 
@@ -54,6 +55,7 @@ class OnnxFormat(Format):
     title = "ONNX"
     library = "onnx"
     weight_names = ("model.onnx",)
+    attentive_heads = True
     families: ClassVar[dict[str, str]] = {"swinv2": "simmim.checkpoints.formats.swinv2.onnx"}
 
     def detect(self, source: Source) -> bool:
@@ -72,8 +74,7 @@ class OnnxFormat(Format):
     def write(self, checkpoint: Checkpoint, form: str, folder: Path, options: ExportOptions) -> None:
         encoder, head, outputs = build_encoder(checkpoint).encoder, None, options.features
         if form == CLASSIFIER:
-            head = nn.Linear(encoder.dim, len(checkpoint.classes))
-            head.load_state_dict(checkpoint.head)
+            head = head_of(checkpoint.head, encoder.dim)
             outputs = "logits"
         description = description_of(checkpoint, form)
         metadata = {name: json.dumps(value) for name, value in description.items()}
@@ -129,8 +130,8 @@ def export_onnx(
         file: what to write, usually `….onnx`.
         image_size: (height, width) in pixels.
         outputs: "pooled" for one output of that name, (batch, C); "stages" for "stage_0", "stage_1", … each stage's map
-            before downsampling and without the final norm, (batch, C_i, H_i, W_i); "logits" for `head` on the pooled
-            features, (batch, classes).
+            before downsampling and without the final norm, (batch, C_i, H_i, W_i); "logits" for those of `head`,
+            (batch, classes).
         head: the classifier; given with "logits" and only then.
         dynamic_size: take images of any height and width instead of `image_size` only.
         metadata: stored in the file's `metadata_props`: mean, std, class names …
@@ -178,8 +179,9 @@ def check_arguments(encoder: Encoder, image_size: Size, outputs: str, head: nn.L
         raise ValueError(f"unknown outputs {outputs!r}{did_you_mean(outputs, OUTPUTS)}")
     if (outputs == "logits") != (head is not None):
         raise ValueError(f"outputs {outputs!r} with{'' if head else 'out'} a head: logits, and only they, take one")
-    if head is not None and head.in_features != encoder.dim:
-        raise ValueError(f"the head takes {head.in_features} features: this encoder gives {encoder.dim}")
+    dim = head and (head.queries.shape[1] if isinstance(head, AttentiveHead) else head.in_features)
+    if head is not None and dim != encoder.dim:
+        raise ValueError(f"the head takes {dim} features: this encoder gives {encoder.dim}")
     if len(image_size) != 2 or not all(isinstance(side, int) and side > 0 for side in image_size):
         raise ValueError(f"image_size is {image_size!r}: give height and width in pixels")
     modules = [encoder, head] if head else [encoder]
@@ -202,8 +204,8 @@ def largest_difference(
     if outputs == "stages":
         expected = encoder(images, return_stages=True).stages
     else:
-        pooled = encoder(images).pooled
-        expected = (head(pooled) if head else pooled,)
+        output = encoder(images)
+        expected = (head(head_input(head, output)) if head else output.pooled,)
     largest = 0.0
     for batch in check.batches:
         results = session.run(None, {"images": images[:batch].numpy()})

@@ -21,6 +21,7 @@ class OwnFormat(Format):
     weight_names = (WEIGHTS,)
     methods = None
     keeps_everything = True
+    attentive_heads = True
     prefers_pretraining = True
 
     def detect(self, source: Source) -> bool:

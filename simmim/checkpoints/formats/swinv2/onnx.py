@@ -17,6 +17,7 @@ from torch import nn
 from simmim.checkpoints.formats.onnx import OnnxRows
 from simmim.checkpoints.formats.onnx_graph import FLOAT, INT64, Graph, Length, MapSize, at_most
 from simmim.encoders.base import Size
+from simmim.encoders.heads import AttentiveHead
 from simmim.encoders.swinv2.config import as_pair
 from simmim.encoders.swinv2.geometry import MASKED_LOGIT
 from simmim.encoders.swinv2.model import MAX_LOGIT_SCALE, PatchEmbed, PatchMerging, SwinV2, SwinV2Block, WindowAttention
@@ -47,7 +48,11 @@ class SwinV2Onnx(OnnxRows[SwinV2]):
         graph.scope = ""
         if outputs == "stages":
             return graph.model("SwinV2", {"images": images}, shapes, unused=("norm.",))
-        pooled = graph.node("ReduceMean", graph.layer_norm(encoder.norm, x), axes=(1, 2), keepdims=0, name="pooled")
+        x = graph.layer_norm(encoder.norm, x)
+        if isinstance(head, AttentiveHead):
+            logits = graph.linear(head, gather(graph, head, x), name="logits")
+            return graph.model("SwinV2", {"images": images}, {logits: ("batch", head.out_features)})
+        pooled = graph.node("ReduceMean", x, axes=(1, 2), keepdims=0, name="pooled")
         if head is None:
             return graph.model("SwinV2", {"images": images}, {pooled: ("batch", encoder.dim)})
         logits = graph.linear(head, pooled, name="logits")
@@ -61,6 +66,17 @@ class SwinV2Onnx(OnnxRows[SwinV2]):
 
 
 ROWS = SwinV2Onnx()
+
+
+def gather(graph: Graph, head: AttentiveHead, x: str) -> str:
+    """`AttentiveHead.gather`: (B, H, W, C) to (B, M · C)."""
+    dim = head.queries.shape[1]
+    tokens = graph.node("Reshape", x, (0, -1, dim))
+    scores = graph.node("MatMul", tokens, graph.node("Transpose", head.queries, perm=(1, 0)))
+    scores = graph.node("Mul", graph.node("Transpose", scores, perm=(0, 2, 1)), float(dim) ** -0.5)
+    return graph.node(
+        "Reshape", graph.node("MatMul", graph.node("Softmax", scores, axis=-1), tokens), (-1, head.in_features)
+    )
 
 
 def patch_embed(graph: Graph, embed: PatchEmbed, images: str, size: MapSize) -> tuple[str, MapSize]:
