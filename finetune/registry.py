@@ -33,6 +33,7 @@ class TaskEntry(NamedTuple):
 TASKS = {
     "classification": TaskEntry("simmim.finetune.classification", "ClassificationSettings", "Classification"),
     "segmentation": TaskEntry("simmim.finetune.segmentation", "SegmentationSettings", "Segmentation"),
+    "detection": TaskEntry("simmim.finetune.detection", "DetectionSettings", "Detection"),
 }
 
 

@@ -41,6 +41,7 @@ PRELOADED = (
     "simmim.finetune.run",
     "simmim.finetune.classification.task",
     "simmim.finetune.segmentation.task",
+    "simmim.finetune.detection.task",
     "simmim.methods.registry",
     "simmim.pretrain.run",
 )

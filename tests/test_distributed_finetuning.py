@@ -1,7 +1,11 @@
-"""Fine-tuning by two processes equals one: averaged weights, frozen stages, balanced order and export."""
+"""Fine-tuning by two processes equals one: averaged weights, frozen stages, balanced order and export; boxes, whose losses
+are divided by what all processes find in a step."""
+
+import csv
 
 import pytest
 import torch
+from box_files import CLASSES, Scene, write_coco
 from fork_server import finish
 from safetensors.torch import load_file
 
@@ -18,6 +22,17 @@ RUN = (
     "--train-stages=1",
     "--data.erasing=0.5",
     "--data.balance=sampling",
+)
+DETECTION = (
+    "--steps=4",
+    "--batch-size=8",
+    "--validations=1",
+    "--precision=32-true",
+    "--workers=0",
+    "--trainer.accelerator=cpu",
+    "--optim.lr=0.5",
+    "--head.width=16",
+    "--head.convolutions=1",
 )
 
 
@@ -70,3 +85,24 @@ def test_self_training_by_two_processes_equals_one(start, digits, tmp_path, stra
     torch.testing.assert_close(*averages, rtol=0, atol=1e-5)
     first, second = ((tmp_path / name / "pseudo-labels.csv").read_text() for name in ("pair", "alone"))
     assert first == second and first.count("\n") > 2
+
+
+@pytest.mark.two_processes
+def test_detection_by_two_processes_equals_one(fork_server, encoder_folder, tmp_path):
+    """With other numbers of objects on each, and parts that are accumulated."""
+    for part, count in (("train", 9), ("val", 5)):
+        objects = tuple((CLASSES[number % 2], 2 + 9 * number, 4, 10 + 9 * number, 20) for number in range(4))
+        scenes = [Scene(f"{part}-{number}", (40, 40), objects[: 1 + number % 4]) for number in range(count)]
+        write_coco(tmp_path / "boxes", scenes, f"images/{part}", f"annotations/{part}.json")
+    words = ["finetune", "detection", "--init", encoder_folder, "--data", tmp_path / "boxes", *DETECTION]
+    finish([fork_server.start(*words, "--out", tmp_path / "alone", "--devices=1", "--optim.accumulate=1")])
+    pair = (*words, "--out", tmp_path / "pair", "--devices=2", "--optim.accumulate=2", "--trainer.strategy=ddp")
+    finish(fork_server.start_pair(*pair))
+    ours, theirs = (
+        torch.load(tmp_path / name / "checkpoints/last.ckpt", weights_only=True)["state_dict"] for name in ("pair", "alone")
+    )
+    torch.testing.assert_close(ours, theirs, rtol=0, atol=1e-5)
+    ours, theirs = (list(csv.reader((tmp_path / name / "ap.csv").open())) for name in ("pair", "alone"))
+    assert [row[0] for row in ours] == ["class", *CLASSES] and [row[4] for row in ours[1:]] == ["7", "4"]
+    for row, other in zip(ours[1:], theirs[1:]):
+        assert list(map(float, row[1:])) == pytest.approx(list(map(float, other[1:])), abs=0.01)

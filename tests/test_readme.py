@@ -1,5 +1,6 @@
 """Every command and every piece of Python in the README runs as it stands there, in order, on real digits and scenes."""
 
+import json
 import re
 import shlex
 import shutil
@@ -77,6 +78,7 @@ def place(digits, tmp_path_factory):
     shutil.copytree(digits.labeled, folder / "labeled")
     (folder / "configs").symlink_to(ROOT / "configs")
     write_scenes(folder / "scenes", sorted(digits.unlabeled.iterdir())[::8])
+    write_objects(folder / "objects", sorted(digits.unlabeled.iterdir())[::8])
     return folder
 
 
@@ -90,8 +92,22 @@ def write_scenes(folder, files):
         Image.open(file).point(lambda value: int(value > 100)).save(folder / "masks" / file.name)
 
 
+def write_objects(folder, files):
+    """Images and the boxes around their ink, as COCO JSON."""
+    (folder / "images").mkdir(parents=True)
+    (folder / "annotations").mkdir()
+    labels = {"images": [], "annotations": [], "categories": [{"id": 1, "name": "digit"}]}
+    for number, file in enumerate(files):
+        shutil.copy(file, folder / "images")
+        x1, y1, x2, y2 = Image.open(file).point(lambda value: 255 * int(value > 100)).getbbox()
+        labels["images"].append({"id": number, "file_name": file.name})
+        box = {"bbox": [x1, y1, x2 - x1, y2 - y1], "category_id": 1}
+        labels["annotations"].append({"id": number, "image_id": number, **box})
+    (folder / "annotations" / "train.json").write_text(json.dumps(labels))
+
+
 def test_commands_then_python(place, fork_server, monkeypatch):
-    assert run_commands("console", place, monkeypatch) == 22
+    assert run_commands("console", place, monkeypatch) == 24
     assert (place / "grid.png").is_file()
     assert (place / "predictions.csv").is_file()
     blocks = re.findall(r"```python\n(.*?)```", README, re.S)

@@ -12,7 +12,7 @@ from simmim.methods.registry import METHODS, method_named
 
 # Entries of the provenance that have sections of their own; all others are the recipe.
 DATA = ("data", "images", "labels_per_class", "classes")
-METRICS = ("metrics", "accuracy", "macro_f1", "mean_iou", "loss", "validation")
+METRICS = ("metrics", "accuracy", "macro_f1", "mean_iou", "ap", "loss", "validation")
 
 
 def model_card(checkpoint: Checkpoint, format: Format, form: str, notes: tuple[str, ...], license: str) -> str:

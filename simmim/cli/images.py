@@ -82,16 +82,16 @@ def run_reconstruct(words: Sequence[str]) -> None:
 
 @dataclass(frozen=True)
 class PredictOptions:
-    """Classes or label maps of a folder of images, by a fine-tuned encoder.
+    """Classes, label maps or boxes of a folder of images, by a fine-tuned encoder.
 
     Args:
         run: run folder of simmim finetune.
         images: folder of images.
-        out: CSV file to write, predictions.csv by default; a folder, predictions by default, in segmentation. Must not
-            exist yet.
+        out: CSV file to write, predictions.csv by default; a folder, predictions by default, in segmentation and
+            detection. Must not exist yet.
         batch_size: images per forward pass.
         workers: processes that load images, in classification; by default what suits the machine.
-        overlays: in segmentation, write the label maps' colors over the images too.
+        overlays: in segmentation and detection, write the label maps' colors or the boxes over the images too.
     """
 
     run: str

@@ -22,6 +22,12 @@ GROUPED = {
         "validation/mean_iou",
         "intersection over union of true and predicted pixels, mean over the classes, 0 to 1",
     ),
+    "ap": (
+        "validation/ap",
+        "average precision of boxes by COCO's rules, mean over overlaps from 0.5 to 0.95 and over the classes, 0 to 1",
+    ),
+    "ap50": ("validation/ap50", "average precision of boxes at overlap 0.5, mean over the classes, 0 to 1"),
+    "ap75": ("validation/ap75", "average precision of boxes at overlap 0.75, mean over the classes, 0 to 1"),
     "pixel_accuracy": ("validation/pixel_accuracy", "share of the validation pixels that are not ignored, 0 to 1"),
     "skipped_steps": ("stability/skipped_steps", "steps so far whose loss or gradient was not finite"),
     "loss_spikes": ("stability/loss_spikes", "steps so far whose loss was far above the median of the last steps"),
@@ -30,6 +36,8 @@ GROUPED = {
 # Descriptions of scalars that are logged by their grouped names, by group.
 GROUPS = {
     "iou": "intersection over union of the class's true and predicted pixels in the validation images, 0 to 1",
+    "ap_by_class": "average precision of the class's boxes in the validation images, 0 to 1",
+    "ap_by_size": "average precision of boxes of up to 32² px (small), up to 96² (medium), and above (large), 0 to 1",
     "knn": "share of labeled test images that their nearest labeled neighbors classify correctly by these features, 0 to 1; "
     "chosen: the features that the training labels alone would choose, pixels: the plain images, untrained: random weights",
     "probe": "share of labeled test images that logistic regression over these frozen features classifies correctly, 0 to "

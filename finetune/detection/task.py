@@ -1,0 +1,175 @@
+"""Detection as a task: which labels are read, what they determine, and what is trained."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from functools import partial
+from pathlib import Path
+
+from torch import nn
+
+from simmim.checkpoints.checkpoint import Preprocessing
+from simmim.data import measure_images
+from simmim.finetune.detection.ap import check_installed
+from simmim.finetune.detection.defaults import SIDE_FOR_LEVEL_ABOVE_PX, resolve_settings
+from simmim.finetune.detection.labels.base import ReadingOptions
+from simmim.finetune.detection.labels.scenes import BoxedScenes, read_boxed_scenes
+from simmim.finetune.detection.model import (
+    Detector,
+    HeadShape,
+    SavedDetector,
+    find_detector,
+    load_detector,
+    load_head,
+    save_detector,
+)
+from simmim.finetune.detection.module import DetectionFinetuning
+from simmim.finetune.detection.prediction import detect
+from simmim.finetune.detection.report import LogBoxes, closing_text, report_validation
+from simmim.finetune.detection.settings import BoxSettings, DetectionSettings
+from simmim.finetune.detection.views import BoxSamples, RandomBoxes, WholeImage
+from simmim.finetune.segmentation.views import scaled_size
+from simmim.finetune.start import Start, find_start
+from simmim.finetune.task import Predictions, PreparedTask, ReportLine, Task
+from simmim.training.loggers import LossNames
+
+VALIDATION_PIXELS = 2**18  # per validation batch, where all images have one size
+MAX_VALIDATION_IMAGES = 64
+LOSS = LossNames("detection", "of classes, boxes and centerness together, per point with an object")
+
+
+class Detection(Task):
+    """Boxes around objects."""
+
+    def prepare(self, settings: DetectionSettings, device: str, report_line: ReportLine | None = None) -> PreparedTask:
+        """Images with boxes, a pyramid head on the encoder's stages, losses per positive point."""
+        check_installed()
+        labels = read_labels(settings)
+        start = find_start(settings, measure_images(labels.train), device, report_line)
+        settings, reasons = resolve_settings(start.settings, labels, start.encoder.config.is_small, device)  # type: ignore[arg-type]
+        train, validation = build_samples(settings, labels, start)
+        module = build_module(settings, start, labels, report_line)
+        return PreparedTask(
+            settings=settings,
+            module=module,
+            source=start.source,
+            train=train,
+            validation=validation,
+            validation_batch_size=validation_batch_size(labels, settings.data.short_side),
+            classes=labels.classes,
+            monitor="ap",
+            loss=LOSS,
+            save=partial(save_model, module=module, data=settings.data, preprocessing=start.preprocessing),
+            provenance={"labels": settings.labels},
+            reasons=tuple(reasons),
+            callbacks=(LogBoxes(),),
+            report=report_validation,  # type: ignore[arg-type]
+            closing_text=closing_text,
+        )
+
+    def recognizes(self, path: str | Path) -> bool:
+        """By the description beside the head's weights."""
+        return find_detector(path) is not None
+
+    def predict(
+        self,
+        run: str | Path,
+        images: str | Path,
+        out: str | Path | None = None,
+        batch_size: int = 64,
+        num_workers: int | None = None,
+        overlays: bool = True,
+    ) -> Predictions:
+        """The boxes in each image, to a folder."""
+        out = Path(out or "predictions")
+        result = detect(run, images, out, batch_size, overlays)
+        counts = f"{result.count:,} images, {sum(result.boxes.values()):,} boxes, {len(result.unreadable):,} unreadable"
+        listed = ", ".join(f"{name} {count:,}" for name, count in result.boxes.items())
+        return Predictions(out, result.unreadable, f"{counts}: {out}\nboxes    {listed}")
+
+
+def read_labels(settings: DetectionSettings) -> BoxedScenes:
+    """The labeled images with their boxes.
+
+    Raises:
+        ValueError: when the labels cannot be read, do not fit the images or are too few.
+    """
+    data = settings.data
+    options = ReadingOptions(data.column, data.box_format, data.classes)
+    return read_boxed_scenes(data.path, settings.labels, settings.seed, options, data.format, data.exif)
+
+
+def build_module(
+    settings: DetectionSettings, start: Start, labels: BoxedScenes, report_line: ReportLine | None
+) -> DetectionFinetuning:
+    """Encoder, head and how they are trained; the head's weights come from the source where they fit."""
+    above = int(min(settings.size) >= SIDE_FOR_LEVEL_ABOVE_PX)
+    shape = HeadShape(settings.head.width, settings.head.convolutions, above)
+    model = Detector(start.encoder, len(labels.classes), shape).train()
+    if settings.init != "none":
+        load_source_head(model, settings.init, labels.classes, report_line)
+    return DetectionFinetuning(
+        model,
+        start.preprocessing,
+        labels.classes,
+        settings.data.inference,
+        settings.learning_rate(len(labels.train)),
+        settings.optim,
+        settings.data.color_jitter,
+    )
+
+
+def load_source_head(model: Detector, source: str, classes: Sequence[str], report_line: ReportLine | None) -> None:
+    """Load the head of the detector that the encoder was read from, where shape and classes are the same; else keep the
+    fresh one. Either is reported. A source without a head is not."""
+    if find_detector(source) is None:
+        return
+    saved = load_detector(source)
+    if saved.classes == tuple(classes) and saved.model.shape == model.shape:
+        load_head(model, saved.model.head_state(), Path(source))
+        text = f"head of the same {len(classes)} classes loaded"
+    else:
+        text = f"head of {len(saved.classes)} classes replaced by a fresh one of {len(classes)}"
+    if report_line:
+        report_line(f"adapted    {text}")
+
+
+def build_samples(settings: DetectionSettings, labels: BoxedScenes, start: Start) -> tuple[BoxSamples, BoxSamples]:
+    """Training samples, scaled, cropped and flipped at random, and whole validation images."""
+    data, channels = settings.data, start.encoder.config.in_channels
+    fill = tuple(round(255 * mean) for mean in start.preprocessing.mean)
+    train_view = RandomBoxes(settings.size, data.short_side, data.scale, data.flip, fill)
+    shared = (channels, settings.seed, start.keep_decoded)
+    return (
+        BoxSamples(labels.train, labels.train_objects, train_view, *shared),
+        BoxSamples(labels.validation, labels.validation_objects, WholeImage(data.short_side), *shared),
+    )
+
+
+def validation_batch_size(labels: BoxedScenes, short_side: int) -> int:
+    """Validation images per batch: 1 unless all have one size at the model's scale."""
+    sizes = {None if size is None else scaled_size(size, short_side) for size in labels.validation_sizes}
+    if len(sizes) > 1 or None in sizes:
+        return 1
+    return min(max(1, VALIDATION_PIXELS // math.prod(sizes.pop())), MAX_VALIDATION_IMAGES)
+
+
+def save_model(
+    folder: Path,
+    model: nn.Module,
+    provenance: dict,
+    module: DetectionFinetuning,
+    data: BoxSettings,
+    preprocessing: Preprocessing,
+) -> None:
+    """Write a model as `simmim.finetune.load_detector` reads it, with the thresholds of the validation that chose it."""
+    saved = SavedDetector(
+        model,  # type: ignore[arg-type]
+        module.classes,
+        module.scores.thresholds,
+        preprocessing,
+        data.short_side,
+        data.inference,
+    )
+    save_detector(folder, saved, provenance)

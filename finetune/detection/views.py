@@ -1,0 +1,178 @@
+"""Views of labeled images: the part of an image that a model sees, and the objects in it. Sizes are (height, width)."""
+
+from __future__ import annotations
+
+import math
+import random
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import NamedTuple
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from simmim.data import ImageSamples, Picture, open_picture
+from simmim.data.decode import MAX_PIXELS
+from simmim.finetune.detection.labels.scenes import Objects
+from simmim.finetune.segmentation.views import Size, scaled_size, whole_picture
+
+MAX_CROPS = 10  # drawn in search of one that shows an object
+MIN_VISIBLE = 0.3  # share of a box below which what a crop shows of its object is no example of it
+
+
+class Targets(NamedTuple):
+    """The objects of one view.
+
+    Attributes:
+        boxes: (N, 4) float32, (x1, y1, x2, y2) in the view's pixels, exclusive.
+        classes: (N,) int64.
+        ignored: (N,) bool, True = neither an object to find nor background.
+    """
+
+    boxes: Tensor
+    classes: Tensor
+    ignored: Tensor
+
+
+@dataclass(frozen=True)
+class RandomBoxes:
+    """Random scale, crop and flip. Where a crop exceeds the image, it has the mean color.
+
+    Args:
+        size: of the view in pixels.
+        short_side: as of `scaled_size`, before the random scale.
+        scale: range of the random scale, drawn on a log scale.
+        flip: probability of mirroring left and right.
+        fill: value of each channel outside the image, 0 to 255.
+    """
+
+    size: Size
+    short_side: int
+    scale: tuple[float, float]
+    flip: float
+    fill: tuple[int, ...]
+
+    def __call__(self, picture: Picture, objects: Objects, generator: random.Random) -> tuple[Tensor, Targets]:
+        """A view drawn from `generator`: (channels, height, width) uint8, and what it shows of the objects."""
+        factor = math.exp(generator.uniform(*map(math.log, self.scale)))
+        scaled = scaled_size(picture.size, self.short_side, factor)
+        boxes = rescale(objects.boxes, picture.size, scaled)
+        height, width = (min(side, scaled_side) for side, scaled_side in zip(self.size, scaled))
+        for _ in range(MAX_CROPS):
+            top, left = generator.randint(0, scaled[0] - height), generator.randint(0, scaled[1] - width)
+            targets = crop_objects(objects, boxes, (top, left), (height, width))
+            if (~targets.ignored).any() or objects.ignored.all():
+                break
+        down, across = picture.size[0] / scaled[0], picture.size[1] / scaled[1]
+        box = (left * across, top * down, (left + width) * across, (top + height) * down)
+        image = torch.tensor(self.fill, dtype=torch.uint8).view(-1, 1, 1).repeat(1, *self.size)
+        image[:, :height, :width] = picture.crop(box, (height, width))
+        if generator.random() < self.flip:
+            return image.flip(-1), targets._replace(boxes=mirror(targets.boxes, self.size[1]))
+        return image, targets
+
+
+@dataclass(frozen=True)
+class WholeImage:
+    """The view for evaluation: the whole image at the scale of training, and its objects at the image's own size.
+
+    Args:
+        short_side: as of `scaled_size`.
+    """
+
+    short_side: int
+
+    def __call__(self, picture: Picture, objects: Objects, generator: random.Random | None = None) -> tuple[Tensor, Targets]:
+        """(channels, scaled height, scaled width) uint8, and all objects. Draws nothing."""
+        return whole_picture(picture, self.short_side), Targets(*map(torch.from_numpy, objects))
+
+
+def rescale(boxes: np.ndarray, size: Size, scaled: Size) -> np.ndarray:
+    """Boxes of an image of `size`, (N, 4), in the image resized to `scaled`."""
+    down, across = scaled[0] / size[0], scaled[1] / size[1]
+    return boxes * np.array([across, down, across, down], dtype=np.float32)
+
+
+def crop_objects(objects: Objects, boxes: np.ndarray, corner: tuple[int, int], size: Size) -> Targets:
+    """What a part of an image shows of its objects. Of those of which less than `MIN_VISIBLE` is shown, the part is ignored.
+
+    Args:
+        boxes: of the objects, in the image's pixels.
+        corner: (top, left) of the part.
+        size: of the part.
+    """
+    top, left = corner
+    height, width = size
+    moved = torch.from_numpy(boxes - np.array([left, top, left, top], dtype=np.float32))
+    clipped = torch.stack([moved[:, 0::2].clamp(0, width), moved[:, 1::2].clamp(0, height)], dim=-1).flatten(1)
+    sides, whole = clipped[:, 2:] - clipped[:, :2], moved[:, 2:] - moved[:, :2]
+    share = sides.prod(dim=1) / whole.prod(dim=1)
+    shown = (sides > 0).all(dim=1)
+    ignored = torch.from_numpy(objects.ignored) | (share < MIN_VISIBLE)
+    return Targets(clipped[shown], torch.from_numpy(objects.classes)[shown], ignored[shown])
+
+
+def mirror(boxes: Tensor, width: int) -> Tensor:
+    """Boxes, (N, 4), of an image of `width` pixels mirrored left and right."""
+    x1, y1, x2, y2 = boxes.unbind(dim=1)
+    return torch.stack([width - x2, y1, width - x1, y2], dim=1)
+
+
+class BoxSamples(ImageSamples):
+    """Samples of images with objects by (epoch, index): as of `ImageSamples`, with `objects`, a `Targets`, `row`, the index
+    of the image in the source, and `own_size`, (height, width) of the image itself.
+
+    Args:
+        source: undecoded column `image`.
+        objects: of each row.
+        view: `RandomBoxes` or `WholeImage`.
+        channels, seed, max_pixels: as of `ImageSamples`.
+        keep_decoded: hold decoded images in memory.
+    """
+
+    view: Callable[[Picture, Objects, random.Random], tuple[Tensor, Targets]]  # type: ignore[assignment]
+
+    def __init__(
+        self,
+        source,
+        objects: Sequence[Objects],
+        view: Callable[[Picture, Objects, random.Random], tuple[Tensor, Targets]],
+        channels: int,
+        seed: int,
+        keep_decoded: bool = False,
+        max_pixels: int = MAX_PIXELS,
+    ) -> None:
+        super().__init__(source, view, channels, seed, keep_decoded, max_pixels)  # type: ignore[arg-type]
+        self.objects = objects
+
+    def view_of(self, index: int, generator: random.Random) -> dict:
+        """The view of the image at `index`."""
+        picture, _ = self.load(index)
+        image, targets = self.view(picture, self.objects[index], generator)
+        gray_copies = [self.name_of(index)] if picture.loses_color else []
+        return {
+            "image": image,
+            "objects": targets,
+            "row": index,
+            "own_size": picture.size,
+            "gray_copies": gray_copies,
+        }
+
+    def load(self, index: int) -> tuple[Picture, int | None]:
+        """The image at `index`, and no label.
+
+        Raises:
+            One of `UNREADABLE`, also for an image whose boxes now reach out of it. Sizes are checked before a run.
+        """
+        if self.cache is not None and index in self.cache:
+            return self.cache[index]
+        picture = open_picture(self.source[index]["image"], self.channels, self.max_pixels)
+        boxes = self.objects[index].boxes
+        if len(boxes) and (boxes[:, 2].max() > picture.size[1] or boxes[:, 3].max() > picture.size[0]):
+            height, width = picture.size
+            raise ValueError(f"the image has changed and is {height}x{width} pixels now (height x width)")
+        if self.cache is not None:
+            self.cache[index] = picture.decoded(), None
+            return self.cache[index]
+        return picture, None

@@ -1,0 +1,265 @@
+"""Detection runs by the command, on bright shapes: what they learn and write, and what they refuse."""
+
+import contextlib
+import csv
+import io
+import json
+import re
+import shutil
+from dataclasses import replace
+
+import numpy as np
+import pytest
+import torch
+from box_files import CLASSES, Scene, write_coco
+from PIL import Image
+from pycocotools.coco import COCO
+from pycocotools.cocoeval import COCOeval
+
+from simmim import load_encoder
+from simmim.checkpoints.own_files import save_encoder
+from simmim.cli import main
+from simmim.data import open_picture
+from simmim.finetune import DetectionSettings, finetune, load_detector
+from simmim.finetune.detection.ap import Judged, average_precision
+from simmim.finetune.detection.labels.scenes import read_boxed_scenes
+from simmim.finetune.detection.settings import BoxSettings, HeadSettings
+from simmim.finetune.settings import EncoderSettings, OptimSettings
+
+
+def scenes_of(count, seed, side=40):
+    """One or two rectangles of two classes, which differ in brightness, a scene."""
+    generator, scenes = np.random.default_rng(seed), []
+    for number in range(count):
+        objects = []
+        for half in range(1 + number % 2):
+            width, height = generator.integers(8, 17, 2).tolist()
+            left = half * side // 2 + int(generator.integers(0, side // 2 - width + 1))
+            top = int(generator.integers(0, side - height + 1))
+            objects.append((CLASSES[int(generator.integers(0, 2))], left, top, left + width, top + height))
+        scenes.append(Scene(f"{seed}-{number:02d}", (side, side), tuple(objects)))
+    return scenes
+
+
+@pytest.fixture(scope="module")
+def box_folder(tmp_path_factory):
+    """COCO's layout: ten scenes to train on, and the same to validate with."""
+    folder = tmp_path_factory.mktemp("boxes")
+    for part in ("train", "val"):
+        write_coco(folder, scenes_of(10, 1), f"images/{part}", f"annotations/instances_{part}2017.json")
+    return folder
+
+
+def settings(box_folder, encoder_folder, out, **changes):
+    values = {
+        "data": BoxSettings(str(box_folder)),
+        "out": str(out),
+        "init": str(encoder_folder),
+        "labels": 8,
+        "steps": 6,
+        "batch_size": 4,
+        "validations": 2,
+        "workers": 0,
+        "precision": "32-true",
+        "head": HeadSettings(16, 1),
+        **changes,
+    }
+    return DetectionSettings(**values)
+
+
+@pytest.fixture(scope="module")
+def run(box_folder, encoder_folder, tmp_path_factory):
+    """One run of the command, on ten images."""
+    out = tmp_path_factory.mktemp("detection") / "run"
+    words = f"finetune detection --init {encoder_folder} --data {box_folder} --out {out} --steps 170 --batch-size 5 "
+    words += (
+        "--validations 2 --head.width 64 --head.convolutions 1 --optim.lr 1 --optim.layer-decay 1 --optim.warmup-epochs 5 "
+    )
+    words += "--data.scale [0.8,1.25] --data.color-jitter 0 --workers 0 --precision 32-true"
+    assert main(words.split()) == 0
+    return out
+
+
+def judge(saved, folder, images="images/val", labels="annotations/instances_val2017.json"):
+    """Average precision of a detector on labeled images, computed image by image."""
+    content, judged = json.loads((folder / labels).read_text()), []
+    for image in content["images"]:
+        pixels = open_picture({"bytes": None, "path": str(folder / images / image["file_name"])}, 1).crop(
+            (0, 0, 40, 40), (saved.short_side, saved.short_side)
+        )
+        [found] = saved.find(pixels[None])
+        found = found.at((saved.short_side, saved.short_side), (40, 40))
+        given = [one for one in content["annotations"] if one["image_id"] == image["id"]]
+        boxes = np.array([[x, y, x + w, y + h] for x, y, w, h in (one["bbox"] for one in given)])
+        classes = np.array([one["category_id"] - 7 for one in given])
+        judged.append(Judged(image["id"], boxes, classes, np.zeros(len(boxes), bool), *(part.numpy() for part in found)))
+    return average_precision(judged, 2)
+
+
+def test_ten_images_are_learned_and_the_best_detector_is_kept(box_folder, run):
+    """The table that the run wrote is what the saved model finds, image by image."""
+    saved = load_detector(run)
+    assert saved.classes == CLASSES and saved.short_side == 32 and saved.model.shape.num_above == 0
+    scores = judge(saved, box_folder)
+    with (run / "ap.csv").open(newline="") as text:
+        written = [[float(row[name]) for name in ("AP", "AP50", "AP75")] for row in csv.DictReader(text)]
+    assert np.array(written) == pytest.approx(scores.by_class, abs=0.002)
+    assert saved.thresholds == pytest.approx(scores.thresholds, abs=1e-3)
+    assert scores.overall[1] > 0.9
+    with (run / "metrics.csv").open(newline="") as text:
+        rows = list(csv.DictReader(text))
+    assert max(float(row["ap"]) for row in rows if row["ap"]) == pytest.approx(scores.overall[0], abs=0.002)
+
+
+def test_a_run_logs_scalars_and_boxes(run):
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    events = EventAccumulator(str(run / "tensorboard"), size_guidance={"images": 0})
+    events.Reload()
+    tags = events.Tags()
+    assert any("boxes: image, given, found" in tag for tag in tags["images"])
+    expected = {"validation/ap", "validation/ap50", "validation/ap75", "ap_by_class/cat", "ap_by_size/small"}
+    expected |= {"loss/detection", "loss/classes", "loss/boxes", "loss/centerness"}
+    assert expected <= set(tags["scalars"])
+    assert Image.open(run / "boxes.png").width > 300 and Image.open(run / "precision-recall.png").width > 300
+
+
+def test_resumed_equals_uninterrupted(box_folder, encoder_folder, tmp_path, power_cut, monkeypatch):
+    """Bit by bit, with accumulated parts, stochastic depth, random views and jitter."""
+    monkeypatch.setattr("simmim.finetune.run.MIN_STEPS_PER_CHECKPOINT", 1)
+    drop = {"encoder": EncoderSettings(drop_path_rate=0.3), "optim": OptimSettings(accumulate=2, label_smoothing=0.0)}
+    whole = finetune(settings(box_folder, encoder_folder, tmp_path / "whole", **drop), quiet=True)
+    with power_cut(after_step=5):
+        finetune(settings(box_folder, encoder_folder, tmp_path / "cut", **drop), quiet=True)
+    assert (tmp_path / "cut/checkpoints/step-00000003.ckpt").is_file()
+    cut = finetune(settings(box_folder, encoder_folder, tmp_path / "cut", **drop, resume=True), quiet=True)
+    first, second = (torch.load(r.run / "checkpoints/last.ckpt", weights_only=True) for r in (whole, cut))
+    assert all(torch.equal(value, second["state_dict"][name]) for name, value in first["state_dict"].items())
+    assert cut == replace(whole, run=cut.run)
+
+
+def test_accumulated_parts_equal_one_batch(box_folder, encoder_folder, tmp_path):
+    """Though the positive points differ from part to part: the gradient of a step is divided by all of them."""
+    states = []
+    for parts in (1, 4):
+        optim = OptimSettings(accumulate=parts, label_smoothing=0.0, lr=0.5)
+        run = settings(box_folder, encoder_folder, tmp_path / str(parts), optim=optim, steps=3, validations=1)
+        run = replace(run, encoder=EncoderSettings(drop_path_rate=0.0))
+        finetune(run, quiet=True)
+        states.append(torch.load(tmp_path / str(parts) / "checkpoints/last.ckpt", weights_only=True)["state_dict"])
+    torch.testing.assert_close(*states, rtol=0, atol=2e-5)
+
+
+def test_a_frozen_encoder_stays_and_a_head_of_the_same_classes_is_loaded(box_folder, run, tmp_path, capsys):
+    words = f"finetune detection --init {run} --data {box_folder} --out {tmp_path / 'run'} --labels 4 --steps 2 "
+    words += "--batch-size 4 --optim.lr 1e-9 --head.width 64 --head.convolutions 1 --validations 1 --workers 0 --freeze "
+    assert main([*words.split(), "--data.inference", "tiles", "--data.short_side", "64"]) == 0
+    assert "head of the same 2 classes loaded" in capsys.readouterr().out
+    before, after = (dict(load_detector(place).model.named_parameters()) for place in (run, tmp_path / "run"))
+    for name, value in before.items():
+        torch.testing.assert_close(after[name], value, atol=1e-6 * (not name.startswith("encoder.")), rtol=0)
+    assert main([*words.replace(str(tmp_path / "run"), str(tmp_path / "other")).split(), "--head.width", "16"]) == 0
+    assert "head of 2 classes replaced by a fresh one of 2" in capsys.readouterr().out
+
+
+def test_files_that_are_no_detector_are_refused(run, tmp_path):
+    with pytest.raises(ValueError, match="no encoder at"):
+        load_detector(tmp_path / "typo")
+    shutil.copytree(run / "encoder", tmp_path / "torn")
+    save_encoder(tmp_path / "plain", load_detector(run).model.encoder, load_detector(run).preprocessing, {})
+    with pytest.raises(ValueError, match="an encoder but no detector: give a run of simmim finetune detection"):
+        load_detector(tmp_path / "plain")
+    file = tmp_path / "torn" / "detection.json"
+    file.write_text(file.read_text().replace('"width": 64', '"width": 16'))
+    with pytest.raises(ValueError, match=r"detection\.safetensors does not fit its description: .*of another shape"):
+        load_detector(tmp_path / "torn")
+    assert load_encoder(run).config.in_channels == 1
+
+
+@pytest.mark.parametrize(
+    "problem, message",
+    [
+        ("unknown class", "annotation 0: category_id 3 has no name in categories"),
+        ("area", r"annotation 0: box .* \(xywh\) has no area"),
+        ("no image", r"there is no image '1-00\.png'"),
+        ("labels", "11 labeled scenes asked for, there are 10"),
+        ("setting", "unknown setting"),
+        ("width", "head.width is 17: give a positive multiple of 16"),
+        ("smoothing", "optim.label_smoothing is 0.1: the focal loss of detection takes none"),
+        ("scenes", "holds label maps and no boxes: use simmim finetune segmentation"),
+    ],
+)
+def test_wrong_input_ends_in_one_line(box_folder, scene_folder, tmp_path, capsys, problem, message):
+    data = shutil.copytree(box_folder, tmp_path / "data")
+    labels, more = data / "annotations" / "instances_train2017.json", []
+    content = json.loads(labels.read_text())
+    if problem == "unknown class":
+        content["annotations"][0]["category_id"] = 3
+    elif problem == "area":
+        content["annotations"][0]["bbox"][2] = 0
+    elif problem == "no image":
+        (data / "images" / "train" / "1-00.png").unlink()
+    elif problem == "scenes":
+        data = scene_folder
+    else:
+        more = {
+            "labels": ["--labels", "11"],
+            "setting": ["--data.mask_column", "x"],
+            "width": ["--head.width", "17"],
+            "smoothing": ["--optim.label_smoothing", "0.1"],
+        }[problem]
+    labels.write_text(json.dumps(content))
+    words = ["finetune", "detection", "--data", str(data), "--out", str(tmp_path / "run"), "--steps", "1", *more]
+    assert main(words) == 2
+    error = capsys.readouterr().err
+    assert re.search(message, error) and len(error.strip().splitlines()) == 1
+    assert not (tmp_path / "run").exists()
+
+
+def test_settings_out_of_range_are_refused():
+    for values, message in (
+        ({"scale": (0.0, 1.0)}, r"data\.scale"),
+        ({"flip": 2.0}, r"data\.flip"),
+        ({"inference": "slide"}, "auto, whole, tiles"),
+        ({"short_side": -1}, r"data\.short_side"),
+        ({"exif": "turned"}, "auto, upright, stored"),
+        ({"box_format": "xyhw"}, "did you mean 'x"),
+        ({"color_jitter": 1.0}, "color_jitter"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            BoxSettings("x", **values)
+    with pytest.raises(ValueError, match=r"head\.convolutions is 0: give 1 or more"):
+        HeadSettings(convolutions=0)
+
+
+def test_what_predict_writes_scores_as_validation_did(box_folder, run, tmp_path, capsys):
+    """As COCO results, judged by pycocotools from the files alone; the table of trusted boxes can be read as labels."""
+    images, out = box_folder / "images" / "val", tmp_path / "out"
+    shutil.copytree(images, tmp_path / "images")
+    (tmp_path / "images" / "torn.png").write_bytes(next(images.iterdir()).read_bytes()[:60])
+    assert main(["predict", "--run", str(run), "--images", str(tmp_path / "images"), "--out", str(out)]) == 0
+    assert "10 images, " in (output := capsys.readouterr().out) and " boxes, 1 unreadable" in output
+    labels = json.loads((box_folder / "annotations" / "instances_val2017.json").read_text())
+    described = json.loads((out / "images.json").read_text())
+    ids = {one["file_name"].rpartition("/")[2]: one["id"] for one in described["images"]}
+    new_ids = {image["id"]: ids[image["file_name"]] for image in labels["images"]}
+    for one in labels["annotations"]:
+        one["id"] += 1  # pycocotools takes an annotation of id 0 for none
+        one["image_id"], one["category_id"] = new_ids[one["image_id"]], one["category_id"] - 6
+    described["annotations"] = labels["annotations"]
+    with contextlib.redirect_stdout(io.StringIO()):
+        truth = COCO()
+        truth.dataset = {"info": {}, **described}
+        truth.createIndex()
+        judge = COCOeval(truth, truth.loadRes(str(out / "results.json")), "bbox")
+        judge.evaluate()
+        judge.accumulate()
+        judge.summarize()
+    best = json.loads((run / "encoder" / "config.json").read_text())["provenance"]["ap"]
+    assert judge.stats[0] == pytest.approx(best, abs=0.002)
+    trusted = read_boxed_scenes(str(out / "boxes.csv"), None, 0)
+    assert len(trusted.train) + len(trusted.validation) == 10 and trusted.classes == CLASSES
+    assert {Image.open(path).size for path in (out / "overlays").iterdir()} == {(40, 40)}
+    assert main(["predict", "--run", str(run), "--images", str(images), "--out", str(out)]) == 2
+    words = ["predict", "--run", str(run), "--images", str(images), "--out", str(tmp_path / "bare"), "--overlays", "false"]
+    assert main(words) == 0 and not (tmp_path / "bare" / "overlays").exists()
