@@ -106,7 +106,8 @@ def test_thresholds_have_the_best_f1():
 
 def test_table_and_curves(tmp_path):
     scores = average_precision(judged(2, missing=(1, 3)), 4)
-    write_class_table(tmp_path / "ap.csv", scores, ("a", "b", "c, d", "e"))
+    write_class_table(tmp_path / "ap.csv", scores, ("a", "b", "c, d", "e"), 7)
+    assert (tmp_path / "ap.csv").read_text().splitlines()[2] == "b,,,,0,7"
     lines = class_table(tmp_path / "ap.csv").splitlines()
     assert lines[0] == "| class | AP | AP50 | AP75 | boxes |"
     assert lines[3] == "| b | – | – | – | 0 |" and lines[4].startswith("| c, d | ")

@@ -165,13 +165,14 @@ def best_thresholds(precision: np.ndarray, scores: np.ndarray) -> tuple[float, .
     return tuple(thresholds)
 
 
-def write_class_table(file: Path, scores: Scores, classes: Sequence[str]) -> None:
-    """Write a CSV file with a row per class: AP, AP50 and AP75, empty where no box is given, and how many are."""
+def write_class_table(file: Path, scores: Scores, classes: Sequence[str], step: int) -> None:
+    """Write a CSV file with a row per class: AP, AP50 and AP75, empty where no box is given, how many are, and the number of
+    steps after which this was the best validation."""
     with atomic_write(file) as temporary, temporary.open("w", newline="", encoding="utf-8") as text:
         writer = csv.writer(text)
-        writer.writerow(COLUMNS)
+        writer.writerow([*COLUMNS, "step"])
         for name, values, count in zip(classes, scores.by_class.tolist(), scores.num_boxes):
-            writer.writerow([name, *("" if math.isnan(value) else f"{value:.4f}" for value in values), count])
+            writer.writerow([name, *("" if math.isnan(value) else f"{value:.4f}" for value in values), count, step])
 
 
 def class_table(file: Path) -> str:
@@ -179,7 +180,7 @@ def class_table(file: Path) -> str:
     with file.open(newline="", encoding="utf-8") as text:
         _, *rows = csv.reader(text)
     lines = [f"| {' | '.join(COLUMNS)} |", "| --- | ---: | ---: | ---: | ---: |"]
-    for name, *values, count in rows:
+    for name, *values, count, _step in rows:
         shown = (f"{float(value):.1%}" if value else "–" for value in values)
         lines.append(f"| {name} | {' | '.join(shown)} | {count} |")
     return "\n".join(lines)

@@ -74,6 +74,6 @@ def give_each_a_point(objects: Tensor, candidates: Tensor, merit: Tensor) -> Non
             owner = int(objects[point])
             if owner == BACKGROUND or counts[owner] > 1:
                 if owner != BACKGROUND:
-                    counts[owner] -= 0
+                    counts[owner] -= 1
                 objects[point], counts[number] = number, 1
                 break

@@ -97,7 +97,8 @@ class SavedDetector:
         """The boxes in each image, in its pixels, of any score; `thresholds` say which to trust.
 
         Args:
-            images: (B, channels, height, width) uint8, at the scale that `short_side` says, on the model's device.
+            images: (B, channels, height, width), uint8 or float32 as the preprocessing reads them, at the scale that
+                `short_side` says, on the model's device.
         """
         normalized = normalize(images, self.preprocessing.mean, self.preprocessing.std)
         with torch.inference_mode():

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from simmim.checkpoints.checkpoint import Preprocessing
-from simmim.data import normalize
+from simmim.data import normalize, without_holes
 from simmim.finetune.augment.color import ColorSettings, recolor
 from simmim.finetune.detection.ap import Judged, Scores, average_precision
 from simmim.finetune.detection.inference import Found, find_boxes
@@ -29,7 +29,7 @@ class ShownImage:
     """One validation image for pictures.
 
     Attributes:
-        image: (channels, height, width) uint8, at the model's scale.
+        image: (channels, height, width), uint8 or shares in [0, 1], at the model's scale.
         given: its objects, in its own pixels.
         found: in the image's own pixels.
         own_size: (height, width) of the image itself.
@@ -86,6 +86,7 @@ class DetectionFinetuning(TrainingModule):
         per image, see `on_before_optimizer_step`."""
         images = batch["image"]
         if self.color.active:
+            images = without_holes(images, self.preprocessing.mean)
             images = recolor(images, batch["seed"], [[] for _ in images], self.color)
         predictions = self.model(normalize(images, self.preprocessing.mean, self.preprocessing.std))
         sums = sum_losses(predictions, batch["objects"])

@@ -56,7 +56,7 @@ def draw_boxes(
 
 
 def enlarged(image: Tensor) -> Image.Image:
-    """An image, (channels, height, width) uint8, as a picture in color of a size at which boxes are well seen."""
+    """An image, (channels, height, width), uint8 or shares in [0, 1], as a picture in color, large enough to see boxes."""
     height, width = image.shape[1:]
     longer = max(height, width)
     factor = MAX_CELL_PX / longer if longer > MAX_CELL_PX else min(max(1, -(-MIN_CELL_PX // longer)), MAX_ENLARGEMENT)

@@ -32,7 +32,7 @@ class LogBoxes(pl.Callback):
 def report_validation(run: Path, module: DetectionFinetuning) -> None:
     """Write ap.csv, a row per class, precision-recall.png and boxes.png."""
     scores, classes = module.scores, module.classes
-    write_class_table(run / CLASSES, scores, classes)
+    write_class_table(run / CLASSES, scores, classes, module.trainer.global_step)
     pictures = {CURVES: precision_plot(scores.precision, scores.by_class[:, 1].tolist(), classes)}
     if module.shown:
         pictures[PICTURE] = draw_shown(module.shown, classes, scores.thresholds)

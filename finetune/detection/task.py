@@ -10,7 +10,7 @@ from pathlib import Path
 from torch import nn
 
 from simmim.checkpoints.checkpoint import Preprocessing
-from simmim.data import measure_images
+from simmim.data.decode import MAX_PIXELS
 from simmim.finetune.detection.ap import check_installed
 from simmim.finetune.detection.defaults import SIDE_FOR_LEVEL_ABOVE_PX, resolve_settings
 from simmim.finetune.detection.labels.base import ReadingOptions
@@ -30,7 +30,7 @@ from simmim.finetune.detection.report import LogBoxes, closing_text, report_vali
 from simmim.finetune.detection.settings import BoxSettings, DetectionSettings
 from simmim.finetune.detection.views import BoxSamples, RandomBoxes, WholeImage
 from simmim.finetune.segmentation.views import scaled_size
-from simmim.finetune.start import Start, find_start
+from simmim.finetune.start import Start, find_start, measure_training_images
 from simmim.finetune.task import Predictions, PreparedTask, ReportLine, Task
 from simmim.training.loggers import LossNames
 
@@ -46,7 +46,7 @@ class Detection(Task):
         """Images with boxes, a pyramid head on the encoder's stages, losses per positive point."""
         check_installed()
         labels = read_labels(settings)
-        start = find_start(settings, measure_images(labels.train), device, report_line)
+        start = find_start(settings, measure_training_images(settings, labels.train), device, report_line)
         settings, reasons = resolve_settings(start.settings, labels, start.encoder.config.is_small, device)  # type: ignore[arg-type]
         train, validation = build_samples(settings, labels, start)
         module = build_module(settings, start, labels, report_line)
@@ -58,6 +58,7 @@ class Detection(Task):
             validation=validation,
             validation_batch_size=validation_batch_size(labels, settings.data.short_side),
             classes=labels.classes,
+            test_validates=labels.test_validates,
             monitor="ap",
             loss=LOSS,
             save=partial(save_model, module=module, data=settings.data, preprocessing=start.preprocessing),
@@ -140,7 +141,7 @@ def build_samples(settings: DetectionSettings, labels: BoxedScenes, start: Start
     data, channels = settings.data, start.encoder.config.in_channels
     fill = tuple(round(255 * mean) for mean in start.preprocessing.mean)
     train_view = RandomBoxes(settings.size, data.short_side, data.scale, data.flip, fill)
-    shared = (channels, settings.seed, start.keep_decoded)
+    shared = (channels, settings.seed, start.keep_decoded, MAX_PIXELS, start.preprocessing.reading_or_default)
     return (
         BoxSamples(labels.train, labels.train_objects, train_view, *shared),
         BoxSamples(labels.validation, labels.validation_objects, WholeImage(data.short_side), *shared),

@@ -13,9 +13,10 @@ import torch
 from torch import Tensor
 
 from simmim.data import ImageSamples, Picture, open_picture
-from simmim.data.decode import MAX_PIXELS
+from simmim.data.decode import MAX_PIXELS, STRETCHED
 from simmim.finetune.detection.labels.scenes import Objects
 from simmim.finetune.segmentation.views import Size, scaled_size, whole_picture
+from simmim.reading import Reading
 
 MAX_CROPS = 10  # drawn in search of one that shows an object
 MIN_VISIBLE = 0.3  # share of a box below which what a crop shows of its object is no example of it
@@ -54,7 +55,7 @@ class RandomBoxes:
     fill: tuple[int, ...]
 
     def __call__(self, picture: Picture, objects: Objects, generator: random.Random) -> tuple[Tensor, Targets]:
-        """A view drawn from `generator`: (channels, height, width) uint8, and what it shows of the objects."""
+        """A view drawn from `generator`: (channels, height, width), uint8 or float32, and what it shows of the objects."""
         factor = math.exp(generator.uniform(*map(math.log, self.scale)))
         scaled = scaled_size(picture.size, self.short_side, factor)
         boxes = rescale(objects.boxes, picture.size, scaled)
@@ -66,8 +67,12 @@ class RandomBoxes:
                 break
         down, across = picture.size[0] / scaled[0], picture.size[1] / scaled[1]
         box = (left * across, top * down, (left + width) * across, (top + height) * down)
-        image = torch.tensor(self.fill, dtype=torch.uint8).view(-1, 1, 1).repeat(1, *self.size)
-        image[:, :height, :width] = picture.crop(box, (height, width))
+        part = picture.crop(box, (height, width))
+        fill = torch.tensor(self.fill, dtype=torch.uint8)
+        if part.is_floating_point():
+            fill = torch.full_like(fill, torch.nan, dtype=part.dtype)  # no data, which becomes the mean
+        image = fill.view(-1, 1, 1).repeat(1, *self.size)
+        image[:, :height, :width] = part
         if generator.random() < self.flip:
             return image.flip(-1), targets._replace(boxes=mirror(targets.boxes, self.size[1]))
         return image, targets
@@ -84,7 +89,7 @@ class WholeImage:
     short_side: int
 
     def __call__(self, picture: Picture, objects: Objects, generator: random.Random | None = None) -> tuple[Tensor, Targets]:
-        """(channels, scaled height, scaled width) uint8, and all objects. Draws nothing."""
+        """(channels, scaled height, scaled width), uint8 or float32, and all objects. Draws nothing."""
         return whole_picture(picture, self.short_side), Targets(*map(torch.from_numpy, objects))
 
 
@@ -127,7 +132,7 @@ class BoxSamples(ImageSamples):
         source: undecoded column `image`.
         objects: of each row.
         view: `RandomBoxes` or `WholeImage`.
-        channels, seed, max_pixels: as of `ImageSamples`.
+        channels, seed, max_pixels, reading: as of `ImageSamples`.
         keep_decoded: hold decoded images in memory.
     """
 
@@ -142,8 +147,9 @@ class BoxSamples(ImageSamples):
         seed: int,
         keep_decoded: bool = False,
         max_pixels: int = MAX_PIXELS,
+        reading: Reading = STRETCHED,
     ) -> None:
-        super().__init__(source, view, channels, seed, keep_decoded, max_pixels)  # type: ignore[arg-type]
+        super().__init__(source, view, channels, seed, keep_decoded, max_pixels, reading)  # type: ignore[arg-type]
         self.objects = objects
 
     def view_of(self, index: int, generator: random.Random) -> dict:
@@ -167,7 +173,7 @@ class BoxSamples(ImageSamples):
         """
         if self.cache is not None and index in self.cache:
             return self.cache[index]
-        picture = open_picture(self.source[index]["image"], self.channels, self.max_pixels)
+        picture = open_picture(self.source[index]["image"], self.channels, self.max_pixels, self.reading)
         boxes = self.objects[index].boxes
         if len(boxes) and (boxes[:, 2].max() > picture.size[1] or boxes[:, 3].max() > picture.size[0]):
             height, width = picture.size

@@ -138,7 +138,7 @@ class RawLabels:
     """All that a source holds.
 
     Attributes:
-        parts: scenes of "train", and of "validation" where there is such a part.
+        parts: scenes by the keys of `Parts.used`.
         classes: names in order, as the format states them; None where names occur with the objects only.
         notes: what was inferred, a sentence each.
     """

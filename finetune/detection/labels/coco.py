@@ -77,7 +77,7 @@ def part_name(file: Path) -> str:
 
 
 def used_files(folder: Path) -> dict[str, Path]:
-    """The files of "train" and, if there is such a part, "validation"."""
+    """The files by the keys of `Parts.used`."""
     found = find_files(folder)
     if len(found) > 1 and assign_parts(found, str(folder)) is None:
         raise ValueError(

@@ -32,7 +32,7 @@ def files_in(folder: Path, suffix: str) -> list[Path]:
 
 
 def find_pairs(folder: Path, annotation_folders: Sequence[str], suffix: str, together: bool = True) -> dict[str, Pair]:
-    """The folders of "train" and, if there is such a part, "validation"; empty if there are none.
+    """The folders by the keys of `Parts.used`; empty if there are none.
 
     They are PART/images beside PART/labels, images/PART beside labels/PART, PART with both, or the same without parts.
 

@@ -17,6 +17,7 @@ from simmim.data.label_map_files import HEADER_FORMATS, SceneStatistics
 from simmim.data.label_maps import ClassScheme, draw_scenes, hold_out_fifth
 from simmim.data.loading import available_cores
 from simmim.data.orientation import Box, Size, read_orientation, stored_box, swaps_axes, upright_size
+from simmim.data.parts import validating_use
 from simmim.data.pillow_guard import UNREADABLE, decoding
 from simmim.data.records import Record, open_record
 from simmim.finetune.detection.labels.base import RawLabels, RawScene, ReadingOptions, convert_box
@@ -56,6 +57,7 @@ class BoxedScenes:
         validation_sizes: (height, width), upright; None for an image that cannot be read.
         classes: names in order.
         notes: what was inferred, a sentence each.
+        test_validates: whether `validation` is a part that is called test.
     """
 
     train: datasets.Dataset
@@ -65,6 +67,7 @@ class BoxedScenes:
     validation_sizes: tuple[Size | None, ...]
     classes: tuple[str, ...]
     notes: tuple[str, ...] = ()
+    test_validates: bool = False
 
 
 class Inspected(NamedTuple):
@@ -109,17 +112,18 @@ def read_boxed_scenes(
     raw = reader.read(path, options)
     classes = choose_classes(raw, options.classes, path)
     parts = {use: inspect(scenes, classes, exif) for use, scenes in raw.parts.items()}
-    for use, scenes in parts.items():
+    for part, scenes in parts.items():
         if not scenes:
-            raise ValueError(f"{path!r} has no image to {'train on' if use == 'train' else 'validate with'}")
+            raise ValueError(f"{path!r} has no image to {'train on' if part == 'train' else 'validate with'}")
+    use = validating_use(parts)
     num_clipped = sum(scene.num_clipped for scenes in parts.values() for scene in scenes)
     if num_clipped:
         notify(f"{num_clipped:,} boxes of {path!r} reach out of their images and are clipped")
     generator, rows = random.Random(f"scenes/{seed}"), list(range(len(parts["train"])))
-    if "validation" not in parts:
+    if use is None:
         rows, held_out = hold_out_fifth(rows, generator, path)
-        parts["validation"] = [parts["train"][row] for row in held_out]
-    check_boxes([parts["train"][row] for row in rows], parts["validation"], classes, path)
+        use, parts["validation"] = "validation", [parts["train"][row] for row in held_out]
+    check_boxes([parts["train"][row] for row in rows], parts[use], classes, path)
     if labels is not None:
         statistics = [SceneStatistics("", scene.size, counts_of(scene.objects)) for scene in parts["train"]]
         scheme = ClassScheme(classes, tuple(range(len(classes))), -1)
@@ -127,12 +131,13 @@ def read_boxed_scenes(
     train = [parts["train"][row] for row in rows]
     return BoxedScenes(
         records_of(train),
-        records_of(parts["validation"]),
+        records_of(parts[use]),
         tuple(scene.objects for scene in train),
-        tuple(scene.objects for scene in parts["validation"]),
-        tuple(scene.size for scene in parts["validation"]),
+        tuple(scene.objects for scene in parts[use]),
+        tuple(scene.size for scene in parts[use]),
         classes,
-        (f"labels are {reader.title}", *raw.notes, *notes_on_counts(train, parts["validation"], classes)),
+        (f"labels are {reader.title}", *raw.notes, *notes_on_counts(train, parts[use], classes)),
+        use == "test",
     )
 
 

@@ -63,7 +63,7 @@ def counts_from_zero(scenes: list[RawScene]) -> bool:
 
 
 def read_lists(folder: Path) -> dict[str, list[str]]:
-    """Names of "train" and "validation" from ImageSets/Main/train.txt and the like; empty if there are no such lists."""
+    """Names by the keys of `Parts.used` from ImageSets/Main/train.txt and the like; empty if there are no such lists."""
     lists = {file.stem: file for file in files_in(folder / "ImageSets" / "Main", ".txt")}
     parts = assign_parts([name for name in lists if meaning_of(name) or name == "trainval"], str(folder))
     if parts is None:
