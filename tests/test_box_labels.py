@@ -9,6 +9,8 @@ from box_files import CLASSES, SCENES, WRITERS, Scene, write_coco, write_csv, wr
 from PIL import Image
 
 from simmim.data import open_picture
+from simmim.data.label_map_sources import read_scenes
+from simmim.data.label_sources import read_labels
 from simmim.finetune.detection.labels.base import ReadingOptions, convert_box
 from simmim.finetune.detection.labels.registry import READERS, find_reader
 from simmim.finetune.detection.labels.scenes import choose_classes, inspect, read_boxed_scenes, read_header
@@ -228,6 +230,21 @@ def test_wrong_labels_are_refused(format, file, old, new, options, message, tmp_
         (tmp_path / file).write_text(text.replace(old, new, 1))
     with pytest.raises(ValueError, match=message):
         read_boxed_scenes(str(path), None, 0, ReadingOptions(**options))
+
+
+def test_other_tasks_point_to_detection(tmp_path):
+    """The names of folders say little: labels/ may hold boxes or label maps, and both may lie side by side."""
+    write_yolo(tmp_path)
+    with pytest.raises(ValueError, match=r"labels holds boxes and no label maps: use simmim finetune detection"):
+        read_scenes(str(tmp_path))
+    with pytest.raises(ValueError, match=r"which are no classes: .* or use simmim finetune detection"):
+        read_labels(str(tmp_path), None, None)
+    (tmp_path / "labels").rename(tmp_path / "annotations")
+    (tmp_path / "annotations" / "train.json").write_text("{}")
+    (tmp_path / "labels").mkdir()
+    for scene in SCENES:
+        Image.new("L", scene.size[::-1]).save(tmp_path / "labels" / f"{scene.name}.png")
+    assert len(read_scenes(str(tmp_path))["train"]) == len(SCENES)
 
 
 def test_sets_without_boxes_and_folders_of_other_kinds_are_refused(tmp_path):

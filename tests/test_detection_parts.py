@@ -125,6 +125,14 @@ def test_every_object_has_a_point(sizes, strides):
     assert assign_points(points, of_points, counts, boxes[:0]).tolist() == [BACKGROUND] * len(points)
 
 
+def test_an_object_keeps_its_last_point():
+    """The large one, which has both points, spares one for the first tiny object and none for the second."""
+    points, of_points, counts = points_of([(1, 2)], (8,))
+    boxes = torch.tensor([[0.0, 0, 16, 8], [4.1, 4, 4.3, 4.2], [12.1, 4, 12.3, 4.2]])
+    assert assign_points(points, of_points, counts, boxes[:1]).tolist() == [0, 0]
+    assert sorted(assign_points(points, of_points, counts, boxes).tolist()) == [0, 1]
+
+
 # --- losses ------------------------------------------------------------------------------------------------------------
 
 

@@ -11,6 +11,9 @@ from simmim.cli.train import finetune_settings as read_finetune_settings
 from simmim.cli.train import pretrain_settings as read_pretrain_settings
 from simmim.data import ImageStatistics
 from simmim.encoders.swinv2 import SwinV2, SwinV2Config
+from simmim.finetune.detection.defaults import resolve_head
+from simmim.finetune.detection.model import Detector
+from simmim.finetune.detection.model import HeadShape as DetectorShape
 from simmim.finetune.segmentation.model import HeadShape, Segmenter
 from simmim.finetune.settings import resolve_schedule
 from simmim.pretrain.resolve import resolve_settings
@@ -20,7 +23,8 @@ from simmim.training.optim import parameter_rules
 CONFIGS = Path(__file__).parents[1] / "configs"
 PRETRAIN = sorted((CONFIGS / "pretrain").glob("*.yaml"))
 SEGMENTATION = sorted((CONFIGS / "finetune").glob("*-segmentation.yaml"))
-FINETUNE = sorted(set((CONFIGS / "finetune").glob("*.yaml")) - set(SEGMENTATION))
+DETECTION = sorted((CONFIGS / "finetune").glob("*-detection.yaml"))
+FINETUNE = sorted(set((CONFIGS / "finetune").glob("*.yaml")) - {*SEGMENTATION, *DETECTION})
 PHOTOS = ImageStatistics(short_side_px=400, channels=3, decoded_mib=1e5, mean=(0.5,) * 3, std=(0.2,) * 3)
 
 
@@ -87,6 +91,26 @@ def test_segmentation_recipe_builds(path):
         height, width = settings.size
         assert model(torch.empty(2, 3, height, width)).shape == (2, 20, height // 4, width // 4)
     parameter_rules(model, 0.05, settings.optim.layer_decay)  # every parameter has its place
+
+
+def test_detection_recipe_builds():
+    """The published rate at 16 images, warm-up and drop path; short sides of 480 to 800 px."""
+    assert {path.stem for path in DETECTION} == {"micro-detection", "tiny-detection"}
+    for path in DETECTION:
+        settings = read_finetune_settings("detection", ["--config", str(path), "--data", "objects", "--out", "run"])
+        small = "micro" in path.stem
+        settings = resolve_schedule(settings, num_images=118_000, device="cpu", small=small)
+        rate = settings.schedule().by_step(118_000 / settings.batch_size, settings.batch_size)
+        peak = max(rate(step) for step in range(0, settings.num_steps(118_000), 10))
+        assert math.isclose(peak, 4e-3 if small else 1e-4, rel_tol=0.01)
+        with torch.device("meta"):
+            config = SwinV2Config.from_preset("micro" if small else "tiny", window_size=settings.encoder.window_size or 8)
+            head = resolve_head(settings.head, small)
+            model = Detector(SwinV2(config), 20, DetectorShape(head.width, head.convolutions, int(not small)))
+        parameter_rules(model, settings.optim.weight_decay, settings.optim.layer_decay)  # every parameter has its place
+        assert (head.width, head.convolutions) == ((64, 2) if small else (256, 4))
+    assert [settings.data.short_side * scale for scale in settings.data.scale] == [480, 800]
+    assert (settings.encoder.drop_path_rate, settings.optim.layer_decay, settings.epochs) == (0.2, 1.0, 36)
 
 
 def test_base_recipe_is_the_published_one():

@@ -17,6 +17,7 @@ from simmim.data.label_sources import (
     LABEL_MAP_FOLDERS,
     CsvColumn,
     divide_rows,
+    holds_boxes,
     is_csv,
     is_plain_folder,
     read_csv,
@@ -122,8 +123,8 @@ def find_folder_pairs(folder: Path) -> FolderPairs:
 def pair_in(parent: Path, part: str = "") -> FolderPair | None:
     """The folders of images and label maps in `parent`, of one part; None if one is missing."""
     images = parent / IMAGE_FOLDER / part
-    candidates = (parent / name / part for name in LABEL_MAP_FOLDERS)
-    label_maps = next((candidate for candidate in candidates if candidate.is_dir()), None)
+    candidates = [path for name in LABEL_MAP_FOLDERS if (path := parent / name / part).is_dir()]
+    label_maps = next((path for path in candidates if not holds_boxes(path)), candidates[0] if candidates else None)
     return FolderPair(images, label_maps) if images.is_dir() and label_maps else None
 
 
@@ -149,6 +150,10 @@ def read_folder_pair(images: Path, label_maps: Path) -> datasets.Dataset:
     Raises:
         ValueError: naming an image without a label map, a label map without an image, or two files of one name.
     """
+    if holds_boxes(label_maps):
+        raise ValueError(
+            f"{label_maps} holds boxes and no label maps: use simmim finetune detection, or give PNG label maps"
+        )
     image_paths, label_map_paths = find_stems(images), find_stems(label_maps)
     for stem, path in image_paths.items():
         if stem not in label_map_paths:

@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from simmim.data.index import count_images, dataset_from_paths, find_images
+from simmim.data.index import count_images, dataset_from_paths, find_images, is_image_name
 from simmim.data.left_out import LeftOut
 from simmim.data.parts import EXPECTED, Parts, assign_parts, assign_splits, meaning_of
 from simmim.data.readers import HUB_ID, FolderReader, Reader, detect_reader
@@ -20,6 +20,7 @@ if TYPE_CHECKING:
     import datasets
 
 IMAGE_FOLDER, LABEL_MAP_FOLDERS = "images", ("masks", "annotations", "labels")  # of scenes, which have a class per pixel
+BOX_ENDINGS = (".txt", ".xml", ".json")  # of files of boxes, which may lie in folders of the same names
 PATH_COLUMNS = ("path", "file", "filename", "file_name", "image")
 LABEL_COLUMNS = ("label", "class", "target", "category", "labels", "cls")
 PART_COLUMNS = ("split", "subset", "partition")  # of a CSV file: which rows are to train on, …
@@ -233,6 +234,17 @@ def subfolders(folder: Path) -> list[str]:
         return sorted(entry.name for entry in entries if entry.is_dir() and not entry.name.startswith("."))
 
 
+def holds_boxes(folder: Path) -> bool:
+    """Whether a folder holds files of boxes and no images, by their names."""
+    found = False
+    with os.scandir(folder) as entries:
+        for entry in entries:
+            if is_image_name(entry.name):
+                return False
+            found |= os.path.splitext(entry.name)[1].lower() in BOX_ENDINGS
+    return found
+
+
 def find_class_folders(folder: Path, left_out: LeftOut) -> dict[str, list[str]]:
     """Class names with the paths of their images, one class per subfolder, in the names' order.
 
@@ -248,8 +260,9 @@ def find_class_folders(folder: Path, left_out: LeftOut) -> dict[str, list[str]]:
             "give at least two, each with the images of one class"
         )
     if len(names) == 2 and IMAGE_FOLDER in names and any(name in LABEL_MAP_FOLDERS for name in names):
+        task = "detection" if any(holds_boxes(folder / name) for name in names) else "segmentation"
         raise ValueError(
             f"labeled folder {str(folder)!r} has {' and '.join(names)}, which are no classes: give a folder with one "
-            "subfolder per class, or use simmim finetune segmentation"
+            f"subfolder per class, or use simmim finetune {task}"
         )
     return {name: find_images(folder / name, left_out) for name in names}
