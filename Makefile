@@ -2,6 +2,7 @@
 PYTHON ?= python3
 BIN := .venv/bin
 # Tests run in two processes of one thread each: small tensors gain nothing from more threads, and contention slows them down.
+# Each process begins with its half of the files, and takes over tests of the other when it is done.
 TEST_PROCESSES ?= 2
 
 .PHONY: install demo test mutate lint format clean
@@ -21,7 +22,7 @@ demo: install
 	@command -v simmim > /dev/null || echo 'simmim is in .venv/bin:  . .venv/bin/activate  puts it on the path'
 
 test: install
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest --numprocesses $(TEST_PROCESSES) $(TEST_ARGUMENTS)
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest --numprocesses $(TEST_PROCESSES) --dist worksteal $(TEST_ARGUMENTS)
 
 # Changes one place of the mathematics at a time, in a copy, and lists what no test notices: tests/mutate.py.
 mutate: install

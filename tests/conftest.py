@@ -1,5 +1,6 @@
 """Fixtures shared by several test files, and cache folders of their own, so that the user's stay untouched."""
 
+import gc
 import os
 import sys
 import tempfile
@@ -13,12 +14,20 @@ from second_try import pytest_collection_modifyitems, pytest_configure, pytest_t
 
 from simmim.data.digits import write_digits
 
-# Before anything reads them; processes that tests start inherit them.
-_CACHES = tempfile.TemporaryDirectory(prefix="simmim-tests-")
-os.environ |= {"XDG_CACHE_HOME": _CACHES.name, "HF_HOME": os.path.join(_CACHES.name, "huggingface"), "HF_HUB_OFFLINE": "1"}
+# Before anything reads them; processes that tests start inherit them, those of pytest-xdist among them, so that the kernels
+# are compiled once.
+if "PYTEST_XDIST_WORKER" not in os.environ:
+    _CACHES = tempfile.TemporaryDirectory(prefix="simmim-tests-")
+    os.environ |= {"XDG_CACHE_HOME": _CACHES.name, "HF_HOME": f"{_CACHES.name}/huggingface", "HF_HUB_OFFLINE": "1"}
 
 # Benchmarks are scripts in no package: `import scenes`. Last, so that they hide nothing.
 sys.path.append(str(Path(__file__).resolve().parent.parent / "benchmarks"))
+
+
+def pytest_collection_finish():
+    """What is imported by now is never garbage: no collection looks through it again."""
+    gc.collect()
+    gc.freeze()
 
 
 @pytest.fixture(scope="session", autouse=True)
