@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import atexit
+import gc
 import os
 import re
 import sys
@@ -61,6 +63,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
     or SIGTERM with everything saved. 141: the reader of the output has closed it.
     """
     words = list(sys.argv[1:] if arguments is None else arguments)
+    # At its exit Python would search everything for garbage, for a second or two.
+    atexit.unregister(gc.freeze)
+    atexit.register(gc.freeze)
     try:
         if not words or words[0] in ("-h", "--help"):
             print(overview())
