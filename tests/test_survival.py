@@ -21,11 +21,11 @@ from simmim.training.quiet import LOGGERS, quiet_libraries
 from simmim.training.run_folder import checkpoints_folder
 from simmim.training.saving import damage, saved_steps, usable_checkpoint
 
-STEPS = 60
+STEPS = 45
 SMALL = (
     "--preset=nano",
-    "--epochs=8",
-    "--batch-size=32",
+    "--epochs=3",
+    "--batch-size=16",
     "--seed=3",
     "--save_every_steps=1",
     "--log_every_steps=1",
@@ -34,7 +34,7 @@ SMALL = (
     "--model.encoder.depths=[1,1]",
     "--model.encoder.num_heads=[1,2]",
     "--model.encoder.drop_path_rate=0.2",
-    "--reconstruct_every_epochs=4",
+    "--reconstruct_every_epochs=2",
     "--precision=32-true",
 )
 # The same from an encoder that brings its size along.
@@ -106,19 +106,20 @@ def assert_same_end(run, whole):
 
 
 def kill_often(start, run, kind, times, number, code, seed):
-    """Start `run` again and again, and send it the signal at a random moment after it has made progress."""
+    """Start `run` again and again, and send it the signal at a random moment after it has made progress. The moments are
+    spread over a step: one in each of equal parts of it."""
     chance = random.Random(seed)
-    for _ in range(times):
+    for part in chance.sample(range(times), times):
         before = newest(run)
         process = start(run, kind)
         process.until(lambda before=before: newest(run) > before)
-        time.sleep(chance.uniform(0, 0.03))
+        time.sleep(0.03 * (part + chance.random()) / times)
         process.kill(number)
         assert process.wait()[0] == code, process.wait()[1]
         assert newest(run) < STEPS, "the run was over before it could be interrupted"
 
 
-@pytest.mark.parametrize("kind, times", [("in-memory", 10), ("workers", 3), ("stream", 3)])
+@pytest.mark.parametrize("kind, times", [("in-memory", 6), ("workers", 3), ("stream", 3)])
 def test_killed_at_random_moments(start, uninterrupted, tmp_path, kind, times):
     """A checkpoint is being written at nearly every moment: one is begun at every step."""
     run = tmp_path / "run"
@@ -135,7 +136,7 @@ def test_killed_at_random_moments(start, uninterrupted, tmp_path, kind, times):
 def test_asked_to_stop(start, uninterrupted, tmp_path, kind):
     """SIGTERM: saved at the end of the step, exit code 143."""
     run = tmp_path / "run"
-    kill_often(start, run, kind, 2, signal.SIGTERM, 143, seed=1)
+    kill_often(start, run, kind, 1, signal.SIGTERM, 143, seed=1)
     process = start(run, kind)
     before = newest(run)
     process.until(lambda: newest(run) > before)
@@ -243,14 +244,24 @@ def test_a_continued_run_outlives_what_it_began_from(start, uninterrupted, tmp_p
 # --- Damage ----------------------------------------------------------------------------------------------------------
 
 
-@pytest.fixture
-def stopped(start, tmp_path):
+@pytest.fixture(scope="module")
+def stopped_run(start, tmp_path_factory):
     """A run stopped half-way."""
-    run = tmp_path / "run"
+    run = tmp_path_factory.mktemp("stopped") / "run"
     process = start(run)
     process.until(lambda: newest(run) >= 5)
     process.kill(signal.SIGTERM)
     assert process.wait()[0] == 143
+    return run
+
+
+@pytest.fixture
+def stopped(stopped_run, tmp_path):
+    """A copy of it, in which last.ckpt is a link to the newest checkpoint as in the run itself."""
+    run = shutil.copytree(stopped_run, tmp_path / "run")
+    last, newest_file = checkpoints_folder(run) / "last.ckpt", saved_steps(run)[newest(run)]
+    last.unlink()
+    last.hardlink_to(newest_file)
     return run
 
 
@@ -268,8 +279,16 @@ def tear(path):
 
 
 @pytest.mark.parametrize("spoil", [tear, flip_a_byte, lambda path: path.write_bytes(b"")])
-def test_a_torn_checkpoint_is_noticed_and_the_one_before_used(start, uninterrupted, stopped, spoil):
+def test_a_torn_checkpoint_is_noticed(stopped, spoil):
+    """The one before is taken, and a line says why."""
+    (last, before), lines = list(saved_steps(stopped).values())[:2], []
     spoil(checkpoints_folder(stopped) / "last.ckpt")
+    assert damage(last) and usable_checkpoint(stopped, lines.append) == before
+    assert len(lines) == 1 and "last.ckpt is torn" in lines[0] and lines[0].endswith(f"; going on from {before.name}")
+
+
+def test_a_run_goes_on_from_the_checkpoint_before_a_torn_one(start, uninterrupted, stopped):
+    flip_a_byte(checkpoints_folder(stopped) / "last.ckpt")
     code, output = start(stopped).wait()
     assert code == 0 and output.count("warning: ") == 1
     assert "last.ckpt is torn" in output and f"going on from {list(saved_steps(stopped))[0]:}"[:10] in output
