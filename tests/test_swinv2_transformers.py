@@ -41,11 +41,11 @@ def assert_same(theirs, ours, images, atol):
     "preset, overrides, size",
     [
         ("tiny", {"window_size": 8}, (256, 256)),
-        ("tiny", {"window_size": 16}, (256, 256)),
-        ("tiny", {"window_size": 8}, (224, 224)),  # maps of 28 and 14 are padded to 32 and 16
-        ("tiny", {"window_size": 14, "pretrained_window_sizes": (12, 12, 12, 6)}, (224, 224)),
-        ("tiny", {"window_size": 24, "pretrained_window_sizes": (12, 12, 12, 6)}, (384, 384)),
-        ("tiny", {"window_size": 8, "in_channels": 1}, (288, 320)),  # padded in every stage, shifted in both axes
+        ("micro", {"window_size": 16}, (256, 256)),
+        ("micro", {"window_size": 8}, (224, 224)),  # maps of 28 and 14 are padded to 32 and 16
+        ("micro", {"window_size": 14, "pretrained_window_sizes": (12, 12, 12, 6)}, (224, 224)),
+        ("micro", {"window_size": 24, "pretrained_window_sizes": (12, 12, 12, 6)}, (384, 384)),
+        ("micro", {"window_size": 8, "in_channels": 1}, (288, 320)),  # padded in every stage, shifted in both axes
         ("base", {"window_size": 12}, (192, 192)),
         ("micro", {"window_size": 7, "patch_size": 2}, (110, 110)),  # odd window, odd maps
         ("micro", {"window_size": 8}, (254, 255)),  # the patch does not divide the image
