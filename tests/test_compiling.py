@@ -1,22 +1,20 @@
 """torch.compile of the encoder's blocks: the same results, and a line and plain blocks where it does not work."""
 
 import copy
-import os
 import pickle
-import subprocess
-import sys
 import warnings
 from types import SimpleNamespace
 
 import pytest
 import torch
+from fork_server import finish
 from torch._dynamo.utils import counters
 from toy_encoder import ToyConfig, ToyEncoder
 
 from simmim.encoders.registry import build
 from simmim.encoders.swinv2 import SwinV2, SwinV2Config
+from simmim.pretrain import DataSettings, PretrainSettings, SimMIMSettings
 from simmim.pretrain.run import pretrain
-from simmim.pretrain.settings import DataSettings, PretrainSettings
 from simmim.training import compiling
 
 CONFIG = torch._dynamo.config
@@ -53,12 +51,25 @@ def global_state():
     return CONFIG.recompile_limit, CONFIG.suppress_errors, list(warnings.filters)
 
 
+def test_the_default_compiler_computes_the_same(reference_implementation):
+    """One block, a shifted one, which does all that one in place does: C++ takes the compiler twenty seconds a block."""
+    encoder, reports = random_encoder(2), []
+    expected = gradients(encoder)
+    undo = compiling.compile_blocks(encoder, reports.append)
+    encoder.layers[0].blocks[0]._compiled_call_impl = None
+    actual = gradients(encoder)
+    undo.close()
+    assert counters["stats"]["unique_graphs"] == 1 and not counters["graph_break"] and not reports
+    for name, value in expected.items():
+        assert torch.allclose(actual[name], value, rtol=1e-3, atol=1e-3 * value.abs().max()), name
+
+
 def test_compiled_blocks_compute_the_same(reference_implementation):
     """By one compilation for like blocks, under the same names of weights; afterwards all is as it was."""
     encoder = random_encoder()
     expected, names, state = gradients(encoder), list(encoder.state_dict()), global_state()
     reports = []
-    undo = compiling.compile_blocks(encoder, reports.append)
+    undo = compiling.compile_blocks(encoder, reports.append, backend="aot_eager")
     actual = gradients(encoder)
     assert counters["stats"]["unique_graphs"] == 2, "one for shifted windows and one for those in place"
     assert not counters["graph_break"] and not reports
@@ -73,7 +84,7 @@ def test_compiled_blocks_compute_the_same(reference_implementation):
 
 
 def test_copies_of_compiled_blocks_are_not_compiled(reference_implementation):
-    encoder = random_encoder()
+    encoder = random_encoder(2)
     undo = compiling.compile_blocks(encoder, print, backend="eager")
     for copied in (copy.deepcopy(encoder), pickle.loads(pickle.dumps(encoder))):
         assert all(block._compiled_call_impl is None for block in copied.blocks())
@@ -84,7 +95,7 @@ def test_copies_of_compiled_blocks_are_not_compiled(reference_implementation):
 @pytest.mark.parametrize("failing", [1, 2, 100])
 def test_blocks_that_do_not_compile_run_as_they_are(failing, reference_implementation):
     """One report, whatever number of compilations fail; results are those of plain blocks."""
-    encoder, failures, reports = random_encoder(), [], []
+    encoder, failures, reports = random_encoder(3), [], []
     expected, state = gradients(encoder), global_state()
 
     def backend(graph, inputs):
@@ -98,7 +109,7 @@ def test_blocks_that_do_not_compile_run_as_they_are(failing, reference_implement
         assert torch.allclose(value, expected[name], rtol=1e-4, atol=1e-5 * expected[name].abs().max()), name
     assert reports == ["RuntimeError: this graph is too hard"] or reports == ["this graph is too hard"]
     num_attempts = len(failures)
-    assert num_attempts == min(failing, 5)
+    assert num_attempts == min(failing, 3)
     gradients(encoder)
     assert len(failures) == num_attempts and len(reports) == 1
     undo.close()
@@ -128,22 +139,17 @@ def test_another_encoder_compiles():
     undo.close()
 
 
-def test_without_a_compiler_there_is_a_reason(tmp_path):
-    program = (
-        "import torch; from simmim.encoders.registry import build, preset_config\n"
-        "from simmim.training.compiling import why_not\n"
-        "print('because', why_not(torch.device('cpu'), build(preset_config('nano'))))"
-    )
-    environment = {
-        **os.environ,
-        "SIMMIM_KERNELS": "0",
-        "PATH": str(tmp_path),
-        "TORCHINDUCTOR_CACHE_DIR": str(tmp_path / "cache"),
-    }
-    environment.pop("CXX", None)
-    done = subprocess.run([sys.executable, "-c", program], env=environment, capture_output=True, text=True)
-    assert done.returncode == 0, done.stderr
-    (line,) = [line for line in done.stdout.splitlines() if line.startswith("because")]
+def test_without_a_compiler_there_is_a_reason(fork_server, tmp_path):
+    program = """
+import os, torch
+from simmim.encoders.registry import build, preset_config
+from simmim.training.compiling import why_not
+os.environ.pop("CXX", None)
+print("because", why_not(torch.device("cpu"), build(preset_config("nano"))))
+"""
+    environment = {"SIMMIM_KERNELS": "0", "PATH": str(tmp_path), "TORCHINDUCTOR_CACHE_DIR": str(tmp_path / "cache")}
+    said = finish([fork_server.start("--version", prelude=program, env=environment)])
+    (line,) = [line for line in said.splitlines() if line.startswith("because")]
     assert "compiler" in line.lower()
 
 
@@ -163,12 +169,14 @@ def test_the_callback_undoes_what_it_did(end, reference_implementation, monkeypa
 
 
 def run_settings(digits, folder):
-    data = DataSettings(str(digits.unlabeled))
-    return PretrainSettings(data=data, out=str(folder), preset="nano", image_size=32, epochs=1, batch_size=24, compile=True)
+    """Of a run of five steps, of one stage with a block of each kind."""
+    data, model = DataSettings(str(digits.unlabeled)), SimMIMSettings(encoder={"depths": [2], "num_heads": [3]})
+    small = {"preset": "nano", "image_size": 32, "epochs": 0.5, "batch_size": 24, "workers": 0}
+    return PretrainSettings(data=data, out=str(folder), model=model, compile=True, **small)
 
 
 @pytest.mark.parametrize("problem", ["", "no compiler"])
-def test_a_run_compiles_or_says_why_not(problem, digits, tmp_path, monkeypatch, capsys):
+def test_a_run_compiles_or_says_why_not(problem, digits, tmp_path, monkeypatch, capsys, reference_implementation):
     compiled = []
     original = compiling.compile_blocks
 

@@ -16,7 +16,7 @@ def test_from_images_to_predictions(digits, tmp_path, fork_server):
     def simmim(*words, code=0, prelude=""):
         return finish([fork_server.start(*words, prelude=prelude)], code)
 
-    output = simmim("pretrain", "--data", digits.unlabeled, "--out", run, "--epochs", 6, "--batch-size", 48)
+    output = simmim("pretrain", "--data", digits.unlabeled, "--out", run, "--epochs", 1, "--batch-size", 48)
     assert "preset: nano" in output  # the resolved configuration is on the screen
     assert "images/s" in output
     assert "tensorboard --logdir" in output
@@ -37,7 +37,7 @@ def test_from_images_to_predictions(digits, tmp_path, fork_server):
     pasted = output.split("load it with\n\n")[1] + "\nprint(tuple(features.shape))"
     assert simmim("--version", prelude=pasted).startswith("(1, 96)\n")
 
-    words = ("--init", exported, "--data", digits.labeled, "--out", labeled, "--epochs", 4)
+    words = ("--init", exported, "--data", digits.labeled, "--out", labeled, "--epochs", 1)
     output = simmim("finetune", "classification", *words, "--labels-per-class", 10, "--batch-size", 50)
     assert "60 validation images" in output
 

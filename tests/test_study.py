@@ -3,8 +3,6 @@
 import csv
 import json
 import statistics
-import subprocess
-import sys
 import time
 from dataclasses import replace
 from pathlib import Path
@@ -195,17 +193,16 @@ def test_the_identity_of_a_job_holds_all_that_its_result_depends_on():
 
 
 @pytest.mark.skipif(not Path("/proc/self/status").exists(), reason="reads /proc")
-def test_a_killed_study_leaves_no_process(digits, encoder_folder, tmp_path):
+def test_a_killed_study_leaves_no_process(digits, encoder_folder, tmp_path, fork_server):
     """SIGKILL to the study alone; the processes of its trials end too."""
     call = words(digits, encoder_folder, tmp_path / "study", "--labels", "2", "--steps", "100000", "--lr-factors", "[1]")
-    with (tmp_path / "log").open("w") as log:
-        study = subprocess.Popen([sys.executable, "-m", "simmim.cli", *call], stdout=log, stderr=log, start_new_session=True)
+    study = fork_server.start(*call)
     try:
-        wait_until((tmp_path / "study/runs/2-labels/pre-trained-seed-0/config.yaml").is_file)
+        study.until((tmp_path / "study/runs/2-labels/pre-trained-seed-0/config.yaml").is_file)
         children = children_of(study.pid)
         assert len(children) >= 2
     finally:
-        study.kill()
+        study.kill(group=False)
         study.wait()
     wait_until(lambda: not any(alive(child) for child in children))
 
@@ -319,7 +316,7 @@ def test_a_study_goes_on_and_grows(finished, digits, encoder_folder, capsys):
     found = json.loads(stale.read_text())
     stale.write_text(json.dumps({**found, "identity": {**found["identity"], "encoder": 1}}))
     call = words(digits, encoder_folder, finished, "--labels", "1,2", "--against", str(encoder_folder), "--seeds", "3")
-    assert main([*call, "--resume"]) == 0
+    assert main([*call, "--processes", "1", "--resume"]) == 0
     after = rows(finished / "results.csv")
     assert [row for row in after if row["seed"] != "2"] == before
     assert len(after) == 2 * 3 * 3
