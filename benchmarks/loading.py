@@ -69,10 +69,10 @@ class Scale:
 
 
 QUICK = Scale(
-    rounds=2,
-    photos=2,
-    images=2,
-    step_images=2,
+    rounds=1,
+    photos=1,
+    images=1,
+    step_images=1,
     step_s=0.01,
     waiting_s=0.2,
     tiny_files=100,

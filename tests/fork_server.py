@@ -136,6 +136,15 @@ class ForkServer:
         first.others, second.others = [second], [first]
         return [first, second]
 
+    def run_script(self, file, *words, code=0):
+        """Run a Python file as a script, check its exit code, and return what it printed."""
+        file, words = Path(file), [str(word) for word in (file, *words)]
+        prelude = (
+            f"import runpy, sys\nsys.argv = {words!r}\nsys.path.insert(0, {str(file.parent)!r})\n"
+            f"runpy.run_path({str(file)!r}, run_name='__main__')"
+        )
+        return finish([self.start(prelude=prelude)], code)
+
     def ask(self, request):
         """Send one request to the server and return its answer."""
         self.process.stdin.write(json.dumps(request) + "\n")

@@ -4,8 +4,6 @@ import itertools
 import json
 import math
 import shutil
-import subprocess
-import sys
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -21,26 +19,20 @@ from scipy.stats import ttest_rel
 from simmim.finetune import run as finetune_run
 from simmim.finetune.label_study.results import Rates, Trial, write_trials
 
-ROOT = Path(__file__).resolve().parent.parent
+BENCHMARKS = Path(__file__).resolve().parent.parent / "benchmarks"
 SMALL = "--preset nano --size 64 --window 4 --batch 2 --precision float32 --threads 1 --rounds 2"
 OURS, THEIRS = (0.30, 0.28, 0.31), (0.27, 0.28, 0.25)
 
 
-def run_benchmark(file, *words):
-    """The standard output of a benchmark."""
-    command = [sys.executable, str(ROOT / "benchmarks" / file), *map(str, words)]
-    done = subprocess.run(command, capture_output=True, text=True, cwd=ROOT, timeout=300)
-    assert done.returncode == 0, done.stderr
-    return done.stdout
-
-
 def table_row(output):
-    """The cells of a table's last row."""
-    return [cell.strip() for cell in output.splitlines()[-1].strip("|").split("|")]
+    """The cells of the last row of a table."""
+    row = [line for line in output.splitlines() if line.startswith("|")][-1]
+    return [cell.strip() for cell in row.strip("|").split("|")]
 
 
-def test_the_step_is_measured(tmp_path):
-    output = run_benchmark("step.py", *SMALL.split(), "--contenders", "ours", "--json", tmp_path / "step.json")
+def test_the_step_is_measured(fork_server, tmp_path):
+    words = (*SMALL.split(), "--contenders", "ours", "--json", tmp_path / "step.json")
+    output = fork_server.run_script(BENCHMARKS / "step.py", *words)
     name, rate, _, ratio, *_ = table_row(output)
     assert name == "ours" and float(rate) > 0 and ratio == "1.00 ×"
     figures = json.loads((tmp_path / "step.json").read_text(encoding="utf-8"))["float32"]
@@ -61,22 +53,22 @@ def test_a_share_follows_from_the_figures_beside_it():
     assert share == f"{8 * step.operations(work) / 1e9 / 200:.0%}" == "86%"
 
 
-def test_canvases_are_measured():
+def test_canvases_are_measured(fork_server):
     """Images a second and peak memory of a batch of images, not of canvases."""
     words = [*SMALL.split(), "--batch", 6, "--contenders", "ours", "canvas2", "canvas3"]
-    rows = [line.split("|") for line in run_benchmark("step.py", *words).splitlines()[-2:]]
+    output = fork_server.run_script(BENCHMARKS / "step.py", *words)
+    rows = [line.split("|") for line in output.splitlines() if line.startswith("| canvas")]
     assert [row[1].strip() for row in rows] == ["canvas2", "canvas3"]
     assert all(float(row[2]) > 0 and float(row[5].replace(",", "")) >= 0 for row in rows)
-    command = [sys.executable, str(ROOT / "benchmarks" / "step.py"), *SMALL.split(), "--contenders", "canvas3"]
-    refused = subprocess.run(command, capture_output=True, text=True, cwd=ROOT, timeout=100)
-    assert refused.returncode == 2 and "--batch 2 for canvas3: give a multiple of 3" in refused.stderr
+    refused = fork_server.run_script(BENCHMARKS / "step.py", *SMALL.split(), "--contenders", "canvas3", code=2)
+    assert "--batch 2 for canvas3: give a multiple of 3" in refused
 
 
-def test_a_version_equals_itself():
+def test_a_version_equals_itself(fork_server):
     """The losses of two processes with the same version are equal, step by step."""
-    precision, old, new, ratio, difference = table_row(
-        run_benchmark("compare_versions.py", "--old", ROOT, "--new", ROOT, *SMALL.split())
-    )
+    words = ("--old", BENCHMARKS.parent, "--new", BENCHMARKS.parent, *SMALL.split())
+    output = fork_server.run_script(BENCHMARKS / "compare_versions.py", *words)
+    precision, old, new, ratio, difference = table_row(output)
     assert precision == "float32" and min(float(old), float(new), float(ratio)) > 0 and difference == "0"
 
 
@@ -178,7 +170,7 @@ def test_segmentation_takes_up_results_of_the_same_settings_alone(
     assert num_computed("--seeds", 1, "--lrs", 0.3) == (2, False)
 
 
-def test_the_picture_shows_a_run_and_its_study(tmp_path):
+def test_the_picture_shows_a_run_and_its_study(fork_server, tmp_path):
     """The picture has the size that the README shows, and curves in both halves."""
     (tmp_path / "metrics.csv").write_text("step,loss\n" + "".join(f"{step},{1 / (step + 1)}\n" for step in range(40)))
     trials = [
@@ -188,7 +180,8 @@ def test_the_picture_shows_a_run_and_its_study(tmp_path):
         for seed, value in enumerate(values)
     ]
     write_trials(tmp_path / "results.csv", trials)
-    run_benchmark("fashion_picture.py", "--run", tmp_path, "--study", tmp_path, "--out", tmp_path / "picture.png")
+    words = ("--run", tmp_path, "--study", tmp_path, "--out", tmp_path / "picture.png")
+    fork_server.run_script(BENCHMARKS / "fashion_picture.py", *words)
     picture = Image.open(tmp_path / "picture.png").convert("RGB")
     assert picture.size == (1100, 418)
     blue, orange = (31, 119, 180), (255, 127, 14)  # the first two colors of lines

@@ -5,8 +5,6 @@ import math
 import os
 import re
 import shlex
-import subprocess
-import sys
 from collections import Counter
 from dataclasses import replace
 from pathlib import Path
@@ -283,14 +281,11 @@ def test_wrong_input_is_refused(corpus):
             check_images(source, workers=0, images_per_second=rate)
 
 
-def test_the_benchmark_runs(tmp_path):
+def test_the_benchmark_runs(fork_server, tmp_path):
     """Everything is measured, printed and written; no figure is held to a goal in a smoke run."""
     pytest.importorskip("sklearn", reason="the photographs are scikit-learn's")
     out = tmp_path / "loading.json"
-    words = [sys.executable, str(ROOT / "benchmarks/loading.py"), "--quick", "--out", str(out)]
-    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
-    done = subprocess.run(words, capture_output=True, text=True, env=environment, timeout=300, check=False)
-    assert done.returncode == 0, done.stderr
+    printed = fork_server.run_script(ROOT / "benchmarks/loading.py", "--quick", "--out", out)
     results = json.loads(out.read_text(encoding="utf-8"))
     assert results.keys() == {"quick", "machine", "decoding", "waiting", "indexing", "memory"} and results["quick"]
     goals = {row["width_px"]: row["goal"] for row in results["decoding"]}
@@ -309,5 +304,5 @@ def test_the_benchmark_runs(tmp_path):
     assert memory["mib"].keys() == memory["growth_percent"].keys() == memory["growth_error_percent"].keys()
     for looks in memory["mib"].values():
         assert len(looks) == len(memory["samples"]) == 3 and min(looks) > 0
-    lines = done.stdout.strip().splitlines()
+    lines = [line for line in printed.splitlines() if not line.startswith("measuring ")]
     assert len(lines) == 2 + 6 + 6 + 2 + 3 and all(line.count("|") == 6 for line in lines), "a Markdown table"

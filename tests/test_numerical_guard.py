@@ -2,15 +2,13 @@
 
 import copy
 import math
-import os
 import shutil
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
 import pytorch_lightning as pl
 import torch
+from fork_server import finish
 from PIL import Image
 from short_runs import BATCH, STEPS, Recorder, equal, files_of_step, listed, lose, metrics, train
 
@@ -18,8 +16,6 @@ import simmim.pretrain.module
 from simmim.data import find_images
 from simmim.training.numerical_guard import NumericalGuard, describe_spike, drop_gradients
 from simmim.training.optim import Schedule
-
-ROOT = Path(__file__).resolve().parent.parent
 
 
 @pytest.fixture(scope="module")
@@ -248,7 +244,7 @@ def test_every_kind_of_optimizer_passes_over_dropped_gradients():
 
 
 TWO_PROCESSES = """
-import sys, torch
+import torch
 import pytorch_lightning as pl
 from pathlib import Path
 from simmim.training.numerical_guard import NumericalGuard
@@ -278,7 +274,7 @@ class Module(pl.LightningModule):
     def on_train_end(self):
         torch.save(self.seen, run / f"rank{self.global_rank}.pt")
 
-run = Path(sys.argv[1])
+run = Path("RUN")
 torch.set_num_threads(1)
 pl.seed_everything(0)
 guard = NumericalGuard(run)
@@ -289,12 +285,9 @@ trainer.fit(Module(), datamodule=Data())
 """
 
 
-def test_two_processes_decide_alike(tmp_path):
-    environment = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}
-    done = subprocess.run(
-        [sys.executable, "-c", TWO_PROCESSES, str(tmp_path)], capture_output=True, text=True, env=environment, timeout=200
-    )
-    assert done.returncode == 0, done.stderr[-2000:]
+def test_two_processes_decide_alike(fork_server, tmp_path):
+    """Lightning starts the second one."""
+    finish([fork_server.start("--version", prelude=TWO_PROCESSES.replace("RUN", str(tmp_path)))])
     first, second = (torch.load(tmp_path / f"rank{rank}.pt", weights_only=True) for rank in (0, 1))
     assert len(first) == 8 and all(torch.equal(ours, theirs) for ours, theirs in zip(first, second))
     assert [torch.equal(first[step], first[step - 1]) for step in range(1, 8)] == [step == 3 for step in range(1, 8)]

@@ -173,9 +173,9 @@ def test_one_file_of_the_encoders_own_weights(exported, dynamic):
 @pytest.mark.parametrize(
     "preset, window, side, dynamic",
     [
-        ("tiny", 8, 256, False),
-        ("tiny", 16, 256, True),
-        ("base", 12, 192, False),
+        ("small", 6, 96, False),
+        ("tiny", 8, 128, True),
+        ("micro", 16, 256, False),
         ("micro", 8, 128, True),
         ("nano", 4, 64, True),
     ],

@@ -1,5 +1,7 @@
 """Sequential attention and activation checkpoints: the same results, and what they leave in memory, in bytes of tensors."""
 
+from functools import lru_cache
+
 import pytest
 import torch
 from memory import LiveBytes
@@ -41,6 +43,13 @@ def run(config, images, half=False, **switches):
     loss.backward()
     gradients = {name: parameter.grad for name, parameter in encoder.named_parameters()}
     return {"features": output.features.detach(), "images": images.grad, **gradients}
+
+
+@lru_cache
+def run_plainly(config, size, dtype, half=False, in_float64=False):
+    """`run` without switches, on three images drawn in `dtype`; once for all tests that compare with it."""
+    images = random_images(3, 3, *size, dtype=dtype)
+    return run(config, images.double() if in_float64 else images, half)
 
 
 def assert_equal_within(actual, expected, share, exact=None):
@@ -88,8 +97,9 @@ def test_sequential_equals_plain(config, size, switches, precision):
     """Outputs and every gradient."""
     dtype, half, share = PRECISIONS[precision]
     images = random_images(3, 3, *size, dtype=dtype)
-    exact = run(config, images.double()) if dtype == torch.float32 else None
-    assert_equal_within(run(config, images, half, **SWITCHES[switches]), run(config, images, half), share, exact)
+    exact = run_plainly(config, size, torch.float32, in_float64=True) if dtype == torch.float32 else None
+    actual = run(config, images, half, **SWITCHES[switches])
+    assert_equal_within(actual, run_plainly(config, size, dtype, half), share, exact)
 
 
 @pytest.mark.parametrize("precision, share", [("float64", 1e-12), ("float32", 1e-5), ("bfloat16", 0.05)])
@@ -98,7 +108,7 @@ def test_one_head_at_a_time_equals_plain(config, size, precision, share, monkeyp
     """Within what other kernels round differently: in bfloat16 a few last bits of eight, through two blocks."""
     dtype, half, _ = PRECISIONS[precision]
     images = random_images(3, 3, *size, dtype=dtype)
-    plain = run(config, images, half)
+    plain = run_plainly(config, size, dtype, half)
     monkeypatch.setattr(model, "PIECE_LOGITS", 1)
     assert_equal_within(run(config, images, half, **SWITCHES["both"]), plain, share)
 
@@ -107,7 +117,7 @@ def test_one_head_at_a_time_equals_plain(config, size, precision, share, monkeyp
 def test_any_number_of_windows_at_once(at_once):
     config, size = CASES[0]
     images = random_images(3, 3, *size, dtype=torch.float64)
-    assert_equal_within(run(config, images, sequential_attention=at_once), run(config, images), 1e-12)
+    assert_equal_within(run(config, images, sequential_attention=at_once), run_plainly(config, size, torch.float64), 1e-12)
 
 
 def test_switched_at_run_time_and_in_evaluation():
