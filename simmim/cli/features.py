@@ -70,6 +70,8 @@ class CompareOptions:
         column: holds the images, in sources with columns; detected by default.
         label_column: holds the labels; detected by default.
         untrained: compare with the same encoder with random weights, which doubles the time of encoding.
+        scaling: of the pooled features by the training images: none, standardized, whitened; or auto for the one that
+            cross-validation on the training labels chooses. Logistic regression standardizes in any case.
     """
 
     run: str
@@ -86,21 +88,38 @@ class CompareOptions:
     column: str | None = None
     label_column: str | None = None
     untrained: bool = True
+    scaling: str = "none"
+
+
+@dataclass(frozen=True)
+class ProbeOptions(CompareOptions):
+    """As `CompareOptions`.
+
+    Args:
+        head: linear, on the pooled map; attentive, learned queries over the tokens of each stage, which takes longer; or
+            auto for the one that cross-validation on the training labels chooses.
+    """
+
+    head: str = "linear"
 
 
 def run_probe(words: Sequence[str]) -> None:
     """simmim probe"""
-    compare_stages("probe", words, "Linear probe and k-NN of every stage of a frozen encoder, and the best stage.")
+    compare_stages(
+        "probe", ProbeOptions, words, "Linear probe and k-NN of every stage of a frozen encoder, and the best stage."
+    )
 
 
 def run_knn(words: Sequence[str]) -> None:
     """simmim knn"""
-    compare_stages("knn", words, "k-NN of every stage of a frozen encoder, and the best stage; nothing is fitted.")
+    compare_stages(
+        "knn", CompareOptions, words, "k-NN of every stage of a frozen encoder, and the best stage; nothing is fitted."
+    )
 
 
-def compare_stages(method: str, words: Sequence[str], purpose: str) -> None:
+def compare_stages(method: str, kind: type[CompareOptions], words: Sequence[str], purpose: str) -> None:
     """`simmim probe` and `simmim knn`."""
-    options = parse(method, CompareOptions, words, purpose=purpose)
+    options = parse(method, kind, words, purpose=purpose)
     from simmim.checkpoints import read_encoder
     from simmim.evaluate import Comparison, EncoderPass, check_report_file, compare, write_report
     from simmim.training.trainer import device_type
@@ -117,6 +136,8 @@ def compare_stages(method: str, words: Sequence[str], purpose: str) -> None:
         column=options.column,
         label_column=options.label_column,
         untrained=options.untrained,
+        head=getattr(options, "head", "linear"),
+        scaling=options.scaling,
     )
     if options.out:
         check_report_file(options.out)

@@ -5,6 +5,7 @@
 joins all of it. Functions take and return values; only `write_…` functions write files.
 """
 
+from simmim.evaluate.attentive import Tokens, attentive_probe
 from simmim.evaluate.embeddings import (
     EmbeddedBatch,
     Embeddings,
@@ -30,12 +31,14 @@ from simmim.evaluate.probe import (
     linear_probe,
 )
 from simmim.evaluate.report import Comparison, Report, check_report_file, compare, write_report
+from simmim.evaluate.scaling import SCALINGS, scaled_split, scaling_named
 from simmim.evaluate.scores import FeatureScore, FeatureScores, score_features, scores_table
 from simmim.evaluate.untrained import score_untrained, untrained_encoder
 from simmim.evaluate.verdict import verdict
 
 __all__ = [
     "DEFAULT_STRENGTH",
+    "SCALINGS",
     "STRENGTHS",
     "AnyFeature",
     "Comparison",
@@ -53,9 +56,11 @@ __all__ = [
     "ProbeResult",
     "Report",
     "Split",
+    "Tokens",
     "ViewBatch",
     "WrittenEmbeddings",
     "all_features",
+    "attentive_probe",
     "check_any_readable",
     "check_report_file",
     "check_scikit_learn",
@@ -72,6 +77,8 @@ __all__ = [
     "load_views",
     "pool_draws",
     "record_unreadable",
+    "scaled_split",
+    "scaling_named",
     "score_features",
     "score_untrained",
     "scores_table",

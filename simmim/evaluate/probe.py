@@ -78,11 +78,36 @@ def linear_probe(
         ValueError: for vectors that are no finite matrix, of different D, or that do not match their labels; fewer than
             two classes; scikit-learn not installed.
     """
+    return fit_and_test(train, train_labels, test, test_labels, seed, logistic_fits, STRENGTHS, np.float64)
+
+
+Fits = Callable[[np.ndarray, np.ndarray, Sequence[float]], Iterator[tuple[Callable[[np.ndarray], np.ndarray], bool]]]
+
+
+def fit_and_test(
+    train: np.ndarray,
+    train_labels: Sequence[int] | np.ndarray,
+    test: np.ndarray,
+    test_labels: Sequence[int] | np.ndarray,
+    seed: int,
+    fits: Fits,
+    strengths: Sequence[float],
+    dtype: type,
+) -> ProbeResult:
+    """A classifier of the strength that cross-validation on `train` chooses, as `linear_probe` describes.
+
+    Args:
+        fits: from vectors, labels and strengths in ascending order to classifiers, as `logistic_fits`.
+        dtype: of the vectors that it takes.
+
+    Raises:
+        ValueError: as `linear_probe`.
+    """
     check_scikit_learn()
     from sklearn.model_selection import StratifiedKFold
 
-    train, train_labels = validate_labeled_vectors(train, train_labels, "train", np.float64)
-    test, test_labels = validate_labeled_vectors(test, test_labels, "test", np.float64)
+    train, train_labels = validate_labeled_vectors(train, train_labels, "train", dtype)
+    test, test_labels = validate_labeled_vectors(test, test_labels, "test", dtype)
     check_same_dim(train, test)
     classes, counts = np.unique(train_labels, return_counts=True)
     if len(classes) < 2:
@@ -94,12 +119,12 @@ def linear_probe(
     if folds:
         accuracies = []
         for fitted, held_out in StratifiedKFold(folds, shuffle=True, random_state=seed).split(train, train_labels):
-            fits = logistic_fits(train[fitted], train_labels[fitted], STRENGTHS)
-            accuracies.append([np.mean(predict(train[held_out]) == train_labels[held_out]) for predict, _ in fits])
+            found = fits(train[fitted], train_labels[fitted], strengths)
+            accuracies.append([np.mean(predict(train[held_out]) == train_labels[held_out]) for predict, _ in found])
         means, stds = np.mean(accuracies, axis=0), np.std(accuracies, axis=0)
-        table = tuple(CrossValidated(*map(float, row)) for row in zip(STRENGTHS, means, stds))
+        table = tuple(CrossValidated(*map(float, row)) for row in zip(strengths, means, stds))
         c = max(table, key=lambda row: row.mean).c  # the first of equals
-    ((predict, converged),) = logistic_fits(train, train_labels, (c,))
+    ((predict, converged),) = fits(train, train_labels, (c,))
     predictions = predict(test)
     return ProbeResult(float(np.mean(predictions == test_labels)), c, predictions, table, folds, converged)
 

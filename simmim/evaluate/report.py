@@ -12,15 +12,19 @@ from tqdm import tqdm
 
 from simmim.checkpoints.checkpoint import SavedEncoder
 from simmim.data import LabeledSource, open_labeled_source
-from simmim.encoders.base import Encoder
+from simmim.encoders.base import Encoder, EncoderConfig, Size
+from simmim.encoders.heads import HEADS
+from simmim.evaluate.attentive import Tokens
 from simmim.evaluate.embeddings import DEFAULT_PASS, EncoderPass
 from simmim.evaluate.features import AnyFeature, Pixels, select_features
 from simmim.evaluate.labeled import Draw, draw_labels, embed_pools, pool_draws, unreadable_images
 from simmim.evaluate.neighbors import check_knn_settings
 from simmim.evaluate.probe import check_scikit_learn
+from simmim.evaluate.scaling import SCALINGS, scaled_split
 from simmim.evaluate.scores import METHODS, FeatureScores, best_score, estimate, mean_scores, score_features, scores_table
 from simmim.evaluate.untrained import score_untrained, untrained_encoder
 from simmim.files import atomic_write
+from simmim.messages import did_you_mean
 
 SUFFIXES = (".json", ".csv", ".md")
 
@@ -39,6 +43,9 @@ class Comparison:
         k, temperature: as of `knn_predict`.
         column, label_column: names of the columns with image and label; found by default.
         untrained: compare with the same encoder with random weights, too.
+        head: of the probe: linear, on pooled features; attentive, on the tokens of each stage; auto for both, of which
+            cross-validation on the training labels chooses.
+        scaling: one of `SCALINGS` for the pooled features; auto for all, of which cross-validation chooses.
 
     Raises:
         ValueError: for values out of range.
@@ -56,6 +63,8 @@ class Comparison:
     column: str | None = None
     label_column: str | None = None
     untrained: bool = True
+    head: str = "linear"
+    scaling: str = "none"
 
     def __post_init__(self) -> None:
         if self.method not in METHODS:
@@ -67,6 +76,28 @@ class Comparison:
         if self.labels_per_class is not None and self.labels_per_class < 1:
             raise ValueError(f"labels_per_class is {self.labels_per_class}: give 1 or more, or leave it out for all")
         check_knn_settings(self.k, self.temperature)
+        for name, known in (("head", (*HEADS, "auto")), ("scaling", (*SCALINGS, "auto"))):
+            if getattr(self, name) not in known:
+                raise ValueError(f"unknown {name} {getattr(self, name)!r}{did_you_mean(getattr(self, name), known)}")
+        if self.head != "linear" and self.method == "knn":
+            raise ValueError(f"head is {self.head}: k-NN fits nothing, so leave it out or use the method probe")
+
+    @property
+    def scalings(self) -> tuple[str, ...]:
+        """The scalings to compare. The probe standardizes in any case."""
+        if self.scaling != "auto":
+            return (self.scaling,)
+        return SCALINGS if self.method == "knn" else tuple(name for name in SCALINGS if name != "standardized")
+
+    def features(self, config: EncoderConfig, image_size: Size) -> tuple[AnyFeature, ...]:
+        """The features of an encoder that are compared.
+
+        Raises:
+            ValueError: as `select_features`.
+        """
+        pooled = select_features(config, image_size, self.stage, self.pooling)
+        tokens = (Tokens(image_size, stage) for stage in dict.fromkeys(feature.stage for feature in pooled))
+        return (*(pooled if self.head != "attentive" else ()), *(tokens if self.head != "linear" else ()))
 
 
 @dataclass(frozen=True)
@@ -153,10 +184,8 @@ def compare(saved: SavedEncoder, comparison: Comparison, options: EncoderPass = 
         check_scikit_learn()
     config, preprocessing = saved.encoder.config, saved.preprocessing
     pixels = Pixels(preprocessing.image_size)
-    features: tuple[AnyFeature, ...] = (
-        *select_features(config, preprocessing.image_size, comparison.stage, comparison.pooling),
-        pixels,
-    )
+    features = (*comparison.features(config, preprocessing.image_size), pixels)
+    attentive = {feature.name: feature.channels(config) for feature in features if isinstance(feature, Tokens)}
     source = open_labeled_source(comparison.data, comparison.column, comparison.label_column)
     draws = draw_all(source, comparison)
     pools = pool_draws(source, draws)
@@ -169,15 +198,22 @@ def compare(saved: SavedEncoder, comparison: Comparison, options: EncoderPass = 
             embed_pools(encoder, preprocessing, pools, chosen, options, bar.update) for encoder, chosen in passes
         ]
     scores, counts = [], []
-    with tqdm(total=len(draws) * len(features), desc=comparison.method, unit="fit", disable=quiet) as bar:
+    num_fits = len(attentive) + 1 + (len(features) - 1 - len(attentive)) * len(comparison.scalings)
+    with tqdm(total=len(draws) * num_fits, desc=comparison.method, unit="fit", disable=quiet) as bar:
         for draw in draws:
-            split, how = pools.split(draw, embedded), (comparison.method, comparison.k, comparison.temperature)
+            how = (comparison.method, comparison.k, comparison.temperature)
+            split = scaled_split(pools.split(draw, embedded), comparison.scalings, (*attentive, pixels.name))
             found = score_features(
-                split, *how, progress=lambda row: bar.update(), baseline=pixels.name, device=options.device
+                split,
+                *how,
+                progress=lambda row: bar.update(),
+                baseline=pixels.name,
+                device=options.device,
+                attentive=attentive,
             )
             if untrained:
-                random = pools.split(draw, untrained[0])
-                found = replace(found, untrained=score_untrained(random, *how, device=options.device))
+                random = scaled_split(pools.split(draw, untrained[0]), comparison.scalings, tuple(attentive))
+                found = replace(found, untrained=score_untrained(random, *how, options.device, attentive))
             scores.append(found)
             counts.append((len(split.train_labels), len(split.test_labels)))
     return Report(

@@ -6,13 +6,15 @@ Shape letters: T images to train on, N to test with, D values of a feature vecto
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from types import MappingProxyType
 from typing import NamedTuple
 
 import numpy as np
 import torch
 
+from simmim.evaluate.attentive import attentive_probe, mean_token
 from simmim.evaluate.labeled import Split
 from simmim.evaluate.neighbors import held_out_knn_accuracy, knn_accuracy
 from simmim.evaluate.probe import linear_probe
@@ -78,6 +80,7 @@ def score_features(
     progress: Callable[[FeatureScore], object] | None = None,
     baseline: str | None = None,
     device: str | torch.device = "cpu",
+    attentive: Mapping[str, int] = MappingProxyType({}),
 ) -> FeatureScores:
     """The accuracies of several features, and the best of them.
 
@@ -89,6 +92,7 @@ def score_features(
         k, temperature, device: as of `knn_predict`.
         progress: called with each row when it is computed.
         baseline: name of a feature to compare with, which is never the best.
+        attentive: channels by name of the features that are `Tokens`: their probe is attentive, and k-NN is by their mean.
 
     Raises:
         ValueError: when training and test vectors are of different features, for an unknown method, and as `knn_predict`
@@ -103,12 +107,17 @@ def score_features(
     for name in split.train:
         train, train_labels = split.train[name], split.train_labels
         test, test_labels = split.test[name], split.test_labels
-        knn = knn_accuracy(train, train_labels, test, test_labels, k, temperature, device=device)
+        channels = attentive.get(name)
+        pooled = (train, test) if channels is None else (mean_token(train, channels), mean_token(test, channels))
+        knn = knn_accuracy(pooled[0], train_labels, pooled[1], test_labels, k, temperature, device=device)
         if method == "probe":
-            probe = linear_probe(train, train_labels, test, test_labels, split.seed)
+            if channels is None:
+                probe = linear_probe(train, train_labels, test, test_labels, split.seed)
+            else:
+                probe = attentive_probe(train, train_labels, test, test_labels, channels, split.seed)
             row = FeatureScore(name, train.shape[1], knn, probe.accuracy, probe.c, probe.cross_validated, probe.converged)
         else:
-            held_out = held_out_knn_accuracy(train, train_labels, k, temperature, device)
+            held_out = held_out_knn_accuracy(pooled[0], train_labels, k, temperature, device)
             row = FeatureScore(name, train.shape[1], knn, None, None, held_out, True)
         rows.append(row)
         if progress:
@@ -184,7 +193,10 @@ def scores_table(*draws: FeatureScores, num_images: int | None = None) -> str:
     rows = mean_scores(draws) if len(draws) > 1 else list(draws[0].rows)
     best = best_score(rows, baseline) if len(draws) > 1 else draws[0].best
     probed = rows[0].probe is not None
-    columns = ["k-NN", "linear probe", "C", "cross-validated"] if probed else ["k-NN", "held out"]
+    any_attentive = any(row.name.endswith("attentive") for row in rows)
+    columns = (
+        ["k-NN", "probe" if any_attentive else "linear probe", "C", "cross-validated"] if probed else ["k-NN", "held out"]
+    )
     lines = [f"| {' | '.join(['feature', 'values', *columns])} |", "| :--- | ---: |" + " ---: |" * len(columns)]
 
     def percent(row: FeatureScore, field: str) -> str:
@@ -235,7 +247,8 @@ def conclusions(
         return lines
     procedure = "cross-validation" if best.probe is not None else "holding out each in turn"
     lines = [f"Chosen by {procedure} on the training images alone: {best.name}."]
-    classifier = "linear probe" if best.probe is not None else "k-NN"
+    kind = "attentive" if best.name.endswith("attentive") else "linear"
+    classifier = f"{kind} probe" if best.probe is not None else "k-NN"
     others, comparisons = compared_with(best.name, draws), []
     for name, (_, gain) in others.items():
         points = f"{100 * abs(gain.mean):.1f}" + ("" if gain.error is None else f" ± {100 * gain.error:.1f}")
