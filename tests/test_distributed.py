@@ -93,7 +93,7 @@ def test_two_processes_equal_one(start, alone, tmp_path, strategy):
 
 
 @pytest.mark.two_processes
-@pytest.mark.parametrize("first, second", [("ddp", None), ("fsdp", None), (None, "fsdp"), ("fsdp", "ddp")])
+@pytest.mark.parametrize("first, second", [("ddp", "fsdp"), ("fsdp", None), (None, "ddp")])  # each writes and each reads
 def test_checkpoints_move_between_strategies_and_world_sizes(start, alone, tmp_path, first, second):
     """Stopped by a signal to one process, which all obey; taken up by other processes in another way."""
     run = tmp_path / "run"
