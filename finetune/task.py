@@ -6,7 +6,7 @@ from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Protocol
+from typing import TYPE_CHECKING, Any, ClassVar, Protocol
 
 import pytorch_lightning as pl
 
@@ -16,6 +16,9 @@ from simmim.finetune.averaging import AverageWeights
 from simmim.finetune.settings import TransferSettings
 from simmim.training.loggers import LossNames
 from simmim.training.module import TrainingModule
+
+if TYPE_CHECKING:
+    from simmim.checkpoints.export import Exported
 
 ReportLine = Callable[[str], object]  # prints or logs one line of text
 
@@ -96,7 +99,13 @@ class Predictions:
 
 
 class Task(ABC):
-    """One labeled task. It has no state: `prepare` returns all that a run needs."""
+    """One labeled task. It has no state: `prepare` returns all that a run needs.
+
+    Attributes:
+        form: of `simmim export`, which `export` writes; None for a task whose head other libraries do not get.
+    """
+
+    form: ClassVar[str | None] = None
 
     @abstractmethod
     def prepare(self, settings: TransferSettings, device: str, report_line: ReportLine | None = None) -> PreparedTask:
@@ -139,3 +148,18 @@ class Task(ABC):
             ValueError: when `run` holds no model of this task, no image can be read, or `out` exists.
         """
         raise ValueError(f"{type(self).__name__} has no predictions to write: load its model in Python")
+
+    def export(
+        self, run: str | Path, out: str | Path, format: str, image_size: tuple[int, int] | None, license: str | None
+    ) -> Exported:
+        """Write the model in `run`, encoder and head, into the new folder `out`, for others to load.
+
+        Args:
+            format: name of a format.
+            image_size: (height, width) that formats of a fixed size are made for; that of training by default.
+            license: what the model card says; by default what the provenance says, else unknown.
+
+        Raises:
+            ValueError: when `run` holds no model of this task, the format has no place for it, or `out` is in use.
+        """
+        raise ValueError(f"{type(self).__name__} has no form of export of its own: leave --form out")

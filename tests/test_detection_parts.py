@@ -11,6 +11,7 @@ from PIL import Image
 from torch import nn
 from transformers.loss.loss_for_object_detection import generalized_box_iou
 
+from simmim.checkpoints.checkpoint import Preprocessing
 from simmim.data import Picture
 from simmim.encoders.registry import build
 from simmim.encoders.swinv2 import SwinV2Config
@@ -20,8 +21,11 @@ from simmim.finetune.detection.inference import find_boxes, is_cut
 from simmim.finetune.detection.labels.scenes import Objects
 from simmim.finetune.detection.losses import centerness, focal_loss, inside_any, sum_losses
 from simmim.finetune.detection.model import Detector, HeadShape
+from simmim.finetune.detection.module import DetectionFinetuning
+from simmim.finetune.detection.onnx import export_onnx
 from simmim.finetune.detection.pyramid import Predictions, PyramidHead, grid_points
 from simmim.finetune.detection.views import RandomBoxes, Targets, WholeImage, crop_objects, mirror
+from simmim.finetune.settings import OptimSettings
 
 
 def random_boxes(count, side=100.0, seed=0):
@@ -197,7 +201,8 @@ def test_losses_and_gradients_are_finite_without_objects(boxes):
 
 
 @pytest.mark.parametrize("num_stages, channels, num_above", [(1, 1, 0), (2, 4, 1), (3, 10, 0), (5, 3, 1)])
-def test_any_number_of_stages_channels_and_odd_sizes(num_stages, channels, num_above):
+def test_any_number_of_stages_channels_and_odd_sizes(num_stages, channels, num_above, tmp_path):
+    """Gradients, boxes inside the image, and the ONNX file."""
     torch.manual_seed(0)
     config = SwinV2Config(16, (1,) * num_stages, (1, 2, 2, 4, 4)[:num_stages], window_size=4, in_channels=channels)
     model = Detector(build(config), 3, HeadShape(16, 1, num_above))
@@ -208,6 +213,7 @@ def test_any_number_of_stages_channels_and_odd_sizes(num_stages, channels, num_a
     for name, parameter in model.named_parameters():
         assert parameter.grad is not None and parameter.grad.isfinite().all(), name
     model.eval()
+    assert export_onnx(model, tmp_path / "model.onnx", (37, 51)) < 0.01
     for one in find_boxes(model, torch.randn(1, channels, 37, 51), (32, 32)):
         assert (one.boxes >= 0).all() and (one.boxes[:, 2] <= 51).all() and (one.boxes[:, 3] <= 37).all()
         assert len(one.boxes) and (one.scores.diff() <= 0).all()
@@ -356,3 +362,54 @@ def test_boxes_cut_by_inner_edges_alone_are_left_out():
     assert is_cut(boxes, (0, 0), (64, 64), (64, 100)).tolist() == [False, True, False, False, False]
     assert is_cut(boxes, (0, 36), (64, 64), (64, 100)).tolist() == [True, False, False, False, False]
     assert is_cut(boxes, (30, 36), (64, 64), (94, 100)).tolist() == [True, False, False, True, False]
+
+
+# --- the step ----------------------------------------------------------------------------------------------------------
+
+
+class Devices:
+    """A trainer of several devices, of which the others have these counts of positive points and images."""
+
+    def __init__(self, *others):
+        self.others, self.world_size, self.strategy = others, 1 + len(others), self
+
+    def reduce(self, values, reduce_op):
+        assert reduce_op == "sum"
+        return values + sum(map(torch.tensor, self.others)) if len(values) == 2 else values * self.world_size
+
+
+@pytest.mark.parametrize("others", [(), ((40.0, 6.0),)])
+def test_the_gradient_of_a_step_is_per_positive_point(others):
+    """Of all parts and devices together, though each part has its own number of them, and one has none."""
+    torch.manual_seed(0)
+    model = Detector(build(SwinV2Config(16, (1,), (1,), window_size=4, in_channels=1)), 2, HeadShape(16, 1))
+    preprocessing = Preprocessing((32, 32), (0.5,), (0.2,))
+    module = DetectionFinetuning(
+        model, preprocessing, ("a", "b"), "auto", lambda step: 0.1, OptimSettings(label_smoothing=0.0)
+    )
+    module.log = module.log_dict = lambda *_, **__: None
+    module._trainer = Devices(*others)
+    images = torch.randint(0, 256, (4, 1, 32, 32), dtype=torch.uint8)
+    targets = [
+        targets_of([[2, 2, 20, 20], [15, 4, 30, 30]], [1, 0]),
+        targets_of([[1, 1, 31, 30]], [1]),
+        targets_of([]),
+        targets_of([]),
+    ]
+    normalized = (images.float() / 255 - 0.5) / 0.2
+    sums = sum_losses(model(normalized), targets)
+    # The gradient is averaged over the devices' images: others, of no gradient here, have their share of the images.
+    num_images = 4 + sum(images for _, images in others)
+    num_positive = sums.num_positive + sum(points for points, _ in others)
+    (sums.total / num_positive * num_images / 4).backward()
+    expected = {name: parameter.grad.clone() for name, parameter in model.named_parameters()}
+    for _ in range(2):  # a second step begins anew
+        model.zero_grad()
+        for first in (0, 2):
+            loss = module.training_step({"image": images[first : first + 2], "objects": targets[first : first + 2]}, 0)
+            (loss / 2).backward()
+        module.on_before_optimizer_step(None)
+        for name, parameter in model.named_parameters():
+            torch.testing.assert_close(parameter.grad, expected[name], rtol=1e-4, atol=1e-6)
+    value = module.training_step({"image": images, "objects": targets}, 0)
+    assert value.item() == pytest.approx((sums.total / sums.num_positive).item(), rel=1e-5)

@@ -19,9 +19,10 @@ from pycocotools.cocoeval import COCOeval
 from simmim import load_encoder
 from simmim.checkpoints.own_files import save_encoder
 from simmim.cli import main
-from simmim.data import open_picture
+from simmim.data import normalize, open_picture
 from simmim.finetune import DetectionSettings, finetune, load_detector
 from simmim.finetune.detection.ap import Judged, average_precision
+from simmim.finetune.detection.inference import trusted
 from simmim.finetune.detection.labels.scenes import read_boxed_scenes
 from simmim.finetune.detection.settings import BoxSettings, HeadSettings
 from simmim.finetune.settings import EncoderSettings, OptimSettings
@@ -263,3 +264,37 @@ def test_what_predict_writes_scores_as_validation_did(box_folder, run, tmp_path,
     assert main(["predict", "--run", str(run), "--images", str(images), "--out", str(out)]) == 2
     words = ["predict", "--run", str(run), "--images", str(images), "--out", str(tmp_path / "bare"), "--overlays", "false"]
     assert main(words) == 0 and not (tmp_path / "bare" / "overlays").exists()
+
+
+def test_an_exported_detector_finds_the_same(box_folder, run, tmp_path, capsys):
+    """As this toolkit's files, and as ONNX by the code of its card, suppression and thresholds included."""
+    for format in ("safetensors", "onnx"):
+        words = ["export", "--run", str(run), "--format", format, "--form", "detector", "--out", str(tmp_path / format)]
+        assert main([*words, "--license", "CC0-1.0"]) == 0
+        card = (tmp_path / format / "README.md").read_text()
+        assert "pipeline_tag: object-detection" in card and "license: CC0-1.0" in card and "- ap: 0." in card
+    saved, own = load_detector(run), load_detector(tmp_path / "safetensors")
+    file = str(box_folder / "images" / "val" / "1-01.png")
+    images = open_picture({"bytes": None, "path": file}, 1).crop((0, 0, 40, 40), (32, 32))[None]
+    [expected], [found] = saved.find(images), own.find(images)
+    assert all(torch.equal(one, other) for one, other in zip(expected, found))
+    assert main(["export", "--run", str(run), "--out", str(tmp_path / "encoder")]) == 0
+    assert (
+        "the detection head is left out: simmim predict reads it from the run, and --form detector"
+        in capsys.readouterr().out
+    )
+    code = re.search(r"```python\n(.*?)```", (tmp_path / "onnx" / "README.md").read_text(), re.S)[1]
+    normalized = normalize(images, saved.preprocessing.mean, saved.preprocessing.std).numpy()
+    place = {"given": normalized}
+    exec(re.sub(r"numpy\.zeros\([^#]*", "given  ", code.replace("FOLDER", str(tmp_path / "onnx"))), place)
+    trusted_boxes = trusted(expected, saved.thresholds)
+    assert len(trusted_boxes.boxes) == 2
+    for number, name in enumerate(CLASSES):
+        chosen = trusted_boxes.classes == number
+        assert [score for _, score in place["found"][name]] == pytest.approx(trusted_boxes.scores[chosen].tolist(), abs=1e-3)
+        for (box, _), wanted in zip(place["found"][name], trusted_boxes.boxes[chosen].tolist()):
+            assert box.clip(0, 32).tolist() == pytest.approx(wanted, abs=0.05)
+    described = json.loads((tmp_path / "onnx" / "detection.json").read_text())
+    assert described["classes"] == list(CLASSES) and described["image_size"] == [32, 32]
+    assert main(["export", "--run", str(run), "--format", "timm", "--form", "detector", "--out", str(tmp_path / "x")]) == 2
+    assert "a detector cannot be exported as 'timm'" in capsys.readouterr().err

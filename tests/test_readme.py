@@ -107,7 +107,7 @@ def write_objects(folder, files):
 
 
 def test_commands_then_python(place, fork_server, monkeypatch):
-    assert run_commands("console", place, monkeypatch) == 24
+    assert run_commands("console", place, monkeypatch) == 25
     assert (place / "grid.png").is_file()
     assert (place / "predictions.csv").is_file()
     blocks = re.findall(r"```python\n(.*?)```", README, re.S)

@@ -10,9 +10,11 @@ from pathlib import Path
 from torch import nn
 
 from simmim.checkpoints.checkpoint import Preprocessing
+from simmim.checkpoints.export import Exported
 from simmim.data.decode import MAX_PIXELS
 from simmim.finetune.detection.ap import check_installed
 from simmim.finetune.detection.defaults import SIDE_FOR_LEVEL_ABOVE_PX, resolve_settings
+from simmim.finetune.detection.export import FORM, export_detector
 from simmim.finetune.detection.labels.base import ReadingOptions
 from simmim.finetune.detection.labels.scenes import BoxedScenes, read_boxed_scenes
 from simmim.finetune.detection.model import (
@@ -41,6 +43,8 @@ LOSS = LossNames("detection", "of classes, boxes and centerness together, per po
 
 class Detection(Task):
     """Boxes around objects."""
+
+    form = FORM
 
     def prepare(self, settings: DetectionSettings, device: str, report_line: ReportLine | None = None) -> PreparedTask:
         """Images with boxes, a pyramid head on the encoder's stages, losses per positive point."""
@@ -88,6 +92,12 @@ class Detection(Task):
         counts = f"{result.count:,} images, {sum(result.boxes.values()):,} boxes, {len(result.unreadable):,} unreadable"
         listed = ", ".join(f"{name} {count:,}" for name, count in result.boxes.items())
         return Predictions(out, result.unreadable, f"{counts}: {out}\nboxes    {listed}")
+
+    def export(
+        self, run: str | Path, out: str | Path, format: str, image_size: tuple[int, int] | None, license: str | None
+    ) -> Exported:
+        """Encoder and head, as this toolkit's own files or as ONNX."""
+        return export_detector(run, out, format, image_size, license)
 
 
 def read_labels(settings: DetectionSettings) -> BoxedScenes:

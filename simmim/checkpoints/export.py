@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
 import shutil
 import tempfile
+from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -59,8 +61,7 @@ def export(
         ValueError: if `out` is in use, a name is unknown, or the format cannot represent the model.
     """
     out = Path(out).expanduser()
-    if out.exists() and (not out.is_dir() or any(out.iterdir())):
-        raise ValueError(f"{str(out)!r} exists and is not empty: give a new folder")
+    check_new(out)
     target = format_named(format)
     preprocessing = replace(checkpoint.preprocessing, image_size=image_size or checkpoint.preprocessing.image_size)
     # The architecture is what was trained, at its own image size; only then comes the size that is asked for.
@@ -73,19 +74,41 @@ def export(
     license = str(checkpoint.provenance.get("license", "unknown"))
     card = model_card(checkpoint, target, form, notes, license)
 
+    with new_folder(out) as temporary:
+        target.write(checkpoint, form, temporary, ExportOptions(license, features, dynamic_size))
+        (temporary / "README.md").write_text(card, encoding="utf-8")
+    code = target.loading_code(checkpoint, form, str(out.resolve()))
+    return Exported(out, form, describe_form(form), notes, code)
+
+
+def check_new(out: Path) -> None:
+    """Refuse a folder that is in use.
+
+    Raises:
+        ValueError: naming it.
+    """
+    if out.exists() and (not out.is_dir() or any(out.iterdir())):
+        raise ValueError(f"{str(out)!r} exists and is not empty: give a new folder")
+
+
+@contextlib.contextmanager
+def new_folder(out: Path) -> Iterator[Path]:
+    """A temporary folder that becomes `out` at the end, whole or not at all.
+
+    Raises:
+        ValueError: as `check_new`.
+    """
+    check_new(out)
     out.parent.mkdir(parents=True, exist_ok=True)
     temporary = Path(tempfile.mkdtemp(prefix=f".{out.name}.", dir=out.parent))
     try:
-        target.write(checkpoint, form, temporary, ExportOptions(license, features, dynamic_size))
-        (temporary / "README.md").write_text(card, encoding="utf-8")
+        yield temporary
         temporary.chmod(0o755)
         if out.is_dir():
             out.rmdir()
         temporary.replace(out)
     finally:
         shutil.rmtree(temporary, ignore_errors=True)
-    code = target.loading_code(checkpoint, form, str(out.resolve()))
-    return Exported(out, form, describe_form(form), notes, code)
 
 
 def choose_form(checkpoint: Checkpoint, format: Format, form: str | None) -> str:

@@ -17,7 +17,8 @@ class ExportOptions:
         run: run folder, or an encoder in any known format.
         out: folder to create.
         format: one of the known formats.
-        form: encoder, classifier, or the name of the method of pre-training for the encoder with the method's own weights
+        form: encoder, classifier, detector (of a run of simmim finetune detection, as safetensors or onnx, where suppression
+            stays outside), or the name of the method of pre-training for the encoder with the method's own weights
             (simmim: mask token and decoder); the format's usual one by default.
         image_size: pixels, one number or height and width, for formats with a fixed size; the size in training by default.
         window_size: in training, for files that do not store it.
@@ -46,24 +47,30 @@ def run_export(words: Sequence[str]) -> None:
     from simmim.checkpoints import read
     from simmim.checkpoints.export import export
     from simmim.defaults import as_size
-
-    exported = export(
-        read(options.run, **window_of(options)),
-        options.format,
-        options.out,
-        options.form,
-        None if options.image_size is None else as_size(options.image_size),
-        options.license,
-        options.features,
-        options.dynamic_size,
-    )
     from simmim.finetune.registry import TASKS, task_named
 
+    size = None if options.image_size is None else as_size(options.image_size)
+    tasks = {name: task_named(name) for name in TASKS}
+    own = next((task for task in tasks.values() if options.form is not None and task.form == options.form), None)
+    if own is not None:
+        exported = own.export(options.run, options.out, options.format, size, options.license)
+    else:
+        exported = export(
+            read(options.run, **window_of(options)),
+            options.format,
+            options.out,
+            options.form,
+            size,
+            options.license,
+            options.features,
+            options.dynamic_size,
+        )
     for note in exported.notes:
         print(f"note: {note}")
-    for task in TASKS:
-        if task_named(task).recognizes(options.run):
-            print(f"note: the {task} head is left out: simmim predict reads it from the run")
+    for name, task in tasks.items():
+        if task is not own and task.recognizes(options.run):
+            exports = f", and --form {task.form} exports it" if task.form else ""
+            print(f"note: the {name} head is left out: simmim predict reads it from the run{exports}")
     print(f"exported the {exported.contents} to {exported.folder}; load it with\n\n{exported.code}")
 
 
