@@ -21,6 +21,7 @@ from simmim.defaults import (
 from simmim.encoders import registry
 from simmim.encoders.base import Encoder, EncoderConfig, with_fields
 from simmim.finetune.settings import EncoderSettings, Settings, TransferSettings
+from simmim.reading import Reading
 from simmim.training.run import KEEP_DECODED_MIB
 from simmim.training.trainer import default_precision
 
@@ -79,20 +80,28 @@ def find_start(
     return Start(encoder, preprocessing, settings, checkpoint, keep_decoded)
 
 
+def find_reading(settings: TransferSettings) -> Reading | None:
+    """How the encoder's images were read; None where that is not known, and for an encoder from scratch.
+
+    Raises:
+        ValueError: as `find_start`.
+    """
+    source = settings.init if settings.init != "none" else settings.encoder.like
+    if source is None:
+        return None
+    checkpoint = read(source, **given_fields(settings.encoder))
+    # This toolkit wrote down how it reads images, once there was more than one way.
+    known = checkpoint.preprocessing.reading is not None or "toolkit" in checkpoint.provenance
+    return checkpoint.preprocessing.reading_or_default if known else None
+
+
 def measure_training_images(settings: TransferSettings, train: datasets.Dataset) -> ImageStatistics:
     """Statistics of the training images, read as the encoder's were where that is known; else as suits them.
 
     Raises:
         ValueError: as `find_start` and `measure_images`.
     """
-    source = settings.init if settings.init != "none" else settings.encoder.like
-    reading = None
-    if source is not None:
-        checkpoint = read(source, **given_fields(settings.encoder))
-        # This toolkit wrote down how it reads images, once there was more than one way.
-        known = checkpoint.preprocessing.reading is not None or "toolkit" in checkpoint.provenance
-        reading = checkpoint.preprocessing.reading_or_default if known else None
-    return measure_for_encoder(train, reading)
+    return measure_for_encoder(train, find_reading(settings))
 
 
 def start_from_preset(settings: Settings, images: ImageStatistics, device: str) -> tuple[Encoder, Preprocessing, Settings]:
@@ -117,7 +126,7 @@ def start_from_checkpoint(
     none the weights are fresh.
 
     Args:
-        images: statistics of the training images, as from `measure_training_images`.
+        images: statistics of the training images, as from `measure_for_encoder`.
     """
     chosen, trained_size = settings.encoder, checkpoint.preprocessing.image_size
     settings = replace(settings, image_size=settings.image_size or plain_size(trained_size))

@@ -81,7 +81,7 @@ class LabeledProbe(pl.Callback):
         self.settings, self.seed, self.preprocessing, self.every_steps = settings, seed, preprocessing, every_steps
         self.channels, self.reading = config.in_channels, EncoderPass(workers=workers)
         self.features, self.pixels = all_features(config, preprocessing.image_size), Pixels(preprocessing.image_size)
-        source = open_labeled_source(settings.data, settings.column, settings.label_column)
+        source = open_labeled_source(settings.data, settings.column, settings.label_column, preprocessing.reading_or_default)
         everything = draw_labels(source, settings.labels_per_class, seed)
         self.drawn = draw_labels(source, settings.labels_per_class, seed, settings.max_images)
         self.counts = [(len(kept.rows), len(all_of.rows)) for kept, all_of in zip(self.drawn[1:], everything[1:])]

@@ -27,7 +27,7 @@ def reconstruct(run: str | Path, images: str | Path, out: str | Path, count: int
     if count < 1:
         raise ValueError(f"count is {count}: give 1 or more")
     model, settings = load_pretrained(run)
-    source = open_images(images)
+    source = open_images(images, reading=settings.data.reading)
     view = CenterView(settings.size)
     order = random.Random(seed).sample(range(len(source)), len(source))
     pixels, first_error = [], None

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import colorsys
 from collections.abc import Sequence
 
 import torch
@@ -25,7 +26,7 @@ def reconstruction_panels(
         mask: (B, H, W) bool at patch resolution, True = masked.
 
     Returns:
-        (B, 4, 3, height, width). One channel is shown as gray; of more than three, the first three.
+        (B, 4, 3, height, width). One channel is shown as gray; two and more than three are a composite of colors.
     """
     means, stds = (images.new_tensor(list(values)).view(-1, 1, 1) for values in (mean, std))
     images, prediction = ((pixels.float() * stds + means).clamp(0, 1) for pixels in (images, prediction))
@@ -34,7 +35,20 @@ def reconstruction_panels(
     hidden = mask.repeat_interleave(scale, 1).repeat_interleave(scale, 2)[:, None, :height, :width]
     masked = images.masked_fill(hidden, MASK_GRAY)
     panels = torch.stack([images, masked, torch.where(hidden, prediction, images), prediction], dim=1)
-    return panels.expand(-1, -1, 3, -1, -1) if panels.shape[2] == 1 else panels[:, :, :3]
+    return as_color(panels)
+
+
+def as_color(pixels: Tensor) -> Tensor:
+    """Pixels of any number of channels as colors, (…, channels, height, width) in [0, 1] to (…, 3, height, width).
+
+    One channel is gray and three are red, green and blue. Of other numbers each channel shines in a color of its own, as in
+    pictures of fluorescence; the colors are evenly spaced hues.
+    """
+    channels = pixels.shape[-3]
+    if channels in (1, 3):
+        return pixels.expand(*pixels.shape[:-3], 3, *pixels.shape[-2:])
+    colors = pixels.new_tensor([colorsys.hsv_to_rgb(channel / channels, 1.0, 1.0) for channel in range(channels)])
+    return torch.einsum("...chw,ck->...khw", pixels, colors).clamp(max=1)
 
 
 def reconstruction_grid(

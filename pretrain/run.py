@@ -19,7 +19,6 @@ from simmim.checkpoints.weight_files import read_torch_file
 from simmim.data import (
     CenterView,
     ImageSamples,
-    ImageStatistics,
     RandomView,
     Source,
     StreamedSamples,
@@ -39,6 +38,7 @@ from simmim.pretrain.reconstructions import Reconstructions
 from simmim.pretrain.resolve import resolve_settings
 from simmim.pretrain.settings import DataSettings, OptimSettings, PretrainSettings, ProbeSettings, settings_class
 from simmim.pretrain.validation import HeldOutLoss, default_steps_between, trend
+from simmim.reading import AUTO, Reading
 from simmim.training.activations import ActivationMonitor
 from simmim.training.loggers import LossNames
 from simmim.training.run import KEEP_DECODED_MIB, TrainingRun, check_before_start, run_training
@@ -203,14 +203,17 @@ def encoder_export(
 
 def resolve_run(settings: PretrainSettings) -> Resolved:
     """Look at the images, the machine and the encoder to start from, and fill in what the user left open."""
-    data = settings.data
-    source, held_out = open_source(data.path, data.column, data.streaming, data.count), None
-    if data.validation is not None:
-        source, held_out = hold_out(source, data.validation, settings.seed)
     # A run that is resumed no longer needs the encoder it started from, which may be gone.
     has_checkpoint = settings.resume and any(checkpoints_folder(Path(settings.out).expanduser()).glob("*.ckpt"))
     initial = read(settings.init) if settings.init != "none" and not has_checkpoint else None
-    images = measure_source(settings, source, initial, resumes=has_checkpoint)
+    data = settings.data
+    reading = open_reading(settings, initial, resumes=has_checkpoint)
+    source, held_out = open_source(data.path, data.column, data.streaming, data.count, reading), None
+    if data.validation is not None:
+        source, held_out = hold_out(source, data.validation, settings.seed)
+    options = {"channels": data.channels, "max_pixels": data.max_pixels, "num_images": source.num_images}
+    of_initial = data.range == "auto" and initial is not None
+    images = (measure_for_encoder if of_initial else measure_images)(source.head, reading=reading, **options)
     device = device_type()
     keep_decoded = images.decoded_mib <= KEEP_DECODED_MIB and not source.streaming
     # Images that are in memory already are cropped faster than they could be sent between processes.
@@ -225,16 +228,19 @@ def resolve_run(settings: PretrainSettings) -> Resolved:
     return Resolved(settings, source, keep_decoded, initial, held_out)
 
 
-def measure_source(settings: PretrainSettings, source: Source, initial: Checkpoint | None, resumes: bool) -> ImageStatistics:
-    """Statistics of a sample of the images, read as the settings say; where these leave it open, as the run that is resumed
-    reads them, or as the encoder to start from."""
-    data = settings.data
-    reading, options = data.reading, {"max_pixels": data.max_pixels, "num_images": source.num_images}
-    if data.range == "auto" and resumes and (Path(settings.out).expanduser() / CONFIG).is_file():
-        reading = read_settings(settings.out).data.reading
-    elif data.range == "auto" and initial and initial.preprocessing.reading and initial.preprocessing.reading.is_deep:
-        return measure_for_encoder(source.head, initial.preprocessing.reading, channels=data.channels, **options)
-    return measure_images(source.head, data.channels, reading=reading, **options)
+def open_reading(settings: PretrainSettings, initial: Checkpoint | None, resumes: bool) -> Reading:
+    """How files become pictures as the settings say; what they leave open is as in the run that is resumed, or as in the
+    encoder to start from."""
+    reading, known = settings.data.reading, None
+    if resumes and (Path(settings.out).expanduser() / CONFIG).is_file():
+        known = read_settings(settings.out).data.reading
+    elif initial and initial.preprocessing.reading:
+        known = initial.preprocessing.reading
+        known = known if known.is_deep else replace(known, range="auto")
+    if known is None:
+        return reading
+    left_open = {name: value for name, value in vars(known).items() if getattr(reading, name) == getattr(AUTO, name)}
+    return replace(reading, **left_open)
 
 
 def training_samples(resolved: Resolved) -> ImageSamples | StreamedSamples:

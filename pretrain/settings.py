@@ -40,6 +40,12 @@ class DataSettings:
             sample, type takes the range of the files' type, [[low, high], …] gives it. image stretches every image by its
             own smallest and largest value, to 8 bits. 8-bit images stay as they are, unless numbers are given.
         transform: of deep values that span decades: log, sqrt, asinh, or none.
+        pages: of TIFF files with several pages: channels of one image, images, or first, the others unread. By default the
+            metadata of OME, ImageJ and GDAL tell, and files that tell nothing are refused.
+        channel_files: channels are files of their own, and this is the pattern of their names without endings:
+            {well}_s{site}_w{channel}. Files that agree but for {channel} are one image; * stands for what does not matter.
+        channels_used: numbers, from 0, or names of the channels that are used, in this order; all by default.
+        channel_names: of the channels that are used; those in the files by default.
         crop_scale: range of the random crop's share of the image's area.
         crop_ratio: range of the crop's width over height.
         flip: probability of mirroring left and right.
@@ -59,15 +65,20 @@ class DataSettings:
     std: tuple[float, ...] | None = None
     range: tuple[tuple[float, float], ...] | str = "auto"
     transform: str = "none"
+    pages: str | None = None
+    channel_files: str | None = None
+    channels_used: tuple[int | str, ...] | None = None
+    channel_names: tuple[str, ...] = ()
     crop_scale: tuple[float, float] = (0.67, 1.0)
     crop_ratio: tuple[float, float] = (0.75, 1.3333333333333333)
     flip: float = 0.5
 
     # What versions did that had no such setting.
-    earlier: ClassVar[dict[str, Any]] = {"range": "image"}
+    earlier: ClassVar[dict[str, Any]] = {"range": "image", "pages": "first"}
 
     def __post_init__(self) -> None:
-        object.__setattr__(self, "range", self.reading.range)
+        for name, value in vars(self.reading).items():
+            object.__setattr__(self, name, value)
         for name in ("mean", "std", "crop_scale", "crop_ratio"):
             if getattr(self, name) is not None:
                 object.__setattr__(self, name, tuple(getattr(self, name)))
@@ -94,7 +105,7 @@ class DataSettings:
         Raises:
             ValueError: for settings that are none.
         """
-        return Reading(self.range, self.transform)
+        return Reading(self.range, self.transform, self.pages, self.channel_files, self.channels_used, self.channel_names)
 
     def with_reading(self, reading: Reading) -> DataSettings:
         """These settings with all that `reading` settles."""

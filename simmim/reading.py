@@ -12,6 +12,7 @@ from typing import Any
 
 RANGES = ("auto", "type", "image")
 TRANSFORMS = ("none", "log", "sqrt", "asinh")
+PAGES = ("channels", "images", "first")
 Ranges = tuple[tuple[float, float], ...]
 
 
@@ -25,15 +26,32 @@ class Reading:
             they are, deeper ones are scaled by the whole range of their type, to 8 bits. auto is to be settled by
             `simmim.data.measure_images`.
         transform: of shares, for values that span decades: log, sqrt, asinh, or none.
+        pages: of files that hold several: channels or images, or the first alone. None goes by what the file says, and
+            refuses one that says nothing.
+        channel_files: pattern of the names of files that hold one channel each.
+        channels_used: numbers of the channels that are used, from 0, in this order; names are settled by
+            `simmim.data.measure_images`. None for all.
+        channel_names: of the channels that are used; empty where nothing names them.
     """
 
     range: Any = "image"
     transform: str = "none"
+    pages: str | None = "first"
+    channel_files: str | None = None
+    channels_used: tuple[int | str, ...] | None = None
+    channel_names: tuple[str, ...] = ()
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "range", check_range(self.range))
         if self.transform not in TRANSFORMS:
             raise ValueError(f"unknown data.transform {self.transform!r}: give one of {', '.join(TRANSFORMS)}")
+        if self.pages not in (None, *PAGES):
+            raise ValueError(f"unknown data.pages {self.pages!r}: give one of {', '.join(PAGES)}")
+        if self.channels_used is not None:
+            object.__setattr__(self, "channels_used", tuple(self.channels_used))
+            if not self.channels_used or len(set(self.channels_used)) < len(self.channels_used):
+                raise ValueError(f"data.channels_used is {list(self.channels_used)}: give channels, each once")
+        object.__setattr__(self, "channel_names", tuple(map(str, self.channel_names)))
         if self.transform != "none" and self.range == "image":
             raise ValueError("data.transform needs one range for all images: give data.range auto, type, or numbers")
 
@@ -42,11 +60,18 @@ class Reading:
         """Whether crops are float32 shares of the channels' ranges; else they are 8-bit levels."""
         return not isinstance(self.range, str)
 
+    @property
+    def rearranges(self) -> bool:
+        """Whether an image may be another thing than a file."""
+        return self.channel_files is not None or self.pages not in ("first", "channels")
+
     def describe(self) -> str:
-        """The values in a few words: "values 102 to 3890, log"; empty for 8-bit levels."""
+        """The channels and their values in a few words: "values DAPI 102 to 3890, GFP 90 to 700, log"; empty for 8-bit
+        levels of channels without names."""
         if not self.is_deep:
-            return ""
-        ranges = ", ".join(f"{low:.6g} to {high:.6g}" for low, high in self.range)
+            return f"channels {', '.join(self.channel_names)}" if self.channel_names else ""
+        names = self.channel_names or [""] * len(self.range)
+        ranges = ", ".join(f"{name} {low:.6g} to {high:.6g}".strip() for name, (low, high) in zip(names, self.range))
         return f"values {ranges}" + (f", {self.transform}" if self.transform != "none" else "")
 
 
@@ -69,4 +94,4 @@ def check_range(value: Any) -> str | Ranges:
     )
 
 
-AUTO = Reading("auto")
+AUTO = Reading("auto", pages=None)

@@ -148,11 +148,11 @@ def test_eight_bit_images_stay_levels(tmp_path):
     pixels = np.random.default_rng(0).integers(0, 256, (32, 32), dtype=np.uint8)
     for number in range(3):
         Image.fromarray(pixels).save(tmp_path / f"{number}.png")
-    assert measure_images(source_of(tmp_path), reading=AUTO).reading == Reading("image")
+    assert measure_images(source_of(tmp_path), reading=AUTO).reading.range == "image"
     assert measure_images(source_of(tmp_path), reading=Reading("type")).reading == Reading("type")
     Image.fromarray(pixels.astype(np.uint16) * 256).save(tmp_path / "deep.png")
     with pytest.warns(Notice, match=r"^1 of 4 images looked at is deeper than 8 bits"):
-        assert measure_images(source_of(tmp_path), reading=AUTO).reading == Reading("image")
+        assert measure_images(source_of(tmp_path), reading=AUTO).reading.range == "image"
     by_type = (pixels[None] * (256 / 65535) * 255).round()
     np.testing.assert_array_equal(crop_of(tmp_path / "deep.png", Reading("type")), by_type)
     # With a transform or numbers 8-bit images become shares too.

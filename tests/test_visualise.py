@@ -67,11 +67,14 @@ def test_one_channel_is_gray():
     assert (picture[..., :1] == picture).all()
 
 
-def test_of_many_channels_the_first_three():
-    images = torch.rand(1, 5, 8, 8)
+def test_many_channels_are_a_composite():
+    """The first is red, and none is left out."""
+    images = torch.zeros(1, 5, 8, 8)
+    images[0, 0, :4], images[0, 4, 4:] = 0.5, 1.0
     mask = torch.ones(1, 2, 2, dtype=torch.bool)
     panels = reconstruction_panels(images, mask, images, [0.0] * 5, [1.0] * 5)
-    assert torch.equal(panels[0, 0], images[0, :3])
+    red, magenta = panels[0, 0, :, 0, 0], panels[0, 0, :, 7, 0]
+    assert torch.equal(red, torch.tensor([0.5, 0.0, 0.0])) and torch.allclose(magenta, torch.tensor([0.8, 0.0, 1.0]))
 
 
 def cell(picture, row, column, view, size, block=0):

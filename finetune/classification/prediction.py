@@ -45,7 +45,7 @@ def predict(
         raise ValueError(f"{str(out)!r} exists: give a new file")
     encoder_pass = EncoderPass(batch_size, workers, device_type())
     saved = load_classifier(run)
-    source = open_images(images)
+    source = open_images(images, reading=saved.preprocessing.reading_or_default)
     count = 0
     unreadable: dict[str, str] = {}
     with atomic_write(out) as temporary:

@@ -11,7 +11,7 @@ from typing import cast
 from torch import Tensor
 
 from simmim.checkpoints.checkpoint import Checkpoint
-from simmim.data import CenterView, ImageSamples, LabeledImages, RandomView, read_labeled_images
+from simmim.data import CenterView, ImageSamples, LabeledImages, RandomView, measure_for_encoder, read_labeled_images
 from simmim.finetune.classification.balance import BalancedSamples, class_weights
 from simmim.finetune.classification.defaults import resolve_settings
 from simmim.finetune.classification.folds import hold_out_fold
@@ -27,8 +27,9 @@ from simmim.finetune.classification.self_training.prepare import (
     with_unlabeled,
 )
 from simmim.finetune.classification.settings import ClassificationSettings
-from simmim.finetune.start import Start, find_start, measure_training_images
+from simmim.finetune.start import Start, find_reading, find_start
 from simmim.finetune.task import Predictions, PreparedTask, ReportLine, Task
+from simmim.reading import AUTO, Reading
 from simmim.training.loggers import LossNames, log_picture
 
 VALIDATION_BATCH_SIZE = 64
@@ -40,8 +41,9 @@ class Classification(Task):
 
     def prepare(self, settings: ClassificationSettings, device: str, report_line: ReportLine | None = None) -> PreparedTask:
         """Images by class, a head on the encoder, cross entropy."""
-        labels, unlabeled = read_labels(settings), None
-        images = measure_training_images(settings, labels.train)
+        reading = find_reading(settings)
+        labels, unlabeled = read_labels(settings, reading), None
+        images = measure_for_encoder(labels.train, reading)
         if settings.data.unlabeled is not None:
             unlabeled = read_unlabeled(settings, labels, images.reading)
             images = replace(images, decoded_mib=images.decoded_mib + unlabeled.decoded_mib)
@@ -93,15 +95,24 @@ class Classification(Task):
         return Predictions(out, unreadable, f"{count:,} images classified, {len(unreadable):,} unreadable: {out}")
 
 
-def read_labels(settings: ClassificationSettings) -> LabeledImages:
+def read_labels(settings: ClassificationSettings, reading: Reading | None = None) -> LabeledImages:
     """The labeled images; in cross-validation the training images alone, of which a part is held out.
+
+    Args:
+        reading: of the encoder's images, as from `find_reading`.
 
     Raises:
         ValueError: when the labels cannot be read or are too few.
     """
     data = settings.data
     labels = read_labeled_images(
-        data.path, settings.labels_per_class, settings.seed, data.column, data.label_column, data.validation_seed
+        data.path,
+        settings.labels_per_class,
+        settings.seed,
+        data.column,
+        data.label_column,
+        data.validation_seed,
+        reading or AUTO,
     )
     return hold_out_fold(labels, *data.fold, settings.seed) if data.fold else labels
 

@@ -9,7 +9,7 @@ from itertools import product
 import numpy as np
 
 from simmim.checkpoints import read
-from simmim.data import LabeledImages, LabeledSource, available_cores, open_labeled_source
+from simmim.data import LabeledImages, LabeledSource, available_cores, measure_for_encoder, open_labeled_source
 from simmim.finetune.classification.defaults import NO_RAND_AUGMENT, resolve_augmentation
 from simmim.finetune.freezing import frozen_parts
 from simmim.finetune.label_study.arms import Arm, fingerprint_of, scratch_settings
@@ -17,8 +17,9 @@ from simmim.finetune.label_study.report import check_libraries, write_report
 from simmim.finetune.label_study.results import Rates, StudyResult
 from simmim.finetune.label_study.settings import ALL, StudySettings
 from simmim.finetune.label_study.trials import Tuning, run_arms, tuning_cost
-from simmim.finetune.start import Start, find_start, measure_training_images
+from simmim.finetune.start import Start, find_reading, find_start
 from simmim.messages import notify
+from simmim.reading import AUTO
 from simmim.training.run_folder import check_run_folder, locked_run_folder
 from simmim.training.shared_images import pretraining_images, report_shared
 from simmim.training.trainer import device_type
@@ -53,7 +54,7 @@ def prepare_study(settings: StudySettings) -> tuple[StudySettings, list[Arm], di
         ValueError: when the labels or an encoder cannot be read, no number of labels is left, or a run cannot start.
     """
     data = settings.data
-    source = open_labeled_source(data.path, data.column, data.label_column)
+    source = open_labeled_source(data.path, data.column, data.label_column, find_reading(settings) or AUTO)
     validation_seed = validation_seed_of(settings, source)
     images = source.draw(None, settings.seed, validation_seed)
     labels = available_labels(settings, images)
@@ -68,7 +69,7 @@ def prepare_study(settings: StudySettings) -> tuple[StudySettings, list[Arm], di
     judged_alike = replace(settings, data=replace(data, validation_seed=validation_seed))
     arms = build_arms(judged_alike, {name: fingerprint_of(checkpoint.encoder) for name, checkpoint in checkpoints.items()})
     for arm in arms:  # a run that cannot start is an error now, not in the first trial
-        statistics = measure_training_images(arm.settings, images.train)
+        statistics = measure_for_encoder(images.train, find_reading(arm.settings))
         start = find_start(arm.settings, statistics, device)
         frozen_parts(start.encoder, arm.settings.freeze, arm.settings.train_stages)
         tell_what_runs_lack(start)

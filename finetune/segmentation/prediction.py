@@ -79,7 +79,7 @@ def segment(
         raise ValueError(f"{str(out)!r} exists: give a new folder")
     saved, device = load_segmenter(run), device_type()
     saved.model.to(device)
-    source = open_images(images)
+    source = open_images(images, reading=saved.preprocessing.reading_or_default)
     names = output_names([source[row]["image"]["path"] for row in range(len(source))], Path(images))
     unreadable: dict[str, str] = {}
     num_classes = len(saved.scheme.classes)

@@ -12,6 +12,7 @@ from torch import nn
 from tqdm import tqdm
 
 from simmim.checkpoints.checkpoint import Preprocessing
+from simmim.data import measure_for_encoder
 from simmim.data.decode import MAX_PIXELS
 from simmim.data.label_maps import ClassScheme, LabeledScenes, read_labeled_scenes
 from simmim.finetune.segmentation.defaults import resolve_settings
@@ -29,7 +30,7 @@ from simmim.finetune.segmentation.prediction import segment
 from simmim.finetune.segmentation.report import LogLabelMaps, closing_text, report_validation
 from simmim.finetune.segmentation.settings import SceneSettings, SegmentationSettings
 from simmim.finetune.segmentation.views import RandomScene, SceneSamples, WholeScene, scaled_size
-from simmim.finetune.start import Start, find_start, measure_training_images
+from simmim.finetune.start import Start, find_reading, find_start
 from simmim.finetune.task import Predictions, PreparedTask, ReportLine, Task
 from simmim.training.loggers import LossNames
 
@@ -44,7 +45,7 @@ class Segmentation(Task):
     def prepare(self, settings: SegmentationSettings, device: str, report_line: ReportLine | None = None) -> PreparedTask:
         """Images with label maps, UPerNet on the encoder's stages, cross entropy over pixels."""
         labels = read_labels(settings)
-        start = find_start(settings, measure_training_images(settings, labels.train), device, report_line)
+        start = find_start(settings, measure_for_encoder(labels.train, find_reading(settings)), device, report_line)
         config, scheme = start.encoder.config, labels.scheme
         settings, reasons = resolve_settings(start.settings, labels, config.is_small, device)  # type: ignore[arg-type]
         data = settings.data

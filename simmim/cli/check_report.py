@@ -73,7 +73,7 @@ def suggested_command(report: CheckReport) -> str:
     return (
         f"simmim pretrain --data {shlex.quote(report.path)} --out runs/first --preset {suggestion.preset} "
         f"--image-size {suggestion.image_size_px}"
-    )
+    ) + "".join(f" {shlex.quote(word)}" for word in report.flags)
 
 
 def values_text(report: CheckReport) -> list[str]:
@@ -89,7 +89,8 @@ def values_text(report: CheckReport) -> list[str]:
             notes.append("dead: all values alike")
         elif histogram[-1] > SATURATED:
             notes.append(f"saturated: {histogram[-1]:.0%} at the upper end")
-        lines.append("  ".join([f"  {channel}  {low:,.6g} to {high:,.6g}", drawn, *notes]))
+        name = report.channel_names[channel] if report.channel_names else str(channel)
+        lines.append("  ".join([f"  {name}  {low:,.6g} to {high:,.6g}", drawn, *notes]))
     return lines
 
 

@@ -19,10 +19,18 @@ class CheckDataOptions:
         images_per_second: throughput of the model, for the number of loading processes that keep up with it.
         workers: reading processes; by default one per core.
         json: print JSON and nothing else.
+        range: of deep values, as data.range of pretrain.
+        pages: as data.pages of pretrain.
+        channel_files: as data.channel_files of pretrain.
+        channels_used: as data.channels_used of pretrain.
     """
 
     path: str
     column: str | None = None
+    range: tuple[tuple[float, float], ...] | str = "auto"
+    pages: str | None = None
+    channel_files: str | None = None
+    channels_used: tuple[int | str, ...] | None = None
     images_per_second: float | None = None
     workers: int | None = None
     json: bool = False
@@ -35,15 +43,20 @@ def run_check_data(words: Sequence[str]) -> int:
     from simmim.data import available_cores, open_images
     from simmim.data.check import check_images
     from simmim.data.label_map_sources import note_on_label_maps
+    from simmim.reading import Reading
     from simmim.training.trainer import device_type
 
+    reading = Reading(
+        options.range, pages=options.pages, channel_files=options.channel_files, channels_used=options.channels_used
+    )
     report = check_images(
-        open_images(options.path, options.column),
+        open_images(options.path, options.column, reading),
         workers=available_cores() if options.workers is None else options.workers,
         path=options.path,
         device=device_type(),
         images_per_second=options.images_per_second,
         progress=not options.json,
+        reading=reading,
     )
     print(as_json(report) if options.json else render(report))
     note = note_on_label_maps(options.path)

@@ -6,18 +6,19 @@ they come: besides the unreadable images' names, some tens of bytes per image ar
 
 from __future__ import annotations
 
+import json
 import math
 import random
 import time
 from collections import Counter
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 from torch import Tensor
 
-from simmim.data.decode import MAX_PIXELS, STRETCHED, open_picture
+from simmim.data.decode import MAX_PIXELS, open_picture
 from simmim.data.duplicates import find_duplicates, list_groups
 from simmim.data.image_statistics import ImageStatistics, measure_images
 from simmim.data.inspection import RowTallies, Tally, process_rows
@@ -57,6 +58,8 @@ class CheckReport:
             ones first; these and all that follows count
             readable images only.
         channels: of a model of these images by default; None if a problem leaves that open.
+        channel_names: of the channels, where they are named.
+        flags: settings of pre-training by which the images were read, as words of its command.
         ranges: (low, high) of each channel of images deeper than 8 bits, as pre-training would take them; empty for others.
         histograms, missing: as of `ImageStatistics`.
         short_sides_px: images by the length of their shorter side; the keys are the buckets' smallest lengths.
@@ -79,6 +82,8 @@ class CheckReport:
     formats: dict[str, int]
     modes: dict[str, int]
     channels: int | None
+    channel_names: tuple[str, ...]
+    flags: tuple[str, ...]
     ranges: tuple[tuple[float, float], ...]
     histograms: tuple[tuple[float, ...], ...]
     missing: tuple[float, ...]
@@ -130,16 +135,15 @@ def check_images(
     if not len(source):
         raise ValueError(f"{path!r} holds no images")
     measured, problem = measure_source(source, max_pixels, reading)
-    channels, reading = (measured.channels, measured.reading) if measured else (None, STRETCHED)
-    tally, sizes = tally_images(RowTallies(source, *(how := (channels, max_pixels, reading))), workers, progress)
+    how = how_to_open(measured, max_pixels, reading)
+    tally, sizes = tally_images(RowTallies(source, *how), workers, progress)
     readable = np.ones(len(source), dtype=bool)
     readable[tally.unreadable_rows] = False
     groups = find_duplicates(source, np.where(readable, sizes, 0), workers, progress)
     median_px = median_of(tally.short_sides)
     suggestion, rate = None, None
     if readable.any():
-        side_px = default_image_size(median_px)
-        suggestion = Suggestion(side_px, default_preset(side_px, device))
+        suggestion = Suggestion(side_px := default_image_size(median_px), default_preset(side_px, device))
         rate = measure_loading_rate(source, np.flatnonzero(readable), RandomView((side_px, side_px)), how)
     return CheckReport(
         path=path,
@@ -148,6 +152,7 @@ def check_images(
         formats=frequent_first(tally.formats),
         modes=frequent_first(tally.modes),
         **channel_fields(measured),
+        flags=reading_flags(reading),
         short_sides_px=histogram(tally.short_sides),
         short_side_px=median_px,
         oriented=tally.oriented,
@@ -163,17 +168,34 @@ def check_images(
     )
 
 
+def how_to_open(measured: ImageStatistics | None, max_pixels: int, reading: Reading) -> tuple[int | None, int, Reading]:
+    """`open_picture`'s arguments but for the record; where images do not go together, each is read by its own values."""
+    if measured is None:
+        return None, max_pixels, replace(reading, range="image", transform="none")
+    return measured.channels, max_pixels, measured.reading
+
+
 def channel_fields(measured: ImageStatistics | None) -> dict[str, Any]:
     """What a report says of the channels and their values."""
     if measured is None:
-        return {"channels": None, "ranges": (), "histograms": (), "missing": ()}
+        return {"channels": None, "channel_names": (), "ranges": (), "histograms": (), "missing": ()}
     ranges = measured.reading.range if measured.reading.is_deep else ()
     return {
         "channels": measured.channels,
+        "channel_names": measured.reading.channel_names,
         "ranges": ranges,
         "histograms": measured.histograms,
         "missing": measured.missing,
     }
+
+
+def reading_flags(reading: Reading) -> tuple[str, ...]:
+    """The words of `simmim pretrain` that read files so."""
+    flags: list[str] = []
+    for name, value in vars(reading).items():
+        if value != getattr(AUTO, name):
+            flags += [f"--data.{name}", value if isinstance(value, str) else json.dumps(value)]
+    return tuple(flags)
 
 
 def check_options(workers: int, images_per_second: float | None) -> None:

@@ -44,6 +44,37 @@ class StoredValues:
         """Whether values have more than 8 bits."""
         return self.values.dtype not in (np.uint8, np.bool_)
 
+    def select(self, reading: Reading) -> StoredValues:
+        """The channels that are used, in their order.
+
+        Raises:
+            ValueError: for one that there is not.
+        """
+        if reading.channels_used is None:
+            return self
+        numbers = [self.number_of(channel) for channel in reading.channels_used]
+        names = tuple(self.names[number] for number in numbers) if self.names else ()
+        return replace(self, values=self.values[numbers], names=names)
+
+    def number_of(self, channel: int | str) -> int:
+        """The number of a channel, from 0.
+
+        Args:
+            channel: its number or name.
+
+        Raises:
+            ValueError: when there is no such channel.
+        """
+        if isinstance(channel, str):
+            if channel not in self.names:
+                raise ValueError(
+                    f"data.channels_used: no channel {channel!r}; its channels are {', '.join(self.names) or 'not named'}"
+                )
+            return self.names.index(channel)
+        if not 0 <= channel < len(self.values):
+            raise ValueError(f"data.channels_used: no channel {channel}; it has {len(self.values)}, from 0 on")
+        return channel
+
 
 class DeepPicture(Picture):
     """Values as stored; `crop` returns float32 shares of each channel's range, NaN where there is no data.

@@ -10,8 +10,9 @@ from typing import TYPE_CHECKING, NamedTuple
 import numpy as np
 from torch.utils.data import Dataset
 
+from simmim.data.addresses import parse_address
 from simmim.data.inspection import process_rows
-from simmim.data.records import num_bytes, record_name
+from simmim.data.records import files_of, num_bytes, record_name
 
 if TYPE_CHECKING:
     import datasets
@@ -33,13 +34,14 @@ class RowDigests(Dataset):
     def digest(self, row: int) -> bytes:
         """16 bytes. Two different files of a collection do not share them in practice."""
         record = self.source[row]["image"]
-        if record["bytes"] is not None:
-            return hashlib.blake2b(record["bytes"], digest_size=16).digest()
-        hasher = hashlib.blake2b(digest_size=16)
+        hasher = hashlib.blake2b(record["bytes"] or b"", digest_size=16)
+        if (page := parse_address(record["path"] or "").page) is not None:
+            hasher.update(f"page {page}".encode())
         try:
-            with open(record["path"], "rb") as file:
-                while part := file.read(2**20):
-                    hasher.update(part)
+            for path in files_of(record):
+                with open(path, "rb") as file:
+                    while part := file.read(2**20):
+                        hasher.update(part)
         except OSError:
             return bytes(16)
         return hasher.digest()

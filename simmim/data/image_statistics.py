@@ -14,7 +14,7 @@ from simmim.data.pillow_guard import UNREADABLE, describe_error
 from simmim.data.records import record_name
 from simmim.data.value_ranges import common_channels, settle_reading
 from simmim.messages import notify
-from simmim.reading import Reading
+from simmim.reading import AUTO, Reading
 
 if TYPE_CHECKING:
     import datasets
@@ -46,7 +46,7 @@ class ImageStatistics:
     mean: tuple[float, ...]
     std: tuple[float, ...]
     sizes: tuple[Size, ...] = ()
-    reading: Reading = STRETCHED
+    reading: Reading = AUTO
     histograms: tuple[tuple[float, ...], ...] = ()
     missing: tuple[float, ...] = ()
 
@@ -113,19 +113,21 @@ def measure_images(
     )
 
 
-def measure_for_encoder(source: datasets.Dataset, encoder: Reading | None, **options: Any) -> ImageStatistics:
+def measure_for_encoder(source: datasets.Dataset, reading: Reading | None, **options: Any) -> ImageStatistics:
     """As `measure_images`, with the reading of an encoder where that fits the images: the one by which it was trained.
 
     Args:
-        encoder: its reading; None settles one by the images. Ranges for another number of channels are not used.
+        reading: the encoder's; None settles one by the images. Ranges for another number of channels are not used.
         options: of `measure_images`.
     """
-    if encoder is not None and not encoder.is_deep:
-        return measure_images(source, reading=encoder, **options)
-    images = measure_images(source, reading=replace(encoder or Reading(), range="auto", transform="none"), **options)
-    if encoder is None or ({len(encoder.range), images.channels} - {1, 3} and len(encoder.range) != images.channels):
+    if reading is None or not reading.is_deep:
+        return measure_images(source, reading=reading or AUTO, **options)
+    # Files of other channels have other names for them, or none.
+    images = measure_images(source, reading=replace(reading, range="auto", transform="none", channel_names=()), **options)
+    number = len(reading.range)
+    if number != images.channels and not {number, images.channels} <= {1, 3}:
         return images
-    return measure_images(source, reading=encoder, **{**options, "channels": len(encoder.range)})
+    return measure_images(source, reading=reading, **{**options, "channels": number})
 
 
 def pool_channels(thumbnails: list[np.ndarray], channels: int) -> np.ndarray:

@@ -11,7 +11,8 @@ from typing import TYPE_CHECKING
 import numpy as np
 from PIL import Image, UnidentifiedImageError
 
-from simmim.data.decode import NUMPY_MAGIC, open_picture
+from simmim.data.decode import open_picture
+from simmim.data.file_formats import NUMPY_MAGIC
 from simmim.data.loading import available_cores
 from simmim.data.orientation import Size, read_orientation, turn_upright, upright_size
 from simmim.data.pillow_guard import UNREADABLE, decoding, describe_error

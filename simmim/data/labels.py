@@ -8,9 +8,12 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from simmim.data.arrangement import arrange_labeled
+from simmim.data.decode import STRETCHED
 from simmim.data.label_sources import read_labels
 from simmim.data.parts import validating_use
 from simmim.messages import notify
+from simmim.reading import Reading
 
 if TYPE_CHECKING:
     import datasets
@@ -110,6 +113,7 @@ def read_labeled_images(
     column: str | None = None,
     label_column: str | None = None,
     validation_seed: int | None = None,
+    reading: Reading = STRETCHED,
 ) -> LabeledImages:
     """Read labeled images and choose what to train on and what to validate with.
 
@@ -122,22 +126,26 @@ def read_labeled_images(
         column, label_column: the columns of images and labels; detected by default.
         validation_seed: draws the fifth that is held out, the same whatever `seed` is; by default `seed` draws it. Of no
             effect where the source has a validation part.
+        reading: which pages or files make an image.
 
     Raises:
         ValueError: as `open_labeled_source`; if a class has a single image and must be divided, or fewer training
             images than asked for.
     """
-    return open_labeled_source(path, column, label_column).draw(labels_per_class, seed, validation_seed)
+    return open_labeled_source(path, column, label_column, reading).draw(labels_per_class, seed, validation_seed)
 
 
-def open_labeled_source(path: str | Path, column: str | None = None, label_column: str | None = None) -> LabeledSource:
+def open_labeled_source(
+    path: str | Path, column: str | None = None, label_column: str | None = None, reading: Reading = STRETCHED
+) -> LabeledSource:
     """As `read_labeled_images`, without drawing, so that several draws read the labels once.
 
     Raises:
         ValueError: if there are fewer than two classes, or an image of the validation part has a class that no training
             image has. Classes that are not validated are a `Notice`.
     """
-    parts = {name: group_by_class(*part) for name, part in read_labels(str(path), column, label_column).items()}
+    read = read_labels(str(path), column, label_column)
+    parts = {name: group_by_class(*arrange_labeled(*part, reading)) for name, part in read.items()}
     images, rows, names = parts["train"]
     use = validating_use(parts)
     if use is None:

@@ -9,6 +9,8 @@ import os
 import stat
 from typing import TYPE_CHECKING, BinaryIO, TypedDict
 
+from simmim.data.addresses import parse_address
+
 if TYPE_CHECKING:
     import datasets
 
@@ -38,6 +40,7 @@ def open_record(record: Record) -> BinaryIO:
     if data is None:
         if path is None:
             raise ValueError("neither bytes nor a path")
+        path = parse_address(path).files[0]
         status = os.stat(path)
         if not stat.S_ISREG(status.st_mode):
             raise ValueError("a folder, not a file" if stat.S_ISDIR(status.st_mode) else "not a regular file")
@@ -46,6 +49,11 @@ def open_record(record: Record) -> BinaryIO:
     elif data:
         return io.BytesIO(data)
     raise ValueError("empty file")
+
+
+def files_of(record: Record) -> tuple[str, ...]:
+    """The files on disk that a record is read from; none for one in memory."""
+    return parse_address(record["path"]).files if record["bytes"] is None and record["path"] else ()
 
 
 def record_name(record: Record, row: int) -> str:
@@ -58,7 +66,7 @@ def num_bytes(record: Record) -> int:
     if record["bytes"] is not None:
         return len(record["bytes"])
     try:
-        return os.path.getsize(record["path"])  # type: ignore[arg-type]
+        return sum(map(os.path.getsize, files_of(record)))
     except OSError:
         return 0
 

@@ -8,7 +8,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from simmim.data.arrangement import arrange
+from simmim.data.decode import STRETCHED
 from simmim.data.readers import detect_reader, known_kinds
+from simmim.reading import Reading
 
 if TYPE_CHECKING:
     import datasets
@@ -36,7 +39,11 @@ class Source:
 
 
 def open_source(
-    path: str | Sequence[str], column: str | None = None, streaming: bool = False, num_images: int | None = None
+    path: str | Sequence[str],
+    column: str | None = None,
+    streaming: bool = False,
+    num_images: int | None = None,
+    reading: Reading = STRETCHED,
 ) -> Source:
     """Open `path` for training.
 
@@ -44,13 +51,18 @@ def open_source(
         column: the column of images, in sources that have columns; detected by default.
         streaming: read in order, through a shuffle buffer, without an index or a local copy.
         num_images: images in an epoch of a stream whose length cannot be determined without reading it.
+        reading: which pages or files make an image. A stream's rows are files.
 
     Raises:
         ValueError: if there is nothing to read at `path`, or it has no such column.
     """
     if not streaming:
-        images = open_images(path, column)
+        images = open_images(path, column, reading)
         return Source(images, len(images), images, streaming=False)
+    if reading.channel_files or reading.pages == "images":
+        raise ValueError(
+            "data.streaming reads files in order, one image each: leave out data.pages images and data.channel_files"
+        )
     stream, stated = open_stream(path, column)
     length = num_images or stated
     if not length:
@@ -61,8 +73,14 @@ def open_source(
     return Source(stream, length, head, streaming=True)
 
 
-def open_images(path: str | Path | Sequence[str], column: str | None = None) -> datasets.Dataset:
+def open_images(
+    path: str | Path | Sequence[str], column: str | None = None, reading: Reading = STRETCHED
+) -> datasets.Dataset:
     """Open one or several sources as one dataset with a column `image`, undecoded.
+
+    Args:
+        column: as of `open_source`.
+        reading: which pages or files make an image.
 
     Raises:
         ValueError: as `open_source`.
@@ -72,11 +90,11 @@ def open_images(path: str | Path | Sequence[str], column: str | None = None) -> 
     if not isinstance(path, str | os.PathLike):
         if not path:
             raise ValueError(f"no images: give {known_kinds()}")
-        parts = [open_images(str(part), column) for part in path]
+        parts = [open_images(str(part), column, reading) for part in path]
         return parts[0] if len(parts) == 1 else datasets.concatenate_datasets(parts)
     reader, files = detect_reader(str(path))
     rows = reader.read(files)
-    return select_images(rows, column, str(path)) if reader.has_columns else rows
+    return arrange(select_images(rows, column, str(path)) if reader.has_columns else rows, reading)
 
 
 def open_stream(path: str | Sequence[str], column: str | None) -> tuple[datasets.IterableDataset, int | None]:

@@ -8,6 +8,7 @@ from dataclasses import dataclass, field, replace
 
 import numpy as np
 
+from simmim.data.addresses import parse_address
 from simmim.data.decode import MAX_PIXELS, open_stored
 from simmim.data.deep import StoredValues
 from simmim.data.pillow_guard import UNREADABLE
@@ -117,12 +118,13 @@ def settle_reading(
     Raises:
         ValueError: when deep images differ in channels other than as gray and color do.
     """
+    reading = name_channels(reading, records, max_pixels)
     if reading.range not in ("auto", "type"):
         return reading
-    sample, paths = sample_values(records, channels, max_pixels, levels=reading.transform != "none")
+    sample, paths = sample_values(records, reading, max_pixels, levels=reading.transform != "none")
     deep, total = sample.num_deep, sample.num_images
     if not total:  # no image can be read, which is said where pictures are opened
-        return Reading()
+        return replace(reading, range="image")
     if 2 * deep <= total and reading.transform == "none":
         if deep and reading.range == "auto":
             notify(
@@ -131,15 +133,51 @@ def settle_reading(
             )
         return reading if reading.range == "type" else replace(reading, range="image")
     if len(sample.kinds) > 1:
-        sample, paths = sample_values(records, channels, max_pixels, levels=True)
+        sample, paths = sample_values(records, reading, max_pixels, levels=True)
         kinds = ", ".join(f"{counted(count, 'image')} of {name}" for name, count in sample.kinds.most_common())
         notify(f"images differ in the type of their values ({kinds}): one scale holds for all, unless data.range is image")
     found = channels or common_channels(paths)
     return replace(reading, range=sample.ranges(found) if reading.range == "auto" else (sample.widest_type(),) * found)
 
 
+def name_channels(reading: Reading, records: Mapping[int, Record], max_pixels: int) -> Reading:
+    """A reading whose channels are numbers, with the names that the first image that can be read has for them.
+
+    Raises:
+        ValueError: for a channel that this image lacks, and names that are not as many as the channels.
+    """
+    asked = reading.channels_used is not None or bool(reading.channel_names)
+    if reading.pages == "first" and not asked and not reading.channel_files:
+        return reading
+    whole = replace(reading, channels_used=None, channel_names=())
+    for record in records.values():
+        if not asked and not may_name_channels(record):
+            continue
+        try:
+            stored = open_stored(record, max_pixels, levels=True, reading=whole)
+        except UNREADABLE:
+            continue
+        assert stored is not None, "levels are asked for"
+        chosen = stored.select(reading)
+        if reading.channel_names and len(reading.channel_names) != len(chosen.values):
+            raise ValueError(
+                f"data.channel_names has {counted(len(reading.channel_names), 'name')} and there are "
+                f"{counted(len(chosen.values), 'channel')}: give one for each"
+            )
+        used = reading.channels_used
+        numbers = None if used is None else tuple(map(stored.number_of, used))
+        return replace(reading, channels_used=numbers, channel_names=reading.channel_names or chosen.names)
+    return reading
+
+
+def may_name_channels(record: Record) -> bool:
+    """Whether a file may tell the names of its channels."""
+    path = record["path"] or ""
+    return len(parse_address(path).files) > 1 or parse_address(path).files[0].lower().endswith((".tif", ".tiff"))
+
+
 def sample_values(
-    records: Mapping[int, Record], channels: int | None, max_pixels: int, levels: bool
+    records: Mapping[int, Record], reading: Reading, max_pixels: int, levels: bool
 ) -> tuple[ValueSample, dict[int, list[str]]]:
     """Values of those images that can be read, and by number of channels the files that have it.
 
@@ -149,7 +187,7 @@ def sample_values(
     sample, paths = ValueSample(), {}  # type: tuple[ValueSample, dict[int, list[str]]]
     for row, record in records.items():
         try:
-            stored = open_stored(record, channels, max_pixels, levels)
+            stored = open_stored(record, max_pixels, levels, reading)
         except UNREADABLE:
             continue
         if stored is None:

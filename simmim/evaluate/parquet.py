@@ -74,7 +74,9 @@ def write_embeddings(
     dim = feature.dim(saved.encoder.config)
     if isinstance(images, Path):
         images = str(images)
-    source: Any = images if hasattr(images, "column_names") else open_images(images)
+    source: Any = (
+        images if hasattr(images, "column_names") else open_images(images, reading=saved.preprocessing.reading_or_default)
+    )
     batches = embed_batches(saved.encoder, saved.preprocessing, source, (feature,), options)
     schema = embeddings_schema(saved, feature)
     count = 0

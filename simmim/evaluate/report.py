@@ -183,10 +183,10 @@ def compare(saved: SavedEncoder, comparison: Comparison, options: EncoderPass = 
     if comparison.method == "probe":
         check_scikit_learn()
     config, preprocessing = saved.encoder.config, saved.preprocessing
-    pixels = Pixels(preprocessing.image_size)
-    features = (*comparison.features(config, preprocessing.image_size), pixels)
+    features = (*comparison.features(config, preprocessing.image_size), pixels := Pixels(preprocessing.image_size))
     attentive = {feature.name: feature.channels(config) for feature in features if isinstance(feature, Tokens)}
-    source = open_labeled_source(comparison.data, comparison.column, comparison.label_column)
+    columns = comparison.column, comparison.label_column
+    source = open_labeled_source(comparison.data, *columns, preprocessing.reading_or_default)
     draws = draw_all(source, comparison)
     pools = pool_draws(source, draws)
     passes: list[tuple[Encoder, tuple[AnyFeature, ...]]] = [(saved.encoder, features)]

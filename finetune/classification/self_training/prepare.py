@@ -52,7 +52,9 @@ def read_unlabeled(settings: ClassificationSettings, labels: LabeledImages, read
             f"{len(labels.train)} labels for {len(labels.classes)} classes: class {labels.classes[missing[0]]!r} has none "
             "to learn from, give each class one or more"
         )
-    everything = read_labeled_images(data.path, None, settings.seed, data.column, data.label_column, data.validation_seed)
+    everything = read_labeled_images(
+        data.path, None, settings.seed, data.column, data.label_column, data.validation_seed, reading
+    )
     return open_unlabeled(data.unlabeled, labels, everything, reading)
 
 

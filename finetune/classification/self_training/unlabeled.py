@@ -61,7 +61,7 @@ def open_unlabeled(
     Raises:
         ValueError: when there are no images at `path`, none is left, or none can be read.
     """
-    images = open_images(path)
+    images = open_images(path, reading=reading)
     digests = file_digests(images)
     labeled = set(file_digests(labels.train))
     judging = set(file_digests(labels.validation) + file_digests(everything.validation))

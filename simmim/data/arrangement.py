@@ -1,0 +1,191 @@
+"""What an image is where that is not a file: rows of files to rows of images, one a page, or one of several files."""
+
+from __future__ import annotations
+
+import os
+import re
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, Any
+
+from simmim.data.addresses import address_channels, address_page
+from simmim.data.decode import count_images
+from simmim.data.pillow_guard import UNREADABLE
+from simmim.messages import counted, name_some, notify
+from simmim.reading import Reading
+
+if TYPE_CHECKING:
+    import datasets
+
+CHANNEL = "channel"
+# Other files hold one image, or are read by their first.
+PAGED_ENDINGS = (".tif", ".tiff", ".dcm", "")
+
+
+def arrange(images: datasets.Dataset, reading: Reading) -> datasets.Dataset:
+    """The images of rows of files; other columns stay with them.
+
+    Args:
+        images: with a column `image`, undecoded.
+
+    Raises:
+        ValueError: when a pattern of channel files matches nothing, or leaves channels missing.
+    """
+    if reading.channel_files:
+        return group_channels(images, reading.channel_files)
+    return divide_files(images, reading) if reading.rearranges else images
+
+
+def arrange_labeled(images: datasets.Dataset, labels: list[str], reading: Reading) -> tuple[datasets.Dataset, list[str]]:
+    """The images of rows of files, and their labels; as `arrange`."""
+    arranged = arrange(images.add_column("label", labels), reading) if reading.rearranges else None
+    return (images, labels) if arranged is None else (arranged.remove_columns("label"), arranged["label"][:])
+
+
+def divide_files(images: datasets.Dataset, reading: Reading) -> datasets.Dataset:
+    """A row for each image in a file of several."""
+    rows: list[int] = []
+    addresses: list[str | None] = []
+    for row, record in enumerate(images["image"]):
+        count = images_in(record, reading)
+        rows += [row] * count
+        addresses += [record["path"]] if count == 1 else [address_page(record["path"], page) for page in range(count)]
+    if len(rows) == len(images):
+        return images
+    num_files = len(set(rows))
+    notify(f"{counted(num_files, 'file')} {'holds' if num_files == 1 else 'hold'} {len(rows):,} images: each page is one")
+    return with_addresses(images, rows, addresses)
+
+
+def images_in(record: Any, reading: Reading) -> int:
+    """How many images a file holds; 1 for one that cannot be read or says nothing, which is told where it is opened."""
+    if os.path.splitext(record["path"] or "")[1].lower() not in PAGED_ENDINGS:
+        return 1
+    try:
+        return count_images(record, reading)
+    except UNREADABLE:
+        return 1
+
+
+def with_addresses(images: datasets.Dataset, rows: Sequence[int], addresses: Sequence[str | None]) -> datasets.Dataset:
+    """Rows of `images`, each with another path."""
+    import datasets
+
+    chosen = images.select(rows)
+    column = [{"bytes": record["bytes"], "path": path} for record, path in zip(chosen["image"], addresses)]
+    others = chosen.remove_columns("image")
+    features = datasets.Features({"image": datasets.Image(decode=False)})
+    arranged = datasets.Dataset.from_dict({"image": column}, features=features)
+    for name in others.column_names:
+        arranged = arranged.add_column(name, others[name])
+    return arranged
+
+
+# --- channels in files of their own --------------------------------------------------------------------------------------
+
+
+def group_channels(images: datasets.Dataset, pattern: str) -> datasets.Dataset:
+    """A row for each image whose channels are files, in the order of the channels' names.
+
+    Args:
+        pattern: of the files' names without their endings: {well}_s{site}_w{channel}. {channel} tells the channel; files
+            that agree in all other parts are one image. * stands for what does not matter.
+
+    Raises:
+        ValueError: when no file matches, an image lacks a channel or has it twice, or labels of its files differ.
+    """
+    expression = pattern_expression(pattern)
+    paths = [record["path"] or "" for record in images["image"]]
+    groups, unmatched = group_paths(paths, expression, pattern)
+    if not groups:
+        raise ValueError(
+            f"data.channel_files {pattern!r} matches none of {counted(len(paths), 'file')}, such as {paths[0]!r}: give one "
+            "that does"
+        )
+    names = sorted({name for files in groups.values() for name in files}, key=natural_order)
+    lacking = [(key, [name for name in names if name not in files]) for key, files in groups.items()]
+    lacking = [(key, missing) for key, missing in lacking if missing]
+    if lacking:
+        key, missing = lacking[0]
+        raise ValueError(
+            f"data.channel_files {pattern!r}: {len(lacking):,} of {counted(len(groups), 'image')} lack some of the channels "
+            f"{', '.join(names)}; the first, {' '.join(key[1:]) or key[0]!r}, has no {', '.join(missing)}: add the files, "
+            "or leave the image out"
+        )
+    if unmatched:
+        notify(
+            f"data.channel_files leaves out {counted(len(unmatched), 'file')} that it does not match: {name_some(unmatched)}"
+        )
+    rows = [[files[name] for name in names] for files in groups.values()]
+    check_labels(images, rows)
+    addresses = [address_channels([paths[row] for row in of_image], names) for of_image in rows]
+    return with_addresses(images, [first for first, *_ in rows], addresses)
+
+
+def group_paths(
+    paths: Sequence[str], expression: re.Pattern[str], pattern: str
+) -> tuple[dict[tuple[str, ...], dict[str, int]], list[str]]:
+    """For each image the row of each channel's file, and the paths that do not match.
+
+    Raises:
+        ValueError: when two files are the same channel of an image.
+    """
+    groups: dict[tuple[str, ...], dict[str, int]] = {}
+    unmatched = []
+    for row, path in enumerate(paths):
+        found = expression.search(os.path.splitext(path)[0])
+        if not found:
+            unmatched.append(path)
+            continue
+        parts = found.groupdict()
+        channel = parts.pop(CHANNEL)
+        # The same well of another plate lies in another folder.
+        files = groups.setdefault((path[: found.start()], *parts.values()), {})
+        if channel in files:
+            other = paths[files[channel]]
+            raise ValueError(
+                f"data.channel_files {pattern!r}: {other!r} and {path!r} are both channel {channel} of one image: name in "
+                "braces what tells them apart"
+            )
+        files[channel] = row
+    return groups, unmatched
+
+
+def pattern_expression(pattern: str) -> re.Pattern[str]:
+    """A pattern of names as a regular expression that matches at the end of a path.
+
+    Raises:
+        ValueError: for a pattern without {channel}, or that is none.
+    """
+    parts = re.split(r"(\{\w+\}|\*)", pattern)
+    names = [part[1:-1] for part in parts if part.startswith("{")]
+    if names.count(CHANNEL) != 1 or len(set(names)) < len(names):
+        raise ValueError(
+            f"data.channel_files is {pattern!r}: give parts of names in braces, each once, with {{channel}} among them, as "
+            "in {well}_s{site}_w{channel}"
+        )
+    text = "".join(
+        "[^/]*?" if part == "*" else f"(?P<{part[1:-1]}>[^/]+?)" if part.startswith("{") else re.escape(part)
+        for part in parts
+    )
+    return re.compile(rf"(?:(?<=/)|^){text}$")
+
+
+def natural_order(name: str) -> tuple:
+    """So that w2 comes before w10."""
+    return tuple((int(part), "") if part.isdigit() else (-1, part) for part in re.split(r"(\d+)", name) if part)
+
+
+def check_labels(images: datasets.Dataset, rows: Sequence[Sequence[int]]) -> None:
+    """Check that the files of an image have one label.
+
+    Raises:
+        ValueError: naming them.
+    """
+    if "label" not in images.column_names:
+        return
+    labels = images["label"]
+    for of_image in rows:
+        if len({labels[row] for row in of_image}) > 1:
+            raise ValueError(
+                f"data.channel_files: labels of {images[of_image[0]]['image']['path']!r} and its other channels differ"
+            )
