@@ -12,7 +12,7 @@ from torch import nn
 from transformers.loss.loss_for_object_detection import generalized_box_iou
 
 from simmim.checkpoints.checkpoint import Preprocessing
-from simmim.data import Picture
+from simmim.data import Picture, open_picture
 from simmim.encoders.registry import build
 from simmim.encoders.swinv2 import SwinV2Config
 from simmim.finetune.detection.assignment import BACKGROUND, assign_points
@@ -23,9 +23,11 @@ from simmim.finetune.detection.losses import centerness, focal_loss, inside_any,
 from simmim.finetune.detection.model import Detector, HeadShape
 from simmim.finetune.detection.module import DetectionFinetuning
 from simmim.finetune.detection.onnx import export_onnx
+from simmim.finetune.detection.pictures import enlarged
 from simmim.finetune.detection.pyramid import Predictions, PyramidHead, grid_points
 from simmim.finetune.detection.views import RandomBoxes, Targets, WholeImage, crop_objects, mirror
 from simmim.finetune.settings import OptimSettings
+from simmim.reading import Reading
 
 
 def random_boxes(count, side=100.0, seed=0):
@@ -291,6 +293,19 @@ def test_edges_are_exact_at_whole_scales(scale):
             )
             assert mask[y1, middle[1]] and not mask[y1 - 1, middle[1]]
             assert mask[y2 - 1, middle[1]] and not mask[y2, middle[1]]
+
+
+def test_deep_images_are_padded_with_no_data(tmp_path):
+    """Float crops of values between the encoder's ends; outside the image NaN, which becomes the mean."""
+    np.save(tmp_path / "a.npy", np.full((20, 30, 2), 1000, dtype=np.uint16))
+    reading = Reading([[0, 4000], [0, 2000]])
+    picture = open_picture({"bytes": None, "path": str(tmp_path / "a.npy")}, 2, reading=reading)
+    objects = Objects(np.array([[2, 2, 6, 6]], dtype=np.float32), np.zeros(1, dtype=int), np.zeros(1, dtype=bool))
+    image, targets = RandomBoxes((32, 32), 0, (1.0, 1.0), 0.0, (0, 0))(picture, objects, random.Random(0))
+    assert image[:, :20, :30].amin(dim=(1, 2)).tolist() == image[:, :20, :30].amax(dim=(1, 2)).tolist() == [0.25, 0.5]
+    assert image[:, 20:].isnan().all() and image[:, :, 30:].isnan().all()
+    assert targets.boxes.tolist() == [[2, 2, 6, 6]]
+    assert enlarged(image).getpixel((0, 0)) == (64, 64, 64)
 
 
 def test_crops_ignore_what_they_hardly_show():

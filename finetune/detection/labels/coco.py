@@ -189,8 +189,8 @@ def image_folders(file: Path, source: Path) -> list[Path]:
     return [place for place in dict.fromkeys(places) if place.is_dir()]
 
 
-def find_image(name: str, folders: Sequence[Path], file: Path) -> Path:
-    """The image of that name.
+def find_image(name: str, folders: list[Path], file: Path) -> Path:
+    """The image of that name. The folder that has it becomes the first of `folders`, as it likely has the next one, too.
 
     Raises:
         ValueError: if it is nowhere.
@@ -198,5 +198,7 @@ def find_image(name: str, folders: Sequence[Path], file: Path) -> Path:
     for folder in folders:
         for candidate in (folder / name, folder / Path(name).name):
             if candidate.is_file():
+                folders.remove(folder)
+                folders.insert(0, folder)
                 return candidate
     raise ValueError(f"{file}: there is no image {name!r} in {', '.join(map(str, folders[:4]))}: put it there")
