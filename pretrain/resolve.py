@@ -20,7 +20,7 @@ from simmim.defaults import (
 from simmim.encoders import registry
 from simmim.encoders.base import EncoderConfig, with_fields
 from simmim.pretrain.settings import DataSettings, OptimSettings, PretrainSettings
-from simmim.training.optim import REFERENCE_BATCH
+from simmim.training.optim import lr_by_root
 
 # Pictures and measures of activations in a run. Each takes about as long as a step.
 PICTURES_PER_RUN, MIN_STEPS_PER_PICTURE = 20, 20
@@ -133,19 +133,9 @@ def resolve_encoder(
 
 def resolve_optim(optim: OptimSettings, epochs: float, batch_size: int, is_small: bool) -> OptimSettings:
     """Peak learning rate and warm-up."""
-    lr = small_encoder_lr(batch_size) if is_small else PUBLISHED_LR
+    lr = lr_by_root(SMALL_PEAK_LR, SMALL_BATCH, batch_size) if is_small else PUBLISHED_LR
     return replace(
         optim,
         lr=lr if optim.lr is None else optim.lr,
         warmup_epochs=min(10, epochs / 10) if optim.warmup_epochs is None else optim.warmup_epochs,
     )
-
-
-def small_encoder_lr(batch_size: int) -> float:
-    """Peak learning rate per 512 images for encoders narrower than the published ones.
-
-    The peak itself grows with the root of the batch, which suits Adam (arXiv 2205.10287). In proportion to the batch, as
-    settings scale it, a rate that small batches need would diverge at large ones.
-    """
-    peak = SMALL_PEAK_LR * math.sqrt(batch_size / SMALL_BATCH)
-    return float(f"{peak * REFERENCE_BATCH / batch_size:.2g}")

@@ -116,7 +116,7 @@ def open_keys(settings, prefix=""):
 
 def test_what_is_given_wins():
     given = {
-        "data": DataSettings("images", channels=3, mean=[0.1, 0.2, 0.3], std=[1, 2, 3], crop_scale=[0.2, 1.0]),
+        "data": DataSettings("images", channels=3, mean=[0.1, 0.2, 0.3], std=[1, 2, 3], range="image", crop_scale=[0.2, 1]),
         "preset": "base",
         "image_size": [96, 64],
         "epochs": 3.0,

@@ -101,6 +101,15 @@ def scaled_lr(lr: float, global_batch: int) -> float:
     return lr * global_batch / REFERENCE_BATCH
 
 
+def lr_by_root(peak: float, at_batch: int, batch: int) -> float:
+    """The learning rate per 512 images whose peak grows with the root of the batch from `peak` at `at_batch` images.
+
+    That suits Adam (arXiv 2205.10287). In proportion to the batch, as settings are scaled, a rate that small batches need
+    would diverge at large ones.
+    """
+    return float(f"{peak * math.sqrt(batch / at_batch) * REFERENCE_BATCH / batch:.2g}")
+
+
 def warmup_multistep(
     step: int, *, lr: float, warmup_lr: float, warmup_steps: int, milestones: Iterable[int], gamma: float
 ) -> float:
