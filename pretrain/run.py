@@ -246,7 +246,7 @@ def open_reading(settings: PretrainSettings, initial: Checkpoint | None, resumes
 def training_samples(resolved: Resolved) -> ImageSamples | StreamedSamples:
     """The images in their endless order, cropped and flipped as the settings ask."""
     settings, source, data = resolved.settings, resolved.source, resolved.settings.data
-    view = RandomView(settings.size, data.crop_scale, data.crop_ratio, data.flip)
+    view = RandomView(settings.size, data.crop_scale, data.crop_ratio, data.flip, data.turns)
     options = (view, data.channels, settings.seed)
     if source.streaming:
         return StreamedSamples(source.images, *options, data.shuffle_buffer, data.max_pixels, data.reading)

@@ -49,6 +49,7 @@ class DataSettings:
         crop_scale: range of the random crop's share of the image's area.
         crop_ratio: range of the crop's width over height.
         flip: probability of mirroring left and right.
+        turns: turn by 0 to 3 quarters at random, for images without an up; with flip, vertical flips too.
     """
 
     path: str | list[str]
@@ -72,6 +73,7 @@ class DataSettings:
     crop_scale: tuple[float, float] = (0.67, 1.0)
     crop_ratio: tuple[float, float] = (0.75, 1.3333333333333333)
     flip: float = 0.5
+    turns: bool = False
 
     # What versions did that had no such setting.
     earlier: ClassVar[dict[str, Any]] = {"range": "image", "pages": "first"}

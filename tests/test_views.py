@@ -3,6 +3,7 @@ processor."""
 
 import io
 import random
+from collections import Counter
 
 import numpy as np
 import pytest
@@ -348,3 +349,24 @@ def test_tensors_and_normalizing():
     expected = (images / 255 - np.reshape(mean, (3, 1, 1))) / np.reshape(std, (3, 1, 1))
     result = normalize(torch.from_numpy(images), mean, std)
     assert result.dtype == torch.float32 and np.abs(result.numpy() - expected).max() < 1e-6
+
+
+def test_turns_are_the_eight_of_a_square():
+    """Flips and quarter turns reach all eight, each as often; without turns nothing else that is drawn changes."""
+    image = Image.fromarray(np.arange(16 * 24, dtype=np.uint8).reshape(16, 24) % 251)
+    picture, whole = Picture(image), {"crop_scale": (1.0, 1.0), "crop_ratio": (1.5, 1.5)}
+    seen = Counter()
+    for seed in range(400):
+        view = RandomView((16, 24), **whole, turns=True)(picture, random.Random(seed))
+        plain = RandomView((16, 24), **whole)(picture, random.Random(seed))
+        assert view.shape == (1, 16, 24)
+        turned = [picture.crop((0, 0, 24, 16), (24, 16) if quarters % 2 else (16, 24)) for quarters in range(4)]
+        options = {
+            (mirrored, quarters): (part.flip(-1) if mirrored else part).rot90(quarters, (-2, -1))
+            for quarters, part in enumerate(turned)
+            for mirrored in (False, True)
+        }
+        [(mirrored, quarters)] = [key for key, option in options.items() if torch.equal(view, option)]
+        assert torch.equal(plain, options[mirrored, 0])
+        seen[mirrored, quarters] += 1
+    assert len(seen) == 8 and min(seen.values()) > 25

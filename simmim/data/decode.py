@@ -10,7 +10,8 @@ from PIL import Image, UnidentifiedImageError
 
 from simmim.data.addresses import Address, parse_address
 from simmim.data.deep import DeepPicture, StoredValues
-from simmim.data.file_formats import TiffFormat, check_size, detect_format
+from simmim.data.file_formats import TiffFormat, check_size
+from simmim.data.known_formats import detect_format
 from simmim.data.orientation import read_orientation, turn_upright
 from simmim.data.pictures import ArrayPicture, JpegPicture, Picture
 from simmim.data.pillow_guard import decoding, open_pillow

@@ -1,4 +1,4 @@
-"""Formats that Pillow does not read, or reads in part: one object each, in a table. A new one is its object and a line."""
+"""Formats that Pillow does not read, or reads in part: one object each, listed in `known_formats`."""
 
 from __future__ import annotations
 
@@ -91,17 +91,6 @@ class TiffFormat(FileFormat):
     def count(self, stream: BinaryIO, reading: Reading) -> int:
         with open_tiff(stream) as tiff:
             return len(divide_pages(tiff, reading.pages))
-
-
-FILE_FORMATS: tuple[FileFormat, ...] = (NpyFormat(), TiffFormat())
-
-
-def detect_format(stream: BinaryIO) -> FileFormat | None:
-    """The format of a file; None for one that only Pillow may know. The stream is left at its start."""
-    stream.seek(0)
-    head = stream.read(HEAD_BYTES)
-    stream.seek(0)
-    return next((kind for kind in FILE_FORMATS if kind.detect(head)), None)
 
 
 def pick_image(images: list[tuple[int, ...]], page: int | None) -> tuple[int, ...]:

@@ -22,9 +22,25 @@ if TYPE_CHECKING:
     import datasets
 
 EXTENSIONS = frozenset(
-    (".jpg", ".jpeg", ".jfif", ".png", ".bmp", ".gif", ".webp", ".tif", ".tiff", ".ppm", ".pgm", ".jp2", ".avif", ".npy")
+    [
+        ".jpg",
+        ".jpeg",
+        ".jfif",
+        ".png",
+        ".bmp",
+        ".gif",
+        ".webp",
+        ".tif",
+        ".tiff",
+        ".ppm",
+        ".pgm",
+        ".jp2",
+        ".avif",
+        ".npy",
+        ".dcm",
+    ]
 )
-VERSION = 2
+VERSION = 3
 ROWS_AT_ONCE = 100_000
 # A folder that changed this shortly before its scan may change again within the same tick of its time stamp.
 TRUSTED_AGE_S = 2.0

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import os
+import contextlib
 from collections import Counter
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
@@ -14,6 +14,7 @@ from torch.utils.data import DataLoader, Dataset
 
 from simmim.data.decode import open_picture
 from simmim.data.deep import DeepPicture
+from simmim.data.known_formats import detect_format
 from simmim.data.orientation import read_orientation
 from simmim.data.pillow_guard import UNREADABLE, decoding, describe_error
 from simmim.data.records import Record, num_bytes, open_record, record_name
@@ -99,7 +100,10 @@ def read_header(record: Record) -> tuple[str, str, bool]:
         with decoding(), open_record(record) as stream, Image.open(stream) as image:
             return image.format or "?", image.mode, read_orientation(image) != 1
     except UNREADABLE:
-        return os.path.splitext(record["path"] or "")[1][1:].upper() or "?", "array", False
+        with contextlib.suppress(*UNREADABLE), open_record(record) as stream:
+            if kind := detect_format(stream):
+                return kind.name, "array", False
+        return "?", "array", False
 
 
 def process_rows(

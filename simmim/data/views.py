@@ -19,26 +19,31 @@ FITS = ("crop", "squash")
 
 @dataclass(frozen=True)
 class RandomView:
-    """Random resized crop and flip.
+    """Random resized crop, flip and turn.
 
     Args:
         size: (height, width) of the result in pixels.
         crop_scale: range of the crop's share of the image's area.
         crop_ratio: range of the crop's width over height, drawn on a log scale.
         flip: probability of mirroring left and right.
+        turns: turn by 0 to 3 quarters, each as likely; with flips, which then are vertical too.
     """
 
     size: Size
     crop_scale: tuple[float, float] = (0.67, 1.0)
     crop_ratio: tuple[float, float] = (3 / 4, 4 / 3)
     flip: float = 0.5
+    turns: bool = False
 
     def __call__(self, picture: Picture, generator: random.Random) -> Tensor:
         """A view drawn from `generator`: (channels, height, width), uint8 or float32 as the picture's crops."""
         box = self.crop_box(picture.size, generator)
         mirrored = generator.random() < self.flip
-        view = picture.crop(box, self.size)
-        return view.flip(-1) if mirrored else view
+        # Drawn last, so that without turns all other draws are as they were.
+        quarters = generator.randrange(4) if self.turns else 0
+        view = picture.crop(box, self.size[::-1] if quarters % 2 else self.size)  # type: ignore[arg-type]
+        view = view.flip(-1) if mirrored else view
+        return view.rot90(quarters, (-2, -1)) if quarters else view
 
     def crop_box(self, image_size: Size, generator: random.Random) -> tuple[int, int, int, int]:
         """Left, top, right, bottom of the crop in an image of `image_size`, (height, width). After ten draws that do not

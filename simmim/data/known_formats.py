@@ -1,0 +1,19 @@
+"""The table of formats that Pillow does not read, or reads in part. A new one is its object and a line."""
+
+from __future__ import annotations
+
+from typing import BinaryIO
+
+from simmim.data.dicom import DicomFormat
+from simmim.data.file_formats import HEAD_BYTES, FileFormat, NpyFormat, TiffFormat
+
+# DICOM before TIFF: its preamble may be the beginning of a TIFF file.
+FILE_FORMATS: tuple[FileFormat, ...] = (NpyFormat(), DicomFormat(), TiffFormat())
+
+
+def detect_format(stream: BinaryIO) -> FileFormat | None:
+    """The format of a file; None for one that only Pillow may know. The stream is left at its start."""
+    stream.seek(0)
+    head = stream.read(HEAD_BYTES)
+    stream.seek(0)
+    return next((kind for kind in FILE_FORMATS if kind.detect(head)), None)
