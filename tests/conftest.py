@@ -85,7 +85,7 @@ def scene_folder(tmp_path_factory):
     return folder / "labeled"
 
 
-@pytest.fixture
+@pytest.fixture(scope="session")
 def power_cut():
     """`power_cut(after_step)`: a context in which training fails right after that step and its checkpoint."""
     from simmim.training.saving import SaveRun

@@ -27,7 +27,6 @@ from simmim.training.loggers import (
 )
 from simmim.training.loggers.base import flatten
 from simmim.training.loggers.names import GROUPED
-from simmim.training.saving import SaveRun
 
 SMALL = {"embed_dim": 16, "depths": [1, 1], "num_heads": [1, 2]}
 CONFIG = "data:\n  path: images\nout: runs/a\nepochs: 2.0\nbatch_size: 32\noptim:\n  lr: 0.002\n"
@@ -188,7 +187,7 @@ def test_a_service_that_cannot_be_opened_says_so_in_a_line(tmp_path, monkeypatch
     assert not (tmp_path / "wandb.id").exists()
 
 
-def test_mlflow_keeps_a_run_in_its_folder(digits, tmp_path, monkeypatch):
+def test_mlflow_keeps_a_run_in_its_folder(digits, tmp_path, monkeypatch, power_cut):
     """For real where it is installed: numbers, settings and pictures, and the same entry when the run is resumed."""
     pytest.importorskip("mlflow")
     from mlflow.tracking import MlflowClient
@@ -196,17 +195,8 @@ def test_mlflow_keeps_a_run_in_its_folder(digits, tmp_path, monkeypatch):
     monkeypatch.delenv("MLFLOW_TRACKING_URI", raising=False)
     monkeypatch.chdir(tmp_path)
     wanted = settings(digits.unlabeled, tmp_path / "run", loggers=("mlflow",), save_every_steps=3)
-    save = SaveRun.on_train_batch_end
-
-    def cut_off(self, trainer, module, *rest):
-        save(self, trainer, module, *rest)
-        if trainer.global_step == 5:
-            raise RuntimeError("cut off")
-
-    monkeypatch.setattr(SaveRun, "on_train_batch_end", cut_off)
-    with pytest.raises(RuntimeError, match="cut off"):
+    with power_cut(after_step=5):
         pretrain(wanted)
-    monkeypatch.setattr(SaveRun, "on_train_batch_end", save)
     run = pretrain(replace(wanted, resume=True))
     client = MlflowClient(f"sqlite:///{run}/mlflow/mlflow.db")
     (entry,) = client.search_runs([client.get_experiment_by_name("simmim").experiment_id])

@@ -26,7 +26,6 @@ from simmim.pretrain import DataSettings, PretrainSettings, SimMIMSettings, pret
 from simmim.pretrain.reconstruction_grid import COLUMNS
 from simmim.training.loggers import LossNames, Names
 from simmim.training.loggers.base import flatten
-from simmim.training.saving import SaveRun
 
 LOCAL = build_opener(ProxyHandler({}))  # whatever proxy the machine has, it is not for this
 START_WITHIN_S, LOADED_WITHIN_S = 60.0, 60.0
@@ -34,23 +33,14 @@ NAMES = Names(LossNames("masked_l1"))
 
 
 @pytest.fixture(scope="module")
-def run(digits, tmp_path_factory):
+def run(digits, tmp_path_factory, power_cut):
     """15 steps, saved every 5, cut off after 13."""
     model = SimMIMSettings(mask_unit=8, encoder={"embed_dim": 16, "depths": [1, 1], "num_heads": [1, 2]})
     common = {"preset": "nano", "epochs": 2.0, "batch_size": 32, "model": model, "save_every_steps": 5}
     often = {"log_every_steps": 1, "reconstruct_every_epochs": 2 / 7.5}
     data, out = DataSettings(str(digits.unlabeled)), str(tmp_path_factory.mktemp("tensorboard") / "run")
-    save = SaveRun.on_train_batch_end
-
-    def cut_off(self, trainer, module, *rest):
-        save(self, trainer, module, *rest)
-        if trainer.global_step == 13:
-            raise RuntimeError("cut off")
-
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(SaveRun, "on_train_batch_end", cut_off)
-        with pytest.raises(RuntimeError, match="cut off"):
-            pretrain(PretrainSettings(data=data, out=out, **common, **often))
+    with power_cut(after_step=13):
+        pretrain(PretrainSettings(data=data, out=out, **common, **often))
     return pretrain(PretrainSettings(data=data, out=out, resume=True, **common, **often))
 
 
