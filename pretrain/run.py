@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, NamedTuple
 
 import pytorch_lightning as pl
+import torch
 from pytorch_lightning.strategies import ModelParallelStrategy
 
 from simmim.checkpoints import read
@@ -30,8 +31,19 @@ from simmim.data import (
 )
 from simmim.data.label_map_sources import note_on_label_maps
 from simmim.encoders import registry
+from simmim.messages import without_notices
 from simmim.methods.base import Method
 from simmim.methods.registry import default_method, method_named
+from simmim.pretrain.calibration import (
+    OTHER_SHARE,
+    WARM_UP_STEPS,
+    epochs_in,
+    estimate_line,
+    is_short,
+    num_processes,
+    parse_length,
+    seconds_per_step,
+)
 from simmim.pretrain.labeled_probe import LabeledProbe
 from simmim.pretrain.module import PretrainingModule
 from simmim.pretrain.reconstructions import Reconstructions
@@ -89,12 +101,12 @@ def pretrain(settings: PretrainSettings) -> Path:
         ValueError: for settings or images that cannot work, before anything is written.
     """
     check_before_start(settings)
-    resolved = resolve_run(settings)
+    resolved, length = resolve_length(settings)
     settings = resolved.settings
     pl.seed_everything(settings.seed, workers=True, verbose=False)
     method = build_method(settings)
     notes = [load_initial_weights(method, resolved.initial)] if resolved.initial else []
-    run = training_run(resolved, method, notes)
+    run = training_run(resolved, method, notes, length)
     finished = run_training(run)
     if finished.trainer.is_global_zero:
         for line in closing_lines(run):
@@ -103,11 +115,12 @@ def pretrain(settings: PretrainSettings) -> Path:
     return run.folder
 
 
-def training_run(resolved: Resolved, method: Method, notes: list[str]) -> TrainingRun:
+def training_run(resolved: Resolved, method: Method, notes: list[str], length: Sequence[str] = ()) -> TrainingRun:
     """The run as `simmim.training.run` takes it.
 
     Args:
         notes: lines to print before the summary.
+        length: lines about the time that the run takes, to print after it.
     """
     settings, source = resolved.settings, resolved.source
     data, optim = settings.data, settings.optim
@@ -124,7 +137,8 @@ def training_run(resolved: Resolved, method: Method, notes: list[str]) -> Traini
     def text(trainer: pl.Trainer, resumed: Path | None) -> str:
         masks = note_on_label_maps(data.path)
         lines = [*notes, summary(settings, method, source.num_images, num_steps, trainer, resumed, probe, validation)]
-        return "\n".join([*lines, f"note     {masks}"] if masks else lines)
+        lines += [*length, *([f"note     {masks}"] if masks else [])]
+        return "\n".join(lines)
 
     return TrainingRun(
         settings=settings,
@@ -199,6 +213,50 @@ def encoder_export(
         save_checkpoint(folder / "encoder", trained)
 
     return export
+
+
+def resolve_length(settings: PretrainSettings) -> tuple[Resolved, list[str]]:
+    """`resolve_run`, with as many epochs as fit into the time that is given; and lines about the time that the run takes. A
+    run that is resumed keeps its epochs.
+
+    Raises:
+        ValueError: for a time that is none, is given with epochs, or for several devices; as `resolve_run`.
+    """
+    seconds = None if settings.time is None else parse_length(settings.time)
+    device = str(settings.trainer.get("accelerator", "auto"))
+    device = device if device in WARM_UP_STEPS else device_type()
+    if settings.resume and (Path(settings.out).expanduser() / CONFIG).is_file():
+        if settings.time is not None and settings.epochs is None:
+            settings = replace(settings, epochs=read_settings(settings.out).epochs)
+        return resolve_run(settings), []
+    if seconds is not None and settings.epochs is not None:
+        raise ValueError(f"both time {settings.time} and epochs {settings.epochs:g} are given: give one of them")
+    is_single = num_processes(settings, device) == 1
+    if seconds is not None and not is_single:
+        raise ValueError(f"time is {settings.time} and there are several devices, which it does not measure: give epochs")
+    resolved = resolve_run(settings)
+    num_images = resolved.source.num_images
+    if not is_single or (seconds is None and is_short(resolved.settings, num_images)):
+        return resolved, []
+    step_s = measure_step(resolved, device)
+    if seconds is None:
+        return resolved, [f"time     {estimate_line(resolved.settings, num_images, step_s)}"]
+    epochs = epochs_in(seconds, step_s, resolved.settings.batch_size, num_images)
+    with without_notices():  # of the same images again
+        resolved = resolve_run(replace(settings, epochs=epochs))
+    rest = f"{OTHER_SHARE:.0%} of it left for measures and pictures"
+    chosen = f"chosen   {epochs:g} epochs: what this machine does in {settings.time}, {rest}"
+    return resolved, [chosen, f"time     {estimate_line(resolved.settings, num_images, step_s)}"]
+
+
+def measure_step(resolved: Resolved, device: str) -> float:
+    """Seconds of an optimizer step of a run, which draws nothing that the run would."""
+    settings, data = resolved.settings, resolved.settings.data
+    with torch.random.fork_rng(devices=[]):
+        module = PretrainingModule(build_method(settings), data.mean, data.std, lambda step: 0.0, 0.0, settings.optim.clip)
+    view = RandomView(settings.size, data.crop_scale, data.crop_ratio, data.flip)
+    options = (data.channels, settings.seed, resolved.keep_decoded, data.max_pixels, data.reading)
+    return seconds_per_step(module, ImageSamples(resolved.source.head, view, *options), settings, device)
 
 
 def resolve_run(settings: PretrainSettings) -> Resolved:

@@ -210,6 +210,8 @@ class PretrainSettings(RunSettings):
         preset: size of a fresh encoder: nano, micro, tiny, small, base, large, huge, giant-1b, giant-3b.
         image_size: pixels the crops are resized to, one number or height and width.
         epochs: passes over the images.
+        time: length of the run, as 1h, 90m or 1h30m, in place of epochs: it measures a few of its steps on this machine, and
+            takes as many epochs as fit. On a single device.
         reconstruct_every_epochs: a picture of reconstructions every `reconstruct_every_epochs` epochs; by default twenty
             in all, fewer in a short run.
         save_every_steps: a checkpoint every `save_every_steps` steps; by default once per epoch, within 50 to 1000 steps.
@@ -229,6 +231,7 @@ class PretrainSettings(RunSettings):
     data: DataSettings
     method: str = default_method()
     preset: str | None = None
+    time: str | None = None
     reconstruct_every_epochs: float | None = None
     save_every_steps: int | None = None
     save_every_minutes: float = 15.0

@@ -1,0 +1,122 @@
+"""How long a run takes on this machine, measured by a few of its steps; and how many epochs fit into a given time."""
+
+from __future__ import annotations
+
+import os
+import re
+import statistics
+import time
+
+import torch
+
+from simmim.data import ImageSamples, collate
+from simmim.pretrain.module import PretrainingModule
+from simmim.pretrain.settings import PretrainSettings
+from simmim.training.optim import adamw, parameter_groups
+
+UNITS_S = {"d": 86_400, "h": 3600, "m": 60, "s": 1}
+LENGTH = re.compile("".join(rf"(?:(?P<{unit}>\d+(?:\.\d+)?){unit})?" for unit in UNITS_S))
+MEASURED_S, MEASURED_BATCH = 3.0, 32  # on a CPU time grows with the batch, so that some images are enough
+WARM_UP_STEPS = {"cuda": 3, "mps": 3, "cpu": 1}
+OTHER_SHARE = 0.05  # of a run's time: measures, pictures, checkpoints
+LONG_S = 1.25 * 3600  # a run that takes longer is told what an hour would do
+# Images times pixels of a run that is over in a few minutes, and is not measured.
+SHORT_PIXELS = 1e8
+
+
+def parse_length(text: str) -> float:
+    """Seconds of "1h", "90m" or "1h30m".
+
+    Raises:
+        ValueError: for any other text, and for none at all.
+    """
+    match = LENGTH.fullmatch(text.replace(" ", ""))
+    seconds = sum(float(value) * UNITS_S[unit] for unit, value in match.groupdict("0").items()) if match else 0.0
+    if not seconds > 0:
+        raise ValueError(f"time is {text!r}: give a length of time as 1h, 90m or 1h30m")
+    return seconds
+
+
+def length_text(seconds: float) -> str:
+    """A length of time in words: 3 h 20 min, 12 min, 100 s."""
+    if seconds < 120:
+        return f"{max(seconds, 1):.0f} s"
+    hours, minutes = divmod(round(seconds / 60), 60)
+    if hours >= 48:
+        return f"{hours / 24:.1f} days"
+    return f"{hours} h {minutes} min" if hours else f"{minutes} min"
+
+
+def num_processes(settings: PretrainSettings, device: str) -> int:
+    """Processes of a run, one for each device."""
+    if int(os.environ.get("WORLD_SIZE", 1)) > 1:
+        return int(os.environ["WORLD_SIZE"])
+    given = str(settings.devices)
+    if given == "auto":
+        count = torch.cuda.device_count() if device == "cuda" else 1
+    else:
+        count = int(given) if given.isdecimal() else len([part for part in given.split(",") if part.strip()])
+    return count * int(settings.trainer.get("num_nodes", 1))
+
+
+def is_short(settings: PretrainSettings, num_images: int) -> bool:
+    """Whether a run is over in a few minutes on any machine."""
+    height, width = settings.size
+    return settings.epochs * num_images * height * width < SHORT_PIXELS
+
+
+def seconds_per_step(module: PretrainingModule, samples: ImageSamples, settings: PretrainSettings, device: str) -> float:
+    """The time of an optimizer step in seconds: of some steps on real images, the first ones of `samples`, whose loading is
+    timed apart. Loading processes work beside the steps, else both times add up.
+
+    Args:
+        module: of its own, since its gradients and optimizer state are used. Its weights stay.
+        settings: resolved.
+        device: where it is measured: cuda, mps or cpu.
+    """
+    share, images = settings.batch_size // settings.optim.accumulate, settings.model.images_per_input
+    count = min(share, max(MEASURED_BATCH // images, 1) * images) if device == "cpu" else share
+    keys = [(0, index % len(samples)) for index in range(count)]
+    for _ in range(2):  # the first time fills caches, those of the disk and of decoded images
+        started = time.perf_counter()
+        batch = collate([samples[key] for key in keys])
+        load_s = (time.perf_counter() - started) * settings.batch_size / count
+    step_s = compute_seconds(module, batch, settings.precision, device) * settings.batch_size / count
+    return max(step_s, load_s / settings.workers) if settings.workers else step_s + load_s
+
+
+def compute_seconds(module: PretrainingModule, batch: dict, precision: str, device: str) -> float:
+    """The median time of forward and backward pass and optimizer step on a batch. Torch's generator stays as it is."""
+    module.to(device).train()
+    batch = {**batch, "image": batch["image"].to(device)}
+    optimizer = adamw(parameter_groups(module.model, 0.0, 0.0))
+    half = torch.bfloat16 if "bf16" in precision else torch.float16
+    times: list[float] = []
+    with torch.random.fork_rng(devices=[]):
+        while len(times) <= WARM_UP_STEPS[device] or sum(times) < MEASURED_S:
+            started = time.perf_counter()
+            optimizer.zero_grad()
+            with torch.autocast(device, half, enabled="16" in precision):
+                loss = module.loss_of(batch)
+            loss.backward()
+            optimizer.step()
+            if device != "cpu":
+                getattr(torch, device).synchronize()
+            times.append(time.perf_counter() - started)
+    return statistics.median(times[WARM_UP_STEPS[device] :])
+
+
+def epochs_in(seconds: float, step_s: float, batch_size: int, num_images: int) -> float:
+    """Epochs whose steps take that time less `OTHER_SHARE`, with three digits; one step at least."""
+    steps = max(1.0, seconds * (1 - OTHER_SHARE) / step_s)
+    return float(f"{steps * batch_size / num_images:.3g}")
+
+
+def estimate_line(settings: PretrainSettings, num_images: int, step_s: float) -> str:
+    """How long a run takes, and where that is long what an hour would do."""
+    steps = settings.epochs * num_images / settings.batch_size
+    seconds = steps * step_s / (1 - OTHER_SHARE)
+    line = f"about {length_text(seconds)} on this machine, {step_s:.2g} s a step as measured"
+    if seconds <= LONG_S or settings.time is not None:
+        return line
+    return f"{line}; --time 1h would take {epochs_in(3600, step_s, settings.batch_size, num_images):g} epochs"

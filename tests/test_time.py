@@ -1,0 +1,135 @@
+"""The time that a pre-training takes: measured before it begins, and given in place of epochs."""
+
+import time
+from types import SimpleNamespace
+
+import pytest
+import torch
+import yaml
+
+from simmim.cli import main
+from simmim.pretrain import DataSettings, PretrainSettings, SimMIMSettings, calibration, load_pretrained, pretrain, run
+from simmim.pretrain.calibration import epochs_in, estimate_line, length_text, num_processes, parse_length, seconds_per_step
+
+SMALL = SimMIMSettings(mask_unit=8, encoder={"embed_dim": 16, "depths": [1, 1], "num_heads": [1, 2], "drop_path_rate": 0.3})
+
+
+def settings(digits, out, **more):
+    common = {"preset": "nano", "batch_size": 32, "model": SMALL, "save_every_steps": 5, "workers": 0}
+    data = DataSettings(str(digits.unlabeled))
+    return PretrainSettings(**{"data": data, "out": str(out), "precision": "32-true", **common, **more})
+
+
+@pytest.mark.parametrize(
+    "text, seconds", [("1h", 3600), ("90m", 5400), ("1h30m", 5400), ("1.5h", 5400), ("20 s", 20), ("1d 2h", 93_600)]
+)
+def test_lengths(text, seconds):
+    assert parse_length(text) == seconds
+
+
+@pytest.mark.parametrize("text", ["", "60", "1 hour", "h", "0m", "-1h", "1m1h"])
+def test_what_is_no_length(text):
+    with pytest.raises(ValueError, match="give a length of time as 1h, 90m or 1h30m"):
+        parse_length(text)
+
+
+def test_arithmetic():
+    """An hour less a twentieth at half a second a step: 6,840 steps of 64 images."""
+    assert epochs_in(3600, 0.5, 64, 2640) == 166.0
+    assert epochs_in(1, 60, 64, 64_000) == 0.001, "one step at least"
+    given = SimpleNamespace(epochs=100.0, batch_size=64, time=None)
+    line = estimate_line(given, 2640, 2.0)
+    assert line.startswith("about 2 h 25 min on this machine, 2 s a step") and line.endswith(
+        "--time 1h would take 41.5 epochs"
+    )
+    given.time = "3h"
+    assert "would take" not in estimate_line(given, 2640, 2.0)
+    given = SimpleNamespace(epochs=50.0, batch_size=64, time=None)
+    assert "would take" not in estimate_line(given, 2640, 2.0), "1 h 12 min"
+    assert [length_text(seconds) for seconds in (0.2, 59, 600, 7300, 400_000)] == [
+        "1 s",
+        "59 s",
+        "10 min",
+        "2 h 2 min",
+        "4.6 days",
+    ]
+
+
+def test_num_processes(monkeypatch):
+    def of(devices, **trainer):
+        return num_processes(SimpleNamespace(devices=devices, trainer=trainer), "cpu")
+
+    assert [of("auto"), of(3), of("0,1"), of("2", num_nodes=4)] == [1, 3, 2, 8]
+    monkeypatch.setenv("WORLD_SIZE", "6")
+    assert of("auto") == 6
+
+
+def test_a_step_is_computing_and_loading(monkeypatch):
+    """96 images in three parts of 32 at 50 ms; loading takes 2 ms each, beside the steps where processes do it."""
+    monkeypatch.setattr(calibration, "compute_seconds", lambda module, batch, precision, device: 0.05)
+
+    class Slow:
+        def __len__(self):
+            return 20
+
+        def __getitem__(self, key):
+            time.sleep(0.002)
+            return {"image": torch.zeros(1, 2, 2, dtype=torch.uint8), "seed": 0, "skipped": []}
+
+    def step_s(workers):
+        given = SimpleNamespace(
+            batch_size=96,
+            workers=workers,
+            precision="32-true",
+            optim=SimpleNamespace(accumulate=2),
+            model=SimpleNamespace(images_per_input=3),
+        )
+        return seconds_per_step(None, Slow(), given, "cpu")
+
+    # 30 of the 48 images of a pass are measured: whole inputs of three.
+    assert step_s(4) == pytest.approx(0.05 * 96 / 30)
+    assert step_s(1) >= 0.192 and 0.05 * 96 / 30 + 0.192 <= step_s(0) < 0.05 * 96 / 30 + 0.192 * 3
+
+
+def test_an_estimate_is_printed_and_changes_nothing(digits, tmp_path, monkeypatch, capsys):
+    """With the measure of real steps and without."""
+    plain = pretrain(settings(digits, tmp_path / "plain", epochs=0.6))
+    assert "time     about" not in capsys.readouterr().out, "short runs are not measured"
+    monkeypatch.setattr(calibration, "SHORT_PIXELS", 0.0)
+    monkeypatch.setattr(calibration, "MEASURED_S", 0.05)
+    measured = pretrain(settings(digits, tmp_path / "measured", epochs=0.6))
+    assert "time     about" in capsys.readouterr().out
+    first, second = (load_pretrained(folder)[0].state_dict() for folder in (plain, measured))
+    assert all(torch.equal(value, second[name]) for name, value in first.items())
+
+
+def test_a_given_time_chooses_the_epochs_once(digits, tmp_path, monkeypatch, power_cut, capsys):
+    """19 steps of 0.1 s fit into 2 s. A resumed run measures nothing and reaches the same weights."""
+    monkeypatch.setattr(run, "measure_step", lambda resolved, device: 0.1)
+    whole = pretrain(settings(digits, tmp_path / "whole", time="2s"))
+    out = capsys.readouterr().out
+    assert "chosen   2.53 epochs: what this machine does in 2s, 5% of it left" in out and "time     about 2 s" in out
+    stored = yaml.safe_load((whole / "config.yaml").read_text())
+    assert (stored["time"], stored["epochs"]) == ("2s", 2.53)
+    assert torch.load(whole / "checkpoints" / "last.ckpt", weights_only=True)["global_step"] == 19
+    with power_cut(after_step=7):
+        pretrain(settings(digits, tmp_path / "cut", time="2s"))
+    monkeypatch.setattr(run, "measure_step", lambda resolved, device: pytest.fail("measured again"))
+    cut = pretrain(settings(digits, tmp_path / "cut", time="2s", resume=True))
+    assert main(["pretrain", "--out", str(cut), "--resume"]) == 0
+    first, second = (load_pretrained(folder)[0].state_dict() for folder in (whole, cut))
+    assert all(torch.equal(value, second[name]) for name, value in first.items())
+
+
+@pytest.mark.parametrize(
+    "words, says",
+    [
+        (["--time=soon"], "time is 'soon': give a length of time as 1h, 90m or 1h30m"),
+        (["--time=1h", "--epochs=3"], "both time 1h and epochs 3 are given: give one of them"),
+        (["--time=1h", "--devices=2"], "there are several devices, which it does not measure: give epochs"),
+    ],
+)
+def test_wrong_input(digits, tmp_path, capsys, words, says):
+    assert main(["pretrain", "--data", str(digits.unlabeled), "--out", str(tmp_path / "run"), *words]) == 2
+    assert says in capsys.readouterr().err
+    assert not (tmp_path / "run").exists()
