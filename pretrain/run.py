@@ -254,7 +254,7 @@ def measure_step(resolved: Resolved, device: str) -> float:
     settings, data = resolved.settings, resolved.settings.data
     with torch.random.fork_rng(devices=[]):
         module = PretrainingModule(build_method(settings), data.mean, data.std, lambda step: 0.0, 0.0, settings.optim.clip)
-    view = RandomView(settings.size, data.crop_scale, data.crop_ratio, data.flip)
+    view = RandomView(settings.size, data.crop_scale, data.crop_ratio, data.flip, data.turns)
     options = (data.channels, settings.seed, resolved.keep_decoded, data.max_pixels, data.reading)
     return seconds_per_step(module, ImageSamples(resolved.source.head, view, *options), settings, device)
 
