@@ -107,7 +107,7 @@ def measure_training_images(settings: TransferSettings, train: datasets.Dataset)
 def start_from_preset(settings: Settings, images: ImageStatistics, device: str) -> tuple[Encoder, Preprocessing, Settings]:
     """A fresh encoder of a preset, its preprocessing by the statistics of the images, and the resolved settings."""
     chosen = settings.encoder
-    settings = replace(settings, image_size=settings.image_size or default_image_size(images.short_side_px))
+    settings = replace(settings, image_size=settings.image_size or default_image_size(images.short_side_px, device))
     preset = chosen.preset or default_preset(min(settings.size), device)
     config = registry.preset_config(preset, in_channels=images.channels)
     config = apply_encoder_settings(with_fields(config, **config.fields_for_size(settings.size)), chosen)

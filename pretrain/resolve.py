@@ -54,7 +54,7 @@ def resolve_settings(
     """
     data = resolve_data(settings.data, images, initial)
     check_channels(settings, data.channels)
-    image_size = settings.image_size or default_size(images, initial)
+    image_size = settings.image_size or default_size(images, initial, device)
     settings = replace(settings, data=data, image_size=image_size)
     settings, config = resolve_encoder(settings, device, initial)
     epochs = settings.epochs or default_pretraining_epochs(num_images)
@@ -106,9 +106,9 @@ def check_channels(settings: PretrainSettings, channels: int) -> None:
         raise ValueError(f"model.encoder.in_channels is {given} and the images have {channels}: give data.channels")
 
 
-def default_size(images: ImageStatistics, initial: Checkpoint | None) -> int | tuple[int, int]:
-    """The image size of the initial encoder, or one that suits the images."""
-    return plain_size(initial.preprocessing.image_size) if initial else default_image_size(images.short_side_px)
+def default_size(images: ImageStatistics, initial: Checkpoint | None, device: str) -> int | tuple[int, int]:
+    """The image size of the initial encoder, or one that suits images and device."""
+    return plain_size(initial.preprocessing.image_size) if initial else default_image_size(images.short_side_px, device)
 
 
 def resolve_encoder(

@@ -30,6 +30,7 @@ from simmim.data import (
     open_source,
 )
 from simmim.data.label_map_sources import note_on_label_maps
+from simmim.defaults import CPU_SIDE_PX
 from simmim.encoders import registry
 from simmim.messages import without_notices
 from simmim.methods.base import Method
@@ -100,13 +101,14 @@ def pretrain(settings: PretrainSettings) -> Path:
     Raises:
         ValueError: for settings or images that cannot work, before anything is written.
     """
+    given = settings
     check_before_start(settings)
     resolved, length = resolve_length(settings)
     settings = resolved.settings
     pl.seed_everything(settings.seed, workers=True, verbose=False)
     method = build_method(settings)
     notes = [load_initial_weights(method, resolved.initial)] if resolved.initial else []
-    run = training_run(resolved, method, notes, length)
+    run = training_run(resolved, method, notes, [*size_reason(given, settings, device_type()), *length])
     finished = run_training(run)
     if finished.trainer.is_global_zero:
         for line in closing_lines(run):
@@ -213,6 +215,14 @@ def encoder_export(
         save_checkpoint(folder / "encoder", trained)
 
     return export
+
+
+def size_reason(given: PretrainSettings, resolved: PretrainSettings, device: str) -> list[str]:
+    """Why images have the size that they have, where the machine decided: a line or none."""
+    if given.image_size is not None or given.init != "none" or device != "cpu" or min(resolved.size) != CPU_SIDE_PX:
+        return []
+    published = "the published 192 px (--image-size 192) would take about five times as long"
+    return [f"chosen   {CPU_SIDE_PX} px, the most on a CPU: {published}"]
 
 
 def resolve_length(settings: PretrainSettings) -> tuple[Resolved, list[str]]:

@@ -43,12 +43,10 @@ def in_memory(checkpoint, format, form):
     return format_named(format).read(source_of(checkpoint, format, form), {})
 
 
-@pytest.mark.parametrize("preset, meta", [("small", False), ("base", True)])
-def test_round_trip_of_larger_encoders(preset, meta, tmp_path):
-    """Of base by name and shape."""
-    before = random_checkpoint(SwinV2Config.from_preset(preset), (256, 256), meta=meta)
-    if not meta:
-        assert_round_trip(before, read(save_checkpoint(tmp_path, before)), "safetensors", "simmim")
+@pytest.mark.parametrize("preset", ["small", "base"])
+def test_round_trip_of_larger_encoders(preset, tmp_path):
+    before = random_checkpoint(SwinV2Config.from_preset(preset), (256, 256))
+    assert_round_trip(before, read(save_checkpoint(tmp_path, before)), "safetensors", "simmim")
     for format in ("official", "timm", "hf"):
         form = "classifier" if format == "timm" else "simmim"
         after = in_memory(before, format, form)

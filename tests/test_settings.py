@@ -24,6 +24,7 @@ from simmim.finetune.settings import EncoderSettings
 from simmim.finetune.settings import OptimSettings as FinetuneOptimSettings
 from simmim.methods.simmim import SimMIMSettings
 from simmim.pretrain.resolve import resolve_settings
+from simmim.pretrain.run import size_reason
 from simmim.pretrain.settings import DataSettings, OptimSettings, PretrainSettings
 from simmim.training.run_folder import as_yaml, differences, plain
 
@@ -72,18 +73,28 @@ def test_short_runs_have_fewer_pictures():
 
 
 @pytest.mark.parametrize(
-    "device, preset, batch_size, lr",
-    [("cpu", "micro", 128, 2.3e-2), ("mps", "tiny", 128, 1e-4), ("cuda", "tiny", 128, 1e-4)],
+    "device, preset, batch_size, lr, side",
+    [("cpu", "micro", 128, 2.3e-2, 96), ("mps", "tiny", 128, 1e-4, 192), ("cuda", "tiny", 128, 1e-4, 192)],
 )
-def test_photos(device, preset, batch_size, lr):
-    """192 px, mask unit 32, window 12 as published, ImageNet's statistics whatever the images' own."""
+def test_photos(device, preset, batch_size, lr, side):
+    """192 px, mask unit 32, window 12 as published, half of each on a CPU; ImageNet's statistics, whatever the images'."""
     chosen = resolved(PHOTOS, 1_281_167, device, 8)
-    assert (chosen.image_size, chosen.preset, chosen.batch_size, chosen.workers) == (192, preset, batch_size, 8)
-    assert (chosen.model.mask_unit, chosen.encoder_config().window_size) == (32, 12)
+    assert (chosen.image_size, chosen.preset, chosen.batch_size, chosen.workers) == (side, preset, batch_size, 8)
+    assert (chosen.model.mask_unit, chosen.encoder_config().window_size) == (side // 6, side // 16)
     assert (chosen.data.mean, chosen.data.std) == (IMAGENET_MEAN, IMAGENET_STD)
     assert (chosen.epochs, chosen.optim.lr, chosen.optim.warmup_epochs) == (100.0, lr, 10)
     assert chosen.save_every_steps == 1000
     assert chosen.model.masking(4).num_masked_units(chosen.size) == 22 and chosen.encoder_config().in_channels == 3
+
+
+@pytest.mark.parametrize(
+    "images, device, size, lines",
+    [(PHOTOS, "cpu", None, 1), (PHOTOS, "cuda", None, 0), (PHOTOS, "cpu", 96, 0), (DIGITS, "cpu", None, 0)],
+)
+def test_the_size_that_a_cpu_brings_is_said(images, device, size, lines):
+    given = settings_for(image_size=size)
+    said = size_reason(given, resolved(images, device=device, image_size=size), device)
+    assert [line.startswith("chosen   96 px, the most on a CPU") for line in said] == [True] * lines
 
 
 def test_thumbnails():
@@ -117,7 +128,7 @@ def open_keys(settings, prefix=""):
 
 def test_what_is_given_wins():
     given = {
-        "data": DataSettings("images", channels=3, mean=[0.1, 0.2, 0.3], std=[1, 2, 3], range="image", crop_scale=[0.2, 1]),
+        "data": DataSettings("images", channels=3, mean=[0.1, 0.2, 0.3], std=[1, 2, 3], crop_scale=[0.2, 1.0]),
         "preset": "base",
         "image_size": [96, 64],
         "epochs": 3.0,
@@ -282,7 +293,9 @@ def test_later_words_win(tmp_path):
 
 def test_default_image_size():
     sides = {1: 32, 28: 32, 32: 32, 63: 32, 64: 64, 100: 96, 191: 160, 192: 192, 375: 192, 4000: 192}
-    assert {side: default_image_size(side) for side in sides} == sides
+    for device in ("cuda", "mps"):
+        assert {side: default_image_size(side, device) for side in sides} == sides
+    assert {side: default_image_size(side, "cpu") for side in sides} == {side: min(size, 96) for side, size in sides.items()}
 
 
 def test_default_preset_and_batch():

@@ -143,7 +143,7 @@ def check_images(
     median_px = median_of(tally.short_sides)
     suggestion, rate = None, None
     if readable.any():
-        suggestion = Suggestion(side_px := default_image_size(median_px), default_preset(side_px, device))
+        suggestion = Suggestion(side_px := default_image_size(median_px, device), default_preset(side_px, device))
         rate = measure_loading_rate(source, np.flatnonzero(readable), RandomView((side_px, side_px)), how)
     return CheckReport(
         path=path,
