@@ -30,7 +30,7 @@ from simmim.data import (
     open_source,
 )
 from simmim.data.label_map_sources import note_on_label_maps
-from simmim.defaults import CPU_SIDE_PX
+from simmim.defaults import CPU_SIDE_PX, default_image_size
 from simmim.encoders import registry
 from simmim.messages import without_notices
 from simmim.methods.base import Method
@@ -74,6 +74,7 @@ class Resolved(NamedTuple):
         keep_decoded: whether images stay in memory once they are decoded.
         initial: the checkpoint that the weights start from; None for fresh ones.
         held_out: the images to validate with, which `source` does not have; None where there are none.
+        short_side_px: of the images' files.
     """
 
     settings: PretrainSettings
@@ -81,6 +82,7 @@ class Resolved(NamedTuple):
     keep_decoded: bool
     initial: Checkpoint | None
     held_out: datasets.Dataset | None = None
+    short_side_px: int = 0
 
     @property
     def steps_per_epoch(self) -> float:
@@ -108,7 +110,7 @@ def pretrain(settings: PretrainSettings) -> Path:
     pl.seed_everything(settings.seed, workers=True, verbose=False)
     method = build_method(settings)
     notes = [load_initial_weights(method, resolved.initial)] if resolved.initial else []
-    run = training_run(resolved, method, notes, [*size_reason(given, settings, device_type()), *length])
+    run = training_run(resolved, method, notes, [*size_reason(given, resolved.short_side_px, device_type()), *length])
     finished = run_training(run)
     if finished.trainer.is_global_zero:
         for line in closing_lines(run):
@@ -217,12 +219,20 @@ def encoder_export(
     return export
 
 
-def size_reason(given: PretrainSettings, resolved: PretrainSettings, device: str) -> list[str]:
-    """Why images have the size that they have, where the machine decided: a line or none."""
-    if given.image_size is not None or given.init != "none" or device != "cpu" or min(resolved.size) != CPU_SIDE_PX:
+def size_reason(given: PretrainSettings, short_side_px: int, device: str) -> list[str]:
+    """Why images have the size that they have, where the machine and not the images decided: a line or none.
+
+    Args:
+        given: settings before they were resolved.
+        short_side_px: of the images' files.
+        device: cuda, mps or cpu.
+    """
+    on_gpu = default_image_size(short_side_px, "cuda")
+    if given.image_size is not None or given.init != "none" or default_image_size(short_side_px, device) == on_gpu:
         return []
-    published = "the published 192 px (--image-size 192) would take about five times as long"
-    return [f"chosen   {CPU_SIDE_PX} px, the most on a CPU: {published}"]
+    return [
+        f"chosen   {CPU_SIDE_PX} px, the most on a CPU: {on_gpu} px (--image-size {on_gpu}) would take several times as long"
+    ]
 
 
 def resolve_length(settings: PretrainSettings) -> tuple[Resolved, list[str]]:
@@ -293,7 +303,7 @@ def resolve_run(settings: PretrainSettings) -> Resolved:
         num_steps = max(1, round(settings.epochs * source.num_images / settings.batch_size))
         every_steps = default_steps_between(num_steps, len(held_out), settings.batch_size)
         settings = replace(settings, validate_every_epochs=every_steps * settings.batch_size / source.num_images)
-    return Resolved(settings, source, keep_decoded, initial, held_out)
+    return Resolved(settings, source, keep_decoded, initial, held_out, images.short_side_px)
 
 
 def open_reading(settings: PretrainSettings, initial: Checkpoint | None, resumes: bool) -> Reading:

@@ -88,13 +88,11 @@ def test_photos(device, preset, batch_size, lr, side):
 
 
 @pytest.mark.parametrize(
-    "images, device, size, lines",
-    [(PHOTOS, "cpu", None, 1), (PHOTOS, "cuda", None, 0), (PHOTOS, "cpu", 96, 0), (DIGITS, "cpu", None, 0)],
+    "side, device, given, lines", [(375, "cpu", None, 1), (375, "cuda", None, 0), (375, "cpu", 96, 0), (96, "cpu", None, 0)]
 )
-def test_the_size_that_a_cpu_brings_is_said(images, device, size, lines):
-    given = settings_for(image_size=size)
-    said = size_reason(given, resolved(images, device=device, image_size=size), device)
-    assert [line.startswith("chosen   96 px, the most on a CPU") for line in said] == [True] * lines
+def test_the_size_that_a_cpu_brings_is_said(side, device, given, lines):
+    said = size_reason(settings_for(image_size=given), side, device)
+    assert [line.startswith("chosen   96 px, the most on a CPU: 192 px") for line in said] == [True] * lines
 
 
 def test_thumbnails():

@@ -80,8 +80,11 @@ def values_text(report: CheckReport) -> list[str]:
     """For images deeper than 8 bits a line a channel: its range, its histogram, and what is wrong with it."""
     if not report.ranges:
         return []
+    names = report.channel_names or [str(channel) for channel in range(len(report.ranges))]
+    ranges = [f"{low:,.6g} to {high:,.6g}" for low, high in report.ranges]
+    name_width, range_width = max(map(len, names)), max(map(len, ranges))
     lines = ["values       one range a channel for all images, as --data.range auto takes it"]
-    for channel, ((low, high), histogram, missing) in enumerate(zip(report.ranges, report.histograms, report.missing)):
+    for name, covered, histogram, missing in zip(names, ranges, report.histograms, report.missing):
         fullest = max(histogram) or 1
         drawn = "".join(BLOCKS[math.ceil((len(BLOCKS) - 1) * share / fullest)] for share in histogram)
         notes = [f"{missing:.1%} without data"] if missing else []
@@ -89,8 +92,7 @@ def values_text(report: CheckReport) -> list[str]:
             notes.append("dead: all values alike")
         elif histogram[-1] > SATURATED:
             notes.append(f"saturated: {histogram[-1]:.0%} at the upper end")
-        name = report.channel_names[channel] if report.channel_names else str(channel)
-        lines.append("  ".join([f"  {name}  {low:,.6g} to {high:,.6g}", drawn, *notes]))
+        lines.append("  ".join([f"  {name:<{name_width}}  {covered:<{range_width}}", drawn, *notes]))
     return lines
 
 
