@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable, Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -30,7 +29,6 @@ from simmim.data import (
     open_source,
 )
 from simmim.data.label_map_sources import note_on_label_maps
-from simmim.defaults import CPU_SIDE_PX, default_image_size
 from simmim.encoders import registry
 from simmim.messages import without_notices
 from simmim.methods.base import Method
@@ -50,16 +48,17 @@ from simmim.pretrain.module import PretrainingModule
 from simmim.pretrain.reconstructions import Reconstructions
 from simmim.pretrain.resolve import resolve_settings
 from simmim.pretrain.settings import DataSettings, OptimSettings, PretrainSettings, ProbeSettings, settings_class
-from simmim.pretrain.validation import HeldOutLoss, default_steps_between, trend
+from simmim.pretrain.summary import closing_lines, provenance, size_reason, summary
+from simmim.pretrain.validation import HeldOutLoss, default_steps_between
 from simmim.reading import AUTO, Reading
 from simmim.training.activations import ActivationMonitor
 from simmim.training.loggers import LossNames
 from simmim.training.run import KEEP_DECODED_MIB, TrainingRun, check_before_start, run_training
-from simmim.training.run_folder import CONFIG, as_yaml, checkpoints_folder
+from simmim.training.run_folder import CONFIG, checkpoints_folder
 from simmim.training.saving import SavedModel, SavePolicy, usable_checkpoint
 from simmim.training.shared_images import report_shared
 from simmim.training.streams import StreamData
-from simmim.training.trainer import default_precision, device_type, is_first_process, machine
+from simmim.training.trainer import default_precision, device_type, is_first_process
 
 if TYPE_CHECKING:
     import datasets
@@ -219,22 +218,6 @@ def encoder_export(
     return export
 
 
-def size_reason(given: PretrainSettings, short_side_px: int, device: str) -> list[str]:
-    """Why images have the size that they have, where the machine and not the images decided: a line or none.
-
-    Args:
-        given: settings before they were resolved.
-        short_side_px: of the images' files.
-        device: cuda, mps or cpu.
-    """
-    on_gpu = default_image_size(short_side_px, "cuda")
-    if given.image_size is not None or given.init != "none" or default_image_size(short_side_px, device) == on_gpu:
-        return []
-    return [
-        f"chosen   {CPU_SIDE_PX} px, the most on a CPU: {on_gpu} px (--image-size {on_gpu}) would take several times as long"
-    ]
-
-
 def resolve_length(settings: PretrainSettings) -> tuple[Resolved, list[str]]:
     """`resolve_run`, with as many epochs as fit into the time that is given; and lines about the time that the run takes. A
     run that is resumed keeps its epochs.
@@ -357,21 +340,6 @@ def held_out_loss(resolved: Resolved) -> HeldOutLoss | None:
     return HeldOutLoss(samples, every_steps, settings.model.images_per_input, settings.workers)
 
 
-def closing_lines(run: TrainingRun) -> list[str]:
-    """What the course of the validation loss says, of which step the encoder is, and what the probe on labels says."""
-    lines: list[str] = []
-    for part in run.callbacks:
-        if isinstance(part, HeldOutLoss):
-            lines.append(trend(part.measures))
-            finite = [measure for measure in part.measures if math.isfinite(measure[1])]
-            if finite:
-                step, loss = min(finite, key=lambda measure: measure[1])
-                lines.append(f"{run.folder / 'encoder'} is of the lowest validation loss, {loss:.4g} at step {step:,}")
-        elif isinstance(part, LabeledProbe):
-            lines += part.closing_lines(run.num_images)
-    return lines
-
-
 def build_method(settings: PretrainSettings) -> Method:
     """The method of resolved settings with its encoder, freshly initialized."""
     model = settings.model
@@ -396,69 +364,6 @@ def load_initial_weights(method: Method, source: Checkpoint) -> str:
     elif source.pretraining:
         report += f"\nloaded     {method.load_own_state(source.pretraining, source.provenance)}"
     return report
-
-
-def provenance(settings: PretrainSettings, method: dict, count: int, steps: int) -> dict:
-    """What an exported encoder says of where it comes from."""
-    from simmim import __version__
-
-    return {
-        "toolkit": f"simmim {__version__}",
-        "method": method_named(settings.method).title,
-        "data": data_name(settings.data.path),
-        "images": count,
-        "preset": registry.preset_name(settings.encoder_config()),
-        **({"init": Path(settings.init).name} if settings.init != "none" else {}),
-        "steps": steps,
-        "epochs": settings.epochs,
-        "batch_size": settings.batch_size,
-        "seed": settings.seed,
-        **method,
-    }
-
-
-def data_name(path: str | list[str]) -> str:
-    """What a model card calls the images: the names of their folders without the path, which is private."""
-    paths = [path] if isinstance(path, str) else path
-    return ", ".join(Path(part).name for part in paths)
-
-
-def summary(
-    settings: PretrainSettings,
-    model: Method,
-    count: int,
-    steps: int,
-    trainer: pl.Trainer,
-    resumed: Path | None,
-    probe: LabeledProbe | None = None,
-    validation: HeldOutLoss | None = None,
-) -> str:
-    """What is about to happen, and the resolved configuration."""
-    encoder = model.encoder
-    parameters = sum(parameter.numel() for parameter in encoder.parameters()) / 1e6
-    height, width = settings.size
-    peak = settings.optim.lr * settings.batch_size / 512
-    kind = {1: "gray", 3: "color"}.get(settings.data.channels, f"{settings.data.channels} channels")
-    lines = [
-        f"# {settings.out}/{CONFIG}",
-        as_yaml(settings).rstrip(),
-        "",
-        f"images   {count:,}, {kind}, as {height}×{width} px",
-        f"encoder  {registry.family_of(encoder.config).title} {registry.preset_name(encoder.config) or 'of its own size'}, "
-        f"{parameters:.2f} M parameters, {encoder.config.describe()}",
-        f"method   {', '.join(filter(None, (model.title, model.describe(settings.size))))}",
-        f"training {settings.epochs:g} epochs, {steps:,} steps of {settings.batch_size} images, peak learning rate "
-        f"{peak:.3g}, {settings.precision} on {machine(trainer, encoder)}",
-    ]
-    if values := settings.data.reading.describe():
-        lines.insert(-2, f"values   {values.removeprefix('values ')}")
-    if validation:
-        lines.append(f"validate {validation}")
-    if probe:
-        lines.append(f"probe    {probe}")
-    if resumed:
-        lines.append(f"resuming from {resumed}")
-    return "\n".join(lines)
 
 
 def load_pretrained(run: str | Path) -> tuple[Method, PretrainSettings]:

@@ -24,8 +24,8 @@ from simmim.finetune.settings import EncoderSettings
 from simmim.finetune.settings import OptimSettings as FinetuneOptimSettings
 from simmim.methods.simmim import SimMIMSettings
 from simmim.pretrain.resolve import resolve_settings
-from simmim.pretrain.run import size_reason
 from simmim.pretrain.settings import DataSettings, OptimSettings, PretrainSettings
+from simmim.pretrain.summary import size_reason
 from simmim.training.run_folder import as_yaml, differences, plain
 
 DIGITS = ImageStatistics(short_side_px=28, channels=1, decoded_mib=3.0, mean=(0.131,), std=(0.308,))
