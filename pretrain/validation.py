@@ -161,4 +161,5 @@ def trend(measures: Sequence[tuple[int, float]]) -> str:
     )
     if fall > LEAST_CHANGE:
         return f"{course} of the run: still falling. More epochs would probably teach it more"
-    return f"{course} of the run: no longer falling. More epochs alone would teach it little"
+    # The learning rate ends too, so that a level end says nothing of a longer run, whose rate would still be high here.
+    return f"{course} of the run: no longer falling, as is usual where the learning rate ends"

@@ -58,7 +58,8 @@ def prepare_study(settings: StudySettings) -> tuple[StudySettings, list[Arm], di
     validation_seed = validation_seed_of(settings, source)
     images = source.draw(None, settings.seed, validation_seed)
     labels = available_labels(settings, images)
-    origin = "of the validation part" if validation_seed is None else f"that seed {validation_seed} holds out once"
+    part = f"of the {'test' if source.test_validates else 'validation'} part"
+    origin = part if validation_seed is None else f"that seed {validation_seed} holds out once"
     judged_by = f"{len(images.validation):,} images {origin}"
     print(f"judged by  {judged_by}: no trial trains or tunes on them")
     checkpoints = {name: read(path) for name, path in settings.arm_names().items()}
