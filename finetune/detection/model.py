@@ -11,7 +11,6 @@ from torch import Tensor, nn
 
 from simmim.checkpoints import read_encoder
 from simmim.checkpoints.checkpoint import Preprocessing
-from simmim.checkpoints.fitting import mismatches
 from simmim.checkpoints.own_files import save_encoder
 from simmim.checkpoints.weight_files import read_safetensors, write_safetensors
 from simmim.data import normalize
@@ -19,6 +18,7 @@ from simmim.encoders.base import Encoder
 from simmim.files import read_json, write_json
 from simmim.finetune.detection.inference import Found, find_boxes
 from simmim.finetune.detection.pyramid import Predictions, PyramidHead
+from simmim.finetune.head_files import find_description, load_head_state
 
 WEIGHTS, DESCRIPTION = "detection.safetensors", "detection.json"
 
@@ -122,9 +122,7 @@ def save_detector(folder: Path, saved: SavedDetector, provenance: dict) -> None:
 
 def find_detector(path: str | Path) -> Path | None:
     """The folder of a detector's files: `path` itself or its folder encoder/; None where neither holds one."""
-    path = Path(path).expanduser()
-    path = path.parent if path.is_file() else path
-    return next((folder for folder in (path, path / "encoder") if (folder / DESCRIPTION).is_file()), None)
+    return find_description(path, DESCRIPTION)
 
 
 def load_detector(path: str | Path) -> SavedDetector:
@@ -145,17 +143,5 @@ def load_detector(path: str | Path) -> SavedDetector:
     except (KeyError, TypeError) as error:
         raise ValueError(f"{folder / DESCRIPTION} is damaged ({error}): fine-tune again") from error
     model = Detector(saved.encoder, len(classes), shape)
-    load_head(model, read_safetensors(folder / WEIGHTS), folder / WEIGHTS)
+    load_head_state(model, read_safetensors(folder / WEIGHTS), folder / WEIGHTS)
     return SavedDetector(model.eval(), classes, thresholds, saved.preprocessing, short_side, inference)
-
-
-def load_head(model: Detector, state: dict[str, Tensor], source: Path) -> None:
-    """Put weights into a detector's norms and head, all or none.
-
-    Raises:
-        ValueError: when they are not exactly the model's.
-    """
-    problems = mismatches({name: tuple(value.shape) for name, value in model.head_state().items()}, state)
-    if problems:
-        raise ValueError(f"{source} does not fit its description: {problems}")
-    model.load_state_dict(state, strict=False)

@@ -23,7 +23,6 @@ from simmim.finetune.detection.model import (
     SavedDetector,
     find_detector,
     load_detector,
-    load_head,
     save_detector,
 )
 from simmim.finetune.detection.module import DetectionFinetuning
@@ -31,6 +30,7 @@ from simmim.finetune.detection.prediction import detect
 from simmim.finetune.detection.report import LogBoxes, closing_text, report_validation
 from simmim.finetune.detection.settings import BoxSettings, DetectionSettings
 from simmim.finetune.detection.views import BoxSamples, RandomBoxes, WholeImage
+from simmim.finetune.head_files import load_head_state
 from simmim.finetune.segmentation.views import scaled_size
 from simmim.finetune.start import Start, find_start, measure_training_images
 from simmim.finetune.task import Predictions, PreparedTask, ReportLine, Task
@@ -138,7 +138,7 @@ def load_source_head(model: Detector, source: str, classes: Sequence[str], repor
         return
     saved = load_detector(source)
     if saved.classes == tuple(classes) and saved.model.shape == model.shape:
-        load_head(model, saved.model.head_state(), Path(source))
+        load_head_state(model, saved.model.head_state(), Path(source))
         text = f"head of the same {len(classes)} classes loaded"
     else:
         text = f"head of {len(saved.classes)} classes replaced by a fresh one of {len(classes)}"

@@ -12,13 +12,13 @@ from torch import Tensor, nn
 
 from simmim.checkpoints import read_encoder
 from simmim.checkpoints.checkpoint import Preprocessing
-from simmim.checkpoints.fitting import mismatches
 from simmim.checkpoints.own_files import save_encoder
 from simmim.checkpoints.weight_files import read_safetensors, write_safetensors
 from simmim.data import normalize
 from simmim.data.label_maps import ClassScheme
 from simmim.encoders.base import Encoder
 from simmim.files import read_json, write_json
+from simmim.finetune.head_files import find_description, load_head_state
 from simmim.finetune.segmentation.sliding import dense_logits
 from simmim.finetune.segmentation.upernet import FCN, POOL_SCALES, UPerNet
 
@@ -148,9 +148,7 @@ def save_segmenter(folder: Path, saved: SavedSegmenter, provenance: dict) -> Non
 
 def find_segmenter(path: str | Path) -> Path | None:
     """The folder of a segmenter's files: `path` itself or its folder encoder/; None where neither holds one."""
-    path = Path(path).expanduser()
-    path = path.parent if path.is_file() else path
-    return next((folder for folder in (path, path / "encoder") if (folder / DESCRIPTION).is_file()), None)
+    return find_description(path, DESCRIPTION)
 
 
 def load_segmenter(path: str | Path) -> SavedSegmenter:
@@ -171,17 +169,5 @@ def load_segmenter(path: str | Path) -> SavedSegmenter:
     except (KeyError, TypeError) as error:
         raise ValueError(f"{folder / DESCRIPTION} is damaged ({error}): fine-tune again") from error
     model = Segmenter(saved.encoder, len(scheme.classes), shape)
-    load_heads(model, read_safetensors(folder / WEIGHTS), folder / WEIGHTS)
+    load_head_state(model, read_safetensors(folder / WEIGHTS), folder / WEIGHTS)
     return SavedSegmenter(model.eval(), scheme, saved.preprocessing, short_side, inference)
-
-
-def load_heads(model: Segmenter, state: dict[str, Tensor], source: Path) -> None:
-    """Put weights into a segmenter's norms and heads, all or none.
-
-    Raises:
-        ValueError: when they are not exactly the model's.
-    """
-    problems = mismatches({name: tuple(value.shape) for name, value in model.head_state().items()}, state)
-    if problems:
-        raise ValueError(f"{source} does not fit its description: {problems}")
-    model.load_state_dict(state, strict=False)

@@ -15,13 +15,13 @@ from simmim.checkpoints.checkpoint import Preprocessing
 from simmim.data import measure_for_encoder
 from simmim.data.decode import MAX_PIXELS
 from simmim.data.label_maps import ClassScheme, LabeledScenes, read_labeled_scenes
+from simmim.finetune.head_files import load_head_state
 from simmim.finetune.segmentation.defaults import resolve_settings
 from simmim.finetune.segmentation.model import (
     HeadShape,
     SavedSegmenter,
     Segmenter,
     find_segmenter,
-    load_heads,
     load_segmenter,
     save_segmenter,
 )
@@ -146,7 +146,7 @@ def load_source_heads(model: Segmenter, source: str, classes: Sequence[str], rep
         return
     saved = load_segmenter(source)
     if saved.scheme.classes == classes and saved.model.shape == model.shape:
-        load_heads(model, saved.model.head_state(), Path(source))
+        load_head_state(model, saved.model.head_state(), Path(source))
         text = f"heads of the same {len(classes)} classes loaded"
     else:
         text = f"heads of {len(saved.scheme.classes)} classes replaced by fresh ones of {len(classes)}"
