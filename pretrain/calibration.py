@@ -19,7 +19,8 @@ LENGTH = re.compile("".join(rf"(?:(?P<{unit}>\d+(?:\.\d+)?){unit})?" for unit in
 MEASURED_S, MEASURED_BATCH = 3.0, 32  # on a CPU time grows with the batch, so that some images are enough
 WARM_UP_STEPS = {"cuda": 3, "mps": 3, "cpu": 1}
 OTHER_SHARE = 0.05  # of a run's time: measures, pictures, checkpoints
-LONG_S = 1.25 * 3600  # a run that takes longer is told what an hour would do
+DEFAULT_S = 3600.0  # of a run on a CPU whose length nobody gives
+LONG_S = 1.25 * DEFAULT_S  # a run that takes longer is told what an hour would do
 # Images times pixels of a run that is over in a few minutes, and is not measured.
 SHORT_PIXELS = 1e8
 
@@ -112,11 +113,32 @@ def epochs_in(seconds: float, step_s: float, batch_size: int, num_images: int) -
     return float(f"{steps * batch_size / num_images:.3g}")
 
 
+def run_seconds(settings: PretrainSettings, num_images: int, step_s: float) -> float:
+    """How long a run takes, with measures and pictures."""
+    return settings.epochs * num_images / settings.batch_size * step_s / (1 - OTHER_SHARE)
+
+
+def chosen_line(settings: PretrainSettings, epochs: float, num_images: int, step_s: float) -> str:
+    """How many epochs the time allows, and where no time was given why it is an hour and what longer would take.
+
+    Args:
+        settings: resolved for the epochs that would be trained without a limit of time.
+        epochs: as many as fit.
+    """
+    rest = f"{OTHER_SHARE:.0%} of it left for measures and pictures"
+    if settings.time is not None:
+        return f"chosen   {epochs:g} epochs: what this machine does in {settings.time}, {rest}"
+    whole = length_text(run_seconds(settings, num_images, step_s))
+    return (
+        f"chosen   {epochs:g} epochs: what this CPU does in an hour; --epochs {settings.epochs:g}, as on a GPU, would take "
+        f"{whole}, --time 3h three times as many epochs"
+    )
+
+
 def estimate_line(settings: PretrainSettings, num_images: int, step_s: float) -> str:
     """How long a run takes, and where that is long what an hour would do."""
-    steps = settings.epochs * num_images / settings.batch_size
-    seconds = steps * step_s / (1 - OTHER_SHARE)
+    seconds = run_seconds(settings, num_images, step_s)
     line = f"about {length_text(seconds)} on this machine, {step_s:.2g} s a step as measured"
     if seconds <= LONG_S or settings.time is not None:
         return line
-    return f"{line}; --time 1h would take {epochs_in(3600, step_s, settings.batch_size, num_images):g} epochs"
+    return f"{line}; --time 1h would take {epochs_in(DEFAULT_S, step_s, settings.batch_size, num_images):g} epochs"

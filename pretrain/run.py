@@ -34,13 +34,16 @@ from simmim.messages import without_notices
 from simmim.methods.base import Method
 from simmim.methods.registry import default_method, method_named
 from simmim.pretrain.calibration import (
-    OTHER_SHARE,
+    DEFAULT_S,
+    LONG_S,
     WARM_UP_STEPS,
+    chosen_line,
     epochs_in,
     estimate_line,
     is_short,
     num_processes,
     parse_length,
+    run_seconds,
     seconds_per_step,
 )
 from simmim.pretrain.labeled_probe import LabeledProbe
@@ -219,8 +222,8 @@ def encoder_export(
 
 
 def resolve_length(settings: PretrainSettings) -> tuple[Resolved, list[str]]:
-    """`resolve_run`, with as many epochs as fit into the time that is given; and lines about the time that the run takes. A
-    run that is resumed keeps its epochs.
+    """`resolve_run`, with as many epochs as fit into the time that is given, or on a CPU into an hour where neither time nor
+    epochs are; and lines about the time that the run takes. A run that is resumed keeps its epochs.
 
     Raises:
         ValueError: for a time that is none, is given with epochs, or for several devices; as `resolve_run`.
@@ -229,7 +232,7 @@ def resolve_length(settings: PretrainSettings) -> tuple[Resolved, list[str]]:
     device = str(settings.trainer.get("accelerator", "auto"))
     device = device if device in WARM_UP_STEPS else device_type()
     if settings.resume and (Path(settings.out).expanduser() / CONFIG).is_file():
-        if settings.time is not None and settings.epochs is None:
+        if settings.epochs is None:
             settings = replace(settings, epochs=read_settings(settings.out).epochs)
         return resolve_run(settings), []
     if seconds is not None and settings.epochs is not None:
@@ -238,18 +241,20 @@ def resolve_length(settings: PretrainSettings) -> tuple[Resolved, list[str]]:
     if seconds is not None and not is_single:
         raise ValueError(f"time is {settings.time} and there are several devices, which it does not measure: give epochs")
     resolved = resolve_run(settings)
-    num_images = resolved.source.num_images
+    num_images, batch_size = resolved.source.num_images, resolved.settings.batch_size
     if not is_single or (seconds is None and is_short(resolved.settings, num_images)):
         return resolved, []
     step_s = measure_step(resolved, device)
-    if seconds is None:
-        return resolved, [f"time     {estimate_line(resolved.settings, num_images, step_s)}"]
-    epochs = epochs_in(seconds, step_s, resolved.settings.batch_size, num_images)
-    with without_notices():  # of the same images again
-        resolved = resolve_run(replace(settings, epochs=epochs))
-    rest = f"{OTHER_SHARE:.0%} of it left for measures and pictures"
-    chosen = f"chosen   {epochs:g} epochs: what this machine does in {settings.time}, {rest}"
-    return resolved, [chosen, f"time     {estimate_line(resolved.settings, num_images, step_s)}"]
+    by_default = seconds is None and settings.epochs is None and device == "cpu"
+    if by_default and run_seconds(resolved.settings, num_images, step_s) > LONG_S:
+        seconds = DEFAULT_S
+    chosen = []
+    if seconds is not None:
+        epochs = epochs_in(seconds, step_s, batch_size, num_images)
+        chosen = [chosen_line(resolved.settings, epochs, num_images, step_s)]
+        with without_notices():  # of the same images again
+            resolved = resolve_run(replace(settings, epochs=epochs))
+    return resolved, [*chosen, f"time     {estimate_line(resolved.settings, num_images, step_s)}"]
 
 
 def measure_step(resolved: Resolved, device: str) -> float:

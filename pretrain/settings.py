@@ -209,7 +209,8 @@ class PretrainSettings(RunSettings):
         method: how the encoder learns.
         preset: size of a fresh encoder: nano, micro, tiny, small, base, large, huge, giant-1b, giant-3b.
         image_size: pixels the crops are resized to, one number or height and width.
-        epochs: passes over the images.
+        epochs: passes over the images. By default as many as make 20 million crops, 100 to 800; on a CPU that would need
+            longer than an hour, as many as fit into one.
         time: length of the run, as 1h, 90m or 1h30m, in place of epochs: it measures a few of its steps on this machine, and
             takes as many epochs as fit. On a single device.
         reconstruct_every_epochs: a picture of reconstructions every `reconstruct_every_epochs` epochs; by default twenty

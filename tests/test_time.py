@@ -121,6 +121,23 @@ def test_a_given_time_chooses_the_epochs_once(digits, tmp_path, monkeypatch, pow
     assert all(torch.equal(value, second[name]) for name, value in first.items())
 
 
+def test_on_a_cpu_a_run_without_a_length_takes_an_hour(digits, tmp_path, monkeypatch, capsys):
+    """Where the default number of epochs would take longer, which is said; and the resumed run keeps what was chosen."""
+    monkeypatch.setattr(calibration, "SHORT_PIXELS", 0.0)
+    monkeypatch.setattr(run, "measure_step", lambda resolved, device: 300.0)
+    whole = pretrain(settings(digits, tmp_path / "whole"))
+    out = capsys.readouterr().out
+    count = len(list(digits.unlabeled.iterdir()))
+    epochs = epochs_in(3600, 300.0, 32, count)
+    assert f"chosen   {epochs:g} epochs: what this CPU does in an hour; --epochs 800, as on a GPU, would take" in out
+    assert "time     about 1 h 0 min on this machine, 3e+02 s a step as measured" in out and "--time 1h" not in out
+    assert yaml.safe_load((whole / "config.yaml").read_text())["epochs"] == epochs
+    pretrain(settings(digits, tmp_path / "whole", resume=True))
+    monkeypatch.setattr(run, "measure_step", lambda resolved, device: 1e-4)
+    resolved, lines = run.resolve_length(settings(digits, tmp_path / "short"))
+    assert resolved.settings.epochs == 800 and lines == ["time     about 1 s on this machine, 0.0001 s a step as measured"]
+
+
 @pytest.mark.parametrize(
     "words, says",
     [
