@@ -4,10 +4,11 @@ from __future__ import annotations
 
 from collections.abc import Callable
 
+import torch
 from torch import Tensor
 
 from simmim.data import normalize, valid_pixels
-from simmim.methods.base import Method
+from simmim.methods.base import Method, MethodOutput
 from simmim.training.module import TrainingModule
 
 
@@ -38,14 +39,35 @@ class PretrainingModule(TrainingModule):
         images = normalize(batch["image"], self.mean, self.std)
         return images, self.model.draw(tuple(images.shape[-2:]), batch["seed"], images.device)
 
-    def loss_of(self, batch: dict) -> Tensor:
-        """The loss of one batch, of the pixels that have data."""
+    def output_of(self, batch: dict) -> MethodOutput:
+        """The loss of one batch, of the pixels that have data, and the method's metrics."""
         valid = valid_pixels(batch["image"])
         known = {} if valid is None else {"valid": valid}
-        return self.model(*self.inputs(batch), **known).loss
+        if "views" in batch:
+            known["views"] = self.views(batch)
+        return self.model(*self.inputs(batch), **known)
+
+    def views(self, batch: dict) -> list[Tensor]:
+        """The further views of a batch, normalized and changed by the method; still zeros where there is no data."""
+        normalized = [normalize(view, self.mean, self.std) for view in batch["views"]]
+        changed = self.model.change_views(normalized, batch["seed"])
+        known = [valid_pixels(view) for view in batch["views"]]
+        return [view if where is None else torch.where(where, view, 0.0) for view, where in zip(changed, known)]
+
+    def loss_of(self, batch: dict) -> Tensor:
+        """The loss of one batch."""
+        return self.output_of(batch).loss
 
     def training_step(self, batch: dict, batch_idx: int) -> Tensor:
-        """The loss of one batch, logged."""
-        loss = self.loss_of(batch)
-        self.log("loss", loss, prog_bar=True, batch_size=len(batch["image"]), sync_dist=True)
-        return loss
+        """The loss of one batch, logged with the method's other metrics."""
+        output, size = self.output_of(batch), len(batch["image"])
+        self.log("loss", output.loss, prog_bar=True, batch_size=size, sync_dist=True)
+        for name, value in (output.metrics or {}).items():
+            self.log(name, value, batch_size=size, sync_dist=True)
+        return output.loss
+
+    def optimizer_step(self, *arguments, **options) -> None:
+        """Lightning's step, and what the method does after it."""
+        super().optimizer_step(*arguments, **options)
+        # Lightning counts the step after this hook.
+        self.model.after_step(min((self.trainer.global_step + 1) / self.trainer.max_steps, 1.0))

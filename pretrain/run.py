@@ -137,6 +137,7 @@ def training_run(resolved: Resolved, method: Method, notes: list[str], length: S
 
     def check(trainer: pl.Trainer) -> None:
         check_batch(settings, trainer.world_size)
+        check_method(settings, method, trainer)
         if probe and (trainer.is_global_zero or isinstance(trainer.strategy, ModelParallelStrategy)):
             probe.read()
 
@@ -183,6 +184,22 @@ def check_batch(settings: PretrainSettings, world: int) -> None:
         )
 
 
+def check_method(settings: PretrainSettings, method: Method, trainer: pl.Trainer) -> None:
+    """Check that the method can train with this strategy and precision, and on as many images at once.
+
+    Raises:
+        ValueError: naming what it needs.
+    """
+    if isinstance(trainer.strategy, ModelParallelStrategy) and not method.supports_sharding:
+        raise ValueError(f"trainer.strategy divides the weights, which method {method.name} does not support: give ddp")
+    at_once, needed = settings.batch_size // settings.optim.accumulate, settings.model.smallest_batch
+    if at_once < needed:
+        raise ValueError(
+            f"batch_size is {settings.batch_size} in {settings.optim.accumulate} accumulated batches, and method "
+            f"{method.name} compares images of one batch: give {needed * settings.optim.accumulate} images or more"
+        )
+
+
 def stage_callbacks(
     resolved: Resolved, method: Method, probe: LabeledProbe | None, validation: HeldOutLoss | None
 ) -> tuple[pl.Callback, ...]:
@@ -202,12 +219,13 @@ def encoder_export(
     settings: PretrainSettings, method: Method, preprocessing: Preprocessing, num_images: int
 ) -> Callable[[SavedModel], None]:
     """A function that refreshes RUN/encoder from a checkpoint's weights."""
-    folder = Path(settings.out).expanduser()
+    folder, own_names = Path(settings.out).expanduser(), tuple(method.own_state())
 
     def export(saved: SavedModel) -> None:
         weights = {name.removeprefix("model."): value for name, value in saved.weights.items()}
-        own = {name: value for name, value in weights.items() if not name.startswith("encoder.")}
-        encoder = {name.removeprefix("encoder."): value for name, value in weights.items() if name not in own}
+        own = {name: weights[name] for name in own_names}
+        prefix = "encoder."
+        encoder = {name.removeprefix(prefix): value for name, value in weights.items() if name.startswith(prefix)}
         origin = provenance(settings, method.provenance(), num_images, saved.step)
         if saved.mean_loss is not None:
             origin["loss"] = round(saved.mean_loss, 5)
@@ -262,9 +280,16 @@ def measure_step(resolved: Resolved, device: str) -> float:
     settings, data = resolved.settings, resolved.settings.data
     with torch.random.fork_rng(devices=[]):
         module = PretrainingModule(build_method(settings), data.mean, data.std, lambda step: 0.0, 0.0, settings.optim.clip)
-    view = RandomView(settings.size, data.crop_scale, data.crop_ratio, data.flip, data.turns)
-    options = (data.channels, settings.seed, resolved.keep_decoded, data.max_pixels, data.reading)
+    view, *further = random_views(settings)
+    options = (data.channels, settings.seed, resolved.keep_decoded, data.max_pixels, data.reading, further)
     return seconds_per_step(module, ImageSamples(resolved.source.head, view, *options), settings, device)
+
+
+def random_views(settings: PretrainSettings) -> list[RandomView]:
+    """The random views of an image, first the one that the encoder learns from."""
+    data, size = settings.data, settings.size
+    sizes = (size, *settings.model.further_views(size, settings.encoder_config()))
+    return [RandomView(size, data.crop_scale, data.crop_ratio, data.flip, data.turns) for size in sizes]
 
 
 def resolve_run(settings: PretrainSettings) -> Resolved:
@@ -312,11 +337,11 @@ def open_reading(settings: PretrainSettings, initial: Checkpoint | None, resumes
 def training_samples(resolved: Resolved) -> ImageSamples | StreamedSamples:
     """The images in their endless order, cropped and flipped as the settings ask."""
     settings, source, data = resolved.settings, resolved.source, resolved.settings.data
-    view = RandomView(settings.size, data.crop_scale, data.crop_ratio, data.flip, data.turns)
+    view, *further = random_views(settings)
     options = (view, data.channels, settings.seed)
     if source.streaming:
-        return StreamedSamples(source.images, *options, data.shuffle_buffer, data.max_pixels, data.reading)
-    return ImageSamples(source.images, *options, resolved.keep_decoded, data.max_pixels, data.reading)
+        return StreamedSamples(source.images, *options, data.shuffle_buffer, data.max_pixels, data.reading, further)
+    return ImageSamples(source.images, *options, resolved.keep_decoded, data.max_pixels, data.reading, further)
 
 
 def labeled_probe(resolved: Resolved, preprocessing: Preprocessing) -> LabeledProbe | None:
@@ -368,6 +393,7 @@ def load_initial_weights(method: Method, source: Checkpoint) -> str:
         report += f"\nadapted    {method.own_parts} are fresh: those of the source are for other channels"
     elif source.pretraining:
         report += f"\nloaded     {method.load_own_state(source.pretraining, source.provenance)}"
+    method.weights_loaded()
     return report
 
 

@@ -1,4 +1,4 @@
-"""How a call is computed: number types under autocast, and whether anything traces it."""
+"""How a call is computed: number types under autocast, whether anything traces it, and what other processes have."""
 
 from __future__ import annotations
 
@@ -16,6 +16,16 @@ def without_autocast(device: torch.device) -> contextlib.AbstractContextManager:
 def at_least_float32(x: Tensor) -> Tensor:
     """Half precisions to float32; float32 and float64 as they are."""
     return x.to(torch.promote_types(x.dtype, torch.float32))
+
+
+def rows_of_all_processes(rows: Tensor) -> tuple[Tensor, int]:
+    """The rows of all processes that train together, in their order, and how many are before this process's. Each has as
+    many. Without gradient."""
+    if not (torch.distributed.is_available() and torch.distributed.is_initialized()):
+        return rows.detach(), 0
+    every = rows.new_empty(len(rows) * torch.distributed.get_world_size(), *rows.shape[1:])
+    torch.distributed.all_gather_into_tensor(every, rows.detach().contiguous())
+    return every, len(rows) * torch.distributed.get_rank()
 
 
 def is_eager() -> bool:

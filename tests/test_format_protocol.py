@@ -258,7 +258,7 @@ def test_other_formats_leave_out_a_methods_state(toy_method, tmp_path):
 def test_an_unknown_method_is_named(toy_method, tmp_path, monkeypatch):
     folder = save_checkpoint(tmp_path, swinv2_of_the_toy_method())
     monkeypatch.delitem(METHODS, "toy")
-    with pytest.raises(ValueError, match=r"pretraining\.safetensors: unknown method 'toy'; known: canvas, simmim"):
+    with pytest.raises(ValueError, match=r"pretraining\.safetensors: unknown method 'toy'; known: canvas, contrast, simmim"):
         read(folder)
 
 

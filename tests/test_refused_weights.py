@@ -240,7 +240,7 @@ def test_parts_of_another_size_are_refused(tmp_path):
         ValueError, match=r"does not fit SimMIM with this encoder: 2 missing \(decoder\.weight, decoder\.bias\)"
     ):
         check_pretraining(replace(checkpoint, pretraining={"mask_token": torch.zeros(8)}), Path("file"))
-    with pytest.raises(ValueError, match=r"file: unknown method 'mae'; known: canvas, simmim"):
+    with pytest.raises(ValueError, match=r"file: unknown method 'mae'; known: canvas, contrast, simmim"):
         check_pretraining(replace(checkpoint, method="mae"), Path("file"))
     folder = export(checkpoint, "hf", tmp_path / "hf", "encoder").folder
     wider = "encoder.layers.0.blocks.0.attention.self.key.weight"
@@ -364,7 +364,7 @@ def test_unreadable_files_are_refused_by_every_command(name, place, digits, monk
             "--out new --format onxx",
             ["unknown format 'onxx'; did you mean 'onnx'? known: hf, official, onnx, safetensors, timm"],
         ),
-        ("--out new --form head", ["unknown form 'head'; known: canvas, classifier, encoder, simmim"]),
+        ("--out new --form head", ["unknown form 'head'; known: canvas, classifier, contrast, encoder, simmim"]),
         ("--out new --form classifier", ["has no head: it cannot be exported in the form classifier"]),
         ("--out new --form simmim", ["has no mask token and decoder"]),
         ("--out new --format timm --form simmim", ["has no mask token and decoder"]),

@@ -54,8 +54,8 @@ def quiet_context() -> multiprocessing.context.BaseContext:
 
 
 def collate(samples: list[dict]) -> dict:
-    """Samples to a batch: images, label maps, labels and the weak views of those that have one are stacked; all else becomes
-    lists."""
+    """Samples to a batch: images, label maps, labels, each of their further views, and the weak views of those that have one
+    are stacked; all else becomes lists."""
     batch = {
         "image": torch.stack([sample["image"] for sample in samples]),
         "seed": [sample["seed"] for sample in samples],
@@ -70,6 +70,8 @@ def collate(samples: list[dict]) -> dict:
     weak = [sample["weak"] for sample in samples if "weak" in sample]
     if weak:
         batch["weak"] = torch.stack(weak)
+    if "views" in samples[0]:
+        batch["views"] = [torch.stack(views) for views in zip(*(sample["views"] for sample in samples))]
     if "label_map" in samples[0]:
         batch["label_map"] = torch.stack([sample["label_map"] for sample in samples])
     if "label" in samples[0]:

@@ -9,7 +9,7 @@ from __future__ import annotations
 import copy
 import random
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from typing import TYPE_CHECKING, Any
 
 from torch import Tensor
@@ -25,6 +25,19 @@ if TYPE_CHECKING:
     import datasets
 
 MAX_REPLACEMENTS = 32
+View = Callable[[Picture, random.Random], Tensor]
+
+
+def further_views(picture: Picture, views: Sequence[View], generator: random.Random) -> dict:
+    """More views of a picture, as the sample's `views`; without any no entry.
+
+    They are drawn by what `generator` would return next, which is the sample's seed, and it stays as it is: all else that is
+    random about the sample is as without them.
+    """
+    if not views:
+        return {}
+    own = random.Random(f"{copy.copy(generator).getrandbits(62)}/views")
+    return {"views": [view(picture, own) for view in views]}
 
 
 class IndexedSamples(Dataset, ABC):
@@ -66,7 +79,7 @@ class ImageSamples(IndexedSamples):
     A sample is a dict: `image` (channels, height, width), uint8, or float32 of deep images;
     `seed`, for everything else that is random about it; `label`
     if the source has labels; `skipped`, the (path, reason) of unreadable images that it replaces; `gray_copies`, the path of
-    a color image that is read as gray.
+    a color image that is read as gray; `views`, further views of the same image where there are any.
 
     Args:
         source: column `image`, undecoded, and `label` if there are labels.
@@ -76,19 +89,21 @@ class ImageSamples(IndexedSamples):
         keep_decoded: hold decoded images in memory, for small data sets.
         max_pixels: larger images count as unreadable.
         reading: how values become pictures.
+        further: more views of each image.
     """
 
     def __init__(
         self,
         source: datasets.Dataset,
-        view: Callable[[Picture, random.Random], Tensor],
+        view: View,
         channels: int,
         seed: int,
         keep_decoded: bool = False,
         max_pixels: int = MAX_PIXELS,
         reading: Reading = STRETCHED,
+        further: Sequence[View] = (),
     ) -> None:
-        self.max_pixels, self.reading = max_pixels, reading
+        self.max_pixels, self.reading, self.further = max_pixels, reading, further
         self.source, self.view, self.channels, self.seed = source, view, channels, seed
         self.labeled = "label" in source.column_names
         self.cache: dict[int, tuple[Picture, int | None]] | None = {} if keep_decoded else None
@@ -124,10 +139,11 @@ class ImageSamples(IndexedSamples):
         return {**sample, "seed": generator.getrandbits(62), "skipped": skipped}
 
     def view_of(self, index: int, generator: random.Random) -> dict:
-        """The view of the image at `index`, with its label if there are labels."""
+        """The views of the image at `index`, with its label if there are labels."""
         picture, label = self.load(index)
         gray_copies = [self.name_of(index)] if picture.loses_color else []
         sample = {"image": self.view(picture, generator), "gray_copies": gray_copies}
+        sample |= further_views(picture, self.further, generator)
         return sample | ({"label": label} if self.labeled else {})
 
     def name_of(self, index: int) -> str:
@@ -157,21 +173,22 @@ class StreamedSamples(IterableDataset):
 
     Args:
         stream: rows `{"image": …}`.
-        view, channels, seed, max_pixels, reading: as of `ImageSamples`.
+        view, channels, seed, max_pixels, reading, further: as of `ImageSamples`.
         buffer: samples that the shuffle buffer holds, undecoded.
     """
 
     def __init__(
         self,
         stream: datasets.IterableDataset,
-        view: Callable[[Picture, random.Random], Tensor],
+        view: View,
         channels: int,
         seed: int,
         buffer: int,
         max_pixels: int = MAX_PIXELS,
         reading: Reading = STRETCHED,
+        further: Sequence[View] = (),
     ) -> None:
-        self.reading = reading
+        self.reading, self.further = reading, further
         self.stream, self.view, self.channels, self.seed = stream, view, channels, seed
         self.buffer, self.max_pixels = buffer, max_pixels
         self.rank, self.world_size, self.batches_done = 0, 1, 0
@@ -232,14 +249,15 @@ class StreamedSamples(IterableDataset):
         return self.view_of(latest, generator, name), skipped, latest
 
     def view_of(self, row: dict, generator: random.Random, name: str) -> dict:
-        """The view of a row's image.
+        """The views of a row's image.
 
         Args:
             name: of the row, where the image has no path.
         """
         picture = open_picture(row["image"], self.channels, self.max_pixels, self.reading)
         gray_copies = [row["image"]["path"] or name] if picture.loses_color else []
-        return {"image": self.view(picture, generator), "gray_copies": gray_copies}
+        sample = {"image": self.view(picture, generator), "gray_copies": gray_copies}
+        return sample | further_views(picture, self.further, generator)
 
     def rows(self, epoch: int, node: int, num_nodes: int) -> Iterator[dict]:
         """One epoch's rows of one of `num_nodes` parts."""

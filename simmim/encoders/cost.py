@@ -84,6 +84,7 @@ class LayerCost:
         rebuilt: what the backward pass recomputes and holds until it has passed this layer.
         forward, backward: temporary memory of each pass besides.
         gathered: under FSDP its whole parameters, where the layer is a unit that is gathered by itself; else 0.
+        frozen: number of parameters without gradient, beside `parameters`.
     """
 
     parameters: int
@@ -93,6 +94,7 @@ class LayerCost:
     forward: float = 0.0
     backward: float = 0.0
     gathered: int = 0
+    frozen: int = 0
 
 
 @dataclass(frozen=True)

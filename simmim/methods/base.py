@@ -29,10 +29,12 @@ class MethodOutput(NamedTuple):
     Attributes:
         loss: a scalar.
         reconstruction: on request, and where the method predicts pixels, (B, channels, height, width); else None.
+        metrics: scalars to log beside the loss, its parts for instance, by name; None for none.
     """
 
     loss: Tensor
     reconstruction: Tensor | None = None
+    metrics: Mapping[str, Tensor] | None = None
 
 
 class Reconstruction(NamedTuple):
@@ -70,6 +72,16 @@ class MethodSettings:
         """Images that the encoder takes as one. A device's batch is a multiple of it, and consecutive images go together."""
         return 1
 
+    @property
+    def smallest_batch(self) -> int:
+        """Images that the devices must have at once, all together: more than one where images are compared."""
+        return 1
+
+    def further_views(self, image_size: Size, config: EncoderConfig) -> Sequence[Size]:
+        """The size, (height, width), of each view that a method takes of an image beside the one of `image_size`. They are
+        crops of their own, drawn in the same way."""
+        return ()
+
     def resolve(self: Settings, image_size: Size, config: EncoderConfig) -> Settings:
         """These settings with all filled in that the user left open.
 
@@ -90,6 +102,7 @@ class Method(nn.Module, ABC):
         loss_name: of the loss, as metrics are grouped by it; described in `loss_description`.
         settings_class: what `build` takes.
         predicts_pixels: whether there are reconstructions to look at.
+        supports_sharding: whether its weights may be divided among devices (FSDP).
     """
 
     name: ClassVar[str]
@@ -100,6 +113,7 @@ class Method(nn.Module, ABC):
     loss_description: ClassVar[str] = ""
     settings_class: ClassVar[type[MethodSettings]] = MethodSettings
     predicts_pixels: ClassVar[bool] = True
+    supports_sharding: ClassVar[bool] = True
 
     encoder: Encoder
 
@@ -126,7 +140,29 @@ class Method(nn.Module, ABC):
             images: (B, channels, height, width), float, normalized; zeros, the mean, where there is no data.
             drawn: as from `draw`.
             valid: bool of the images' shape, where they have data, which alone is learned from; None for everywhere.
+
+        A method whose settings name further views also takes `views`, these views after `change_views`; without them its
+        loss is of `images` alone, as on images that are held out.
         """
+
+    def change_views(self, views: Sequence[Tensor], seeds: Sequence[int]) -> Sequence[Tensor]:
+        """Random changes of further views beyond their crops, colors for instance, on their device.
+
+        Args:
+            views: as `images` of `forward`.
+            seeds: one per image; an image's changes depend on its own alone.
+        """
+        return views
+
+    def after_step(self, progress: float) -> None:
+        """Called after each optimizer step, where averages of weights move on.
+
+        Args:
+            progress: share of the run's optimizer steps that have been taken, in (0, 1].
+        """
+
+    def weights_loaded(self) -> None:
+        """Called when the weights that training starts from are in place. Copies of them begin here."""
 
     # --- looking at it -----------------------------------------------------------------------------------------------
 

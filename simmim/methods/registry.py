@@ -11,7 +11,11 @@ from simmim.messages import did_you_mean
 from simmim.methods.base import Method
 
 # Name to module and class. The first is the default.
-METHODS = {"simmim": ("simmim.methods.simmim", "SimMIM"), "canvas": ("simmim.methods.canvas", "Canvas")}
+METHODS = {
+    "simmim": ("simmim.methods.simmim", "SimMIM"),
+    "canvas": ("simmim.methods.canvas", "Canvas"),
+    "contrast": ("simmim.methods.contrast", "Contrast"),
+}
 
 
 def default_method() -> str:

@@ -78,6 +78,8 @@ def plan(
     settings = settings or method_class.settings_class()
     images = settings.images_per_input
     check_plan(size, device_memory_gib, requested, images)
+    if requested.sharded and not method_class.supports_sharding:
+        raise ValueError(f"strategy is fsdp, which method {method} does not support: give ddp")
     at_once = cost_model(config).default_sequential_attention(config, size)
     if requested.sequential_attention is not None and at_once is None:
         raise ValueError(
@@ -90,7 +92,7 @@ def plan(
     def fits(setup: Setup) -> bool:
         return memory(setup).peak <= device_memory_gib * USABLE_SHARE * GIB
 
-    recommended, largest = choose_setup(setups_to_try(requested, at_once), fits, images)
+    recommended, largest = choose_setup(setups_to_try(requested, at_once, method_class.supports_sharding), fits, images)
     flops = step_flops(config, size, requested, method_class, settings=settings)
     return Plan(
         title=title,
@@ -183,7 +185,7 @@ def resolve_method(method: str, model: Mapping[str, Any], image_size: Size, conf
     return kind(**model).resolve(image_size, config)
 
 
-def setups_to_try(requested: Setup, sequential_attention: int | None) -> list[Setup]:
+def setups_to_try(requested: Setup, sequential_attention: int | None, supports_sharding: bool = True) -> list[Setup]:
     """The requested setup, then with options that save memory, the cheapest first.
 
     Activation checkpoints cost a third more time, FSDP costs traffic between devices, sequential attention costs time again.
@@ -191,9 +193,11 @@ def setups_to_try(requested: Setup, sequential_attention: int | None) -> list[Se
 
     Args:
         sequential_attention: what to recommend; None where the encoder has none.
+        supports_sharding: whether the method trains under FSDP.
     """
     checkpointed = replace(requested, checkpoint_activations=True)
-    sharded = replace(checkpointed, strategy="fsdp" if requested.devices > 1 else requested.strategy)
+    shards = requested.devices > 1 and supports_sharding
+    sharded = replace(checkpointed, strategy="fsdp" if shards else requested.strategy)
     setups = [requested, checkpointed, sharded]
     if sequential_attention is not None:
         at_once = requested.sequential_attention or sequential_attention

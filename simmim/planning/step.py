@@ -104,15 +104,16 @@ def step_memory(
     ]
     cached = cost.cached_bytes(config, image_size, setup)
     num_shards = setup.devices if setup.sharded else 1
-    parameters = math.ceil(4 * sum(layer.parameters for layer in layers) / num_shards)
-    optimizer = OPTIMIZER_STATES * parameters
-    exchange = 0 if setup.devices == 1 else parameters
+    trained = math.ceil(4 * sum(layer.parameters for layer in layers) / num_shards)
+    parameters = trained + math.ceil(4 * sum(layer.frozen for layer in layers) / num_shards)
+    optimizer = OPTIMIZER_STATES * trained
+    exchange = 0 if setup.devices == 1 else trained
     if setup.sharded:  # what is no unit of its own stays gathered
         exchange = 4 * sum(layer.parameters for layer in layers if not layer.gathered)
     throughout = parameters + optimizer + exchange + cached
     return Memory(
         parameters=parameters,
-        gradients=parameters,
+        gradients=trained,
         optimizer=optimizer,
         exchange=exchange + 4 * max(layer.gathered for layer in layers),
         activations=round(cached + sum(layer.kept for layer in layers)),

@@ -14,6 +14,7 @@ IGNORED_WARNINGS = (
     ".*lr_scheduler.step.*before.*optimizer.step.*",
     ".*is not a resumable dataloader.*|.*dataloader that is not resumable.*",
     ".*found in the `src` dir.*|.*treespec.*",
+    ".*in eval mode at the start of training.*",
 )
 
 
