@@ -152,9 +152,10 @@ def take_step(model: torch.nn.Module, images: torch.Tensor, half: bool) -> float
 
 def clear_caches() -> None:
     """Empty the caches of the encoder's geometry, so that the next step is measured with what they hold."""
-    from simmim.encoders.swinv2 import geometry
+    from simmim.encoders.shifted_windows import geometry
+    from simmim.encoders.swinv2.geometry import log_spaced_coords
 
-    for function in vars(geometry).values():
+    for function in (*vars(geometry).values(), log_spaced_coords):
         if hasattr(function, "cache_clear"):
             function.cache_clear()
 

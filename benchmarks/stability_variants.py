@@ -13,9 +13,10 @@ import torch.nn.functional as F
 from einops import rearrange
 from torch import Tensor, nn
 
+from simmim.encoders.shifted_windows.geometry import relative_position_index
+from simmim.encoders.shifted_windows.model import bias_of_pairs
 from simmim.encoders.swinv2 import SwinV2, SwinV2Config
-from simmim.encoders.swinv2.geometry import relative_position_index
-from simmim.encoders.swinv2.model import MAX_LOGIT_SCALE, PatchMerging, SwinV2Block, WindowAttention, bias_of_pairs
+from simmim.encoders.swinv2.model import MAX_LOGIT_SCALE, PatchMerging, SwinV2Block, WindowAttention
 from simmim.methods.simmim import SimMIM
 
 PATCH_PX, WINDOW = 4, 4

@@ -130,7 +130,7 @@ def start_from_checkpoint(
     """
     chosen, trained_size = settings.encoder, checkpoint.preprocessing.image_size
     settings = replace(settings, image_size=settings.image_size or plain_size(trained_size))
-    config = checkpoint.config.adapt_to_size(trained_size, settings.size)
+    config = checkpoint.config.for_fine_tuning().adapt_to_size(trained_size, settings.size)
     config = with_fields(config, in_channels=encoder_channels(checkpoint.config.in_channels, images.channels))
     config = apply_encoder_settings(config, chosen)
     settings = replace(settings, encoder=resolved_encoder_settings(chosen, config))

@@ -11,8 +11,8 @@ from einops import rearrange
 from torch import Tensor
 
 from simmim.encoders.registry import build
+from simmim.encoders.shifted_windows.geometry import partition, roll, shift_mask, window_labels
 from simmim.encoders.swinv2 import SwinV2Config, kernels
-from simmim.encoders.swinv2.geometry import partition, roll, shift_mask, window_labels
 from simmim.encoders.swinv2.kernels import dispatch, self_test
 from simmim.encoders.swinv2.kernels import gpu as calls
 from simmim.encoders.swinv2.kernels.gpu import supports_window_attention, window_attention

@@ -27,7 +27,7 @@ import pytest
 ROOT = Path(__file__).resolve().parent.parent
 # Each module and the tests that should notice its mutants; `-k` chooses among them where the rest takes long.
 TESTS = {
-    "simmim/encoders/swinv2/geometry.py": "tests/test_geometry.py tests/test_golden.py",
+    "simmim/encoders/shifted_windows/geometry.py": "tests/test_geometry.py tests/test_golden.py",
     "simmim/encoders/swinv2/model.py": "tests/test_swinv2.py tests/test_swinv2_attention.py tests/test_golden.py",
     "simmim/methods/masking.py": "tests/test_masking.py",
     "simmim/methods/pixels.py": "tests/test_model.py tests/test_decode.py",

@@ -12,7 +12,7 @@ from PIL import Image
 from short_runs import equal, metrics, train
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
-from simmim.encoders.swinv2.model import DropPath
+from simmim.encoders.layers import DropPath
 from simmim.training.activation_plot import activation_plot
 from simmim.training.activations import ActivationMonitor, amplitude
 

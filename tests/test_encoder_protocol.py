@@ -1,4 +1,4 @@
-"""What every encoder family promises to the rest of the toolkit: SwinV2, and a toy family that a test registers."""
+"""What every encoder family promises to the rest of the toolkit: the registered ones, and a toy family of the tests."""
 
 import copy
 import math
@@ -10,11 +10,17 @@ import torch
 from toy_encoder import ToyConfig
 
 from simmim.encoders import registry
+from simmim.encoders.swin import SwinConfig
 from simmim.encoders.swinv2 import SwinV2Config
+from simmim.encoders.vit import ViTConfig
 
 CONFIGS = {
     "swinv2": SwinV2Config(16, (1, 2, 1), (1, 2, 4), window_size=4),
     "swinv2, extra norms": SwinV2Config(8, (1, 1, 2), (1, 1, 1), window_size=3, extra_norm_every=1),
+    "swin": SwinConfig(16, (1, 2, 1), (1, 2, 4), window_size=4),
+    "swin, for 48×32 px": SwinConfig(8, (1, 2, 1), (1, 1, 2), window_size=6, image_size=(48, 32)),
+    "vit": ViTConfig(16, 3, 2, patch_size=4, image_size=(32, 48)),
+    "vit, fine-tuned": ViTConfig(16, 2, 2, patch_size=8, image_size=(32, 32)).for_fine_tuning(),
     "toy": ToyConfig(),
     "toy of two stages": ToyConfig((4, 6), patch_size=3),
 }
@@ -71,7 +77,8 @@ def test_shapes(config, channels, size):
     assert tokens.permute(0, 3, 1, 2).shape == expected[0]
     assert [map.shape for map in output.stages] == expected
     assert output.features.shape == expected[-1] and output.pooled.shape == (2, config.channels[-1])
-    torch.testing.assert_close(output.pooled, output.features.mean(dim=(2, 3)), atol=1e-6, rtol=1e-5)
+    if not getattr(config, "norm_after_pooling", False):
+        torch.testing.assert_close(output.pooled, output.features.mean(dim=(2, 3)), atol=1e-6, rtol=1e-5)
     assert whole.stages is None and torch.equal(whole.features, output.features)
     with torch.no_grad():
         assert torch.equal(encoder.features(images), output.pooled)
@@ -171,7 +178,12 @@ def test_every_parameter_has_a_layer(config):
     layers = {name: encoder.layer_of(name) for name, _ in encoder.named_parameters()}
     assert set(layers.values()) == set(range(encoder.num_layers + 2))
     assert layers[config.input_projection] == 0
-    assert [name for name, layer in layers.items() if layer == encoder.num_layers + 1] == ["norm.weight", "norm.bias"]
+    shared = {"position_bias.table"} & layers.keys()
+    assert {name for name, layer in layers.items() if layer == encoder.num_layers + 1} == {
+        "norm.weight",
+        "norm.bias",
+        *shared,
+    }
     names = {parameter: name for name, parameter in encoder.named_parameters()}
     for number, block in enumerate(encoder.blocks(), start=1):
         assert {layers[names[parameter]] for parameter in block.parameters()} == {number}
@@ -249,7 +261,7 @@ def test_weights_adapt_to_other_channels(config, channels):
         (lambda: registry.preset_config("tinny"), "unknown preset 'tinny'; did you mean 'tiny'"),
         (lambda: registry.preset_config("toj"), "unknown preset 'toj'; did you mean 'toy'"),
         (lambda: registry.preset_config("toy", width=(8,)), "unknown encoder setting 'width'; did you mean 'widths'"),
-        (lambda: registry.config_from_dict({"family": "swin"}), "unknown encoder family 'swin'; did you mean 'swinv2'"),
+        (lambda: registry.config_from_dict({"family": "swimv2"}), "unknown encoder family 'swimv2'; did you mean 'swinv2'"),
         (lambda: registry.config_from_dict({"family": "toy", "window_size": 8}), "unknown encoder setting 'window_size'"),
         (lambda: registry.config_from_dict({"windw_size": 8}), "did you mean 'window_size'"),
         (lambda: registry.config_from_dict({"family": "toy", "widths": [8, 0]}), "give positive numbers"),
@@ -262,7 +274,7 @@ def test_unknown_names_suggest_the_nearest(call, message):
 
 def test_a_configuration_of_no_family_is_refused(monkeypatch):
     monkeypatch.delitem(registry.FAMILIES, "toy")
-    with pytest.raises(ValueError, match="ToyConfig belongs to no registered encoder family; known: swinv2"):
+    with pytest.raises(ValueError, match="ToyConfig belongs to no registered encoder family; known: swinv2, swin, vit"):
         registry.build(ToyConfig())
 
 

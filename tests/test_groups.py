@@ -7,8 +7,8 @@ import torch
 from test_kernels import distance, randomized
 from toy_encoder import ToyConfig, ToyEncoder
 
+from simmim.encoders.shifted_windows.geometry import additive_mask, shift_regions, window_labels
 from simmim.encoders.swinv2 import SwinV2, SwinV2Config, kernels
-from simmim.encoders.swinv2.geometry import additive_mask, shift_regions, window_labels
 from simmim.encoders.swinv2.kernels import dispatch
 from simmim.training.compiling import compile_blocks
 
@@ -17,7 +17,10 @@ from simmim.training.compiling import compile_blocks
 CASES = {
     "window 4": (SwinV2Config(16, (2, 2), (1, 2), window_size=4), (64, 96)),
     "window 6": (SwinV2Config(12, (2, 2, 1), (1, 2, 2), window_size=6), (48, 96)),
-    "window 12": (SwinV2Config(16, (2, 2, 1), (2, 2, 4), 12, (8, 8, 6), extra_norm_every=1), (48, 96)),
+    "window 12": (
+        SwinV2Config(16, (2, 2, 1), (2, 2, 4), 12, pretrained_window_sizes=(8, 8, 6), extra_norm_every=1),
+        (48, 96),
+    ),
 }
 every_case = pytest.mark.parametrize("case", CASES)
 

@@ -43,7 +43,8 @@ ALLOWED = {
     "finetune": LEAVES | {"encoders", "methods", "data", "checkpoints", "planning", "evaluate", "training"},
 }
 # Who may import concrete encoders besides the registry: the rows of the format tables.
-FORMAT_ROWS = "simmim.checkpoints.formats.swinv2"
+FORMAT_ROWS = "simmim.checkpoints.formats."
+FAMILIES = ("swinv2", "swin", "vit")
 TRAINING = ("pytorch_lightning", "datasets", "tensorboard", "torchmetrics", "jsonargparse")
 OPTIONAL = ("torchvision", "triton", "pyarrow", "pandas", "sklearn", "onnx", "onnxruntime")
 HEAVY = ("torch", "numpy", "PIL", "safetensors", *TRAINING, *OPTIONAL)
@@ -114,8 +115,10 @@ def test_only_registries_know_concrete_encoders_and_methods():
     wrong = {}
     for module in FILES:
         concrete = set()
-        if not module.startswith(("simmim.encoders.swinv2", FORMAT_ROWS)) and module != "simmim.encoders.registry":
-            concrete |= {name for name in own_modules(module) if name.startswith("simmim.encoders.swinv2")}
+        for family in FAMILIES if module != "simmim.encoders.registry" else ():
+            folder = f"simmim.encoders.{family}."
+            if not f"{module}.".startswith((folder, f"{FORMAT_ROWS}{family}.")):
+                concrete |= {name for name in own_modules(module) if f"{name}.".startswith(folder)}
         if package_of(module) != "methods":
             concrete |= {name for name in own_modules(module) if package_of(name) == "methods"} - protocol
         if concrete:

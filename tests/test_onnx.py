@@ -17,8 +17,8 @@ from torch import nn
 from simmim.checkpoints.formats.onnx import OnnxCheck, OnnxFormat, export_onnx
 from simmim.checkpoints.formats.swinv2.onnx import ROWS as SWINV2
 from simmim.checkpoints.formats.swinv2.onnx import SwinV2Onnx
+from simmim.encoders.shifted_windows.geometry import MASKED_LOGIT
 from simmim.encoders.swinv2 import SwinV2, SwinV2Config
-from simmim.encoders.swinv2.geometry import MASKED_LOGIT
 
 ROOT = Path(__file__).resolve().parent.parent
 TINY = SwinV2Config(16, (2, 2), (2, 4), window_size=4)

@@ -323,7 +323,7 @@ def place(tmp_path_factory):
 
 
 UNREADABLE = {
-    "resnet.pth": ["holds a ResNet", "Expected an encoder (SwinV2) of this toolkit"],
+    "resnet.pth": ["holds a ResNet", "Expected an encoder (SwinV2, Swin, ViT) of this toolkit"],
     "v1.pth": ["Swin Transformer V1"],
     "v1_simmim.pth": ["Swin Transformer V1"],
     "v1 hf": ["Swin Transformer V1"],

@@ -6,7 +6,9 @@ import pytest
 import torch
 from memory import LiveBytes
 
-from simmim.encoders.swinv2 import SwinV2, SwinV2Config, geometry, model
+from simmim.encoders.shifted_windows import geometry, model
+from simmim.encoders.swinv2 import SwinV2, SwinV2Config
+from simmim.encoders.swinv2.geometry import log_spaced_coords
 from simmim.methods.simmim import SimMIM
 
 pytestmark = pytest.mark.usefixtures("reference_implementation")
@@ -160,7 +162,7 @@ def test_sequential_attention_out_of_range(count):
 def step(config, size, batch=1, **switches):
     """Bytes of a SimMIM step, parameters and images not counted: what the forward pass leaves, peak, largest tensor, all."""
     for cached in (
-        geometry.log_spaced_coords,
+        log_spaced_coords,
         geometry.relative_position_index,
         geometry.shift_mask,
         geometry.shift_regions,

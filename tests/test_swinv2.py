@@ -6,9 +6,11 @@ import pytest
 import torch
 from random_encoders import random_images, randomized_swinv2
 
+from simmim.encoders.layers import DropPath
+from simmim.encoders.shifted_windows.geometry import relative_position_index, shift_mask
 from simmim.encoders.swinv2 import SwinV2, SwinV2Config
-from simmim.encoders.swinv2.geometry import log_spaced_coords, relative_position_index, shift_mask
-from simmim.encoders.swinv2.model import DropPath, WindowAttention
+from simmim.encoders.swinv2.geometry import log_spaced_coords
+from simmim.encoders.swinv2.model import WindowAttention
 
 SMALL = SwinV2Config(16, (2, 2), (2, 4), window_size=4)
 

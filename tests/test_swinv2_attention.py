@@ -11,8 +11,9 @@ from random_encoders import random_images, randomize, randomized_swinv2
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from simmim.encoders.registry import build
+from simmim.encoders.shifted_windows.geometry import relative_position_index, shift_mask
 from simmim.encoders.swinv2 import SwinV2Config, model
-from simmim.encoders.swinv2.geometry import log_spaced_coords, relative_position_index, shift_mask
+from simmim.encoders.swinv2.geometry import log_spaced_coords
 from simmim.encoders.swinv2.kernels import dispatch
 from simmim.encoders.swinv2.model import MAX_LOGIT_SCALE, SwinV2Block, WindowAttention
 

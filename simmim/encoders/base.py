@@ -38,7 +38,7 @@ class EncoderOutput(NamedTuple):
 
     Attributes:
         features: (B, C, H, W), the map of the last stage after the final norm.
-        pooled: (B, C), the mean of `features` over the map.
+        pooled: (B, C), the mean of `features` over the map; the norm of the mean where pooling comes before the final norm.
         stages: on request the map of each stage, before downsampling and without the final norm, (B, C_i, H_i, W_i) at
             `Encoder.strides`; else None.
     """
@@ -118,6 +118,10 @@ class EncoderConfig(ABC):
 
     def without_training_size(self: Config) -> Config:
         """A copy without the record of `with_training_size`, for training from scratch."""
+        return self
+
+    def for_fine_tuning(self: Config) -> Config:
+        """The configuration to fine-tune after pre-training, where an architecture changes there."""
         return self
 
     # --- several images on one canvas --------------------------------------------------------------------------------

@@ -13,7 +13,11 @@ from simmim.encoders.base import Encoder, EncoderConfig, EncoderFamily, check_fi
 from simmim.messages import did_you_mean
 
 # Name to the module with its FAMILY. The first is the family of files and settings that name none.
-FAMILIES = {"swinv2": "simmim.encoders.swinv2"}
+FAMILIES = {
+    "swinv2": "simmim.encoders.swinv2",
+    "swin": "simmim.encoders.swin",
+    "vit": "simmim.encoders.vit",
+}
 FAMILY_KEY = "family"  # in settings and files, beside the fields of the configuration
 
 

@@ -21,8 +21,9 @@ from torch import nn
 
 from simmim.encoders.base import Size
 from simmim.encoders.cost import Flops, LayerCost, Setup
+from simmim.encoders.shifted_windows.model import PIECE_LOGITS
 from simmim.encoders.swinv2.config import SwinV2Config
-from simmim.encoders.swinv2.model import CPB_HIDDEN, PIECE_LOGITS, Stage, SwinV2
+from simmim.encoders.swinv2.model import CPB_HIDDEN, Stage, SwinV2
 
 
 class SwinV2Cost:

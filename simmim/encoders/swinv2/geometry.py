@@ -1,10 +1,6 @@
-"""Coordinates, indices and attention masks of windows: what depends on sizes alone (sections 3.2 and 3.3 of the paper).
+"""Coordinates of the position bias: what is new in the second version (section 3.3 of the paper).
 
-They are cached here instead of in buffers. One model then supports any image size, and a checkpoint holds learned weights
-only. They are computed outside inference mode, because a backward pass may need a tensor that an evaluation has cached.
-
-Shape letters: B images, H W height and width of a feature map in tokens, C channels, M windows of one image, N tokens of one
-window. Sizes are (height, width).
+They are cached here as the rest of the geometry is in `simmim.encoders.shifted_windows.geometry`.
 """
 
 from __future__ import annotations
@@ -13,19 +9,9 @@ import math
 from functools import lru_cache
 
 import torch
-import torch.nn.functional as F
-from einops import rearrange
 from torch import Tensor
 
 from simmim.encoders.base import Size
-
-# Added to the logit of two tokens that only the cyclic shift brought into one window. The value of the reference. It is
-# below every logit at the initial temperature (−10 to 26), but not at the lowest (−100 to 116).
-MASKED_LOGIT = -100.0
-# Added to the logit of two tokens of different groups, which then have no weight whatever the temperature.
-OTHER_GROUP_LOGIT = -1e30
-# Labels of tokens are REGIONS · group + region. Kernels compare the bits of the group.
-REGIONS = 4
 
 
 @lru_cache(maxsize=256)
@@ -45,92 +31,3 @@ def log_spaced_coords(window: Size, pretrained: Size, device: torch.device) -> T
         ]
         coords = torch.stack(torch.meshgrid(*axes, indexing="ij"), dim=-1).flatten(0, 1)
         return torch.sign(coords) * torch.log2(1 + coords.abs()) / math.log2(8)
-
-
-@lru_cache(maxsize=256)
-def relative_position_index(window: Size, device: torch.device) -> Tensor:
-    """The row of `log_spaced_coords` for the offset of each pair of tokens in a window: (N · N,) int64."""
-    height, width = window
-    with torch.inference_mode(False), torch.no_grad():
-        rows = torch.arange(height, device=device).repeat_interleave(width)
-        columns = torch.arange(width, device=device).repeat(height)
-        row_offset = rows[:, None] - rows[None, :] + height - 1
-        column_offset = columns[:, None] - columns[None, :] + width - 1
-        return (row_offset * (2 * width - 1) + column_offset).flatten()
-
-
-@lru_cache(maxsize=64)
-def shift_regions(size: Size, window: Size, shift: Size, device: torch.device) -> Tensor:
-    """The region of each token of the shifted windows. Tokens of one window and region are neighbors in the image.
-
-    Args:
-        size: of the feature map, a multiple of the window.
-
-    Returns:
-        (M, N) int64, regions 0 to 3.
-    """
-    with torch.inference_mode(False), torch.no_grad():
-        # The last `shift` rows and columns of the shifted map come from the other side of the image.
-        rows, columns = (torch.arange(side, device=device) >= side - offset for side, offset in zip(size, shift))
-        return rearrange(rows[:, None] * 2 + columns[None, :].long(), "(m p) (n q) -> (m n) (p q)", p=window[0], q=window[1])
-
-
-@lru_cache(maxsize=64)
-def shift_mask(size: Size, window: Size, shift: Size, device: torch.device) -> Tensor:
-    """The attention mask of the shifted windows, (M, N, N) float32, by which tokens attend within their region only."""
-    with torch.inference_mode(False), torch.no_grad():
-        return additive_mask(shift_regions(size, window, shift, device))
-
-
-def additive_mask(labels: Tensor) -> Tensor:
-    """Labels, (M, N) or (B · M, N), to a mask that is added to the logits, (…, N, N) float32.
-
-    0 within a region of a group, `MASKED_LOGIT` between regions of a group, `OTHER_GROUP_LOGIT` between groups.
-    """
-    mask = (labels[:, :, None] != labels[:, None, :]).to(torch.float32) * MASKED_LOGIT
-    groups = labels // REGIONS
-    return mask.masked_fill_(groups[:, :, None] != groups[:, None, :], OTHER_GROUP_LOGIT)
-
-
-def window_labels(groups: Tensor, window: Size, shift: Size) -> Tensor:
-    """Groups of tokens, (B, H, W) uint8, to the label of each token of the windows of all images: (B · M, N) uint8.
-
-    The map is a multiple of the window. Labels are `REGIONS` · group + region, regions being those of `shift_regions`.
-    """
-    size: Size = groups.shape[1:]  # type: ignore[assignment]
-    labels = partition(groups[..., None] * REGIONS, window, shift, size, False).squeeze(-1)
-    if any(shift):
-        labels += shift_regions(size, window, shift, groups.device).to(torch.uint8).repeat(len(groups), 1)
-    return labels
-
-
-# --- maps to windows ---------------------------------------------------------------------------------------------------
-
-
-def partition(x: Tensor, window: Size, shift: Size, padded: Size, shift_before_padding: bool) -> Tensor:
-    """(B, H, W, C) to windows, (B · M, N, C), of the map padded to the size `padded` and shifted up and left by `shift`."""
-    back = (-shift[0], -shift[1])
-    x = pad_to(roll(x, back), padded) if shift_before_padding else roll(pad_to(x, padded), back)
-    return rearrange(x, "b (m p) (n q) c -> (b m n) (p q) c", p=window[0], q=window[1])
-
-
-def merge_windows(
-    windows: Tensor, window: Size, shift: Size, padded: Size, size: Size, shift_before_padding: bool
-) -> Tensor:
-    """The inverse of `partition`: windows, (B · M, N, C), to the map of `size` without padding, (B, H, W, C)."""
-    rows, columns = padded[0] // window[0], padded[1] // window[1]
-    x = rearrange(windows, "(b m n) (p q) c -> b (m p) (n q) c", m=rows, n=columns, p=window[0], q=window[1])
-    if shift_before_padding:
-        return roll(x[:, : size[0], : size[1]], shift)
-    return roll(x, shift)[:, : size[0], : size[1]]
-
-
-def roll(x: Tensor, shift: Size) -> Tensor:
-    """(B, H, W, C), shifted cyclically down and right."""
-    return x.roll(shift, dims=(1, 2)) if any(shift) else x
-
-
-def pad_to(x: Tensor, size: Size) -> Tensor:
-    """(B, H, W, C), padded to `size` with zeros at the bottom and right."""
-    bottom, right = size[0] - x.shape[1], size[1] - x.shape[2]
-    return F.pad(x, (0, 0, 0, right, 0, bottom)) if bottom or right else x

@@ -25,8 +25,10 @@ from simmim.checkpoints.source import Source
 from simmim.checkpoints.weight_files import WeightFile, as_plain_values
 from simmim.defaults import IMAGENET_MEAN, IMAGENET_STD
 from simmim.encoders.base import Size, State
-from simmim.encoders.swinv2.config import SwinV2Config, as_pair
-from simmim.encoders.swinv2.geometry import log_spaced_coords, relative_position_index, shift_mask
+from simmim.encoders.shifted_windows.config import as_pair
+from simmim.encoders.shifted_windows.geometry import relative_position_index, shift_mask
+from simmim.encoders.swinv2.config import SwinV2Config
+from simmim.encoders.swinv2.geometry import log_spaced_coords
 
 BLOCK = "layers.{i}.blocks.{j}."
 # This toolkit's names are the authors'.

@@ -18,9 +18,10 @@ from simmim.checkpoints.formats.onnx import OnnxRows
 from simmim.checkpoints.formats.onnx_graph import FLOAT, INT64, Graph, Length, MapSize, at_most
 from simmim.encoders.base import Size
 from simmim.encoders.heads import AttentiveHead
-from simmim.encoders.swinv2.config import as_pair
-from simmim.encoders.swinv2.geometry import MASKED_LOGIT
-from simmim.encoders.swinv2.model import MAX_LOGIT_SCALE, PatchEmbed, PatchMerging, SwinV2, SwinV2Block, WindowAttention
+from simmim.encoders.shifted_windows.config import as_pair
+from simmim.encoders.shifted_windows.geometry import MASKED_LOGIT
+from simmim.encoders.shifted_windows.model import PatchEmbed
+from simmim.encoders.swinv2.model import MAX_LOGIT_SCALE, PatchMerging, SwinV2, SwinV2Block, WindowAttention
 
 
 class SwinV2Onnx(OnnxRows[SwinV2]):

@@ -15,6 +15,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from simmim.encoders.base import Size
+from simmim.encoders.layers import DropPath, Mlp
 from simmim.encoders.swinv2.geometry import log_spaced_coords
 from simmim.encoders.swinv2.kernels.block import bias_of_offsets, join_attention, join_mlp, merge
 from simmim.encoders.swinv2.kernels.eligibility import supports_block, supports_merging
@@ -22,7 +23,7 @@ from simmim.encoders.swinv2.kernels.gpu import window_attention
 from simmim.encoders.swinv2.kernels.library import get_kernels, is_disabled, unavailable_reason
 from simmim.encoders.swinv2.kernels.self_test import supports_attention
 from simmim.encoders.swinv2.kernels.windows import grouped_windows, window_indices
-from simmim.encoders.swinv2.model import DropPath, Mlp, PatchMerging, SwinV2, SwinV2Block, WindowAttention, attend
+from simmim.encoders.swinv2.model import PatchMerging, SwinV2, SwinV2Block, WindowAttention, attend
 from simmim.execution import without_autocast
 
 

@@ -15,7 +15,7 @@ from collections.abc import Iterator
 from functools import lru_cache
 from pathlib import Path
 
-from simmim.encoders.swinv2.geometry import MASKED_LOGIT, OTHER_GROUP_LOGIT, REGIONS
+from simmim.encoders.shifted_windows.geometry import MASKED_LOGIT, OTHER_GROUP_LOGIT, REGIONS
 from simmim.encoders.swinv2.model import MAX_BIAS, SMALLEST_NORM
 from simmim.messages import first_line
 

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from simmim.encoders.base import Size
-from simmim.encoders.swinv2.geometry import REGIONS
+from simmim.encoders.shifted_windows.geometry import REGIONS
 from simmim.encoders.swinv2.kernels.conditions import is_modified, product_dtype
 from simmim.encoders.swinv2.kernels.gpu import is_interpreted, supports_window_attention, window_attention
 from simmim.encoders.swinv2.kernels.library import is_disabled

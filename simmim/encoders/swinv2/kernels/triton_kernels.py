@@ -24,7 +24,8 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from simmim.encoders.swinv2 import geometry, model
+from simmim.encoders.shifted_windows import geometry
+from simmim.encoders.swinv2 import model
 
 MASKED_LOGIT = tl.constexpr(geometry.MASKED_LOGIT)
 OTHER_GROUP_LOGIT = tl.constexpr(geometry.OTHER_GROUP_LOGIT)

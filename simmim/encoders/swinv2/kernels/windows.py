@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from simmim.encoders.base import Size
-from simmim.encoders.swinv2.geometry import partition, relative_position_index, shift_regions, window_labels
+from simmim.encoders.shifted_windows.geometry import partition, relative_position_index, shift_regions, window_labels
 
 
 class Windows(NamedTuple):
