@@ -297,6 +297,8 @@ def resolve_run(settings: PretrainSettings) -> Resolved:
     # A run that is resumed no longer needs the encoder it started from, which may be gone.
     has_checkpoint = settings.resume and any(checkpoints_folder(Path(settings.out).expanduser()).glob("*.ckpt"))
     initial = read(settings.init) if settings.init != "none" and not has_checkpoint else None
+    if initial is not None:
+        initial.config.check_pretraining()
     data = settings.data
     reading = open_reading(settings, initial, resumes=has_checkpoint)
     source, held_out = open_source(data.path, data.column, data.streaming, data.count, reading), None

@@ -326,7 +326,7 @@ UNREADABLE = {
     "resnet.pth": ["holds a ResNet", "Expected an encoder (SwinV2, Swin, ViT) of this toolkit"],
     "v1.pth": ["Swin Transformer V1"],
     "v1_simmim.pth": ["Swin Transformer V1"],
-    "v1 hf": ["Swin Transformer V1"],
+    "v1 hf": ["does not fit a swin of transformers", "by its config.json"],
     "cut.safetensors": ["is not a whole safetensors file"],
     "text.pth": ["is not a whole weight file"],
     "text.txt": ["is no weight file: expected safetensors or a PyTorch checkpoint"],

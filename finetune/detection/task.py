@@ -51,6 +51,7 @@ class Detection(Task):
         check_installed()
         labels = read_labels(settings)
         start = find_start(settings, measure_training_images(settings, labels.train), device, report_line)
+        start.encoder.config.check_maps()
         settings, reasons = resolve_settings(start.settings, labels, start.encoder.config.is_small, device)  # type: ignore[arg-type]
         train, validation = build_samples(settings, labels, start)
         module = build_module(settings, start, labels, report_line)

@@ -47,6 +47,7 @@ class Segmentation(Task):
         labels = read_labels(settings)
         start = find_start(settings, measure_for_encoder(labels.train, find_reading(settings)), device, report_line)
         config, scheme = start.encoder.config, labels.scheme
+        config.check_maps()
         settings, reasons = resolve_settings(start.settings, labels, config.is_small, device)  # type: ignore[arg-type]
         data = settings.data
         train, validation = build_samples(settings, labels, start)

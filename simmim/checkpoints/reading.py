@@ -97,8 +97,10 @@ def detect_format(source: Source) -> Format:
     for format in formats:
         if format.detect(source):
             return format
-    families = ", ".join(registry.load_family(name).title for name in registry.FAMILIES)
+    families = [registry.load_family(name) for name in registry.FAMILIES]
+    titles = ", ".join(family.title for family in families if family.presets)
     raise ValueError(
-        f"{source.file} holds {describe_network(source.weights.tensors)}. Expected an encoder ({families}) of "
-        f"{', '.join(format.title for format in formats)}"
+        f"{source.file} holds {describe_network(source.weights.tensors)}. Expected an encoder ({titles}) of "
+        f"{', '.join(format.title for format in formats)}; or any network of timm or transformers, as a folder with its "
+        "config.json and safetensors, for nothing pickled of other networks is read"
     )

@@ -124,6 +124,20 @@ class EncoderConfig(ABC):
         """The configuration to fine-tune after pre-training, where an architecture changes there."""
         return self
 
+    def check_maps(self) -> None:  # noqa: B027  # most encoders have maps
+        """Check that the features of encoders of this architecture lie on a grid, for tasks that need maps.
+
+        Raises:
+            ValueError: when they do not, naming the encoder.
+        """
+
+    def check_pretraining(self) -> None:  # noqa: B027  # most encoders can be pre-trained
+        """Check that a method of pre-training can change tokens between `Encoder.embed` and `Encoder.encode`.
+
+        Raises:
+            ValueError: when it cannot, naming the encoder.
+        """
+
     # --- several images on one canvas --------------------------------------------------------------------------------
 
     def check_groups(self, image_size: Size) -> None:

@@ -17,6 +17,7 @@ FAMILIES = {
     "swinv2": "simmim.encoders.swinv2",
     "swin": "simmim.encoders.swin",
     "vit": "simmim.encoders.vit",
+    "backbone": "simmim.encoders.backbone",  # other libraries' networks
 }
 FAMILY_KEY = "family"  # in settings and files, beside the fields of the configuration
 

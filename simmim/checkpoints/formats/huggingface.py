@@ -43,7 +43,10 @@ class HuggingFaceFormat(ForeignFormat):
     title = "transformers"
     library = "transformers"
     weight_names = ("model.safetensors", INDEX, "pytorch_model.bin", TORCH_INDEX)
-    families: ClassVar[dict[str, str]] = {"swinv2": "simmim.checkpoints.formats.swinv2.huggingface"}
+    families: ClassVar[dict[str, str]] = {
+        "swinv2": "simmim.checkpoints.formats.swinv2.huggingface",
+        "backbone": "simmim.checkpoints.formats.backbone.huggingface",  # the last: it takes what is of no other family
+    }
     methods = ("simmim",)
 
     def differences(self, checkpoint: Checkpoint, form: str) -> tuple[str, ...]:

@@ -38,7 +38,10 @@ class TimmFormat(ForeignFormat):
     title = "timm"
     library = "timm"
     weight_names = ("model.safetensors", "pytorch_model.bin")
-    families: ClassVar[dict[str, str]] = {"swinv2": "simmim.checkpoints.formats.swinv2.timm"}
+    families: ClassVar[dict[str, str]] = {
+        "swinv2": "simmim.checkpoints.formats.swinv2.timm",
+        "backbone": "simmim.checkpoints.formats.backbone.timm",  # the last: it takes what is of no other family
+    }
 
     def write(self, checkpoint: Checkpoint, form: str, folder: Path, options: ExportOptions) -> None:
         write_safetensors(folder / "model.safetensors", self.rows_for(checkpoint.config).state(checkpoint, form))

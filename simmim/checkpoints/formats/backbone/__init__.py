@@ -1,0 +1,1 @@
+"""Networks of other libraries in the formats of these libraries, read by them."""
