@@ -8,13 +8,15 @@ from pathlib import Path
 import torch
 
 from simmim.data import UNREADABLE, CenterView, describe_error, normalize, open_images, open_picture
+from simmim.data.tiles import plan_tiles, sample_tiles
 from simmim.files import atomic_write
 from simmim.pretrain.reconstruction_grid import reconstruction_grid
 from simmim.pretrain.run import load_pretrained
 
 
 def reconstruct(run: str | Path, images: str | Path, out: str | Path, count: int = 8, seed: int = 0) -> Path:
-    """Draw `count` images below `images` by `seed`, mask and reconstruct them, and write the grid to `out`.
+    """Draw `count` images below `images` by `seed`, or tiles where the run was trained on tiles, mask and reconstruct them,
+    and write the grid to `out`.
 
     Raises:
         ValueError: when `run` holds no pre-trained model, no image can be read, or `out` exists.
@@ -28,6 +30,10 @@ def reconstruct(run: str | Path, images: str | Path, out: str | Path, count: int
         raise ValueError(f"count is {count}: give 1 or more")
     model, settings = load_pretrained(run)
     source = open_images(images, reading=settings.data.reading)
+    if settings.data.tiles:
+        plan = plan_tiles(source, settings.data.tiles, settings.data.reading, settings.data.max_pixels)
+        how = (settings.data.channels, settings.data.max_pixels, settings.data.reading)
+        source, _ = sample_tiles(source, plan, count, seed, how)
     view = CenterView(settings.size)
     order = random.Random(seed).sample(range(len(source)), len(source))
     pixels, first_error = [], None

@@ -19,6 +19,7 @@ from simmim.checkpoints.weight_files import read_torch_file
 from simmim.data import (
     CenterView,
     ImageSamples,
+    ImageStatistics,
     RandomView,
     Source,
     StreamedSamples,
@@ -29,6 +30,7 @@ from simmim.data import (
     open_source,
 )
 from simmim.data.label_map_sources import note_on_label_maps
+from simmim.data.tiles import TiledSamples, TilePlan, measure_tiles, plan_tiles, sample_tiles
 from simmim.encoders import registry
 from simmim.messages import without_notices
 from simmim.methods.base import Method
@@ -55,6 +57,7 @@ from simmim.pretrain.summary import closing_lines, provenance, size_reason, summ
 from simmim.pretrain.validation import HeldOutLoss, default_steps_between
 from simmim.reading import AUTO, Reading
 from simmim.training.activations import ActivationMonitor
+from simmim.training.empty_tiles import EmptyTiles
 from simmim.training.loggers import LossNames
 from simmim.training.run import KEEP_DECODED_MIB, TrainingRun, check_before_start, run_training
 from simmim.training.run_folder import CONFIG, checkpoints_folder
@@ -65,6 +68,8 @@ from simmim.training.trainer import default_precision, device_type, is_first_pro
 
 if TYPE_CHECKING:
     import datasets
+
+VALIDATION_TILES = 1024  # of the images held out, at most: they are measured up to fifty times
 
 
 class Resolved(NamedTuple):
@@ -77,6 +82,7 @@ class Resolved(NamedTuple):
         initial: the checkpoint that the weights start from; None for fresh ones.
         held_out: the images to validate with, which `source` does not have; None where there are none.
         short_side_px: of the images' files.
+        tiles: those of the images, where they are read by tiles.
     """
 
     settings: PretrainSettings
@@ -85,6 +91,7 @@ class Resolved(NamedTuple):
     initial: Checkpoint | None
     held_out: datasets.Dataset | None = None
     short_side_px: int = 0
+    tiles: TilePlan | None = None
 
     @property
     def steps_per_epoch(self) -> float:
@@ -211,6 +218,8 @@ def stage_callbacks(
         view, options = CenterView(settings.size), (False, data.max_pixels, data.reading)
         samples = ImageSamples(resolved.source.head, view, data.channels, settings.seed, *options)
         callbacks.append(Reconstructions(samples, folder, resolved.steps_in(settings.reconstruct_every_epochs)))
+    if resolved.tiles is not None:
+        callbacks.append(EmptyTiles(resolved.tiles.settings.max_background))
     callbacks.append(ActivationMonitor(folder, resolved.steps_in(settings.activations_every_epochs)))
     return (*callbacks, *(part for part in (probe, validation) if part))
 
@@ -304,11 +313,11 @@ def resolve_run(settings: PretrainSettings) -> Resolved:
     source, held_out = open_source(data.path, data.column, data.streaming, data.count, reading), None
     if data.validation is not None:
         source, held_out = hold_out(source, data.validation, settings.seed)
-    options = {"channels": data.channels, "max_pixels": data.max_pixels, "num_images": source.num_images}
+    plan = tile_plan(data, source.images, reading)
     of_initial = data.range == "auto" and initial is not None
-    images = (measure_for_encoder if of_initial else measure_images)(source.head, reading=reading, **options)
+    source, images = measure_source(settings, source, plan, reading, measure_for_encoder if of_initial else measure_images)
     device = device_type()
-    keep_decoded = images.decoded_mib <= KEEP_DECODED_MIB and not source.streaming
+    keep_decoded = images.decoded_mib <= KEEP_DECODED_MIB and not source.streaming and plan is None
     # Images that are in memory already are cropped faster than they could be sent between processes.
     workers = 0 if keep_decoded and device == "cpu" else default_num_workers(device)
     settings = resolve_settings(settings, images, source.num_images, device, workers, initial)
@@ -318,7 +327,30 @@ def resolve_run(settings: PretrainSettings) -> Resolved:
         num_steps = max(1, round(settings.epochs * source.num_images / settings.batch_size))
         every_steps = default_steps_between(num_steps, len(held_out), settings.batch_size)
         settings = replace(settings, validate_every_epochs=every_steps * settings.batch_size / source.num_images)
-    return Resolved(settings, source, keep_decoded, initial, held_out, images.short_side_px)
+    return Resolved(settings, source, keep_decoded, initial, held_out, images.short_side_px, plan)
+
+
+def tile_plan(data: DataSettings, images: datasets.Dataset, reading: Reading) -> TilePlan | None:
+    """The tiles that the settings ask for; None where images are read whole."""
+    if data.tiles is None:
+        return None
+    return plan_tiles(images, data.tiles, reading, data.max_pixels, 0.0 if data.strict else data.max_skipped_share)
+
+
+def measure_source(
+    settings: PretrainSettings,
+    source: Source,
+    plan: TilePlan | None,
+    reading: Reading,
+    measure: Callable[..., ImageStatistics],
+) -> tuple[Source, ImageStatistics]:
+    """The source of a run, of whose tiles there are some by number, and its statistics."""
+    data = settings.data
+    if plan is None:
+        options = {"channels": data.channels, "max_pixels": data.max_pixels, "num_images": source.num_images}
+        return source, measure(source.head, reading=reading, **options)
+    measured = measure_tiles(source.images, plan, settings.seed, reading, data.channels, data.max_pixels, measure)
+    return Source(source.images, len(plan), measured.tiles, streaming=False), measured.statistics
 
 
 def open_reading(settings: PretrainSettings, initial: Checkpoint | None, resumes: bool) -> Reading:
@@ -343,6 +375,8 @@ def training_samples(resolved: Resolved) -> ImageSamples | StreamedSamples:
     options = (view, data.channels, settings.seed)
     if source.streaming:
         return StreamedSamples(source.images, *options, data.shuffle_buffer, data.max_pixels, data.reading, further)
+    if resolved.tiles is not None:
+        return TiledSamples(source.images, resolved.tiles, *options, data.max_pixels, data.reading, further)
     return ImageSamples(source.images, *options, resolved.keep_decoded, data.max_pixels, data.reading, further)
 
 
@@ -364,10 +398,14 @@ def held_out_loss(resolved: Resolved) -> HeldOutLoss | None:
     settings, data = resolved.settings, resolved.settings.data
     if resolved.held_out is None:
         return None
+    images = resolved.held_out
     if is_first_process():
-        report_shared(resolved.held_out, {"the pre-training images": resolved.source.head})
+        report_shared(images, {"the pre-training images": resolved.source.images})  # type: ignore[dict-item]
+    if plan := tile_plan(data, images, data.reading):
+        how = (data.channels, data.max_pixels, data.reading)
+        images, _ = sample_tiles(images, plan, VALIDATION_TILES, settings.seed, how)
     view = CenterView(settings.size)
-    samples = ImageSamples(resolved.held_out, view, data.channels, settings.seed, False, data.max_pixels, data.reading)
+    samples = ImageSamples(images, view, data.channels, settings.seed, False, data.max_pixels, data.reading)
     every_steps = resolved.steps_in(settings.validate_every_epochs)
     return HeldOutLoss(samples, every_steps, settings.model.images_per_input, settings.workers)
 

@@ -11,7 +11,7 @@ from simmim.encoders.base import EncoderConfig
 from simmim.messages import did_you_mean
 from simmim.methods.base import MethodSettings
 from simmim.methods.registry import default_method, method_named
-from simmim.reading import Reading
+from simmim.reading import Reading, TileSettings, tile_settings
 from simmim.training.optim import Schedule
 from simmim.training.settings import OptimizerSettings, RunSettings, check_positive
 
@@ -46,7 +46,13 @@ class DataSettings:
             {well}_s{site}_w{channel}. Files that agree but for {channel} are one image; * stands for what does not matter.
         channels_used: numbers, from 0, or names of the channels that are used, in this order; all by default.
         channel_names: of the channels that are used; those in the files by default.
-        crop_scale: range of the random crop's share of the image's area.
+        tile: side in pixels of tiles, of which images larger than a picture are read at random, never the whole file. An
+            epoch has as many tiles of each image as cover its area. By default images are read whole.
+        tile_level: level of the files' pyramids that tiles are of; by default 0, the full resolution.
+        pixel_size: length of a tile's pixel in the unit that the files tell, µm or that of a map, in place of tile_level.
+        max_background: tiles with a larger share of background (pixels without data, or within a 32nd of the range of the
+            tile's median in every channel) are left out and counted; 1 leaves out none.
+        crop_scale: range of the random crop's share of the area of the image or tile.
         crop_ratio: range of the crop's width over height.
         flip: probability of mirroring left and right.
         turns: turn by 0 to 3 quarters at random, for images without an up; with flip, vertical flips too.
@@ -70,6 +76,10 @@ class DataSettings:
     channel_files: str | None = None
     channels_used: tuple[int | str, ...] | None = None
     channel_names: tuple[str, ...] = ()
+    tile: int | None = None
+    tile_level: int | None = None
+    pixel_size: float | None = None
+    max_background: float = 0.95
     crop_scale: tuple[float, float] = (0.67, 1.0)
     crop_ratio: tuple[float, float] = (0.75, 1.3333333333333333)
     flip: float = 0.5
@@ -90,6 +100,11 @@ class DataSettings:
         if not 0 <= self.max_skipped_share <= 1:
             raise ValueError(f"data.max_skipped_share is {self.max_skipped_share}: give a share from 0 to 1")
         check_validation(self.validation, self.streaming)
+        if self.tiles and self.streaming:
+            raise ValueError(
+                "data.tile draws tiles from images by their number, and those of a stream have none: leave out data.tile or "
+                "data.streaming"
+            )
         low, high = self.crop_scale
         if not 0 < low <= high <= 1:
             raise ValueError(f"data.crop_scale is {self.crop_scale}: give shares of the area, 0 < low <= high <= 1")
@@ -108,6 +123,15 @@ class DataSettings:
             ValueError: for settings that are none.
         """
         return Reading(self.range, self.transform, self.pages, self.channel_files, self.channels_used, self.channel_names)
+
+    @property
+    def tiles(self) -> TileSettings | None:
+        """Which part of an image is a tile; None where images are read whole.
+
+        Raises:
+            ValueError: for numbers out of range, and a level or length without tiles.
+        """
+        return tile_settings(self.tile, self.tile_level, self.pixel_size, self.max_background)
 
     def with_reading(self, reading: Reading) -> DataSettings:
         """These settings with all that `reading` settles."""

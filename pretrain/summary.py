@@ -39,7 +39,7 @@ def summary(
         f"# {settings.out}/{CONFIG}",
         as_yaml(settings).rstrip(),
         "",
-        f"images   {count:,}, {kind}, as {height}×{width} px",
+        f"images   {images_text(settings, count)}, {kind}, as {height}×{width} px",
         f"encoder  {registry.family_of(encoder.config).title} {registry.preset_name(encoder.config) or 'of its own size'}, "
         f"{parameters:.2f} M parameters, {encoder.config.describe()}",
         f"method   {', '.join(filter(None, (model.title, model.describe(settings.size))))}",
@@ -55,6 +55,16 @@ def summary(
     if resumed:
         lines.append(f"resuming from {resumed}")
     return "\n".join(lines)
+
+
+def images_text(settings: PretrainSettings, count: int) -> str:
+    """The number of images of an epoch, or of tiles and what they are."""
+    tiles = settings.data.tiles
+    if tiles is None:
+        return f"{count:,}"
+    where = f" of {tiles.pixel_size:g} each in the files' unit" if tiles.pixel_size else ""
+    where = f" at level {tiles.level}" if tiles.level else where
+    return f"{count:,} tiles of {tiles.size_px} px{where} an epoch"
 
 
 def size_reason(given: PretrainSettings, short_side_px: int, device: str) -> list[str]:

@@ -95,3 +95,51 @@ def check_range(value: Any) -> str | Ranges:
 
 
 AUTO = Reading("auto", pages=None)
+
+
+@dataclass(frozen=True)
+class TileSettings:
+    """Which part of an image is a tile.
+
+    Args:
+        size_px: side of a tile, in pixels of its resolution.
+        level: of the files' pyramids, 0 for the full resolution.
+        pixel_size: length of a tile's pixel in the files' unit, µm or a map's, in place of a level.
+        max_background: tiles with a larger share of background are empty, and left out; 1 leaves out none.
+
+    Raises:
+        ValueError: for numbers out of range, and a level together with a length.
+    """
+
+    size_px: int
+    level: int | None = None
+    pixel_size: float | None = None
+    max_background: float = 0.95
+
+    def __post_init__(self) -> None:
+        if self.size_px < 1:
+            raise ValueError(f"data.tile is {self.size_px}: give the side of a tile in pixels, as 512")
+        if self.level is not None and self.pixel_size is not None:
+            raise ValueError("both data.tile_level and data.pixel_size are given: give one of them")
+        if self.level is not None and self.level < 0:
+            raise ValueError(f"data.tile_level is {self.level}: give 0 for the full resolution, or more")
+        if self.pixel_size is not None and not 0 < self.pixel_size < math.inf:
+            raise ValueError(f"data.pixel_size is {self.pixel_size}: give the length of a pixel, as 0.5")
+        if not 0 < self.max_background <= 1:
+            raise ValueError(f"data.max_background is {self.max_background}: give a share above 0; 1 leaves out no tile")
+
+
+def tile_settings(
+    size_px: int | None, level: int | None, pixel_size: float | None, max_background: float
+) -> TileSettings | None:
+    """`TileSettings`; None where images are read whole.
+
+    Raises:
+        ValueError: as `TileSettings`, and for a level or a length without tiles.
+    """
+    if size_px is not None:
+        return TileSettings(size_px, level, pixel_size, max_background)
+    for name, value in (("tile_level", level), ("pixel_size", pixel_size)):
+        if value is not None:
+            raise ValueError(f"data.{name} is of tiles: give data.tile, their side in pixels")
+    return None

@@ -108,6 +108,7 @@ def test_nothing_needed_stays_open(images, device):
     may = {"precision", "model.norm_target_patch", "model.sequential_attention", "data.column", "data.count"}
     may |= {"probe.data", "probe.column", "probe.label_column", "probe.labels_per_class"}
     may |= {"data.validation", "validate_every_epochs", "data.pages", "data.channel_files", "data.channels_used"}
+    may |= {"data.tile", "data.tile_level", "data.pixel_size"}
     may.add("time")
     assert open_keys(chosen) == may, "what may stay so"
     assert resolve_settings(chosen, PHOTOS, 7, "cuda", 0) == chosen, "resolving resolved settings changes nothing"

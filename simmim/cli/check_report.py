@@ -42,8 +42,9 @@ def render(report: CheckReport) -> str:
         + (f"; a model sees {plural(report.channels, 'channel')}" if report.channels else ""),
         f"orientation  {tags}",
         *values_text(report),
+        *tiles_text(report),
         "",
-        f"shorter side, median {report.short_side_px:,} px",
+        f"shorter side{' of tiles' if report.tiles else ''}, median {report.short_side_px:,} px",
         *bars(report.short_sides_px),
         "",
         *duplicates_text(report),
@@ -94,6 +95,14 @@ def values_text(report: CheckReport) -> list[str]:
             notes.append(f"saturated: {histogram[-1]:.0%} at the upper end")
         lines.append("  ".join([f"  {name:<{name_width}}  {covered:<{range_width}}", drawn, *notes]))
     return lines
+
+
+def tiles_text(report: CheckReport) -> list[str]:
+    """How many tiles make an epoch, and how many of those drawn are background."""
+    if report.tiles is None:
+        return []
+    share = "" if report.empty_share is None else f"; {report.empty_share:.0%} of those drawn are background, and left out"
+    return [f"tiles        {report.tiles:,} an epoch, one of each image read here{share}"]
 
 
 def bars(buckets: dict[int, int]) -> list[str]:

@@ -21,6 +21,12 @@ class EmbedOptions:
         pooling: mean of the map, or 2x2 for the means of its quarters.
         batch_size: images per forward pass.
         workers: processes that load images; by default what suits the machine.
+        tile: side in pixels of tiles, each of which gets a vector, with columns x, y, width and height in pixels of the full
+            resolution; by default images are read whole.
+        overlap: of neighboring tiles, as a share of their sides.
+        tile_level: as data.tile_level of pretrain.
+        pixel_size: as data.pixel_size of pretrain.
+        max_background: as data.max_background of pretrain; 1 leaves out no tile.
     """
 
     run: str
@@ -30,6 +36,11 @@ class EmbedOptions:
     pooling: str = "mean"
     batch_size: int = 64
     workers: int | None = None
+    tile: int | None = None
+    overlap: float = 0.25
+    tile_level: int | None = None
+    pixel_size: float | None = None
+    max_background: float = 0.95
 
 
 def run_embed(words: Sequence[str]) -> None:
@@ -37,6 +48,7 @@ def run_embed(words: Sequence[str]) -> None:
     options = parse("embed", EmbedOptions, words)
     from simmim.checkpoints import read_encoder
     from simmim.evaluate import EncoderPass, write_embeddings
+    from simmim.reading import tile_settings
     from simmim.training.trainer import device_type
 
     result = write_embeddings(
@@ -46,9 +58,16 @@ def run_embed(words: Sequence[str]) -> None:
         stage=options.stage,
         pooling=options.pooling,
         options=EncoderPass(options.batch_size, options.workers, device_type()),
+        tiles=tile_settings(options.tile, options.tile_level, options.pixel_size, options.max_background),
+        overlap=options.overlap,
     )
     print_unreadable(result.unreadable)
-    print(f"{result.count:,} vectors of {result.dim:,} values, {len(result.unreadable):,} images unreadable: {options.out}")
+    noun = "images" if options.tile is None else "tiles"
+    empty = f"{result.num_empty:,} tiles of background left out, " if result.num_empty else ""
+    print(
+        f"{result.count:,} vectors of {result.dim:,} values, {empty}{len(result.unreadable):,} {noun} unreadable: "
+        f"{options.out}"
+    )
 
 
 @dataclass(frozen=True)

@@ -23,10 +23,18 @@ class CheckDataOptions:
         pages: as data.pages of pretrain.
         channel_files: as data.channel_files of pretrain.
         channels_used: as data.channels_used of pretrain.
+        tile: as data.tile of pretrain.
+        tile_level: as data.tile_level of pretrain.
+        pixel_size: as data.pixel_size of pretrain.
+        max_background: as data.max_background of pretrain.
     """
 
     path: str
     column: str | None = None
+    tile: int | None = None
+    tile_level: int | None = None
+    pixel_size: float | None = None
+    max_background: float = 0.95
     range: tuple[tuple[float, float], ...] | str = "auto"
     pages: str | None = None
     channel_files: str | None = None
@@ -43,7 +51,7 @@ def run_check_data(words: Sequence[str]) -> int:
     from simmim.data import available_cores, open_images
     from simmim.data.check import check_images
     from simmim.data.label_map_sources import note_on_label_maps
-    from simmim.reading import Reading
+    from simmim.reading import Reading, tile_settings
     from simmim.training.trainer import device_type
 
     reading = Reading(
@@ -57,6 +65,7 @@ def run_check_data(words: Sequence[str]) -> int:
         images_per_second=options.images_per_second,
         progress=not options.json,
         reading=reading,
+        tiles=tile_settings(options.tile, options.tile_level, options.pixel_size, options.max_background),
     )
     print(as_json(report) if options.json else render(report))
     note = note_on_label_maps(options.path)

@@ -18,7 +18,7 @@ if TYPE_CHECKING:
 
 CHANNEL = "channel"
 # Other files hold one image, or are read by their first.
-PAGED_ENDINGS = (".tif", ".tiff", ".dcm", "")
+PAGED_ENDINGS = (".tif", ".tiff", ".btf", ".qptiff", ".dcm", "")
 
 
 def arrange(images: datasets.Dataset, reading: Reading) -> datasets.Dataset:

@@ -21,13 +21,15 @@ from torch import Tensor
 from simmim.data.decode import MAX_PIXELS, open_picture
 from simmim.data.duplicates import find_duplicates, list_groups
 from simmim.data.image_statistics import ImageStatistics, measure_images
-from simmim.data.inspection import RowTallies, Tally, process_rows
+from simmim.data.inspection import RowTallies, Tally, process_rows, whole_image
 from simmim.data.loading import available_cores
 from simmim.data.pictures import Picture
+from simmim.data.records import Record
+from simmim.data.tiles import TilePlan, measure_tiles, plan_tiles
 from simmim.data.views import RandomView
 from simmim.defaults import default_image_size, default_preset
 from simmim.messages import without_notices
-from simmim.reading import AUTO, Reading
+from simmim.reading import AUTO, Reading, TileSettings
 
 if TYPE_CHECKING:
     import datasets
@@ -74,6 +76,9 @@ class CheckReport:
         workers_needed: loading processes by the images/s that they keep up with.
         cores: processor cores of this machine.
         suggestion: None if nothing is readable.
+        tiles: that make an epoch, where images are read by tiles; then one tile of each image is read, and shorter sides
+            are those of tiles.
+        empty_share: of the tiles drawn from all images, which are background.
     """
 
     path: str
@@ -99,6 +104,8 @@ class CheckReport:
     workers_needed: dict[float, int]
     cores: int
     suggestion: Suggestion | None
+    tiles: int | None = None
+    empty_share: float | None = None
 
     @property
     def sound(self) -> bool:
@@ -115,6 +122,7 @@ def check_images(
     max_pixels: int = MAX_PIXELS,
     progress: bool = False,
     reading: Reading = AUTO,
+    tiles: TileSettings | None = None,
 ) -> CheckReport:
     """Read every image of `source`.
 
@@ -126,17 +134,18 @@ def check_images(
         images_per_second: throughput of the model; None reports the workers for `RATES`.
         max_pixels: larger images count as unreadable, as in training.
         progress: show progress bars on standard error if that is a terminal.
-        reading: how values become pictures.
+        reading, tiles: how values become pictures, and which part of an image is one where not all is.
 
     Raises:
-        ValueError: for a number of workers or a rate out of range, and for a source without rows.
+        ValueError: for a number of workers or a rate out of range, for a source without rows, and as `plan_tiles`.
     """
     check_options(workers, images_per_second)
     if not len(source):
         raise ValueError(f"{path!r} holds no images")
-    measured, problem = measure_source(source, max_pixels, reading)
+    plan, tile_of = find_tiles(source, tiles, reading, max_pixels)
+    measured, problem, empty_share = measure_source(source, max_pixels, reading, plan)
     how = how_to_open(measured, max_pixels, reading)
-    tally, sizes = tally_images(RowTallies(source, *how), workers, progress)
+    tally, sizes = tally_images(RowTallies(source, *how, tile_of), workers, progress)
     readable = np.ones(len(source), dtype=bool)
     readable[tally.unreadable_rows] = False
     groups = find_duplicates(source, np.where(readable, sizes, 0), workers, progress)
@@ -144,19 +153,15 @@ def check_images(
     suggestion, rate = None, None
     if readable.any():
         suggestion = Suggestion(side_px := default_image_size(median_px, device), default_preset(side_px, device))
-        rate = measure_loading_rate(source, np.flatnonzero(readable), RandomView((side_px, side_px)), how)
+        rate = measure_loading_rate(source, np.flatnonzero(readable), RandomView((side_px, side_px)), how, tile_of)
     return CheckReport(
         path=path,
         images=len(source),
         mib=round(float(sizes.sum()) / 2**20, 3),
-        formats=frequent_first(tally.formats),
-        modes=frequent_first(tally.modes),
+        **tally_fields(tally),
         **channel_fields(measured),
-        flags=reading_flags(reading),
-        short_sides_px=histogram(tally.short_sides),
+        flags=(*reading_flags(reading), *tile_flags(tiles)),
         short_side_px=median_px,
-        oriented=tally.oriented,
-        unreadable=tuple(tally.unreadable),
         problem=problem,
         duplicate_groups=len(groups),
         duplicates_removable=sum(len(group) - 1 for group in groups),
@@ -165,7 +170,20 @@ def check_images(
         workers_needed=count_workers(rate, images_per_second),
         cores=available_cores(),
         suggestion=suggestion,
+        tiles=None if plan is None else len(plan),
+        empty_share=empty_share,
     )
+
+
+def find_tiles(
+    source: datasets.Dataset, tiles: TileSettings | None, reading: Reading, max_pixels: int
+) -> tuple[TilePlan | None, Callable[[int, Record], Record]]:
+    """The tiles of a source that is read by tiles, and what is read of a row's image."""
+    if tiles is None:
+        return None, whole_image
+    with without_notices():  # unreadable images are listed
+        plan = plan_tiles(source, tiles, reading, max_pixels)
+    return plan, plan.tile_of
 
 
 def how_to_open(measured: ImageStatistics | None, max_pixels: int, reading: Reading) -> tuple[int | None, int, Reading]:
@@ -173,6 +191,17 @@ def how_to_open(measured: ImageStatistics | None, max_pixels: int, reading: Read
     if measured is None:
         return None, max_pixels, replace(reading, range="image", transform="none")
     return measured.channels, max_pixels, measured.reading
+
+
+def tally_fields(tally: Tally) -> dict[str, Any]:
+    """What a report says of the images' files."""
+    return {
+        "formats": frequent_first(tally.formats),
+        "modes": frequent_first(tally.modes),
+        "short_sides_px": histogram(tally.short_sides),
+        "oriented": tally.oriented,
+        "unreadable": tuple(tally.unreadable),
+    }
 
 
 def channel_fields(measured: ImageStatistics | None) -> dict[str, Any]:
@@ -198,6 +227,17 @@ def reading_flags(reading: Reading) -> tuple[str, ...]:
     return tuple(flags)
 
 
+def tile_flags(tiles: TileSettings | None) -> tuple[str, ...]:
+    """The words of `simmim pretrain` that read images by such tiles."""
+    if tiles is None:
+        return ()
+    flags = ["--data.tile", str(tiles.size_px)]
+    for name, value in (("tile_level", tiles.level), ("pixel_size", tiles.pixel_size)):
+        flags += [] if value is None else [f"--data.{name}", str(value)]
+    default = TileSettings(tiles.size_px).max_background
+    return (*flags, *([] if tiles.max_background == default else ["--data.max_background", str(tiles.max_background)]))
+
+
 def check_options(workers: int, images_per_second: float | None) -> None:
     """Refuse a number of workers or a rate out of range.
 
@@ -210,14 +250,19 @@ def check_options(workers: int, images_per_second: float | None) -> None:
         raise ValueError(f"images per second is {images_per_second}: give a positive number")
 
 
-def measure_source(source: datasets.Dataset, max_pixels: int, reading: Reading) -> tuple[ImageStatistics | None, str | None]:
-    """Statistics from which a model's defaults follow, or, if the images do not go together, the problem. Then each image is
-    read in its own channels."""
+def measure_source(
+    source: datasets.Dataset, max_pixels: int, reading: Reading, plan: TilePlan | None
+) -> tuple[ImageStatistics | None, str | None, float | None]:
+    """Statistics from which a model's defaults follow, or, if the images do not go together, the problem; and the share of
+    empty tiles. With a problem each image is read in its own channels."""
     try:
         with without_notices():  # all images are about to be read
-            return measure_images(source, max_pixels=max_pixels, reading=reading), None
+            if plan is None:
+                return measure_images(source, max_pixels=max_pixels, reading=reading), None, None
+            _, statistics, share = measure_tiles(source, plan, 0, reading, max_pixels=max_pixels)
+            return statistics, None, share
     except ValueError as error:
-        return None, str(error)
+        return None, str(error), None
 
 
 def tally_images(task: RowTallies, workers: int, progress: bool) -> tuple[Tally, np.ndarray]:
@@ -235,6 +280,7 @@ def measure_loading_rate(
     rows: np.ndarray,
     view: Callable[[Picture, random.Random], Tensor],
     how: tuple[int | None, int, Reading],
+    tile_of: Callable[[int, Record], Record] = whole_image,
 ) -> float:
     """Images per second that one process opens and crops, measured on up to 256 of `rows` and for a few seconds at most.
 
@@ -242,14 +288,15 @@ def measure_loading_rate(
 
     Args:
         how: `open_picture`'s arguments but for the record.
+        tile_of: as of `RowTallies`.
     """
     chosen = rows[np.unique(np.linspace(0, len(rows) - 1, MEASURED_IMAGES).round().astype(int))]
     generator = random.Random(0)
     generator.shuffle(order := chosen.tolist())
-    view(open_picture(source[order[0]]["image"], *how), generator)  # loads Pillow's plugins, untimed
+    view(open_picture(tile_of(order[0], source[order[0]]["image"]), *how), generator)  # loads Pillow's plugins, untimed
     num_loaded, started = 0, time.perf_counter()
     for row in order:
-        view(open_picture(source[row]["image"], *how), generator)
+        view(open_picture(tile_of(row, source[row]["image"]), *how), generator)
         num_loaded += 1
         if time.perf_counter() - started > MEASURED_S:
             break

@@ -2,22 +2,27 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from importlib.util import find_spec
 from typing import BinaryIO
 
 import numpy as np
 from PIL import Image, UnidentifiedImageError
 
-from simmim.data.addresses import Address, parse_address
+from simmim.data.addresses import Address, Tile, parse_address, without_tile
 from simmim.data.deep import DeepPicture, StoredValues
-from simmim.data.file_formats import TiffFormat, check_size
+from simmim.data.file_checks import BY_TILES, check_size
+from simmim.data.file_formats import TiffFormat
 from simmim.data.known_formats import detect_format
+from simmim.data.open_windows import OpenWindows
 from simmim.data.orientation import read_orientation, turn_upright
 from simmim.data.pictures import ArrayPicture, JpegPicture, Picture
 from simmim.data.pillow_guard import decoding, open_pillow
 from simmim.data.pixel_values import PHOTOMETRIC, to_gray_or_rgb, type_range
 from simmim.data.records import Record, open_record
 from simmim.data.tiff import over_white
+from simmim.data.windows import ChannelImage, DecodedImage, WindowedImage
+from simmim.messages import counted
 from simmim.reading import Reading
 
 MAX_PIXELS = 200_000_000
@@ -27,6 +32,8 @@ SIGNATURES = {b"\xff\xd8\xff": "JPEG", b"\x89PNG\r\n\x1a\n": "PNG", b"GIF8": "GI
 HEIC_BRANDS = (b"ftypheic", b"ftypheix", b"ftypmif1", b"ftypmsf1", b"ftyphevc")
 
 IMAGE_DESCRIPTION, BITS_PER_SAMPLE, SAMPLES_PER_PIXEL, EXTRA_SAMPLES = 270, 258, 277, 338  # TIFF's tags
+_OPEN = OpenWindows()
+
 COLOR_SAMPLES = {0: 1, 1: 1, 2: 3, 3: 1, 5: 4, 6: 3, 8: 3}  # by PHOTOMETRIC, without alpha or other extra samples
 
 
@@ -51,6 +58,8 @@ def open_picture(
     """
     with decoding():
         address = parse_address(record["path"] or "")
+        if address.tile:
+            return _stored_to_picture(_read_tile(record, address.tile, max_pixels, reading), channels, reading)
         if len(address.files) > 1:
             return _stored_to_picture(_read_channel_files(address, max_pixels), channels, reading)
         stream = open_record(record)
@@ -69,7 +78,7 @@ def open_picture(
             check_size((image.height, image.width), max_pixels)
             return picture
         with stream:
-            check_size((image.height, image.width), max_pixels)
+            check_size((image.height, image.width), max_pixels, BY_TILES if image.format == "TIFF" else "")
             if by_values or (reading.range == "type" and image.mode[0] in "IF") or _holds_pages(image, reading):
                 stored = _read_values(stream, record, image, reading, address.page, max_pixels)
                 return _stored_to_picture(stored, channels, reading)
@@ -89,6 +98,9 @@ def open_stored(
     """
     with decoding():
         address = parse_address(record["path"] or "")
+        if address.tile:
+            stored = _read_tile(record, address.tile, max_pixels, reading)
+            return stored.select(reading) if levels or stored.is_deep else None
         if len(address.files) > 1:
             stored = _read_channel_files(address, max_pixels)
             return stored.select(reading) if levels or stored.is_deep else None
@@ -113,6 +125,36 @@ def count_images(record: Record, reading: Reading) -> int:
     with decoding(), open_record(record) as stream:
         kind = detect_format(stream)
         return kind.count(stream, reading) if kind else 1
+
+
+def open_windows(record: Record, max_pixels: int = MAX_PIXELS, reading: Reading = STRETCHED) -> WindowedImage:
+    """Open an image of which parts are read. To be closed.
+
+    Args:
+        max_pixels: that may be decoded at once. A TIFF file in tiles and a mapped file may have any size; formats of which
+            no part can be decoded alone may not.
+
+    Raises:
+        One of `UNREADABLE`, as `open_picture` does.
+    """
+    with decoding():
+        address = parse_address(record["path"] or "")
+        if len(address.files) > 1:
+            files: list[Record] = [{"bytes": None, "path": file} for file in address.files]
+            return ChannelImage([open_windows(file, max_pixels, STRETCHED) for file in files], address.names)
+        stream = open_record(record)
+        kind = detect_format(stream)
+        if kind:
+            try:
+                return kind.open_windows(stream, record, reading, address.page, max_pixels)
+            except ValueError as error:
+                if "imagecodecs" not in str(error):  # Pillow has codecs of its own
+                    raise
+        stream.close()
+        whole: Record = {"bytes": record["bytes"], "path": without_tile(record["path"] or "") or None}
+        stored = open_stored(whole, max_pixels, levels=True, reading=replace(reading, channels_used=None))
+        assert stored is not None, "levels are asked for"
+        return DecodedImage(stored)
 
 
 def read_image(record: Record, channels: int) -> Image.Image:
@@ -228,6 +270,20 @@ def _read_by_format(stream: BinaryIO, record: Record, reading: Reading, page: in
         if head.startswith(signature):
             raise ValueError(f"{name} file with a broken header")
     raise ValueError("not an image")
+
+
+def _read_tile(record: Record, tile: Tile, max_pixels: int, reading: Reading) -> StoredValues:
+    """The values of a part of an image."""
+    level, left, top, width, height = tile
+    whole = replace(reading, channels_used=None, channel_names=())  # channels are selected from what is read
+    with _OPEN.borrow(record, max_pixels, whole, open_windows) as image:
+        if level >= len(image.levels):
+            raise ValueError(f"holds {counted(len(image.levels), 'level')}, and has no level {level}")
+        rows, columns = image.levels[level]
+        if top + height > rows or left + width > columns:
+            raise ValueError(f"has changed: level {level} is {rows}x{columns} pixels now (height x width)")
+        stored = image.read(level, (left, top, left + width, top + height))
+        return replace(stored, values=np.array(stored.values))
 
 
 def _read_channel_files(address: Address, max_pixels: int) -> StoredValues:

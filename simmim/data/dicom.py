@@ -7,7 +7,8 @@ from typing import Any, BinaryIO
 import numpy as np
 
 from simmim.data.deep import StoredValues
-from simmim.data.file_formats import FileFormat, check_size, pick_image
+from simmim.data.file_checks import check_size, pick_image
+from simmim.data.file_formats import FileFormat
 from simmim.data.pillow_guard import silence_logger
 from simmim.data.records import Record
 from simmim.reading import Reading

@@ -2,16 +2,19 @@
 
 from __future__ import annotations
 
+import sys
 from abc import ABC, abstractmethod
 from typing import BinaryIO, ClassVar
 
 import numpy as np
 
+from simmim.data.addresses import parse_address
 from simmim.data.deep import StoredValues
-from simmim.data.orientation import Size
+from simmim.data.file_checks import BY_TILES, check_size, pick_image
 from simmim.data.records import Record
 from simmim.data.tiff import divide_pages, open_tiff, read_pages
-from simmim.messages import counted
+from simmim.data.tiff_windows import TiffImage
+from simmim.data.windows import DecodedImage, WindowedImage
 from simmim.reading import Reading
 
 NUMPY_MAGIC = b"\x93NUMPY"
@@ -49,6 +52,22 @@ class FileFormat(ABC):
         """How many images the file holds."""
         return 1
 
+    def open_windows(
+        self, stream: BinaryIO, record: Record, reading: Reading, page: int | None, max_pixels: int
+    ) -> WindowedImage:
+        """An image of which parts are read; by default it is decoded whole.
+
+        Args:
+            stream: closed by the image, or before this returns.
+            record, reading, page: as of `read`.
+            max_pixels: that may be decoded at once.
+
+        Raises:
+            Exception: as `read`.
+        """
+        with stream:
+            return DecodedImage(self.read(stream, record, reading, page, max_pixels))
+
 
 class NpyFormat(FileFormat):
     """NumPy's arrays, memory-mapped where they are files on disk."""
@@ -61,7 +80,8 @@ class NpyFormat(FileFormat):
     def read(self, stream: BinaryIO, record: Record, reading: Reading, page: int | None, max_pixels: int) -> StoredValues:
         stream.seek(0)
         on_disk = record["bytes"] is None
-        values = np.load(record["path"] if on_disk else stream, mmap_mode="r" if on_disk else None, allow_pickle=False)  # type: ignore[arg-type]
+        file = parse_address(record["path"] or "").files[0] if on_disk else stream
+        values = np.load(file, mmap_mode="r" if on_disk else None, allow_pickle=False)
         if values.dtype.kind not in "biuf":
             raise ValueError(f"holds {values.dtype} values, not real numbers")
         if values.ndim not in (2, 3):
@@ -70,8 +90,15 @@ class NpyFormat(FileFormat):
             values = values[None]
         elif values.shape[2] <= values.shape[0]:
             values = values.transpose(2, 0, 1)
-        check_size(values.shape[1:], max_pixels)
+        check_size(values.shape[1:], max_pixels, BY_TILES)
         return StoredValues(values)
+
+    def open_windows(
+        self, stream: BinaryIO, record: Record, reading: Reading, page: int | None, max_pixels: int
+    ) -> WindowedImage:
+        with stream:  # a file on disk is mapped, and may be of any size
+            limit = max_pixels if record["bytes"] is not None else sys.maxsize
+            return DecodedImage(self.read(stream, record, reading, page, limit))
 
 
 class TiffFormat(FileFormat):
@@ -85,38 +112,18 @@ class TiffFormat(FileFormat):
     def read(self, stream: BinaryIO, record: Record, reading: Reading, page: int | None, max_pixels: int) -> StoredValues:
         with open_tiff(stream) as tiff:
             first = tiff.pages.first
-            check_size((first.imagelength, first.imagewidth), max_pixels)
+            check_size((first.imagelength, first.imagewidth), max_pixels, BY_TILES)
             return read_pages(tiff, pick_image(divide_pages(tiff, reading.pages), page))
 
     def count(self, stream: BinaryIO, reading: Reading) -> int:
         with open_tiff(stream) as tiff:
             return len(divide_pages(tiff, reading.pages))
 
-
-def pick_image(images: list[tuple[int, ...]], page: int | None) -> tuple[int, ...]:
-    """The pages of one of a file's images.
-
-    Raises:
-        ValueError: when the file holds several and none is asked for, or fewer than that.
-    """
-    if page is None and len(images) > 1:
-        raise ValueError(
-            f"holds {counted(len(images), 'image')}, and a source that is read in order does not divide files: give "
-            "data.pages channels or first"
-        )
-    if (page or 0) >= len(images):
-        raise ValueError(f"holds {counted(len(images), 'image')}, and has no page {page}")
-    return images[page or 0]
-
-
-def check_size(size: Size, max_pixels: int) -> None:
-    """Refuse an image without pixels, or with too many.
-
-    Raises:
-        ValueError: with its size.
-    """
-    height, width = size
-    if height < 1 or width < 1:
-        raise ValueError(f"an image of {height}x{width} pixels (height x width)")
-    if height * width > max_pixels:
-        raise ValueError(f"{height}x{width} = {height * width} pixels (height x width), more than the limit of {max_pixels}")
+    def open_windows(
+        self, stream: BinaryIO, record: Record, reading: Reading, page: int | None, max_pixels: int
+    ) -> WindowedImage:
+        try:
+            return TiffImage(stream, reading.pages, page, max_pixels)
+        except BaseException:
+            stream.close()
+            raise

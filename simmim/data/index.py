@@ -38,9 +38,15 @@ EXTENSIONS = frozenset(
         ".avif",
         ".npy",
         ".dcm",
+        ".svs",
+        ".ndpi",
+        ".scn",
+        ".bif",
+        ".btf",
+        ".qptiff",
     ]
 )
-VERSION = 3
+VERSION = 4
 ROWS_AT_ONCE = 100_000
 # A folder that changed this shortly before its scan may change again within the same tick of its time stamp.
 TRUSTED_AGE_S = 2.0

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import contextlib
 from collections import Counter
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
@@ -57,11 +57,28 @@ class Tally:
         self.unreadable_rows += other.unreadable_rows
 
 
-class RowTallies(Dataset):
-    """The tally of a range of rows, each image read as training reads it."""
+def whole_image(row: int, record: Record) -> Record:
+    """The record itself."""
+    return record
 
-    def __init__(self, source: datasets.Dataset, channels: int | None, max_pixels: int, reading: Reading) -> None:
+
+class RowTallies(Dataset):
+    """The tally of a range of rows, each image read as training reads it.
+
+    Args:
+        tile_of: of rows whose images are read by tiles, the record of one.
+    """
+
+    def __init__(
+        self,
+        source: datasets.Dataset,
+        channels: int | None,
+        max_pixels: int,
+        reading: Reading,
+        tile_of: Callable[[int, Record], Record] = whole_image,
+    ) -> None:
         self.source, self.channels, self.max_pixels, self.reading = source, channels, max_pixels, reading
+        self.tile_of = tile_of
 
     def __getitem__(self, rows: range) -> Tally:
         tally = Tally()
@@ -74,7 +91,7 @@ class RowTallies(Dataset):
         record = self.source[row]["image"]
         tally.sizes.append(num_bytes(record))
         try:
-            picture = open_picture(record, self.channels, self.max_pixels, self.reading)
+            picture = open_picture(self.tile_of(row, record), self.channels, self.max_pixels, self.reading)
             height, width = picture.size
             picture.crop((0, 0, width, height), (min(height, CROP_PX), min(width, CROP_PX)))
         except Exception as error:  # any exception: this command is the place to learn of it

@@ -130,13 +130,21 @@ class ImageSamples(IndexedSamples):
                 sample = self.view_of(index, generator)
                 break
             except UNREADABLE as error:
-                skipped.append((self.source[index]["image"]["path"], describe_error(error)))
-                index = generator.randrange(len(self.source))
+                skipped.append((self.source[self.source_row(index)]["image"]["path"], describe_error(error)))
+                index = self.replacement(generator)
         else:
             raise ValueError(
                 f"{MAX_REPLACEMENTS} images in a row could not be read, the last {skipped[-1][0]}: {skipped[-1][1]}"
             )
         return {**sample, "seed": generator.getrandbits(62), "skipped": skipped}
+
+    def source_row(self, index: int) -> int:
+        """The source's row of the sample at `index`."""
+        return index
+
+    def replacement(self, generator: random.Random) -> int:
+        """The index of another sample, for one that cannot be read."""
+        return generator.randrange(len(self.source))
 
     def view_of(self, index: int, generator: random.Random) -> dict:
         """The views of the image at `index`, with its label if there are labels."""

@@ -10,7 +10,7 @@ import contextlib
 import math
 import struct
 import xml.etree.ElementTree
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from typing import Any, BinaryIO
 
 import numpy as np
@@ -35,11 +35,7 @@ def open_tiff(stream: BinaryIO) -> Iterator[Any]:
     Raises:
         ValueError: where the compression needs imagecodecs, which is not installed.
     """
-    try:
-        import tifffile
-    except ImportError:
-        raise ValueError("needs tifffile: pip install tifffile") from None
-    silence_logger("tifffile")
+    tifffile = import_tifffile()
     stream.seek(0)
     try:
         with tifffile.TiffFile(stream) as tiff:
@@ -49,6 +45,20 @@ def open_tiff(stream: BinaryIO) -> Iterator[Any]:
         if "imagecodecs" not in str(error):
             raise
         raise ValueError(f"{error}: pip install 'simmim-toolkit[tiff]'") from error
+
+
+def import_tifffile() -> Any:
+    """The library, whose log is silent.
+
+    Raises:
+        ValueError: where it is not installed.
+    """
+    try:
+        import tifffile
+    except ImportError:
+        raise ValueError("needs tifffile: pip install tifffile") from None
+    silence_logger("tifffile")
+    return tifffile
 
 
 def check_tags(tiff: Any) -> None:
@@ -76,7 +86,12 @@ def divide_pages(tiff: Any, pages: str | None) -> list[tuple[int, ...]]:
     Raises:
         ValueError: for several pages that nothing explains, and pages that differ.
     """
-    if pages == "first" or (len(tiff.pages) == 1 and not tiff.is_shaped and not tiff.is_imagej):
+    is_slide = tiff.is_svs or tiff.is_ndpi or tiff.is_scn or tiff.is_bif  # whose other series are label and overview
+    if (
+        pages == "first"
+        or (pages is None and is_slide)
+        or (len(tiff.pages) == 1 and not tiff.is_shaped and not tiff.is_imagej)
+    ):
         return [(0,)]
     series = tiff.series[0]
     lengths = {axis: size for axis, size in zip(series.axes, series.shape) if axis not in PLANE_AXES and size > 1}
@@ -106,9 +121,7 @@ def read_pages(tiff: Any, numbers: tuple[int, ...]) -> StoredValues:
     Raises:
         ValueError: for a page that is no picture.
     """
-    page = tiff.pages.first
-    if page.axes not in ("YX", "YXS", "SYX"):
-        raise ValueError(f"a TIFF page with axes {page.axes}, expected a picture")
+    page = check_page(tiff)
     if numbers == (0,):
         stored = [page.asarray()]
     else:
@@ -118,6 +131,31 @@ def read_pages(tiff: Any, numbers: tuple[int, ...]) -> StoredValues:
         else:  # one page describes all of them, as ImageJ writes large stacks
             stack = series.asarray().reshape(-1, *page.shape)
             stored = [stack[number] for number in numbers]
+    values = planes_of(page, stored)
+    tag = page.tags.get(ORIENTATION)
+    values = turn_array_upright(values, tag.value if tag and tag.value in ORIENTATIONS else 1)
+    return StoredValues(values, nodata_of(page), channel_names(tiff, len(values)))
+
+
+def check_page(tiff: Any) -> Any:
+    """The first page.
+
+    Raises:
+        ValueError: for a page that is no picture.
+    """
+    page = tiff.pages.first
+    if page.axes not in ("YX", "YXS", "SYX"):
+        raise ValueError(f"a TIFF page with axes {page.axes}, expected a picture")
+    return page
+
+
+def planes_of(page: Any, stored: Sequence[np.ndarray]) -> np.ndarray:
+    """Pages, or the same part of each, as the channels of an image as it is stored: (channels, height, width).
+
+    Args:
+        page: that describes them.
+        stored: in the order of the page's axes.
+    """
     planes = [
         {"YX": plane[None], "YXS": np.moveaxis(plane, -1, 0), "SYX": plane}[page.axes] for plane in map(np.asarray, stored)
     ]
@@ -126,9 +164,7 @@ def read_pages(tiff: Any, numbers: tuple[int, ...]) -> StoredValues:
         values = -values if values.dtype.kind == "f" else ~values
     elif page.photometric == RGB and len(values) == 4 and page.extrasamples and page.extrasamples[0] in (1, 2):
         values = over_white(values)
-    tag = page.tags.get(ORIENTATION)
-    values = turn_array_upright(values, tag.value if tag and tag.value in ORIENTATIONS else 1)
-    return StoredValues(values, nodata_of(page), channel_names(tiff, len(values)))
+    return values
 
 
 def over_white(values: np.ndarray) -> np.ndarray:

@@ -17,6 +17,7 @@ from simmim.data.records import Record, record_name
 from simmim.messages import counted, notify
 from simmim.reading import Ranges, Reading
 
+TIFF_ENDINGS = (".tif", ".tiff", ".btf", ".qptiff")  # of files that name their channels
 SAMPLED_PX = 64  # positions of a sampled image along a side
 # Percentiles of the local medians of the whole sample. The median of 3 × 3 pixels is what makes a hot pixel vanish; the
 # percentiles leave out what few images show. A margin leaves room for the noise that the medians lack.
@@ -173,7 +174,7 @@ def name_channels(reading: Reading, records: Mapping[int, Record], max_pixels: i
 def may_name_channels(record: Record) -> bool:
     """Whether a file may tell the names of its channels."""
     path = record["path"] or ""
-    return len(parse_address(path).files) > 1 or parse_address(path).files[0].lower().endswith((".tif", ".tiff"))
+    return len(parse_address(path).files) > 1 or parse_address(path).files[0].lower().endswith(TIFF_ENDINGS)
 
 
 def sample_values(

@@ -20,9 +20,10 @@ from torch.utils.data import DataLoader, Dataset
 from simmim.checkpoints.checkpoint import Preprocessing
 from simmim.data import UNREADABLE, CenterView, default_num_workers, describe_error, normalize, open_picture
 from simmim.data.loading import ignore_signals
+from simmim.data.tiles import is_empty
 from simmim.encoders.base import Encoder
 from simmim.evaluate.features import AnyFeature, Feature
-from simmim.reading import Reading
+from simmim.reading import Reading, TileSettings
 
 if TYPE_CHECKING:
     import datasets
@@ -68,12 +69,14 @@ class EmbeddedBatch(NamedTuple):
         paths: their paths; "row 7" for an image without a path.
         vectors: (B, D) float32 by name of the feature.
         unreadable: (path, reason) of each image that could not be read.
+        num_empty: tiles that were left out as background.
     """
 
     rows: np.ndarray
     paths: list[str]
     vectors: dict[str, np.ndarray]
     unreadable: list[tuple[str, str]]
+    num_empty: int = 0
 
 
 @dataclass(frozen=True)
@@ -124,11 +127,13 @@ def embed_batches(
     source: datasets.Dataset,
     features: Sequence[AnyFeature] = (Feature(),),
     options: EncoderPass = DEFAULT_PASS,
+    tiles: TileSettings | None = None,
 ) -> Iterator[EmbeddedBatch]:
     """Vectors of the images of `source`, batch by batch. A batch without a readable image is returned too.
 
     Args:
         encoder: moved to the device; in evaluation mode during the pass.
+        tiles: where the rows are tiles, which of them are empty and left out.
         source: with a column `image`, undecoded, as from `simmim.data.open_images`.
         features: one or more; `all_features` lists every one.
 
@@ -137,7 +142,7 @@ def embed_batches(
     """
     for feature in features:
         feature.dim(encoder.config)
-    views = load_views(preprocessing, encoder.config.in_channels, source, options)
+    views = load_views(preprocessing, encoder.config.in_channels, source, options, tiles)
     return encode_views(encoder, preprocessing, views, features, options)
 
 
@@ -175,7 +180,8 @@ def encode_views(
         with encoder.fixed_weights():
             for batch in views:
                 vectors = encode(batch.images) if batch.rows else no_vectors
-                yield EmbeddedBatch(np.array(batch.rows, np.int64), batch.paths, vectors, batch.unreadable)
+                rows = np.array(batch.rows, np.int64)
+                yield EmbeddedBatch(rows, batch.paths, vectors, batch.unreadable, batch.num_empty)
     finally:
         encoder.train(was_training)
 
@@ -191,15 +197,21 @@ class ViewBatch(NamedTuple):
     paths: list[str]
     images: Tensor
     unreadable: list[tuple[str, str]]
+    num_empty: int = 0
 
 
 def load_views(
-    preprocessing: Preprocessing, channels: int, source: datasets.Dataset, options: EncoderPass = DEFAULT_PASS
+    preprocessing: Preprocessing,
+    channels: int,
+    source: datasets.Dataset,
+    options: EncoderPass = DEFAULT_PASS,
+    tiles: TileSettings | None = None,
 ) -> DataLoader:
     """A loader of `ViewBatch` over the rows of `source` in order. It draws nothing from torch's global generator.
 
     Args:
         channels: of the images that the encoder takes.
+        tiles: as of `embed_batches`.
 
     Raises:
         ValueError: for a source without rows.
@@ -211,7 +223,7 @@ def load_views(
     view = CenterView(preprocessing.image_size, preprocessing.crop, preprocessing.interpolation, preprocessing.fit)
     workers = default_num_workers(device.type) if options.workers is None else options.workers
     return DataLoader(
-        ViewDataset(source, view, channels, preprocessing.reading_or_default),
+        ViewDataset(source, view, channels, preprocessing.reading_or_default, tiles),
         batch_size=None,
         sampler=ranges,
         num_workers=min(workers, len(ranges)),
@@ -225,23 +237,34 @@ def load_views(
 class ViewDataset(Dataset):
     """Views of the images of a source. Each item is a whole batch, so that a process sends one tensor and not many."""
 
-    def __init__(self, source: datasets.Dataset, view: CenterView, channels: int, reading: Reading) -> None:
-        self.source, self.view, self.channels, self.reading = source, view, channels, reading
+    def __init__(
+        self,
+        source: datasets.Dataset,
+        view: CenterView,
+        channels: int,
+        reading: Reading,
+        tiles: TileSettings | None = None,
+    ) -> None:
+        self.source, self.view, self.channels, self.reading, self.tiles = source, view, channels, reading, tiles
 
     def __getitem__(self, rows: range) -> ViewBatch:
-        readable, paths, views, unreadable = [], [], [], []
+        readable, paths, views, unreadable, num_empty = [], [], [], [], 0
         for row in rows:
             record = self.source[row]["image"]
             path = record["path"] or f"row {row}"
             try:
-                views.append(self.view(open_picture(record, self.channels, reading=self.reading)))
+                picture = open_picture(record, self.channels, reading=self.reading)
+                if self.tiles and is_empty(picture, self.tiles):
+                    num_empty += 1
+                    continue
+                views.append(self.view(picture))
             except UNREADABLE as error:
                 unreadable.append((path, describe_error(error)))
                 continue
             readable.append(row)
             paths.append(path)
         images = torch.stack(views) if views else torch.empty((0, self.channels, *self.view.size), dtype=torch.uint8)
-        return ViewBatch(readable, paths, images, unreadable)
+        return ViewBatch(readable, paths, images, unreadable, num_empty)
 
 
 def return_unchanged(batch: Any) -> Any:

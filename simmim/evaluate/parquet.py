@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -13,10 +13,14 @@ from tqdm import tqdm
 
 from simmim.checkpoints.checkpoint import SavedEncoder
 from simmim.data import open_images
+from simmim.data.addresses import without_tile
+from simmim.data.sources import dataset_of
+from simmim.data.tiles import check_overlap, plan_tiles, walk_tiles
 from simmim.encoders.registry import config_as_dict
 from simmim.evaluate.embeddings import DEFAULT_PASS, EncoderPass, check_any_readable, embed_batches, record_unreadable
 from simmim.evaluate.features import Feature
 from simmim.files import atomic_write
+from simmim.reading import Reading, TileSettings
 
 if TYPE_CHECKING:
     import datasets
@@ -25,6 +29,7 @@ if TYPE_CHECKING:
 
 ROW_GROUP_BYTES = 32 * 2**20  # of vectors in memory before they are written, and the least that a reader reads at once
 SUFFIXES = (".parquet", ".pq")
+PLACE = ("x", "y", "width", "height")  # columns of tiles
 
 
 @dataclass(frozen=True)
@@ -35,11 +40,13 @@ class WrittenEmbeddings:
         count: rows of the file, one per image that could be read.
         dim: values of a vector.
         unreadable: reason by path of each image that could not be read.
+        num_empty: tiles that were left out as background.
     """
 
     count: int
     dim: int
     unreadable: dict[str, str]
+    num_empty: int = 0
 
 
 def write_embeddings(
@@ -49,56 +56,90 @@ def write_embeddings(
     stage: int | None = None,
     pooling: str = "mean",
     options: EncoderPass = DEFAULT_PASS,
+    tiles: TileSettings | None = None,
+    overlap: float = 0.0,
 ) -> WrittenEmbeddings:
     """Write the vector of every image to the Parquet file `out`, whole or not at all.
 
-    Columns are `path`, text, and `vector`, a list of D float32. Rows are in the order of the images. Vectors of about 32 MiB
+    Columns are `path`, text, and `vector`, a list of D float32; of tiles also `x`, `y`, `width` and `height`, their place in
+    pixels of the full resolution. Rows are in the order of the images. Vectors of about 32 MiB
     are in memory, whatever the number of images. The schema's metadata has a key `simmim`, whose JSON names encoder,
     preprocessing and feature.
 
     Args:
         images: as of `simmim.data.open_images`, or a dataset that it has opened.
         stage, pooling: as of `Feature`.
+        tiles: a vector for each tile of an image in place of one for the image; empty ones are left out.
+        overlap: of neighboring tiles, as a share of their sides.
 
     Raises:
         ValueError: when `out` exists or does not end in .parquet, when no image can be read, and as `embed_batches`.
     """
     import pyarrow.parquet as pq
 
+    out = check_new_file(out)
+    feature = Feature(stage, pooling)
+    dim = feature.dim(saved.encoder.config)
+    source: Any = images
+    if not hasattr(images, "column_names"):
+        source = open_images(images, reading=saved.preprocessing.reading_or_default)
+    places = None
+    if tiles is not None:
+        source, places = tile_rows(source, tiles, overlap, saved.preprocessing.reading_or_default)
+    batches = embed_batches(saved.encoder, saved.preprocessing, source, (feature,), options, tiles)
+    schema = embeddings_schema(saved, feature, tiles)
+    written = WrittenEmbeddings(0, dim, {})
+    with atomic_write(out) as temporary:
+        # No dictionary encoding: hardly any two values are equal.
+        with (
+            pq.ParquetWriter(temporary, schema, use_dictionary=False) as writer,
+            tqdm(total=len(source), desc="embedding", unit="tile" if tiles else "image") as bar,
+        ):
+            rows = RowGroupWriter(writer, schema, dim)
+            for batch in batches:
+                record_unreadable(written.unreadable, batch.unreadable)
+                written = replace(
+                    written, count=written.count + len(batch.rows), num_empty=written.num_empty + batch.num_empty
+                )
+                rows.add(batch.paths, batch.vectors[feature.name], None if places is None else places[batch.rows])
+                bar.update(len(batch.rows) + len(batch.unreadable) + batch.num_empty)
+            rows.write()
+        if written.num_empty and not written.count:
+            raise ValueError(f"all of {written.num_empty:,} tiles are background: give max_background, 1 leaves out none")
+        check_any_readable(written.count, written.unreadable)
+    return written
+
+
+def check_new_file(out: str | Path) -> Path:
+    """The Parquet file to write.
+
+    Raises:
+        ValueError: for one that exists, or has another ending.
+    """
     out = Path(out).expanduser()
     if out.suffix.lower() not in SUFFIXES:
         raise ValueError(f"{str(out)!r} is no Parquet file's name: end it in .parquet")
     if out.exists():
         raise ValueError(f"{str(out)!r} exists: give a new file")
-    feature = Feature(stage, pooling)
-    dim = feature.dim(saved.encoder.config)
-    if isinstance(images, Path):
-        images = str(images)
-    source: Any = (
-        images if hasattr(images, "column_names") else open_images(images, reading=saved.preprocessing.reading_or_default)
-    )
-    batches = embed_batches(saved.encoder, saved.preprocessing, source, (feature,), options)
-    schema = embeddings_schema(saved, feature)
-    count = 0
-    unreadable: dict[str, str] = {}
-    with atomic_write(out) as temporary:
-        # No dictionary encoding: hardly any two values are equal.
-        with (
-            pq.ParquetWriter(temporary, schema, use_dictionary=False) as writer,
-            tqdm(total=len(source), desc="embedding", unit="image") as bar,
-        ):
-            rows = RowGroupWriter(writer, schema, dim)
-            for batch in batches:
-                record_unreadable(unreadable, batch.unreadable)
-                count += len(batch.rows)
-                rows.add(batch.paths, batch.vectors[feature.name])
-                bar.update(len(batch.rows) + len(batch.unreadable))
-            rows.write()
-        check_any_readable(count, unreadable)
-    return WrittenEmbeddings(count, dim, unreadable)
+    return out
 
 
-def embeddings_schema(saved: SavedEncoder, feature: Feature) -> pa.Schema:
+def tile_rows(
+    source: datasets.Dataset, tiles: TileSettings, overlap: float, reading: Reading
+) -> tuple[datasets.Dataset, np.ndarray]:
+    """The tiles that cover the images of a source, as rows of records, and their places: (rows, 4) int32 of x, y, width and
+    height.
+
+    Raises:
+        ValueError: for an overlap out of range, and as `plan_tiles`.
+    """
+    check_overlap(overlap)
+    placed = list(walk_tiles(source, plan_tiles(source, tiles, reading), overlap))
+    places = np.array([tile.place for tile in placed], np.int32)
+    return dataset_of([{"image": tile.record} for tile in placed]), places
+
+
+def embeddings_schema(saved: SavedEncoder, feature: Feature, tiles: TileSettings | None = None) -> pa.Schema:
     """The columns `path` and `vector`, and as metadata where the vectors come from."""
     import pyarrow as pa
 
@@ -109,9 +150,11 @@ def embeddings_schema(saved: SavedEncoder, feature: Feature) -> pa.Schema:
         "preprocessing": saved.preprocessing.as_dict(),
         "stage": feature.stage,
         "pooling": feature.pooling,
+        **({"tiles": vars(tiles)} if tiles else {}),
     }
+    places = dict.fromkeys(PLACE, pa.int32()) if tiles else {}
     return pa.schema(
-        {"path": pa.string(), "vector": pa.list_(pa.float32(), feature.dim(saved.encoder.config))},
+        {"path": pa.string(), **places, "vector": pa.list_(pa.float32(), feature.dim(saved.encoder.config))},
         metadata={"simmim": json.dumps(origin, default=str)},
     )
 
@@ -128,11 +171,18 @@ class RowGroupWriter:
         self.rows_per_group = max(1, ROW_GROUP_BYTES // (4 * dim))
         self.paths: list[str] = []
         self.vectors: list[np.ndarray] = []
+        self.places: list[np.ndarray] = []
 
-    def add(self, paths: Sequence[str], vectors: np.ndarray) -> None:
-        """Collect the vectors, (B, dim) float32, of some images, and write once they are enough."""
-        self.paths += paths
+    def add(self, paths: Sequence[str], vectors: np.ndarray, places: np.ndarray | None = None) -> None:
+        """Collect the vectors, (B, dim) float32, of some images, and write once they are enough.
+
+        Args:
+            places: (B, 4) int32 of tiles.
+        """
+        self.paths += paths if places is None else map(without_tile, paths)
         self.vectors.append(vectors)
+        if places is not None:
+            self.places.append(places)
         if len(self.paths) >= self.rows_per_group:
             self.write()
 
@@ -142,7 +192,8 @@ class RowGroupWriter:
 
         if self.paths:
             values = pa.FixedSizeListArray.from_arrays(pa.array(np.concatenate(self.vectors).reshape(-1)), self.dim)
-            columns = [pa.array(self.paths, pa.string()), values]
+            places = list(np.concatenate(self.places).T) if self.places else []
+            columns = [pa.array(self.paths, pa.string()), *map(pa.array, places), values]
             table = pa.Table.from_arrays(columns, schema=self.schema)
             self.writer.write_table(table, row_group_size=len(self.paths))
-        self.paths, self.vectors = [], []
+        self.paths, self.vectors, self.places = [], [], []
