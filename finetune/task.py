@@ -14,6 +14,7 @@ from simmim.checkpoints.checkpoint import Checkpoint
 from simmim.data.samples import ImageSamples, IndexedSamples
 from simmim.finetune.averaging import AverageWeights
 from simmim.finetune.settings import TransferSettings
+from simmim.reading import TileSettings
 from simmim.training.loggers import LossNames
 from simmim.training.module import TrainingModule
 
@@ -148,6 +149,26 @@ class Task(ABC):
             ValueError: when `run` holds no model of this task, no image can be read, or `out` exists.
         """
         raise ValueError(f"{type(self).__name__} has no predictions to write: load its model in Python")
+
+    def predict_tiles(
+        self,
+        run: str | Path,
+        images: str | Path,
+        out: str | Path | None,
+        batch_size: int,
+        tiles: TileSettings,
+        overlap: float,
+    ) -> Predictions:
+        """As `predict`, tile by tile.
+
+        Args:
+            tiles: their size and resolution.
+            overlap: of neighboring tiles, as a share of their sides.
+
+        Raises:
+            ValueError: as `predict`, and for a task that has no predictions of parts.
+        """
+        raise ValueError(f"{run} predicts for whole images: leave out tile; simmim embed --tile gives vectors of tiles")
 
     def export(
         self, run: str | Path, out: str | Path, format: str, image_size: tuple[int, int] | None, license: str | None

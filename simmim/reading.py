@@ -130,7 +130,7 @@ class TileSettings:
 
 
 def tile_settings(
-    size_px: int | None, level: int | None, pixel_size: float | None, max_background: float
+    size_px: int | None, level: int | None, pixel_size: float | None, max_background: float = 0.95
 ) -> TileSettings | None:
     """`TileSettings`; None where images are read whole.
 

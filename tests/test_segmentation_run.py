@@ -7,6 +7,7 @@ from dataclasses import replace
 
 import numpy as np
 import pytest
+import tifffile
 import torch
 from PIL import Image
 
@@ -16,11 +17,14 @@ from simmim.checkpoints.own_files import save_encoder
 from simmim.cli import main
 from simmim.data import open_picture
 from simmim.data.label_map_files import read_label_map
+from simmim.data.tiff_windows import pixel_size_of
 from simmim.encoders.swinv2 import SwinV2
 from simmim.finetune import SegmentationSettings, finetune, load_segmenter
 from simmim.finetune.segmentation.settings import HeadSettings, SceneSettings
 from simmim.finetune.segmentation.sliding import most_likely_class
+from simmim.finetune.segmentation.tiled_prediction import segment_tiles
 from simmim.finetune.settings import EncoderSettings, OptimSettings
+from simmim.reading import TileSettings
 
 
 def settings(scene_folder, encoder_folder, out, **changes):
@@ -238,3 +242,65 @@ def test_a_run_is_not_resumed_with_other_scenes(scene_folder, encoder_folder, tm
     finetune(settings(scene_folder, encoder_folder, tmp_path / "run", steps=1), quiet=True)
     with pytest.raises(ValueError, match=r"was started with other settings: .*labels was 12, is 13"):
         finetune(settings(scene_folder, encoder_folder, tmp_path / "run", steps=1, labels=13, resume=True), quiet=True)
+
+
+def test_label_maps_tile_by_tile(scene_folder, run, tmp_path, capsys):
+    """Each pixel is of the tile around it, predicted as an image of its own; the file has tiles, colors and georeference."""
+    photograph = np.array(Image.open(next((scene_folder / "val" / "images").iterdir())).convert("L"))
+    large = np.tile(photograph, (4, 5))[:150, :170]
+    geo = [(33550, "d", 3, (10.0, 20.0, 0.0), True), (33922, "d", 6, (0.0, 0.0, 0.0, 5e5, 4e6, 0.0), True)]
+    tifffile.imwrite(tmp_path / "map.tif", large, tile=(16, 16), extratags=geo, metadata=None)
+    words = ["predict", "--run", str(run), "--images", str(tmp_path / "map.tif"), "--out", str(tmp_path / "out")]
+    assert main([*words, "--tile", "40", "--overlap", "0.2", "--batch-size", "7"]) == 0
+    assert "1 images segmented, 0 unreadable" in capsys.readouterr().out
+    saved = load_segmenter(run)
+    with tifffile.TiffFile(tmp_path / "out" / "masks" / "map.tif") as file:
+        page = file.pages.first
+        written = page.asarray()
+        assert page.is_tiled and page.tilewidth == 32 and page.photometric.name == "PALETTE"
+        assert (page.tags[33550].value, page.tags[33922].value) == (geo[0][3], geo[1][3])
+    assert written.shape == (150, 170) and (tmp_path / "out" / "classes.txt").read_text().split() == list(
+        saved.scheme.classes
+    )
+    # A piece inside lies in the middle of its tile; one at the edge has its tile pushed inside.
+    for (top, left), (first_row, first_column) in {(32, 64): (28, 60), (0, 0): (0, 0), (128, 160): (110, 130)}.items():
+        part = Image.fromarray(large[first_row : first_row + 40, first_column : first_column + 40])
+        part.save(tmp_path / "part.png")
+        pixels = open_picture({"bytes": None, "path": str(tmp_path / "part.png")}, 1).crop((0, 0, 40, 40), (32, 32))
+        classes = most_likely_class(saved.logits(pixels[None]), (40, 40))[0].numpy()
+        expected = np.array(saved.scheme.values)[classes][top - first_row :, left - first_column :][:32, :32]
+        np.testing.assert_array_equal(written[top : top + 32, left : left + 32], expected[: 150 - top, : 170 - left])
+
+
+def test_label_maps_of_a_level(run, tmp_path):
+    """Of its size, with its size of a pixel; an image that breaks is named, and leaves nothing behind."""
+    images = tmp_path / "images"
+    images.mkdir()
+    with tifffile.TiffWriter(images / "a.tif") as file:
+        values = np.random.default_rng(0).integers(0, 256, (128, 192), dtype=np.uint8)
+        file.write(values, subifds=1, tile=(16, 16), resolution=(20000, 20000), resolutionunit="CENTIMETER", metadata=None)
+        file.write(values[::2, ::2], subfiletype=1, tile=(16, 16), metadata=None)
+    broken = images / "b.tif"
+    tifffile.imwrite(broken, values, tile=(16, 16), compression="zlib", metadata=None)
+    with tifffile.TiffFile(broken) as file:
+        place = file.pages.first.dataoffsets[-1]
+    broken.write_bytes(broken.read_bytes()[: place + 9])
+    tiles = TileSettings(32, pixel_size=1.0)
+    with pytest.raises(ValueError, match=r"1 of 2 images have no such tiles; the first, .*b\.tif: data\.pixel_size"):
+        segment_tiles(run, images, tmp_path / "out", tiles, 0.25)
+    result = segment_tiles(run, f"{images}/a*.tif", tmp_path / "out", tiles, 0.25)
+    assert (result.count, sum(result.pixels.values())) == (1, 64 * 96)
+    with tifffile.TiffFile(tmp_path / "out" / "masks" / "a.tif") as file:
+        assert file.pages.first.shape == (64, 96) and pixel_size_of(file) == pytest.approx(1.0)
+    result = segment_tiles(run, images, tmp_path / "both", TileSettings(32), 0.25)
+    assert result.count == 1 and "cut short" in result.unreadable[str(broken)]
+    assert sorted(path.name for path in (tmp_path / "both" / "masks").iterdir()) == ["a.tif"]
+
+
+def test_tiles_too_small_for_a_file_are_refused(run, tmp_path, capsys):
+    tifffile.imwrite(tmp_path / "a.tif", np.zeros((64, 64), np.uint8), tile=(16, 16))
+    words = ["predict", "--run", str(run), "--images", str(tmp_path / "a.tif"), "--out", str(tmp_path / "out")]
+    for more, expected in ((["--tile", "8"], "a tile is 8 px: give 16 or more"), (["--overlap", "1"], "overlap is 1: give")):
+        assert main([*words, "--tile", "32", *more]) == 2
+        error = capsys.readouterr().err.strip().splitlines()
+        assert expected in error[-1]

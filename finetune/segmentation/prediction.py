@@ -74,9 +74,7 @@ def segment(
     Raises:
         ValueError: when `run` is no segmenter, there are no images, none can be read, or `out` is not empty.
     """
-    out = Path(out).expanduser()
-    if out.exists() and (not out.is_dir() or any(out.iterdir())):
-        raise ValueError(f"{str(out)!r} exists: give a new folder")
+    out = check_new_folder(out)
     saved, device = load_segmenter(run), device_type()
     saved.model.to(device)
     source = open_images(images, reading=saved.preprocessing.reading_or_default)
@@ -100,6 +98,18 @@ def segment(
     with atomic_write(out / CLASSES_FILE) as temporary:
         temporary.write_text("".join(f"{name}\n" for name in saved.scheme.classes), encoding="utf-8")
     return SegmentedImages(num_done, unreadable, dict(zip(saved.scheme.classes, counts.tolist())))
+
+
+def check_new_folder(out: str | Path) -> Path:
+    """The folder to make.
+
+    Raises:
+        ValueError: for one that holds something.
+    """
+    out = Path(out).expanduser()
+    if out.exists() and (not out.is_dir() or any(out.iterdir())):
+        raise ValueError(f"{str(out)!r} exists: give a new folder")
+    return out
 
 
 def read_images(source, names: list[str], saved: SavedSegmenter, unreadable: dict[str, str]) -> Iterator[InputImage]:

@@ -26,12 +26,14 @@ from simmim.finetune.segmentation.model import (
     save_segmenter,
 )
 from simmim.finetune.segmentation.module import SegmentationFinetuning, balanced_weights
-from simmim.finetune.segmentation.prediction import segment
+from simmim.finetune.segmentation.prediction import SegmentedImages, segment
 from simmim.finetune.segmentation.report import LogLabelMaps, closing_text, report_validation
 from simmim.finetune.segmentation.settings import SceneSettings, SegmentationSettings
+from simmim.finetune.segmentation.tiled_prediction import segment_tiles
 from simmim.finetune.segmentation.views import RandomScene, SceneSamples, WholeScene, scaled_size
 from simmim.finetune.start import Start, find_reading, find_start
 from simmim.finetune.task import Predictions, PreparedTask, ReportLine, Task
+from simmim.reading import TileSettings
 from simmim.training.loggers import LossNames
 
 VALIDATION_PIXELS = 2**18  # per validation batch, where all images have one size
@@ -85,11 +87,28 @@ class Segmentation(Task):
     ) -> Predictions:
         """A label map for each image, to a folder."""
         out = Path(out or "predictions")
-        result = segment(run, images, out, batch_size, overlays)
-        total = sum(result.pixels.values())
-        shares = ", ".join(f"{name} {count / total:.1%}" for name, count in result.pixels.items() if count)
-        counts = f"{result.count:,} images segmented, {len(result.unreadable):,} unreadable"
-        return Predictions(out, result.unreadable, f"{counts}: {out}\npixels   {shares}")
+        return describe_result(segment(run, images, out, batch_size, overlays), out)
+
+    def predict_tiles(
+        self,
+        run: str | Path,
+        images: str | Path,
+        out: str | Path | None,
+        batch_size: int,
+        tiles: TileSettings,
+        overlap: float,
+    ) -> Predictions:
+        """A label map for each image, to a folder, read and written tile by tile."""
+        out = Path(out or "predictions")
+        return describe_result(segment_tiles(run, images, out, tiles, overlap, batch_size), out)
+
+
+def describe_result(result: SegmentedImages, out: Path) -> Predictions:
+    """What the command says of label maps."""
+    total = sum(result.pixels.values())
+    shares = ", ".join(f"{name} {count / total:.1%}" for name, count in result.pixels.items() if count)
+    counts = f"{result.count:,} images segmented, {len(result.unreadable):,} unreadable"
+    return Predictions(out, result.unreadable, f"{counts}: {out}\npixels   {shares}")
 
 
 def read_labels(settings: SegmentationSettings) -> LabeledScenes:

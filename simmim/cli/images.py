@@ -8,6 +8,8 @@ from dataclasses import dataclass
 from simmim.cli.arguments import parse
 from simmim.cli.features import print_unreadable
 
+TILES_AT_ONCE = 16  # of a forward pass in predict, whose logits are in memory
+
 
 @dataclass(frozen=True)
 class CheckDataOptions:
@@ -114,6 +116,11 @@ class PredictOptions:
         batch_size: images per forward pass.
         workers: processes that load images, in classification; by default what suits the machine.
         overlays: in segmentation and detection, write the label maps' colors or the boxes over the images too.
+        tile: in segmentation, side in pixels of tiles, by which images of any size are read and label maps written, as TIFF
+            in tiles; by default images are read whole.
+        overlap: of neighboring tiles, as a share of their sides.
+        tile_level: as data.tile_level of pretrain; label maps have the level's size.
+        pixel_size: as data.pixel_size of pretrain.
     """
 
     run: str
@@ -122,15 +129,26 @@ class PredictOptions:
     batch_size: int = 64
     workers: int | None = None
     overlays: bool = True
+    tile: int | None = None
+    overlap: float = 0.25
+    tile_level: int | None = None
+    pixel_size: float | None = None
 
 
 def run_predict(words: Sequence[str]) -> None:
     """simmim predict"""
     options = parse("predict", PredictOptions, words)
     from simmim.finetune.registry import task_of_model
+    from simmim.reading import tile_settings
 
-    predictions = task_of_model(options.run).predict(
-        options.run, options.images, options.out, options.batch_size, options.workers, options.overlays
-    )
+    task = task_of_model(options.run)
+    tiles = tile_settings(options.tile, options.tile_level, options.pixel_size)
+    if tiles is None:
+        predictions = task.predict(
+            options.run, options.images, options.out, options.batch_size, options.workers, options.overlays
+        )
+    else:
+        of_tiles = (min(options.batch_size, TILES_AT_ONCE), tiles, options.overlap)
+        predictions = task.predict_tiles(options.run, options.images, options.out, *of_tiles)
     print_unreadable(predictions.unreadable)
     print(predictions.summary)
