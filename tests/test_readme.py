@@ -25,7 +25,7 @@ SHORTER = {
     "console": {
         "pretrain": "--epochs 1 --batch-size 48 --workers 0 --model.encoder.embed_dim 16 --model.encoder.num_heads [1,2]",
         "finetune": "--epochs 1 --batch-size 40 --workers 0",
-        "study": "--labels 1,2 --seeds 2 --folds 2 --steps 2 --batch-size 20 --lr-factors [0.3,1] --layer-decays []",
+        "study": "--labels 1,2 --seeds 2 --folds 2 --steps 2 --batch-size 20 --lr-factors [1] --layer-decays []",
     },
     "sh": {
         "pretrain": ONE_EPOCH,
@@ -107,7 +107,7 @@ def write_objects(folder, files):
 
 
 def test_commands_then_python(place, fork_server, monkeypatch):
-    assert run_commands("console", place, monkeypatch) == 25
+    assert run_commands("console", place, monkeypatch) == 26
     assert (place / "grid.png").is_file()
     assert (place / "predictions.csv").is_file()
     blocks = re.findall(r"```python\n(.*?)```", README, re.S)

@@ -29,8 +29,8 @@ from simmim.finetune.classification.self_training.pseudo_labels import PseudoLab
 from simmim.finetune.classification.self_training.settings import SelfTrainingSettings
 from simmim.finetune.classification.self_training.teacher import Teacher
 from simmim.finetune.classification.self_training.unlabeled import open_unlabeled
+from simmim.finetune.label_study.arms import build_arms
 from simmim.finetune.label_study.settings import StudySettings
-from simmim.finetune.label_study.study import build_arms
 from simmim.finetune.registry import task_named
 from simmim.finetune.settings import OptimSettings
 
@@ -355,8 +355,11 @@ def test_a_study_gives_the_unlabeled_images_to_scratch_too(digits, encoder_folde
     data = LabeledSettings(str(digits.labeled), unlabeled=str(digits.unlabeled))
     chosen = StudySettings(data=data, init=str(encoder_folder), out="study", self_training=SelfTrainingSettings(ratio=2))
     arms = {arm.name: arm.settings for arm in build_arms(chosen, {"pre-trained": 1})}
-    assert [*arms] == ["pre-trained", "from scratch"] and arms["from scratch"].init == "none"
-    assert all(arm.data.unlabeled == data.unlabeled and arm.self_training.ratio == 2 for arm in arms.values())
+    assert [*arms] == ["pre-trained", "from scratch", "pre-trained semi", "from scratch semi"]
+    plain, semi = [arms["pre-trained"], arms["from scratch"]], [arms["pre-trained semi"], arms["from scratch semi"]]
+    assert arms["from scratch semi"].init == "none" and arms["from scratch semi"].encoder.like == str(encoder_folder)
+    assert all(arm.data.unlabeled == data.unlabeled and arm.self_training.ratio == 2 for arm in semi)
+    assert all(arm.data.unlabeled is None and arm.self_training == SelfTrainingSettings() for arm in plain)
 
 
 def test_self_training_needs_unlabeled_images(digits):

@@ -82,7 +82,8 @@ def test_no_image_that_trains_or_tunes_in_any_seed_judges(part, num_judging, dig
     settings = StudySettings(
         data=data, out=str(tmp_path), init=str(encoder_folder), labels="2,all", seeds=2, seed=5, tuning_seeds=2, folds=2
     )
-    settings, arms, labels, _ = prepare_study(settings)
+    prepared = prepare_study(settings)
+    settings, arms, labels = prepared.settings, prepared.arms, prepared.labels
     used, judging, validations = set(), set(), set()
 
     def run(job):
@@ -360,5 +361,5 @@ def test_an_existing_study_is_not_overwritten(finished, digits, encoder_folder, 
 def test_settings_of_a_run():
     settings = StudySettings(data="images", out="run", init="a/enc", against="b/enc,c/other", labels="1, all")
     assert settings.labels == (1, "all")
-    assert settings.arm_names() == {"pre-trained": "a/enc", "enc": "b/enc", "other": "c/other"}
+    assert settings.start_names() == {"pre-trained": "a/enc", "enc": "b/enc", "other": "c/other"}
     assert settings.run_settings() == ClassificationSettings(data="images", out="run", init="a/enc")

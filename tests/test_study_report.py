@@ -7,17 +7,14 @@ import pytest
 from scipy.stats import t as student
 from scipy.stats import ttest_rel
 
-from simmim.finetune.label_study.report import (
-    comparison_table,
+from simmim.finetune.label_study.gains import (
     equivalent_interval,
     equivalent_labels,
-    gain_sentences,
     mean_and_error,
     paired_gain,
-    plot,
-    report,
     t_interval,
 )
+from simmim.finetune.label_study.report import comparison_table, gain_sentences, plot, report
 from simmim.finetune.label_study.results import Rates, StudyResult, Trial
 
 

@@ -1,14 +1,16 @@
-"""The arms of a study: encoders that are fine-tuned alike and compared."""
+"""The arms of a study: encoders that are fine-tuned alike and compared, with and without unlabeled images."""
 
 from __future__ import annotations
 
 import zlib
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 
 from torch import Tensor
 
 from simmim.finetune.classification.settings import ClassificationSettings
+from simmim.finetune.label_study.results import Side
+from simmim.finetune.label_study.settings import PLAIN, PRETRAINED, SCRATCH, SEMI, StudySettings
 
 
 @dataclass(frozen=True)
@@ -19,11 +21,22 @@ class Arm:
         name: as the table shows it.
         settings: of its runs; the study sets data, labels, seed and run folder.
         fingerprint: checksum of the weights that it starts from. Stored results of other weights are not used.
+        start: what it starts from, as the table shows it; by default its name.
+        recipe: plain, or semi with unlabeled images.
+        rates_of: name of the arm whose rates it takes; by default it chooses its own.
     """
 
     name: str
     settings: ClassificationSettings
     fingerprint: int = 0
+    start: str = ""
+    recipe: str = PLAIN
+    rates_of: str = ""
+
+    @property
+    def side(self) -> Side:
+        """Start and recipe."""
+        return Side(self.start or self.name, self.recipe)
 
 
 def scratch_settings(settings: ClassificationSettings) -> ClassificationSettings:
@@ -37,7 +50,27 @@ def pretrained_and_scratch(
     """The encoder of `settings.init` and its twin from scratch, which has its own learning rate and layer decay."""
     scratch = scratch_settings(settings)
     optim = replace(scratch.optim, lr=scratch_lr, layer_decay=scratch_layer_decay)
-    return Arm("pre-trained", settings), Arm("from scratch", replace(scratch, optim=optim))
+    return Arm(PRETRAINED, settings), Arm(SCRATCH, replace(scratch, optim=optim))
+
+
+def build_arms(settings: StudySettings, fingerprints: Mapping[str, int], recipes: Sequence[str] = ()) -> list[Arm]:
+    """The arms of each recipe, in each recipe one per encoder, and one from scratch where it is asked for.
+
+    Args:
+        fingerprints: of the encoders' weights, by the names of the starts.
+        recipes: by default those of the settings.
+    """
+    arms = []
+    for recipe in recipes or settings.recipes:
+        run = settings.recipe_settings(recipe)
+        starts = {start: replace(run, init=path) for start, path in settings.start_names().items()}
+        if settings.scratch:
+            starts[SCRATCH] = scratch_settings(run)  # its architecture is that of the first start
+        for start, chosen in starts.items():
+            name = start if recipe == PLAIN else f"{start} {recipe}"
+            rates_of = start if recipe == SEMI and not settings.tune_arms else ""
+            arms.append(Arm(name, chosen, fingerprints[PRETRAINED if start == SCRATCH else start], start, recipe, rates_of))
+    return arms
 
 
 def fingerprint_of(state: Mapping[str, Tensor]) -> int:

@@ -16,8 +16,10 @@ def grids(result: StudyResult) -> dict[Choice, set[Rates]]:
 
 
 def chosen_rates(result: StudyResult) -> dict[Choice, Rates]:
-    """The rates of the judged trials, which are the same for all seeds."""
-    return {(trial.arm, trial.labels): trial.rates for trial in result.trials}
+    """The rates of the judged trials, which are the same for all seeds; of arms that have chosen for others too."""
+    chosen = {(trial.arm, trial.labels): trial.rates for trial in result.trials}
+    lent = {(result.rates_of.get(arm, arm), labels): rates for (arm, labels), rates in chosen.items()}
+    return {**lent, **chosen}
 
 
 def rates_cells(result: StudyResult) -> dict[Choice, str]:
@@ -25,11 +27,14 @@ def rates_cells(result: StudyResult) -> dict[Choice, str]:
     chosen, tuned = chosen_rates(result), grids(result)
     cells = {}
     for (arm, labels), rates in chosen.items():
-        lender = next(
-            (value for value in result.labels if (arm, value) in tuned and result.labels[value] >= result.labels[labels]),
-            None,
-        )
-        origin = "" if lender == labels or not tuned else " (not tuned)" if lender is None else f" (as at {lender})"
+        chooser = result.rates_of.get(arm, arm)
+        at = [
+            value for value in result.labels if (chooser, value) in tuned and result.labels[value] >= result.labels[labels]
+        ]
+        lender = [chooser] * (chooser != arm) + [f"at {value}" for value in at[:1] if value != labels]
+        origin = f" (as {' '.join(lender)})" if lender else ""
+        if tuned and not at:
+            origin = " (not tuned)"
         cells[arm, labels] = rates.describe() + origin
     return cells
 

@@ -1,31 +1,36 @@
-"""The report of a study: a table, a sentence for each number of labels, a plot, and the trials as CSV files.
-
-Intervals are of 95 %: of means those of Student's t over the seeds, of labels saved those of a bootstrap of the seeds.
-"""
+"""The report of a study: tables, a sentence for each number of labels, a plot, and the trials as CSV files."""
 
 from __future__ import annotations
 
 import math
-import statistics
 from collections.abc import Callable, Mapping, Sequence
-from itertools import pairwise
 from pathlib import Path
-from typing import TYPE_CHECKING, NamedTuple, Protocol
-
-import numpy as np
+from typing import TYPE_CHECKING
 
 from simmim.files import atomic_write
 from simmim.finetune.label_study.chosen_rates import edge_warning, rates_cells
+from simmim.finetune.label_study.contrasts import Contrast, contrasts_of
+from simmim.finetune.label_study.gains import (
+    SIGNIFICANCE_LEVEL,
+    PairedGain,
+    Scored,
+    equivalent_interval,
+    equivalent_labels,
+    mean_and_error,
+    mean_score,
+    paired_gain,
+    scores_by_seed,
+    t_interval,
+)
 from simmim.finetune.label_study.results import StudyResult, write_trials
-from simmim.finetune.label_study.settings import ALL
+from simmim.finetune.label_study.settings import ALL, PLAIN
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
 
-SIGNIFICANCE_LEVEL = 0.05  # the usual one; a difference above it is called possible chance
-CONFIDENCE = 1 - SIGNIFICANCE_LEVEL
-BOOTSTRAP_DRAWS, BOOTSTRAP_SEED = 2000, 0
+Spread = Callable[[Sequence[float]], tuple[float, float]]
+NOT_MEASURED = "–"
 
 
 def check_libraries() -> None:
@@ -42,149 +47,7 @@ def check_libraries() -> None:
         raise ValueError(missing) from error
 
 
-class Scored(Protocol):
-    """What the comparison of arms needs to know of a trial; `score` is in [0, 1], higher is better."""
-
-    @property
-    def arm(self) -> str: ...
-
-    @property
-    def labels(self) -> int | str: ...
-
-    @property
-    def seed(self) -> int: ...
-
-    @property
-    def score(self) -> float: ...
-
-
-class PairedGain(NamedTuple):
-    """The difference between two arms over the same seeds, in percentage points.
-
-    Attributes:
-        mean, error: of the difference, and its standard error; the error of a single seed is nan.
-        spread: what is shown after ±: the standard error, or half the width of an interval.
-        p: of the two-sided paired t-test; nan for a single seed or equal differences.
-        num_seeds: number of seeds.
-        num_won: number of seeds with a positive difference.
-    """
-
-    mean: float
-    error: float
-    spread: float
-    p: float
-    num_seeds: int
-    num_won: int
-
-
-# --- Statistics --------------------------------------------------------------------------------------------------------
-
-
-def mean_and_error(values: Sequence[float]) -> tuple[float, float]:
-    """Mean and its standard error, which is nan for a single value."""
-    error = statistics.stdev(values) / math.sqrt(len(values)) if len(values) > 1 else math.nan
-    return statistics.fmean(values), error
-
-
-def t_interval(values: Sequence[float]) -> tuple[float, float]:
-    """Mean, and half the width of its 95 % interval by Student's t, which is nan for a single value."""
-    mean, error = mean_and_error(values)
-    return mean, error * t_quantile(len(values))
-
-
-def t_quantile(count: int) -> float:
-    """Half the width of the 95 % interval of the mean of `count` values, in standard errors; nan for a single value."""
-    if count < 2:
-        return math.nan
-    from scipy.stats import t
-
-    return float(t.ppf((1 + CONFIDENCE) / 2, count - 1))
-
-
-def scores_by_seed(trials: Sequence[Scored], arm: str, labels: int | str) -> dict[int, float]:
-    """Scores of an arm in percent."""
-    return {trial.seed: 100 * trial.score for trial in trials if (trial.arm, trial.labels) == (arm, labels)}
-
-
-def mean_score(trials: Sequence[Scored], arm: str, labels: int | str) -> tuple[float, float]:
-    """Mean score of an arm over the seeds, and its standard error, in percent."""
-    return mean_and_error(list(scores_by_seed(trials, arm, labels).values()))
-
-
-def paired_gain(
-    trials: Sequence[Scored],
-    first: str,
-    second: str,
-    labels: int | str,
-    spread: Callable[[Sequence[float]], tuple[float, float]] = mean_and_error,
-) -> PairedGain:
-    """What the arm `first` gains over `second`, over the seeds that both have; `spread` as of `comparison_table`."""
-    ours, theirs = scores_by_seed(trials, first, labels), scores_by_seed(trials, second, labels)
-    gains = [ours[seed] - theirs[seed] for seed in sorted(ours.keys() & theirs.keys())]
-    mean, error = mean_and_error(gains)
-    p, num_won = p_value(mean, error, len(gains)), sum(gain > 0 for gain in gains)
-    return PairedGain(mean, error, spread(gains)[1], p, len(gains), num_won)
-
-
-def p_value(mean: float, error: float, count: int) -> float:
-    """Two-sided p of Student's t-test that the mean of `count` differences is 0."""
-    if count < 2 or not error > 0:
-        return math.nan
-    from scipy.stats import t
-
-    return float(2 * t.sf(abs(mean) / error, count - 1))
-
-
-def equivalent_labels(trials: Sequence[Scored], arm: str, score: float, labels: Mapping[int | str, float]) -> float:
-    """The number of labels per class with which `arm` reaches a score.
-
-    Mean scores are interpolated linearly over the logarithm of the number of labels.
-
-    Args:
-        score: in percent.
-        labels: as of `StudyResult`.
-
-    Returns:
-        0 where fewer than the fewest labels would do, infinity where the arm never reaches the score.
-    """
-    return labels_for_score([(count, mean_score(trials, arm, value)[0]) for value, count in labels.items()], score)
-
-
-def labels_for_score(points: Sequence[tuple[float, float]], score: float) -> float:
-    """As `equivalent_labels`, from (number of labels, mean score), in ascending numbers."""
-    if points[0][1] >= score:
-        return points[0][0] if points[0][1] == score else 0.0
-    for (few, low), (many, high) in pairwise(points):
-        if high >= score:
-            return math.exp(math.log(few) + (score - low) / (high - low) * math.log(many / few))
-    return math.inf
-
-
-def equivalent_interval(result: StudyResult, labels: int | str, other: str) -> tuple[float, float]:
-    """The 95 % interval of the labels that `other` needs for the first arm's score, by a bootstrap of the seeds.
-
-    A seed is drawn with all its trials, as they share labels. The same trials give the same interval.
-
-    Returns:
-        As of `equivalent_labels`: 0 for fewer than the fewest labels, infinity for more than the most.
-    """
-    ours = scores_by_seed(result.trials, result.arms[0], labels)
-    theirs = [scores_by_seed(result.trials, other, value) for value in result.labels]
-    seeds = sorted(set(ours).intersection(*theirs))
-    drawn = np.random.default_rng(BOOTSTRAP_SEED).integers(len(seeds), size=(BOOTSTRAP_DRAWS, len(seeds)))
-    scores = np.array([ours[seed] for seed in seeds])[drawn].mean(axis=1)
-    columns = [np.array([column[seed] for seed in seeds])[drawn].mean(axis=1) for column in theirs]
-    counts = list(result.labels.values())
-    needed = [
-        labels_for_score(list(zip(counts, means)), score)
-        for score, means in zip(scores.tolist(), np.stack(columns, axis=1).tolist())
-    ]
-    # Numbers that were found, not means of them, one of which may be infinite.
-    low, high = np.quantile(needed, ((1 - CONFIDENCE) / 2, (1 + CONFIDENCE) / 2), method="inverted_cdf")
-    return float(low), float(high)
-
-
-# --- Text --------------------------------------------------------------------------------------------------------------
+# --- Tables ------------------------------------------------------------------------------------------------------------
 
 
 def comparison_table(
@@ -193,7 +56,7 @@ def comparison_table(
     labels: Sequence[int | str],
     unit: str = "labels per class",
     show_won: bool = False,
-    spread: Callable[[Sequence[float]], tuple[float, float]] = mean_and_error,
+    spread: Spread = mean_and_error,
     rates: Mapping[tuple[str, int | str], str] | None = None,
 ) -> str:
     """A Markdown table with a row per number of labels: the mean score ± spread of every arm in percent, and what the first
@@ -207,28 +70,67 @@ def comparison_table(
     """
     first, *others = arms
     gains = ["paired gain"] if len(others) == 1 else [f"gain over {other}" for other in others]
-    lines = [
-        f"| {unit} | {' | '.join([*arms, *gains])} | seeds{' won' * show_won} |",
-        f"|{' ---: |' * (len(arms) + len(gains) + 2)}",
-    ]
-    if rates:
-        lines[0] += "".join(f" rates {arm} |" for arm in arms)
-        lines[1] += " --- |" * len(arms)
+    rows = []
     for value in labels:
-        columns = [list(scores_by_seed(trials, arm, value).values()) for arm in arms]
-        cells = ["{:.1f} ± {:.1f}".format(*spread(column)) for column in columns]
         differences = [paired_gain(trials, first, other, value, spread) for other in others]
-        cells += [f"{gain.mean:+.1f} ± {gain.spread:.1f}{p_in_brackets(gain.p)}" for gain in differences]
         gain = differences[0]
-        seeds = f"{gain.num_won} of {gain.num_seeds}" if show_won else gain.num_seeds
-        tuned = "".join(f" {rates[arm, value]} |" for arm in arms) if rates else ""
-        lines.append(f"| {value} | {' | '.join(cells)} | {seeds} |{tuned}")
+        seeds = f"{gain.num_won} of {gain.num_seeds}" if show_won else str(gain.num_seeds)
+        cells = [score_cell(trials, arm, value, spread) for arm in arms]
+        rows.append([str(value), *cells, *map(gain_cell, differences), seeds])
+    return markdown([unit, *arms, *gains, f"seeds{' won' * show_won}"], rows, rates_columns(arms, labels, rates))
+
+
+def scores_and_gains_tables(result: StudyResult) -> str:
+    """Two tables, of the score of each arm with the rates that it took, and of what the arms gain over one another; a row
+    per number of labels in both."""
+    trials, labels = result.trials, tuple(result.labels)
+    scores = [[str(value), *(score_cell(trials, arm, value, t_interval) for arm in result.arms)] for value in labels]
+    for row, value in zip(scores, labels):
+        row.append(str(max(len(scores_by_seed(trials, arm, value)) for arm in result.arms)))
+    contrasts, gains = contrasts_of(result), []
+    for value in labels:
+        found = [contrast_gain(result, contrast, value) for contrast in contrasts]
+        gains.append([str(value), *(gain_cell(gain) if gain else NOT_MEASURED for gain in found)])
+    rates = rates_columns(result.arms, labels, rates_cells(result))
+    first = markdown(["labels per class", *result.arms, "seeds"], scores, rates)
+    titles = [f"{contrast.first} over {contrast.second}" for contrast in contrasts]
+    return f"{first}\n\n{markdown(['labels per class', *titles], gains)}"
+
+
+def markdown(titles: Sequence[str], rows: Sequence[Sequence[str]], more: Mapping[str, Sequence[str]] | None = None) -> str:
+    """A Markdown table of columns on the right, and of further ones, title and cells, on the left."""
+    more = more or {}
+    lines = [f"| {' | '.join([*titles, *more])} |", f"|{' ---: |' * len(titles)}{' --- |' * len(more)}"]
+    for number, row in enumerate(rows):
+        lines.append(f"| {' | '.join([*row, *(cells[number] for cells in more.values())])} |")
     return "\n".join(lines)
 
 
-def p_in_brackets(p: float) -> str:
-    """For a cell of the table; empty for nan."""
-    return "" if math.isnan(p) else f" (p {p_text(p)})"
+def rates_columns(
+    arms: Sequence[str], labels: Sequence[int | str], rates: Mapping[tuple[str, int | str], str] | None
+) -> dict[str, list[str]]:
+    """A column of rates per arm, by its title; none without rates."""
+    if not rates:
+        return {}
+    return {f"rates {arm}": [rates.get((arm, value), NOT_MEASURED) for value in labels] for arm in arms}
+
+
+def score_cell(trials: Sequence[Scored], arm: str, labels: int | str, spread: Spread) -> str:
+    """Mean ± spread of an arm in percent."""
+    scores = list(scores_by_seed(trials, arm, labels).values())
+    return "{:.1f} ± {:.1f}".format(*spread(scores)) if scores else NOT_MEASURED
+
+
+def gain_cell(gain: PairedGain) -> str:
+    """Mean ± spread of a gain, and p where it is known."""
+    return f"{gain.mean:+.1f} ± {gain.spread:.1f}" + ("" if math.isnan(gain.p) else f" (p {p_text(gain.p)})")
+
+
+def contrast_gain(result: StudyResult, contrast: Contrast, labels: int | str) -> PairedGain | None:
+    """The gain with a number of labels, with its 95 % interval; None where one of the two was not measured."""
+    if not all(scores_by_seed(result.trials, arm, labels) for arm in (contrast.first, contrast.second)):
+        return None
+    return paired_gain(result.trials, contrast.first, contrast.second, labels, t_interval)
 
 
 def p_text(p: float) -> str:
@@ -236,71 +138,124 @@ def p_text(p: float) -> str:
     return "< 0.001" if p < 0.001 else f"= {p:.2g}"
 
 
+# --- Sentences ---------------------------------------------------------------------------------------------------------
+
+
 def gain_sentences(result: StudyResult) -> list[str]:
-    """For each number of labels, what the first arm gains over each other one, in points and in labels, and whether that may
-    be chance."""
-    _, *others = result.arms
-    return [gain_sentence(result, value, other) for value in result.labels for other in others]
+    """For each number of labels and each contrast what is gained, in points and in labels; whether that may be chance."""
+    contrasts = contrasts_of(result)
+    sentences = [gain_sentence(result, value, contrast) for value in result.labels for contrast in contrasts]
+    return [sentence for sentence in sentences if sentence]
 
 
-def gain_sentence(result: StudyResult, labels: int | str, other: str) -> str:
-    """What the first arm gains over another one with a number of labels."""
-    first = result.arms[0]
-    gain = paired_gain(result.trials, first, other, labels, t_interval)
-    subject = "pre-training" if first == "pre-trained" else first
+def gain_sentence(result: StudyResult, labels: int | str, contrast: Contrast) -> str:
+    """What the first arm of a contrast gains over the other with a number of labels; empty where one was not measured."""
+    gain, other = contrast_gain(result, contrast, labels), contrast.second
+    if gain is None:
+        return ""
     condition = "With all labels" if labels == ALL else f"With {labels} label{'s' * (labels != 1)} per class"
     verb, points = ("gains", gain.mean) if gain.mean >= 0 else ("loses", -gain.mean)
     test = "" if math.isnan(gain.p) else f"p {p_text(gain.p)}, paired t-test over "
     text = (
-        f"{condition} {subject} {verb} {points:.1f} ± {gain.spread:.1f} points over {other} ({test}{gain.num_seeds} seeds)"
+        f"{condition}{contrast.given} {contrast.subject} {verb} {points:.1f} ± {gain.spread:.1f} points over {other} "
+        f"({test}{gain.num_seeds} seeds)"
     )
     if not gain.p < SIGNIFICANCE_LEVEL:
         return f"{text}, which may be chance."
     if gain.mean <= 0:
         return f"{text}."
-    score, _ = mean_score(result.trials, first, labels)
-    return text + saved_labels(equivalent_labels(result.trials, other, score, result.labels), labels, other, result)
+    return text + saved_labels(needed_labels(result, labels, contrast), labels, contrast, result)
 
 
-def saved_labels(equivalent: float, labels: int | str, other: str, result: StudyResult) -> str:
+def needed_labels(result: StudyResult, labels: int | str, contrast: Contrast) -> float:
+    """The labels per class that the second arm needs for the first one's score, as of `equivalent_labels`."""
+    score, _ = mean_score(result.trials, contrast.first, labels)
+    return equivalent_labels(result.trials, contrast.second, score, result.labels)
+
+
+def measured_counts(result: StudyResult, arm: str) -> list[float]:
+    """The numbers of labels per class that an arm was measured with."""
+    return [count for value, count in result.labels.items() if scores_by_seed(result.trials, arm, value)]
+
+
+def saved_labels(equivalent: float, labels: int | str, contrast: Contrast, result: StudyResult) -> str:
     """The end of a sentence: how many labels the gain saves.
 
     Args:
         equivalent: labels per class that the other arm needs for the same score.
     """
-    count, most = result.labels[labels], max(result.labels.values())
+    count, other = result.labels[labels], contrast.second
+    most = max(measured_counts(result, other))
     if math.isinf(equivalent):
         if count >= most:
             return "."
         reach = f"; {other} does not reach that score with {most:.0f}"
-        return f"{reach}: more than {most - count:.0f} labels per class saved {saved_interval(result, labels, other)}."
+        return f"{reach}: more than {most - count:.0f} labels per class saved ({interval(result, labels, contrast, count)})."
     if equivalent - count < 0.5:
         return "."
     saved = round(equivalent - count)
     return (
-        f" and saves {saved} label{'s' * (saved != 1)} per class {saved_interval(result, labels, other)}: "
+        f" and saves {saved} label{'s' * (saved != 1)} per class ({interval(result, labels, contrast, count)}): "
         f"{other} needs {equivalent:.0f} for the same score."
     )
 
 
-def saved_interval(result: StudyResult, labels: int | str, other: str) -> str:
-    """The 95 % interval of the labels saved, in parentheses; a limit outside what was measured as over or under its end."""
-    count, counts = result.labels[labels], list(result.labels.values())
+def interval(result: StudyResult, labels: int | str, contrast: Contrast, less: float = 0.0) -> str:
+    """The 95 % interval of the labels that the second arm needs; a limit outside what was measured as over or under its end.
+
+    Args:
+        less: taken away from the limits, for labels saved.
+    """
+    counts = measured_counts(result, contrast.second)
 
     def limit(equivalent: float) -> str:
         if equivalent == 0:
-            return f"under {min(counts) - count:.0f}"
-        return f"over {max(counts) - count:.0f}" if math.isinf(equivalent) else f"{equivalent - count:.0f}"
+            return f"under {min(counts) - less:.0f}"
+        return f"over {max(counts) - less:.0f}" if math.isinf(equivalent) else f"{equivalent - less:.0f}"
 
-    low, high = map(limit, equivalent_interval(result, labels, other))
-    return f"(95 % interval {low})" if low == high else f"(95 % interval {low} to {high})"
+    low, high = map(limit, equivalent_interval(result, labels, contrast.second, contrast.first))
+    return f"95 % interval {low}" if low == high else f"95 % interval {low} to {high}"
+
+
+def worth_sentences(result: StudyResult) -> list[str]:
+    """What the labels are worth without pre-training, without unlabeled images, and without either, where that is measured
+    with more labels than one number."""
+    sentences = []
+    for contrast in contrasts_of(result):
+        if contrast.without and len(measured_counts(result, contrast.second)) > 1:
+            sentences.append(worth_sentence(result, contrast))
+    return sentences
+
+
+def worth_sentence(result: StudyResult, contrast: Contrast) -> str:
+    """With which number of labels the second arm is as good as the first, for each number at which there is a gain that is
+    hardly chance."""
+    worth, most = [], max(measured_counts(result, contrast.second))
+    for value, count in result.labels.items():
+        gain = contrast_gain(result, contrast, value)
+        if gain is None or gain.mean <= 0 or not gain.p < SIGNIFICANCE_LEVEL:
+            continue
+        needed = needed_labels(result, value, contrast)
+        if math.isinf(needed) and count >= most:
+            continue  # no larger number was measured
+        text = f"more than {most:.0f}" if math.isinf(needed) else f"{needed:.0f}"
+        worth.append(f"{count:.0f} labels per class are worth {text} ({interval(result, value, contrast)})")
+    having = f"With{contrast.given.removeprefix(' and')}, your" if contrast.given else "Your"
+    if not worth:
+        return f"{having} labels are not shown to be worth more than without {contrast.without}: no gain is beyond chance."
+    return f"{having} {'; '.join(worth)} without {contrast.without}."
 
 
 def report(result: StudyResult) -> str:
-    """Table, what it shows, and sentences, as Markdown."""
-    table = comparison_table(result.trials, result.arms, tuple(result.labels), spread=t_interval, rates=rates_cells(result))
+    """Tables, what they show, and sentences, as Markdown."""
+    if any(result.side(arm).recipe != PLAIN for arm in result.arms):
+        table = scores_and_gains_tables(result)
+    else:
+        labels, rates = tuple(result.labels), rates_cells(result)
+        table = comparison_table(result.trials, result.arms, labels, spread=t_interval, rates=rates)
     sentences = [f"- {sentence}" for sentence in gain_sentences(result)]
-    return "\n".join([table, "", *explanation(result), "", *sentences])
+    worth = worth_sentences(result)
+    return "\n".join([table, "", *explanation(result), "", *sentences, *([""] if worth else []), *worth])
 
 
 def explanation(result: StudyResult) -> list[str]:
@@ -312,7 +267,8 @@ def explanation(result: StudyResult) -> list[str]:
     lines = [
         f"Accuracy after the last step in percent. {judged_by}± is the 95 % interval of the mean over seeds by Student's "
         f"t: {varied}. Of labels saved it is a bootstrap of seeds. Neither contains the chance of the pre-training or of "
-        "the judging images."
+        "the judging images.",
+        *([" ".join(result.notes)] if result.notes else []),
     ]
     warning = edge_warning(result)
     return [*lines, *([warning] if warning else [])]
@@ -331,16 +287,20 @@ def plot(result: StudyResult, title: str = "") -> Figure:
 
 
 def draw(axes: Axes, result: StudyResult, title: str = "") -> None:
-    """Draw accuracy over labels per class: for each arm a line of means with 95 % intervals, and a dot per seed."""
+    """Draw accuracy over labels per class: for each arm a line of means with 95 % intervals, and a dot per seed. A start has
+    one color; its line with unlabeled images is dashed."""
     from matplotlib.ticker import FixedLocator, NullLocator
 
     positions = list(result.labels.values())
+    starts = list(dict.fromkeys(result.side(arm).start for arm in result.arms))
     for arm in result.arms:
+        start, recipe = result.side(arm)
+        style = {"color": f"C{starts.index(start)}", "linestyle": "-" if recipe == PLAIN else "--"}
         columns = [list(scores_by_seed(result.trials, arm, value).values()) for value in result.labels]
-        means, errors = zip(*(t_interval(column) for column in columns))
-        line = axes.errorbar(positions, means, errors, marker="o", markersize=4, capsize=3, label=arm)
+        found = [(position, *t_interval(column)) for position, column in zip(positions, columns) if column]
+        axes.errorbar(*zip(*found), marker="o", markersize=4, capsize=3, label=arm, **style)
         for position, column in zip(positions, columns):
-            axes.plot([position] * len(column), column, ".", color=line[0].get_color(), alpha=0.35, markersize=4)
+            axes.plot([position] * len(column), column, ".", color=style["color"], alpha=0.35, markersize=4)
     axes.set_xscale("log")
     axes.xaxis.set_major_locator(FixedLocator(positions))
     axes.xaxis.set_minor_locator(NullLocator())

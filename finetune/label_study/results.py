@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import csv
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import NamedTuple
 
 from simmim.files import atomic_write
-from simmim.finetune.label_study.settings import DEFAULT, parse_labels
+from simmim.finetune.label_study.settings import DEFAULT, PLAIN, parse_labels
 
 COLUMNS = ("arm", "labels_per_class", "seed", "lr_factor", "layer_decay", "fold", "accuracy", "cross_entropy")
 
@@ -64,6 +64,18 @@ class Trial:
     fold: tuple[int, int] | None = None
 
 
+class Side(NamedTuple):
+    """What an arm is.
+
+    Attributes:
+        start: what it starts from.
+        recipe: how it is fine-tuned, plain or semi.
+    """
+
+    start: str
+    recipe: str
+
+
 @dataclass(frozen=True)
 class StudyResult:
     """A finished study.
@@ -74,6 +86,9 @@ class StudyResult:
         tuning: trials of the cross-validation.
         labels: mean number of labels per class, by the number that was asked for; they differ for "all".
         judged_by: which images judge, for the report; empty where that is not known.
+        sides: what each arm is; by default each is a start of its own, fine-tuned plainly.
+        rates_of: whose rates an arm took, by its name, where it chose none itself.
+        notes: what the report says beside the numbers, a sentence each.
     """
 
     arms: tuple[str, ...]
@@ -81,6 +96,13 @@ class StudyResult:
     tuning: tuple[Trial, ...]
     labels: dict[int | str, float]
     judged_by: str = ""
+    sides: Mapping[str, Side] = field(default_factory=dict)
+    rates_of: Mapping[str, str] = field(default_factory=dict)
+    notes: tuple[str, ...] = ()
+
+    def side(self, arm: str) -> Side:
+        """What an arm is."""
+        return self.sides.get(arm, Side(arm, PLAIN))
 
 
 def write_trials(file: Path, trials: Sequence[Trial]) -> None:

@@ -2,14 +2,20 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, fields
+from collections.abc import Iterable
+from dataclasses import dataclass, fields, replace
 from pathlib import Path
 from typing import Any, ClassVar
 
+from simmim.finetune.classification.self_training.settings import SelfTrainingSettings
 from simmim.finetune.classification.settings import ClassificationSettings
+from simmim.messages import did_you_mean
 
 ALL = "all"
 DEFAULT = "default"  # among layer decays
+PLAIN, SEMI = "plain", "semi"
+ARMS = (PLAIN, SEMI)
+PRETRAINED, SCRATCH = "pre-trained", "from scratch"  # names of starts
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -22,6 +28,12 @@ class StudySettings(ClassificationSettings):
             alike.
         against: further encoders to compare with, paths separated by commas.
         scratch: compare with the same architecture from scratch.
+        arms: how each of these is fine-tuned, separated by commas: plain, on the labels alone; semi, with the images of
+            data.unlabeled too (see self_training). By default plain, and both where data.unlabeled gives images.
+        semi_steps: length of the runs with unlabeled images in optimizer steps; by default steps or epochs where one is
+            given, else what finetune takes with unlabeled images.
+        tune_arms: choose rates for semi by runs of its own. By default, as these are long, semi takes the rates that the
+            same encoder has chosen without unlabeled images.
         lr_factors: factors of optim.lr that every arm tries at every number of labels, by cross-validation on the labels
             alone. A single one tunes nothing.
         layer_decays: layer decays tried together with each of them; default is that of optim, or of a run with this number
@@ -34,13 +46,27 @@ class StudySettings(ClassificationSettings):
     """
 
     task: ClassVar[str] = "classification"
-    # A study may grow.
-    may_change_on_resume: ClassVar[tuple[str, ...]] = ("labels", "seeds", "against", "processes", "keep_weights")
+    # A study may grow. Each trial knows what it was computed with.
+    may_change_on_resume: ClassVar[tuple[str, ...]] = (
+        "labels",
+        "seeds",
+        "against",
+        "arms",
+        "data.unlabeled",
+        "self_training",
+        "semi_steps",
+        "tune_arms",
+        "processes",
+        "keep_weights",
+    )
 
     labels: str | int | tuple[Any, ...] = (1, 2, 5, 10, 20, 50)
     seeds: int = 5
     against: str | tuple[str, ...] = ()
     scratch: bool = True
+    arms: str | tuple[str, ...] = ()
+    semi_steps: int | None = None
+    tune_arms: bool = False
     lr_factors: tuple[float, ...] = (0.3, 1.0, 3.0)
     layer_decays: tuple[float | str, ...] = (DEFAULT, 1.0)
     folds: int = 3
@@ -61,6 +87,7 @@ class StudySettings(ClassificationSettings):
         object.__setattr__(self, "labels", parsed)
         against = self.against.split(",") if isinstance(self.against, str) else self.against
         object.__setattr__(self, "against", tuple(path.strip() for path in against if path.strip()))
+        self.check_arms()
         for name in ("lr_factors", "layer_decays"):
             object.__setattr__(self, name, tuple(getattr(self, name)))
         if not parsed or len(set(parsed)) < len(parsed):
@@ -71,24 +98,62 @@ class StudySettings(ClassificationSettings):
             raise ValueError(f"layer_decays are {self.layer_decays}: give factors in (0, 1], or {DEFAULT}")
         if not self.scratch and not self.against:
             raise ValueError("there is nothing to compare with: leave scratch true, or give an encoder by against")
-        for name, least in (("seeds", 2), ("folds", 2), ("tuning_seeds", 1), ("processes", 1)):
+        for name, least in (("seeds", 2), ("folds", 2), ("tuning_seeds", 1), ("processes", 1), ("semi_steps", 1)):
             value = getattr(self, name)
             if value is not None and value < least:
                 raise ValueError(f"{name} is {value}: give {least} or more")
 
+    def check_arms(self) -> None:
+        """Take the arms apart, and refuse those that are unknown or lack what they need.
+
+        Raises:
+            ValueError: for an unknown arm, unlabeled images without an arm for them, and the other way round.
+        """
+        given = self.arms.split(",") if isinstance(self.arms, str) else self.arms
+        arms = tuple(dict.fromkeys(name.strip() for name in given if name.strip()))
+        object.__setattr__(self, "arms", arms)
+        for name in arms:
+            if name not in ARMS:
+                raise ValueError(f"unknown arm {name!r}{did_you_mean(name, ARMS)}")
+        if SEMI in arms and self.data.unlabeled is None:
+            raise ValueError(f"arms are {','.join(arms)}: {SEMI} learns from unlabeled images, give them by data.unlabeled")
+        if arms and SEMI not in arms and self.data.unlabeled is not None:
+            raise ValueError(f"data.unlabeled is given and no arm learns from it: add {SEMI} to arms, or leave it out")
+        if self.data.unlabeled is None and (self.semi_steps or self.tune_arms):
+            raise ValueError("semi_steps and tune_arms are about unlabeled images: give them by data.unlabeled")
+
+    @property
+    def recipes(self) -> tuple[str, ...]:
+        """The arms, resolved, in the order of the report."""
+        default = (PLAIN,) if self.data.unlabeled is None else ARMS
+        return tuple(name for name in ARMS if name in (self.arms or default))
+
+    def recipe_settings(self, recipe: str) -> ClassificationSettings:
+        """Settings of one run that starts from `init`, with or without unlabeled images."""
+        run = self.run_settings()
+        if recipe == PLAIN:
+            return replace(run, data=replace(run.data, unlabeled=None), self_training=SelfTrainingSettings())
+        return run if self.semi_steps is None else replace(run, epochs=None, steps=self.semi_steps)
+
     def run_settings(self) -> ClassificationSettings:
-        """Settings of one run of the arm that starts from `init`."""
+        """Settings of one run that starts from `init`."""
         return ClassificationSettings(**{field.name: getattr(self, field.name) for field in fields(ClassificationSettings)})
 
-    def arm_names(self) -> dict[str, str]:
-        """Encoder by arm: "pre-trained", and the others by the names of their folders, numbered where two are equal."""
-        names = {"pre-trained": self.init}
+    def start_names(self) -> dict[str, str]:
+        """Encoder by start: "pre-trained", and the others by the names of their folders, numbered where two are equal."""
+        names = {PRETRAINED: self.init}
         for path in self.against:
             name, number = Path(path).name, 2
-            while name in names:
+            while name in taken(names) or f"{name} {SEMI}" in names:
                 name, number = f"{Path(path).name} {number}", number + 1
             names[name] = path
         return names
+
+
+def taken(starts: Iterable[str]) -> set[str]:
+    """Names that no further start may have: those of the arms that there are."""
+    starts = (*starts, SCRATCH)
+    return {*starts, *(f"{start} {SEMI}" for start in starts)}
 
 
 def parse_labels(value: Any) -> int | str:

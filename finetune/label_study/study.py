@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from dataclasses import replace
+from collections.abc import Collection, Sequence
+from dataclasses import dataclass, replace
 from itertools import product
 
 import numpy as np
@@ -11,12 +11,16 @@ import numpy as np
 from simmim.checkpoints import read
 from simmim.data import LabeledImages, LabeledSource, available_cores, measure_for_encoder, open_labeled_source
 from simmim.finetune.classification.defaults import NO_RAND_AUGMENT, resolve_augmentation
+from simmim.finetune.classification.self_training.defaults import resolve_self_training
+from simmim.finetune.classification.self_training.prepare import check_channels
+from simmim.finetune.classification.self_training.unlabeled import UnlabeledImages
 from simmim.finetune.freezing import frozen_parts
-from simmim.finetune.label_study.arms import Arm, fingerprint_of, scratch_settings
+from simmim.finetune.label_study.arms import Arm, build_arms, fingerprint_of
 from simmim.finetune.label_study.report import check_libraries, write_report
 from simmim.finetune.label_study.results import Rates, StudyResult
-from simmim.finetune.label_study.settings import ALL, StudySettings
-from simmim.finetune.label_study.trials import Tuning, run_arms, tuning_cost
+from simmim.finetune.label_study.settings import ALL, PLAIN, PRETRAINED, SEMI, StudySettings
+from simmim.finetune.label_study.trials import LeftOut, Tuning, run_arms, tuning_cost
+from simmim.finetune.label_study.unlabeled import find_unlabeled
 from simmim.finetune.start import Start, find_reading, find_start
 from simmim.messages import notify
 from simmim.reading import AUTO
@@ -33,22 +37,50 @@ def study(settings: StudySettings) -> StudyResult:
     """
     check_libraries()
     check_run_folder(settings.out, settings.resume, settings.overwrite)
-    settings, arms, labels, judged_by = prepare_study(settings)
-    seeds = range(settings.seed, settings.seed + settings.seeds)
-    tuning = Tuning(rate_grid(settings), settings.folds, settings.tuning_seeds)
+    prepared = prepare_study(settings)
+    settings, arms, labels, left_out = prepared.settings, prepared.arms, prepared.labels, prepared.left_out
+    tuning = Tuning(rate_grid(settings), settings.folds, settings.tuning_seeds, prepared.tuned)
     with locked_run_folder(settings) as folder:
-        print(f"runs       {tuning_cost(tuning, arms, labels, seeds)}", flush=True)
-        result = run_arms(arms, labels, seeds, folder, settings.processes, tuning, settings.keep_weights)
-        result = replace(result, judged_by=judged_by)
+        print(f"runs       {tuning_cost(tuning, arms, labels, seeds_of(settings), left_out)}", flush=True)
+        result = run_arms(
+            arms, labels, seeds_of(settings), folder, settings.processes, tuning, settings.keep_weights, left_out=left_out
+        )
+        result = replace(result, judged_by=prepared.judged_by, notes=prepared.notes)
         write_report(result, folder)
     return result
 
 
-def prepare_study(settings: StudySettings) -> tuple[StudySettings, list[Arm], dict[int | str, float], str]:
-    """Settings with the number of processes resolved, the arms, and the numbers of labels and the judging images as of
-    `StudyResult`.
+@dataclass(frozen=True)
+class PreparedStudy:
+    """What a study needs beside its folder.
 
-    Prints which images judge, and which numbers of labels are left out because there are too few images.
+    Attributes:
+        settings: with the number of processes resolved.
+        arms: that are judged.
+        tuned: arms that choose rates, for themselves and for those that take theirs.
+        labels, judged_by, notes: as of `StudyResult`.
+        left_out: as of `run_arms`.
+    """
+
+    settings: StudySettings
+    arms: Sequence[Arm]
+    tuned: Sequence[Arm]
+    labels: dict[int | str, float]
+    judged_by: str
+    left_out: Collection[LeftOut] = ()
+    notes: tuple[str, ...] = ()
+
+
+def seeds_of(settings: StudySettings) -> range:
+    """The seeds of the judged runs."""
+    return range(settings.seed, settings.seed + settings.seeds)
+
+
+def prepare_study(settings: StudySettings) -> PreparedStudy:
+    """Read labels, encoders and unlabeled images, and check that every run can start.
+
+    Prints which images judge, which numbers of labels are left out because there are too few images, and what is left out
+    of the unlabeled images.
 
     Raises:
         ValueError: when the labels or an encoder cannot be read, no number of labels is left, or a run cannot start.
@@ -62,20 +94,44 @@ def prepare_study(settings: StudySettings) -> tuple[StudySettings, list[Arm], di
     origin = part if validation_seed is None else f"that seed {validation_seed} holds out once"
     judged_by = f"{len(images.validation):,} images {origin}"
     print(f"judged by  {judged_by}: no trial trains or tunes on them")
-    checkpoints = {name: read(path) for name, path in settings.arm_names().items()}
-    small, device = checkpoints["pre-trained"].config.is_small, device_type()
+    checkpoints = {name: read(path) for name, path in settings.start_names().items()}
+    small, device = checkpoints[PRETRAINED].config.is_small, device_type()
     processes = settings.processes or (available_cores() if small and device == "cpu" else 1)
     settings = replace(settings, processes=processes)
     # Of the arms alone: as a setting of the study it would stand in its folder as if the user had given it.
     judged_alike = replace(settings, data=replace(data, validation_seed=validation_seed))
-    arms = build_arms(judged_alike, {name: fingerprint_of(checkpoint.encoder) for name, checkpoint in checkpoints.items()})
-    for arm in arms:  # a run that cannot start is an error now, not in the first trial
-        statistics = measure_for_encoder(images.train, find_reading(arm.settings))
-        start = find_start(arm.settings, statistics, device)
+    fingerprints = {name: fingerprint_of(checkpoint.encoder) for name, checkpoint in checkpoints.items()}
+    arms = build_arms(judged_alike, fingerprints)
+    tuned = [arm for arm in arms if not arm.rates_of] or build_arms(judged_alike, fingerprints, (PLAIN,))
+    found = None
+    if data.unlabeled is not None:
+        reading = measure_for_encoder(images.train, find_reading(settings)).reading
+        found = find_unlabeled(settings, source, labels, validation_seed, reading)
+    check_starts(arms, images, found.unlabeled if found else None, device)
+    report_shared(images.validation, {f"the pre-training images of {settings.init}": pretraining_images(settings.init)})
+    if not found:
+        return PreparedStudy(settings, arms, tuned, labels, judged_by)
+    left_out = {(arm.name, value) for arm in arms if arm.recipe == SEMI for value in found.used_up}
+    return PreparedStudy(settings, arms, tuned, labels, judged_by, left_out, found.notes(settings))
+
+
+def check_starts(arms: Sequence[Arm], images: LabeledImages, unlabeled: UnlabeledImages | None, device: str) -> None:
+    """A run that cannot start is an error now, not in the first trial.
+
+    Raises:
+        ValueError: as `find_start`, `check_channels` and `resolve_self_training`.
+    """
+    statistics = {}
+    for arm in arms:
+        if arm.start not in statistics:
+            statistics[arm.start] = measure_for_encoder(images.train, find_reading(arm.settings))
+        start = find_start(arm.settings, statistics[arm.start], device)
         frozen_parts(start.encoder, arm.settings.freeze, arm.settings.train_stages)
         tell_what_runs_lack(start)
-    report_shared(images.validation, {f"the pre-training images of {settings.init}": pretraining_images(settings.init)})
-    return settings, arms, labels, judged_by
+        if arm.recipe == SEMI and unlabeled is not None:
+            config, count = start.encoder.config, len(unlabeled.images)
+            check_channels(unlabeled, config.in_channels)
+            resolve_self_training(start.settings, len(images.train), count, config, device)  # type: ignore[arg-type]
 
 
 def validation_seed_of(settings: StudySettings, source: LabeledSource) -> int | None:
@@ -113,20 +169,6 @@ def available_labels(settings: StudySettings, images: LabeledImages) -> dict[int
             f"give up to {smallest}, or {ALL}"
         )
     return dict(sorted(labels.items(), key=lambda item: item[1]))
-
-
-def build_arms(settings: StudySettings, fingerprints: Mapping[str, int]) -> list[Arm]:
-    """An arm per encoder, and one from scratch where it is asked for.
-
-    Args:
-        fingerprints: of the encoders' weights, by the names of the arms.
-    """
-    run = settings.run_settings()
-    arms = [Arm(name, replace(run, init=path), fingerprints[name]) for name, path in settings.arm_names().items()]
-    if settings.scratch:
-        # Its architecture is that of the first arm's encoder.
-        arms.append(Arm("from scratch", scratch_settings(run), arms[0].fingerprint))
-    return arms
 
 
 def rate_grid(settings: StudySettings) -> tuple[Rates, ...]:

@@ -12,7 +12,7 @@ from __future__ import annotations
 import json
 import shutil
 import statistics
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from concurrent.futures import Executor
 from dataclasses import dataclass, replace
 from functools import partial
@@ -36,6 +36,7 @@ from simmim.training.run_folder import CHECKPOINTS, MAY_CHANGE_ON_RESUME, plain,
 TRIALS, RUNS, TUNING_RUNS = "trials", "runs", "tuning-runs"
 SCORE, LOSS = "accuracy", "validation_loss"  # metrics of a run
 Metrics = dict[str, float]
+LeftOut = tuple[str, int | str]  # name of an arm, and labels
 
 
 class Job(NamedTuple):
@@ -74,11 +75,13 @@ class Tuning:
             decay of "default" is that of the arm's settings, or of a run with as many labels.
         num_folds: of the cross-validation; fewer where a class has fewer labels.
         num_seeds: choices of labels that are cross-validated; the best rates over all serve every seed.
+        arms: that choose, though they need not be judged; by default those that are judged.
     """
 
     grid: tuple[Rates, ...] = ()
     num_folds: int = 3
     num_seeds: int = 1
+    arms: Sequence[Arm] = ()
 
     def grid_of(self, arm: Arm, per_class: float) -> tuple[Rates, ...]:
         """The rates that an arm chooses from with `per_class` labels per class, each once."""
@@ -90,7 +93,9 @@ class Tuning:
         """The cross-validation of every arm at every number of labels that is tuned: not at a single label per class, which
         cannot be held out, and not where there is nothing to choose."""
         jobs: TuningJobs = {}
-        for (value, per_class), arm in product(labels.items(), arms):
+        for (value, per_class), arm in product(labels.items(), self.arms or arms):
+            if arm.rates_of:
+                continue
             grid, num_parts = self.grid_of(arm, per_class), min(self.num_folds, int(per_class))
             if len(grid) > 1 and num_parts > 1:
                 cases = product(grid, list(seeds)[: self.num_seeds], range(num_parts))
@@ -103,13 +108,19 @@ class Tuning:
 TuningJobs = dict[tuple[str, int | str], list[Job]]  # by name of the arm and labels
 
 
-def tuning_cost(tuning: Tuning, arms: Sequence[Arm], labels: Mapping[int | str, float], seeds: Sequence[int]) -> str:
-    """How many runs tune and how many are judged."""
-    num_tuning = sum(map(len, tuning.jobs(arms, labels, seeds).values()))
-    num_judged = len(arms) * len(labels) * len(seeds)
+def tuning_cost(
+    tuning: Tuning,
+    arms: Sequence[Arm],
+    labels: Mapping[int | str, float],
+    seeds: Sequence[int],
+    left_out: Collection[LeftOut] = (),
+) -> str:
+    """How many runs tune and how many are judged; `left_out` as of `run_arms`."""
+    num_tuning = sum(len(jobs) for key, jobs in tuning.jobs(arms, labels, seeds).items() if key not in left_out)
+    num_judged = len(arms) * len(labels) * len(seeds) - len(left_out) * len(seeds)
     return (
         f"{num_tuning:,} to tune ({len(tuning.grid)} rates, up to {tuning.num_folds} parts of the labels held out in turn, "
-        f"{len(arms)} arms), {num_judged:,} to judge"
+        f"{len([arm for arm in tuning.arms or arms if not arm.rates_of])} arms), {num_judged:,} to judge"
     )
 
 
@@ -122,6 +133,7 @@ def run_arms(
     tuning: Tuning | None = None,
     keep_weights: bool = False,
     run: Callable[[Job], Metrics] | None = None,
+    left_out: Collection[LeftOut] = (),
 ) -> StudyResult:
     """Tune every arm at every number of labels, then run every seed. Trials with a stored result are not run again.
 
@@ -133,14 +145,16 @@ def run_arms(
         tuning: how rates are chosen; by default each arm keeps its own settings.
         keep_weights: keep checkpoints and encoder of each trial.
         run: returns the metrics of a job; by default `run_trial`.
+        left_out: arms, by name, and numbers of labels that are neither tuned nor judged together.
 
     Raises:
         ValueError: as `simmim.finetune.finetune`, from the first trial that fails.
     """
     tuning = tuning or Tuning()
     run = run or partial(run_trial, out=out, keep_weights=keep_weights)
-    tuning_jobs = tuning.jobs(arms, labels, seeds)
-    num_trials = sum(map(len, tuning_jobs.values())) + len(arms) * len(labels) * len(seeds)
+    tuning_jobs = {key: jobs for key, jobs in tuning.jobs(arms, labels, seeds).items() if key not in left_out}
+    judged = [case for case in product(labels, seeds, arms) if (case[2].name, case[0]) not in left_out]
+    num_trials = sum(map(len, tuning_jobs.values())) + len(judged)
     with tqdm(total=num_trials, desc="fine-tuning", unit="trial") as bar, trial_pool(processes) as pool:
         held_out = run_jobs([job for jobs in tuning_jobs.values() for job in jobs], out, pool, bar, run)
         best = {key: best_rates([held_out[job.name] for job in jobs]) for key, jobs in tuning_jobs.items()}
@@ -149,15 +163,23 @@ def run_arms(
             """The best rates at this number of labels, or at the nearest larger one that was tuned, for every arm alike."""
             grid = tuning.grid_of(arm, labels[value])
             own = grid[0] if len(grid) == 1 else Rates(arm.settings.optim.lr_factor, arm.settings.optim.layer_decay)
+            chooser = arm.rates_of or arm.name
             larger = (
-                best[arm.name, other] for other in labels if labels[other] >= labels[value] and (arm.name, other) in best
+                best[chooser, other] for other in labels if labels[other] >= labels[value] and (chooser, other) in best
             )
             return next(larger, own)
 
-        jobs = [build_job(arm, value, seed, rates_of(arm, value)) for value, seed, arm in product(labels, seeds, arms)]
-        final = run_jobs(jobs, out, pool, bar, run)
-    names = tuple(arm.name for arm in arms)
-    return StudyResult(names, tuple(final.values()), tuple(held_out.values()), dict(labels))
+        final = run_jobs(
+            [build_job(arm, value, seed, rates_of(arm, value)) for value, seed, arm in judged], out, pool, bar, run
+        )
+    return StudyResult(
+        tuple(arm.name for arm in arms),
+        tuple(final.values()),
+        tuple(held_out.values()),
+        dict(labels),
+        sides={arm.name: arm.side for arm in arms},
+        rates_of={arm.name: arm.rates_of for arm in arms if arm.rates_of},
+    )
 
 
 def build_job(arm: Arm, labels: int | str, seed: int, rates: Rates, fold: tuple[int, int] | None = None) -> Job:

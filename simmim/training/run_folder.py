@@ -17,7 +17,7 @@ from simmim.renamed_settings import with_current_names
 CONFIG, CHECKPOINTS, LAST, BEST = "config.yaml", "checkpoints", "last.ckpt", "best.ckpt"
 LOCK = ".lock"
 # Settings that do not change the result of a run, so that a resumed run may have other ones. A settings class may add to
-# them by `may_change_on_resume`.
+# them by `may_change_on_resume`, dotted keys too.
 MAY_CHANGE_ON_RESUME = (
     "resume",
     "overwrite",
@@ -133,7 +133,7 @@ def write_run_folder(run: Path, settings) -> None:
         started, _ = with_current_names(yaml.safe_load(config.read_text(encoding="utf-8")))
         changed = differences(with_defaults(started, settings), yaml.safe_load(as_yaml(settings)))
         free = (*MAY_CHANGE_ON_RESUME, *getattr(settings, "may_change_on_resume", ()))
-        changed = [text for text in changed if text.split(" ")[0].split(".")[0] not in free]
+        changed = [text for text in changed if not f"{text.split(' ')[0]}.".startswith(tuple(f"{name}." for name in free))]
         if changed:
             raise ValueError(
                 f"run {str(run)!r} was started with other settings: {'; '.join(changed)}. "
