@@ -5,8 +5,13 @@ from __future__ import annotations
 import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
+from typing import TYPE_CHECKING
 
-from simmim.cli.arguments import parse
+from simmim.cli.arguments import UsageError, parse
+
+if TYPE_CHECKING:
+    from simmim.checkpoints.checkpoint import SavedEncoder
 
 
 @dataclass(frozen=True)
@@ -72,10 +77,14 @@ def run_embed(words: Sequence[str]) -> None:
 
 @dataclass(frozen=True)
 class CompareOptions:
-    """The stages of a frozen encoder compared on labeled images.
+    """The stages of a frozen encoder compared on labeled images, and the encoder with others.
 
     Args:
-        run: run folder, or an encoder in any known format.
+        run: run folder, an encoder in any known format, or a folder of a network of timm or transformers.
+        against: further encoders on the same labels, paths separated by commas; a table then says what each is and costs,
+            and the paired difference.
+        vectors: Parquet files, separated by commas, of vectors that others have computed, with columns path and vector, as
+            embed writes them.
         data: labeled images, in any form that finetune reads.
         labels_per_class: training images per class; all by default.
         seed: of the random choice of labels, which is the same as finetune's with this seed.
@@ -93,8 +102,10 @@ class CompareOptions:
             cross-validation on the training labels chooses. Logistic regression standardizes in any case.
     """
 
-    run: str
     data: str
+    run: str | None = None
+    against: str = ""
+    vectors: str = ""
     labels_per_class: int | None = None
     seed: int = 0
     seeds: int = 1
@@ -139,8 +150,22 @@ def run_knn(words: Sequence[str]) -> None:
 def compare_stages(method: str, kind: type[CompareOptions], words: Sequence[str], purpose: str) -> None:
     """`simmim probe` and `simmim knn`."""
     options = parse(method, kind, words, purpose=purpose)
-    from simmim.checkpoints import read_encoder
-    from simmim.evaluate import Comparison, EncoderPass, check_report_file, compare, write_report
+    encoders = [path for path in (options.run, *split_paths(options.against)) if path]
+    files = split_paths(options.vectors)
+    if not encoders and not files:
+        raise UsageError(f"missing: give --run ENCODER, --vectors FILE, or both; simmim {method} --help lists all")
+    from simmim.evaluate import (
+        Comparison,
+        Contest,
+        EncoderPass,
+        check_report_file,
+        check_scipy,
+        compare,
+        compare_vectors,
+        names_of,
+        read_vectors,
+        write_contest,
+    )
     from simmim.training.trainer import device_type
 
     comparison = Comparison(
@@ -160,14 +185,35 @@ def compare_stages(method: str, kind: type[CompareOptions], words: Sequence[str]
     )
     if options.out:
         check_report_file(options.out)
+    if len(encoders) + len(files) > 1 and options.seeds > 1:
+        check_scipy()
     encoder_pass = EncoderPass(options.batch_size, options.workers, device_type())
-    report = compare(read_encoder(options.run), comparison, encoder_pass)
-    print_unreadable(report.unreadable)
-    print(report.table())
-    if report.unreadable:
-        print(f"\n{len(report.unreadable):,} images unreadable and left out")
+    # All are read before the first is used: a wrong path must not cost the time of the others.
+    reads = [partial(compare, encoder_of(path)) for path in encoders]
+    reads += [partial(compare_vectors, read_vectors(path)) for path in files]
+    contest = Contest(names_of([*encoders, *files]), tuple(read(comparison, encoder_pass) for read in reads))
+    for report in contest.reports:
+        print_unreadable(report.unreadable)
+    print(contest.reports[0].table())
+    if len(contest.reports) > 1:
+        print(f"\n{contest.table()}")
+    unreadable = contest.reports[0].unreadable
+    if unreadable:
+        print(f"\n{len(unreadable):,} images unreadable and left out")
     if options.out:
-        print(f"\nresults: {write_report(report, options.out)}")
+        print(f"\nresults: {write_contest(contest, options.out)}")
+
+
+def encoder_of(path: str) -> SavedEncoder:
+    """The encoder at a path, with its preprocessing."""
+    from simmim.checkpoints import read_encoder
+
+    return read_encoder(path)
+
+
+def split_paths(text: str) -> list[str]:
+    """Paths separated by commas."""
+    return [path.strip() for path in text.split(",") if path.strip()]
 
 
 def print_unreadable(unreadable: Mapping[str, str]) -> None:

@@ -6,6 +6,7 @@ joins all of it. Functions take and return values; only `write_…` functions wr
 """
 
 from simmim.evaluate.attentive import Tokens, attentive_probe
+from simmim.evaluate.contest import Contest, check_scipy, names_of, write_contest
 from simmim.evaluate.embeddings import (
     EmbeddedBatch,
     Embeddings,
@@ -18,6 +19,7 @@ from simmim.evaluate.embeddings import (
     load_views,
     record_unreadable,
 )
+from simmim.evaluate.facts import EncoderFacts, facts_of, facts_of_checkpoint, facts_table
 from simmim.evaluate.features import AnyFeature, Feature, Pixels, all_features, select_features
 from simmim.evaluate.labeled import Draw, LabeledRows, Pools, Split, draw_labels, embed_pools, pool_draws, subsample
 from simmim.evaluate.neighbors import held_out_knn_accuracy, knn_accuracy, knn_predict
@@ -30,10 +32,11 @@ from simmim.evaluate.probe import (
     check_scikit_learn,
     linear_probe,
 )
-from simmim.evaluate.report import Comparison, Report, check_report_file, compare, write_report
+from simmim.evaluate.report import Comparison, Report, check_report_file, compare, compare_vectors, write_report
 from simmim.evaluate.scaling import SCALINGS, scaled_split, scaling_named
 from simmim.evaluate.scores import FeatureScore, FeatureScores, score_features, scores_table
 from simmim.evaluate.untrained import score_untrained, untrained_encoder
+from simmim.evaluate.vectors import VectorFile, read_vectors
 from simmim.evaluate.verdict import verdict
 
 __all__ = [
@@ -42,10 +45,12 @@ __all__ = [
     "STRENGTHS",
     "AnyFeature",
     "Comparison",
+    "Contest",
     "CrossValidated",
     "Draw",
     "EmbeddedBatch",
     "Embeddings",
+    "EncoderFacts",
     "EncoderPass",
     "Feature",
     "FeatureScore",
@@ -57,6 +62,7 @@ __all__ = [
     "Report",
     "Split",
     "Tokens",
+    "VectorFile",
     "ViewBatch",
     "WrittenEmbeddings",
     "all_features",
@@ -64,18 +70,25 @@ __all__ = [
     "check_any_readable",
     "check_report_file",
     "check_scikit_learn",
+    "check_scipy",
     "collect_embeddings",
     "compare",
+    "compare_vectors",
     "draw_labels",
     "embed_batches",
     "embed_pools",
     "encode_views",
+    "facts_of",
+    "facts_of_checkpoint",
+    "facts_table",
     "held_out_knn_accuracy",
     "knn_accuracy",
     "knn_predict",
     "linear_probe",
     "load_views",
+    "names_of",
     "pool_draws",
+    "read_vectors",
     "record_unreadable",
     "scaled_split",
     "scaling_named",
@@ -86,6 +99,7 @@ __all__ = [
     "subsample",
     "untrained_encoder",
     "verdict",
+    "write_contest",
     "write_embeddings",
     "write_report",
 ]

@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import csv
 import json
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
+from typing import NamedTuple
 
 from tqdm import tqdm
 
@@ -15,14 +16,16 @@ from simmim.data import LabeledSource, open_labeled_source
 from simmim.encoders.base import Encoder, EncoderConfig, Size
 from simmim.encoders.heads import HEADS
 from simmim.evaluate.attentive import Tokens
-from simmim.evaluate.embeddings import DEFAULT_PASS, EncoderPass
+from simmim.evaluate.embeddings import DEFAULT_PASS, Embeddings, EncoderPass
+from simmim.evaluate.facts import EncoderFacts, facts_of, trained_on
 from simmim.evaluate.features import AnyFeature, Pixels, select_features
-from simmim.evaluate.labeled import Draw, draw_labels, embed_pools, pool_draws, unreadable_images
+from simmim.evaluate.labeled import Draw, Pools, draw_labels, embed_pools, pool_draws, unreadable_images
 from simmim.evaluate.neighbors import check_knn_settings
 from simmim.evaluate.probe import check_scikit_learn
 from simmim.evaluate.scaling import SCALINGS, scaled_split
 from simmim.evaluate.scores import METHODS, FeatureScores, best_score, estimate, mean_scores, score_features, scores_table
 from simmim.evaluate.untrained import score_untrained, untrained_encoder
+from simmim.evaluate.vectors import VectorFile
 from simmim.files import atomic_write
 from simmim.messages import did_you_mean
 
@@ -112,6 +115,7 @@ class Report:
         counts: number of training and of test images that could be read, on average over the draws.
         draws: scores of each draw.
         seeds: of the draws.
+        facts: what the encoder is and costs.
         unreadable: reason by path of each image that could not be read.
     """
 
@@ -122,16 +126,18 @@ class Report:
     counts: tuple[float, float]
     draws: tuple[FeatureScores, ...]
     seeds: tuple[int, ...]
+    facts: EncoderFacts
     unreadable: Mapping[str, str] = field(default_factory=dict)
 
     def table(self) -> str:
-        """A line about the images, then `scores_table`."""
+        """A line about the images, one about the encoder, then `scores_table`."""
         count, (train, test) = self.comparison.labels_per_class, self.counts
         labels = "all labels" if count is None else f"{count} labels per class"
         draws = f", mean ± standard error over {len(self.draws)} draws" if len(self.draws) > 1 else ""
+        table = scores_table(*self.draws, num_images=self.provenance.get("images"))
         return (
             f"Accuracy in percent on {test:,.0f} images; {train:,.0f} to train on, {len(self.classes)} classes, "
-            f"{labels}{draws}.\n\n{scores_table(*self.draws, num_images=self.provenance.get('images'))}"
+            f"{labels}{draws}.\nEncoder: {self.facts.sentence()}.\n\n{table}"
         )
 
     def as_dict(self) -> dict:
@@ -139,6 +145,7 @@ class Report:
         best = best_score(mean_scores(self.draws), self.draws[0].baseline)
         return {
             "encoder": self.encoder,
+            "facts": self.facts.as_dict(),
             "provenance": dict(self.provenance),
             **asdict(self.comparison),
             "classes": list(self.classes),
@@ -197,34 +204,105 @@ def compare(saved: SavedEncoder, comparison: Comparison, options: EncoderPass = 
         embedded, *untrained = [
             embed_pools(encoder, preprocessing, pools, chosen, options, bar.update) for encoder, chosen in passes
         ]
+    return score_draws(
+        comparison,
+        source,
+        draws,
+        pools,
+        Scored(embedded, untrained[0] if untrained else None, attentive, pixels.name),
+        (str(saved.report.source), saved.provenance, facts_of(config, preprocessing, saved.provenance)),
+        options,
+        quiet,
+    )
+
+
+def compare_vectors(
+    file: VectorFile, comparison: Comparison, options: EncoderPass = DEFAULT_PASS, quiet: bool = False
+) -> Report:
+    """As `compare`, of vectors that exist already: one feature, on the same draws, without plain pixels and without an
+    untrained encoder beside it.
+
+    Raises:
+        ValueError: as `compare`, and when images of the labels have no vector.
+    """
+    if comparison.method == "probe":
+        check_scikit_learn()
+    source = open_labeled_source(comparison.data, comparison.column, comparison.label_column)
+    draws = draw_all(source, comparison)
+    pools = pool_draws(source, draws)
+    origin = file.origin.get("provenance", {})
+    known = (
+        str(file.source),
+        origin,
+        EncoderFacts(f"vectors of {file.vectors.shape[1]:,} values", trained_on=trained_on(origin)),
+    )
+    scored = Scored(file.of_pools(pools), None, {}, None)
+    return score_draws(comparison, source, draws, pools, scored, known, options, quiet)
+
+
+class Scored(NamedTuple):
+    """Vectors to be scored.
+
+    Attributes:
+        embedded: of each of the pools' parts.
+        untrained: the same of the encoder with random weights; None where it was not asked for.
+        attentive: as of `score_features`.
+        baseline: name of the feature to compare with; None for none.
+    """
+
+    embedded: Sequence[Embeddings]
+    untrained: Sequence[Embeddings] | None
+    attentive: Mapping[str, int]
+    baseline: str | None
+
+
+def score_draws(
+    comparison: Comparison,
+    source: LabeledSource,
+    draws: Sequence[Draw],
+    pools: Pools,
+    scored: Scored,
+    known: tuple[str, Mapping, EncoderFacts],
+    options: EncoderPass,
+    quiet: bool,
+) -> Report:
+    """The report on vectors that have been computed.
+
+    Args:
+        known: where they come from, the provenance, and the facts.
+    """
     scores, counts = [], []
-    num_fits = len(attentive) + 1 + (len(features) - 1 - len(attentive)) * len(comparison.scalings)
+    attentive, fixed = scored.attentive, (*scored.attentive, *((scored.baseline,) if scored.baseline else ()))
+    num_features = len(scored.embedded[0].vectors)
+    num_fits = len(fixed) + (num_features - len(fixed)) * len(comparison.scalings)
     with tqdm(total=len(draws) * num_fits, desc=comparison.method, unit="fit", disable=quiet) as bar:
         for draw in draws:
             how = (comparison.method, comparison.k, comparison.temperature)
-            split = scaled_split(pools.split(draw, embedded), comparison.scalings, (*attentive, pixels.name))
+            split = scaled_split(pools.split(draw, scored.embedded), comparison.scalings, fixed)
             found = score_features(
                 split,
                 *how,
                 progress=lambda row: bar.update(),
-                baseline=pixels.name,
+                baseline=scored.baseline,
                 device=options.device,
                 attentive=attentive,
             )
-            if untrained:
-                random = scaled_split(pools.split(draw, untrained[0]), comparison.scalings, tuple(attentive))
+            if scored.untrained is not None:
+                random = scaled_split(pools.split(draw, scored.untrained), comparison.scalings, tuple(attentive))
                 found = replace(found, untrained=score_untrained(random, *how, options.device, attentive))
             scores.append(found)
             counts.append((len(split.train_labels), len(split.test_labels)))
+    origin, provenance, facts = known
     return Report(
         comparison,
-        str(saved.report.source),
-        saved.provenance,
+        origin,
+        provenance,
         source.classes,
         (sum(train for train, _ in counts) / len(counts), sum(test for _, test in counts) / len(counts)),
         tuple(scores),
         tuple(draw.seed for draw in draws),
-        unreadable_images(embedded),
+        facts,
+        unreadable_images(scored.embedded),
     )
 
 
