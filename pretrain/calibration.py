@@ -8,6 +8,7 @@ import statistics
 import time
 
 import torch
+from pytorch_lightning.utilities import move_data_to_device
 
 from simmim.data import ImageSamples, collate
 from simmim.pretrain.module import PretrainingModule
@@ -89,7 +90,7 @@ def seconds_per_step(module: PretrainingModule, samples: ImageSamples, settings:
 def compute_seconds(module: PretrainingModule, batch: dict, precision: str, device: str) -> float:
     """The median time of forward and backward pass and optimizer step on a batch. Torch's generator stays as it is."""
     module.to(device).train()
-    batch = {**batch, "image": batch["image"].to(device)}
+    batch = move_data_to_device(batch, torch.device(device))
     optimizer = adamw(parameter_groups(module.model, 0.0, 0.0))
     half = torch.bfloat16 if "bf16" in precision else torch.float16
     times: list[float] = []

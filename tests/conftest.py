@@ -87,7 +87,7 @@ def scene_folder(tmp_path_factory):
 
 @pytest.fixture(scope="session")
 def power_cut():
-    """`power_cut(after_step)`: a context in which training fails right after that step and its checkpoint."""
+    """`power_cut(after_step)`: a context in which training fails right after that step, before a checkpoint of it."""
     from simmim.training.saving import SaveRun
 
     @contextmanager

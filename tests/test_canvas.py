@@ -100,7 +100,7 @@ def test_as_each_image_alone(share):
     """Prediction and loss, of a reference that encodes each image's visible tokens alone and puts them on its grid."""
     model, images = canvas_of(share=share).double(), images_of(2 * share).double()
     mask = model.draw(SIZE, list(range(len(images))), CPU)
-    loss, prediction = model(images, mask, return_reconstruction=True)
+    loss, prediction, _ = model(images, mask, return_reconstruction=True)
     grid, dim = tuple(side // model.encoder.stride for side in SIZE), model.decoder.dim
     expected = []
     for image, masked in zip(images, mask):

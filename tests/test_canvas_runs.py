@@ -12,6 +12,7 @@ from safetensors.torch import load_file
 from simmim import load_encoder
 from simmim.cli import main
 from simmim.pretrain import load_pretrained
+from simmim.training.saving import saved_steps
 
 SMALL = (
     "--method=canvas",
@@ -73,8 +74,9 @@ def test_metrics_pictures_and_the_probe(run, digits, tmp_path):
 def test_resumed_equals_uninterrupted(run, digits, tmp_path, power_cut):
     """Bit for bit, in the method's own state too."""
     words = ["pretrain", "--data", digits.unlabeled, "--out", tmp_path / "run", *WORDS]
-    with power_cut(after_step=5):
+    with power_cut(after_step=7):
         main([str(word) for word in words])
+    assert saved_steps(tmp_path / "run").keys() == {5}, "it goes on from there"
     simmim("pretrain", "--out", tmp_path / "run", "--resume")
     ours, theirs = (load_pretrained(folder)[0].state_dict() for folder in (tmp_path / "run", run))
     assert ours.keys() == theirs.keys() and all(torch.equal(ours[name], theirs[name]) for name in ours)

@@ -11,7 +11,10 @@ from safetensors.torch import load_file
 
 from simmim import load_encoder
 from simmim.cli import main
-from simmim.pretrain import load_pretrained
+from simmim.methods.contrast import Contrast
+from simmim.pretrain import PretrainSettings, calibration, load_pretrained
+from simmim.pretrain.run import measure_step, resolve_run
+from simmim.training.saving import saved_steps
 
 SMALL = (
     "--method=contrast",
@@ -83,14 +86,24 @@ def test_metrics_and_pictures(run, digits, tmp_path):
 
 def test_resumed_equals_uninterrupted(run, digits, tmp_path, power_cut):
     """Bit for bit, the momentum encoder too, which has moved away from the encoder."""
-    with power_cut(after_step=5):
+    with power_cut(after_step=7):
         main([str(word) for word in ("pretrain", "--data", digits.unlabeled, "--out", tmp_path / "run", *WORDS)])
+    assert saved_steps(tmp_path / "run").keys() == {5}, "it goes on from there"
     simmim("pretrain", "--out", tmp_path / "run", "--resume")
     ours, theirs = (load_pretrained(folder)[0].state_dict() for folder in (tmp_path / "run", run))
     assert ours.keys() == theirs.keys() and all(torch.equal(ours[name], theirs[name]) for name in ours)
     assert [row["loss"] for row in metrics(tmp_path / "run")] == [row["loss"] for row in metrics(run)]
     followers = [name for name in ours if name.startswith("momentum_")]
     assert followers and not all(torch.equal(ours[name], ours[name.removeprefix("momentum_")]) for name in followers)
+
+
+def test_the_average_moves_once_a_step(digits, tmp_path, monkeypatch):
+    """Not with each accumulated batch, and at the end of the run its momentum is 1."""
+    seen, after_step = [], Contrast.after_step
+    monkeypatch.setattr(Contrast, "after_step", lambda self, progress: seen.append(progress) or after_step(self, progress))
+    words = ("--epochs=0.4", "--optim.accumulate=2", "--data", digits.unlabeled, "--out", tmp_path / "run")
+    simmim("pretrain", *SMALL, *words)
+    assert seen == [0.25, 0.5, 0.75, 1.0]
 
 
 def test_pretraining_goes_on_from_it(run, digits, tmp_path, capsys):
@@ -160,3 +173,16 @@ def test_wrong_input(words, message, digits, tmp_path, capsys):
 def test_a_plan_by_the_command(capsys):
     simmim("plan", "--preset", "tiny", "--image", "192", "--method", "contrast", "--model.view_scale", "0.5")
     assert "GFLOPs per image forward" in capsys.readouterr().out
+
+
+def test_a_measured_step_has_both_views(digits, tmp_path, monkeypatch):
+    """As those of the run, so that --time counts them."""
+    monkeypatch.setattr(calibration, "MEASURED_S", 0.0)
+    seen, forward = [], Contrast.forward
+    monkeypatch.setattr(Contrast, "forward", lambda self, *rest, **more: seen.append(more) or forward(self, *rest, **more))
+    model = {"projector_dim": 16, "view_scale": 0.5, "encoder": {"embed_dim": 16, "depths": [1, 1], "num_heads": [1, 2]}}
+    settings = PretrainSettings(
+        data=str(digits.unlabeled), out=str(tmp_path), method="contrast", preset="nano", epochs=1, batch_size=8, model=model
+    )
+    assert measure_step(resolve_run(settings), "cpu") > 0
+    assert {tuple(view.shape) for more in seen for view in more["views"]} == {(8, 1, 16, 16)}
