@@ -154,8 +154,9 @@ def clear_caches() -> None:
     """Empty the caches of the encoder's geometry, so that the next step is measured with what they hold."""
     from simmim.encoders.shifted_windows import geometry
     from simmim.encoders.swinv2.geometry import log_spaced_coords
+    from simmim.encoders.vit.model import index_of_pairs
 
-    for function in (*vars(geometry).values(), log_spaced_coords):
+    for function in (*vars(geometry).values(), log_spaced_coords, index_of_pairs):
         if hasattr(function, "cache_clear"):
             function.cache_clear()
 

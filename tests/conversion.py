@@ -17,7 +17,8 @@ from simmim.checkpoints.formats.registry import format_named
 from simmim.checkpoints.source import DESCRIPTION, Source
 from simmim.checkpoints.weight_files import SAFE_GLOBALS, WeightFile
 from simmim.cli import main
-from simmim.encoders.swinv2 import SwinV2, SwinV2Config
+from simmim.encoders.registry import build
+from simmim.encoders.swinv2 import SwinV2Config
 from simmim.methods.simmim import SimMIM
 
 GOLDEN = Path(__file__).parent / "golden"
@@ -32,7 +33,7 @@ def random_checkpoint(config, size, classes=CLASSES, meta=False, **preprocessing
     """A model with every part, all of it random, as if it had been pre-trained at `size`."""
     config = config.with_training_size(size)
     with torch.device("meta" if meta else "cpu"):
-        model, head = SimMIM(SwinV2(config)), torch.nn.Linear(config.dims[-1], max(len(classes), 1))
+        model, head = SimMIM(build(config)), torch.nn.Linear(config.channels[-1], max(len(classes), 1))
     if not meta:
         randomize(model), randomize(head, seed=1)
     statistics = (tuple(0.3 + 0.01 * i for i in range(config.in_channels)), (0.25,) * config.in_channels)

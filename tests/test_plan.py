@@ -23,7 +23,9 @@ from torch.utils.flop_counter import FlopCounterMode
 from simmim.encoders import registry
 from simmim.encoders.base import EncoderConfig, EncoderFamily
 from simmim.encoders.cost import Flops, LayerCost, Setup
-from simmim.encoders.swinv2 import FAMILY, PRESETS, SwinV2, SwinV2Config
+from simmim.encoders.swin import Swin, SwinConfig
+from simmim.encoders.swinv2 import PRESETS, SwinV2, SwinV2Config
+from simmim.encoders.vit import ViT, ViTConfig
 from simmim.methods.base import Method
 from simmim.methods.registry import METHODS
 from simmim.methods.simmim import SimMIM
@@ -38,6 +40,7 @@ ROOT = Path(__file__).parent.parent
 # checkpoint_activations and sequential_attention.
 OPTIONS = {"plain": (False, None), "checkpointed": (True, None), "sequential": (False, 8), "both": (True, 8)}
 ODD = SwinV2Config(24, (1, 2, 3), (3, 3, 6), window_size=5, in_channels=2, patch_size=2, mlp_ratio=3.0, extra_norm_every=2)
+VIT = ViTConfig(96, 3, 3, patch_size=8, mlp_ratio=3.0, image_size=(96, 64))
 
 
 def flops(config, size, setup, predicted=1.0):
@@ -52,7 +55,8 @@ def memory(config, size, setup):
 def make(config, size, batch, checkpointed, sequential, device="cpu"):
     """A model in training mode, images, and masks."""
     with torch.device(device):
-        model = SimMIM(SwinV2(config, checkpointed, sequential)).train()
+        encoder = {SwinV2Config: SwinV2, SwinConfig: Swin, ViTConfig: ViT}[type(config)](config, checkpointed, sequential)
+        model = SimMIM(encoder).train()
         images = torch.zeros(batch, config.in_channels, *size)
         masks = torch.zeros(batch, *(-(-side // config.patch_size) for side in size), dtype=torch.bool)
     return model, images, masks
@@ -71,6 +75,11 @@ def make(config, size, batch, checkpointed, sequential, device="cpu"):
         (PRESETS["nano"], (32, 32), 5, "both"),
         (ODD, (39, 47), 1, "plain"),
         (ODD, (39, 47), 1, "sequential"),
+        (SwinConfig(24, (1, 2, 2), (3, 3, 6), window_size=4, mlp_ratio=3.0), (64, 48), 2, "sequential"),
+        (SwinConfig(24, (1, 2), (3, 6), 5, in_channels=2, patch_size=2), (50, 36), 3, "checkpointed"),
+        (VIT, (96, 64), 2, "plain"),
+        (VIT.for_fine_tuning(), (96, 64), 3, "checkpointed"),
+        (replace(VIT, layer_scale=0.0), (90, 64), 3, "checkpointed"),
     ],
 )
 def test_flops(config, size, batch, options):
@@ -155,6 +164,10 @@ CASES = {
     "micro, one window from the second stage on": (replace(PRESETS["micro"], window_size=20), (160, 160), 1, FULL + HALF),
     "tiny": (replace(PRESETS["tiny"], window_size=12), (192, 192), 1, FULL + HALF),
     "odd": (ODD, (76, 88), 2, FULL),
+    "swin": (SwinConfig(48, (2, 2, 1), (3, 3, 6), window_size=4, image_size=(96, 64)), (96, 64), 4, FULL + HALF),
+    "swin, padded": (SwinConfig(48, (1, 2), (3, 6), 5, in_channels=2, patch_size=2), (48, 36), 3, FULL),
+    "vit": (VIT, (96, 64), 4, FULL + HALF),
+    "vit, fine-tuned": (replace(VIT, layer_scale=0.0).for_fine_tuning(), (96, 64), 2, FULL),
 }
 
 
@@ -171,6 +184,8 @@ CASES = {
 def test_memory(config, size, batch, options, precision):
     """Parameters, gradients and moments within 0.01 %, activations within 2 %. The peak less what all options share within
     4 % in float32 and 7 % in bfloat16, as docs/scaling.md says."""
+    if isinstance(config, ViTConfig) and OPTIONS[options][1]:
+        pytest.skip("no windows")
     setup = Setup(batch, 1, precision, "ddp", *OPTIONS[options], device="cpu")
     predicted, real = memory(config, size, setup), measured(config, size, setup)
     assert predicted.parameters + predicted.gradients + predicted.optimizer == pytest.approx(real["state"], rel=1e-4)
@@ -182,16 +197,18 @@ def test_memory(config, size, batch, options, precision):
 
 @like_a_gpu
 @pytest.mark.parametrize("sequential", [None, 2])
-@pytest.mark.parametrize("case", ["nano", "micro, padded", "odd"])
+@pytest.mark.parametrize("case", ["nano", "micro, padded", "odd", "swin", "vit"])
 def test_cached_bytes(case, sequential):
     """Bytes of the tensors that the encoder's caches hold after a forward pass."""
     config, size, *_ = CASES[case]
+    if isinstance(config, ViTConfig) and sequential:
+        pytest.skip("no windows")
     model, images, masks = make(config, size, 1, False, sequential)
     benchmark.clear_caches()
     with torch.no_grad(), LiveBytes([*model.parameters(), images, masks]) as live:
         model(images, masks)
     setup = Setup(1, 1, "32-true", sequential_attention=sequential)
-    assert live.live == FAMILY.cost.cached_bytes(config, size, setup)
+    assert live.live == registry.family_of(config).cost.cached_bytes(config, size, setup)
 
 
 def test_devices_and_strategies():

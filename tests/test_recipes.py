@@ -10,7 +10,9 @@ import torch
 from simmim.cli.train import finetune_settings as read_finetune_settings
 from simmim.cli.train import pretrain_settings as read_pretrain_settings
 from simmim.data import ImageStatistics
+from simmim.encoders.swin import PRESETS as SWIN_PRESETS
 from simmim.encoders.swinv2 import SwinV2, SwinV2Config
+from simmim.encoders.vit import PRESETS as VIT_PRESETS
 from simmim.finetune.detection.defaults import resolve_head
 from simmim.finetune.detection.model import Detector
 from simmim.finetune.detection.model import HeadShape as DetectorShape
@@ -39,8 +41,14 @@ def finetune_settings(path):
 
 def test_there_are_recipes_for_each_stage():
     own = {"demo", "tiny-one-gpu", "micro-laptop", "fashion-mnist"}
-    assert {path.stem for path in PRETRAIN} == own | {"swinv2-base-192", "scenes", "tiny-canvas"}
-    assert {path.stem for path in FINETUNE} == own | {"swinv2-base-224", "demo-unlabeled"}
+    assert {path.stem for path in PRETRAIN} == own | {
+        "swinv2-base-192",
+        "swin-base-192",
+        "vit-base-224",
+        "scenes",
+        "tiny-canvas",
+    }
+    assert {path.stem for path in FINETUNE} == own | {"swinv2-base-224", "swin-base-224", "vit-base-224", "demo-unlabeled"}
 
 
 @pytest.mark.parametrize("path", PRETRAIN, ids=lambda path: path.stem)
@@ -141,3 +149,22 @@ def test_base_finetuning_recipe_is_the_published_one():
     # The windows that 192 px and window 12 leave in the encoder's config are the published 12-12-12-6.
     pretrained = replace(SwinV2Config.from_preset("base"), window_size=12).windows((192, 192))
     assert [max(window) for window in pretrained] == [12, 12, 12, 6]
+
+
+def test_recipes_of_the_papers_encoders_are_the_published_ones():
+    """The configurations of the SimMIM repository: Swin-B of 100 epochs, ViT-B of 800."""
+    swin, vit = (pretrain_settings(CONFIGS / "pretrain" / f"{name}.yaml") for name in ("swin-base-192", "vit-base-224"))
+    assert swin.encoder_config() == replace(SWIN_PRESETS["swin-base"], window_size=6, image_size=(192, 192))
+    assert vit.encoder_config() == replace(VIT_PRESETS["vit-base"], drop_path_rate=0.1, image_size=(224, 224))
+    for settings, units in ((swin, 22), (vit, 30)):
+        assert settings.model.masking(settings.encoder_config().patch_size).num_masked_units(settings.size) == units
+        assert settings.model.norm_target_patch is None
+    rate = swin.schedule().by_step(625, global_batch=2048)
+    assert (rate(0), rate(6250)) == (pytest.approx(4e-6), pytest.approx(8e-4)) and swin.optim.min_lr == 1e-5
+    rate = vit.schedule().by_step(625, global_batch=2048)
+    assert (rate(0), rate(6250), rate(700 * 625)) == (pytest.approx(2e-6), pytest.approx(4e-4), pytest.approx(4e-5))
+    swin, vit = (finetune_settings(CONFIGS / "finetune" / f"{name}.yaml") for name in ("swin-base-224", "vit-base-224"))
+    assert (swin.encoder.window_size, swin.encoder.drop_path_rate, swin.optim.layer_decay) == (7, 0.1, 0.9)
+    assert (vit.encoder.window_size, vit.encoder.drop_path_rate, vit.optim.layer_decay) == (None, 0.1, 0.65)
+    adapted = SWIN_PRESETS["swin-base"].adapt_to_size((192, 192), (224, 224))
+    assert replace(adapted, window_size=swin.encoder.window_size).windows((224, 224)) == ((7, 7),) * 4

@@ -324,9 +324,9 @@ def place(tmp_path_factory):
 
 UNREADABLE = {
     "resnet.pth": ["holds a ResNet", "Expected an encoder (SwinV2, Swin, ViT) of this toolkit"],
-    "v1.pth": ["Swin Transformer V1"],
-    "v1_simmim.pth": ["Swin Transformer V1"],
-    "v1 hf": ["does not fit a swin of transformers", "by its config.json"],
+    "v1.pth": ["patch_embed.proj.weight has shape (4, 4): a Swin Transformer has"],
+    "v1_simmim.pth": ["patch_embed.proj.weight has shape (4, 4): a Swin Transformer has"],
+    "v1 hf": ["does not fit the architecture expected of it", "missing"],
     "cut.safetensors": ["is not a whole safetensors file"],
     "text.pth": ["is not a whole weight file"],
     "text.txt": ["is no weight file: expected safetensors or a PyTorch checkpoint"],

@@ -58,7 +58,12 @@ def write(results, path):
 
 @torch.inference_mode()
 def outputs(model, images):
-    """Pooled features, each stage's feature map before merging, and the logits of a head, in the encoder's layout."""
+    """Pooled features, each stage's feature map before merging, and the logits of a head, in the encoder's layout; of Beit
+    the tokens of patches after the last block and its norm if it has one."""
+    if hasattr(model, "blocks"):  # Beit
+        tokens = model.forward_features(images)
+        results = {"tokens": tokens[:, 1:], "pooled": model.forward_head(tokens, pre_logits=True)}
+        return results | ({"logits": model.forward_head(tokens)} if model.num_classes else {})
     maps = []
     hooks = [layer.register_forward_hook(lambda *call: maps.append(call[2].movedim(-1, 1))) for layer in model.layers]
     features = model.forward_features(images)
@@ -104,17 +109,18 @@ def load(timm, job):
         **description["model_args"],
     )
     whole = timm.create_model(f"local-dir:{folder}", pretrained=True)
-    maps = timm.create_model(f"local-dir:{folder}", pretrained=True, features_only=True)
     results = {
         f"{way}.{name}": value
         for way, model in (("bare", bare), ("whole", whole))
         for name, value in outputs(model.eval(), images).items()
     }
-    for stage, value in enumerate(maps.eval()(images)):
-        results[f"maps.stage{stage}"] = value.movedim(-1, 1)
-    results["channels"], results["strides"] = map(
-        torch.tensor, (maps.feature_info.channels(), maps.feature_info.reduction())
-    )
+    if not hasattr(whole, "blocks"):
+        maps = timm.create_model(f"local-dir:{folder}", pretrained=True, features_only=True)
+        for stage, value in enumerate(maps.eval()(images)):
+            results[f"maps.stage{stage}"] = value.movedim(-1, 1)
+        results["channels"], results["strides"] = map(
+            torch.tensor, (maps.feature_info.channels(), maps.feature_info.reduction())
+        )
     settings = timm.data.resolve_model_data_config(whole)
     results["mean"], results["std"], results["size"] = (torch.tensor(settings[key]) for key in ("mean", "std", "input_size"))
     write(results, job["out"])

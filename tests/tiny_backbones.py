@@ -8,6 +8,7 @@ SIDE_PX = 64
 VIT = {"hidden_size": 32, "num_hidden_layers": 5, "num_attention_heads": 2, "intermediate_size": 64, "image_size": SIDE_PX}
 VIT |= {"patch_size": 8}
 SWIN = {"embed_dim": 16, "depths": [1, 2], "num_heads": [1, 2], "window_size": 4, "image_size": SIDE_PX}
+SWIN |= {"layer_norm_eps": 1e-6}  # as published it is an encoder of this toolkit
 STAGES = {"hidden_sizes": [8, 16, 24, 32], "depths": [1, 1, 2, 1]}
 
 # Name to model type and fields of the configuration.
@@ -27,7 +28,7 @@ TIMM = {
     "timm vit": ("vit_tiny_patch16_224", {"img_size": SIDE_PX, "embed_dim": 32, "depth": 5, "num_heads": 2}),
     "timm dinov3": ("vit_small_patch16_dinov3", {"img_size": SIDE_PX, "embed_dim": 32, "depth": 4, "num_heads": 2}),
     "timm swin": (
-        "swin_tiny_patch4_window7_224",
+        "swin_s3_tiny_224",  # the published ones are encoders of this toolkit
         {"img_size": SIDE_PX, "window_size": 4, "embed_dim": 16, "depths": (1, 1, 2, 1), "num_heads": (1, 1, 2, 2)},
     ),
     "timm convnext": ("convnext_atto", {"dims": (8, 16, 24, 32), "depths": (1, 1, 2, 1)}),

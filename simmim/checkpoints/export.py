@@ -68,6 +68,7 @@ def export(
     config = checkpoint.config.with_training_size(checkpoint.preprocessing.image_size)
     checkpoint = replace(checkpoint, config=config, preprocessing=preprocessing)
     form = choose_form(checkpoint, target, form)
+    checkpoint = target.fitted(checkpoint)
     notes = target.limits(checkpoint, form)
     if license:
         checkpoint = replace(checkpoint, provenance={**checkpoint.provenance, "license": license})

@@ -5,16 +5,15 @@ from __future__ import annotations
 import re
 from collections.abc import Iterable
 
-V1 = "a Swin Transformer V1: its position bias is a table for one window, and it has no cosine attention"
 INCOMPLETE = "no whole Swin Transformer V2: there is no"
 BLOCK = r"layers[._]0\.blocks\.0\.(attn|attention\.self)\."
 # Patterns of tensor names that must all occur, and what they tell, the first that fits. The last two are a SwinV2 of which a
 # part is missing.
 NETWORKS = (
-    ((r"relative_position_bias_table$",), V1),
+    ((BLOCK, r"relative_position_bias_table$"), "no whole Swin Transformer: there is no patch_embed.proj.weight"),
     ((r"^(.*\.)?layer1\.0\.conv1\.",), "a ResNet"),
     ((r"stages\.0\.layers\.0\.convolution",), "a ResNet"),
-    ((r"cls_token$", r"(blocks|layer|layers)\.0\."), "a ViT"),
+    ((r"cls_token$", r"(blocks|layer|layers)\.0\."), "a ViT without the relative position biases of SimMIM's"),
     ((r"stages\.0\.(blocks\.)?0\.(dwconv|conv_dw)",), "a ConvNeXt"),
     ((BLOCK, r"logit_scale$"), f"{INCOMPLETE} patch_embed.proj.weight"),
     ((BLOCK,), f"{INCOMPLETE} logit_scale"),

@@ -125,6 +125,15 @@ class Format(ABC):
             return CLASSIFIER
         return checkpoint.method if self.prefers_pretraining and checkpoint.method in forms else ENCODER
 
+    def fitted(self, checkpoint: Checkpoint) -> Checkpoint:
+        """The checkpoint to write: one that computes the same at its image size and whose weights have the shapes that the
+        other library expects there.
+
+        Raises:
+            ValueError: if there is none.
+        """
+        return checkpoint
+
     def limits(self, checkpoint: Checkpoint, form: str) -> tuple[str, ...]:
         """What the other library computes or keeps differently than this toolkit, one note each.
 

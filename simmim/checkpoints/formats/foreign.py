@@ -12,7 +12,7 @@ from simmim.checkpoints.checkpoint import Checkpoint, Preprocessing
 from simmim.checkpoints.formats.base import CLASSIFIER, ExportOptions, Format
 from simmim.checkpoints.source import CONFIG, DESCRIPTION, Source
 from simmim.encoders import registry as encoders
-from simmim.encoders.base import EncoderConfig, State
+from simmim.encoders.base import Config, State
 from simmim.files import write_json
 
 
@@ -31,6 +31,10 @@ class Rows(ABC):
     def state(self, checkpoint: Checkpoint, form: str) -> State:
         """Every tensor of the format's weight file, under the format's names."""
 
+    def fitted(self, checkpoint: Checkpoint) -> Checkpoint:
+        """As `Format.fitted`."""
+        return checkpoint
+
     def differences(self, checkpoint: Checkpoint, form: str) -> tuple[str, ...]:
         """As `Format.differences`."""
         return ()
@@ -46,6 +50,9 @@ class ForeignFormat(Format):
 
     def read(self, source: Source, overrides: Mapping[str, Any]) -> Checkpoint:
         return next(rows for rows in self.all_rows() if rows.detect(source)).read(source, overrides)
+
+    def fitted(self, checkpoint: Checkpoint) -> Checkpoint:
+        return self.rows_for(checkpoint.config).fitted(checkpoint)
 
     def differences(self, checkpoint: Checkpoint, form: str) -> tuple[str, ...]:
         return self.rows_for(checkpoint.config).differences(checkpoint, form)
@@ -78,14 +85,21 @@ def description_of(checkpoint: Checkpoint, form: str) -> dict[str, Any]:
     }
 
 
-def read_description(source: Source) -> tuple[EncoderConfig, Preprocessing]:
+def read_description(source: Source, expected: type[Config]) -> tuple[Config, Preprocessing]:
     """The architecture and preprocessing in the description of a folder that this toolkit exported.
 
+    Args:
+        expected: the class of configurations of the family whose weights the folder holds.
+
     Raises:
-        ValueError: if they are damaged.
+        ValueError: if they are damaged, or describe another encoder.
     """
     try:
         config = encoders.config_from_dict(source.description["architecture"])
-        return config, Preprocessing(**source.description["preprocessing"])
+        preprocessing = Preprocessing(**source.description["preprocessing"])
     except (KeyError, TypeError, AttributeError) as error:
         raise ValueError(f"{source.folder / CONFIG} is damaged ({error}): export the encoder again") from error
+    if not isinstance(config, expected):
+        title = next(family.title for family in map(encoders.load_family, encoders.FAMILIES) if family.config is expected)
+        raise ValueError(f"{source.folder / CONFIG} describes another encoder than the weights, which are a {title}'s")
+    return config, preprocessing

@@ -43,7 +43,7 @@ def read_simmim(rows: tuple[Row, ...], tensors: Mapping[str, Tensor], file: Weig
         ValueError: if some of their tensors are missing.
     """
     their_name = dict(rows)
-    if not any(their_name[part] in tensors for part in ("decoder.weight", "decoder.bias")):
+    if not rows or not any(their_name[part] in tensors for part in ("decoder.weight", "decoder.bias")):
         has_token = any(name.endswith("mask_token") for name in tensors)
         return {}, ("mask token ignored: there is no decoder",) if has_token else ()
     parts = all_or_none(rows, tensors, file.source)

@@ -35,6 +35,11 @@ def infer_stages(state: Mapping[str, Tensor], title: str, heads: str) -> dict[st
         return first_present(*(f"layers.{stage}.blocks.{block}.{name}" for block in sorted(blocks.get(stage, {0}))))
 
     projection = first_present("patch_embed.proj.weight")
+    if projection.ndim != 4:
+        shape = tuple(projection.shape)
+        raise ValueError(
+            f"patch_embed.proj.weight has shape {shape}: a {title} has (channels, image channels, patch, patch)"
+        )
     hidden = weight_of_stage(0, "mlp.fc1.weight")
     per_head = [weight_of_stage(stage, heads) for stage in range(len(blocks))]
     return {

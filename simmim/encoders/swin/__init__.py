@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from simmim.encoders.base import EncoderFamily
 from simmim.encoders.swin.config import PRESETS, SwinConfig
+from simmim.encoders.swin.cost import SwinCost
 from simmim.encoders.swin.model import Swin
 
 __all__ = ["FAMILY", "PRESETS", "Swin", "SwinConfig"]
@@ -15,4 +16,5 @@ FAMILY = EncoderFamily(
     build=Swin,
     presets=PRESETS,
     paper="arXiv 2103.14030",
+    cost=SwinCost(),
 )

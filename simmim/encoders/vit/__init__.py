@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from simmim.encoders.base import EncoderFamily
 from simmim.encoders.vit.config import PRESETS, ViTConfig
+from simmim.encoders.vit.cost import ViTCost
 from simmim.encoders.vit.model import ViT
 
 __all__ = ["FAMILY", "PRESETS", "ViT", "ViTConfig"]
@@ -15,4 +16,5 @@ FAMILY = EncoderFamily(
     build=ViT,
     presets=PRESETS,
     paper="arXiv 2111.09886",
+    cost=ViTCost(),
 )

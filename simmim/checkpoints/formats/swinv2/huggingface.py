@@ -2,29 +2,26 @@
 
 from __future__ import annotations
 
-import re
-from collections import Counter
 from collections.abc import Mapping
 from typing import Any
 
 from torch import Tensor
 
 from simmim.checkpoints.checkpoint import Checkpoint
-from simmim.checkpoints.fitting import check_state
 from simmim.checkpoints.formats.base import CLASSIFIER, ENCODER
-from simmim.checkpoints.formats.huggingface import HuggingFaceFormat, HuggingFaceRows, read_preprocessing
-from simmim.checkpoints.formats.key_tables import KeyTable, prefix_of, weight_and_bias
-from simmim.checkpoints.formats.parts import SIMMIM, class_names, parts_of_form, read_head, read_simmim
+from simmim.checkpoints.formats.foreign import read_description
+from simmim.checkpoints.formats.huggingface import HuggingFaceFormat, HuggingFaceTableRows, blocks_of, check_config
+from simmim.checkpoints.formats.key_tables import KeyTable, weight_and_bias
+from simmim.checkpoints.formats.parts import SIMMIM
 from simmim.checkpoints.formats.swinv2.recognition import (
     config_of,
     is_swinv2,
     padding_note,
-    read_swinv2_description,
     refuse_extra_norms,
     with_pretrained_windows,
 )
-from simmim.checkpoints.source import CONFIG, Source
-from simmim.encoders.base import Size, State
+from simmim.checkpoints.source import Source
+from simmim.encoders.base import EncoderConfig, Size
 from simmim.encoders.swinv2.config import SwinV2Config
 
 OURS, THEIRS = "layers.{i}.blocks.{j}.", "encoder.layers.{i}.blocks.{j}."
@@ -65,44 +62,20 @@ CLASSES = {
 FIXED = {"hidden_act": "gelu", "qkv_bias": True, "use_absolute_embeddings": False, "layer_norm_eps": 1e-5}
 
 
-class SwinV2HuggingFace(HuggingFaceRows):
+class SwinV2HuggingFace(HuggingFaceTableRows):
     """transformers' Swinv2 models."""
+
+    table, model = TABLE, "swinv2"
 
     def detect(self, source: Source) -> bool:
         return is_swinv2(source.weights.tensors, PROJECTION)
 
-    def read(self, source: Source, overrides: Mapping[str, Any]) -> Checkpoint:
-        file = source.weights
-        config, size, notes = read_architecture(source)
-        prefix = prefix_of(file.tensors, PROJECTION)
-        # By the blocks in the file and not by those in the configuration, so that the two can be compared.
-        depths = depths_of(file.tensors, prefix)
-        state, left_over = TABLE.to_ours(file.tensors, SwinV2Config(1, depths, (1,) * len(depths)), prefix)
-        known = {theirs for _, theirs in (*TABLE.pretraining, *TABLE.head)} | {prefix + "embeddings.mask_token"}
-        buffers = ("relative_coords_table", "relative_position_index")
-        extra = [name for name in left_over if name not in known and not name.endswith(buffers)]
-        check_state(config, state | {name: file.tensors[name] for name in extra}, file.source)
-        head = read_head(TABLE, file.tensors, file)
-        pretraining, more_notes = read_simmim(TABLE.pretraining, file.tensors, file)
-        labels = source.config.get("id2label") or {}
-        origin = {"origin": "transformers", "architectures": source.config.get("architectures")}
-        return Checkpoint(
-            config,
-            state,
-            read_preprocessing(source, size, config.in_channels),
-            file.source,
-            "hf",
-            provenance=source.description.get("provenance", origin),
-            pretraining=pretraining,
-            head=head,
-            classes=class_names([labels[key] for key in sorted(labels, key=int)], head),
-            notes=notes + more_notes,
-        )
+    def read_architecture(self, source: Source) -> tuple[SwinV2Config, Size, tuple[str, ...]]:
+        return read_architecture(source)
 
-    def state(self, checkpoint: Checkpoint, form: str) -> State:
-        prefix = "" if form == ENCODER else "swinv2."
-        encoder = TABLE.from_ours(checkpoint.encoder, checkpoint.config, prefix)
-        return encoder | parts_of_form(TABLE, checkpoint, form)
+    def config_of_names(self, tensors: Mapping[str, Tensor], prefix: str, config: EncoderConfig) -> SwinV2Config:
+        depths = blocks_of(tensors, prefix)
+        return SwinV2Config(1, depths, (1,) * len(depths))
 
     def folder_config(self, checkpoint: Checkpoint, form: str) -> dict[str, Any]:
         config, fields = config_of(checkpoint), checkpoint.config.as_dict()
@@ -149,31 +122,14 @@ ROWS = SwinV2HuggingFace()
 # --- the architecture ------------------------------------------------------------------------------------------------
 
 
-def depths_of(tensors: Mapping[str, Tensor], prefix: str) -> tuple[int, ...]:
-    """The number of blocks in each stage, by their names."""
-    block = re.compile(re.escape(prefix) + r"encoder\.layers\.(\d+)\.blocks\.(\d+)\.")
-    blocks = {(int(match[1]), int(match[2])) for name in tensors if (match := block.match(name))}
-    return tuple(Counter(stage for stage, _ in sorted(blocks)).values())
-
-
 def read_architecture(source: Source) -> tuple[SwinV2Config, Size, tuple[str, ...]]:
     """The encoder's configuration, the size of its images, and notes.
 
     Raises:
         ValueError: if there is no configuration of a Swinv2, or it differs from the published architecture.
     """
-    stored, path = source.config, source.folder / CONFIG
-    if stored.get("model_type") != "swinv2":
-        says = f"{CONFIG} beside it says model_type {stored['model_type']!r}" if "model_type" in stored else ""
-        raise ValueError(
-            f"{source.file} holds a model of transformers and {says or f'no {CONFIG} lies beside it'}: give a whole folder, "
-            "with model_type 'swinv2'"
-        )
-    for name, value in FIXED.items():
-        if stored.get(name, value) != value:
-            raise ValueError(
-                f"{path} says {name} {stored[name]!r}: Swin Transformer V2 as published, and so this toolkit, has {value!r}"
-            )
+    check_config(source, "swinv2", FIXED, "Swin Transformer V2")
+    stored = source.config
     size = stored.get("image_size", 224)
     size = (size, size) if isinstance(size, int) else tuple(size)
     config = SwinV2Config(
@@ -191,7 +147,7 @@ def read_architecture(source: Source) -> tuple[SwinV2Config, Size, tuple[str, ..
     pretrained = [side or own for side, own in zip(pretrained, windows_of_transformers(config, size))]
     config = with_pretrained_windows(config, pretrained, size)
     if source.description:
-        described, _ = read_swinv2_description(source)
+        described, _ = read_description(source, SwinV2Config)
         # transformers has no place for this field.
         if {**described.as_dict(), "shift_before_padding": False} == config.as_dict():
             config = described

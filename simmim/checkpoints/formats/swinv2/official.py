@@ -9,21 +9,26 @@ from typing import Any
 
 import torch
 
-from simmim.checkpoints.checkpoint import Checkpoint, Preprocessing
-from simmim.checkpoints.fitting import check_state
-from simmim.checkpoints.formats.key_tables import KeyTable, prefix_of, same_names, weight_and_bias
-from simmim.checkpoints.formats.official import OfficialRows
-from simmim.checkpoints.formats.parts import SIMMIM, class_names, parts_of_form, read_head, read_simmim
+from simmim.checkpoints.checkpoint import Checkpoint
+from simmim.checkpoints.formats.key_tables import KeyTable, same_names
+from simmim.checkpoints.formats.official import (
+    FILE_NAME,
+    HEAD_ROWS,
+    PRETRAINING_ROWS,
+    Architecture,
+    OfficialRows,
+    preprocessing_of,
+    stored_settings,
+    with_tuples,
+)
 from simmim.checkpoints.formats.swinv2.recognition import (
     AUTHORS_PROJECTION,
     config_of,
     is_swinv2,
-    read_swinv2_description,
     with_pretrained_windows,
 )
 from simmim.checkpoints.source import Source
-from simmim.checkpoints.weight_files import WeightFile, as_plain_values
-from simmim.defaults import IMAGENET_MEAN, IMAGENET_STD
+from simmim.checkpoints.weight_files import WeightFile
 from simmim.encoders.base import Size, State
 from simmim.encoders.shifted_windows.config import as_pair
 from simmim.encoders.shifted_windows.geometry import relative_position_index, shift_mask
@@ -43,88 +48,44 @@ TABLE = KeyTable(
         *("layers.{i}.downsample." + name for name in ("reduction.weight", "norm.weight", "norm.bias")),
         *("norm.weight", "norm.bias"),
     ),
-    pretraining=(
-        ("mask_token", "encoder.mask_token"),
-        ("decoder.weight", "decoder.0.weight"),
-        ("decoder.bias", "decoder.0.bias"),
-    ),
-    head=weight_and_bias("head", "head"),
+    pretraining=PRETRAINING_ROWS,
+    head=HEAD_ROWS,
 )
 # Fields of our configuration that the authors' configuration has, too.
 SIZES = {"embed_dim": "EMBED_DIM", "depths": "DEPTHS", "num_heads": "NUM_HEADS", "mlp_ratio": "MLP_RATIO"}
 # Derived from sizes. The authors' modules store them; here they are only a source of the sizes.
 BUFFERS = re.compile(r"relative_coords_table$|relative_position_index$|attn_mask$|\.k_bias$")
-# Windows and image sizes in pixels, as published file names have them: window12_192, window12to16_192to256.
-FILE_NAME = re.compile(r"window(\d+)(?:to(\d+))?_(\d{2,4})(?:to(\d{2,4}))?")
 
 
 class SwinV2Official(OfficialRows):
     """The authors' SwinV2: classifiers, SimMIM models, and encoders alone."""
 
+    table, buffers, config_class = TABLE, BUFFERS, SwinV2Config
+
     def detect(self, source: Source) -> bool:
         return is_swinv2(source.weights.tensors, AUTHORS_PROJECTION)
 
-    def read(self, source: Source, overrides: Mapping[str, Any]) -> Checkpoint:
-        file, description = source.weights, source.description
-        tensors = {name.replace("rpe_mlp", "cpb_mlp"): value for name, value in file.tensors.items()}
-        prefix = prefix_of(tensors, AUTHORS_PROJECTION)
-        encoder = {name.removeprefix(prefix): value for name, value in tensors.items() if name.startswith(prefix)}
-        buffers = {name: encoder.pop(name) for name in list(encoder) if BUFFERS.search(name)}
-        settings = as_plain_values(file.values.get("config") or {})
-        notes: tuple[str, ...] = ()
-        if description:
-            config, preprocessing = read_swinv2_description(source)
-        else:
-            config, preprocessing, notes = find_architecture(encoder, buffers, settings, file, overrides)
-        state, left_over = TABLE.to_ours(encoder, config)
-        left_over += [name for name in tensors if not name.startswith(prefix)]
-        known = {theirs.removeprefix(prefix) for _, theirs in (*TABLE.pretraining, *TABLE.head)} | {"mask_token"}
-        extra = [name for name in left_over if name not in known]
-        check_state(config, state | {name: (encoder | tensors)[name] for name in extra}, file.source)
-        head = read_head(TABLE, encoder, file)
-        # The mask token is a part of the authors' encoder, whatever its prefix.
-        mask_token = {"encoder.mask_token": encoder["mask_token"]} if "mask_token" in encoder else {}
-        pretraining, more_notes = read_simmim(TABLE.pretraining, tensors | mask_token, file)
-        return Checkpoint(
-            config,
-            state,
-            preprocessing,
-            file.source,
-            "official",
-            provenance=description.get("provenance", provenance_in(settings, bool(pretraining))),
-            pretraining=pretraining,
-            head=head,
-            classes=class_names(description.get("classes"), head),
-            notes=notes + more_notes,
-        )
+    def current_name(self, name: str) -> str:
+        return name.replace("rpe_mlp", "cpb_mlp")
 
-    def state(self, checkpoint: Checkpoint, form: str) -> State:
-        """With the authors' prefix in the form simmim, without it in the forms encoder and classifier."""
-        prefix = "encoder." if form == SIMMIM else ""
-        encoder = {**checkpoint.encoder, **buffers_of(config_of(checkpoint), checkpoint.preprocessing.image_size)}
-        return {prefix + name: value for name, value in encoder.items()} | parts_of_form(TABLE, checkpoint, form)
+    def find_architecture(
+        self, state: State, buffers: State, settings: Mapping, file: WeightFile, overrides: Mapping[str, Any]
+    ) -> Architecture:
+        return find_architecture(state, buffers, settings, file, overrides)
+
+    def buffers_of(self, checkpoint: Checkpoint) -> State:
+        return buffers_of(config_of(checkpoint), checkpoint.preprocessing.image_size)
 
     def settings(self, checkpoint: Checkpoint) -> dict[str, Any]:
-        config, provenance = config_of(checkpoint), checkpoint.provenance
-        height, width = checkpoint.preprocessing.image_size
-        data: dict[str, Any] = {"IMG_SIZE": height if height == width else [height, width]}
-        if "mask_ratio" in provenance:
-            data |= {"MASK_PATCH_SIZE": provenance["mask_unit"], "MASK_RATIO": provenance["mask_ratio"]}
-        fields = config.as_dict()
-        model = {
-            "TYPE": "swinv2",
-            "DROP_PATH_RATE": config.drop_path_rate,
-            "SWINV2": {
-                **{theirs: fields[ours] for ours, theirs in SIZES.items()},
-                "WINDOW_SIZE": config.window_size,
-                "PRETRAINED_WINDOW_SIZES": fields["pretrained_window_sizes"],
-                "PATCH_SIZE": config.patch_size,
-                "IN_CHANS": config.in_channels,
-            },
+        config, fields = config_of(checkpoint), checkpoint.config.as_dict()
+        own = {
+            **{theirs: fields[ours] for ours, theirs in SIZES.items()},
+            "WINDOW_SIZE": config.window_size,
+            "PRETRAINED_WINDOW_SIZES": fields["pretrained_window_sizes"],
+            "PATCH_SIZE": config.patch_size,
+            "IN_CHANS": config.in_channels,
         }
-        if provenance.get("norm_target_patch"):
-            model["SIMMIM"] = {"NORM_TARGET": {"ENABLE": True, "PATCH_SIZE": provenance["norm_target_patch"]}}
-        return {"DATA": data, "MODEL": model}
+        return stored_settings(checkpoint, "swinv2", config.drop_path_rate, own)
 
     def differences(self, checkpoint: Checkpoint, form: str) -> tuple[str, ...]:
         height, width = checkpoint.preprocessing.image_size
@@ -137,8 +98,6 @@ ROWS = SwinV2Official()
 
 
 # --- reading the architecture ----------------------------------------------------------------------------------------
-
-Architecture = tuple[SwinV2Config, Preprocessing, tuple[str, ...]]
 
 
 def find_architecture(
@@ -173,16 +132,8 @@ def find_architecture(
     size = tuple(image) if isinstance(image, list | tuple) else (image, image)
     drop_path = settings.get("MODEL", {}).get("DROP_PATH_RATE", 0.0)
     config = SwinV2Config(**sizes, window_size=window, drop_path_rate=drop_path)
-    channels = sizes["in_channels"]
-    mean, std = (IMAGENET_MEAN, IMAGENET_STD) if channels == 3 else ((0.5,) * channels, (0.5,) * channels)
-    is_classifier = any(name.startswith("head") for name in state)
-    preprocessing = Preprocessing(size, mean, std, *(("bicubic", 0.875) if is_classifier else ()))
+    preprocessing = preprocessing_of(state, size, sizes["in_channels"])
     return with_pretrained_windows(config, pretrained, size), preprocessing, tuple(notes)
-
-
-def with_tuples(fields: Mapping[str, Any]) -> dict[str, Any]:
-    """Fields with tuples for lists, as a configuration has them."""
-    return {name: tuple(value) if isinstance(value, list) else value for name, value in fields.items()}
 
 
 def window_without_buffers(
@@ -195,9 +146,9 @@ def window_without_buffers(
     """
     match = FILE_NAME.search(f"{file.source.stem} {file.source.parent.name}")
     if match:
-        window, image = int(match[2] or match[1]), image or int(match[4] or match[3])
-        if match[2]:
-            before = SwinV2Config(**{**sizes, "window_size": int(match[1])}).windows((int(match[3]),) * 2)
+        window, image = int(match["window"] or match["before"]), image or int(match["size"] or match["size_before"])
+        if match["window"]:
+            before = SwinV2Config(**{**sizes, "window_size": int(match["before"])}).windows((int(match["size_before"]),) * 2)
             pretrained = tuple(side for side, _ in before)
         return window, pretrained, image, f"window {window} and {image} px by the file's name"
     if overrides.get("window_size"):
@@ -233,20 +184,6 @@ def windows_in_buffers(buffers: State, sizes: Mapping[str, Any]) -> tuple[tuple[
             # A stage of two blocks or more without a mask has one window.
             image = window * stride * (math.isqrt(len(mask)) if mask is not None else 1)
     return tuple(windows), tuple(pretrained), image
-
-
-def provenance_in(settings: Mapping, has_pretraining: bool) -> dict[str, Any]:
-    """What the stored configuration records of the training."""
-    provenance = {"origin": "the authors' code", "method": "SimMIM" if has_pretraining else "classification"}
-    data, simmim = settings.get("DATA", {}), settings.get("MODEL", {}).get("SIMMIM", {})
-    if "EPOCHS" in settings.get("TRAIN", {}):
-        provenance["epochs"] = settings["TRAIN"]["EPOCHS"]
-    if "MASK_RATIO" in data:
-        provenance |= {"mask_unit": data.get("MASK_PATCH_SIZE"), "mask_ratio": data["MASK_RATIO"]}
-    target = simmim.get("NORM_TARGET", {})
-    if target.get("ENABLE"):
-        provenance["norm_target_patch"] = target.get("PATCH_SIZE", 47)
-    return provenance
 
 
 # --- writing ---------------------------------------------------------------------------------------------------------

@@ -6,9 +6,7 @@ import re
 from collections.abc import Iterable, Sequence
 from dataclasses import replace
 
-from simmim.checkpoints.checkpoint import Checkpoint, Preprocessing
-from simmim.checkpoints.formats.foreign import read_description
-from simmim.checkpoints.source import CONFIG, Source
+from simmim.checkpoints.checkpoint import Checkpoint
 from simmim.encoders.base import Size
 from simmim.encoders.swinv2.config import SwinV2Config
 
@@ -31,18 +29,6 @@ def config_of(checkpoint: Checkpoint) -> SwinV2Config:
     """The configuration of a checkpoint that holds a SwinV2."""
     assert isinstance(checkpoint.config, SwinV2Config)
     return checkpoint.config
-
-
-def read_swinv2_description(source: Source) -> tuple[SwinV2Config, Preprocessing]:
-    """As `read_description`, of a SwinV2.
-
-    Raises:
-        ValueError: if it describes another encoder, or is damaged.
-    """
-    config, preprocessing = read_description(source)
-    if not isinstance(config, SwinV2Config):
-        raise ValueError(f"{source.folder / CONFIG} describes another encoder than the weights, which are a SwinV2's")
-    return config, preprocessing
 
 
 def with_pretrained_windows(config: SwinV2Config, sizes: Sequence[int | Size] | None, image_size: Size) -> SwinV2Config:

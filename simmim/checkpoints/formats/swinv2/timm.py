@@ -7,25 +7,31 @@ from collections.abc import Mapping
 from dataclasses import replace
 from typing import Any
 
-from simmim.checkpoints.checkpoint import Checkpoint, Preprocessing
-from simmim.checkpoints.fitting import check_state
-from simmim.checkpoints.formats.key_tables import KeyTable, prefix_of, weight_and_bias
-from simmim.checkpoints.formats.parts import class_names, parts_of_form, read_head
+from simmim.checkpoints.checkpoint import Checkpoint
+from simmim.checkpoints.formats.foreign import read_description
+from simmim.checkpoints.formats.key_tables import KeyTable, weight_and_bias
+from simmim.checkpoints.formats.official import Architecture, with_tuples
 from simmim.checkpoints.formats.swinv2 import official
-from simmim.checkpoints.formats.swinv2.official import Architecture, find_architecture, with_tuples
+from simmim.checkpoints.formats.swinv2.official import find_architecture
 from simmim.checkpoints.formats.swinv2.recognition import (
     AUTHORS_PROJECTION,
     config_of,
     is_swinv2,
     padding_note,
-    read_swinv2_description,
     refuse_extra_norms,
     with_pretrained_windows,
 )
-from simmim.checkpoints.formats.timm import TimmFormat, TimmRows
+from simmim.checkpoints.formats.timm import (
+    TimmFormat,
+    TimmTableRows,
+    has_swin_names,
+    one_window,
+    stated_preprocessing,
+    stated_size,
+    under_closed_stage,
+)
 from simmim.checkpoints.source import Source
 from simmim.checkpoints.weight_files import WeightFile
-from simmim.defaults import IMAGENET_MEAN, IMAGENET_STD
 from simmim.encoders.base import State
 from simmim.encoders.swinv2.config import PRESETS, SwinV2Config
 
@@ -50,51 +56,21 @@ IMAGES = {"in_channels": "in_chans", "patch_size": "patch_size"}
 MOVED_WINDOWS = {"12to16_192to256": (16, (12, 12, 12, 6)), "12to24_192to384": (24, (12, 12, 12, 6))}
 
 
-class SwinV2Timm(TimmRows):
+class SwinV2Timm(TimmTableRows):
     """timm's swinv2 models."""
 
     first_conv = "patch_embed.proj"
     classifier = "head.fc"
 
+    table, buffers = TABLE, official.BUFFERS
+
     def detect(self, source: Source) -> bool:
-        names = source.weights.tensors
-        if not is_swinv2(names, AUTHORS_PROJECTION):
-            return False
-        has_timm_names = any(re.search(r"(^|\.)head\.fc\.|layers[._][1-9]\d*\.downsample\.", name) for name in names)
-        # The authors' merging ends a stage, timm's begins the next: of two stages, layers.0 or layers.1 has one.
-        has_authors_names = any("layers.0.downsample." in name for name in names)
-        return (has_timm_names and not has_authors_names) or "pretrained_cfg" in source.config
+        return is_swinv2(source.weights.tensors, AUTHORS_PROJECTION) and has_swin_names(source)
 
-    def read(self, source: Source, overrides: Mapping[str, Any]) -> Checkpoint:
-        file = source.weights
-        prefix = prefix_of(file.tensors, AUTHORS_PROJECTION)
-        encoder = {
-            name.removeprefix(prefix): value
-            for name, value in file.tensors.items()
-            if name.startswith(prefix) and not official.BUFFERS.search(name)
-        }
-        config, preprocessing, notes = read_architecture(encoder, file, source, overrides)
-        state, left_over = TABLE.to_ours(encoder, config)
-        extra = [name for name in left_over if name not in {theirs for _, theirs in TABLE.head}]
-        extra += [name for name in file.tensors if not name.startswith(prefix)]
-        check_state(config, state | {name: (file.tensors | encoder)[name] for name in extra}, file.source)
-        head = read_head(TABLE, encoder, file)
-        labels = source.config.get("label_names") or source.config.get("pretrained_cfg", {}).get("label_names")
-        origin = {"origin": "timm", "architecture": source.config.get("architecture", "unknown")}
-        return Checkpoint(
-            config,
-            state,
-            preprocessing,
-            file.source,
-            "timm",
-            provenance=source.description.get("provenance", origin),
-            head=head,
-            classes=class_names(labels, head),
-            notes=notes,
-        )
-
-    def state(self, checkpoint: Checkpoint, form: str) -> State:
-        return TABLE.from_ours(checkpoint.encoder, checkpoint.config) | parts_of_form(TABLE, checkpoint, form)
+    def read_architecture(
+        self, encoder: State, file: WeightFile, source: Source, overrides: Mapping[str, Any]
+    ) -> Architecture:
+        return read_architecture(encoder, file, source, overrides)
 
     def architecture_name(self, checkpoint: Checkpoint) -> str:
         """The registered name of this size; tiny's for other sizes, which the arguments turn into any."""
@@ -137,37 +113,21 @@ def read_architecture(encoder: State, file: WeightFile, source: Source, override
     stated = source.config.get("pretrained_cfg") or source.config
     arguments = source.config.get("model_args") or {}
     name = source.config.get("architecture") or stated.get("architecture") or ""
-    size = arguments.get("img_size") or tuple(stated.get("input_size", ())[1:]) or None
+    size = stated_size(source)
     if source.description and name:
-        config, preprocessing = read_swinv2_description(source)
+        config, preprocessing = read_description(source, SwinV2Config)
         if config.window_size == arguments.get("window_size", config.window_size):
             return config, preprocessing, ()
     window, pretrained = windows_stated(name, arguments, file)
     if window is None or size is None:
         config, preprocessing, notes = find_architecture(state, {}, {}, file, overrides)
         return replace(config, shift_before_padding=True), preprocessing, notes
-    size = (size, size) if isinstance(size, int) else tuple(size)
     # What the folder says must agree with the weights: otherwise a missing block would go unnoticed.
     sizes = SwinV2Config.infer_fields(state) | sizes_stated(name, arguments)
     config = with_pretrained_windows(SwinV2Config(**sizes, window_size=window), pretrained, size)
-    preprocessing = Preprocessing(
-        size,
-        stated.get("mean", IMAGENET_MEAN),
-        stated.get("std", IMAGENET_STD),
-        stated.get("interpolation", "bicubic"),
-        stated.get("crop_pct") or 0.875,
-        "squash" if stated.get("crop_mode") == "squash" else "crop",
-    )
+    preprocessing = stated_preprocessing(stated, size)
     # Where windows do not divide a map, timm shifts it before it pads.
     return replace(config, shift_before_padding=True), preprocessing, ()
-
-
-def under_closed_stage(name: str) -> str:
-    """timm's name of a tensor with each merging under the number of the stage that it ends."""
-    parts = name.split(".")
-    if parts[0] == "layers" and parts[2] == "downsample":
-        parts[1] = str(int(parts[1]) - 1)
-    return ".".join(parts)
 
 
 def windows_stated(name: str, arguments: Mapping[str, Any], file: WeightFile) -> tuple[int | None, Any]:
@@ -182,20 +142,6 @@ def windows_stated(name: str, arguments: Mapping[str, Any], file: WeightFile) ->
     if arguments.get("window_size"):
         window = one_window(arguments["window_size"], file)
     return window, arguments.get("pretrained_window_sizes") or moved[1]
-
-
-def one_window(stated: int | list, file: WeightFile) -> int:
-    """The window of all stages. timm's argument may have one for each, and height and width.
-
-    Raises:
-        ValueError: if they differ.
-    """
-    if isinstance(stated, int):
-        return stated
-    sides = {side for stage in stated for side in (stage if isinstance(stage, list) else [stage])}
-    if len(sides) != 1:
-        raise ValueError(f"{file.source.parent / 'config.json'} says window_size {stated}: expected one size for all stages")
-    return sides.pop()
 
 
 def sizes_stated(name: str, arguments: Mapping[str, Any]) -> dict[str, Any]:

@@ -1,0 +1,1 @@
+"""Swin's rows in the tables of foreign formats, one file per format."""
