@@ -9,6 +9,7 @@ Shape letter: h heads. Grids are (height, width) in tokens. The rows of a table 
 
 from __future__ import annotations
 
+import math
 from functools import lru_cache
 
 import torch
@@ -30,7 +31,7 @@ def num_offsets(grid: Size) -> int:
 
 def side_of_table(num_rows: int) -> int | None:
     """The side of the square grid with this number of offsets; None if there is none."""
-    side = (int(num_rows**0.5) + 1) // 2
+    side = (math.isqrt(max(num_rows, 0)) + 1) // 2
     return side if side > 0 and num_offsets((side, side)) == num_rows else None
 
 
