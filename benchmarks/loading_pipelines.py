@@ -80,8 +80,15 @@ class UsualPipeline:
         return pixels.to(torch.float32).div(255).sub_(mean).div_(std)
 
 
-def toolkit_samples(paths: list[str]):
-    """The toolkit's samples of `paths`: uint8, cropped and flipped, by (epoch, index)."""
-    from simmim.data import ImageSamples, RandomView
+def toolkit_samples(paths: list[str], cache: Path | None = None):
+    """The toolkit's samples of `paths`: uint8, cropped and flipped, by (epoch, index).
 
-    return ImageSamples(undecoded(paths), RandomView((SIDE_PX, SIDE_PX)), channels=3, seed=0)
+    Args:
+        cache: folder in which images are kept shrunk; None keeps none.
+    """
+    from simmim.data import ImageSamples, RandomView
+    from simmim.data.kept_pictures import KeptPictures
+
+    view = RandomView((SIDE_PX, SIDE_PX))
+    kept = KeptPictures([view], (3,), 10**11, cache) if cache else None
+    return ImageSamples(undecoded(paths), view, channels=3, seed=0, kept=kept)

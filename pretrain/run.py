@@ -29,6 +29,7 @@ from simmim.data import (
     measure_images,
     open_source,
 )
+from simmim.data.kept_pictures import KeptPictures
 from simmim.data.label_map_sources import note_on_label_maps
 from simmim.data.tiles import TiledSamples, TilePlan, measure_tiles, plan_tiles, sample_tiles
 from simmim.encoders import registry
@@ -48,6 +49,7 @@ from simmim.pretrain.calibration import (
     run_seconds,
     seconds_per_step,
 )
+from simmim.pretrain.keeping import prepare, resolve_cache
 from simmim.pretrain.labeled_probe import LabeledProbe
 from simmim.pretrain.module import PretrainingModule
 from simmim.pretrain.reconstructions import Reconstructions
@@ -83,6 +85,8 @@ class Resolved(NamedTuple):
         held_out: the images to validate with, which `source` does not have; None where there are none.
         short_side_px: of the images' files.
         tiles: those of the images, where they are read by tiles.
+        kept: images that are kept shrunk on disk; None where none are.
+        statistics: of a sample of the images.
     """
 
     settings: PretrainSettings
@@ -92,6 +96,8 @@ class Resolved(NamedTuple):
     held_out: datasets.Dataset | None = None
     short_side_px: int = 0
     tiles: TilePlan | None = None
+    kept: KeptPictures | None = None
+    statistics: ImageStatistics | None = None
 
     @property
     def steps_per_epoch(self) -> float:
@@ -150,8 +156,9 @@ def training_run(resolved: Resolved, method: Method, notes: list[str], length: S
 
     def text(trainer: pl.Trainer, resumed: Path | None) -> str:
         masks = note_on_label_maps(data.path)
+        keeping = [prepare(resolved.kept, source, resolved.statistics)] if resolved.kept and resolved.statistics else []
         lines = [*notes, summary(settings, method, source.num_images, num_steps, trainer, resumed, probe, validation)]
-        lines += [*length, *([f"note     {masks}"] if masks else [])]
+        lines += [*length, *keeping, *([f"note     {masks}"] if masks else [])]
         return "\n".join(lines)
 
     return TrainingRun(
@@ -327,7 +334,9 @@ def resolve_run(settings: PretrainSettings) -> Resolved:
         num_steps = max(1, round(settings.epochs * source.num_images / settings.batch_size))
         every_steps = default_steps_between(num_steps, len(held_out), settings.batch_size)
         settings = replace(settings, validate_every_epochs=every_steps * settings.batch_size / source.num_images)
-    return Resolved(settings, source, keep_decoded, initial, held_out, images.short_side_px, plan)
+    may_keep = not (source.streaming or keep_decoded or plan)
+    settings, kept = resolve_cache(settings, source, images, random_views(settings) if may_keep else [])
+    return Resolved(settings, source, keep_decoded, initial, held_out, images.short_side_px, plan, kept, images)
 
 
 def tile_plan(data: DataSettings, images: datasets.Dataset, reading: Reading) -> TilePlan | None:
@@ -377,7 +386,8 @@ def training_samples(resolved: Resolved) -> ImageSamples | StreamedSamples:
         return StreamedSamples(source.images, *options, data.shuffle_buffer, data.max_pixels, data.reading, further)
     if resolved.tiles is not None:
         return TiledSamples(source.images, resolved.tiles, *options, data.max_pixels, data.reading, further)
-    return ImageSamples(source.images, *options, resolved.keep_decoded, data.max_pixels, data.reading, further)
+    how = (resolved.keep_decoded, data.max_pixels, data.reading, further, resolved.kept)
+    return ImageSamples(source.images, *options, *how)
 
 
 def labeled_probe(resolved: Resolved, preprocessing: Preprocessing) -> LabeledProbe | None:

@@ -46,6 +46,8 @@ class DataSettings:
             {well}_s{site}_w{channel}. Files that agree but for {channel} are one image; * stands for what does not matter.
         channels_used: numbers, from 0, or names of the channels that are used, in this order; all by default.
         channel_names: of the channels that are used; those in the files by default.
+        cache: keep images whose files are much larger than crops need on disk, shrunk, beside the index, so that later
+            epochs and runs do not decode them again: auto where that pays, off, or at most a size, as 20GB.
         tile: side in pixels of tiles, of which images larger than a picture are read at random, never the whole file. An
             epoch has as many tiles of each image as cover its area. By default images are read whole.
         tile_level: level of the files' pyramids that tiles are of; by default 0, the full resolution.
@@ -76,6 +78,7 @@ class DataSettings:
     channel_files: str | None = None
     channels_used: tuple[int | str, ...] | None = None
     channel_names: tuple[str, ...] = ()
+    cache: str | bool = "auto"
     tile: int | None = None
     tile_level: int | None = None
     pixel_size: float | None = None
@@ -86,7 +89,7 @@ class DataSettings:
     turns: bool = False
 
     # What versions did that had no such setting.
-    earlier: ClassVar[dict[str, Any]] = {"range": "image", "pages": "first"}
+    earlier: ClassVar[dict[str, Any]] = {"range": "image", "pages": "first", "cache": "off"}
 
     def __post_init__(self) -> None:
         for name, value in vars(self.reading).items():
@@ -100,6 +103,8 @@ class DataSettings:
         if not 0 <= self.max_skipped_share <= 1:
             raise ValueError(f"data.max_skipped_share is {self.max_skipped_share}: give a share from 0 to 1")
         check_validation(self.validation, self.streaming)
+        if isinstance(self.cache, bool):  # as YAML reads off
+            object.__setattr__(self, "cache", "auto" if self.cache else "off")
         if self.tiles and self.streaming:
             raise ValueError(
                 "data.tile draws tiles from images by their number, and those of a stream have none: leave out data.tile or "

@@ -9,6 +9,8 @@ import tifffile
 import torch
 from PIL import Image
 
+from simmim.checkpoints.checkpoint import Preprocessing
+from simmim.checkpoints.formats.huggingface import processor_config
 from simmim.cli import main
 from simmim.data import dataset_from_paths, measure_images, normalize, open_picture, valid_pixels
 from simmim.data.deep import as_shares
@@ -315,3 +317,19 @@ def test_an_onnx_file_says_how_its_images_are_read(collection, run):
     stored = json.loads((run / "encoder" / "config.json").read_text(encoding="utf-8"))["preprocessing"]
     assert metadata["preprocessing"] == stored and len(stored["reading"]["range"]) == 5
     assert "values " in (collection / "onnx" / "README.md").read_text(encoding="utf-8")
+
+
+def test_a_transformers_processor_takes_shares(collection, run, tmp_path, capsys):
+    """It divides nothing by 255, and the export says what it takes; values are normalized as here."""
+    assert main(["export", "--run", str(run), "--format", "hf", "--out", str(tmp_path / "hf")]) == 0
+    printed = capsys.readouterr().out
+    assert "transformers' processor only normalizes: give it images of 32×32 px whose values are shares" in printed
+    written = json.loads((tmp_path / "hf" / "preprocessor_config.json").read_text(encoding="utf-8"))
+    assert (written["do_rescale"], written["do_resize"]) == (False, False)
+    transformers = pytest.importorskip("transformers")
+    preprocessing = Preprocessing((32, 32), (0.2, 0.3, 0.4), (0.1, 0.2, 0.3), reading=Reading([[0, 4095]] * 3))
+    config = processor_config(preprocessing)
+    processor = getattr(transformers, config.pop("image_processor_type"))(**config)
+    shares = torch.rand(1, 3, 32, 32, generator=torch.Generator().manual_seed(0))
+    given = processor(shares.numpy(), input_data_format="channels_first", return_tensors="pt")["pixel_values"]
+    torch.testing.assert_close(given, normalize(shares, preprocessing.mean, preprocessing.std), atol=1e-6, rtol=1e-6)

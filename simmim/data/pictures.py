@@ -109,6 +109,12 @@ class JpegPicture(Picture):
         pixels = resize_box(image, reduced, (height, width), interpolation)
         return as_tensor(turn_array_upright(pixels, self.orientation), self.channels)
 
+    def decode_at_least(self, share: float) -> tuple[Image.Image, float]:
+        """The stored image in mode L or RGB, with at least `share` of its pixels along a side, and how many times smaller
+        than the file it is."""
+        image = self._decode(share)
+        return image, self.reduction or 1.0
+
     def decoded(self) -> Picture:
         picture = Picture(turn_upright(self._decode(1), self.orientation), self.channels)
         picture.loses_color = self.loses_color  # decoded as gray, it would not tell

@@ -17,6 +17,7 @@ from torch.utils.data import Dataset, IterableDataset, Sampler, get_worker_info
 
 from simmim.data.batch_order import EndlessBatchSampler
 from simmim.data.decode import MAX_PIXELS, STRETCHED, open_picture
+from simmim.data.kept_pictures import KeptPictures
 from simmim.data.pictures import Picture
 from simmim.data.pillow_guard import UNREADABLE, describe_error
 from simmim.reading import Reading
@@ -90,6 +91,7 @@ class ImageSamples(IndexedSamples):
         max_pixels: larger images count as unreadable.
         reading: how values become pictures.
         further: more views of each image.
+        kept: shrunk images on disk, by which each file is decoded once.
     """
 
     def __init__(
@@ -102,8 +104,9 @@ class ImageSamples(IndexedSamples):
         max_pixels: int = MAX_PIXELS,
         reading: Reading = STRETCHED,
         further: Sequence[View] = (),
+        kept: KeptPictures | None = None,
     ) -> None:
-        self.max_pixels, self.reading, self.further = max_pixels, reading, further
+        self.max_pixels, self.reading, self.further, self.kept = max_pixels, reading, further, kept
         self.source, self.view, self.channels, self.seed = source, view, channels, seed
         self.labeled = "label" in source.column_names
         self.cache: dict[int, tuple[Picture, int | None]] | None = {} if keep_decoded else None
@@ -163,7 +166,8 @@ class ImageSamples(IndexedSamples):
         if self.cache is not None and index in self.cache:
             return self.cache[index]
         row = self.source[index]
-        picture = open_picture(row["image"], self.channels, self.max_pixels, self.reading)
+        how = (row["image"], self.channels, self.max_pixels, self.reading)
+        picture = self.kept.open(row["image"], lambda: open_picture(*how)) if self.kept else open_picture(*how)
         if self.cache is not None:
             self.cache[index] = picture.decoded(), row.get("label")
             return self.cache[index]

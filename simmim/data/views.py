@@ -61,6 +61,18 @@ class RandomView:
         left, top = (width - crop_width) // 2, (height - crop_height) // 2
         return left, top, left + max(crop_width, 1), top + max(crop_height, 1)
 
+    def enlarged_from(self, image_size: Size) -> float:
+        """The factor by which an image of `image_size`, (height, width), can be resized before a crop is enlarged."""
+        height, width = image_size
+        low, high = self.crop_ratio
+        area = width * height * self.crop_scale[0]
+        ratio = min(max(width / height, low), high)  # of the crop that is taken where none of ten fits
+        # Whole pixels: the sides of a crop are rounded.
+        smallest_height = max(1, min(math.floor(math.sqrt(area / high)), height, round(width / ratio)))
+        smallest_width = max(1, min(math.floor(math.sqrt(area * low)), width, round(height * ratio)))
+        sizes = (self.size, self.size[::-1]) if self.turns else (self.size,)
+        return max(max(tall / smallest_height, wide / smallest_width) for tall, wide in sizes)
+
 
 @dataclass(frozen=True)
 class CenterView:

@@ -131,6 +131,12 @@ class HuggingFaceFormat(ForeignFormat):
             )
         if height != width:
             notes += ("transformers' processors cannot crop to a rectangle: prepare the images yourself",)
+        reading = checkpoint.preprocessing.reading_or_default
+        if reading.is_deep:
+            notes += (
+                f"transformers' processor only normalizes: give it images of {height}×{width} px whose values are shares of "
+                f"the channels' ranges in [0, 1] ({reading.describe()})",
+            )
         if form == "simmim" and checkpoint.provenance.get("norm_target_patch"):
             notes += ("transformers computes the loss on plain pixels; this model was trained on normalized ones",)
         return notes
@@ -198,8 +204,21 @@ def blocks_of(tensors: Mapping[str, Tensor], prefix: str) -> tuple[int, ...]:
 
 
 def processor_config(preprocessing: Preprocessing) -> dict[str, Any]:
-    """The preprocessor_config.json of `preprocessing`: shortest edge and central crop, or squashed."""
+    """The preprocessor_config.json of `preprocessing`: shortest edge and central crop, or squashed.
+
+    Values that are deeper than 8 bits are shares of each channel's range, which these processors have no words for, and they
+    resize 8-bit values alone: they only normalize.
+    """
     height, width = preprocessing.image_size
+    if preprocessing.reading_or_default.is_deep:
+        return {
+            "image_processor_type": "ViTImageProcessor",
+            "do_resize": False,
+            "do_rescale": False,
+            "do_normalize": True,
+            "image_mean": list(preprocessing.mean),
+            "image_std": list(preprocessing.std),
+        }
     shared = {
         "do_resize": True,
         "resample": RESAMPLE[preprocessing.interpolation],

@@ -1,0 +1,106 @@
+"""Whether a run keeps its images shrunk on disk, and how much of the disk they may take."""
+
+from __future__ import annotations
+
+import math
+import os
+import re
+import shutil
+from collections.abc import Sequence
+from dataclasses import replace
+from pathlib import Path
+
+from simmim.data import ImageStatistics, RandomView, Source
+from simmim.data.kept_pictures import KeptPictures, pictures_folder
+from simmim.pretrain.settings import DataSettings, PretrainSettings
+
+BYTES = {"KB": 1e3, "MB": 1e6, "GB": 1e9, "TB": 1e12, "KIB": 2**10, "MIB": 2**20, "GIB": 2**30, "TIB": 2**40}
+BUDGET = re.compile(r"([0-9]+(?:\.[0-9]+)?) ?([KMGT]i?B)", re.IGNORECASE)
+FREE_SHARE = 0.2  # of what is free on the disk, that auto takes
+LEAST_GAIN = 4.0  # pixels of the files for one that is kept, from which auto keeps images
+JPEG_ENDINGS = (".jpg", ".jpeg", ".jfif")
+
+
+def parse_budget(text: str) -> int:
+    """The bytes of a size, such as 20GB or 500 MiB.
+
+    Raises:
+        ValueError: for what is none.
+    """
+    found = BUDGET.fullmatch(text.strip())
+    if not found or not float(found[1]):
+        raise ValueError(f"data.cache is {text!r}: give auto, off, or a size as 20GB")
+    return int(float(found[1]) * BYTES[found[2].upper()])
+
+
+def resolve_cache(
+    settings: PretrainSettings, source: Source, images: ImageStatistics, views: Sequence[RandomView]
+) -> tuple[PretrainSettings, KeptPictures | None]:
+    """Settings that say whether images are kept shrunk, and these.
+
+    Args:
+        views: of an image; none where images are not read from files, whole, time and again.
+
+    Raises:
+        ValueError: for a size that is none.
+    """
+    cache, data = str(settings.data.cache), settings.data
+    budget = parse_budget(cache) if cache not in ("auto", "off") else 0
+    if cache == "auto":
+        pays = bool(views) and settings.epochs > 1 and keeps_images(data, source, images, views)
+        cache = default_budget() if pays else "off"
+        budget = parse_budget(cache) if pays else 0
+    settings = replace(settings, data=replace(data, cache=cache if views else "off"))
+    return settings, pictures_of(data, images, views, budget) if views and cache != "off" else None
+
+
+def keeps_images(data: DataSettings, source: Source, images: ImageStatistics, views: Sequence[RandomView]) -> bool:
+    """Whether auto keeps images: where their files have much more pixels than crops need. It follows from the images alone,
+    so that it is the same on every machine."""
+    return pictures_of(data, images, views, 0).estimate(*collection(source, images)).gain >= LEAST_GAIN
+
+
+def default_budget() -> str:
+    """The size that auto takes, as a setting."""
+    folder = pictures_folder()
+    while not folder.exists() and folder != folder.parent:
+        folder = folder.parent
+    return f"{max(0.001, FREE_SHARE * shutil.disk_usage(folder).free / 1e9):.3g}GB"
+
+
+def pictures_of(data: DataSettings, images: ImageStatistics, views: Sequence[RandomView], budget: int) -> KeptPictures:
+    """The kept images of a collection."""
+    how = (data.channels or images.channels, data.max_pixels, images.reading)
+    return KeptPictures(views, how, budget)
+
+
+def collection(source: Source, images: ImageStatistics) -> tuple:
+    """Arguments of `KeptPictures.estimate`."""
+    paths = [record["path"] or "" for record in source.head[:16]["image"]]
+    num_jpegs = sum(os.path.splitext(path)[1].lower() in JPEG_ENDINGS for path in paths)
+    is_deep = images.reading.is_deep
+    return images.sizes, images.channels, source.num_images, 2 * num_jpegs > len(paths) and not is_deep, 4 if is_deep else 1
+
+
+def prepare(kept: KeptPictures, source: Source, images: ImageStatistics) -> str:
+    """Make room for a collection, and say what is kept of it in a line."""
+    estimate = kept.estimate(*collection(source, images))
+    kept.make_room(estimate.num_bytes)
+    height, width = estimate.size
+    share = min(1.0, kept.budget_bytes / max(1, estimate.num_bytes))
+    part = "" if share == 1 else f", which is enough for {math.floor(100 * share)} %"
+    return (
+        f"cache    images are kept at about {height}×{width} px, {gigabytes(estimate.num_bytes)} of at most "
+        f"{gigabytes(kept.budget_bytes)}{part}, in {short(kept.root)}; --data.cache off keeps none"
+    )
+
+
+def gigabytes(num_bytes: int) -> str:
+    """In GB, or in MB below one."""
+    return f"{num_bytes / 1e9:,.1f} GB" if num_bytes >= 1e9 else f"{num_bytes / 1e6:,.1f} MB"
+
+
+def short(path: Path) -> str:
+    """A path with ~ for the home folder."""
+    home = os.path.expanduser("~")
+    return f"~{str(path)[len(home) :]}" if home != "/" and str(path).startswith(home + os.sep) else str(path)

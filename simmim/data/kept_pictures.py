@@ -1,0 +1,299 @@
+"""Shrunk images on disk, so that each file is decoded once: by all processes, ranks and runs together.
+
+An entry is one file, written whole or not at all and mapped when it is read. It belongs to the content of its image's file:
+a file that has changed is read anew, and its entry replaced. What a sample looks like does not depend on the entries, as an
+image without one is shrunk in the same way each time.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import hashlib
+import json
+import mmap
+import os
+import shutil
+import struct
+import threading
+import time
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+import xxhash
+from filelock import FileLock
+from torch.utils.data import get_worker_info
+
+from simmim.data.index import cache_folder
+from simmim.data.orientation import Size
+from simmim.data.pictures import Picture
+from simmim.data.records import Record, files_of
+from simmim.data.shrinking import Shrunk, ShrunkPicture, kept_size, shrink
+from simmim.data.views import RandomView
+from simmim.messages import notify
+
+MAGIC, VERSION = b"simmimK1", 1
+HEAD = struct.Struct("<8sQI")  # magic, digest of all that follows, bytes of the description
+USAGE, LOCK, USED = "usage", "usage.lock", "used"
+SUFFIX = ".kept"
+CREDIT_BYTES, CREDIT_PARTS = 64 * 2**20, 64  # that a process reserves at a time, at most this part of what is left
+OLD_S = 3600.0  # a temporary file of that age belongs to no process
+
+
+class KeptPictures:
+    """The shrunk images of a collection under certain views.
+
+    Args:
+        views: of which no crop is enlarged.
+        how: all else that pictures depend on, for the entries' names.
+        budget_bytes: that all collections may take on this disk; 0 keeps nothing.
+        folder: of all collections; by default beside the indices.
+    """
+
+    def __init__(self, views: Sequence[RandomView], how: tuple, budget_bytes: int, folder: str | Path | None = None) -> None:
+        self.views, self.budget_bytes = tuple(views), budget_bytes
+        self.root = Path(folder) if folder else pictures_folder()
+        rule = json.dumps([VERSION, [asdict(view) for view in self.views], *map(repr, how)])
+        self.folder = self.root / hashlib.sha256(rule.encode()).hexdigest()[:24]
+        self.may_write = budget_bytes > 0
+        self.credit = 0  # bytes that this process has reserved and not used
+
+    def open(self, record: Record, opened: Callable[[], Picture]) -> Picture:
+        """The picture of a record, of its entry where there is one.
+
+        Args:
+            opened: opens the picture from its file.
+
+        Raises:
+            One of `UNREADABLE`.
+        """
+        stamp = stamp_of(record)
+        entry = self.entry(record, stamp)
+        kept = read_entry(entry, stamp)
+        if kept is not None:
+            return ShrunkPicture(kept)
+        picture = opened()
+        shrunk = shrink(picture, self.views)
+        if shrunk is not None and self.may_write:
+            self.write(entry, shrunk.kept, stamp)
+        return shrunk or picture
+
+    def entry(self, record: Record, stamp: list) -> Path:
+        """The file of a record's entry."""
+        name = hashlib.sha256((record["path"] or repr(stamp)).encode("utf-8", "surrogateescape")).hexdigest()[:32]
+        return self.folder / name[:2] / f"{name}{SUFFIX}"
+
+    def write(self, entry: Path, kept: Shrunk, stamp: list) -> None:
+        """Write an entry if the budget allows it. A disk that is full or cannot be written is no error: nothing is kept from
+        then on, which is a `Notice`."""
+        parts = pack_entry(kept, stamp)
+        try:
+            if self.reserve(sum(map(len, parts))):
+                write_whole(entry, parts)
+        except OSError as error:
+            self.may_write = False
+            if (get_worker_info() or FirstWorker).id == 0:
+                notify(f"images are no longer kept shrunk in {self.root} ({error.strerror}); the run goes on without")
+
+    def reserve(self, num_bytes: int) -> bool:
+        """Add to what all collections take, if the budget allows it. A process takes some of the budget at a time, and gives
+        back nothing: the next run counts again."""
+        if num_bytes > self.credit:
+            with usage_lock(self.root):
+                used = read_usage(self.root)
+                wanted = max(num_bytes - self.credit, min(CREDIT_BYTES, (self.budget_bytes - used) // CREDIT_PARTS))
+                if used + wanted > self.budget_bytes:
+                    self.may_write = False
+                    return False
+                write_usage(self.root, used + wanted)
+            self.credit += wanted
+        self.credit -= num_bytes
+        return True
+
+    def make_room(self, needed_bytes: int) -> int:
+        """Count what is kept, and remove the collections that were not used for longest until this one fits. To be called
+        before a run, by one of its processes.
+
+        Returns:
+            Bytes that this collection has already.
+        """
+        try:
+            self.folder.mkdir(parents=True, exist_ok=True)
+            (self.folder / USED).touch()
+            with usage_lock(self.root):
+                sizes = {folder: folder_bytes(folder) for folder in self.root.iterdir() if folder.is_dir()}
+                own = sizes.pop(self.folder, 0)
+                others = sorted(sizes, key=last_used)
+                missing = max(0, needed_bytes - own)
+                while others and own + sum(sizes.values()) + missing > self.budget_bytes:
+                    oldest = others.pop(0)
+                    shutil.rmtree(oldest, ignore_errors=True)
+                    sizes[oldest] = folder_bytes(oldest)
+                write_usage(self.root, own + sum(sizes.values()))
+            return own
+        except OSError as error:
+            self.may_write = False
+            notify(f"images are not kept shrunk: {self.root} cannot be written ({error.strerror})")
+            return 0
+
+    def estimate(self, sizes: Sequence[Size], channels: int, num_images: int, jpeg: bool, value_bytes: int) -> KeptEstimate:
+        """How much the images of a collection take.
+
+        Args:
+            sizes: of a sample of them.
+            channels: of an image.
+            num_images: all of them.
+            jpeg: whether the sample's files are JPEG.
+            value_bytes: of a value.
+        """
+        kept = [(size, kept_size(self.views, size, jpeg)) for size in sizes]
+        worth = [(size, small) for size, small in kept if small is not None]
+        if not worth:
+            return KeptEstimate(0, 1.0, (0, 0))
+        mean = sum(small[0] * small[1] for _, small in worth) / len(kept)
+        gain = sum(size[0] * size[1] for size, _ in kept) / len(kept) / (mean or 1)
+        typical = sorted(small for _, small in worth)[len(worth) // 2]
+        return KeptEstimate(round(mean * channels * value_bytes * num_images), gain, typical)
+
+
+class KeptEstimate(NamedTuple):
+    """What keeping a collection takes and saves.
+
+    Attributes:
+        num_bytes: of all entries.
+        gain: pixels of the files for one that is kept.
+        size: of a typical entry, (height, width).
+    """
+
+    num_bytes: int
+    gain: float
+    size: Size
+
+
+class FirstWorker:
+    """Stands in where there is no loading process."""
+
+    id = 0
+
+
+def pictures_folder() -> Path:
+    """The folder of all collections: $XDG_CACHE_HOME/simmim/pictures, by default ~/.cache/simmim/pictures."""
+    return cache_folder().parent / "pictures"
+
+
+def stamp_of(record: Record) -> list:
+    """What tells a file from itself after a change: size, time and place on the disk of each; of bytes their digest.
+
+    Raises:
+        OSError: for a file that is missing.
+    """
+    if record["bytes"] is not None:
+        return [len(record["bytes"]), xxhash.xxh3_64_intdigest(record["bytes"])]
+    status = [os.stat(file) for file in files_of(record)]
+    return [[each.st_size, each.st_mtime_ns, each.st_ino] for each in status]
+
+
+# --- entries -------------------------------------------------------------------------------------------------------------
+
+
+def pack_entry(kept: Shrunk, stamp: list) -> tuple[bytes, memoryview]:
+    """The content of an entry's file, in two parts."""
+    values = np.ascontiguousarray(kept.values.transpose(1, 2, 0))  # pixels together, as Pillow takes them
+    fields = {name: value for name, value in vars(kept).items() if name != "values"}
+    described = {**fields, "stamp": stamp, "shape": values.shape, "dtype": values.dtype.str}
+    description, pixels = json.dumps(described).encode(), memoryview(values.reshape(-1).view(np.uint8))
+    digest = xxhash.xxh3_64(description)
+    digest.update(pixels)
+    return HEAD.pack(MAGIC, digest.intdigest(), len(description)) + description, pixels
+
+
+def read_entry(entry: Path, stamp: list) -> Shrunk | None:
+    """What an entry keeps; None where there is none, it is torn, or its image's file has changed since."""
+    try:
+        with open(entry, "rb") as file:
+            data = memoryview(mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ))
+        magic, digest, length = HEAD.unpack_from(data)
+        if magic != MAGIC or xxhash.xxh3_64_intdigest(data[HEAD.size :]) != digest:
+            return None
+        fields: dict[str, Any] = json.loads(bytes(data[HEAD.size : HEAD.size + length]))
+        if fields.pop("stamp") != stamp:
+            return None
+        shape, dtype = fields.pop("shape"), np.dtype(fields.pop("dtype"))
+        values = np.frombuffer(data, dtype, offset=HEAD.size + length).reshape(shape)
+        fields["size"] = tuple(fields["size"])
+        return Shrunk(values.transpose(2, 0, 1), **fields)
+    except (OSError, ValueError, KeyError, TypeError, struct.error):
+        return None
+
+
+def write_whole(path: Path, parts: Sequence[bytes | memoryview]) -> None:
+    """Write a file that appears whole or not at all. It is not forced to the disk: one torn by a power cut is known by its
+    digest."""
+    temporary = f"{path.parent}/.{path.name}.{os.getpid()}.{threading.get_ident()}"
+    flags = os.O_WRONLY | os.O_CREAT | os.O_TRUNC | getattr(os, "O_BINARY", 0)
+    try:
+        try:
+            handle = os.open(temporary, flags, 0o644)
+        except FileNotFoundError:
+            path.parent.mkdir(parents=True, exist_ok=True)
+            handle = os.open(temporary, flags, 0o644)
+        with os.fdopen(handle, "wb", buffering=0) as file:
+            for part in parts:
+                written = 0
+                while written < len(part):
+                    written += file.write(part[written:])
+        os.replace(temporary, path)
+    except BaseException:
+        with contextlib.suppress(OSError):
+            os.unlink(temporary)
+        raise
+
+
+# --- the budget ----------------------------------------------------------------------------------------------------------
+
+
+@contextlib.contextmanager
+def usage_lock(root: Path) -> Iterator[None]:
+    """Inside the block this process alone counts."""
+    root.mkdir(parents=True, exist_ok=True)
+    with FileLock(root / LOCK):
+        yield
+
+
+def read_usage(root: Path) -> int:
+    """The bytes of all collections, as counted last."""
+    try:
+        number, end = (root / USAGE).read_text().split("\n")
+        return int(number + end)
+    except (OSError, ValueError):
+        return sum(folder_bytes(folder) for folder in root.iterdir() if folder.is_dir())
+
+
+def write_usage(root: Path, num_bytes: int) -> None:
+    """Note the bytes of all collections."""
+    # In place: some disks wait for data when a file takes another one's place. A torn number is counted again.
+    with open(root / USAGE, "wb") as file:
+        file.write(f"{num_bytes}\n".encode())
+
+
+def folder_bytes(folder: Path) -> int:
+    """Bytes of the files of a collection; temporary files that a killed process left are removed."""
+    total = 0
+    for path in folder.rglob("*"):
+        with contextlib.suppress(OSError):
+            status = path.stat()
+            if path.name.startswith(".") and path.is_file() and time.time() - status.st_mtime > OLD_S:
+                path.unlink()
+            elif path.is_file():
+                total += status.st_size
+    return total
+
+
+def last_used(folder: Path) -> float:
+    """When a collection was used last."""
+    try:
+        return (folder / USED).stat().st_mtime
+    except OSError:
+        return 0.0
