@@ -8,6 +8,7 @@ from typing import Protocol
 from torch import Tensor, nn
 
 from simmim.checkpoints.fitting import mismatches
+from simmim.checkpoints.reading import local_path
 
 
 class HeadedModel(Protocol):
@@ -20,7 +21,7 @@ class HeadedModel(Protocol):
 
 def find_description(path: str | Path, name: str) -> Path | None:
     """The folder of a model's files: `path` itself or its folder encoder/; None where neither holds the file `name`."""
-    path = Path(path).expanduser()
+    path = local_path(path)
     path = path.parent if path.is_file() else path
     return next((folder for folder in (path, path / "encoder") if (folder / name).is_file()), None)
 

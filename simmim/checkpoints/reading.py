@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -13,15 +14,32 @@ from simmim.checkpoints.formats.registry import in_detection_order
 from simmim.checkpoints.other_networks import describe_network
 from simmim.checkpoints.own_files import WEIGHTS
 from simmim.checkpoints.source import CONFIG, Source
+from simmim.checkpoints.weight_files import INDEX
 from simmim.encoders import registry
 from simmim.encoders.base import Encoder
+from simmim.hub import PREFIX, fetch
+
+TIMM_PREFIX = "timm:"  # of timm's name of published weights, where a path is expected
+# What is fetched of a published model: the first kind of weights that it has, and what lies beside them.
+PUBLISHED_WEIGHTS = (
+    (WEIGHTS,),
+    (f"encoder/{WEIGHTS}",),
+    ("model.safetensors",),
+    (INDEX, "model-*.safetensors"),
+)
+PARTS = ("head", "pretraining", "segmentation", "detection")
+DESCRIPTIONS = (
+    *(CONFIG, "preprocessor_config.json", "README.md", "encoder/*.json", "encoder/*.safetensors"),
+    *(f"{part}.{ending}" for part in PARTS for ending in ("json", "safetensors")),
+)
 
 
 def load_encoder(path: str | Path, **overrides: Any) -> Encoder:
     """An encoder, in evaluation mode, from any file or folder that holds one.
 
     Args:
-        path: a run folder, an exported folder, an authors' .pth file, timm's or transformers' folder or weight file.
+        path: a run folder, an exported folder, an authors' .pth file, timm's or transformers' folder or weight file; or
+            the id of a published model, "hf:owner/name" or "timm:name".
         overrides: fields of the encoder's configuration to change while loading, for SwinV2 `window_size=14`,
             `drop_path_rate=0.1`, `in_channels=1`.
 
@@ -53,15 +71,40 @@ def read(path: str | Path, **overrides: Any) -> Checkpoint:
     Raises:
         ValueError: if there is no encoder of a known format, or its parts do not fit one another.
     """
-    source = locate(Path(path).expanduser())
+    source = locate(local_path(path))
     try:
         checkpoint = detect_format(source).read(source, overrides)
+        if is_published(path):
+            checkpoint = replace(checkpoint, provenance={**checkpoint.provenance, "hub": str(path)})
         check_pretraining(checkpoint, source.file)
         check_head(checkpoint.head, checkpoint.classes, checkpoint.config, source.file)
     except ValueError as error:
         names_it = any(name in str(error) for name in (str(source.file), f"{source.folder}/", f"{str(source.folder)!r}"))
         raise ValueError(str(error) if names_it else f"{source.file}: {error}") from error
     return checkpoint
+
+
+def is_published(path: str | Path) -> bool:
+    """Whether it is the id of a published model: "hf:owner/name", or timm's name of weights, "timm:name"."""
+    return str(path).startswith((PREFIX, TIMM_PREFIX))
+
+
+def local_path(path: str | Path) -> Path:
+    """A path as it is; of a published model the folder in this machine's cache, into which it is fetched if necessary.
+
+    Only safetensors and descriptions are fetched.
+
+    Raises:
+        ValueError: as `simmim.hub.fetch`, and when timm does not know the name.
+    """
+    text = str(path)
+    if not is_published(text):
+        return Path(path).expanduser()
+    if text.startswith(TIMM_PREFIX):
+        from simmim.checkpoints.formats.backbone.timm import published_id
+
+        text = PREFIX + published_id(text.removeprefix(TIMM_PREFIX))
+    return fetch(text, DESCRIPTIONS, PUBLISHED_WEIGHTS)
 
 
 def locate(path: Path) -> Source:

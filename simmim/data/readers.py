@@ -19,6 +19,7 @@ from typing import TYPE_CHECKING
 from simmim.data.index import dataset_from_paths, index_folder, is_image_name
 from simmim.data.left_out import LeftOut
 from simmim.data.parts import TRAINING, meaning_of
+from simmim.hub import look_up, offline
 from simmim.messages import counted, first_line, notify
 
 if TYPE_CHECKING:
@@ -325,7 +326,10 @@ class HubReader(Reader):
             "a local copy, made elsewhere by datasets.load_dataset(…).save_to_disk(FOLDER)"
         )
         with as_value_error(message):
-            return datasets.load_dataset(files[0], **options)
+            found = look_up(files[0], "dataset")
+            # Without a connection the library would ask for half a minute.
+            with contextlib.nullcontext() if found else offline():
+                return datasets.load_dataset(files[0], **options)
 
 
 def divide_files(files: Sequence[str]) -> dict[str, list[str]]:

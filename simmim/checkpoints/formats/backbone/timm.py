@@ -20,8 +20,9 @@ from simmim.checkpoints.formats.timm import TimmFormat, TimmRows
 from simmim.checkpoints.source import Source
 from simmim.defaults import IMAGENET_MEAN, IMAGENET_STD
 from simmim.encoders.backbone.measure import measured_config
-from simmim.encoders.backbone.timm_networks import any_size_options, create
+from simmim.encoders.backbone.timm_networks import any_size_options, create, import_timm
 from simmim.encoders.base import State
+from simmim.messages import did_you_mean
 
 INTERPOLATIONS = ("nearest", "bilinear", "bicubic", "lanczos")
 
@@ -83,6 +84,23 @@ class TimmBackbones(TimmRows):
 
 
 ROWS = TimmBackbones()
+
+
+def published_id(name: str) -> str:
+    """The hub's id, owner/name, of weights that timm knows by name, "vit_small_patch14_dinov2.lvd142m".
+
+    Raises:
+        ValueError: for an unknown name, and for weights that are not on the hub.
+    """
+    timm = import_timm()
+    known = timm.list_pretrained()
+    if name not in known and not any(one.partition(".")[0] == name for one in known):
+        nearest = did_you_mean(name, known).partition(" known")[0].rstrip(";")
+        raise ValueError(f"timm {timm.__version__} has no weights {name!r}{nearest}")
+    config = timm.get_pretrained_cfg(name)
+    if not config.hf_hub_id:
+        raise ValueError(f"timm's weights {name} are not on the hub: give a local folder, of timm.models.save_for_hf")
+    return config.hf_hub_id
 
 
 def not_ours(name: str) -> bool:

@@ -1,0 +1,126 @@
+"""Models of the hub by their ids: what is fetched, what never is, and what is said without a connection.
+
+A folder takes the hub's place: `huggingface_hub` is asked, and answers from there.
+"""
+
+import fnmatch
+import shutil
+import time
+from types import SimpleNamespace
+
+import huggingface_hub
+import pytest
+import torch
+from huggingface_hub import errors
+from tiny_backbones import import_timm, save
+
+from simmim import load_encoder
+from simmim.checkpoints import read_encoder
+from simmim.cli import main
+
+
+class FakeHub:
+    """Repositories in folders, fetched into a cache, with a list of what was asked for."""
+
+    def __init__(self, root):
+        self.remote, self.cache, self.calls, self.reachable = root / "remote", root / "cache", [], True
+
+    def repository(self, name):
+        folder = self.remote / name
+        folder.mkdir(parents=True)
+        return folder
+
+    def model_info(self, api, repo, revision=None, timeout=None):
+        self.calls.append(repo)
+        if not self.reachable:
+            raise ConnectionError("no route to host")
+        if not (self.remote / repo).is_dir():
+            raise errors.RepositoryNotFoundError("404", response=SimpleNamespace(headers={}, request=None, status_code=404))
+        files = [
+            path.relative_to(self.remote / repo).as_posix() for path in (self.remote / repo).rglob("*") if path.is_file()
+        ]
+        return SimpleNamespace(sha="1", siblings=[SimpleNamespace(rfilename=name) for name in files])
+
+    def snapshot_download(self, repo, revision=None, allow_patterns=None, local_files_only=False):
+        target = self.cache / repo
+        if local_files_only:
+            if not target.is_dir():
+                raise errors.LocalEntryNotFoundError("not in the cache")
+            return str(target)
+        for path in (self.remote / repo).rglob("*"):
+            name = path.relative_to(self.remote / repo).as_posix()
+            if path.is_file() and any(fnmatch.fnmatch(name, pattern) for pattern in allow_patterns):
+                (target / name).parent.mkdir(parents=True, exist_ok=True)
+                shutil.copy(path, target / name)
+        return str(target)
+
+
+@pytest.fixture
+def hub(tmp_path, monkeypatch):
+    fake = FakeHub(tmp_path)
+    monkeypatch.setattr(huggingface_hub.HfApi, "model_info", lambda api, *rest, **more: fake.model_info(api, *rest, **more))
+    monkeypatch.setattr(huggingface_hub, "snapshot_download", fake.snapshot_download)
+    return fake
+
+
+def refused(words, capsys):
+    """Exit code 2 and one line, which is returned."""
+    assert main(words) == 2
+    error = capsys.readouterr().err
+    assert error.count("\n") == 1 and error.startswith("simmim: "), error
+    return error
+
+
+def test_a_network_is_fetched_once_and_without_what_is_pickled(hub):
+    folder = hub.repository("facebook/tiny")
+    save("dinov2", folder)
+    torch.save({}, folder / "pytorch_model.bin")
+    (folder / "modeling_own.py").write_text("raise AssertionError('code of a repository')")
+    saved = read_encoder("hf:facebook/tiny")
+    assert {path.name for path in (hub.cache / "facebook/tiny").iterdir()} == {"config.json", "model.safetensors"}
+    assert saved.provenance["hub"] == "hf:facebook/tiny" and saved.provenance["architecture"] == "dinov2"
+    assert hub.calls == ["facebook/tiny"]
+    hub.reachable = False
+    assert read_encoder("hf:facebook/tiny").encoder.config == saved.encoder.config
+    assert hub.calls == ["facebook/tiny"]
+
+
+@pytest.mark.parametrize("inner", ["", "encoder"])
+def test_an_encoder_of_this_toolkit_is_fetched(hub, encoder_folder, inner):
+    shutil.copytree(encoder_folder, hub.repository("me/mine") / inner, dirs_exist_ok=True)
+    ours, theirs = load_encoder(encoder_folder), load_encoder("hf:me/mine")
+    assert all(map(torch.equal, ours.state_dict().values(), theirs.state_dict().values()))
+
+
+def test_timms_names_are_looked_up_in_timm(hub):
+    import_timm()
+    save("timm resnet", hub.repository("timm/resnet18.a1_in1k"))
+    assert read_encoder("timm:resnet18.a1_in1k").provenance["hub"] == "timm:resnet18.a1_in1k"
+    assert hub.calls == ["timm/resnet18.a1_in1k"]
+
+
+def test_what_cannot_be_fetched_is_one_line(hub, capsys):
+    torch.save({}, hub.repository("me/pickled") / "pytorch_model.bin")
+    (hub.remote / "me/pickled" / "config.json").write_text("{}")
+    import_timm()
+    for path, text in (
+        ("hf:nobody/none", "the hub has no model 'nobody/none', or it is private"),
+        ("hf:me/pickled", "holds no safetensors of a format that is read (config.json; pytorch_model.bin): nothing pickled"),
+        ("hf:none", "'hf:none' is no id of the hub: expected hf:owner/name"),
+        ("timm:resnet181", "has no weights 'resnet181'; did you mean 'resnet18"),
+    ):
+        assert text in refused(["inspect", path], capsys)
+    hub.reachable = False
+    assert "hf:me/other is not in the cache of this machine, and the hub cannot be reached" in refused(
+        ["inspect", "hf:me/other"], capsys
+    )
+    assert not hub.cache.exists()
+
+
+def test_without_a_connection_it_is_said_at_once(tmp_path, monkeypatch, capsys):
+    """The library itself, whose names of hosts are not found, or that is told to be offline: for models and for images."""
+    before = time.perf_counter()
+    assert "the hub cannot be reached" in refused(["inspect", "hf:nobody/none"], capsys)
+    for words in (["check-data", "nobody/none"], ["pretrain", "--data", "nobody/none", "--out", str(tmp_path / "run")]):
+        assert "as a hub id it cannot be loaded" in refused(words, capsys)
+    assert time.perf_counter() - before < 10  # it was half a minute for one
