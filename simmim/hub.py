@@ -116,9 +116,9 @@ def cached(repo: str, revision: str | None, weights: Sequence[Sequence[str]]) ->
 def offline() -> Iterator[None]:
     """A context in which the libraries of the hub look into their caches alone, and do not wait for a connection."""
     import datasets
-    import huggingface_hub
+    from huggingface_hub import constants
 
-    settings = ((huggingface_hub.constants, "HF_HUB_OFFLINE"), (datasets.config, "HF_HUB_OFFLINE"))
+    settings = ((constants, "HF_HUB_OFFLINE"), (datasets.config, "HF_HUB_OFFLINE"))
     before = [getattr(module, name) for module, name in settings]
     try:
         for module, name in settings:

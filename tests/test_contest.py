@@ -2,6 +2,7 @@
 
 import json
 import math
+from contextlib import nullcontext
 
 import numpy as np
 import pyarrow as pa
@@ -18,6 +19,8 @@ from simmim.encoders.backbone.measure import measured_config
 from simmim.encoders.backbone.timm_networks import any_size_options
 from simmim.evaluate import Comparison, EncoderPass, compare, compare_vectors, facts_of, read_vectors, write_embeddings
 from simmim.evaluate.contest import names_of, paired_difference
+from simmim.finetune import study
+from simmim.finetune.label_study.settings import StudySettings
 
 HERE = EncoderPass(workers=0)
 
@@ -215,3 +218,29 @@ def test_the_command_compares_an_encoder_a_network_and_vectors(encoder_folder, d
 def test_a_contest_needs_something(digits, capsys):
     assert main(["probe", "--data", str(digits.labeled)]) == 2
     assert "give --run ENCODER, --vectors FILE, or both" in capsys.readouterr().err
+
+
+def test_a_study_says_what_each_encoder_is(encoder_folder, digits, tmp_path, monkeypatch):
+    """A network of transformers is an arm of a study, and the report has a row of facts for each encoder."""
+    folder = tmp_path / "convnext"
+    folder.mkdir()
+    save("convnext", folder)
+    monkeypatch.setattr("simmim.finetune.label_study.trials.trial_pool", lambda processes: nullcontext())
+    settings = StudySettings(
+        data=str(digits.labeled),
+        out=str(tmp_path / "study"),
+        init=str(encoder_folder),
+        against=str(folder),
+        scratch=False,
+        labels="1",
+        seeds=2,
+        lr_factors=(1.0,),
+        layer_decays=(),
+        image_size=32,
+        steps=1,
+        batch_size=10,
+    )
+    result = study(settings)
+    assert {trial.arm for trial in result.trials} == {"pre-trained", "convnext"}
+    row = next(line for line in (tmp_path / "study/table.md").read_text().splitlines() if line.startswith("| convnext |"))
+    assert row.split("|")[2].strip() == "convnext of transformers" and row.split("|")[5].strip() == "32×32"

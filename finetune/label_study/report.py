@@ -255,7 +255,8 @@ def report(result: StudyResult) -> str:
         table = comparison_table(result.trials, result.arms, labels, spread=t_interval, rates=rates)
     sentences = [f"- {sentence}" for sentence in gain_sentences(result)]
     worth = worth_sentences(result)
-    return "\n".join([table, "", *explanation(result), "", *sentences, *([""] if worth else []), *worth])
+    facts = ["", result.facts] if result.facts else []
+    return "\n".join([table, "", *explanation(result), "", *sentences, *([""] if worth else []), *worth, *facts])
 
 
 def explanation(result: StudyResult) -> list[str]:

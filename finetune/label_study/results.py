@@ -89,6 +89,7 @@ class StudyResult:
         sides: what each arm is; by default each is a start of its own, fine-tuned plainly.
         rates_of: whose rates an arm took, by its name, where it chose none itself.
         notes: what the report says beside the numbers, a sentence each.
+        facts: a table of what each encoder is and costs, as Markdown; empty where that is not known.
     """
 
     arms: tuple[str, ...]
@@ -99,6 +100,7 @@ class StudyResult:
     sides: Mapping[str, Side] = field(default_factory=dict)
     rates_of: Mapping[str, str] = field(default_factory=dict)
     notes: tuple[str, ...] = ()
+    facts: str = ""
 
     def side(self, arm: str) -> Side:
         """What an arm is."""

@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, replace
 from itertools import product
 
 import numpy as np
 
 from simmim.checkpoints import read
+from simmim.checkpoints.checkpoint import Checkpoint
 from simmim.data import LabeledImages, LabeledSource, available_cores, measure_for_encoder, open_labeled_source
+from simmim.evaluate import facts_of_checkpoint, facts_table
 from simmim.finetune.classification.defaults import NO_RAND_AUGMENT, resolve_augmentation
 from simmim.finetune.classification.self_training.defaults import resolve_self_training
 from simmim.finetune.classification.self_training.prepare import check_channels
@@ -45,7 +47,7 @@ def study(settings: StudySettings) -> StudyResult:
         result = run_arms(
             arms, labels, seeds_of(settings), folder, settings.processes, tuning, settings.keep_weights, left_out=left_out
         )
-        result = replace(result, judged_by=prepared.judged_by, notes=prepared.notes)
+        result = replace(result, judged_by=prepared.judged_by, notes=prepared.notes, facts=prepared.facts)
         write_report(result, folder)
     return result
 
@@ -58,7 +60,7 @@ class PreparedStudy:
         settings: with the number of processes resolved.
         arms: that are judged.
         tuned: arms that choose rates, for themselves and for those that take theirs.
-        labels, judged_by, notes: as of `StudyResult`.
+        labels, judged_by, notes, facts: as of `StudyResult`.
         left_out: as of `run_arms`.
     """
 
@@ -69,6 +71,7 @@ class PreparedStudy:
     judged_by: str
     left_out: Collection[LeftOut] = ()
     notes: tuple[str, ...] = ()
+    facts: str = ""
 
 
 def seeds_of(settings: StudySettings) -> range:
@@ -109,10 +112,21 @@ def prepare_study(settings: StudySettings) -> PreparedStudy:
         found = find_unlabeled(settings, source, labels, validation_seed, reading)
     check_starts(arms, images, found.unlabeled if found else None, device)
     report_shared(images.validation, {f"the pre-training images of {settings.init}": pretraining_images(settings.init)})
+    facts = encoder_facts(settings, checkpoints)
     if not found:
-        return PreparedStudy(settings, arms, tuned, labels, judged_by)
+        return PreparedStudy(settings, arms, tuned, labels, judged_by, facts=facts)
     left_out = {(arm.name, value) for arm in arms if arm.recipe == SEMI for value in found.used_up}
-    return PreparedStudy(settings, arms, tuned, labels, judged_by, left_out, found.notes(settings))
+    return PreparedStudy(settings, arms, tuned, labels, judged_by, left_out, found.notes(settings), facts)
+
+
+def encoder_facts(settings: StudySettings, checkpoints: Mapping[str, Checkpoint]) -> str:
+    """A table of what each encoder is and costs at the image size of its runs."""
+    facts = []
+    for checkpoint in checkpoints.values():
+        size = checkpoint.preprocessing.image_size if settings.image_size is None else settings.size
+        preprocessing = replace(checkpoint.preprocessing, image_size=size)
+        facts.append(facts_of_checkpoint(replace(checkpoint, preprocessing=preprocessing)))
+    return facts_table([*checkpoints], facts)
 
 
 def check_starts(arms: Sequence[Arm], images: LabeledImages, unlabeled: UnlabeledImages | None, device: str) -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 import re
 from collections.abc import Mapping
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -27,6 +28,7 @@ from simmim.checkpoints.formats.swinv2.recognition import (
     is_swinv2,
     with_pretrained_windows,
 )
+from simmim.checkpoints.formats.swinv2.torchvision import is_torchvision, with_authors_names
 from simmim.checkpoints.source import Source
 from simmim.checkpoints.weight_files import WeightFile
 from simmim.encoders.base import Size, State
@@ -63,10 +65,17 @@ class SwinV2Official(OfficialRows):
     table, buffers, config_class = TABLE, BUFFERS, SwinV2Config
 
     def detect(self, source: Source) -> bool:
-        return is_swinv2(source.weights.tensors, AUTHORS_PROJECTION)
+        tensors = source.weights.tensors
+        return is_swinv2(tensors, AUTHORS_PROJECTION) or is_torchvision(tensors)
 
     def current_name(self, name: str) -> str:
         return name.replace("rpe_mlp", "cpb_mlp")
+
+    def read(self, source: Source, overrides: Mapping[str, Any]) -> Checkpoint:
+        if not is_torchvision(source.weights.tensors):
+            return super().read(source, overrides)
+        found = super().read(with_authors_names(source), overrides)
+        return replace(found, provenance={**found.provenance, "origin": "torchvision's names"})
 
     def find_architecture(
         self, state: State, buffers: State, settings: Mapping, file: WeightFile, overrides: Mapping[str, Any]
