@@ -4,6 +4,7 @@ A folder takes the hub's place: `huggingface_hub` is asked, and answers from the
 """
 
 import fnmatch
+import json
 import re
 import shutil
 import time
@@ -133,13 +134,18 @@ def test_the_page_on_comparing_runs_as_it_stands(hub, digits, encoder_folder, tm
     """Every command of docs/comparing.md, with tiny networks under the names of the page, and a study of two steps."""
     save("dinov3", hub.repository("facebook/dinov3-vits16-pretrain-lvd1689m"))
     import_timm()
-    save("timm resnet", hub.repository("timm/resnet50.a1_in1k"))
+    resnet = hub.repository("timm/resnet50.a1_in1k")
+    save("timm resnet", resnet)
+    description = json.loads((resnet / "config.json").read_text())
+    description["pretrained_cfg"]["input_size"] = [3, 32, 32]  # small, to be fast
+    (resnet / "config.json").write_text(json.dumps(description))
     shutil.copytree(encoder_folder, tmp_path / "runs/photos")
     shutil.copytree(digits.labeled, tmp_path / "labeled")
     shutil.copytree(digits.labeled / "test", tmp_path / "photos")
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr("simmim.finetune.label_study.trials.trial_pool", lambda processes: nullcontext())
-    shorter = {"probe": "--workers 0 --seeds 2", "embed": "--workers 0", "finetune": "--steps 1 --image-size 32"}
+    shorter = {"probe": "--workers 0 --seeds 2", "embed": "--workers 0", "finetune": "--steps 1 --image-size 32 --workers 0"}
+    shorter |= {"predict": "--workers 0"}
     shorter["study"] = "--labels 1 --seeds 2 --steps 1 --batch-size 10 --lr-factors [1] --layer-decays [] --image-size 32"
     page = (Path(__file__).parents[1] / "docs/comparing.md").read_text(encoding="utf-8")
     lines = re.findall(r"^\$ simmim (.*)$", page, re.M)
