@@ -29,7 +29,6 @@ MAX_PIXELS = 200_000_000
 STRETCHED = Reading()  # as version 0.1: values deeper than 8 bits by each image's own range, the first page
 
 SIGNATURES = {b"\xff\xd8\xff": "JPEG", b"\x89PNG\r\n\x1a\n": "PNG", b"GIF8": "GIF", b"RIFF": "WebP"}
-HEIC_BRANDS = (b"ftypheic", b"ftypheix", b"ftypmif1", b"ftypmsf1", b"ftyphevc")
 
 IMAGE_DESCRIPTION, BITS_PER_SAMPLE, SAMPLES_PER_PIXEL, EXTRA_SAMPLES = 270, 258, 277, 338  # TIFF's tags
 _OPEN = OpenWindows()
@@ -264,8 +263,6 @@ def _read_by_format(stream: BinaryIO, record: Record, reading: Reading, page: in
     if kind:
         return kind.read(stream, record, reading, page, max_pixels)
     head = stream.read(16)
-    if head[4:12] in HEIC_BRANDS:
-        raise ValueError("HEIC image: convert it to JPEG or PNG")
     for signature, name in SIGNATURES.items():
         if head.startswith(signature):
             raise ValueError(f"{name} file with a broken header")

@@ -38,6 +38,8 @@ EXTENSIONS = frozenset(
         ".avif",
         ".npy",
         ".dcm",
+        ".heic",
+        ".heif",
         ".svs",
         ".ndpi",
         ".scn",
@@ -46,7 +48,7 @@ EXTENSIONS = frozenset(
         ".qptiff",
     ]
 )
-VERSION = 4
+VERSION = 5
 ROWS_AT_ONCE = 100_000
 # A folder that changed this shortly before its scan may change again within the same tick of its time stamp.
 TRUSTED_AGE_S = 2.0

@@ -6,9 +6,10 @@ from typing import BinaryIO
 
 from simmim.data.dicom import DicomFormat
 from simmim.data.file_formats import HEAD_BYTES, FileFormat, NpyFormat, TiffFormat
+from simmim.data.heif import HeifFormat
 
 # DICOM before TIFF: its preamble may be the beginning of a TIFF file.
-FILE_FORMATS: tuple[FileFormat, ...] = (NpyFormat(), DicomFormat(), TiffFormat())
+FILE_FORMATS: tuple[FileFormat, ...] = (NpyFormat(), DicomFormat(), TiffFormat(), HeifFormat())
 
 
 def detect_format(stream: BinaryIO) -> FileFormat | None:
