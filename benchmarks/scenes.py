@@ -1,11 +1,12 @@
-"""Scenes with exact label maps: real garments or digits on crops of real photographs.
+"""Scenes with exact label maps and boxes: real garments or digits on crops of real photographs.
 
     python benchmarks/scenes.py --out scenes                       # Fashion-MNIST on scikit-image's photographs
     python benchmarks/scenes.py --out scenes --objects digits --photos sklearn
 
-Writes OUT/unlabeled for pre-training, OUT/labeled/train/{images,masks}, OUT/labeled/val/{images,masks} and
-OUT/labeled/classes.txt. The classes are the background and five kinds of garments, with --fine all ten classes of
-Fashion-MNIST, or the ten digits.
+Writes OUT/unlabeled for pre-training, OUT/labeled/train/{images,masks}, OUT/labeled/val/{images,masks},
+OUT/labeled/classes.txt, and the boxes of the objects, as far as they are visible, as COCO's JSON:
+OUT/labeled/annotations/{train,val}.json. The classes are the background and five kinds of garments, with --fine all ten
+classes of Fashion-MNIST, or the ten digits.
 
 The objects of the validation scenes are in no other scene. Nor are the right fifths of the photographs, which their
 backgrounds are cut from. Training scenes are not among the unlabeled ones, but show the same objects and photographs. Later
@@ -19,9 +20,11 @@ from __future__ import annotations
 
 import argparse
 import gzip
+import json
 import sys
 from dataclasses import dataclass
 from pathlib import Path
+from typing import NamedTuple
 
 import numpy as np
 from PIL import Image
@@ -85,6 +88,27 @@ class SceneSpec:
     object_px: tuple[int, int] = (24, 32)
     max_hidden: float = 0.15
     color: bool = False
+
+
+class Box(NamedTuple):
+    """The box of one object: class id, and left, top, width and height in pixels."""
+
+    kind: int
+    left: int
+    top: int
+    width: int
+    height: int
+
+    @classmethod
+    def around(cls, visible: np.ndarray, kind: int) -> Box:
+        """The box around the pixels of an object.
+
+        Args:
+            visible: (side, side) bool, at least one of them true.
+        """
+        rows, columns = np.flatnonzero(visible.any(axis=1)), np.flatnonzero(visible.any(axis=0))
+        left, top = int(columns[0]), int(rows[0])
+        return cls(kind, left, top, int(columns[-1]) - left + 1, int(rows[-1]) - top + 1)
 
 
 def load_garments(fine: bool = False, folder: Path = FASHION) -> Objects:
@@ -155,9 +179,9 @@ def draw_scene(
     validation: bool,
     spec: SceneSpec,
     generator: np.random.Generator,
-) -> tuple[np.ndarray, np.ndarray]:
-    """One scene, (side, side, 3) uint8, or (side, side) if gray, and its label map, (side, side) uint8: 0 for the
-    background, else class id + 1."""
+) -> tuple[np.ndarray, np.ndarray, list[Box]]:
+    """One scene, (side, side, 3) uint8, or (side, side) if gray, its label map, (side, side) uint8: 0 for the background,
+    else class id + 1; and the boxes of what is visible of each object."""
     images, labels = objects
     canvas = draw_background(photos, validation, spec, generator).astype(float)
     if not spec.color:
@@ -165,6 +189,7 @@ def draw_scene(
     label_map = np.zeros((spec.side_px, spec.side_px), dtype=np.uint8)
     owner = np.full(label_map.shape, -1)  # the object that is visible
     areas: list[int] = []
+    kinds: list[int] = []
     for _ in range(generator.integers(spec.num_objects[0], spec.num_objects[1] + 1)):
         number = generator.integers(len(images))
         side = int(generator.integers(spec.object_px[0], spec.object_px[1] + 1))
@@ -181,9 +206,11 @@ def draw_scene(
                 label_map[place][solid] = labels[number] + 1
                 owner[place][solid] = len(areas)
                 areas.append(int(solid.sum()))
+                kinds.append(int(labels[number]))
                 break
     pixels = canvas.round().clip(0, 255).astype(np.uint8)
-    return (pixels if spec.color else pixels[..., 0]), label_map
+    boxes = [Box.around(owner == place, kind) for place, kind in enumerate(kinds)]
+    return (pixels if spec.color else pixels[..., 0]), label_map, boxes
 
 
 def write_scenes(
@@ -208,17 +235,41 @@ def write_scenes(
         folder = out / name
         for content in ("images", "masks") if labeled else (".",):
             (folder / content).mkdir(parents=True, exist_ok=True)
+        drawn = []
         for number in range(count):
             generator = np.random.default_rng([seed, part, number])
             images_and_labels = objects.validation if held_out else objects.train
-            image, label_map = draw_scene(images_and_labels, photos, held_out, spec, generator)
+            image, label_map, boxes = draw_scene(images_and_labels, photos, held_out, spec, generator)
+            drawn.append(boxes)
             Image.fromarray(image).save(folder / ("images" if labeled else ".") / f"{number:05d}.png")
             if labeled:
                 colored = Image.fromarray(label_map, mode="P")
                 colored.putpalette(colors.tobytes())
                 colored.save(folder / "masks" / f"{number:05d}.png")
+        if labeled:
+            write_boxes(out / "labeled/annotations" / f"{name.rsplit('/', 1)[-1]}.json", drawn, objects.names, spec.side_px)
     names = "".join(f"{name}\n" for name in ("background", *objects.names))
     (out / "labeled" / "classes.txt").write_text(names, encoding="utf-8")
+
+
+def write_boxes(file: Path, scenes: list[list[Box]], names: tuple[str, ...], side_px: int) -> None:
+    """Write the boxes of a part's scenes as COCO's JSON."""
+    images = [
+        {"id": number, "file_name": f"{file.stem}/images/{number:05d}.png", "height": side_px, "width": side_px}
+        for number in range(len(scenes))
+    ]
+    annotations = [
+        {"image_id": number, "category_id": box.kind + 1, "bbox": box[1:], "area": box.width * box.height, "iscrowd": 0}
+        for number, boxes in enumerate(scenes)
+        for box in boxes
+    ]
+    content = {
+        "images": images,
+        "annotations": [{"id": number, **annotation} for number, annotation in enumerate(annotations)],
+        "categories": [{"id": number + 1, "name": name} for number, name in enumerate(names)],
+    }
+    file.parent.mkdir(parents=True, exist_ok=True)
+    file.write_text(json.dumps(content), encoding="utf-8")
 
 
 def main(arguments: list[str] | None = None) -> int:

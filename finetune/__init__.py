@@ -22,6 +22,8 @@ _HOMES = {
     "OptimSettings": "simmim.finetune.settings",
     "study": "simmim.finetune.label_study.study",
     "StudySettings": "simmim.finetune.label_study.settings",
+    "SegmentationStudySettings": "simmim.finetune.segmentation.study",
+    "DetectionStudySettings": "simmim.finetune.detection.study",
 }
 __all__ = list(_HOMES)
 

@@ -1,6 +1,6 @@
 """Labeled tasks by name. The only file that knows concrete tasks; each is imported when it is first asked for.
 
-A new task is a folder with a `settings.py` and a `task.py`, and a line in `TASKS`.
+A new task is a folder with a `settings.py` and a `task.py`, and a line in `TASKS`; with a `study.py` it can be studied too.
 """
 
 from __future__ import annotations
@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, NamedTuple
 from simmim.messages import did_you_mean
 
 if TYPE_CHECKING:
+    from simmim.finetune.label_study.task_study import TaskStudy
     from simmim.finetune.settings import TransferSettings
     from simmim.finetune.task import Task
 
@@ -45,6 +46,21 @@ def settings_class(name: str) -> type[TransferSettings]:
     """
     entry = task_entry(name)
     return getattr(import_module(f"{entry.package}.settings"), entry.settings)
+
+
+def study_of(name: str) -> TaskStudy:
+    """The study of a task, from the module `study` of its package.
+
+    Raises:
+        ValueError: as `settings_class`; for a task without a study.
+    """
+    home = f"{task_entry(name).package}.study"
+    try:
+        return import_module(home).STUDY
+    except ModuleNotFoundError as error:
+        if error.name != home:
+            raise
+        raise ValueError(f"{name} has no study: its folder has no study.py") from None
 
 
 def task_named(name: str) -> Task:

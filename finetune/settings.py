@@ -4,11 +4,14 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass, replace
-from typing import ClassVar, TypeVar
+from typing import TYPE_CHECKING, ClassVar, TypeVar
 
 from simmim.defaults import default_batch_size, default_ema, default_finetuning_epochs
 from simmim.training.optim import Schedule, lr_by_root
 from simmim.training.settings import OptimizerSettings, RunSettings, check_positive
+
+if TYPE_CHECKING:
+    from simmim.data.scene_draws import SceneDraw
 
 
 @dataclass(frozen=True)
@@ -54,6 +57,38 @@ class LabeledDataSettings:
     column: str | None = None
     strict: bool = False
     max_skipped_share: float = 0.05
+
+
+@dataclass(frozen=True)
+class ScenesSettings(LabeledDataSettings):
+    """Labeled images of a task whose labels are places in the image.
+
+    Args:
+        fold: cross-validation, as (part, number of parts): train on the labeled images of all parts but this one, counted
+            from 0, and validate with it. The validation images are not used.
+        pool: (part, number of parts): draw labels from this part of the training images alone, so that runs of other parts
+            share none. The parts are drawn once.
+        validation_seed: draws the fifth of the images to validate with, where there is no validation part; by default seed
+            draws it. A study holds one fifth out for all its runs.
+    """
+
+    fold: tuple[int, int] | None = None
+    pool: tuple[int, int] | None = None
+    validation_seed: int | None = None
+
+    def __post_init__(self) -> None:
+        for name in ("fold", "pool"):
+            if getattr(self, name) is not None:
+                object.__setattr__(self, name, tuple(getattr(self, name)))
+                part, parts = getattr(self, name)
+                if not 0 <= part < parts or parts < 2:
+                    raise ValueError(f"data.{name} is {(part, parts)}: give (part, parts), 0 <= part < parts, 2 or more")
+
+    def draw(self) -> SceneDraw:
+        """How images are drawn, beside their number and the seed."""
+        from simmim.data.scene_draws import SceneDraw  # heavy libraries are loaded when used
+
+        return SceneDraw(self.validation_seed, self.pool, self.fold)
 
 
 @dataclass(frozen=True)

@@ -1,23 +1,20 @@
 """Benchmarks run as scripts: short measurements, and reports of earlier runs."""
 
-import itertools
 import json
 import math
 import shutil
 from pathlib import Path
-from types import SimpleNamespace
 
-import numpy as np
+import detection
 import pytest
 import recipe_search
 import segmentation
 import step
 from PIL import Image
-from safetensors.torch import load_file, save_file
-from scipy.stats import ttest_rel
 
-from simmim.finetune import run as finetune_run
+from simmim.cli.train import study_settings
 from simmim.finetune.label_study.results import Rates, Trial, write_trials
+from simmim.finetune.label_study.study import rate_grid
 
 BENCHMARKS = Path(__file__).resolve().parent.parent / "benchmarks"
 SMALL = "--preset nano --size 64 --window 4 --batch 2 --precision float32 --threads 1 --rounds 2"
@@ -72,102 +69,29 @@ def test_a_version_equals_itself(fork_server):
     assert precision == "float32" and min(float(old), float(new), float(ratio)) > 0 and difference == "0"
 
 
-def test_the_table_of_segmentation_is_paired_by_seed():
-    """Gains 3, 0, 6: mean 3, deviation 3."""
-    done = {
-        segmentation.Trial(arm, 20, seed, 0.01, 0.9, False): {"mean_iou": value, "pixel_accuracy": 0.9}
-        for arm, values in zip(segmentation.ARMS, (OURS, THEIRS))
-        for seed, value in reversed([*enumerate(values)])
-    }
-    head, _, row = segmentation.results_table(done).splitlines()
-    assert head == "| labeled scenes | pre-trained | from scratch | paired gain | seeds won |"
-    gain = f"+3.0 ± {3 / math.sqrt(3):.1f} (p = {ttest_rel(OURS, THEIRS).pvalue:.2g})"
-    assert row == f"| 20 | 29.7 ± 0.9 | 26.7 ± 0.9 | {gain} | 2 of 3 |"
+@pytest.mark.parametrize("benchmark", [segmentation, detection])
+def test_the_benchmarks_of_scenes_are_studies(benchmark, tmp_path, monkeypatch):
+    """Both sides choose from one grid, seeds share no scene, a later call goes on, and what follows wins."""
+    calls, task = [], benchmark.__name__
+    monkeypatch.setattr("simmim.cli.main", lambda words: calls.append(words) or 0)
+    given = ["--scenes", "scenes", "--init", "encoder", "--out", str(tmp_path)]
+    assert benchmark.main(given) == 0
+    (tmp_path / "config.yaml").touch()
+    assert benchmark.main([*given, "--seeds", "3", "--labels", "7"]) == 0
+    first, second = calls
+    assert "--resume" not in first and second[-1] == "--resume"
+    settings = study_settings(second[1:-1])
+    assert (settings.task, settings.data.path, settings.labels, settings.seeds) == (task, "scenes/labeled", (7,), 3)
+    assert settings.disjoint and (settings.steps, settings.image_size) == (800, 64)
+    assert len(rate_grid(settings)) == 6 and study_settings(first[1:]).labels == (20, 100)
 
 
-def test_draws_of_scenes_share_nothing():
-    names = [f"{number:05d}.png" for number in range(40)]
-    parts = segmentation.divide_scenes(names, 5, num_seeds=4, num_tuning_seeds=2, num_validation=10)
-    drawn = [*parts.tuning_validation, *itertools.chain(*parts.tuning, *parts.comparison)]
-    assert sorted(drawn) == names and len(parts.comparison) == 4 and {*map(len, parts.comparison)} == {5}
-    assert parts == segmentation.divide_scenes(names[::-1], 5, 4, 2, 10)  # whatever the folder's order
-    with pytest.raises(ValueError, match="40 training scenes, 41 needed: 11 to judge the tuning, and 6 draws of 5"):
-        segmentation.divide_scenes(names, 5, 4, 2, 11)
-
-
-@pytest.fixture(scope="module")
-def segmentation_words(scene_folder, encoder_folder, tmp_path_factory):
-    """The command line of a benchmark in miniature: two rates, two seeds, four labels (fewer may lack a class), one step."""
-    config = tmp_path_factory.mktemp("recipe") / "recipe.yaml"
-    config.write_text("image_size: 32\nbatch_size: 2\nworkers: 0\nprecision: 32-true\nhead: {width: 16}\n")
-    folders = ["--scenes", scene_folder.parent, "--init", encoder_folder, "--config", config, "--processes", 0]
-    size = ["--labels", 4, "--seeds", 2, "--tuning-scenes", 3, "--steps", 1, "--lrs", 0.1, 0.2, "--layer-decays", 0.9]
-    return [*map(str, folders), *map(str, size)]
-
-
-def contents(folder):
-    """The label maps and images of a folder, as bytes."""
-    return {file.read_bytes() for file in folder.rglob("*.png")}
-
-
-def test_segmentation_tunes_on_no_scene_that_judges(segmentation_words, scene_folder, tmp_path, monkeypatch, capsys):
-    """Measured for real, in miniature. What each fine-tuning reads is seen where it reads it. Each arm takes the rate that
-    its own tuning chose."""
-    run, seen = finetune_run.finetune, []
-
-    def finetune(settings, quiet):
-        metrics = run(settings, quiet=quiet).metrics
-        folder, arm = Path(settings.data.path), "from scratch" if settings.init == "none" else "pre-trained"
-        seen.append((arm, settings.optim.lr, contents(folder / "train/images"), contents(folder / "val/images")))
-        best = {"pre-trained": 0.1, "from scratch": 0.2}[arm]
-        return SimpleNamespace(metrics=metrics | {"mean_iou": 0.5 - abs(settings.optim.lr - best)})
-
-    monkeypatch.setattr(finetune_run, "finetune", finetune)
-    assert segmentation.main([*segmentation_words, "--out", str(tmp_path / "study")]) == 0
-    tuning, compared, judges = seen[:4], seen[4:], contents(scene_folder / "val/images")
-    training = contents(scene_folder / "train/images")
-    assert [(arm, lr) for arm, lr, *_ in tuning] == [*itertools.product(segmentation.ARMS, (0.1, 0.2))]
-    for _, _, train, validation in tuning:
-        assert len(train) == 4 and len(validation) == 3 and train | validation <= training
-        assert not (train & validation or (train | validation) & judges)
-    assert [(arm, lr) for arm, lr, *_ in compared] == [("pre-trained", 0.1)] * 2 + [("from scratch", 0.2)] * 2
-    chosen_by = set().union(*(train | validation for _, _, train, validation in tuning))
-    for _, _, train, validation in compared:
-        assert validation == judges and not train & (chosen_by | judges)
-    assert compared[0][2] == compared[2][2] and not compared[0][2] & compared[1][2]  # paired by seed, seeds disjoint
-    assert capsys.readouterr().out.splitlines()[-1].startswith("| 4 | 50.0 ± 0.0 | 50.0 ± 0.0 | +0.0")
-
-
-def test_segmentation_takes_up_results_of_the_same_settings_alone(
-    segmentation_words, scene_folder, tmp_path, monkeypatch, capsys
-):
-    counted = []
-
-    def finetune(settings, quiet):
-        counted.append(settings)
-        return SimpleNamespace(metrics={"mean_iou": 0.5, "pixel_accuracy": 0.9})
-
-    def num_computed(*more):
-        counted.clear()
-        assert segmentation.main([*segmentation_words, "--out", str(tmp_path / "study"), *map(str, more)]) == 0
-        return len(counted), "computed anew" in capsys.readouterr().out
-
-    monkeypatch.setattr(finetune_run, "finetune", finetune)
-    assert num_computed() == (8, False)
-    assert num_computed() == (0, False)
-    assert num_computed("--steps", 2) == (8, True)
-    other = load_file(Path(segmentation_words[3]) / "encoder.safetensors")
-    shutil.copytree(segmentation_words[3], tmp_path / "encoder")
-    save_file({name: value + 1 for name, value in other.items()}, tmp_path / "encoder/encoder.safetensors")
-    assert num_computed("--steps", 2, "--init", tmp_path / "encoder") == (8, True)
-    shutil.copytree(scene_folder, tmp_path / "scenes/labeled")
-    assert num_computed("--steps", 2, "--init", tmp_path / "encoder", "--scenes", tmp_path / "scenes") == (0, False)
-    mask = min((tmp_path / "scenes/labeled/val/masks").iterdir())
-    Image.fromarray(np.asarray(Image.open(mask)) * 0).save(mask)
-    # One label map of those that judge: the tuning stands, the comparison does not.
-    assert num_computed("--steps", 2, "--init", tmp_path / "encoder", "--scenes", tmp_path / "scenes") == (4, True)
-    (tmp_path / "study/trials.csv").write_text("of an earlier version, without what it was measured with\n")
-    assert num_computed("--seeds", 1, "--lrs", 0.3) == (2, False)
+def test_detection_is_measured_on_any_images(monkeypatch):
+    calls = []
+    monkeypatch.setattr("simmim.cli.main", lambda words: calls.append(words) or 0)
+    assert detection.main(["--data", "cells", "--init", "encoder", "--out", "out"]) == 0
+    settings = study_settings(calls[0][1:])
+    assert (settings.data.path, settings.disjoint, settings.image_size) == ("cells", False, 160)
 
 
 def test_the_picture_shows_a_run_and_its_study(fork_server, tmp_path):

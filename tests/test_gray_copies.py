@@ -103,7 +103,7 @@ def test_notices_can_be_left_out():
 
 def test_a_study_says_what_its_runs_lack(monkeypatch):
     from simmim.finetune import LabeledSettings
-    from simmim.finetune.label_study import study
+    from simmim.finetune.classification import study
 
     def start(side_px, **data):
         return SimpleNamespace(

@@ -11,7 +11,8 @@ from PIL import Image
 
 from simmim.data.label_map_files import inspect_scenes, read_label_map
 from simmim.data.label_map_sources import note_on_label_maps, read_scenes
-from simmim.data.label_maps import ClassScheme, draw_scenes, read_labeled_scenes
+from simmim.data.label_maps import ClassScheme, read_labeled_scenes
+from simmim.data.scene_draws import draw_scenes
 
 
 def png(array, mode=None, palette=None, **save):
@@ -137,13 +138,13 @@ def test_every_class_is_among_the_drawn():
     common, rare = found[0].__class__("c", None, {0: 5, 1: 5}), found[0].__class__("r", None, {0: 5, 2: 1})
     many = [common] * 30 + [rare]
     for seed in range(5):
-        assert 30 in draw_scenes(many, range(31), 3, scheme, random.Random(seed))
-    others = {tuple(draw_scenes(many, range(31), 3, scheme, random.Random(seed))) for seed in range(5)}
+        assert 30 in draw_scenes(many, range(31), 3, scheme.values, random.Random(seed))
+    others = {tuple(draw_scenes(many, range(31), 3, scheme.values, random.Random(seed))) for seed in range(5)}
     assert len(others) > 1
     with pytest.raises(ValueError, match="too few to have all 3 classes: give 2 or more"):
-        draw_scenes(many, range(31), 1, scheme, random.Random(0))
+        draw_scenes(many, range(31), 1, scheme.values, random.Random(0))
     with pytest.raises(ValueError, match="give 1 to 31"):
-        draw_scenes(many, range(31), 40, scheme, random.Random(0))
+        draw_scenes(many, range(31), 40, scheme.values, random.Random(0))
 
 
 @pytest.mark.parametrize("layout", ["parts", "inside", "csv", "saved", "parquet"])

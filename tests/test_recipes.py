@@ -103,9 +103,12 @@ def test_segmentation_recipe_builds(path):
 
 def test_detection_recipe_builds():
     """The published rate at 16 images, warm-up and drop path; short sides of 480 to 800 px."""
-    assert {path.stem for path in DETECTION} == {"micro-detection", "tiny-detection"}
+    assert {path.stem for path in DETECTION} == {"micro-detection", "scenes-detection", "tiny-detection"}
     for path in DETECTION:
         settings = read_finetune_settings("detection", ["--config", str(path), "--data", "objects", "--out", "run"])
+        if path.stem == "scenes-detection":  # as scenes-segmentation, for a benchmark
+            assert (settings.head.width, settings.image_size, settings.steps) == (32, 64, 800)
+            continue
         small = "micro" in path.stem
         settings = resolve_schedule(settings, num_images=118_000, device="cpu", small=small)
         rate = settings.schedule().by_step(118_000 / settings.batch_size, settings.batch_size)

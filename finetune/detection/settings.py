@@ -7,14 +7,14 @@ from typing import ClassVar
 
 from simmim.finetune.detection.labels.base import check_box_format
 from simmim.finetune.detection.pyramid import check_head
-from simmim.finetune.settings import EncoderSettings, LabeledDataSettings, OptimSettings, TransferSettings
+from simmim.finetune.settings import EncoderSettings, OptimSettings, ScenesSettings, TransferSettings
 
 INFERENCES = ("auto", "whole", "tiles")
 EXIF = ("auto", "upright", "stored")
 
 
 @dataclass(frozen=True)
-class BoxSettings(LabeledDataSettings):
+class BoxSettings(ScenesSettings):
     """The labeled images, the classes, and how training varies them.
 
     Args:
@@ -48,6 +48,7 @@ class BoxSettings(LabeledDataSettings):
     inference: str = "auto"
 
     def __post_init__(self) -> None:
+        super().__post_init__()
         for name in ("classes", "scale"):
             object.__setattr__(self, name, tuple(getattr(self, name)))
         if self.box_format is not None:

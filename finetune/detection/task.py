@@ -109,7 +109,7 @@ def read_labels(settings: DetectionSettings) -> BoxedScenes:
     """
     data = settings.data
     options = ReadingOptions(data.column, data.box_format, data.classes)
-    return read_boxed_scenes(data.path, settings.labels, settings.seed, options, data.format, data.exif)
+    return read_boxed_scenes(data.path, settings.labels, settings.seed, options, data.format, data.exif, data.draw())
 
 
 def build_module(

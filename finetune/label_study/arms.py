@@ -8,9 +8,9 @@ from dataclasses import dataclass, replace
 
 from torch import Tensor
 
-from simmim.finetune.classification.settings import ClassificationSettings
 from simmim.finetune.label_study.results import Side
-from simmim.finetune.label_study.settings import PLAIN, PRETRAINED, SCRATCH, SEMI, StudySettings
+from simmim.finetune.label_study.settings import PLAIN, PRETRAINED, SCRATCH, SEMI, StudyFields
+from simmim.finetune.settings import Settings, TransferSettings
 
 
 @dataclass(frozen=True)
@@ -24,14 +24,16 @@ class Arm:
         start: what it starts from, as the table shows it; by default its name.
         recipe: plain, or semi with unlabeled images.
         rates_of: name of the arm whose rates it takes; by default it chooses its own.
+        pools: seeds that share no training image, of scenes; by default they may.
     """
 
     name: str
-    settings: ClassificationSettings
+    settings: TransferSettings
     fingerprint: int = 0
     start: str = ""
     recipe: str = PLAIN
     rates_of: str = ""
+    pools: Sequence[int] = ()
 
     @property
     def side(self) -> Side:
@@ -39,21 +41,19 @@ class Arm:
         return Side(self.start or self.name, self.recipe)
 
 
-def scratch_settings(settings: ClassificationSettings) -> ClassificationSettings:
+def scratch_settings(settings: Settings) -> Settings:
     """Settings of the twin from scratch: the same architecture, preprocessing, data and length, without the weights."""
     return replace(settings, init="none", encoder=replace(settings.encoder, like=settings.init))
 
 
-def pretrained_and_scratch(
-    settings: ClassificationSettings, scratch_lr: float, scratch_layer_decay: float
-) -> tuple[Arm, Arm]:
+def pretrained_and_scratch(settings: TransferSettings, scratch_lr: float, scratch_layer_decay: float) -> tuple[Arm, Arm]:
     """The encoder of `settings.init` and its twin from scratch, which has its own learning rate and layer decay."""
     scratch = scratch_settings(settings)
     optim = replace(scratch.optim, lr=scratch_lr, layer_decay=scratch_layer_decay)
     return Arm(PRETRAINED, settings), Arm(SCRATCH, replace(scratch, optim=optim))
 
 
-def build_arms(settings: StudySettings, fingerprints: Mapping[str, int], recipes: Sequence[str] = ()) -> list[Arm]:
+def build_arms(settings: StudyFields, fingerprints: Mapping[str, int], recipes: Sequence[str] = ()) -> list[Arm]:
     """The arms of each recipe, in each recipe one per encoder, and one from scratch where it is asked for.
 
     Args:
@@ -69,7 +69,9 @@ def build_arms(settings: StudySettings, fingerprints: Mapping[str, int], recipes
         for start, chosen in starts.items():
             name = start if recipe == PLAIN else f"{start} {recipe}"
             rates_of = start if recipe == SEMI and not settings.tune_arms else ""
-            arms.append(Arm(name, chosen, fingerprints[PRETRAINED if start == SCRATCH else start], start, recipe, rates_of))
+            pools = tuple(settings.all_seeds) if settings.disjoint else ()
+            fingerprint = fingerprints[PRETRAINED if start == SCRATCH else start]
+            arms.append(Arm(name, chosen, fingerprint, start, recipe, rates_of, pools))
     return arms
 
 

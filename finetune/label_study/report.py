@@ -92,9 +92,9 @@ def scores_and_gains_tables(result: StudyResult) -> str:
         found = [contrast_gain(result, contrast, value) for contrast in contrasts]
         gains.append([str(value), *(gain_cell(gain) if gain else NOT_MEASURED for gain in found)])
     rates = rates_columns(result.arms, labels, rates_cells(result))
-    first = markdown(["labels per class", *result.arms, "seeds"], scores, rates)
+    first = markdown([result.measure.unit, *result.arms, "seeds"], scores, rates)
     titles = [f"{contrast.first} over {contrast.second}" for contrast in contrasts]
-    return f"{first}\n\n{markdown(['labels per class', *titles], gains)}"
+    return f"{first}\n\n{markdown([result.measure.unit, *titles], gains)}"
 
 
 def markdown(titles: Sequence[str], rows: Sequence[Sequence[str]], more: Mapping[str, Sequence[str]] | None = None) -> str:
@@ -153,7 +153,7 @@ def gain_sentence(result: StudyResult, labels: int | str, contrast: Contrast) ->
     gain, other = contrast_gain(result, contrast, labels), contrast.second
     if gain is None:
         return ""
-    condition = "With all labels" if labels == ALL else f"With {labels} label{'s' * (labels != 1)} per class"
+    condition = "With all labels" if labels == ALL else f"With {result.measure.counted(labels)}"  # type: ignore[arg-type]
     verb, points = ("gains", gain.mean) if gain.mean >= 0 else ("loses", -gain.mean)
     test = "" if math.isnan(gain.p) else f"p {p_text(gain.p)}, paired t-test over "
     text = (
@@ -190,12 +190,13 @@ def saved_labels(equivalent: float, labels: int | str, contrast: Contrast, resul
         if count >= most:
             return "."
         reach = f"; {other} does not reach that score with {most:.0f}"
-        return f"{reach}: more than {most - count:.0f} labels per class saved ({interval(result, labels, contrast, count)})."
+        return (
+            f"{reach}: more than {result.measure.counted(most - count)} saved ({interval(result, labels, contrast, count)})."
+        )
     if equivalent - count < 0.5:
         return "."
-    saved = round(equivalent - count)
     return (
-        f" and saves {saved} label{'s' * (saved != 1)} per class ({interval(result, labels, contrast, count)}): "
+        f" and saves {result.measure.counted(equivalent - count)} ({interval(result, labels, contrast, count)}): "
         f"{other} needs {equivalent:.0f} for the same score."
     )
 
@@ -239,7 +240,8 @@ def worth_sentence(result: StudyResult, contrast: Contrast) -> str:
         if math.isinf(needed) and count >= most:
             continue  # no larger number was measured
         text = f"more than {most:.0f}" if math.isinf(needed) else f"{needed:.0f}"
-        worth.append(f"{count:.0f} labels per class are worth {text} ({interval(result, value, contrast)})")
+        verb = "is" if round(count) == 1 else "are"
+        worth.append(f"{result.measure.counted(count)} {verb} worth {text} ({interval(result, value, contrast)})")
     having = f"With{contrast.given.removeprefix(' and')}, your" if contrast.given else "Your"
     if not worth:
         return f"{having} labels are not shown to be worth more than without {contrast.without}: no gain is beyond chance."
@@ -252,7 +254,7 @@ def report(result: StudyResult) -> str:
         table = scores_and_gains_tables(result)
     else:
         labels, rates = tuple(result.labels), rates_cells(result)
-        table = comparison_table(result.trials, result.arms, labels, spread=t_interval, rates=rates)
+        table = comparison_table(result.trials, result.arms, labels, result.measure.unit, spread=t_interval, rates=rates)
     sentences = [f"- {sentence}" for sentence in gain_sentences(result)]
     worth = worth_sentences(result)
     facts = ["", result.facts] if result.facts else []
@@ -266,9 +268,9 @@ def explanation(result: StudyResult) -> list[str]:
         varied += " (with all labels: initial weights and order alone)"
     judged_by = f"Judged by {result.judged_by}, the same for all. " if result.judged_by else ""
     lines = [
-        f"Accuracy after the last step in percent. {judged_by}± is the 95 % interval of the mean over seeds by Student's "
-        f"t: {varied}. Of labels saved it is a bootstrap of seeds. Neither contains the chance of the pre-training or of "
-        "the judging images.",
+        f"{result.measure.title} after the last step in percent. {judged_by}± is the 95 % interval of the mean over seeds "
+        f"by Student's t: {varied}. Of labels saved it is a bootstrap of seeds. Neither contains the chance of the "
+        "pre-training or of the judging images.",
         *([" ".join(result.notes)] if result.notes else []),
     ]
     warning = edge_warning(result)
@@ -306,16 +308,16 @@ def draw(axes: Axes, result: StudyResult, title: str = "") -> None:
     axes.xaxis.set_major_locator(FixedLocator(positions))
     axes.xaxis.set_minor_locator(NullLocator())
     axes.set_xticklabels([str(value) for value in result.labels])
-    axes.set(xlabel="labels per class", ylabel="accuracy, %", title=title)
+    axes.set(xlabel=result.measure.unit, ylabel=f"{result.measure.title}, %", title=title)
     axes.grid(alpha=0.3)
     axes.legend(title="mean, 95 % t interval over seeds", title_fontsize="small")
 
 
 def write_report(result: StudyResult, folder: Path) -> None:
     """Write results.csv, tuning.csv, table.md and study.png, each whole or not at all."""
-    write_trials(folder / "results.csv", result.trials)
+    write_trials(folder / "results.csv", result.trials, result.measure)
     if result.tuning:
-        write_trials(folder / "tuning.csv", result.tuning)
+        write_trials(folder / "tuning.csv", result.tuning, result.measure)
     with atomic_write(folder / "table.md") as temporary:
         temporary.write_text(report(result) + "\n", encoding="utf-8")
     with atomic_write(folder / "study.png") as temporary:

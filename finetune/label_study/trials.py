@@ -10,6 +10,7 @@ a file of its own, so that a study that is started again runs only what is missi
 from __future__ import annotations
 
 import json
+import math
 import shutil
 import statistics
 from collections.abc import Callable, Collection, Mapping, Sequence
@@ -23,18 +24,17 @@ from typing import Any, NamedTuple
 from tqdm import tqdm
 
 from simmim.files import atomic_write
-from simmim.finetune.classification.defaults import default_layer_decay
-from simmim.finetune.classification.settings import ClassificationSettings
 from simmim.finetune.label_study.arms import Arm
 from simmim.finetune.label_study.pool import run_in_pool, trial_pool
-from simmim.finetune.label_study.results import Rates, StudyResult, Trial
+from simmim.finetune.label_study.results import Measure, Rates, StudyResult, Trial
 from simmim.finetune.label_study.settings import ALL
+from simmim.finetune.registry import study_of
+from simmim.finetune.settings import TransferSettings
 from simmim.messages import counted
 from simmim.renamed_settings import with_current_names
 from simmim.training.run_folder import CHECKPOINTS, MAY_CHANGE_ON_RESUME, plain, with_defaults
 
 TRIALS, RUNS, TUNING_RUNS = "trials", "runs", "tuning-runs"
-SCORE, LOSS = "accuracy", "validation_loss"  # metrics of a run
 Metrics = dict[str, float]
 LeftOut = tuple[str, int | str]  # name of an arm, and labels
 
@@ -50,7 +50,7 @@ class Job(NamedTuple):
 
     arm: Arm
     name: str
-    settings: ClassificationSettings
+    settings: TransferSettings
 
     @property
     def identity(self) -> dict[str, Any]:
@@ -60,10 +60,11 @@ class Job(NamedTuple):
 
     def trial(self, metrics: Metrics) -> Trial:
         """The trial with the metrics of its run."""
-        settings = self.settings
-        labels = ALL if settings.labels_per_class is None else settings.labels_per_class
+        settings, measure = self.settings, measure_of(self.settings)
+        labels = getattr(settings, measure.setting) or ALL
         rates = Rates(settings.optim.lr_factor, settings.optim.layer_decay)
-        return Trial(self.arm.name, labels, settings.seed, rates, metrics[SCORE], metrics[LOSS], settings.data.fold)
+        loss = metrics[measure.loss] if measure.loss else math.nan
+        return Trial(self.arm.name, labels, settings.seed, rates, metrics[measure.score], loss, settings.data.fold)
 
 
 @dataclass(frozen=True)
@@ -86,7 +87,7 @@ class Tuning:
     def grid_of(self, arm: Arm, per_class: float) -> tuple[Rates, ...]:
         """The rates that an arm chooses from with `per_class` labels per class, each once."""
         own = arm.settings.optim.layer_decay
-        default = default_layer_decay(per_class) if own is None else own
+        default = study_of(arm.settings.task).default_layer_decay(per_class) if own is None else own
         return tuple(dict.fromkeys(rates.resolved(default) for rates in self.grid))
 
     def jobs(self, arms: Sequence[Arm], labels: Mapping[int | str, float], seeds: Sequence[int]) -> TuningJobs:
@@ -179,6 +180,7 @@ def run_arms(
         dict(labels),
         sides={arm.name: arm.side for arm in arms},
         rates_of={arm.name: arm.rates_of for arm in arms if arm.rates_of},
+        measure=measure_of(arms[0].settings),
     )
 
 
@@ -189,11 +191,14 @@ def build_job(arm: Arm, labels: int | str, seed: int, rates: Rates, fold: tuple[
         labels: number per class, or "all".
         fold: (part, number of parts) in cross-validation.
     """
+    data: Any = replace(arm.settings.data, fold=fold)  # type: ignore[call-arg]
+    if arm.pools:
+        data = replace(data, pool=(arm.pools.index(seed), len(arm.pools)))
     settings = replace(
         arm.settings,
-        labels_per_class=None if labels == ALL else labels,  # type: ignore[arg-type]
+        **{measure_of(arm.settings).setting: None if labels == ALL else labels},
         seed=seed,
-        data=replace(arm.settings.data, fold=fold),
+        data=data,
         optim=replace(arm.settings.optim, lr_factor=rates.lr_factor, layer_decay=rates.layer_decay),  # type: ignore[arg-type]  # resolved
         validations=1,  # judging images choose nothing: a second look could pick the better one
         resume=False,
@@ -205,6 +210,11 @@ def build_job(arm: Arm, labels: int | str, seed: int, rates: Rates, fold: tuple[
     return Job(arm, name, settings)
 
 
+def measure_of(settings: TransferSettings) -> Measure:
+    """What a study of the settings' task measures."""
+    return study_of(settings.task).measure
+
+
 def best_rates(trials: Sequence[Trial]) -> Rates:
     """The rates of the highest mean score over folds and seeds; of equal ones, those of the lowest mean loss."""
     by_rates: dict[Rates, list[Trial]] = {}
@@ -213,8 +223,9 @@ def best_rates(trials: Sequence[Trial]) -> Rates:
 
     def quality(rates: Rates) -> tuple[float, float]:
         """Mean score, rounded so that the order of a sum decides nothing, and the negative mean loss."""
-        score = statistics.fmean(trial.score for trial in by_rates[rates])
-        return round(score, 9), -statistics.fmean(trial.loss for trial in by_rates[rates])
+        scores = [trial.score for trial in by_rates[rates] if not math.isnan(trial.score)]  # nan where nothing is to find
+        losses = [trial.loss for trial in by_rates[rates] if not math.isnan(trial.loss)]
+        return round(statistics.fmean(scores or [0.0]), 9), -statistics.fmean(losses or [0.0])
 
     return max(by_rates, key=quality)
 

@@ -6,13 +6,13 @@ from dataclasses import dataclass
 from typing import ClassVar
 
 from simmim.finetune.segmentation.upernet import check_head
-from simmim.finetune.settings import EncoderSettings, LabeledDataSettings, OptimSettings, TransferSettings
+from simmim.finetune.settings import EncoderSettings, OptimSettings, ScenesSettings, TransferSettings
 
 INFERENCES = ("auto", "whole", "slide")
 
 
 @dataclass(frozen=True)
-class SceneSettings(LabeledDataSettings):
+class SceneSettings(ScenesSettings):
     """The labeled images, the classes, and how training varies them.
 
     Args:
@@ -46,6 +46,7 @@ class SceneSettings(LabeledDataSettings):
     inference: str = "auto"
 
     def __post_init__(self) -> None:
+        super().__post_init__()
         for name in ("classes", "values", "scale"):
             object.__setattr__(self, name, tuple(getattr(self, name)))
         if not 0 < self.scale[0] <= self.scale[1]:

@@ -128,6 +128,7 @@ def read_labels(settings: SegmentationSettings) -> LabeledScenes:
         data.values,
         data.ignore_index,
         with_progress_bar,
+        data.draw(),
     )
 
 

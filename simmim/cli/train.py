@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING
 from simmim.cli.arguments import UsageError, parse, read_config, split_words, values_of
 
 if TYPE_CHECKING:
-    from simmim.finetune.label_study.settings import StudySettings
+    from simmim.finetune.label_study.settings import StudyFields
     from simmim.finetune.settings import TransferSettings
     from simmim.pretrain.settings import PretrainSettings
 
@@ -59,13 +59,18 @@ def sizes() -> str:
 
 def method_in(words: Sequence[str]) -> str | None:
     """The method that the words name, by a flag or in a --config file; the last one wins. None where there is none."""
-    method = None
+    return named_in(words, "method")
+
+
+def named_in(words: Sequence[str], key: str) -> str | None:
+    """The value of a setting that says which others there are, as of `method_in`."""
+    value = None
     for word in split_words(words):
-        if word.key == "method" and word.value:
-            method = word.value
+        if word.key == key and word.value:
+            value = word.value
         elif word.key == "config":
-            method = read_config(word.value).get("method", method)
-    return method
+            value = read_config(word.value).get(key, value)
+    return value
 
 
 def run_finetune(words: Sequence[str]) -> None:
@@ -112,12 +117,22 @@ def run_study(words: Sequence[str]) -> int | None:
     return 0
 
 
-def study_settings(words: Sequence[str]) -> StudySettings:
-    """The settings of `simmim study`."""
-    from simmim.finetune.label_study.settings import StudySettings
+def study_settings(words: Sequence[str]) -> StudyFields:
+    """The settings of `simmim study`. The task says which there are.
 
-    usage = "simmim study --data PATH --out RUN --init ENCODER [--SETTING VALUE …]"
-    return parse("study", StudySettings, with_saved_config(words), usage=usage, config=True)
+    Raises:
+        ValueError: for an unknown task, naming the nearest known one.
+    """
+    words = with_saved_config(words)
+    task = named_in(words, "task") or "classification"
+    if task == "classification":  # spares the training libraries
+        from simmim.finetune.label_study.settings import StudySettings as settings_class
+    else:
+        from simmim.finetune.registry import study_of
+
+        settings_class = study_of(task).settings  # type: ignore[misc]
+    usage = "simmim study [--task TASK] --data PATH --out RUN --init ENCODER [--SETTING VALUE …]"
+    return parse("study", settings_class, words, usage=usage, config=True)
 
 
 def with_saved_config(words: Sequence[str]) -> list[str]:

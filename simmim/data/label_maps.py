@@ -5,8 +5,7 @@ A label map is a picture of its image's size whose values stand for classes.
 
 from __future__ import annotations
 
-import random
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -17,6 +16,7 @@ from simmim.data.label_map_files import NUM_VALUES, SceneStatistics, inspect_sce
 from simmim.data.label_map_sources import CLASSES_FILE, read_class_names, read_scenes
 from simmim.data.orientation import Size
 from simmim.data.parts import validating_use
+from simmim.data.scene_draws import AS_EVER, SceneDraw, SceneSource
 
 if TYPE_CHECKING:
     import datasets
@@ -64,6 +64,7 @@ class LabeledScenes:
         validation_sizes: (height, width) of the validation images, upright; None for an image that cannot be read.
         notes: what was inferred from the label maps, a sentence each.
         test_validates: whether `validation` is a part that is called test.
+        source: all training scenes, from which others may be chosen.
     """
 
     train: datasets.Dataset
@@ -73,6 +74,7 @@ class LabeledScenes:
     validation_sizes: tuple[Size | None, ...]
     notes: tuple[str, ...] = ()
     test_validates: bool = False
+    source: SceneSource | None = None
 
     @property
     def classes(self) -> tuple[str, ...]:
@@ -90,6 +92,7 @@ def read_labeled_scenes(
     values: Sequence[int] = (),
     ignore_index: int = 255,
     progress: Callable[[Iterable], Iterable] = iter,
+    draw: SceneDraw = AS_EVER,
 ) -> LabeledScenes:
     """Read labeled scenes with every label map, and choose what to train on and what to validate with.
 
@@ -105,6 +108,7 @@ def read_labeled_scenes(
         values: value of each class in the label maps; by default 0, 1, …, without `ignore_index`.
         ignore_index: value of pixels that do not count; −1 for none.
         progress: wraps the scenes while they are read, for a progress bar.
+        draw: how scenes are drawn in a study.
 
     Raises:
         ValueError: for images and label maps without a partner, label maps that cannot be read, are of another size or hold
@@ -113,29 +117,34 @@ def read_labeled_scenes(
     parts = read_scenes(path := str(path), column, mask_column)
     statistics = {part: inspect_scenes(scenes, progress) for part, scenes in parts.items()}
     scheme, notes = find_scheme(path, classes, values, ignore_index, [*statistics.values()])
-    generator = random.Random(f"scenes/{seed}")
-    rows = list(range(len(parts["train"])))
-    use = validating_use(parts)
+    use, scenes = validating_use(parts), statistics["train"]
+    source = SceneSource(path, scenes, scheme.values, bool(use))
+    rows, held_out = source.hold_out(seed, draw)
     if use:
-        validation, judging = parts[use], statistics[use]
-        check_classes_are_trained(statistics["train"], judging, scheme)
-    else:
-        rows, held_out = hold_out_fifth(rows, generator, path)
-        validation = parts["train"].select(held_out)
-        judging = [statistics["train"][row] for row in held_out]
-    check_pixels([statistics["train"][row] for row in rows], judging, scheme, path)
-    if labels is not None:
-        rows = draw_scenes(statistics["train"], rows, labels, scheme, generator)
+        check_classes_are_trained(scenes, statistics[use], scheme)
+    check_pixels([scenes[row] for row in rows], judging_scenes(statistics, use, held_out), scheme, path)
+    rows, held_out = source.choose(labels, seed, draw)
+    judging = judging_scenes(statistics, use, held_out)
     notes += note_missing_classes(judging, scheme)
     return LabeledScenes(
         parts["train"].select(rows),
-        validation,
+        parts[use] if held_out is None and use else parts["train"].select(held_out),
         scheme,
-        count_pixels((statistics["train"][row] for row in rows), scheme),
+        count_pixels((scenes[row] for row in rows), scheme),
         tuple(scene.size for scene in judging),
         tuple(notes),
         use == "test",
+        source,
     )
+
+
+def judging_scenes(
+    statistics: Mapping[str, Sequence[SceneStatistics]], use: str | None, held_out: Sequence[int] | None
+) -> list[SceneStatistics]:
+    """The scenes that validate: of the part `use`, or rows of the training part."""
+    if held_out is None:
+        return list(statistics[use or "train"])
+    return [statistics["train"][row] for row in held_out]
 
 
 def find_scheme(
@@ -158,43 +167,6 @@ def find_scheme(
     scheme = build_scheme(names, values, ignore_index, path)
     check_values([scene for scenes in statistics for scene in scenes], scheme)
     return scheme, notes
-
-
-def hold_out_fifth(rows: list[int], generator: random.Random, path: str) -> tuple[list[int], list[int]]:
-    """Rows to train on and to validate with.
-
-    Raises:
-        ValueError: for a single row.
-    """
-    if len(rows) < 2:
-        raise ValueError(f"{path!r} has 1 scene: give at least 2, one to train on and one to validate with")
-    held_out = sorted(generator.sample(rows, max(1, len(rows) // 5)))
-    return sorted(set(rows) - set(held_out)), held_out
-
-
-def draw_scenes(
-    scenes: Sequence[SceneStatistics], rows: Sequence[int], labels: int, scheme: ClassScheme, generator: random.Random
-) -> list[int]:
-    """`labels` of `rows`: first, for each class without a scene yet, the rarest class first, one that has it; then any.
-
-    Raises:
-        ValueError: if there are not as many, or they are too few to have every class among them.
-    """
-    if not 1 <= labels <= len(rows):
-        raise ValueError(f"{labels} labeled scenes asked for, there are {len(rows)} to train on: give 1 to {len(rows)}")
-    order = list(rows)
-    generator.shuffle(order)
-    rows_with = {value: [row for row in order if value in scenes[row].counts] for value in scheme.values}
-    chosen: list[int] = []
-    for value in sorted(scheme.values, key=lambda value: (len(rows_with[value]), value)):
-        if not any(value in scenes[row].counts for row in chosen):
-            chosen.append(rows_with[value][0])
-    if len(chosen) > labels:
-        raise ValueError(
-            f"{labels} labeled scenes asked for, too few to have all {len(rows_with)} classes: give {len(chosen)} or more"
-        )
-    others = [row for row in order if row not in set(chosen)]
-    return sorted(chosen + others[: labels - len(chosen)])
 
 
 def count_pixels(scenes: Iterable[SceneStatistics], scheme: ClassScheme) -> tuple[int, ...]:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import random
 from collections import Counter
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -14,12 +13,12 @@ from PIL import Image, UnidentifiedImageError
 
 from simmim.data.decode import open_picture
 from simmim.data.label_map_files import HEADER_FORMATS, SceneStatistics
-from simmim.data.label_maps import ClassScheme, draw_scenes, hold_out_fifth
 from simmim.data.loading import available_cores
 from simmim.data.orientation import Box, Size, read_orientation, stored_box, swaps_axes, upright_size
 from simmim.data.parts import validating_use
 from simmim.data.pillow_guard import UNREADABLE, decoding
 from simmim.data.records import Record, open_record
+from simmim.data.scene_draws import AS_EVER, SceneDraw, SceneSource
 from simmim.finetune.detection.labels.base import RawLabels, RawScene, ReadingOptions, convert_box
 from simmim.finetune.detection.labels.registry import find_reader
 from simmim.messages import did_you_mean, notify
@@ -58,6 +57,7 @@ class BoxedScenes:
         classes: names in order.
         notes: what was inferred, a sentence each.
         test_validates: whether `validation` is a part that is called test.
+        source: all training images, from which others may be chosen.
     """
 
     train: datasets.Dataset
@@ -68,6 +68,7 @@ class BoxedScenes:
     classes: tuple[str, ...]
     notes: tuple[str, ...] = ()
     test_validates: bool = False
+    source: SceneSource | None = None
 
 
 class Inspected(NamedTuple):
@@ -93,6 +94,7 @@ def read_boxed_scenes(
     options: ReadingOptions = ANY,
     format: str | None = None,
     exif: str = "auto",
+    draw: SceneDraw = AS_EVER,
 ) -> BoxedScenes:
     """Read labels in any known format, and choose what to train on and what to validate with.
 
@@ -103,6 +105,7 @@ def read_boxed_scenes(
         labels: keep this number of training images, drawn by `seed` so that every class is among them; None keeps all.
         format: one of `registry.READERS`; detected by default.
         exif: which picture boxes refer to where EXIF turns it: upright, stored, or auto, the one whose size is stated.
+        draw: how images are drawn in a study.
 
     Raises:
         ValueError: for labels that cannot be read, boxes without area or outside their image, unknown classes, classes
@@ -119,25 +122,25 @@ def read_boxed_scenes(
     num_clipped = sum(scene.num_clipped for scenes in parts.values() for scene in scenes)
     if num_clipped:
         notify(f"{num_clipped:,} boxes of {path!r} reach out of their images and are clipped")
-    generator, rows = random.Random(f"scenes/{seed}"), list(range(len(parts["train"])))
-    if use is None:
-        rows, held_out = hold_out_fifth(rows, generator, path)
-        use, parts["validation"] = "validation", [parts["train"][row] for row in held_out]
-    check_boxes([parts["train"][row] for row in rows], parts[use], classes, path)
-    if labels is not None:
-        statistics = [SceneStatistics("", scene.size, counts_of(scene.objects)) for scene in parts["train"]]
-        scheme = ClassScheme(classes, tuple(range(len(classes))), -1)
-        rows = draw_scenes(statistics, rows, labels, scheme, generator)
-    train = [parts["train"][row] for row in rows]
+    everything = parts["train"]
+    statistics = [SceneStatistics("", scene.size, counts_of(scene.objects)) for scene in everything]
+    source = SceneSource(path, statistics, tuple(range(len(classes))), bool(use))
+    rows, held_out = source.hold_out(seed, draw)
+    judging = parts[use] if use else [everything[row] for row in held_out or ()]
+    check_boxes([everything[row] for row in rows], judging, classes, path)
+    rows, held_out = source.choose(labels, seed, draw)
+    train = [everything[row] for row in rows]
+    validation = judging if held_out is None else [everything[row] for row in held_out]
     return BoxedScenes(
         records_of(train),
-        records_of(parts[use]),
+        records_of(validation),
         tuple(scene.objects for scene in train),
-        tuple(scene.objects for scene in parts[use]),
-        tuple(scene.size for scene in parts[use]),
+        tuple(scene.objects for scene in validation),
+        tuple(scene.size for scene in validation),
         classes,
-        (f"labels are {reader.title}", *raw.notes, *notes_on_counts(train, parts[use], classes)),
+        (f"labels are {reader.title}", *raw.notes, *notes_on_counts(train, validation, classes)),
         use == "test",
+        source,
     )
 
 

@@ -1,0 +1,91 @@
+"""Classification in a study: accuracy by labels per class, with and without unlabeled images."""
+
+from __future__ import annotations
+
+import numpy as np
+
+from simmim.data import LabeledImages, measure_for_encoder, open_labeled_source
+from simmim.finetune.classification.defaults import NO_RAND_AUGMENT, default_layer_decay, resolve_augmentation
+from simmim.finetune.classification.self_training.defaults import resolve_self_training
+from simmim.finetune.classification.self_training.prepare import check_channels
+from simmim.finetune.label_study.arms import Arm
+from simmim.finetune.label_study.results import Measure
+from simmim.finetune.label_study.settings import ALL, SEMI, StudySettings
+from simmim.finetune.label_study.task_study import OpenedLabels, TaskStudy, validation_seed_of
+from simmim.finetune.label_study.unlabeled import find_unlabeled
+from simmim.finetune.start import Start, find_reading
+from simmim.messages import notify
+from simmim.reading import AUTO
+
+
+def open_labels(settings: StudySettings) -> OpenedLabels:
+    """The labels and the unlabeled images.
+
+    Raises:
+        ValueError: when they cannot be read, or no number of labels is left.
+    """
+    data = settings.data
+    source = open_labeled_source(data.path, data.column, data.label_column, find_reading(settings) or AUTO)
+    validation_seed = validation_seed_of(settings, source.validation is not None)
+    images = source.draw(None, settings.seed, validation_seed)
+    labels = available_labels(settings, images)
+    opened = OpenedLabels(images.train, images.validation, labels, validation_seed, source.test_validates)
+    if data.unlabeled is None:
+        return opened
+    reading = measure_for_encoder(images.train, find_reading(settings)).reading
+    found = find_unlabeled(settings, source, labels, validation_seed, reading)
+    return OpenedLabels(
+        images.train,
+        images.validation,
+        labels,
+        validation_seed,
+        source.test_validates,
+        found.used_up,
+        found.notes(settings),
+        found.unlabeled,
+    )
+
+
+def available_labels(settings: StudySettings, images: LabeledImages) -> dict[int | str, float]:
+    """The numbers of labels for which every class has images, in ascending order, as of `StudyResult`; prints the others.
+
+    Raises:
+        ValueError: when no number is left.
+    """
+    counts = np.bincount(images.train["label"], minlength=len(images.classes))
+    smallest, rarest = int(counts.min()), images.classes[int(counts.argmin())]
+    labels = {value: float(counts.mean()) if value == ALL else value for value in settings.labels}
+    too_many = [value for value in labels if value != ALL and value > smallest]
+    for value in too_many:
+        print(f"left out   {value} labels per class: class {rarest!r} has {smallest} images")
+        del labels[value]
+    if not labels:
+        raise ValueError(
+            f"{too_many[0]} labels per class asked for, class {rarest!r} has {smallest} training images: "
+            f"give up to {smallest}, or {ALL}"
+        )
+    return dict(sorted(labels.items(), key=lambda item: item[1]))
+
+
+def check_start(arm: Arm, start: Start, opened: OpenedLabels, device: str) -> None:
+    """Tell what runs lack, and refuse unlabeled images that cannot be learned from.
+
+    Raises:
+        ValueError: as `check_channels` and `resolve_self_training`.
+    """
+    tell_what_runs_lack(start)
+    if arm.recipe == SEMI:
+        config, unlabeled = start.encoder.config, opened.own
+        check_channels(unlabeled, config.in_channels)
+        resolve_self_training(start.settings, len(opened.train), len(unlabeled.images), config, device)  # type: ignore[arg-type]
+
+
+def tell_what_runs_lack(start: Start) -> None:
+    """A notice, since the runs of a study print nothing themselves."""
+    data, side_px, channels = start.settings.data, min(start.preprocessing.image_size), start.encoder.config.in_channels
+    _, reasons = resolve_augmentation(data, side_px, channels, per_class=1.0)  # type: ignore[arg-type]
+    if NO_RAND_AUGMENT in reasons:
+        notify(f"{NO_RAND_AUGMENT}; none of the study's runs has it")
+
+
+STUDY = TaskStudy(StudySettings, Measure(), default_layer_decay, open_labels, check_start)

@@ -1,0 +1,89 @@
+"""Tasks whose labels are places in images, in a study: a number of labeled images, every class among them."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from functools import partial
+from typing import Any
+
+from simmim.data.scene_draws import SceneSource
+from simmim.finetune.label_study.results import Measure
+from simmim.finetune.label_study.settings import ALL, StudyFields
+from simmim.finetune.label_study.task_study import OpenedLabels, TaskStudy, validation_seed_of
+from simmim.finetune.settings import PUBLISHED_LAYER_DECAY
+
+
+@dataclass(frozen=True, kw_only=True)
+class SceneStudyFields(StudyFields):
+    """What a study of labeled scenes varies.
+
+    Args:
+        disjoint: the draws of different seeds share no image: the training images are divided among the seeds.
+    """
+
+    disjoint: bool = False  # type: ignore[misc]
+
+    def check_study(self) -> None:
+        """As of `StudyFields`.
+
+        Raises:
+            ValueError: naming the setting.
+        """
+        super().check_study()
+        if self.data.pool is not None:  # type: ignore[attr-defined]
+            raise ValueError("data.pool is set by the study: disjoint divides the training images among the seeds")
+
+
+def scene_study(settings: type, measure: Measure, read_labels: Callable[[Any], Any]) -> TaskStudy:
+    """The study of a task.
+
+    Args:
+        settings: of its study.
+        read_labels: of settings of a run: its scenes with `train`, `validation`, `test_validates` and `source`.
+    """
+    return TaskStudy(settings, measure, published_layer_decay, partial(open_scene_labels, read_labels=read_labels))
+
+
+def published_layer_decay(labels: float) -> float:
+    """The layer decay of a run, whatever the number of labels."""
+    return PUBLISHED_LAYER_DECAY
+
+
+def open_scene_labels(settings: Any, read_labels: Callable[[Any], Any]) -> OpenedLabels:
+    """All labeled scenes, and the numbers of labels for which there are enough.
+
+    Raises:
+        ValueError: when the labels cannot be read, a number is too small to have every class, or none is left.
+    """
+    run = settings.run_settings()
+    scenes = read_labels(run)
+    validation_seed = validation_seed_of(settings, scenes.source.has_validation)
+    if validation_seed is not None:
+        scenes = read_labels(replace(run, data=replace(run.data, validation_seed=validation_seed)))
+    labels = available_labels(settings, scenes.source, validation_seed)
+    return OpenedLabels(scenes.train, scenes.validation, labels, validation_seed, scenes.test_validates)
+
+
+def available_labels(settings: Any, source: SceneSource, validation_seed: int | None) -> dict[int | str, float]:
+    """The numbers of labels that there are for every seed, in ascending order, as of `StudyResult`; prints the others.
+
+    Raises:
+        ValueError: when no number is left, or one is too small to have every class.
+    """
+    draw, seeds = replace(settings.data.draw(), validation_seed=validation_seed), settings.all_seeds
+    draws = [replace(draw, pool=(number, len(seeds))) if settings.disjoint else draw for number in range(len(seeds))]
+    most = min(len(source.choose(None, seed, draw).train) for seed, draw in zip(seeds, draws))
+    labels = {value: float(most) if value == ALL else value for value in settings.labels}
+    for value in [value for value in labels if value != ALL and value > most]:
+        print(f"left out   {value} labeled images: there are {most}{' for each seed' * settings.disjoint}")
+        del labels[value]
+    if not labels:
+        raise ValueError(
+            f"{min(settings.labels)} labeled images asked for, there are {most} to train on"
+            f"{' for each of the seeds, which share none' * settings.disjoint}: give up to {most}, or {ALL}"
+        )
+    for value in labels:
+        for seed, draw in zip(seeds, draws):
+            source.choose(None if value == ALL else int(value), seed, draw)
+    return dict(sorted(labels.items(), key=lambda item: item[1]))

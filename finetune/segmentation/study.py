@@ -1,0 +1,36 @@
+"""Segmentation in a study: mean IoU by labeled images."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any, ClassVar
+
+from simmim.finetune.label_study.results import SCENES, Measure
+from simmim.finetune.label_study.scenes import SceneStudyFields, scene_study
+from simmim.finetune.label_study.settings import MAY_GROW
+from simmim.finetune.segmentation.settings import SegmentationSettings
+from simmim.finetune.segmentation.task import read_labels
+
+
+@dataclass(frozen=True, kw_only=True)
+class SegmentationStudySettings(SegmentationSettings, SceneStudyFields):
+    """Mean IoU against labeled images: pre-trained, from scratch and other encoders, several seeds each.
+
+    Args:
+        task: what is learned: classification, segmentation, detection.
+        labels: numbers of labeled images, separated by commas; all is every training image.
+    """
+
+    may_change_on_resume: ClassVar[tuple[str, ...]] = MAY_GROW
+    run_class: ClassVar[type] = SegmentationSettings
+
+    task: str = "segmentation"  # type: ignore[misc]
+    labels: str | int | tuple[Any, ...] = (20, 100)  # type: ignore[assignment]
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        self.check_study()
+
+
+MEASURE = Measure("mean_iou", "Mean IoU", "validation_loss", "cross_entropy", "labels", *SCENES)
+STUDY = scene_study(SegmentationStudySettings, MEASURE, read_labels)
