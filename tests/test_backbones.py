@@ -5,6 +5,8 @@ import shutil
 
 import pytest
 import torch
+from image_files import write_images
+from PIL import Image
 from safetensors.torch import load_file, save_file
 from tiny_backbones import NAMES, SIDE_PX, TIMM, import_timm, save
 from transformers_swinv2 import transformers_twin
@@ -17,7 +19,16 @@ from simmim.encoders.backbone.measure import measured_config
 from simmim.encoders.backbone.transformers_networks import plain_fields
 from simmim.encoders.swinv2 import SwinV2Config
 from simmim.evaluate import Comparison, EncoderPass, compare, write_embeddings
-from simmim.finetune import ClassificationSettings, finetune, load_classifier, predict
+from simmim.finetune import (
+    ClassificationSettings,
+    HeadSettings,
+    SceneSettings,
+    SegmentationSettings,
+    finetune,
+    load_classifier,
+    load_segmenter,
+    predict,
+)
 from simmim.training.optim import parameter_rules
 
 HERE = EncoderPass(workers=0)
@@ -201,3 +212,30 @@ def test_images_of_another_size_or_number_of_channels(digits, folders, tmp_path,
     with torch.no_grad():
         expected = color(IMAGE[:, :1].expand(-1, 3, -1, -1)).pooled
         torch.testing.assert_close(gray(IMAGE[:, :1]).pooled, expected, atol=1e-5, rtol=1e-5)
+
+
+@pytest.mark.parametrize("name", ["dinov2", "timm convnext"])
+def test_maps_are_segmented(name, folders, tmp_path):
+    """UPerNet on the maps of a plain transformer and of a network of stages; the model is read again from its run."""
+    for part, count in (("train", 4), ("val", 2)):
+        write_images(tmp_path / part / "images", count, size=(64, 64))
+        (tmp_path / part / "masks").mkdir()
+        for number in range(count):
+            Image.open(tmp_path / part / "images" / f"{number:03d}.png").convert("L").point(
+                lambda value: int(value > 128)
+            ).save(tmp_path / part / "masks" / f"{number:03d}.png")
+    settings = SegmentationSettings(
+        data=SceneSettings(str(tmp_path)),
+        out=str(tmp_path / "run"),
+        init=str(folders(name)[0]),
+        image_size=SIDE_PX,
+        steps=1,
+        batch_size=2,
+        validations=1,
+        workers=0,
+        head=HeadSettings(width=16),
+    )
+    finetune(settings, quiet=True)
+    segmenter = load_segmenter(tmp_path / "run")
+    assert segmenter.logits(torch.zeros(1, 3, SIDE_PX, SIDE_PX, dtype=torch.uint8)).shape == (1, 2, SIDE_PX, SIDE_PX)
+    assert segmenter.model.encoder.config == read_encoder(folders(name)[0]).encoder.config
