@@ -7,7 +7,7 @@ import pytest
 import torch
 from random_encoders import random_images, randomize
 
-from simmim.checkpoints import read
+from simmim.checkpoints import Preprocessing, read, save_encoder
 from simmim.cli import main
 from simmim.encoders.position_tables import geometric_positions, move_table, num_offsets, side_of_table
 from simmim.encoders.registry import build
@@ -189,3 +189,21 @@ def test_wrong_settings_end_in_one_line(words, message, digits, tmp_path, capsys
     assert main(["pretrain", "--data", str(digits.unlabeled), "--out", str(out), "--epochs", "0.1", *words]) == 2
     error = capsys.readouterr().err.strip().splitlines()[-1]
     assert error.startswith("simmim: ") and message in error and not out.exists()
+
+
+@pytest.mark.parametrize("config", [SWIN, VIT], ids=["swin", "vit"])
+def test_segmentation(config, scene_folder, tmp_path):
+    """ViT has one map, of which the head makes do."""
+    encoder = save_encoder(tmp_path / "encoder", encoder_of(config), Preprocessing((48, 48), (0.5,) * 3, (0.2,) * 3), {})
+    run = tmp_path / "run"
+    words = f"--init {encoder} --data {scene_folder} --out {run} --labels 2 --steps 1 --workers 0 --batch-size 2"
+    assert main(["finetune", "segmentation", *words.split()]) == 0
+    assert read(run).config.for_fine_tuning() == read(run).config
+
+
+@pytest.mark.parametrize("preset", TINY)
+def test_canvas(preset, digits, tmp_path):
+    """Several images on a canvas, with a decoder of the encoder's own kind."""
+    words = ["--data", str(digits.unlabeled), "--out", str(tmp_path / "run"), "--preset", preset, "--method", "canvas"]
+    assert main(["pretrain", *words, "--epochs", "0.03", "--batch-size", "6", "--workers", "0", *TINY[preset]]) == 0
+    assert read(tmp_path / "run").method == "canvas"

@@ -251,7 +251,7 @@ def read_preprocessing(source: Source, size: Size, channels: int) -> Preprocessi
     path = source.folder / PROCESSOR
     stored = read_json(path) if path.is_file() else {}
     if source.description:
-        _, described = read_description(source, EncoderConfig)
+        _, described = read_description(source, EncoderConfig)  # type: ignore[type-abstract]
         expected = processor_config(described)
         if described.image_size == size and {name: stored.get(name) for name in expected} == expected:
             return described

@@ -123,6 +123,9 @@ class Attention(nn.Module):
 class ViTBlock(nn.Module):
     """Attention and MLP, each after a norm, their channels scaled by learned factors."""
 
+    gamma_1: nn.Parameter | None
+    gamma_2: nn.Parameter | None
+
     def __init__(self, config: ViTConfig, drop_path: float) -> None:
         super().__init__()
         dim = config.embed_dim

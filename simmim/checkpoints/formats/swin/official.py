@@ -55,6 +55,7 @@ TABLE = KeyTable(
 # Fields of our configuration that the authors' configuration has, too.
 SIZES = {"embed_dim": "EMBED_DIM", "depths": "DEPTHS", "num_heads": "NUM_HEADS", "mlp_ratio": "MLP_RATIO"}
 BUFFERS = re.compile(r"relative_position_index$|attn_mask$")
+NO_NOTES: tuple[str, ...] = ()
 WINDOWS_OF_MAP = 8  # per side of the first stage, as published
 
 
@@ -113,7 +114,7 @@ def find_architecture(state: State, buffers: State, settings: Mapping, file: Wei
     stated = {ours: stored[theirs] for ours, theirs in SIZES.items() if theirs in stored}
     sizes = SwinConfig.infer_fields(state) | with_tuples(stated)
     windows = table_windows(state, len(SwinConfig.infer_fields(state)["depths"]))
-    image, notes = settings.get("DATA", {}).get("IMG_SIZE") or image_in_masks(buffers, windows, sizes), ()
+    image, notes = settings.get("DATA", {}).get("IMG_SIZE") or image_in_masks(buffers, windows, sizes), NO_NOTES
     if image is None:
         image, notes = image_by_name_or_windows(file, windows, sizes)
     size = tuple(image) if isinstance(image, list | tuple) else (image, image)

@@ -76,8 +76,9 @@ class SwinTimm(TimmTableRows):
         state = {under_closed_stage(name): value for name, value in encoder.items()}
         size, arguments = stated_size(source), source.config.get("model_args") or {}
         if size is None:
-            config, preprocessing, notes = official.find_architecture(state, {}, {}, file)
-            return replace(config, shift_before_padding=True), preprocessing, notes  # type: ignore[call-arg]
+            found, preprocessing, notes = official.find_architecture(state, {}, {}, file)
+            assert isinstance(found, SwinConfig)
+            return replace(found, shift_before_padding=True), preprocessing, notes
         inferred = SwinConfig.infer_fields(state)
         # What the folder says must agree with the weights: otherwise a missing block would go unnoticed.
         sizes = inferred | with_tuples({ours: arguments[name] for ours, name in SIZES.items() if name in arguments})

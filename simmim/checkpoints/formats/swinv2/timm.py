@@ -120,8 +120,9 @@ def read_architecture(encoder: State, file: WeightFile, source: Source, override
             return config, preprocessing, ()
     window, pretrained = windows_stated(name, arguments, file)
     if window is None or size is None:
-        config, preprocessing, notes = find_architecture(state, {}, {}, file, overrides)
-        return replace(config, shift_before_padding=True), preprocessing, notes
+        found, preprocessing, notes = find_architecture(state, {}, {}, file, overrides)
+        assert isinstance(found, SwinV2Config)
+        return replace(found, shift_before_padding=True), preprocessing, notes
     # What the folder says must agree with the weights: otherwise a missing block would go unnoticed.
     sizes = SwinV2Config.infer_fields(state) | sizes_stated(name, arguments)
     config = with_pretrained_windows(SwinV2Config(**sizes, window_size=window), pretrained, size)
