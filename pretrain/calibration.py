@@ -139,7 +139,8 @@ def chosen_line(settings: PretrainSettings, epochs: float, num_images: int, step
 def estimate_line(settings: PretrainSettings, num_images: int, step_s: float) -> str:
     """How long a run takes, and where that is long what an hour would do."""
     seconds = run_seconds(settings, num_images, step_s)
-    line = f"about {length_text(seconds)} on this machine, {step_s:.2g} s a step as measured"
+    of_sizes = ", the mean of all image sizes" if settings.image_sizes else ""
+    line = f"about {length_text(seconds)} on this machine, {step_s:.2g} s a step as measured{of_sizes}"
     if seconds <= LONG_S or settings.time is not None:
         return line
     return f"{line}; --time 1h would take {epochs_in(DEFAULT_S, step_s, settings.batch_size, num_images):g} epochs"

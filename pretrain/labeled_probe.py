@@ -174,6 +174,7 @@ class LabeledProbe(pl.Callback):
         features: tuple[AnyFeature, ...] = self.features if self.baseline else (*self.features, self.pixels)
         encoder_pass = EncoderPass(device=module.device)
         with torch.random.fork_rng(devices=[]), gathered(module), trainer.precision_plugin.forward_context():
+            module.use_size(self.preprocessing.image_size)
             encoder = cast(Encoder, module.model.encoder)
             encoded = (encode_views(encoder, self.preprocessing, views, features, encoder_pass) for views in self.views)
             return [collect_embeddings(batches) for batches in encoded]

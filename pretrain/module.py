@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
+from types import MappingProxyType
 
 import torch
 from torch import Tensor
 
 from simmim.data import normalize, valid_pixels
-from simmim.methods.base import Method, MethodOutput
+from simmim.encoders.base import EncoderConfig, Size
+from simmim.methods.base import Method, MethodOutput, MethodSettings
 from simmim.training.module import TrainingModule
 
 
@@ -20,6 +22,8 @@ class PretrainingModule(TrainingModule):
         mean, std: by which images are normalized, of values in [0, 1].
         learning_rate: as a function of the optimizer step, from 0.
         weight_decay, clip: of AdamW and of the gradient's norm.
+        by_size: the encoder's architecture and the method's settings at each image size, (height, width), where images grow
+            in the course of the run; empty where all have the size that `model` was built for.
     """
 
     def __init__(
@@ -30,14 +34,25 @@ class PretrainingModule(TrainingModule):
         learning_rate: Callable[[int], float],
         weight_decay: float,
         clip: float,
+        by_size: Mapping[Size, tuple[EncoderConfig, MethodSettings]] = MappingProxyType({}),
     ) -> None:
         super().__init__(model, learning_rate, weight_decay, clip)
-        self.mean, self.std = mean, std
+        self.mean, self.std, self.by_size = mean, std, by_size
+        self.size_in_use: Size | None = None
+
+    def use_size(self, size: Size) -> None:
+        """Compute on images of (height, width) from now on, where images grow. The batch decides, so that images held out
+        and pictures, which are of the last size, leave the next step as it is."""
+        if self.by_size and size != self.size_in_use:
+            self.model.change_size(*self.by_size[size])
+            self.size_in_use = size
 
     def inputs(self, batch: dict) -> tuple[Tensor, Tensor]:
         """Normalized images, (B, channels, height, width), and what the method draws for them from their seeds."""
         images = normalize(batch["image"], self.mean, self.std)
-        return images, self.model.draw(tuple(images.shape[-2:]), batch["seed"], images.device)
+        size: Size = tuple(images.shape[-2:])  # type: ignore[assignment]
+        self.use_size(size)
+        return images, self.model.draw(size, batch["seed"], images.device)
 
     def output_of(self, batch: dict) -> MethodOutput:
         """The loss of one batch, of the pixels that have data, and the method's metrics."""

@@ -19,6 +19,7 @@ from simmim.defaults import (
 )
 from simmim.encoders import registry
 from simmim.encoders.base import EncoderConfig, with_fields
+from simmim.pretrain.image_sizes import resolve_growing
 from simmim.pretrain.settings import DataSettings, OptimSettings, PretrainSettings
 from simmim.training.optim import lr_by_root
 
@@ -114,7 +115,10 @@ def default_size(images: ImageStatistics, initial: Checkpoint | None, device: st
 def resolve_encoder(
     settings: PretrainSettings, device: str, initial: Checkpoint | None
 ) -> tuple[PretrainSettings, EncoderConfig]:
-    """The preset, the encoder's settings and those of the method, and the architecture that they name."""
+    """The preset, the encoder's settings and those of the method, and the architecture that they name; where images grow of
+    the last size, with what differs at the others."""
+    if settings.image_sizes is not None:
+        return resolve_growing(settings, lambda part: resolve_encoder(part, device, initial))
     model, size = settings.model, settings.size
     encoder, preset = dict(model.encoder), None
     if settings.init == "none":

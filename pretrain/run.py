@@ -20,9 +20,7 @@ from simmim.data import (
     CenterView,
     ImageSamples,
     ImageStatistics,
-    RandomView,
     Source,
-    StreamedSamples,
     default_num_workers,
     hold_out,
     measure_for_encoder,
@@ -31,7 +29,7 @@ from simmim.data import (
 )
 from simmim.data.kept_pictures import KeptPictures
 from simmim.data.label_map_sources import note_on_label_maps
-from simmim.data.tiles import TiledSamples, TilePlan, measure_tiles, plan_tiles, sample_tiles
+from simmim.data.tiles import TilePlan, measure_tiles, plan_tiles, sample_tiles
 from simmim.encoders import registry
 from simmim.messages import without_notices
 from simmim.methods.base import Method
@@ -49,11 +47,13 @@ from simmim.pretrain.calibration import (
     run_seconds,
     seconds_per_step,
 )
+from simmim.pretrain.image_sizes import at_sizes, by_size, step_shares
 from simmim.pretrain.keeping import prepare, resolve_cache
 from simmim.pretrain.labeled_probe import LabeledProbe
 from simmim.pretrain.module import PretrainingModule
 from simmim.pretrain.reconstructions import Reconstructions
 from simmim.pretrain.resolve import resolve_settings
+from simmim.pretrain.samples import random_views, training_samples
 from simmim.pretrain.settings import DataSettings, OptimSettings, PretrainSettings, ProbeSettings, settings_class
 from simmim.pretrain.summary import closing_lines, provenance, size_reason, summary
 from simmim.pretrain.validation import HeldOutLoss, default_steps_between
@@ -163,8 +163,8 @@ def training_run(resolved: Resolved, method: Method, notes: list[str], length: S
 
     return TrainingRun(
         settings=settings,
-        module=PretrainingModule(method, data.mean, data.std, schedule, optim.weight_decay, optim.clip),
-        data=StreamData(training_samples(resolved), settings.batch_size, optim.accumulate, settings.workers),
+        module=PretrainingModule(method, data.mean, data.std, schedule, optim.weight_decay, optim.clip, by_size(settings)),
+        data=StreamData(training_samples(resolved, num_steps), settings.batch_size, optim.accumulate, settings.workers),
         num_images=source.num_images,
         num_steps=num_steps,
         loss=LossNames(method.loss_name, method.loss_description),
@@ -181,6 +181,7 @@ def training_run(resolved: Resolved, method: Method, notes: list[str], length: S
         check=check,
         max_skipped_share=0.0 if data.strict else data.max_skipped_share,
         monitor="validation_loss" if validation else None,
+        num_image_sizes=len(at_sizes(settings)),
     )
 
 
@@ -236,20 +237,20 @@ def encoder_export(
 ) -> Callable[[SavedModel], None]:
     """A function that refreshes RUN/encoder from a checkpoint's weights."""
     folder, own_names = Path(settings.out).expanduser(), tuple(method.own_state())
+    # Of the last size where images grow, whatever size the step has.
+    config, of_method = method.encoder.config, method.provenance()
 
     def export(saved: SavedModel) -> None:
         weights = {name.removeprefix("model."): value for name, value in saved.weights.items()}
         own = {name: weights[name] for name in own_names}
         prefix = "encoder."
         encoder = {name.removeprefix(prefix): value for name, value in weights.items() if name.startswith(prefix)}
-        origin = provenance(settings, method.provenance(), num_images, saved.step)
+        origin = provenance(settings, of_method, num_images, saved.step)
         if saved.mean_loss is not None:
             origin["loss"] = round(saved.mean_loss, 5)
         if saved.validation_loss is not None:
             origin["validation_loss"] = round(saved.validation_loss, 5)
-        trained = Checkpoint(
-            method.encoder.config, encoder, preprocessing, folder, provenance=origin, method=method.name, pretraining=own
-        )
+        trained = Checkpoint(config, encoder, preprocessing, folder, provenance=origin, method=method.name, pretraining=own)
         save_checkpoint(folder / "encoder", trained)
 
     return export
@@ -292,20 +293,16 @@ def resolve_length(settings: PretrainSettings) -> tuple[Resolved, list[str]]:
 
 
 def measure_step(resolved: Resolved, device: str) -> float:
-    """Seconds of an optimizer step of a run, which draws nothing that the run would."""
-    settings, data = resolved.settings, resolved.settings.data
-    with torch.random.fork_rng(devices=[]):
-        module = PretrainingModule(build_method(settings), data.mean, data.std, lambda step: 0.0, 0.0, settings.optim.clip)
-    view, *further = random_views(settings)
-    options = (data.channels, settings.seed, resolved.keep_decoded, data.max_pixels, data.reading, further)
-    return seconds_per_step(module, ImageSamples(resolved.source.head, view, *options), settings, device)
-
-
-def random_views(settings: PretrainSettings) -> list[RandomView]:
-    """The random views of an image, first the one that the encoder learns from."""
-    data, size = settings.data, settings.size
-    sizes = (size, *settings.model.further_views(size, settings.encoder_config()))
-    return [RandomView(size, data.crop_scale, data.crop_ratio, data.flip, data.turns) for size in sizes]
+    """Seconds of an optimizer step of a run, which draws nothing that the run would; the mean where images grow."""
+    data, seconds = resolved.settings.data, []
+    for settings in at_sizes(resolved.settings):
+        with torch.random.fork_rng(devices=[]):
+            method = build_method(settings)
+            module = PretrainingModule(method, data.mean, data.std, lambda step: 0.0, 0.0, settings.optim.clip)
+        view, *further = random_views(settings)
+        options = (data.channels, settings.seed, resolved.keep_decoded, data.max_pixels, data.reading, further)
+        seconds.append(seconds_per_step(module, ImageSamples(resolved.source.head, view, *options), settings, device))
+    return sum(share * each for share, each in zip(step_shares(resolved.settings), seconds))
 
 
 def resolve_run(settings: PretrainSettings) -> Resolved:
@@ -375,19 +372,6 @@ def open_reading(settings: PretrainSettings, initial: Checkpoint | None, resumes
         return reading
     left_open = {name: value for name, value in vars(known).items() if getattr(reading, name) == getattr(AUTO, name)}
     return replace(reading, **left_open)
-
-
-def training_samples(resolved: Resolved) -> ImageSamples | StreamedSamples:
-    """The images in their endless order, cropped and flipped as the settings ask."""
-    settings, source, data = resolved.settings, resolved.source, resolved.settings.data
-    view, *further = random_views(settings)
-    options = (view, data.channels, settings.seed)
-    if source.streaming:
-        return StreamedSamples(source.images, *options, data.shuffle_buffer, data.max_pixels, data.reading, further)
-    if resolved.tiles is not None:
-        return TiledSamples(source.images, resolved.tiles, *options, data.max_pixels, data.reading, further)
-    how = (resolved.keep_decoded, data.max_pixels, data.reading, further, resolved.kept)
-    return ImageSamples(source.images, *options, *how)
 
 
 def labeled_probe(resolved: Resolved, preprocessing: Preprocessing) -> LabeledProbe | None:

@@ -11,6 +11,7 @@ from simmim.encoders.base import EncoderConfig
 from simmim.messages import did_you_mean
 from simmim.methods.base import MethodSettings
 from simmim.methods.registry import default_method, method_named
+from simmim.pretrain.image_sizes import checked_sizes
 from simmim.reading import Reading, TileSettings, tile_settings
 from simmim.training.optim import Schedule
 from simmim.training.settings import OptimizerSettings, RunSettings, check_positive
@@ -238,6 +239,12 @@ class PretrainSettings(RunSettings):
         method: how the encoder learns.
         preset: size of a fresh encoder: nano, micro, tiny, small, base, large, huge, giant-1b, giant-3b.
         image_size: pixels the crops are resized to, one number or height and width.
+        image_sizes: in place of image_size sizes that follow one another in the run, the smallest first, as [96, 128, 192]:
+            early steps on smaller images take less time. Windows and mask units follow the size, and the encoder that is
+            exported is of the last one.
+        image_size_shares: share of the run's steps at each of image_sizes; by default equal shares.
+        model_by_size: what of the settings of model differs at each of image_sizes, as a list of mappings. By default mask
+            unit and window are those of a run at that size, unless model gives them; what a list leaves out is as in model.
         epochs: passes over the images. By default as many as make 20 million crops, 100 to 800; on a CPU that would need
             longer than an hour, as many as fit into one.
         time: length of the run, as 1h, 90m or 1h30m, in place of epochs: it measures a few of its steps on this machine, and
@@ -261,6 +268,9 @@ class PretrainSettings(RunSettings):
     data: DataSettings
     method: str = default_method()
     preset: str | None = None
+    image_sizes: tuple[int | tuple[int, int], ...] | None = None
+    image_size_shares: tuple[float, ...] | None = None
+    model_by_size: tuple[dict[str, Any], ...] | None = None
     time: str | None = None
     reconstruct_every_epochs: float | None = None
     save_every_steps: int | None = None
@@ -280,6 +290,8 @@ class PretrainSettings(RunSettings):
             object.__setattr__(self, "model", own(**(self.model or {})))
         if not isinstance(self.model, own):
             raise ValueError(f"model is {type(self.model).__name__}: the method {self.method} takes {own.__name__}")
+        for name, value in checked_sizes(self).items():
+            object.__setattr__(self, name, value)
         super().__post_init__()
         check_positive(self, POSITIVE)
         if self.validate_every_epochs and self.data.validation is None:

@@ -11,6 +11,7 @@ from simmim.defaults import CPU_SIDE_PX, default_image_size
 from simmim.encoders import registry
 from simmim.methods.base import Method
 from simmim.methods.registry import method_named
+from simmim.pretrain.image_sizes import describe_sizes
 from simmim.pretrain.labeled_probe import LabeledProbe
 from simmim.pretrain.settings import PretrainSettings
 from simmim.pretrain.validation import HeldOutLoss, trend
@@ -48,6 +49,8 @@ def summary(
     ]
     if values := settings.data.reading.describe():
         lines.insert(-2, f"values   {values.removeprefix('values ')}")
+    if settings.image_sizes is not None:
+        lines.append(f"sizes    {describe_sizes(settings, steps)}; pictures, probe and held-out loss at the last one")
     if validation:
         lines.append(f"validate {validation}")
     if probe:

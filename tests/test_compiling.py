@@ -180,7 +180,7 @@ def test_a_run_compiles_or_says_why_not(problem, digits, tmp_path, monkeypatch, 
     compiled = []
     original = compiling.compile_blocks
 
-    def compile_eagerly(encoder, report):
+    def compile_eagerly(encoder, report, num_sizes):
         compiled.append(encoder)
         return original(encoder, report, backend="eager")
 
@@ -202,7 +202,7 @@ def test_a_run_goes_on_where_a_block_does_not_compile(digits, tmp_path, monkeypa
 
     original = compiling.compile_blocks
     monkeypatch.setattr(compiling, "why_not", lambda device, encoder: "")
-    monkeypatch.setattr(compiling, "compile_blocks", lambda encoder, report: original(encoder, report, fail))
+    monkeypatch.setattr(compiling, "compile_blocks", lambda encoder, report, num_sizes: original(encoder, report, fail))
     pretrain(run_settings(digits, tmp_path / "run"))
     lines = [line for line in capsys.readouterr().out.splitlines() if "not compiled" in line]
     assert len(lines) == 1 and "this graph is too hard" in lines[0]

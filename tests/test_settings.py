@@ -109,7 +109,7 @@ def test_nothing_needed_stays_open(images, device):
     may |= {"probe.data", "probe.column", "probe.label_column", "probe.labels_per_class"}
     may |= {"data.validation", "validate_every_epochs", "data.pages", "data.channel_files", "data.channels_used"}
     may |= {"data.tile", "data.tile_level", "data.pixel_size"}
-    may.add("time")
+    may |= {"time", "image_sizes", "image_size_shares", "model_by_size"}
     assert open_keys(chosen) == may, "what may stay so"
     assert resolve_settings(chosen, PHOTOS, 7, "cuda", 0) == chosen, "resolving resolved settings changes nothing"
 

@@ -37,14 +37,14 @@ def test_arithmetic():
     """An hour less a twentieth at half a second a step: 6,840 steps of 64 images."""
     assert epochs_in(3600, 0.5, 64, 2640) == 166.0
     assert epochs_in(1, 60, 64, 64_000) == 0.001, "one step at least"
-    given = SimpleNamespace(epochs=100.0, batch_size=64, time=None)
+    given = SimpleNamespace(epochs=100.0, batch_size=64, time=None, image_sizes=None)
     line = estimate_line(given, 2640, 2.0)
     assert line.startswith("about 2 h 25 min on this machine, 2 s a step") and line.endswith(
         "--time 1h would take 41.5 epochs"
     )
     given.time = "3h"
     assert "would take" not in estimate_line(given, 2640, 2.0)
-    given = SimpleNamespace(epochs=50.0, batch_size=64, time=None)
+    given = SimpleNamespace(epochs=50.0, batch_size=64, time=None, image_sizes=None)
     assert "would take" not in estimate_line(given, 2640, 2.0), "1 h 12 min"
     assert [length_text(seconds) for seconds in (0.2, 59, 600, 7300, 400_000)] == [
         "1 s",

@@ -7,6 +7,7 @@ as a picture (`pictures`), of which a view (`views`) is a crop; `samples`, `batc
 
 from simmim.data.batch_order import EndlessBatchSampler, SequentialBatchSampler
 from simmim.data.decode import Picture, open_picture, read_image
+from simmim.data.growing import GrowingSamples, GrowingStream
 from simmim.data.held_out import HeldOut, hold_out
 from simmim.data.image_statistics import ImageStatistics, measure_for_encoder, measure_images
 from simmim.data.index import EXTENSIONS, dataset_from_paths, find_images, index_folder
@@ -22,6 +23,8 @@ __all__ = [
     "UNREADABLE",
     "CenterView",
     "EndlessBatchSampler",
+    "GrowingSamples",
+    "GrowingStream",
     "HeldOut",
     "ImageSamples",
     "ImageStatistics",

@@ -57,6 +57,8 @@ class EncoderConfig(ABC):
         input_projection: name of the weight, (C, in_channels, …), that reads the images.
         size_fields: the fields by which a preset is recognized. Input channels, patch size and the like are left out.
         supports_groups: whether its encoders keep groups of tokens apart (`Encoder.encode`).
+        changeable_fields: fields that follow the image size and that no weight's shape depends on. An encoder can change
+            them while it trains (`Encoder.change_config`).
     """
 
     in_channels: int
@@ -64,6 +66,7 @@ class EncoderConfig(ABC):
     input_projection: ClassVar[str]
     size_fields: ClassVar[tuple[str, ...]]
     supports_groups: ClassVar[bool] = False
+    changeable_fields: ClassVar[tuple[str, ...]] = ()
 
     @property
     @abstractmethod
@@ -224,6 +227,20 @@ class Encoder(nn.Module, ABC):
         if sequential_attention is not None and sequential_attention < 1:
             raise ValueError(f"sequential_attention is {sequential_attention}: give 1 window at a time or more, or none")
         self.checkpoint_activations, self.sequential_attention = checkpoint_activations, sequential_attention
+
+    def change_config(self, config: EncoderConfig) -> None:
+        """Compute as an encoder of `config` from now on, with the same weights.
+
+        Args:
+            config: one that differs from this encoder's in `EncoderConfig.changeable_fields` alone.
+
+        Raises:
+            ValueError: for another.
+        """
+        free = {name: getattr(config, name) for name in self.config.changeable_fields}
+        if type(config) is not type(self.config) or with_fields(self.config, **free) != config:
+            raise ValueError(f"this encoder's weights are of {self.config} and not of {config}")
+        self.config = config
 
     # --- sizes -------------------------------------------------------------------------------------------------------
 

@@ -161,6 +161,15 @@ class Method(nn.Module, ABC):
             progress: share of the run's optimizer steps that have been taken, in (0, 1].
         """
 
+    def change_size(self, config: EncoderConfig, settings: Any) -> None:
+        """Go on with images of another size, with the same weights.
+
+        Args:
+            config: of the encoder (`Encoder.change_config`).
+            settings: of this method, resolved for that size.
+        """
+        self.encoder.change_config(config)
+
     def weights_loaded(self) -> None:
         """Called when the weights that training starts from are in place. Copies of them begin here."""
 

@@ -180,6 +180,11 @@ class Canvas(Method):
         targets = pixel_targets(images, self.settings.norm_target_patch, valid)
         return MethodOutput(self.pixels.loss(features, targets, mask, prediction, valid), prediction)
 
+    def change_size(self, config: EncoderConfig, settings: CanvasSettings) -> None:
+        """As `Method.change_size`: other mask units."""
+        super().change_size(config, settings)
+        self.settings, self.canvas = settings, settings.canvas(config)
+
     def compose(self, images: Tensor, mask: Tensor) -> tuple[Tensor, Tensor]:
         """The canvases, and whose each of their patches is.
 

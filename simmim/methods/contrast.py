@@ -185,6 +185,12 @@ class Contrast(SimMIM):
         parts = {"masked_l1": pixels.detach(), "contrast": contrast.detach(), "agreement": agreement}
         return MethodOutput(pixels + self.settings.contrast_weight * contrast, prediction, parts)
 
+    def change_size(self, config: EncoderConfig, settings: ContrastSettings) -> None:  # type: ignore[override]
+        """As `SimMIM.change_size`, of the momentum encoder too."""
+        super().change_size(config, settings)
+        self.momentum_encoder.change_config(config)
+        self.settings = settings
+
     def pooled(self, output: EncoderOutput) -> Tensor:
         """Mean features of the last map and, normalized, of the stages before it that are compared: (B, F)."""
         if output.stages is None:

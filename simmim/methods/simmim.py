@@ -116,6 +116,11 @@ class SimMIM(Method):
         loss = self.decoder.loss(features, self.targets(images, valid), mask, prediction, valid)
         return MethodOutput(loss, prediction)
 
+    def change_size(self, config: EncoderConfig, settings: SimMIMSettings) -> None:
+        """As `Method.change_size`: other mask units."""
+        super().change_size(config, settings)
+        self.masking = settings.masking(config.patch_size)
+
     def substitute(self, tokens: Tensor, mask: Tensor) -> Tensor:
         """Masked tokens, (B, H, W, C), replaced by the one learned mask token."""
         if mask.shape != tokens.shape[:3] or mask.dtype != torch.bool:

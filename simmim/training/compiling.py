@@ -21,10 +21,13 @@ class CompileBlocks(pl.Callback):
     """Compiles the encoder's blocks for the length of a run.
 
     If torch.compile does not work here, or fails for a block, one line says why, unless `quiet`, and the run continues.
+
+    Args:
+        num_sizes: image sizes of the run, each of which is compiled for.
     """
 
-    def __init__(self, quiet: bool = False) -> None:
-        self.quiet = quiet
+    def __init__(self, quiet: bool = False, num_sizes: int = 1) -> None:
+        self.quiet, self.num_sizes = quiet, num_sizes
         self.undo = contextlib.ExitStack()
 
     def setup(self, trainer: pl.Trainer, module: pl.LightningModule, stage: str) -> None:
@@ -41,7 +44,7 @@ class CompileBlocks(pl.Callback):
         if problem:
             report(problem)
         else:
-            self.undo = compile_blocks(encoder, report)
+            self.undo = compile_blocks(encoder, report, num_sizes=self.num_sizes)
 
     def teardown(self, trainer: pl.Trainer, module: pl.LightningModule, stage: str) -> None:
         """Leave encoder and torch as they were."""
@@ -65,7 +68,10 @@ def why_not(device: torch.device, encoder: Encoder) -> str:
 
 
 def compile_blocks(
-    encoder: Encoder, report: Callable[[str], None], backend: str | Callable[..., Any] = "inductor"
+    encoder: Encoder,
+    report: Callable[[str], None],
+    backend: str | Callable[..., Any] = "inductor",
+    num_sizes: int = 1,
 ) -> contextlib.ExitStack:
     """Compile each block in place, at its first call. Names of weights stay.
 
@@ -74,12 +80,13 @@ def compile_blocks(
     Args:
         report: called once, with the reason, when a block does not compile. This block runs as it is from then on.
         backend: of torch.compile.
+        num_sizes: image sizes that will come.
 
     Returns:
         A stack whose `close` undoes all of this, including changes of torch's global configuration.
     """
     undo = contextlib.ExitStack()
-    undo.enter_context(recompile_limit(COMPILATIONS_PER_BLOCK * len(encoder.blocks())))
+    undo.enter_context(recompile_limit(COMPILATIONS_PER_BLOCK * num_sizes * len(encoder.blocks())))
     # The cached functions depend on sizes alone, so tracing through their caches is correct.
     undo.enter_context(ignored_warning(".*call to a `functools.lru_cache`-wrapped function"))
     reported: list[str] = []

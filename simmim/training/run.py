@@ -53,6 +53,7 @@ class TrainingRun:
         validate_every_steps: None where there are no validation images.
         monitor: validation metric by which the best model is chosen; None where there are no validation images. A stage may
             validate by a callback of its own.
+        num_image_sizes: sizes that the images have in the course of the run.
         quiet: print nothing and show no progress.
     """
 
@@ -70,6 +71,7 @@ class TrainingRun:
     max_skipped_share: float = 0.05
     validate_every_steps: int | None = None
     monitor: str | None = None
+    num_image_sizes: int = 1
     quiet: bool = False
 
     @property
@@ -108,7 +110,7 @@ def ordered_callbacks(run: TrainingRun, guard: NumericalGuard, save: SaveRun) ->
     throughput = Throughput(settings.batch_size)
     optional = {
         "progress": () if run.quiet else (ProgressLine(run.title, settings.batch_size),),
-        "compile": (CompileBlocks(run.quiet),) if settings.compile else (),
+        "compile": (CompileBlocks(run.quiet, run.num_image_sizes),) if settings.compile else (),
     }
     return [
         DescribeRun(run.folder, run.monitor),  # loggers learn what the run is before anything is logged

@@ -37,6 +37,7 @@ class SwinV2Config(ShiftedWindowConfig):
     extra_norm_every: int = 0
 
     size_fields: ClassVar[tuple[str, ...]] = (*ShiftedWindowConfig.size_fields, "extra_norm_every")
+    changeable_fields: ClassVar[tuple[str, ...]] = ("window_size",)
 
     def __post_init__(self) -> None:
         super().__post_init__()

@@ -17,7 +17,7 @@ import torch.nn.functional as F
 from einops import rearrange
 from torch import Tensor, nn
 
-from simmim.encoders.base import Size
+from simmim.encoders.base import EncoderConfig, Size
 from simmim.encoders.layers import DropPath, Mlp
 from simmim.encoders.shifted_windows.config import as_pair
 from simmim.encoders.shifted_windows.geometry import relative_position_index
@@ -219,6 +219,12 @@ class SwinV2(ShiftedWindowEncoder):
     def build_stage(self, index: int, drop_paths: list[float]) -> Stage:
         """`Stage` of this architecture."""
         return Stage(self.config, index, drop_paths)
+
+    def change_config(self, config: EncoderConfig) -> None:
+        """As `Encoder.change_config`: other windows. The continuous position bias is scaled as before."""
+        super().change_config(config)
+        for block in self.blocks():
+            block.window_size = self.config.window_size
 
     def reset_parameters(self) -> None:
         """Initialize as the reference does.
