@@ -22,7 +22,7 @@ from simmim.encoders.swinv2 import SwinV2
 from simmim.finetune import SegmentationSettings, finetune, load_segmenter
 from simmim.finetune.segmentation.settings import HeadSettings, SceneSettings
 from simmim.finetune.segmentation.sliding import most_likely_class
-from simmim.finetune.segmentation.tiled_prediction import segment_tiles
+from simmim.finetune.segmentation.tiled_prediction import piece_places, segment_tiles
 from simmim.finetune.settings import EncoderSettings, OptimSettings
 from simmim.reading import TileSettings
 
@@ -304,3 +304,13 @@ def test_tiles_too_small_for_a_file_are_refused(run, tmp_path, capsys):
         assert main([*words, "--tile", "32", *more]) == 2
         error = capsys.readouterr().err.strip().splitlines()
         assert expected in error[-1]
+
+
+def test_pieces_lie_in_the_middle_of_their_tiles():
+    """But at the image's edges, where the tile is pushed inside; together they are the whole label map."""
+    pieces = {
+        (piece.top + piece.inside[0], piece.left + piece.inside[1]): piece for piece in piece_places((150, 170), 40, 32)
+    }
+    assert pieces[32, 64] == (28, 60, (4, 4), (32, 32)) and pieces[0, 0] == (0, 0, (0, 0), (32, 32))
+    assert pieces[128, 160] == (110, 130, (18, 30), (22, 10))
+    assert len(pieces) == 5 * 6 and sum(piece.size[0] * piece.size[1] for piece in pieces.values()) == 150 * 170
