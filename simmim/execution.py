@@ -28,6 +28,11 @@ def rows_of_all_processes(rows: Tensor) -> tuple[Tensor, int]:
     return every, len(rows) * torch.distributed.get_rank()
 
 
+def to_device(x: Tensor, device: torch.device) -> Tensor:
+    """`x`, of the host, on a device, without waiting for what the device has yet to do."""
+    return x.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else x.to(device)
+
+
 def is_eager() -> bool:
     """Neither compiling, tracing, exporting, on tensors without numbers, nor under a transform of torch.func."""
     modes = torch._C._TorchDispatchModeKey

@@ -6,6 +6,7 @@ import math
 import random
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import lru_cache
 
 import torch
 from torch import Tensor
@@ -121,10 +122,18 @@ def normalize(images: Tensor, mean: Sequence[float], std: Sequence[float]) -> Te
     Args:
         images: uint8 levels, or float shares of a range; NaN, which is no data, becomes the mean.
     """
-    means, stds = (images.new_tensor(values, dtype=torch.float32).view(-1, 1, 1) for values in (mean, std))
+    means, stds = (channel_constants(tuple(values), images.device) for values in (mean, std))
     if images.is_floating_point():
         return ((images.float() - means) / stds).nan_to_num(nan=0.0)
     return (images.float() / 255 - means) / stds
+
+
+@lru_cache(maxsize=64)
+def channel_constants(values: tuple[float, ...], device: torch.device) -> Tensor:
+    """One float32 number for each channel, (channels, 1, 1), on a device. Kept there, since a copy from the host waits for
+    all that the device has yet to do."""
+    with torch.inference_mode(False), torch.no_grad():
+        return torch.tensor(values, dtype=torch.float32, device=device).view(-1, 1, 1)
 
 
 def without_holes(images: Tensor, mean: Sequence[float]) -> Tensor:

@@ -30,7 +30,7 @@ from torch import Tensor, nn
 from simmim.encoders import registry
 from simmim.encoders.base import Encoder, EncoderConfig, Size
 from simmim.encoders.cost import Flops, LayerCost, Setup
-from simmim.execution import is_eager
+from simmim.execution import is_eager, to_device
 from simmim.methods.base import Method, MethodOutput, MethodSettings, Reconstruction
 from simmim.methods.masking import SharedCanvas, check_share, enlarge
 from simmim.methods.pixels import (
@@ -235,8 +235,9 @@ class Canvas(Method):
         return self.decoder.encode(torch.where(hidden, self.mask_token.to(tokens.dtype), tokens)).features
 
     def draw(self, image_size: Size, seeds: Sequence[int], device: torch.device) -> Tensor:
-        """Masks, (B, H, W) bool, True = masked. Those of a canvas depend on the seeds of its images."""
-        return self.canvas.draw(image_size, seeds, device)
+        """Masks, (B, H, W) bool, True = masked. Those of a canvas depend on the seeds of its images. They are drawn on the
+        host, and so the same on every device."""
+        return to_device(self.canvas.draw(image_size, seeds, torch.device("cpu")), device)
 
     @torch.no_grad()
     def reconstruct(self, images: Tensor, mask: Tensor) -> Reconstruction:

@@ -31,7 +31,7 @@ from torch.optim.swa_utils import get_ema_multi_avg_fn
 from simmim.encoders import registry
 from simmim.encoders.base import Encoder, EncoderConfig, EncoderOutput, Size
 from simmim.encoders.cost import Flops, LayerCost, Setup
-from simmim.execution import at_least_float32, rows_of_all_processes, without_autocast
+from simmim.execution import at_least_float32, rows_of_all_processes, to_device, without_autocast
 from simmim.methods.base import MethodOutput
 from simmim.methods.simmim import SimMIM, SimMIMSettings
 
@@ -386,7 +386,7 @@ def change_tone(images: Tensor, seeds: Sequence[int], jitter: float, gray: float
         generator = random.Random(f"{seed}/tone")
         draws = [generator.uniform(-1, 1) for _ in range(2 + 2 * RGB)]
         rows.append([*draws, float(generator.random() < gray)])
-    drawn = torch.tensor(rows, dtype=images.dtype).to(images.device, non_blocking=True)  # in one go
+    drawn = to_device(torch.tensor(rows, dtype=images.dtype), images.device)
     shift, gain, becomes_gray = drawn[:, :1], drawn[:, 1:2], drawn[:, -1:].bool()
     if channels == RGB:
         shift, gain = shift + drawn[:, 2 : 2 + RGB] / 2, gain + drawn[:, 2 + RGB : -1] / 2

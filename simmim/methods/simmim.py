@@ -17,6 +17,7 @@ from torch import Tensor, nn
 from simmim.defaults import default_mask_unit
 from simmim.encoders.base import Encoder, EncoderConfig, Size
 from simmim.encoders.cost import Flops, LayerCost, Setup
+from simmim.execution import to_device
 from simmim.methods.base import Method, MethodOutput, MethodSettings, Reconstruction
 from simmim.methods.masking import BlockMasking
 from simmim.methods.pixels import (
@@ -135,9 +136,9 @@ class SimMIM(Method):
         return pixel_targets(images, self.norm_target_patch, valid)
 
     def draw(self, image_size: Size, seeds: Sequence[int], device: torch.device) -> Tensor:
-        """Masks, (B, H, W) bool, True = masked."""
+        """Masks, (B, H, W) bool, True = masked. They are drawn on the host, and so the same on every device."""
         assert self.masking is not None, "masks are given to a SimMIM without masking"
-        return self.masking.draw(len(seeds), image_size, torch.Generator(device), list(seeds))
+        return to_device(self.masking.draw(len(seeds), image_size, torch.Generator(), list(seeds)), device)
 
     @torch.no_grad()
     def reconstruct(self, images: Tensor, mask: Tensor) -> Reconstruction:

@@ -10,7 +10,7 @@ from torch import nn
 
 from simmim.training.numerical_guard import NumericalGuard
 from simmim.training.optim import adamw, parameter_groups
-from simmim.training.sharding import clip_gradients, shard
+from simmim.training.sharding import clip_gradients, pending_scale, shard
 
 
 class TrainingModule(pl.LightningModule):
@@ -54,8 +54,11 @@ class TrainingModule(pl.LightningModule):
 
     def configure_gradient_clipping(self, optimizer, gradient_clip_val=None, gradient_clip_algorithm=None) -> None:
         """Clip by the norm over all parameters, and log that norm; a step that is not finite is skipped."""
-        norm = clip_gradients(self.model.parameters(), self.clip)
+        scale = pending_scale(self.trainer.precision_plugin, optimizer)
+        norm = clip_gradients(self.model.parameters(), self.clip, scale)
         if self.guard is not None:
             self.guard.check_step(self.trainer, optimizer, norm)
         self.log("grad_norm", norm)
-        self.log("lr", max(group["lr"] for group in optimizer.param_groups))
+        # Lightning sends a number to the device and waits for it, so only where it is written.
+        if (self.trainer.global_step + 1) % self.trainer.log_every_n_steps == 0 or self.trainer.should_stop:
+            self.log("lr", max(group["lr"] for group in optimizer.param_groups))

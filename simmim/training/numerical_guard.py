@@ -94,7 +94,8 @@ class NumericalGuard(pl.Callback):
     def on_before_backward(self, trainer: pl.Trainer, module: pl.LightningModule, loss: Tensor) -> None:
         """Keep the loss, without the scale that float16 gives it."""
         scaler = getattr(trainer.precision_plugin, "scaler", None)
-        self.losses.append(loss.detach() / scaler.get_scale() if scaler else loss.detach())
+        # Divided by a tensor: to read the scale would be to wait for the device.
+        self.losses.append(loss.detach() / scaler.scale(torch.ones_like(loss)) if scaler else loss.detach())
 
     def check_step(self, trainer: pl.Trainer, optimizer: torch.optim.Optimizer, norm: Tensor) -> None:
         """Decide about the step that `optimizer` is about to take. A skipped step gets no gradients.
@@ -106,8 +107,8 @@ class NumericalGuard(pl.Callback):
             ValueError: when this is the `stop_after`-th skipped step in a row.
         """
         values = torch.stack([torch.stack(self.losses).sum().float(), norm.detach().float()])
-        # One wait for the device. On CUDA the host comes to the optimizer's kernels only when the backward pass is through,
-        # which costs the time to launch those of a fused AdamW; `normalize` waits like this at every step already.
+        # The one wait for the device in a step. On CUDA the host comes to the optimizer's kernels only when the backward
+        # pass is through, which costs the time to launch those of a fused AdamW.
         loss, norm = trainer.strategy.reduce(values, reduce_op="mean").tolist()
         if math.isfinite(loss) and math.isfinite(norm):
             self.in_a_row = 0

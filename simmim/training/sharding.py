@@ -4,7 +4,9 @@ ModelParallelStrategy and torch's fully_shard."""
 from __future__ import annotations
 
 import contextlib
+import math
 from collections.abc import Iterable, Iterator
+from typing import Any
 
 import pytorch_lightning as pl
 import torch
@@ -58,11 +60,36 @@ def gathered(module: pl.LightningModule) -> Iterator[None]:
         module.model.reshard()
 
 
-def clip_gradients(parameters: Iterable[nn.Parameter], limit: float) -> Tensor:
+def clip_gradients(parameters: Iterable[nn.Parameter], limit: float, scale: Tensor | None = None) -> Tensor:
     """Scale the gradient down to the norm `limit` where it is larger.
 
+    Args:
+        scale: by which the gradients still are multiplied, a scalar; None for 1.
+
     Returns:
-        The norm before clipping, over all parameters on all devices, a scalar.
+        The norm before clipping and without `scale`, over all parameters on all devices, a scalar.
     """
-    norm = torch.nn.utils.clip_grad_norm_(parameters, limit)
-    return norm.full_tensor() if hasattr(norm, "full_tensor") else norm
+    if scale is None:
+        norm = torch.nn.utils.clip_grad_norm_(parameters, limit)
+        return norm.full_tensor() if hasattr(norm, "full_tensor") else norm
+    parameters = list(parameters)
+    norm = clip_gradients(parameters, math.inf) / scale
+    factor = (limit / (norm + 1e-6)).clamp(max=1.0)  # as torch, and as a tensor, for which no device is waited for
+    for parameter in parameters:
+        if parameter.grad is not None:
+            parameter.grad.mul_(factor.to(parameter.grad.dtype))
+    return norm
+
+
+def pending_scale(precision: Any, optimizer: torch.optim.Optimizer) -> Tensor | None:
+    """By which gradients still are multiplied when they are clipped: float16's scale, where the optimizer itself divides by
+    it, as fused ones do; None for nothing.
+
+    Args:
+        precision: Lightning's plugin.
+    """
+    scaler = getattr(precision, "scaler", None)
+    if scaler is None or not getattr(optimizer, "_step_supports_amp_scaling", False):
+        return None
+    parameter = optimizer.param_groups[0]["params"][0]
+    return scaler.scale(torch.ones((), device=parameter.device))

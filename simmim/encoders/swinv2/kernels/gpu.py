@@ -21,8 +21,10 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-MAX_WINDOW_TOKENS, MAX_HEAD_DIM = 1024, 128
-DTYPES = (torch.bfloat16, torch.float16, torch.float32)
+# Tokens of a window, 24 × 24 and 16 × 16. The backward pass of 1,024 asks for 288 KiB of shared memory in half precision,
+# and no GPU has more than 227 KiB for a program.
+MAX_WINDOW_TOKENS = {torch.bfloat16: 576, torch.float16: 576, torch.float32: 256}
+MAX_HEAD_DIM = 128
 MIN_CAPABILITY = (8, 0)  # the first GPUs that multiply bfloat16
 # A multiprocessor runs two or three of these programs at a time. A few more keep it busy to the end.
 PROGRAMS_PER_MULTIPROCESSOR = 4
@@ -30,7 +32,7 @@ PROGRAMS_PER_MULTIPROCESSOR = 4
 
 def supports_window_attention(device: torch.device, dtype: torch.dtype, window_tokens: int, head_dim: int) -> bool:
     """Whether `window_attention` supports qkv of `dtype`, N = `window_tokens` and D = `head_dim` on `device`."""
-    if dtype not in DTYPES or not 1 <= window_tokens <= MAX_WINDOW_TOKENS or not 1 <= head_dim <= MAX_HEAD_DIM:
+    if not 1 <= window_tokens <= MAX_WINDOW_TOKENS.get(dtype, 0) or not 1 <= head_dim <= MAX_HEAD_DIM:
         return False
     if not has_triton():
         return False
@@ -38,12 +40,9 @@ def supports_window_attention(device: torch.device, dtype: torch.dtype, window_t
         return True
     if device.type != "cuda" or torch.version.cuda is None or torch.cuda.get_device_capability(device) < MIN_CAPABILITY:
         return False
-    # Shared memory of the compiled kernels: the backward pass holds a window's rows of q and of the gradient,
-    # each in two layouts, and blocks that are being loaded or converted between layouts.
-    blocks = Blocks.of(window_tokens, head_dim, dtype)
-    needed = 4 * (blocks.whole + blocks.rest) * blocks.dim * dtype.itemsize + 2**14 * blocks.stages
     properties = torch.cuda.get_device_properties(device)
-    return needed <= getattr(properties, "shared_memory_per_block_optin", properties.shared_memory_per_block)
+    available = getattr(properties, "shared_memory_per_block_optin", properties.shared_memory_per_block)
+    return Blocks.of(window_tokens, head_dim, dtype).shared_memory(dtype) <= available
 
 
 def window_attention(
@@ -229,6 +228,11 @@ class Blocks(NamedTuple):
             block, warps = 16, 4 if has_small_rows and whole + rest <= 192 else 8
         stages = 2 if dtype.itemsize * (whole + rest) * dim <= 2**14 else 1
         return cls(whole, rest, dim, block, -(-tokens // block), warps, stages)
+
+    def shared_memory(self, dtype: torch.dtype) -> int:
+        """The most bytes of shared memory that a compiled kernel asks for. The backward pass holds a window's rows of q and
+        of the gradient, each in two layouts, and blocks that are being loaded or converted between layouts."""
+        return 4 * (self.whole + self.rest) * self.dim * dtype.itemsize + 2**14 * self.stages
 
 
 class Call(NamedTuple):

@@ -113,9 +113,10 @@ def forward(
         out = tl.dot(weights.to(v.dtype), v, input_precision=PRECISION)
         if REST > 0:
             out = tl.dot(weights2.to(v.dtype), v2, out, input_precision=PRECISION)
-        store_rows(mixed, first_row, token, heads * D, head * D, out * (1 / total)[:, None], D, DIM)
+        inverse_sum = inverse(total)
+        store_rows(mixed, first_row, token, heads * D, head * D, out * inverse_sum[:, None], D, DIM)
         tl.store(normalizers + window_head * 2 * N + place, row_max, mask=place < N)
-        tl.store(normalizers + window_head * 2 * N + N + place, 1 / total, mask=place < N)
+        tl.store(normalizers + window_head * 2 * N + N + place, inverse_sum, mask=place < N)
 
 
 @triton.jit(do_not_specialize=RUNTIME_SIZES)
@@ -154,7 +155,7 @@ def backward_of_queries(
         q = with_bias(load_rows(qkv, first_row, token, stride, q_column, D, DIM), q_bias, head, D, DIM)
         grad = load_rows(grad_mixed, first_row, token, heads * D, head * D, D, DIM)
         q_norm = norms(q)
-        inverse_norm = 1 / tl.maximum(q_norm, SMALLEST_NORM)
+        inverse_norm = inverse(tl.maximum(q_norm, SMALLEST_NORM))
         window_head = tl.cast(image_window, tl.int64) * heads + head
         row_max, inverse_sum = load_normalizers(normalizers, window_head, place, N)
 
@@ -279,7 +280,7 @@ def backward_of_keys(
         k = load_rows(qkv, first_row, token, stride, k_column, D, DIM)
         v = with_bias(load_rows(qkv, first_row, token, stride, v_column, D, DIM), v_bias, head, D, DIM)
         k_norm = norms(k)
-        inverse_norm = 1 / tl.maximum(k_norm, SMALLEST_NORM)
+        inverse_norm = inverse(tl.maximum(k_norm, SMALLEST_NORM))
         logits = logits_of(
             k,
             q,
@@ -323,7 +324,7 @@ def backward_of_keys(
             grad_unit = tl.dot(
                 (grad_logits2 * (q2_factor * GRAD_SCALE)[None, :]).to(q.dtype), q2, grad_unit, input_precision=PRECISION
             )
-        grad_unit = grad_unit * (factor / GRAD_SCALE)
+        grad_unit = grad_unit * (factor * (1 / GRAD_SCALE))
         unit = k.to(tl.float32) * inverse_norm[:, None]
         grad_k = normalize_back(grad_unit, unit, tl.sum(unit * grad_unit, 1), k_norm, inverse_norm)
         store_rows(grad_qkv, first_row, token, stride, k_column, grad_k, D, DIM)
@@ -398,13 +399,20 @@ def with_bias(x, bias, head, D: tl.constexpr, DIM: tl.constexpr):
 def norms(x):
     """The norm of each row, float32."""
     x = x.to(tl.float32)
-    return tl.sqrt(tl.sum(x * x, 1))
+    return tl.sqrt_rn(tl.sum(x * x, 1))
+
+
+@triton.jit
+def inverse(x):
+    """1 / x, rounded to nearest, as `norms` is: plain division and root are approximate once they are compiled, which the
+    interpreter does not show."""
+    return tl.div_rn(tl.full(x.shape, 1.0, tl.float32), x)
 
 
 @triton.jit
 def inverse_or_0(norm):
     """1 / norm, or 0 for 0, the norm of padding's keys, whose products are 0. Products with 1e12 would overflow float16."""
-    return tl.where(norm == 0, 0.0, 1 / tl.maximum(norm, SMALLEST_NORM))
+    return tl.where(norm == 0, 0.0, inverse(tl.maximum(norm, SMALLEST_NORM)))
 
 
 @triton.jit
