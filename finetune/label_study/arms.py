@@ -5,6 +5,7 @@ from __future__ import annotations
 import zlib
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
+from typing import Any
 
 from torch import Tensor
 
@@ -28,7 +29,7 @@ class Arm:
     """
 
     name: str
-    settings: TransferSettings
+    settings: Any  # of the task's class
     fingerprint: int = 0
     start: str = ""
     recipe: str = PLAIN

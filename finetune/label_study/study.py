@@ -32,7 +32,7 @@ def study(settings: StudyFields) -> StudyResult:
         ValueError: for settings, labels or encoders that cannot work, before anything is written where that can be known.
     """
     check_libraries()
-    check_run_folder(settings.out, settings.resume, settings.overwrite)
+    check_run_folder(settings.out, settings.resume, settings.overwrite)  # type: ignore[attr-defined]
     prepared = prepare_study(settings)
     settings, arms, labels, left_out = prepared.settings, prepared.arms, prepared.labels, prepared.left_out
     tuning = Tuning(rate_grid(settings), settings.folds, settings.tuning_seeds, prepared.tuned)
@@ -136,6 +136,6 @@ def check_starts(arms: Sequence[Arm], opened: OpenedLabels, task: TaskStudy, dev
 def rate_grid(settings: StudyFields) -> tuple[Rates, ...]:
     """The rates among which every arm chooses."""
     # Of a frozen encoder the head alone is trained, which no layer decay reaches.
-    decays: tuple[float | str | None, ...] = () if settings.freeze else settings.layer_decays
+    decays: tuple[float | str | None, ...] = () if settings.freeze else settings.layer_decays  # type: ignore[attr-defined]
     decays = tuple(dict.fromkeys(decays)) or (settings.optim.layer_decay,)  # type: ignore[attr-defined]
     return tuple(Rates(factor, decay) for factor, decay in product(sorted(set(settings.lr_factors)), decays))

@@ -50,7 +50,7 @@ class Job(NamedTuple):
 
     arm: Arm
     name: str
-    settings: TransferSettings
+    settings: Any  # of the task's class
 
     @property
     def identity(self) -> dict[str, Any]:
