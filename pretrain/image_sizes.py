@@ -41,7 +41,7 @@ def checked_sizes(settings: PretrainSettings) -> dict[str, Any]:
         if given:
             raise ValueError(f"{given[0]} needs sizes that follow one another: give image_sizes, as [96, 128, 192]")
         return {}
-    sizes = tuple(tuple(size) if isinstance(size, list | tuple) else size for size in sizes)
+    sizes = tuple(as_given(size) for size in sizes)
     check_growth(sizes)
     last, image_size = sizes[-1], settings.image_size
     if image_size is not None and as_size(image_size) != as_size(last):
@@ -49,7 +49,7 @@ def checked_sizes(settings: PretrainSettings) -> dict[str, Any]:
             f"both image_sizes, which end at {size_text(last)} px, and image_size {size_text(image_size)} are given: give "
             "one of them"
         )
-    result = {"image_sizes": sizes, "image_size": last}
+    result: dict[str, Any] = {"image_sizes": sizes, "image_size": last}
     for name in GROWING[1:]:
         values = getattr(settings, name)
         if values is not None:
@@ -60,6 +60,14 @@ def checked_sizes(settings: PretrainSettings) -> dict[str, Any]:
             result[name] = tuple(values)
     check_shares(result.get("image_size_shares"))
     return result
+
+
+def as_given(size: int | Sequence[int]) -> int | Size:
+    """One number, or height and width as a tuple."""
+    if isinstance(size, int):
+        return size
+    height, width = size
+    return height, width
 
 
 def check_growth(sizes: Sequence[int | Size]) -> None:

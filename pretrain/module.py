@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from types import MappingProxyType
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -57,7 +58,7 @@ class PretrainingModule(TrainingModule):
     def output_of(self, batch: dict) -> MethodOutput:
         """The loss of one batch, of the pixels that have data, and the method's metrics."""
         valid = valid_pixels(batch["image"])
-        known = {} if valid is None else {"valid": valid}
+        known: dict[str, Any] = {} if valid is None else {"valid": valid}
         if "views" in batch:
             known["views"] = self.views(batch)
         return self.model(*self.inputs(batch), **known)

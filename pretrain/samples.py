@@ -40,8 +40,8 @@ def samples_at(resolved: Resolved, settings: PretrainSettings) -> ImageSamples:
     options = (view, data.channels, settings.seed)
     if resolved.tiles is not None:
         return TiledSamples(source.images, resolved.tiles, *options, data.max_pixels, data.reading, further)
-    how = (resolved.keep_decoded, data.max_pixels, data.reading, further, resolved.kept)
-    return ImageSamples(source.images, *options, *how)
+    keep = resolved.keep_decoded
+    return ImageSamples(source.images, *options, keep, data.max_pixels, data.reading, further, resolved.kept)
 
 
 def random_views(settings: PretrainSettings) -> list[RandomView]:

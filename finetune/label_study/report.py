@@ -301,7 +301,8 @@ def draw(axes: Axes, result: StudyResult, title: str = "") -> None:
         style = {"color": f"C{starts.index(start)}", "linestyle": "-" if recipe == PLAIN else "--"}
         columns = [list(scores_by_seed(result.trials, arm, value).values()) for value in result.labels]
         found = [(position, *t_interval(column)) for position, column in zip(positions, columns) if column]
-        axes.errorbar(*zip(*found), marker="o", markersize=4, capsize=3, label=arm, **style)
+        places, means, errors = zip(*found)
+        axes.errorbar(places, means, errors, marker="o", markersize=4, capsize=3, label=arm, **style)  # type: ignore[arg-type]
         for position, column in zip(positions, columns):
             axes.plot([position] * len(column), column, ".", color=style["color"], alpha=0.35, markersize=4)
     axes.set_xscale("log")

@@ -154,8 +154,9 @@ def piece_places(size: Size, side: int, step: int) -> Iterator[Piece]:
     """The pieces of a label map of `size`, row by row, each in the middle of its tile, but at the image's edges."""
     margin = (side - step) // 2
     for top, left in product(range(0, size[0], step), range(0, size[1], step)):
-        first = tuple(min(max(0, start - margin), length - side) for start, length in zip((top, left), size))
-        yield Piece(*first, (top - first[0], left - first[1]), (min(step, size[0] - top), min(step, size[1] - left)))
+        tile_top, tile_left = (min(max(0, start - margin), length - side) for start, length in zip((top, left), size))
+        inside = (top - tile_top, left - tile_left)
+        yield Piece(tile_top, tile_left, inside, (min(step, size[0] - top), min(step, size[1] - left)))
 
 
 def predict_pieces(

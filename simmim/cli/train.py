@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from simmim.cli.arguments import UsageError, parse, read_config, split_words, values_of
 
@@ -102,7 +102,7 @@ def finetune_settings(task: str, words: Sequence[str]) -> TransferSettings:
 
 def run_study(words: Sequence[str]) -> int | None:
     """simmim study"""
-    settings = study_settings(words)
+    settings: Any = study_settings(words)  # the fields of the task's settings too
     from simmim.finetune import study
     from simmim.finetune.label_study.report import report
     from simmim.training.run_folder import CONFIG
@@ -126,11 +126,13 @@ def study_settings(words: Sequence[str]) -> StudyFields:
     words = with_saved_config(words)
     task = named_in(words, "task") or "classification"
     if task == "classification":  # spares the training libraries
-        from simmim.finetune.label_study.settings import StudySettings as settings_class
+        from simmim.finetune.label_study.settings import StudySettings
+
+        settings_class: type = StudySettings
     else:
         from simmim.finetune.registry import study_of
 
-        settings_class = study_of(task).settings  # type: ignore[misc]
+        settings_class = study_of(task).settings
     usage = "simmim study [--task TASK] --data PATH --out RUN --init ENCODER [--SETTING VALUE …]"
     return parse("study", settings_class, words, usage=usage, config=True)
 

@@ -203,7 +203,7 @@ def pack_entry(kept: Shrunk, stamp: list) -> tuple[bytes, memoryview]:
     values = np.ascontiguousarray(kept.values.transpose(1, 2, 0))  # pixels together, as Pillow takes them
     fields = {name: value for name, value in vars(kept).items() if name != "values"}
     described = {**fields, "stamp": stamp, "shape": values.shape, "dtype": values.dtype.str}
-    description, pixels = json.dumps(described).encode(), memoryview(values.reshape(-1).view(np.uint8))
+    description, pixels = json.dumps(described).encode(), memoryview(values.reshape(-1).view(np.uint8))  # type: ignore[arg-type]
     digest = xxhash.xxh3_64(description)
     digest.update(pixels)
     return HEAD.pack(MAGIC, digest.intdigest(), len(description)) + description, pixels

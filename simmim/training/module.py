@@ -60,5 +60,6 @@ class TrainingModule(pl.LightningModule):
             self.guard.check_step(self.trainer, optimizer, norm)
         self.log("grad_norm", norm)
         # Lightning sends a number to the device and waits for it, so only where it is written.
-        if (self.trainer.global_step + 1) % self.trainer.log_every_n_steps == 0 or self.trainer.should_stop:
+        every = self.trainer.log_every_n_steps  # type: ignore[attr-defined]
+        if (self.trainer.global_step + 1) % every == 0 or self.trainer.should_stop:
             self.log("lr", max(group["lr"] for group in optimizer.param_groups))

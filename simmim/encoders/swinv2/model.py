@@ -224,7 +224,7 @@ class SwinV2(ShiftedWindowEncoder):
         """As `Encoder.change_config`: other windows. The continuous position bias is scaled as before."""
         super().change_config(config)
         for block in self.blocks():
-            block.window_size = self.config.window_size
+            block.window_size = self.config.window_size  # type: ignore[assignment]
 
     def reset_parameters(self) -> None:
         """Initialize as the reference does.
