@@ -16,6 +16,7 @@ from simmim.encoders.swinv2 import PRESETS, SwinV2, SwinV2Config, kernels
 from simmim.methods.canvas import Canvas, CanvasSettings
 from simmim.methods.masking import SharedCanvas
 from simmim.methods.pixels import masked_l1
+from simmim.methods.simmim import SimMIM
 from simmim.planning.plan import plan_for
 from simmim.planning.step import step_flops, step_memory
 
@@ -189,7 +190,11 @@ def test_defaults(preset, window, side, unit, dim):
 @pytest.mark.parametrize(
     "settings, size, message",
     [
-        ({"mask_unit": 4}, SIZE, "mask_unit is 4 px and the last stage has a token for 8 px: give a multiple of 8 px"),
+        (
+            {"mask_unit": 6},
+            SIZE,
+            "mask_unit is 6 px and the last stage on canvases has a token for 4 px: give a multiple of 4 px",
+        ),
         ({"mask_unit": 16}, (32, 40), "window_size is 4, which pads"),
         ({"mask_unit": 24}, SIZE, "mask unit of 24 px does not divide an image of 32×64 px; units that do: 8, 16, 32"),
         ({"mask_unit": 32}, SIZE, "share is 3 and images of 32×64 px have 2 mask units of 32 px: give a smaller"),
@@ -289,3 +294,158 @@ def test_a_third_and_a_quarter_of_the_cost(preset, gflops):
 def test_plans_that_cannot_work(settings, message):
     with pytest.raises(ValueError, match=message):
         plan_for("tiny", 192, method="canvas", **settings)
+
+
+# --- mask tokens between stages -----------------------------------------------------------------------------------------
+
+LATE = SwinV2Config(16, (2, 2, 2), (1, 2, 2), window_size=4)  # strides 4, 8, 16
+
+
+def shared_part(encoder, num_stages):
+    """The first stages as an encoder of their own, without a norm."""
+    part = SwinV2(encoder.config.first_stages(num_stages)).to(encoder.norm.weight)
+    part.norm = torch.nn.Identity()
+    names = part.state_dict().keys()
+    part.load_state_dict({name: value for name, value in encoder.state_dict().items() if name in names})
+    return part
+
+
+@pytest.mark.parametrize("share, unit, num_stages", [(2, 8, 2), (3, 8, 2), (3, 4, 1)])
+def test_late_tokens_as_each_image_alone(share, unit, num_stages):
+    """A reference encodes each image's visible tokens alone by the first stages, puts mask tokens into its grid and goes on
+    densely."""
+    size = (32, 64)
+    model, images = canvas_of(LATE, size, share=share, mask_unit=unit).double(), images_of(2 * share, size).double()
+    encoder = model.encoder
+    assert model.is_late and model.num_shared == num_stages and model.decoder is None
+    assert f"mask tokens after stage {num_stages} of 3" in model.describe(size)
+    mask = model.draw(size, list(range(len(images))), CPU)
+    loss, prediction, _ = model(images, mask, return_reconstruction=True)
+    part, stride = shared_part(encoder, num_stages), encoder.strides[num_stages - 1]
+    expected = []
+    for image, masked in zip(images, mask):
+        tokens = model.mask_token.expand(*(side // stride for side in size), -1).clone()
+        for place, feature in ragged_encoding(part, image, ~masked).items():
+            tokens[place] = feature
+        features = encoder.encode_rest(tokens[None], num_stages).features
+        expected.append(model.pixels.predict(features, size)[0])
+    expected = torch.stack(expected)
+    assert distance(prediction.detach(), expected.detach()) < 1e-10
+    assert loss.item() == pytest.approx(masked_l1(expected, images, mask, 4).item(), rel=1e-10)
+    assert model(images, mask).loss.item() == pytest.approx(loss.item(), rel=1e-10)
+
+
+@pytest.mark.parametrize("way", ["plain", "kernels"])
+def test_late_tokens_of_one_image_that_shows_all_are_a_plain_encoding(way):
+    """Bit for bit: both halves of the encoder are the whole."""
+    size = (32, 64)
+    model, images = canvas_of(LATE, size, share=2, mask_unit=8), images_of(1, size)
+    mask = torch.zeros(1, 8, 16, dtype=torch.bool)
+    with torch.no_grad(), kernels.disabled() if way == "plain" else torch.no_grad():
+        plain = model.pixels.predict(model.encoder(images).features, size)
+        assert distance(model(images, mask, return_reconstruction=True).reconstruction, plain) < 1e-5
+        halves = model.encoder.encode_rest(model.encoder.encode_first(model.encoder.embed(images), 2), 2)
+        whole = model.encoder(images)
+        assert torch.equal(halves.features, whole.features) and torch.equal(halves.pooled, whole.pooled)
+
+
+@pytest.mark.parametrize("way", ["plain", "kernels"])
+def test_masked_pixels_change_no_bit_with_late_tokens(way):
+    """Nor do others' visible pixels."""
+    size = (32, 64)
+    model, images = canvas_of(LATE, size, share=3, mask_unit=8), images_of(6, size)
+    mask = model.draw(size, list(range(6)), CPU)
+    hidden = mask.repeat_interleave(4, 1).repeat_interleave(4, 2)[:, None].expand_as(images)
+    changed = images.masked_fill(hidden, torch.nan)
+    changed[1] = changed[4] = 100.0
+    with torch.no_grad(), kernels.disabled() if way == "plain" else torch.no_grad():
+        first, second = (model(given, mask, return_reconstruction=True).reconstruction for given in (images, changed))
+    for image in (0, 2, 3, 5):
+        assert torch.equal(first[image], second[image])
+    assert not torch.equal(first[1], second[1])
+
+
+def test_when_tokens_are_late():
+    """Where the unit is smaller than the last stride, or on request; every parameter gets a gradient."""
+    size = (32, 64)
+    for given, expected in (
+        ({}, (16, 3)),
+        ({"mask_unit": 8}, (8, 2)),
+        ({"mask_unit": 4}, (4, 1)),
+        ({"shared_stages": 2}, (8, 2)),
+        ({"shared_stages": 1, "mask_unit": 16}, (16, 1)),
+    ):
+        settings = CanvasSettings(**given).resolve(size, LATE)
+        assert (settings.mask_unit, settings.num_shared(LATE)) == expected, given
+        assert settings.resolve(size, LATE) == settings
+        model = Canvas(SwinV2(LATE), settings)
+        again = Canvas.settings_from({**model.provenance(), "method": "canvas"})
+        shapes = {name: tuple(value.shape) for name, value in model.own_state().items()}
+        assert shapes == Canvas.expected_state(LATE, settings) == Canvas.expected_state(LATE, again)
+    model = canvas_of(LATE, size, share=2, mask_unit=8)
+    model(images_of(4, size), model.draw(size, [1, 2, 3, 4], CPU)).loss.backward()
+    assert all(parameter.grad.abs().sum() > 0 for parameter in model.parameters())
+
+
+def test_maps_of_late_stages_may_be_padded():
+    """By windows that divide the shared maps alone; not by sizes that these do not divide."""
+    config = SwinV2Config(16, (1, 1, 1), (1, 2, 2), window_size=6)
+    size = (48, 48)  # maps of 12, 6 and 3 tokens
+    model = canvas_of(config, size, share=2, mask_unit=8)
+    assert torch.isfinite(model(images_of(2, size), model.draw(size, [1, 2], CPU)).loss)
+    odd = (24, 24)  # maps of 6, 3 and 2 tokens, of which the last is padded
+    model = canvas_of(replace(config, window_size=3), odd, share=2, mask_unit=8)
+    assert torch.isfinite(model(images_of(2, odd), model.draw(odd, [1, 2], CPU)).loss)
+
+
+def test_late_tokens_cost():
+    """FLOPs as torch counts them, between those of a canvas for all stages and of SimMIM."""
+    config, size, share = replace(PRESETS["micro"], window_size=4), (64, 64), 2
+    settings = CanvasSettings(share=share, mask_unit=16).resolve(size, config)
+    assert settings.num_shared(config) == 3
+    with torch.device("meta"):
+        model = Canvas(SwinV2(config), settings).train()
+        images, mask = torch.zeros(4, 3, *size), torch.zeros(4, 16, 16, dtype=torch.bool)
+    with FlopCounterMode(display=False) as counter:
+        loss = model(images, mask).loss
+        forward = counter.get_total_flops()
+        loss.backward()
+    setup = Setup(4, 1, "32-true", "ddp")
+    planned = step_flops(config, size, setup, Canvas, settings=settings)
+    assert planned.forward == pytest.approx(forward / 4, rel=1e-3)
+    assert planned.training == pytest.approx(counter.get_total_flops() / 4, rel=0.01)
+    whole = step_flops(config, size, setup, Canvas, settings=CanvasSettings(share=share).resolve(size, config))
+    assert whole.forward < planned.forward < step_flops(config, size, setup, SimMIM).forward
+
+
+@pytest.mark.usefixtures("reference_implementation")
+def test_late_tokens_memory():
+    """Within 8 %, as of other canvases."""
+    size, batch = (32, 32), 48
+    settings = CanvasSettings(mask_unit=8).resolve(size, LATE)
+    model, images = Canvas(SwinV2(LATE), settings).train(), torch.zeros(batch, 3, *size)
+    mask = model.draw(size, list(range(batch)), CPU)
+    clear_caches()
+    with LiveBytes([*model.parameters(), images, mask]) as live:
+        loss = model(images, mask).loss
+        kept = live.live
+        loss.backward()
+    planned = step_memory(LATE, size, Setup(batch, 1, "32-true", "ddp", device="cpu"), Canvas, settings)
+    assert planned.parameters == 4 * sum(parameter.numel() for parameter in model.parameters())
+    assert planned.activations == pytest.approx(images.nbytes + kept, rel=0.08)
+    assert planned.peak - planned.parameters - planned.optimizer == pytest.approx(images.nbytes + live.peak, rel=0.08)
+
+
+@pytest.mark.parametrize(
+    "settings, message",
+    [
+        ({"mask_unit": 6}, "mask_unit is 6 px and the last stage on canvases has a token for 4 px: give a multiple of 4 px"),
+        ({"mask_unit": 8, "shared_stages": 3}, "mask_unit is 8 px and the last stage on canvases has a token for 16 px"),
+        ({"shared_stages": 4}, "shared_stages is 4: give 1 to 3"),
+        ({"shared_stages": 0}, "shared_stages is 0: give 1 to 3"),
+        ({"mask_unit": 8, "decoder_dim": 32}, "mask tokens come after stage 2 of 3, where there is no decoder: leave out"),
+    ],
+)
+def test_late_settings_that_cannot_work(settings, message):
+    with pytest.raises(ValueError, match=message):
+        CanvasSettings(**settings).resolve((32, 64), LATE)

@@ -82,6 +82,25 @@ def test_resumed_equals_uninterrupted(run, digits, tmp_path, power_cut):
     assert ours.keys() == theirs.keys() and all(torch.equal(ours[name], theirs[name]) for name in ours)
 
 
+def test_late_mask_tokens(digits, tmp_path, power_cut, capsys):
+    """Of mask units smaller than the last stride: said, resumed bit for bit, exported as a plain encoder, gone on from."""
+    words = ["pretrain", "--data", digits.unlabeled, *WORDS, "--model.mask_unit=4"]
+    simmim(*words, "--out", tmp_path / "whole")
+    assert "64 units of 4 px masked, mask tokens after stage 1 of 2" in capsys.readouterr().out
+    with power_cut(after_step=7):
+        main([str(word) for word in (*words, "--out", tmp_path / "run")])
+    simmim("pretrain", "--out", tmp_path / "run", "--resume")
+    ours, theirs = (load_pretrained(tmp_path / name)[0].state_dict() for name in ("run", "whole"))
+    assert ours.keys() == theirs.keys() and all(torch.equal(ours[name], theirs[name]) for name in ours)
+    description = json.loads((tmp_path / "run" / "encoder" / "config.json").read_text(encoding="utf-8"))
+    own = {"mask_unit": 4, "shared_stages": 1, "decoder_dim": None}
+    assert own.items() <= description["provenance"].items()
+    assert load_encoder(tmp_path / "run")(torch.zeros(1, 1, 40, 40)).pooled.shape == (1, 32)
+    again = (*words, "--epochs=0.2", "--init", tmp_path / "run", "--out", tmp_path / "again")
+    simmim(*(word for word in again if not str(word).startswith(("--preset", "--model.encoder"))))
+    assert "loaded     mask token and decoder" in capsys.readouterr().out
+
+
 def test_pretraining_goes_on_from_it(run, digits, tmp_path, capsys):
     """With its mask token and decoder; with fresh ones under another method or another decoder."""
     words = ("pretrain", "--data", digits.unlabeled, "--init", run, "--epochs=0.1", "--batch-size=24", "--workers=0")
@@ -128,7 +147,8 @@ def test_two_devices_equal_one(fork_server, alone, digits, tmp_path, strategy):
 @pytest.mark.parametrize(
     "words, message",
     [
-        (("--model.mask_unit=4",), "model.mask_unit is 4 px and the last stage has a token for 8 px"),
+        (("--model.mask_unit=6",), "model.mask_unit is 6 px and the last stage on canvases has a token for 4 px"),
+        (("--model.mask_unit=4", "--model.decoder_dim=32"), "where there is no decoder: leave out model.decoder_dim"),
         (("--model.share=17",), "model.share is 17 and images of 32×32 px have 16 mask units of 8 px"),
         (("--batch-size=25",), "batch_size is 25 on 1 device × 1 accumulated batches, and the encoder takes 3 images"),
         (("--batch-size=24", "--optim.accumulate=3"), "give a multiple of 9"),

@@ -146,11 +146,25 @@ class EncoderConfig(ABC):
     def check_groups(self, image_size: Size) -> None:
         """Check that encoders of this architecture keep groups of tokens apart (`Encoder.encode`) at `image_size`.
 
+        For the first stages alone, `first_stages` has the architecture.
+
         Raises:
             ValueError: when no encoder of the family does, or none does at this size, saying what would help.
         """
         if not self.supports_groups:
             raise ValueError("this encoder cannot keep several images on one canvas apart: choose another method")
+
+    def first_stages(self: Config, num_stages: int) -> Config:
+        """The architecture of the first stages alone, 1 to all.
+
+        Raises:
+            ValueError: when the encoder has one stage, or cannot be parted (`Encoder.encode_first`).
+        """
+        if num_stages == len(self.channels):
+            return self
+        raise ValueError(
+            "this encoder cannot be parted between stages: choose mask units that its last stage's stride divides"
+        )
 
     def decoder_config(self, dim: int, depth: int) -> EncoderConfig:
         """The architecture of a light decoder of this family for the last feature map, where `supports_groups`.
@@ -292,6 +306,22 @@ class Encoder(nn.Module, ABC):
             ValueError: for groups that the encoder does not support (`check_groups`).
         """
 
+    def encode_first(self, tokens: Tensor, num_stages: int, groups: Tensor | None = None) -> Tensor:
+        """Tokens of the first stage, (B, H, W, C), through the first stages, of an encoder that has `first_stages`.
+
+        Args:
+            groups: as in `encode`, constant over squares of the last of these stages' stride.
+
+        Returns:
+            The map of stage `num_stages`, counted from 1, before downsampling and without a norm, (B, h, w, C').
+        """
+        raise NotImplementedError
+
+    def encode_rest(self, tokens: Tensor, num_stages: int) -> EncoderOutput:
+        """What `encode_first` returns, through the downsampling, the stages that are left and the final norm. Both together
+        are `encode`."""
+        raise NotImplementedError
+
     def forward(self, images: Tensor, return_stages: bool = False) -> EncoderOutput:
         """Encode normalized images, (B, channels, height, width), of any height and width.
 
@@ -324,8 +354,8 @@ class Encoder(nn.Module, ABC):
                 f"(batch, {self.config.in_channels}, height, width)"
             )
 
-    def check_groups(self, tokens: Tensor, groups: Tensor | None) -> None:
-        """Check that `encode` supports these groups of tokens, (B, H, W, C).
+    def check_groups(self, tokens: Tensor, groups: Tensor | None, num_stages: int | None = None) -> None:
+        """Check that `encode` supports these groups of tokens, (B, H, W, C), or `encode_first` in its first stages.
 
         Raises:
             ValueError: naming what it does not support.
@@ -333,7 +363,8 @@ class Encoder(nn.Module, ABC):
         if groups is None:
             return
         size = tuple(self.config.patch_size * side for side in tokens.shape[1:3])
-        self.config.check_groups(size)  # type: ignore[arg-type]
+        config = self.config if num_stages is None else self.config.first_stages(num_stages)
+        config.check_groups(size)  # type: ignore[arg-type]
         if groups.shape != tokens.shape[:3] or groups.dtype != torch.uint8:
             raise ValueError(
                 f"groups are {groups.dtype} {tuple(groups.shape)}: expected uint8 {tuple(tokens.shape[:3])}, one per patch"

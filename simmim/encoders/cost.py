@@ -5,8 +5,9 @@ Shape letter: B images that one device takes at once. Sizes are (height, width).
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Protocol, TypeVar
 
 from simmim.encoders.base import EncoderConfig, Size
@@ -66,6 +67,10 @@ class Setup:
     def sharded(self) -> bool:
         """Whether each device holds only its share of the model."""
         return self.strategy == "fsdp" and self.devices > 1
+
+    def of_inputs(self, images_per_input: int) -> Setup:
+        """As an encoder sees it that takes some images as one."""
+        return replace(self, batch_per_device=math.ceil(self.batch_per_device / images_per_input))
 
     def weight_copies(self, num_weights: int) -> int:
         """Bytes of the copies that autocast makes of weights for matrix products. Under FSDP they are copies of the gathered

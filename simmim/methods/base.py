@@ -18,7 +18,7 @@ import torch
 from torch import Tensor, nn
 
 from simmim.encoders.base import Encoder, EncoderConfig, Size, State
-from simmim.encoders.cost import Flops, LayerCost, Setup
+from simmim.encoders.cost import CostModel, Flops, LayerCost, Setup
 
 Settings = TypeVar("Settings", bound="MethodSettings")
 
@@ -227,6 +227,26 @@ class Method(nn.Module, ABC):
         return ()
 
     # --- cost --------------------------------------------------------------------------------------------------------
+
+    @classmethod
+    def encoder_flops(cls, cost: CostModel, config: EncoderConfig, settings: Any, image_size: Size, setup: Setup) -> Flops:
+        """FLOPs of the encoder per image, by the cost model of its family.
+
+        The encoder takes `settings.images_per_input` images as one.
+
+        Args:
+            settings: of `settings_class`.
+        """
+        images = settings.images_per_input
+        of_input = cost.flops(config, image_size, setup.of_inputs(images))
+        return Flops(of_input.forward / images, of_input.training / images)
+
+    @classmethod
+    def encoder_layers(
+        cls, cost: CostModel, config: EncoderConfig, settings: Any, image_size: Size, setup: Setup
+    ) -> Sequence[LayerCost]:
+        """Memory of the encoder's layers in their order, as `encoder_flops`."""
+        return cost.layers(config, image_size, setup.of_inputs(settings.images_per_input))
 
     @classmethod
     def head_flops(

@@ -124,7 +124,7 @@ class SharedCanvas:
         share: images on a canvas, 2 to `MAX_GROUPS`.
         unit_px: side of a mask unit in pixels; a multiple of `stride`.
         patch_size: side of the encoder's patches in pixels.
-        stride: pixels per token of the encoder's last map. A token must not hold pixels of two images.
+        stride: pixels per token of the last map that is shared. A token must not hold pixels of two images.
 
     Raises:
         ValueError: for a share or unit that cannot work, saying what would.
@@ -140,8 +140,8 @@ class SharedCanvas:
         if self.unit_px < 1 or self.unit_px % self.stride:
             above = max(-(-self.unit_px // self.stride), 1) * self.stride
             raise ValueError(
-                f"model.mask_unit is {self.unit_px} px and the last stage has a token for {self.stride} px: give a multiple "
-                f"of {self.stride} px, for instance {above}, or fewer stages"
+                f"model.mask_unit is {self.unit_px} px and the last stage on canvases has a token for {self.stride} px: "
+                f"give a multiple of {self.stride} px, for instance {above}, or fewer stages"
             )
 
     def grid(self, image_size: tuple[int, int]) -> tuple[int, int]:

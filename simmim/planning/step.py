@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Any
 
 from simmim.encoders.base import EncoderConfig, Size
@@ -30,11 +30,6 @@ def cost_model(config: EncoderConfig) -> CostModel[Any]:
     return family.cost
 
 
-def encoder_setup(setup: Setup, settings: MethodSettings) -> Setup:
-    """`setup` as the encoder sees it, which takes `settings.images_per_input` images as one."""
-    return replace(setup, batch_per_device=math.ceil(setup.batch_per_device / settings.images_per_input))
-
-
 def step_flops(
     config: EncoderConfig,
     image_size: Size,
@@ -53,10 +48,9 @@ def step_flops(
         ValueError: as `cost_model`.
     """
     settings = settings or method.settings_class()
-    encoder = cost_model(config).flops(config, image_size, encoder_setup(setup, settings))
+    encoder = method.encoder_flops(cost_model(config), config, settings, image_size, setup)
     head = method.head_flops(config, settings, image_size, setup, predicted)
-    images = settings.images_per_input
-    return Flops(encoder.forward / images + head.forward, encoder.training / images + head.training)
+    return Flops(encoder.forward + head.forward, encoder.training + head.training)
 
 
 @dataclass(frozen=True)
@@ -99,7 +93,7 @@ def step_memory(
     """
     cost, settings = cost_model(config), settings or method.settings_class()
     layers = [
-        *cost.layers(config, image_size, encoder_setup(setup, settings)),
+        *method.encoder_layers(cost, config, settings, image_size, setup),
         *method.head_layers(config, settings, image_size, setup),
     ]
     cached = cost.cached_bytes(config, image_size, setup)

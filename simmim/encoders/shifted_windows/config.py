@@ -132,6 +132,10 @@ class ShiftedWindowConfig(EncoderConfig):
         pairs = zip(self.windows(image_size), self.maps(image_size))
         return not any(height % window[0] or width % window[1] for window, (height, width) in pairs)
 
+    def first_stages(self, num_stages: int) -> ShiftedWindowConfig:
+        """As `EncoderConfig.first_stages`."""
+        return replace(self, depths=self.depths[:num_stages], num_heads=self.num_heads[:num_stages])
+
     def check_groups(self, image_size: Size) -> None:
         """Groups are supported where no map is padded: padding would be attended to by tokens of every group.
 

@@ -208,19 +208,40 @@ class ShiftedWindowEncoder(Encoder):
         """
         self.check_groups(tokens, groups)
         x, stages = tokens, []
-        for stage in self.layers:
-            for block in stage.blocks:
-                x = self.run_block(block, x, self.sequential_attention, groups)
+        for index in range(len(self.layers)):
+            x, groups = self.run_stage(index, x, groups)
             if return_stages:
                 stages.append(rearrange(x, "b h w c -> b c h w"))
-            if stage.downsample is not None:
-                x = stage.downsample(x)
-                # The four tokens that a merging joins are of one group.
-                groups = None if groups is None else groups[:, ::2, ::2]
+        return self.output(x, tuple(stages) if return_stages else None)
+
+    def encode_first(self, tokens: Tensor, num_stages: int, groups: Tensor | None = None) -> Tensor:
+        """As `Encoder.encode_first`. Stochastic depth drops a branch of a whole map, for all groups on it."""
+        self.check_groups(tokens, groups, num_stages)
+        for index in range(num_stages):
+            tokens, groups = self.run_stage(index, tokens, groups)
+        return tokens
+
+    def encode_rest(self, tokens: Tensor, num_stages: int) -> EncoderOutput:
+        """As `Encoder.encode_rest`."""
+        for index in range(num_stages, len(self.layers)):
+            tokens, _ = self.run_stage(index, tokens, None)
+        return self.output(tokens, None)
+
+    def run_stage(self, index: int, x: Tensor, groups: Tensor | None) -> tuple[Tensor, Tensor | None]:
+        """The map of the stage before, or the embedded tokens, through the merging between both and the stage's blocks; and
+        the groups of the result."""
+        if index > 0:
+            x = self.layers[index - 1].downsample(x)  # type: ignore[operator, union-attr]
+            # The four tokens that a merging joins are of one group.
+            groups = None if groups is None else groups[:, ::2, ::2]
+        for block in self.layers[index].blocks:  # type: ignore[union-attr]
+            x = self.run_block(block, x, self.sequential_attention, groups)
+        return x, groups
+
+    def output(self, x: Tensor, stages: tuple[Tensor, ...] | None) -> EncoderOutput:
+        """The final norm of the last map."""
         x = self.norm(x)
-        return EncoderOutput(
-            rearrange(x, "b h w c -> b c h w"), x.mean(dim=(1, 2)), tuple(stages) if return_stages else None
-        )
+        return EncoderOutput(rearrange(x, "b h w c -> b c h w"), x.mean(dim=(1, 2)), stages)
 
     # --- parts and parameters, for training --------------------------------------------------------------------------
 

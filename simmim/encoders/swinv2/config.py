@@ -95,6 +95,17 @@ class SwinV2Config(ShiftedWindowConfig):
             dim, (depth,), (dim // HEAD_DIM,), window_size=WHOLE_MAP, patch_size=1, in_channels=self.dims[-1]
         )
 
+    def first_stages(self, num_stages: int) -> SwinV2Config:
+        """As `EncoderConfig.first_stages`."""
+        trained = self.pretrained_window_sizes
+        heads = self.num_heads[:num_stages]
+        return replace(
+            self,
+            depths=self.depths[:num_stages],
+            num_heads=heads,
+            pretrained_window_sizes=trained and trained[:num_stages],
+        )
+
     def fields_for_size(self, image_size: Size) -> dict[str, Any]:
         """A window of a quarter of the first stage's map, as published (12 at 192 px and patch 4), at least 4."""
         return {"window_size": max(min(image_size) // self.patch_size // 4, 4)}
