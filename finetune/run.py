@@ -258,12 +258,14 @@ def summary(prepared: PreparedTask, num_steps: int, trainer: pl.Trainer, checkpo
     parameters = sum(parameter.numel() for parameter in model.parameters() if parameter.requires_grad) / 1e6
     names = ", ".join(classes[:NAMED_CLASSES]) + (", …" if len(classes) > NAMED_CLASSES else "")
     peak = settings.optim.lr * settings.batch_size / REFERENCE_BATCH
+    kind, _, values = prepared.validation.reading.describe().partition(" ")
     lines = [
         f"# {settings.out}/{CONFIG}",
         as_yaml(settings).rstrip(),
         "",
         f"labels   {len(prepared.train):,} images to train on, {len(prepared.validation):,} to validate with, "
         f"{len(classes)} classes: {names}",
+        *([f"{kind:<8} {values}"] if values else []),
         *([f"keeps    the best of {settings.validations} validations"] if settings.validations > 1 else []),
         f"encoder  {'from scratch' if settings.init == 'none' else settings.init}"
         f"{', frozen' if settings.freeze else ''}"

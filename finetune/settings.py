@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, fields, replace
 from typing import TYPE_CHECKING, ClassVar, TypeVar
 
 from simmim.defaults import default_batch_size, default_ema, default_finetuning_epochs
+from simmim.reading import AUTO, Reading
 from simmim.training.optim import Schedule, lr_by_root
 from simmim.training.settings import OptimizerSettings, RunSettings, check_positive
 
@@ -51,12 +52,36 @@ class LabeledDataSettings:
         column: holds the images, in sources with columns; detected by default.
         strict: stop at the first image that cannot be read.
         max_skipped_share: stop when a larger share of the training images cannot be read.
+        range: of values deeper than 8 bits, as data.range of pretrain, from scratch. An encoder that was trained before
+            brings its own.
+        transform: of such values, as data.transform of pretrain, from scratch.
+        channels_used: as data.channels_used of pretrain; those of the encoder by default.
+        channel_names: as data.channel_names of pretrain; those of the encoder by default.
     """
 
     path: str
     column: str | None = None
     strict: bool = False
     max_skipped_share: float = 0.05
+    range: tuple[tuple[float, float], ...] | str = "auto"
+    transform: str = "none"
+    channels_used: tuple[int | str, ...] | None = None
+    channel_names: tuple[str, ...] = ()
+
+    def __post_init__(self) -> None:
+        for name, value in vars(self.reading).items():
+            if hasattr(self, name):
+                object.__setattr__(self, name, value)
+
+    @property
+    def reading(self) -> Reading:
+        """How files become pictures, as far as it is given.
+
+        Raises:
+            ValueError: for settings that are none.
+        """
+        given = {field.name: getattr(self, field.name) for field in fields(Reading) if hasattr(self, field.name)}
+        return replace(AUTO, **given)
 
 
 @dataclass(frozen=True)
@@ -77,6 +102,7 @@ class ScenesSettings(LabeledDataSettings):
     validation_seed: int | None = None
 
     def __post_init__(self) -> None:
+        super().__post_init__()
         for name in ("fold", "pool"):
             if getattr(self, name) is not None:
                 object.__setattr__(self, name, tuple(getattr(self, name)))

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 from simmim.checkpoints import read
 from simmim.checkpoints.checkpoint import Checkpoint, Preprocessing
 from simmim.checkpoints.fitting import build_encoder
-from simmim.data import ImageStatistics, default_num_workers, measure_for_encoder
+from simmim.data import ImageStatistics, default_num_workers, measure_for_encoder, measure_images
 from simmim.defaults import (
     IMAGENET_MEAN,
     IMAGENET_STD,
@@ -21,7 +21,7 @@ from simmim.defaults import (
 from simmim.encoders import registry
 from simmim.encoders.base import Encoder, EncoderConfig, with_fields
 from simmim.finetune.settings import EncoderSettings, Settings, TransferSettings
-from simmim.reading import Reading
+from simmim.reading import AUTO, Reading
 from simmim.training.run import KEEP_DECODED_MIB
 from simmim.training.trainer import default_precision
 
@@ -81,7 +81,31 @@ def find_start(
 
 
 def find_reading(settings: TransferSettings) -> Reading | None:
-    """How the encoder's images were read; None where that is not known, and for an encoder from scratch.
+    """How the images are read: as the settings say, and in what they leave open as the encoder's images were. None where
+    neither tells.
+
+    Raises:
+        ValueError: as `find_start`; for values on another scale than the encoder's.
+    """
+    given, known = settings.data.reading, encoder_reading(settings)
+    changes = {name: value for name, value in vars(given).items() if value != getattr(AUTO, name)}
+    if known is None:
+        return given if changes else None
+    for name in ("range", "transform"):
+        if settings.init != "none" and name in changes and changes[name] != getattr(known, name):
+            stated = known.describe() or f"data.range {known.range}"
+            raise ValueError(
+                f"data.{name} is {changes[name]!r}, and the encoder in {settings.init} was trained with {stated}, which its "
+                f"weights expect: leave out data.{name}, or train from scratch with init: none"
+            )
+    if known.range == "image" and "transform" in changes:
+        changes.setdefault("range", "auto")
+    return replace(known, **changes)
+
+
+def encoder_reading(settings: TransferSettings) -> Reading | None:
+    """How the images of the encoder that lends weights or architecture were read; None where that is not known, and for a
+    preset.
 
     Raises:
         ValueError: as `find_start`.
@@ -96,12 +120,15 @@ def find_reading(settings: TransferSettings) -> Reading | None:
 
 
 def measure_training_images(settings: TransferSettings, train: datasets.Dataset) -> ImageStatistics:
-    """Statistics of the training images, read as the encoder's were where that is known; else as suits them.
+    """Statistics of the training images, read as `find_reading` tells, else as suits them.
 
     Raises:
-        ValueError: as `find_start` and `measure_images`.
+        ValueError: as `find_reading` and `measure_images`.
     """
-    return measure_for_encoder(train, find_reading(settings))
+    reading = find_reading(settings)
+    if settings.init == "none" and reading is not None and settings.data.range != "auto":
+        return measure_images(train, reading=reading)
+    return measure_for_encoder(train, reading)
 
 
 def start_from_preset(settings: Settings, images: ImageStatistics, device: str) -> tuple[Encoder, Preprocessing, Settings]:
@@ -146,7 +173,9 @@ def start_from_checkpoint(
     preprocessing = replace(
         saved.preprocessing, image_size=settings.size, interpolation="bilinear", fit="crop", reading=images.reading
     )
-    if images.reading.is_deep and checkpoint.preprocessing.reading != images.reading:
+    known = checkpoint.preprocessing.reading_or_default
+    same_scale = (known.range, known.transform) == (images.reading.range, images.reading.transform)
+    if not same_scale and (images.reading.is_deep or known.is_deep):
         # The encoder's statistics are of values on another scale.
         preprocessing = replace(preprocessing, mean=images.mean, std=images.std)
     return encoder, preprocessing, settings

@@ -99,12 +99,17 @@ def resolve_augmentation(
     changes: dict[str, Any] = {name: value for name, value in defaults.items() if getattr(data, name) is None}
     reasons = []
     if changes:
-        kind = f"{'gray' if channels == 1 else 'color'} images" if side_px <= THUMBNAIL_PX else "images"
+        kind = images_of(channels) if side_px <= THUMBNAIL_PX else "images"
         values = ", ".join(f"{name} {range_text(value)}" for name, value in changes.items())
         reasons.append(f"{values}: for {kind} of {side_px} px and {per_class:,.0f} labels per class")
     if needs_kornia:
         reasons.append(NO_RAND_AUGMENT)
     return replace(data, **changes), reasons
+
+
+def images_of(channels: int) -> str:
+    """Images of a number of channels, in words."""
+    return {1: "gray images", 3: "color images"}.get(channels, f"images of {channels} channels")
 
 
 def default_augmentation(side_px: int, channels: int, per_class: float) -> dict[str, float | tuple[float, float]]:

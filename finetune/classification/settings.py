@@ -28,6 +28,8 @@ class LabeledSettings(LabeledDataSettings):
         unlabeled: images without labels to learn from too (see self_training): a folder, or any other source that
             pre-training reads. Labeled and validation images among them are left out.
         label_column: holds the labels, in sources with columns; detected by default.
+        pages: as data.pages of pretrain; as for the encoder by default.
+        channel_files: as data.channel_files of pretrain; as for the encoder by default.
         balance: for classes of different sizes: none; weights, to weight the loss of each image by the rarity of its class;
             sampling, to show all classes equally often, images of rare classes repeatedly.
         crop_scale: range of the random crop's share of the image's area; by default it follows from image size and labels.
@@ -52,6 +54,8 @@ class LabeledSettings(LabeledDataSettings):
 
     unlabeled: str | None = None
     label_column: str | None = None
+    pages: str | None = None
+    channel_files: str | None = None
     balance: str = "none"
     crop_scale: tuple[float, float] | None = None
     crop_ratio: tuple[float, float] = (0.75, 1.3333333333333333)
@@ -70,6 +74,7 @@ class LabeledSettings(LabeledDataSettings):
     validation_seed: int | None = None
 
     def __post_init__(self) -> None:
+        super().__post_init__()
         for name in ("crop_scale", "crop_ratio"):
             if getattr(self, name) is not None:
                 object.__setattr__(self, name, tuple(getattr(self, name)))

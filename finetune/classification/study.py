@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import numpy as np
 
-from simmim.data import LabeledImages, measure_for_encoder, open_labeled_source
+from simmim.data import LabeledImages, open_labeled_source
 from simmim.finetune.classification.defaults import NO_RAND_AUGMENT, default_layer_decay, resolve_augmentation
 from simmim.finetune.classification.self_training.defaults import resolve_self_training
 from simmim.finetune.classification.self_training.prepare import check_channels
@@ -13,7 +13,7 @@ from simmim.finetune.label_study.results import Measure
 from simmim.finetune.label_study.settings import ALL, SEMI, StudySettings
 from simmim.finetune.label_study.task_study import OpenedLabels, TaskStudy, validation_seed_of
 from simmim.finetune.label_study.unlabeled import find_unlabeled
-from simmim.finetune.start import Start, find_reading
+from simmim.finetune.start import Start, find_reading, measure_training_images
 from simmim.messages import notify
 from simmim.reading import AUTO
 
@@ -32,7 +32,7 @@ def open_labels(settings: StudySettings) -> OpenedLabels:
     opened = OpenedLabels(images.train, images.validation, labels, validation_seed, source.test_validates)
     if data.unlabeled is None:
         return opened
-    reading = measure_for_encoder(images.train, find_reading(settings)).reading
+    reading = measure_training_images(settings, images.train).reading
     found = find_unlabeled(settings, source, labels, validation_seed, reading)
     return OpenedLabels(
         images.train,

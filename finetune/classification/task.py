@@ -11,7 +11,7 @@ from typing import cast
 from torch import Tensor
 
 from simmim.checkpoints.checkpoint import Checkpoint
-from simmim.data import CenterView, ImageSamples, LabeledImages, RandomView, measure_for_encoder, read_labeled_images
+from simmim.data import CenterView, ImageSamples, LabeledImages, RandomView, read_labeled_images
 from simmim.finetune.classification.balance import BalancedSamples, class_weights
 from simmim.finetune.classification.defaults import resolve_settings
 from simmim.finetune.classification.folds import hold_out_fold
@@ -27,7 +27,7 @@ from simmim.finetune.classification.self_training.prepare import (
     with_unlabeled,
 )
 from simmim.finetune.classification.settings import ClassificationSettings
-from simmim.finetune.start import Start, find_reading, find_start
+from simmim.finetune.start import Start, find_reading, find_start, measure_training_images
 from simmim.finetune.task import Predictions, PreparedTask, ReportLine, Task
 from simmim.reading import AUTO, Reading
 from simmim.training.loggers import LossNames, log_picture
@@ -43,7 +43,7 @@ class Classification(Task):
         """Images by class, a head on the encoder, cross entropy."""
         reading = find_reading(settings)
         labels, unlabeled = read_labels(settings, reading), None
-        images = measure_for_encoder(labels.train, reading)
+        images = measure_training_images(settings, labels.train)
         if settings.data.unlabeled is not None:
             unlabeled = read_unlabeled(settings, labels, images.reading)
             images = replace(images, decoded_mib=images.decoded_mib + unlabeled.decoded_mib)
@@ -99,7 +99,7 @@ def read_labels(settings: ClassificationSettings, reading: Reading | None = None
     """The labeled images; in cross-validation the training images alone, of which a part is held out.
 
     Args:
-        reading: of the encoder's images, as from `find_reading`.
+        reading: as from `find_reading`.
 
     Raises:
         ValueError: when the labels cannot be read or are too few.

@@ -8,7 +8,7 @@ from itertools import product
 
 from simmim.checkpoints import read
 from simmim.checkpoints.checkpoint import Checkpoint
-from simmim.data import available_cores, measure_for_encoder
+from simmim.data import available_cores
 from simmim.evaluate import facts_of_checkpoint, facts_table
 from simmim.finetune.freezing import frozen_parts
 from simmim.finetune.label_study.arms import Arm, build_arms, fingerprint_of
@@ -19,7 +19,7 @@ from simmim.finetune.label_study.task_study import OpenedLabels, TaskStudy
 from simmim.finetune.label_study.trials import LeftOut, Tuning, run_arms, tuning_cost
 from simmim.finetune.registry import study_of
 from simmim.finetune.settings import TransferSettings
-from simmim.finetune.start import find_reading, find_start
+from simmim.finetune.start import find_start, measure_training_images
 from simmim.training.run_folder import check_run_folder, locked_run_folder
 from simmim.training.shared_images import pretraining_images, report_shared
 from simmim.training.trainer import device_type
@@ -127,7 +127,7 @@ def check_starts(arms: Sequence[Arm], opened: OpenedLabels, task: TaskStudy, dev
     statistics = {}
     for arm in arms:
         if arm.start not in statistics:
-            statistics[arm.start] = measure_for_encoder(opened.train, find_reading(arm.settings))
+            statistics[arm.start] = measure_training_images(arm.settings, opened.train)
         start = find_start(arm.settings, statistics[arm.start], device)
         frozen_parts(start.encoder, arm.settings.freeze, arm.settings.train_stages)
         task.check_start(arm, start, opened, device)

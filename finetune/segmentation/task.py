@@ -12,7 +12,6 @@ from torch import nn
 from tqdm import tqdm
 
 from simmim.checkpoints.checkpoint import Preprocessing
-from simmim.data import measure_for_encoder
 from simmim.data.decode import MAX_PIXELS
 from simmim.data.label_maps import ClassScheme, LabeledScenes, read_labeled_scenes
 from simmim.finetune.head_files import load_head_state
@@ -31,7 +30,7 @@ from simmim.finetune.segmentation.report import LogLabelMaps, closing_text, repo
 from simmim.finetune.segmentation.settings import SceneSettings, SegmentationSettings
 from simmim.finetune.segmentation.tiled_prediction import segment_tiles
 from simmim.finetune.segmentation.views import RandomScene, SceneSamples, WholeScene, scaled_size
-from simmim.finetune.start import Start, find_reading, find_start
+from simmim.finetune.start import Start, find_start, measure_training_images
 from simmim.finetune.task import Predictions, PreparedTask, ReportLine, Task
 from simmim.reading import TileSettings
 from simmim.training.loggers import LossNames
@@ -47,7 +46,7 @@ class Segmentation(Task):
     def prepare(self, settings: SegmentationSettings, device: str, report_line: ReportLine | None = None) -> PreparedTask:
         """Images with label maps, UPerNet on the encoder's stages, cross entropy over pixels."""
         labels = read_labels(settings)
-        start = find_start(settings, measure_for_encoder(labels.train, find_reading(settings)), device, report_line)
+        start = find_start(settings, measure_training_images(settings, labels.train), device, report_line)
         config, scheme = start.encoder.config, labels.scheme
         config.check_maps()
         settings, reasons = resolve_settings(start.settings, labels, config.is_small, device)  # type: ignore[arg-type]

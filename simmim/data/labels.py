@@ -8,11 +8,14 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+import numpy as np
+
 from simmim.data.arrangement import arrange_labeled
 from simmim.data.decode import STRETCHED
+from simmim.data.held_out import number_files
 from simmim.data.label_sources import read_labels
 from simmim.data.parts import validating_use
-from simmim.messages import notify
+from simmim.messages import counted, notify
 from simmim.reading import Reading
 
 if TYPE_CHECKING:
@@ -75,14 +78,9 @@ class LabeledSource:
             held_out = {name: list(self.validation_rows.get(name, ())) for name in self.classes}
         else:
             held_out = {}
+            files = number_files(self.train)
             for name in self.classes:
-                if len(rows[name]) < 2:
-                    raise ValueError(
-                        f"class {name!r} has 1 image: give at least 2, one to train on and one to validate with"
-                    )
-                drawn = set(hold_out.sample(rows[name], max(1, len(rows[name]) // 5)))
-                held_out[name] = sorted(drawn)
-                rows[name] = [row for row in rows[name] if row not in drawn]
+                rows[name], held_out[name] = hold_out_fifth(name, rows[name], files, hold_out)
         if labels_per_class is not None:
             for name in self.classes:
                 if not 1 <= labels_per_class <= len(rows[name]):
@@ -106,6 +104,32 @@ class LabeledSource:
         )
 
 
+def hold_out_fifth(
+    name: str, rows: Sequence[int], files: np.ndarray | None, generator: random.Random
+) -> tuple[list[int], list[int]]:
+    """The rows of a class to train on, and a fifth to validate with: of images that are pages of files, whole files.
+
+    Args:
+        name: of the class.
+        files: as of `number_files`.
+
+    Raises:
+        ValueError: where there are not two images, or two files.
+    """
+    of_file: dict[int, list[int]] = {}
+    for row in rows:
+        of_file.setdefault(row if files is None else int(files[row]), []).append(row)
+    if len(of_file) < 2:
+        pages, least = (", pages of 1 file, which resemble one another", "2 files") if len(rows) > 1 else ("", "2")
+        raise ValueError(
+            f"class {name!r} has {counted(len(rows), 'image')}{pages}: give at least {least}, one to train on and one to "
+            "validate with"
+        )
+    drawn = set(generator.sample(list(of_file), max(1, len(of_file) // 5)))
+    held_out = sorted(row for file in drawn for row in of_file[file])
+    return [row for file, of_one in of_file.items() if file not in drawn for row in of_one], held_out
+
+
 def read_labeled_images(
     path: str | Path,
     labels_per_class: int | None,
@@ -119,7 +143,8 @@ def read_labeled_images(
 
     `path` is a folder with one subfolder per class; one with such folders in `train/` and in `val/` or `test/`; a CSV file
     of paths (relative to it) and labels; Parquet files; a saved `datasets` folder or a hub id, with or without a
-    validation split. If there is none, a fifth of each class is held out before any label is chosen.
+    validation split. If there is none, a fifth of each class is held out before any label is chosen: of images that are
+    pages of files, a fifth of the files.
 
     Args:
         labels_per_class: keep this number of training images of each class, drawn by `seed`; None keeps all.

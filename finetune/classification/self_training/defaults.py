@@ -8,7 +8,7 @@ from typing import Any
 from simmim.defaults import default_batch_size
 from simmim.encoders.base import EncoderConfig
 from simmim.finetune.augment.color import ColorSettings, check_kornia, has_kornia
-from simmim.finetune.classification.defaults import THUMBNAIL_PX
+from simmim.finetune.classification.defaults import THUMBNAIL_PX, images_of
 from simmim.finetune.classification.settings import ClassificationSettings
 
 RATIO = 5
@@ -91,7 +91,7 @@ def resolve_strong_views(settings: ClassificationSettings, channels: int) -> tup
     chosen = replace(chosen, **changes)
     check_kornia(ColorSettings(chosen.rand_augment or 0.0))
     values = ", ".join(f"{name} {value:g}" for name, value in changes.items())
-    reason = f"for {'gray' if channels == 1 else 'color'} images of {side_px} px"
+    reason = f"for {images_of(channels)} of {side_px} px"
     reasons = [f"strong views of unlabeled images, {values}: {reason}"] if changes else []
     return replace(settings, self_training=chosen), reasons
 

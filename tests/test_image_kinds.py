@@ -1,0 +1,285 @@
+"""Every kind of image from pre-training to an exported file, by the command: it is read alike on the whole way.
+
+The last step is held to an own computation: ONNX Runtime, fed with the file's values by the ranges and statistics that the
+exported folder states, gives the vectors that `simmim embed` wrote.
+"""
+
+import csv
+import json
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import numpy as np
+import pytest
+import tifffile
+import torch
+from PIL import Image
+
+from simmim.cli import main
+from simmim.data import hold_out, open_images, open_source, read_labeled_images
+from simmim.data.held_out import number_files
+from simmim.finetune.classification.folds import hold_out_fold
+from simmim.messages import Notice, without_notices
+from simmim.reading import AUTO, Reading
+
+SIDE_PX = 32  # of images and of crops, so that nothing is resized where a whole image is seen
+PER_CLASS = 6
+TOY = '{"embed_dim": 8, "depths": [1, 1], "num_heads": [1, 1], "window_size": 4}'
+BANDS, NODATA = 13, 0
+CHANNELS = ("DAPI", "GFP", "RFP", "Cy5", "BF")
+
+
+def values_of(number, *shape, low=200, high=4000):
+    """Smooth noise in 12 bits, which is brighter in odd images."""
+    chance = np.random.default_rng(number)
+    values = np.sort(chance.integers(low, high, (*shape, SIDE_PX, SIDE_PX)), axis=-1)
+    return (values // (1 if number % 2 else 2)).astype(np.uint16)
+
+
+def write_ome(folder, number):
+    """An OME-TIFF of five named channels."""
+    values = values_of(number, 5)
+    metadata = {"axes": "CYX", "Channel": {"Name": list(CHANNELS)}}
+    tifffile.imwrite(folder / f"{number}.ome.tif", values, ome=True, photometric="minisblack", metadata=metadata)
+    return {f"{number}.ome.tif": values}
+
+
+def write_channel_files(folder, number):
+    """Five PNG files, one a channel, as a microscope writes them."""
+    values = values_of(number, 5)
+    for channel, plane in enumerate(values):
+        Image.fromarray(plane).save(folder / f"A{number}_s1_w{channel + 1}.png")
+    return {f"A{number}_s1_w1.png": values}
+
+
+def write_stack(folder, number):
+    """Three pages that nothing explains, of which each is an image."""
+    values = values_of(number, 3)
+    tifffile.imwrite(folder / f"{number}.tif", values, photometric="minisblack", metadata=None)
+    return {f"{number}.tif#page={page}": plane[None] for page, plane in enumerate(values)}
+
+
+def write_geotiff(folder, number):
+    """13 bands with georeference, and a corner without data."""
+    values = values_of(number, BANDS)
+    values[:, :8, : 8 + number] = NODATA
+    tags = [
+        (42113, "s", 0, str(NODATA), True),
+        (33550, "d", 3, (10.0, 10.0, 0.0), True),
+        (33922, "d", 6, (0.0, 0.0, 0.0, 500_000.0, 5_000_000.0, 0.0), True),
+    ]
+    options = {"planarconfig": "separate", "tile": (16, 16), "extratags": tags, "metadata": None}
+    tifffile.imwrite(folder / f"{number}.tif", values, photometric="minisblack", **options)
+    return {f"{number}.tif": np.where(values == NODATA, np.nan, values.astype(np.float32))}
+
+
+def write_dicom(folder, number):
+    """A slice of a CT in Hounsfield units."""
+    pydicom = pytest.importorskip("pydicom", reason="DICOM needs the extra dicom")
+    stored = values_of(number, 1)[0]
+    dataset = pydicom.Dataset()
+    dataset.file_meta = pydicom.dataset.FileMetaDataset()
+    dataset.file_meta.TransferSyntaxUID = pydicom.uid.ExplicitVRLittleEndian
+    dataset.file_meta.MediaStorageSOPClassUID = dataset.SOPClassUID = pydicom.uid.CTImageStorage
+    dataset.file_meta.MediaStorageSOPInstanceUID = dataset.SOPInstanceUID = pydicom.uid.generate_uid()
+    dataset.Modality, dataset.InstanceNumber = "CT", number
+    dataset.Rows = dataset.Columns = SIDE_PX
+    dataset.SamplesPerPixel, dataset.PhotometricInterpretation = 1, "MONOCHROME2"
+    dataset.BitsAllocated, dataset.BitsStored, dataset.HighBit, dataset.PixelRepresentation = 16, 12, 11, 0
+    dataset.RescaleSlope, dataset.RescaleIntercept = "1", "-1024"
+    dataset.PixelData = stored.tobytes()
+    dataset.save_as(folder / f"{number}.dcm", enforce_file_format=True)
+    return {f"{number}.dcm": stored[None].astype(np.float32) - 1024}
+
+
+@dataclass(frozen=True)
+class Kind:
+    """A kind of images.
+
+    Args:
+        write: a file, or the files of an image, into a folder by number; gives the values of its images, (channels, height,
+            width), NaN where there is no data, by the names that their paths end in, without those of further files.
+        channels: of an image.
+        words: further ones of pre-training.
+        images: in what `write` writes.
+    """
+
+    write: Callable
+    channels: int
+    words: tuple[str, ...] = ()
+    images: int = 1
+
+
+KINDS = {
+    "five channels in an OME-TIFF": Kind(write_ome, 5),
+    "five channels in files of their own": Kind(
+        write_channel_files, 5, ("--data.channel_files", "{well}_s{site}_w{channel}")
+    ),
+    "pages of a TIFF stack": Kind(write_stack, 1, ("--data.pages", "images"), images=3),
+    "a GeoTIFF of 13 bands": Kind(write_geotiff, BANDS),
+    "a DICOM series": Kind(write_dicom, 1, ("--data.turns", "true")),
+}
+
+
+def write_labeled(folder, kind):
+    """Images of two classes in folders, and the values of each by its path, as of `Kind.write`."""
+    values = {}
+    for label, name in enumerate(("dark", "bright")):
+        (folder / name).mkdir(parents=True)
+        for number in range(PER_CLASS):
+            written = kind.write(folder / name, 2 * number + label)
+            values |= {str(folder / name / key): stored for key, stored in written.items()}
+    return values
+
+
+def run(*words):
+    with without_notices():
+        assert main([str(word) for word in words]) == 0, words
+
+
+def read_csv(path):
+    with path.open(newline="", encoding="utf-8") as file:
+        return list(csv.DictReader(file))
+
+
+def stated_input(exported, values):
+    """Values as an exported folder says that they go into the encoder, (1, channels, height, width) float32."""
+    preprocessing = json.loads((exported / "config.json").read_text(encoding="utf-8"))["simmim"]["preprocessing"]
+    low, high = np.array(preprocessing["reading"]["range"], np.float64).T[..., None, None]
+    mean, std = (np.array(preprocessing[name])[:, None, None] for name in ("mean", "std"))
+    shares = ((values - low) / (high - low)).clip(0, 1)
+    return np.nan_to_num((shares - mean) / std, nan=0.0)[None].astype(np.float32)
+
+
+def outputs_of(exported, values):
+    """What ONNX Runtime computes of an image's values."""
+    import onnxruntime
+
+    options = onnxruntime.SessionOptions()
+    options.intra_op_num_threads = 1
+    session = onnxruntime.InferenceSession(str(exported / "model.onnx"), options, providers=["CPUExecutionProvider"])
+    return session.run(None, {session.get_inputs()[0].name: stated_input(exported, values)})[0][0]
+
+
+@pytest.mark.parametrize("name", KINDS)
+def test_from_pretraining_to_an_exported_file(tmp_path, name):
+    import pyarrow.parquet
+
+    kind, folder = KINDS[name], tmp_path / "images"
+    values = write_labeled(folder, kind)
+    assert len(values) == 2 * PER_CLASS * kind.images
+    pretrained, tuned = tmp_path / "pretrained", tmp_path / "tuned"
+    of_run = ("--epochs", 1, "--batch-size", len(values) // 2, "--workers", 0)
+    encoder = ("--preset", "nano", "--model.encoder", TOY, "--image-size", SIDE_PX)
+    run("pretrain", "--data", folder, "--out", pretrained, *encoder, *of_run, *kind.words)
+    run("reconstruct", "--run", pretrained, "--images", folder, "--out", tmp_path / "grid.png", "--count", 2)
+    assert np.asarray(Image.open(tmp_path / "grid.png")).std() > 0
+    run("finetune", "classification", "--data", folder, "--init", pretrained, "--out", tuned, *of_run)
+    run("predict", "--run", tuned, "--images", folder, "--out", tmp_path / "classes.csv", "--workers", 0)
+    run("embed", "--run", pretrained, "--images", folder, "--out", tmp_path / "vectors.parquet", "--workers", 0)
+    run("export", "--run", pretrained, "--out", tmp_path / "encoder", "--format", "onnx")
+    run("export", "--run", tuned, "--out", tmp_path / "classifier", "--format", "onnx", "--form", "classifier")
+
+    embedded = pyarrow.parquet.read_table(tmp_path / "vectors.parquet").to_pydict()
+    classes = {row["path"]: row for row in read_csv(tmp_path / "classes.csv")}
+    assert classes.keys() == set(embedded["path"])
+    found = {path.split("|")[0]: (path, vector) for path, vector in zip(embedded["path"], embedded["vector"])}
+    assert found.keys() == values.keys()
+    for path in list(values)[:: len(values) // 3]:
+        address, vector = found[path]
+        assert values[path].shape == (kind.channels, SIDE_PX, SIDE_PX)
+        np.testing.assert_allclose(outputs_of(tmp_path / "encoder", values[path]), vector, atol=1e-4)
+        logits = torch.from_numpy(outputs_of(tmp_path / "classifier", values[path]))
+        bright, dark = (float(classes[address][f"probability {label}"]) for label in ("bright", "dark"))
+        assert logits.softmax(dim=0).tolist() == pytest.approx([bright, dark], abs=1e-4)
+
+
+# --- from scratch -------------------------------------------------------------------------------------------------------
+
+
+def reading_of(run_folder):
+    return json.loads((run_folder / "encoder" / "config.json").read_text(encoding="utf-8"))["preprocessing"]["reading"]
+
+
+def test_values_are_given_from_scratch_and_an_encoder_brings_its_own(tmp_path, capsys):
+    """What a run reads is stored with it and printed; values on another scale than the encoder's are refused in a line."""
+    folder, out = tmp_path / "images", tmp_path / "scratch"
+    write_labeled(folder, KINDS["pages of a TIFF stack"])
+    of_run = ("--epochs", 1, "--batch-size", 18, "--workers", 0, "--image-size", SIDE_PX)
+    scratch = ("finetune", "classification", "--data", folder, "--init", "none", "--encoder.preset", "nano", *of_run)
+    pages, ranges = ("--data.pages", "images"), ("--data.range", "[[100, 5000]]")
+    run(*scratch, "--out", out, *pages, *ranges, "--data.transform", "sqrt")
+    stored = reading_of(out)
+    assert stored["range"] == [[100, 5000]] and stored["transform"] == "sqrt" and stored["pages"] == "images"
+    assert "\nvalues   100 to 5000, sqrt\n" in capsys.readouterr().out
+
+    like = ("--init", "none", "--encoder.like", out)
+    again = [word for word in scratch if word not in ("--init", "none", "--encoder.preset", "nano")]
+    run(*again, *like, "--out", tmp_path / "like", "--data.range", "[[0, 4095]]")
+    assert reading_of(tmp_path / "like") == stored | {"range": [[0, 4095]]}
+    run(*again, "--init", out, "--out", tmp_path / "tuned", *ranges)
+    assert reading_of(tmp_path / "tuned") == stored
+    capsys.readouterr()
+    for words, line in (
+        (("--init", out, "--data.range", "[[0, 4095]]"), "data.range is ((0.0, 4095.0),), and the encoder in "),
+        (("--init", out, "--data.transform", "log"), "was trained with values 100 to 5000, sqrt, which its weights expect"),
+        (("--init", "none", "--encoder.preset", "nano", *pages, "--data.range", "[[0, 9], [0, 9]]"), "data.range is for 2"),
+        (("--init", "none", "--encoder.preset", "nano", *pages, "--data.range", "wide"), "data.range is 'wide': give auto"),
+    ):
+        assert main([str(word) for word in (*again, *words, "--out", tmp_path / "wrong")]) == 2
+        assert line in capsys.readouterr().err.strip().splitlines()[-1]
+
+
+# --- pages of one file --------------------------------------------------------------------------------------------------
+
+
+def files_in(images):
+    return {record["path"].split("#")[0] for record in images["image"]}
+
+
+def test_pages_of_a_file_are_held_out_together(tmp_path):
+    """In pre-training, in the fifth of labeled images that validates, and in cross-validation."""
+    folder = tmp_path / "images"
+    write_labeled(folder, KINDS["pages of a TIFF stack"])
+    reading = Reading("auto", pages="images")
+    with without_notices():
+        source = open_source(str(folder), reading=reading)
+    for seed in range(5):
+        with pytest.warns(Notice, match="data.validation holds out 6 images in place of 4: all of 2 files"):
+            train, validation = hold_out(source, 4, seed)
+        assert train.num_images == 30 and len(validation) == 6
+        assert not files_in(train.images) & files_in(validation)
+    assert len(hold_out(source, 0.25, 0).images) == 9, "no notice where the number is that asked for"
+    with pytest.raises(ValueError, match="are pages of 12 files, which are held out whole: nothing is left to train on"):
+        hold_out(source, 34, 0)
+
+    with without_notices():
+        labels = read_labeled_images(folder, None, 0, reading=reading)
+    folds = [hold_out_fold(labels, part, 2, 0) for part in range(2)]
+    for images in (labels, *folds):
+        assert not files_in(images.train) & files_in(images.validation)
+        assert len(set(images.validation["label"])) == 2
+    assert len(labels.validation) == 6
+
+
+def test_a_class_of_one_file_is_not_divided(tmp_path):
+    for name in ("a", "b"):
+        (tmp_path / name).mkdir()
+        write_stack(tmp_path / name, 0)
+    with without_notices(), pytest.raises(ValueError, match=r"class 'a' has 3 images, pages of 1 file, .* at least 2 files"):
+        read_labeled_images(tmp_path, None, 0, reading=Reading("auto", pages="images"))
+
+
+def test_files_are_numbered_by_their_pages(tmp_path):
+    """Also those in memory, which have one name or none; and not at all where each row is a file."""
+    import datasets
+
+    paths = ["a.tif#page=0", "a.tif#page=1", "b.tif", "#page=0", "#page=1", "#page=0", "#page=1#tile=0,0,0,8,8"]
+    rows = [{"image": {"bytes": b"x" * 9, "path": path}} for path in paths]
+    features = datasets.Features({"image": datasets.Image(decode=False)})
+    images = datasets.Dataset.from_list(rows, features=features)
+    assert number_files(images).tolist() == [0, 0, 1, 2, 2, 3, 3]
+    assert number_files(images.select([2, 4, 3])).tolist() == [0, 1, 2]
+    assert number_files(images.select([2])) is None
+    write_ome(tmp_path, 0)
+    assert number_files(open_images(tmp_path, reading=AUTO)) is None
