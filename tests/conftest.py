@@ -87,21 +87,27 @@ def scene_folder(tmp_path_factory):
 
 @pytest.fixture(scope="session")
 def power_cut():
-    """`power_cut(after_step)`: a context in which training fails right after that step, before a checkpoint of it."""
-    from simmim.training.saving import SaveRun
+    """`power_cut(after_step)`: a context in which training fails right after that step, before a checkpoint of it.
+
+    It fails the test that resumes from nothing: a checkpoint of an earlier step is saved, or the test asserts little.
+    """
+    from simmim.training.saving import SaveRun, saved_steps
 
     @contextmanager
     def power_cut(after_step):
-        save = SaveRun.on_train_batch_end
+        save, runs = SaveRun.on_train_batch_end, []
 
         def cut(self, trainer, module, *rest):
             save(self, trainer, module, *rest)
             if trainer.global_step == after_step:
+                runs.append(self.run)
                 raise RuntimeError("power cut")
 
         with pytest.MonkeyPatch.context() as patch, pytest.raises(RuntimeError, match="power cut"):
             patch.setattr(SaveRun, "on_train_batch_end", cut)
             yield
+        steps = list(saved_steps(runs[0]))
+        assert steps and min(steps) < after_step, f"cut after step {after_step} with checkpoints of {steps or 'no step'}"
 
     return power_cut
 

@@ -15,6 +15,7 @@ from simmim.checkpoints.checkpoint import Preprocessing
 from simmim.data import Picture, open_picture
 from simmim.encoders.registry import build
 from simmim.encoders.swinv2 import SwinV2Config
+from simmim.finetune.dense.pictures import enlarged
 from simmim.finetune.detection.assignment import BACKGROUND, assign_points
 from simmim.finetune.detection.boxes import generalized_overlaps, overlaps, suppress
 from simmim.finetune.detection.inference import find_boxes, is_cut
@@ -23,7 +24,7 @@ from simmim.finetune.detection.losses import centerness, focal_loss, inside_any,
 from simmim.finetune.detection.model import Detector, HeadShape
 from simmim.finetune.detection.module import DetectionFinetuning
 from simmim.finetune.detection.onnx import export_onnx
-from simmim.finetune.detection.pictures import enlarged
+from simmim.finetune.detection.pictures import MAX_CELL_PX, MIN_CELL_PX
 from simmim.finetune.detection.pyramid import Predictions, PyramidHead, grid_points
 from simmim.finetune.detection.views import RandomBoxes, Targets, WholeImage, crop_objects, mirror
 from simmim.finetune.settings import OptimSettings
@@ -305,7 +306,7 @@ def test_deep_images_are_padded_with_no_data(tmp_path):
     assert image[:, :20, :30].amin(dim=(1, 2)).tolist() == image[:, :20, :30].amax(dim=(1, 2)).tolist() == [0.25, 0.5]
     assert image[:, 20:].isnan().all() and image[:, :, 30:].isnan().all()
     assert targets.boxes.tolist() == [[2, 2, 6, 6]]
-    assert enlarged(image).getpixel((0, 0)) == (64, 64, 64)
+    assert enlarged(image, MIN_CELL_PX, MAX_CELL_PX)[0, 0].tolist() == [64, 64, 64]
 
 
 def test_crops_ignore_what_they_hardly_show():

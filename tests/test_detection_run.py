@@ -201,7 +201,7 @@ def test_wrong_input_ends_in_one_line(box_folder, scene_folder, tmp_path, capsys
     elif problem == "no image":
         (data / "images" / "train" / "1-00.png").unlink()
     elif problem == "scenes":
-        data = scene_folder
+        data = shutil.copytree(scene_folder, tmp_path / "scenes", ignore=shutil.ignore_patterns("annotations"))
     else:
         more = {
             "labels": ["--labels", "11"],

@@ -126,6 +126,19 @@ def test_only_registries_know_concrete_encoders_and_methods():
     assert wrong == {}
 
 
+def test_tasks_do_not_import_one_another():
+    """What two of them need is in a package that knows neither, as simmim.finetune.dense."""
+    tasks = {f"simmim.finetune.{name}" for name in ("classification", "segmentation", "detection")}
+    assert tasks <= FILES.keys()
+    wrong = {}
+    for module in FILES:
+        for folder in (*tasks, "simmim.finetune.dense"):
+            if f"{module}.".startswith(f"{folder}."):
+                others = tuple(f"{name}." for name in tasks - {folder})
+                wrong[module] = {name for name in own_modules(module) if f"{name}.".startswith(others)}
+    assert len(wrong) > 50 and {module: names for module, names in wrong.items() if names} == {}
+
+
 def test_no_imports_go_in_a_circle():
     """Types alone do not count."""
     graph = {module: own_modules(module, for_types=False) for module in FILES}

@@ -11,14 +11,8 @@ from PIL import Image
 from simmim.data import Picture, collate
 from simmim.data.label_map_sources import read_scenes
 from simmim.data.label_maps import ClassScheme
-from simmim.finetune.segmentation.views import (
-    RandomScene,
-    SceneSamples,
-    WholeScene,
-    largest_share,
-    nearest_crop,
-    scaled_size,
-)
+from simmim.finetune.dense.views import scaled_size
+from simmim.finetune.segmentation.views import RandomScene, SceneSamples, WholeScene, largest_share, nearest_crop
 
 SCHEME = ClassScheme(tuple("abcdefgh"), tuple(range(8)), 255)
 

@@ -17,11 +17,13 @@ from simmim.data.label_map_files import read_label_map
 from simmim.data.label_maps import ClassScheme
 from simmim.encoders.registry import build
 from simmim.encoders.swinv2 import SwinV2Config
+from simmim.finetune.dense.pictures import palette
+from simmim.finetune.dense.prediction import output_names
 from simmim.finetune.segmentation.iou import class_table, iou_by_class, mean_iou, pixel_accuracy, write_class_table
 from simmim.finetune.segmentation.model import HeadShape, SavedSegmenter, Segmenter, load_segmenter, save_segmenter
 from simmim.finetune.segmentation.module import SegmentationFinetuning, balanced_weights, pixel_loss
-from simmim.finetune.segmentation.overlays import MIN_CELL_PX, overlay, overlay_grid, palette
-from simmim.finetune.segmentation.prediction import output_names, segment
+from simmim.finetune.segmentation.overlays import MIN_CELL_PX, overlay, overlay_grid
+from simmim.finetune.segmentation.prediction import segment
 from simmim.finetune.segmentation.sliding import most_likely_class
 from simmim.finetune.settings import OptimSettings
 

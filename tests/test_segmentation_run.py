@@ -143,7 +143,7 @@ def test_norms_follow_from_the_images_of_a_forward_pass(scene_folder, encoder_fo
 
 
 def test_images_of_other_sizes_and_a_head_of_the_same_classes(scene_folder, run, tmp_path, capsys):
-    """Validation images one by one in windows; the heads of a run for the same classes are loaded."""
+    """Validation images one by one in windows; the head of a run for the same classes are loaded."""
     for part in ("train", "val"):
         for kind in ("images", "masks"):
             (tmp_path / "data" / part / kind).mkdir(parents=True)
@@ -155,13 +155,13 @@ def test_images_of_other_sizes_and_a_head_of_the_same_classes(scene_folder, run,
     words += "--batch-size 4 --optim.lr 1e-9 --head.width 16 --data.short_side 0 --data.inference slide --validations 1"
     assert main(words.split()) == 0
     output = capsys.readouterr().out
-    assert "heads of the same 3 classes loaded" in output
+    assert "head of the same 3 classes loaded" in output
     before, after = (dict(load_segmenter(place).model.named_parameters()) for place in (run, tmp_path / "run"))
     for name, value in before.items():
         torch.testing.assert_close(after[name], value, atol=1e-6, rtol=0)
     assert re.search(r"mean_iou [\d.]+% at the end", output)
     assert main([*words.replace(str(tmp_path / "run"), str(tmp_path / "other")).split(), "--head.width", "32"]) == 0
-    assert "heads of 3 classes replaced by fresh ones of 3" in capsys.readouterr().out
+    assert "head of 3 classes replaced by a fresh one of 3" in capsys.readouterr().out
 
 
 def test_gray_scenes_take_a_color_encoder(scene_folder, encoder_folder, tmp_path, capsys):

@@ -250,7 +250,8 @@ def read_rows(run):
         return list(csv.DictReader(file))
 
 
-def test_resumed_equals_uninterrupted(digits, encoder_folder, tmp_path, power_cut):
+def test_resumed_equals_uninterrupted(digits, encoder_folder, tmp_path, power_cut, monkeypatch):
+    monkeypatch.setattr("simmim.finetune.run.MIN_STEPS_PER_CHECKPOINT", 1)
     optim = OptimSettings(lr=0.05, ema=0.9, accumulate=2)
     longer = {"steps": 20, "batch_size": 4, "optim": optim, "self_training": SelfTrainingSettings(ratio=2), "validations": 2}
     whole = finetune(settings(digits, encoder_folder, tmp_path / "whole", **longer), quiet=True)

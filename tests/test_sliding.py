@@ -7,15 +7,9 @@ import torch
 import torch.nn.functional as F
 
 from simmim.encoders.swinv2 import SwinV2, SwinV2Config
+from simmim.finetune.dense.windows import OVERLAP, pad_to, window_starts
 from simmim.finetune.segmentation.model import HeadShape, Segmenter
-from simmim.finetune.segmentation.sliding import (
-    OVERLAP,
-    dense_logits,
-    most_likely_class,
-    pad_to,
-    sliding_logits,
-    window_starts,
-)
+from simmim.finetune.segmentation.sliding import dense_logits, most_likely_class, sliding_logits
 
 
 @pytest.fixture(scope="module")

@@ -7,13 +7,8 @@ import pytest
 from scipy.stats import t as student
 from scipy.stats import ttest_rel
 
-from simmim.finetune.label_study.gains import (
-    equivalent_interval,
-    equivalent_labels,
-    mean_and_error,
-    paired_gain,
-    t_interval,
-)
+from simmim.evaluate.paired import mean_and_error, t_interval
+from simmim.finetune.label_study.gains import equivalent_interval, equivalent_labels, paired_gain
 from simmim.finetune.label_study.report import comparison_table, gain_sentences, plot, report
 from simmim.finetune.label_study.results import Rates, StudyResult, Trial
 

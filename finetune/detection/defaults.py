@@ -4,15 +4,14 @@ from __future__ import annotations
 
 from dataclasses import replace
 
-from simmim.finetune.augment.color import ColorSettings, check_kornia, has_kornia
+from simmim.finetune.dense.settings import resolve_published_lr, resolve_views
 from simmim.finetune.detection.labels.scenes import BoxedScenes
-from simmim.finetune.detection.settings import BoxSettings, DetectionSettings, HeadSettings
+from simmim.finetune.detection.settings import DetectionSettings, HeadSettings
 from simmim.finetune.settings import resolve_schedule
 
-JITTER = 0.25  # as in segmentation
 PUBLISHED_WIDTH, SMALL_WIDTH = 256, 64  # channels of the head; the latter for encoders of nano's and micro's width
 PUBLISHED_CONVOLUTIONS, SMALL_CONVOLUTIONS = 4, 2
-# Per 512 images: Swin's published 1e-4 at 16. With nano and micro most of what learns is the head: their usual rate.
+# Per 512 images: Swin's published 1e-4 at 16.
 PUBLISHED_LR = 3.2e-3
 SIDE_FOR_LEVEL_ABOVE_PX = 512  # from here on objects may be larger than the last stage's anchors
 
@@ -30,30 +29,11 @@ def resolve_settings(
     Raises:
         ValueError: where kornia is needed and missing; as `resolve_schedule`.
     """
-    if settings.optim.lr is None and not small:
-        settings = replace(settings, optim=replace(settings.optim, lr=PUBLISHED_LR))
+    settings = resolve_published_lr(settings, PUBLISHED_LR, small)
     settings = resolve_schedule(settings, len(labels.train), device, small)
-    data, reasons = resolve_data(settings.data, labels, min(settings.size))
+    data, reasons = resolve_views(settings.data, min(settings.size))
+    data = replace(data, classes=labels.classes)
     return replace(settings, data=data, head=resolve_head(settings.head, small)), [*labels.notes, *reasons]
-
-
-def resolve_data(data: BoxSettings, labels: BoxedScenes, side_px: int) -> tuple[BoxSettings, list[str]]:
-    """Classes as they were read, scale and color jitter.
-
-    Args:
-        side_px: the shorter side of the crops.
-
-    Raises:
-        ValueError: where kornia is needed and missing.
-    """
-    reasons, jitter = [], data.color_jitter
-    if jitter is None:
-        jitter = JITTER if has_kornia() else 0.0
-        if not jitter:
-            reasons.append("no color jitter: kornia is not installed (pip install 'simmim-toolkit[finetune]')")
-    check_kornia(ColorSettings(jitter=jitter))
-    short_side = side_px if data.short_side is None else data.short_side
-    return replace(data, classes=labels.classes, short_side=short_side, color_jitter=jitter), reasons
 
 
 def resolve_head(head: HeadSettings, small: bool) -> HeadSettings:

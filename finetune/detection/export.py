@@ -13,7 +13,7 @@ from simmim.checkpoints.export import Exported, new_folder
 from simmim.encoders import registry
 from simmim.files import write_json
 from simmim.finetune.detection.inference import MAX_BOXES, MAX_OVERLAP
-from simmim.finetune.detection.model import DESCRIPTION, SavedDetector, load_detector, save_detector
+from simmim.finetune.detection.model import FILES, SavedDetector, load_detector, save_detector
 from simmim.finetune.detection.onnx import export_onnx
 from simmim.messages import did_you_mean
 
@@ -76,7 +76,7 @@ def export_detector(
             save_detector(folder, saved, dict(checkpoint.provenance))
         else:
             export_onnx(copy.deepcopy(saved.model).cpu().float().eval(), folder / MODEL, size)
-            write_json(folder / DESCRIPTION, description(saved, size))
+            write_json(folder / FILES.description, description(saved, size))
         card = detector_card(saved, checkpoint, format, license, loading_code(saved, format, "FOLDER", size))
         (folder / "README.md").write_text(card, encoding="utf-8")
     return Exported(out, FORM, "encoder and detector's head", (), loading_code(saved, format, str(out.resolve()), size))

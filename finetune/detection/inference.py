@@ -5,22 +5,20 @@ Sizes are (height, width).
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable, Sequence
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
+from simmim.finetune.dense.windows import OVERLAP, Size, pad_to, passes_whole, windows_of
 from simmim.finetune.detection.boxes import suppress
 from simmim.finetune.detection.pyramid import Predictions
-from simmim.finetune.segmentation.sliding import MAX_WHOLE_AREA, OVERLAP, Size, pad_to, window_starts
 
 MIN_PROBABILITY = 0.01  # of a class, below which a box is not kept
 MAX_OVERLAP = 0.6  # of two boxes of one class, as in ATSS
 MAX_CANDIDATES = 1000  # of a level before suppression, as published
 MAX_BOXES = 100  # of an image, as many as COCO's rules look at
-TILES_PER_FORWARD = 8
 EDGE_PX = 1.5  # a box that ends nearer to a tile's inner edge is taken to be cut there
 
 
@@ -64,7 +62,7 @@ def find_boxes(
         max_boxes: of one image.
     """
     if inference == "auto":
-        inference = "whole" if images[0, 0].numel() <= MAX_WHOLE_AREA * math.prod(window) else "tiles"
+        inference = "whole" if passes_whole(images, window) else "tiles"
     size = (images.shape[2], images.shape[3])
     padded = pad_to(images, window)
     if inference == "whole":
@@ -82,16 +80,8 @@ def in_tiles(
         images: padded, not smaller than the window.
         size: of the images without their padding.
     """
-    corners = [
-        (top, left)
-        for top in window_starts(images.shape[2], window[0])
-        for left in window_starts(images.shape[3], window[1])
-    ]
     merged: list[list[Found]] = [[] for _ in images]
-    per_forward = max(1, TILES_PER_FORWARD // len(images))
-    for first in range(0, len(corners), per_forward):
-        group = corners[first : first + per_forward]
-        views = torch.cat([images[:, :, top : top + window[0], left : left + window[1]] for top, left in group])
+    for group, views in windows_of(images, window):
         for number, one in enumerate(candidates(model(views), window)):
             (top, left), row = group[number // len(images)], number % len(images)
             one = suppressed(one)

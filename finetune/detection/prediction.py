@@ -10,22 +10,23 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from PIL import Image
 
 from simmim.data import open_images
 from simmim.files import atomic_write, write_json
-from simmim.finetune.detection.inference import Found, trusted
-from simmim.finetune.detection.model import SavedDetector, load_detector
-from simmim.finetune.detection.pictures import draw_boxes, palette
-from simmim.finetune.segmentation.overlays import as_color
-from simmim.finetune.segmentation.prediction import (
+from simmim.finetune.dense.pictures import at_size
+from simmim.finetune.dense.prediction import (
     OVERLAYS,
     InputImage,
     batches_of_one_size,
+    check_any_read,
+    check_new_folder,
     output_names,
     read_images,
     write_png,
 )
+from simmim.finetune.detection.inference import Found, trusted
+from simmim.finetune.detection.model import SavedDetector, load_detector
+from simmim.finetune.detection.pictures import draw_boxes, palette
 from simmim.training.trainer import device_type
 
 RESULTS, IMAGES, TABLE = "results.json", "images.json", "boxes.csv"
@@ -64,9 +65,7 @@ def detect(run: str | Path, images: str | Path, out: str | Path, batch_size: int
     Raises:
         ValueError: when `run` is no detector, there are no images, none can be read, or `out` is not empty.
     """
-    out = Path(out).expanduser()
-    if out.exists() and (not out.is_dir() or any(out.iterdir())):
-        raise ValueError(f"{str(out)!r} exists: give a new folder")
+    out = check_new_folder(out)
     saved, device = load_detector(run), device_type()
     saved.model.to(device)
     source = open_images(images)
@@ -76,16 +75,14 @@ def detect(run: str | Path, images: str | Path, out: str | Path, batch_size: int
     unreadable: dict[str, str] = {}
     found: list[tuple[InputImage, Found]] = []
     with saved.model.encoder.fixed_weights():
-        for batch in batches_of_one_size(read_images(source, names, saved, unreadable), batch_size):  # type: ignore[arg-type]
+        for batch in batches_of_one_size(read_images(source, names, saved, unreadable), batch_size):
             pixels = torch.stack([image.pixels for image in batch]).to(device)
             for image, one in zip(batch, saved.find(pixels)):
                 one = one.at((image.pixels.shape[1], image.pixels.shape[2]), image.size)
                 if overlays:
                     write_overlay(out / OVERLAYS / f"{image.name}.png", image, trusted(one, saved.thresholds), saved)
                 found.append((image._replace(pixels=image.pixels[:0]), one))
-    if not found:
-        path, reason = next(iter(unreadable.items()))
-        raise ValueError(f"none of {len(unreadable)} images can be read; the first, {path}: {reason}")
+    check_any_read(len(found), unreadable)
     write_coco(out, found, saved.classes, path_of)
     counts = write_table(out / TABLE, found, saved, path_of)
     return FoundBoxes(len(found), unreadable, {name: counts[name] for name in saved.classes})
@@ -140,7 +137,5 @@ def write_table(
 
 def write_overlay(file: Path, image: InputImage, found: Found, saved: SavedDetector) -> None:
     """Write the image as the model saw it, at its own size, with boxes and scores."""
-    height, width = image.size
-    picture = Image.fromarray(as_color(image.pixels)).resize((width, height), Image.Resampling.BILINEAR)
-    colors = palette(len(saved.classes))
+    picture, colors = at_size(image.pixels, image.size), palette(len(saved.classes))
     write_png(file, draw_boxes(picture, found.boxes.numpy(), found.classes.tolist(), colors, found.scores.tolist()))

@@ -9,10 +9,19 @@ import pytorch_lightning as pl
 from PIL import Image
 
 from simmim.files import atomic_write
+from simmim.finetune.dense.pictures import enlarged
 from simmim.finetune.detection.ap import class_table, write_class_table
 from simmim.finetune.detection.inference import trusted
 from simmim.finetune.detection.module import DetectionFinetuning, ShownImage
-from simmim.finetune.detection.pictures import COLUMNS, box_grid, draw_boxes, enlarged, palette, precision_plot
+from simmim.finetune.detection.pictures import (
+    COLUMNS,
+    MAX_CELL_PX,
+    MIN_CELL_PX,
+    box_grid,
+    draw_boxes,
+    palette,
+    precision_plot,
+)
 from simmim.training.loggers import log_picture
 
 CLASSES, CURVES, PICTURE = "ap.csv", "precision-recall.png", "boxes.png"
@@ -50,7 +59,7 @@ def draw_shown(shown: Sequence[ShownImage], classes: Sequence[str], thresholds: 
     """Images, the boxes that are given, and those that were found with a score from their class's threshold on."""
     colors, rows = palette(len(classes)), []
     for one in shown:
-        image = enlarged(one.image)
+        image = Image.fromarray(enlarged(one.image, MIN_CELL_PX, MAX_CELL_PX))
         across, down = image.width / one.own_size[1], image.height / one.own_size[0]
         found = trusted(one.found, thresholds)
         given_px, found_px = (boxes.numpy() * [across, down, across, down] for boxes in (one.given.boxes, found.boxes))

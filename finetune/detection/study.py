@@ -5,10 +5,10 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
+from simmim.finetune.dense.study import SceneStudyFields, scene_study
 from simmim.finetune.detection.settings import DetectionSettings
 from simmim.finetune.detection.task import read_labels
 from simmim.finetune.label_study.results import SCENES, Measure
-from simmim.finetune.label_study.scenes import SceneStudyFields, scene_study
 from simmim.finetune.label_study.settings import MAY_GROW
 
 

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import math
-from collections.abc import Sequence
 from functools import partial
 from pathlib import Path
 
@@ -12,32 +10,22 @@ from torch import nn
 from simmim.checkpoints.checkpoint import Preprocessing
 from simmim.checkpoints.export import Exported
 from simmim.data.decode import MAX_PIXELS
+from simmim.finetune.dense.views import mean_color, validation_batch_size
 from simmim.finetune.detection.ap import check_installed
 from simmim.finetune.detection.defaults import SIDE_FOR_LEVEL_ABOVE_PX, resolve_settings
 from simmim.finetune.detection.export import FORM, export_detector
 from simmim.finetune.detection.labels.base import ReadingOptions
 from simmim.finetune.detection.labels.scenes import BoxedScenes, read_boxed_scenes
-from simmim.finetune.detection.model import (
-    Detector,
-    HeadShape,
-    SavedDetector,
-    find_detector,
-    load_detector,
-    save_detector,
-)
+from simmim.finetune.detection.model import FILES, Detector, HeadShape, SavedDetector, load_detector, save_detector
 from simmim.finetune.detection.module import DetectionFinetuning
 from simmim.finetune.detection.prediction import detect
 from simmim.finetune.detection.report import LogBoxes, closing_text, report_validation
 from simmim.finetune.detection.settings import BoxSettings, DetectionSettings
 from simmim.finetune.detection.views import BoxSamples, RandomBoxes, WholeImage
-from simmim.finetune.head_files import load_head_state
-from simmim.finetune.segmentation.views import scaled_size
 from simmim.finetune.start import Start, find_start, measure_training_images
 from simmim.finetune.task import Predictions, PreparedTask, ReportLine, Task
 from simmim.training.loggers import LossNames
 
-VALIDATION_PIXELS = 2**18  # per validation batch, where all images have one size
-MAX_VALIDATION_IMAGES = 64
 LOSS = LossNames("detection", "of classes, boxes and centerness together, per point with an object")
 
 
@@ -61,7 +49,9 @@ class Detection(Task):
             source=start.source,
             train=train,
             validation=validation,
-            validation_batch_size=validation_batch_size(labels, settings.data.short_side),
+            validation_batch_size=validation_batch_size(
+                labels.validation_sizes, settings.data.short_side, targets_have_pixels=False
+            ),
             classes=labels.classes,
             test_validates=labels.test_validates,
             monitor="ap",
@@ -76,7 +66,7 @@ class Detection(Task):
 
     def recognizes(self, path: str | Path) -> bool:
         """By the description beside the head's weights."""
-        return find_detector(path) is not None
+        return FILES.find(path) is not None
 
     def predict(
         self,
@@ -120,7 +110,7 @@ def build_module(
     shape = HeadShape(settings.head.width, settings.head.convolutions, above)
     model = Detector(start.encoder, len(labels.classes), shape).train()
     if settings.init != "none":
-        load_source_head(model, settings.init, labels.classes, report_line)
+        FILES.load_source_head(model, settings.init, labels.classes, load_with_classes, report_line)
     return DetectionFinetuning(
         model,
         start.preprocessing,
@@ -132,39 +122,22 @@ def build_module(
     )
 
 
-def load_source_head(model: Detector, source: str, classes: Sequence[str], report_line: ReportLine | None) -> None:
-    """Load the head of the detector that the encoder was read from, where shape and classes are the same; else keep the
-    fresh one. Either is reported. A source without a head is not."""
-    if find_detector(source) is None:
-        return
-    saved = load_detector(source)
-    if saved.classes == tuple(classes) and saved.model.shape == model.shape:
-        load_head_state(model, saved.model.head_state(), Path(source))
-        text = f"head of the same {len(classes)} classes loaded"
-    else:
-        text = f"head of {len(saved.classes)} classes replaced by a fresh one of {len(classes)}"
-    if report_line:
-        report_line(f"adapted    {text}")
+def load_with_classes(path: str) -> tuple[Detector, tuple[str, ...]]:
+    """A detector and its classes."""
+    saved = load_detector(path)
+    return saved.model, saved.classes
 
 
 def build_samples(settings: DetectionSettings, labels: BoxedScenes, start: Start) -> tuple[BoxSamples, BoxSamples]:
     """Training samples, scaled, cropped and flipped at random, and whole validation images."""
     data, channels = settings.data, start.encoder.config.in_channels
-    fill = tuple(round(255 * mean) for mean in start.preprocessing.mean)
+    fill = mean_color(start.preprocessing)
     train_view = RandomBoxes(settings.size, data.short_side, data.scale, data.flip, fill)
     shared = (channels, settings.seed, start.keep_decoded, MAX_PIXELS, start.preprocessing.reading_or_default)
     return (
         BoxSamples(labels.train, labels.train_objects, train_view, *shared),
         BoxSamples(labels.validation, labels.validation_objects, WholeImage(data.short_side), *shared),
     )
-
-
-def validation_batch_size(labels: BoxedScenes, short_side: int) -> int:
-    """Validation images per batch: 1 unless all have one size at the model's scale."""
-    sizes = {None if size is None else scaled_size(size, short_side) for size in labels.validation_sizes}
-    if len(sizes) > 1 or None in sizes:
-        return 1
-    return min(max(1, VALIDATION_PIXELS // math.prod(sizes.pop())), MAX_VALIDATION_IMAGES)
 
 
 def save_model(

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 import random
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -12,13 +11,13 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from simmim.data import ImageSamples, Picture, open_picture
+from simmim.data import Picture
 from simmim.data.decode import MAX_PIXELS, STRETCHED
+from simmim.finetune.dense.views import MAX_CROPS, TargetSamples, draw_scaled_size, padded_crop, whole_picture
+from simmim.finetune.dense.windows import Size
 from simmim.finetune.detection.labels.scenes import Objects
-from simmim.finetune.segmentation.views import Size, scaled_size, whole_picture
 from simmim.reading import Reading
 
-MAX_CROPS = 10  # drawn in search of one that shows an object
 MIN_VISIBLE = 0.3  # share of a box below which what a crop shows of its object is no example of it
 
 
@@ -56,8 +55,7 @@ class RandomBoxes:
 
     def __call__(self, picture: Picture, objects: Objects, generator: random.Random) -> tuple[Tensor, Targets]:
         """A view drawn from `generator`: (channels, height, width), uint8 or float32, and what it shows of the objects."""
-        factor = math.exp(generator.uniform(*map(math.log, self.scale)))
-        scaled = scaled_size(picture.size, self.short_side, factor)
+        scaled = draw_scaled_size(picture.size, self.short_side, self.scale, generator)
         boxes = rescale(objects.boxes, picture.size, scaled)
         height, width = (min(side, scaled_side) for side, scaled_side in zip(self.size, scaled))
         for _ in range(MAX_CROPS):
@@ -65,14 +63,7 @@ class RandomBoxes:
             targets = crop_objects(objects, boxes, (top, left), (height, width))
             if (~targets.ignored).any() or objects.ignored.all():
                 break
-        down, across = picture.size[0] / scaled[0], picture.size[1] / scaled[1]
-        box = (left * across, top * down, (left + width) * across, (top + height) * down)
-        part = picture.crop(box, (height, width))
-        fill = torch.tensor(self.fill, dtype=torch.uint8)
-        if part.is_floating_point():
-            fill = torch.full_like(fill, torch.nan, dtype=part.dtype)  # no data, which becomes the mean
-        image = fill.view(-1, 1, 1).repeat(1, *self.size)
-        image[:, :height, :width] = part
+        image = padded_crop(picture, scaled, (top, left), (height, width), self.size, self.fill)
         if generator.random() < self.flip:
             return image.flip(-1), targets._replace(boxes=mirror(targets.boxes, self.size[1]))
         return image, targets
@@ -124,8 +115,8 @@ def mirror(boxes: Tensor, width: int) -> Tensor:
     return torch.stack([width - x2, y1, width - x1, y2], dim=1)
 
 
-class BoxSamples(ImageSamples):
-    """Samples of images with objects by (epoch, index): as of `ImageSamples`, with `objects`, a `Targets`, `row`, the index
+class BoxSamples(TargetSamples):
+    """Samples of images with objects by (epoch, index): as of `TargetSamples`, with `objects`, a `Targets`, `row`, the index
     of the image in the source, and `own_size`, (height, width) of the image itself.
 
     Args:
@@ -135,8 +126,6 @@ class BoxSamples(ImageSamples):
         channels, seed, max_pixels, reading: as of `ImageSamples`.
         keep_decoded: hold decoded images in memory.
     """
-
-    view: Callable[[Picture, Objects, random.Random], tuple[Tensor, Targets]]  # type: ignore[assignment]
 
     def __init__(
         self,
@@ -152,33 +141,14 @@ class BoxSamples(ImageSamples):
         super().__init__(source, view, channels, seed, keep_decoded, max_pixels, reading)  # type: ignore[arg-type]
         self.objects = objects
 
-    def view_of(self, index: int, generator: random.Random) -> dict:
-        """The view of the image at `index`."""
-        picture, _ = self.load(index)
-        image, targets = self.view(picture, self.objects[index], generator)
-        gray_copies = [self.name_of(index)] if picture.loses_color else []
-        return {
-            "image": image,
-            "objects": targets,
-            "row": index,
-            "own_size": picture.size,
-            "gray_copies": gray_copies,
-        }
-
-    def load(self, index: int) -> tuple[Picture, int | None]:
-        """The image at `index`, and no label.
-
-        Raises:
-            One of `UNREADABLE`, also for an image whose boxes now reach out of it. Sizes are checked before a run.
-        """
-        if self.cache is not None and index in self.cache:
-            return self.cache[index]
-        picture = open_picture(self.source[index]["image"], self.channels, self.max_pixels, self.reading)
+    def labels_of(self, row: dict, index: int, picture: Picture) -> Objects:
+        """The objects, which lie in the image as it was when they were read."""
         boxes = self.objects[index].boxes
         if len(boxes) and (boxes[:, 2].max() > picture.size[1] or boxes[:, 3].max() > picture.size[0]):
             height, width = picture.size
             raise ValueError(f"the image has changed and is {height}x{width} pixels now (height x width)")
-        if self.cache is not None:
-            self.cache[index] = picture.decoded(), None
-            return self.cache[index]
-        return picture, None
+        return self.objects[index]
+
+    def target_of(self, index: int, picture: Picture, target: Targets) -> dict:
+        """The view of the objects, and which image it is of."""
+        return {"objects": target, "row": index, "own_size": picture.size}

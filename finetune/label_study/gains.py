@@ -6,17 +6,15 @@ Intervals are of 95 %: of means those of Student's t over the seeds, of labels s
 from __future__ import annotations
 
 import math
-import statistics
 from collections.abc import Callable, Mapping, Sequence
 from itertools import pairwise
 from typing import NamedTuple, Protocol
 
 import numpy as np
 
+from simmim.evaluate.paired import CONFIDENCE, mean_and_error, p_value
 from simmim.finetune.label_study.results import StudyResult
 
-SIGNIFICANCE_LEVEL = 0.05  # the usual one; a difference above it is called possible chance
-CONFIDENCE = 1 - SIGNIFICANCE_LEVEL
 BOOTSTRAP_DRAWS, BOOTSTRAP_SEED = 2000, 0
 
 
@@ -55,27 +53,6 @@ class PairedGain(NamedTuple):
     num_won: int
 
 
-def mean_and_error(values: Sequence[float]) -> tuple[float, float]:
-    """Mean and its standard error, which is nan for a single value."""
-    error = statistics.stdev(values) / math.sqrt(len(values)) if len(values) > 1 else math.nan
-    return statistics.fmean(values), error
-
-
-def t_interval(values: Sequence[float]) -> tuple[float, float]:
-    """Mean, and half the width of its 95 % interval by Student's t, which is nan for a single value."""
-    mean, error = mean_and_error(values)
-    return mean, error * t_quantile(len(values))
-
-
-def t_quantile(count: int) -> float:
-    """Half the width of the 95 % interval of the mean of `count` values, in standard errors; nan for a single value."""
-    if count < 2:
-        return math.nan
-    from scipy.stats import t
-
-    return float(t.ppf((1 + CONFIDENCE) / 2, count - 1))
-
-
 def scores_by_seed(trials: Sequence[Scored], arm: str, labels: int | str) -> dict[int, float]:
     """Scores of an arm in percent."""
     return {trial.seed: 100 * trial.score for trial in trials if (trial.arm, trial.labels) == (arm, labels)}
@@ -97,17 +74,7 @@ def paired_gain(
     ours, theirs = scores_by_seed(trials, first, labels), scores_by_seed(trials, second, labels)
     gains = [ours[seed] - theirs[seed] for seed in sorted(ours.keys() & theirs.keys())]
     mean, error = mean_and_error(gains)
-    p, num_won = p_value(mean, error, len(gains)), sum(gain > 0 for gain in gains)
-    return PairedGain(mean, error, spread(gains)[1], p, len(gains), num_won)
-
-
-def p_value(mean: float, error: float, count: int) -> float:
-    """Two-sided p of Student's t-test that the mean of `count` differences is 0."""
-    if count < 2 or not error > 0:
-        return math.nan
-    from scipy.stats import t
-
-    return float(2 * t.sf(abs(mean) / error, count - 1))
+    return PairedGain(mean, error, spread(gains)[1], p_value(gains), len(gains), sum(gain > 0 for gain in gains))
 
 
 def equivalent_labels(trials: Sequence[Scored], arm: str, score: float, labels: Mapping[int | str, float]) -> float:

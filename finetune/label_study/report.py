@@ -7,20 +7,18 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from simmim.evaluate.paired import SIGNIFICANCE_LEVEL, mean_and_error, p_text, t_interval
 from simmim.files import atomic_write
 from simmim.finetune.label_study.chosen_rates import edge_warning, rates_cells
 from simmim.finetune.label_study.contrasts import Contrast, contrasts_of
 from simmim.finetune.label_study.gains import (
-    SIGNIFICANCE_LEVEL,
     PairedGain,
     Scored,
     equivalent_interval,
     equivalent_labels,
-    mean_and_error,
     mean_score,
     paired_gain,
     scores_by_seed,
-    t_interval,
 )
 from simmim.finetune.label_study.results import StudyResult, write_trials
 from simmim.finetune.label_study.settings import ALL, PLAIN
@@ -131,11 +129,6 @@ def contrast_gain(result: StudyResult, contrast: Contrast, labels: int | str) ->
     if not all(scores_by_seed(result.trials, arm, labels) for arm in (contrast.first, contrast.second)):
         return None
     return paired_gain(result.trials, contrast.first, contrast.second, labels, t_interval)
-
-
-def p_text(p: float) -> str:
-    """Relation and number, in two digits; very small numbers only as such."""
-    return "< 0.001" if p < 0.001 else f"= {p:.2g}"
 
 
 # --- Sentences ---------------------------------------------------------------------------------------------------------

@@ -7,14 +7,13 @@ from dataclasses import replace
 import torch
 
 from simmim.data.label_maps import LabeledScenes
-from simmim.finetune.augment.color import ColorSettings, check_kornia, has_kornia
-from simmim.finetune.segmentation.settings import HeadSettings, SceneSettings, SegmentationSettings
+from simmim.finetune.dense.settings import resolve_published_lr, resolve_views
+from simmim.finetune.segmentation.settings import HeadSettings, SegmentationSettings
 from simmim.finetune.settings import resolve_schedule
 
-JITTER = 0.25  # half of the published pipeline's, which is for thousands of images
 MIN_IMAGES_FOR_BATCH_NORM = 4  # the statistics of fewer images are noise
 PUBLISHED_WIDTH, SMALL_WIDTH = 512, 64  # channels of the head; the latter for encoders of nano's and micro's width
-# Per 512 images: the published 6e-5 at 16. With nano and micro most of what learns is the head: their usual rate.
+# Per 512 images: the published 6e-5 at 16.
 PUBLISHED_LR = 1.92e-3
 
 
@@ -31,33 +30,12 @@ def resolve_settings(
     Raises:
         ValueError: where kornia is needed and missing, and for batch norms of a single image; as `resolve_schedule`.
     """
-    if settings.optim.lr is None and not small:
-        settings = replace(settings, optim=replace(settings.optim, lr=PUBLISHED_LR))
+    settings = resolve_published_lr(settings, PUBLISHED_LR, small)
     settings = resolve_schedule(settings, len(labels.train), device, small)
-    data, data_reasons = resolve_data(settings.data, labels, min(settings.size))
+    data, data_reasons = resolve_views(settings.data, min(settings.size))
+    data = replace(data, classes=labels.scheme.classes, values=labels.scheme.values)
     head, head_reasons = resolve_head(settings.head, images_per_forward(settings, device), small)
     return replace(settings, data=data, head=head), [*labels.notes, *data_reasons, *head_reasons]
-
-
-def resolve_data(data: SceneSettings, labels: LabeledScenes, side_px: int) -> tuple[SceneSettings, list[str]]:
-    """Classes as they were read, scale and color jitter.
-
-    Args:
-        side_px: the shorter side of the crops.
-
-    Raises:
-        ValueError: where kornia is needed and missing.
-    """
-    reasons, jitter = [], data.color_jitter
-    if jitter is None:
-        jitter = JITTER if has_kornia() else 0.0
-        if not jitter:
-            reasons.append("no color jitter: kornia is not installed (pip install 'simmim-toolkit[finetune]')")
-    check_kornia(ColorSettings(jitter=jitter))
-    short_side = side_px if data.short_side is None else data.short_side
-    scheme = labels.scheme
-    data = replace(data, classes=scheme.classes, values=scheme.values, short_side=short_side, color_jitter=jitter)
-    return data, reasons
 
 
 def resolve_head(head: HeadSettings, num_images: int, small: bool) -> tuple[HeadSettings, list[str]]:

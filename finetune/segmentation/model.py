@@ -7,22 +7,18 @@ from pathlib import Path
 from typing import NamedTuple
 
 import torch
-from einops import rearrange
-from torch import Tensor, nn
+from torch import Tensor
 
-from simmim.checkpoints import read_encoder
 from simmim.checkpoints.checkpoint import Preprocessing
-from simmim.checkpoints.own_files import save_encoder
-from simmim.checkpoints.weight_files import read_safetensors, write_safetensors
 from simmim.data import normalize
 from simmim.data.label_maps import ClassScheme
 from simmim.encoders.base import Encoder
-from simmim.files import read_json, write_json
-from simmim.finetune.head_files import find_description, load_head_state
+from simmim.finetune.dense.head_files import HeadFiles
+from simmim.finetune.dense.model import DenseModel
 from simmim.finetune.segmentation.sliding import dense_logits
 from simmim.finetune.segmentation.upernet import FCN, POOL_SCALES, UPerNet
 
-WEIGHTS, DESCRIPTION = "segmentation.safetensors", "segmentation.json"
+FILES = HeadFiles("segmentation", "segmenter")
 
 
 @dataclass(frozen=True)
@@ -59,16 +55,11 @@ class SegmenterOutput(NamedTuple):
     auxiliary: Tensor | None
 
 
-class Segmenter(nn.Module):
-    """An encoder, a norm on each stage's map, UPerNet on all maps, and in training an auxiliary head on one.
-
-    The last map's norm is the encoder's own; the others' are fresh, as all norms are in Swin's published dense predictions.
-    """
+class Segmenter(DenseModel):
+    """An encoder, a norm on each stage's map, UPerNet on all maps, and in training an auxiliary head on one."""
 
     def __init__(self, encoder: Encoder, num_classes: int, shape: HeadShape) -> None:
-        super().__init__()
-        self.encoder, self.shape = encoder, shape
-        self.norms = nn.ModuleList(nn.LayerNorm(channels) for channels in encoder.channels[:-1])
+        super().__init__(encoder, shape)
         self.head = UPerNet(encoder.channels, num_classes, shape.width, shape.norm, shape.pool_scales, shape.dropout)
         self.auxiliary_stage = max(0, len(encoder.channels) - 2)
         channels = encoder.channels[self.auxiliary_stage]
@@ -88,19 +79,6 @@ class Segmenter(nn.Module):
         if not with_auxiliary:
             return logits
         return SegmenterOutput(logits, None if self.auxiliary is None else self.auxiliary(maps[self.auxiliary_stage]))
-
-    def maps(self, images: Tensor) -> list[Tensor]:
-        """The stages' maps, each normalized, the finest first."""
-        output = self.encoder(images, return_stages=True)
-        normalized = [
-            rearrange(norm(rearrange(stage, "b c h w -> b h w c")), "b h w c -> b c h w")
-            for norm, stage in zip(self.norms, output.stages)
-        ]
-        return [*normalized, output.features]
-
-    def head_state(self) -> dict[str, Tensor]:
-        """All weights that are not the encoder's."""
-        return {name: value for name, value in self.state_dict().items() if not name.startswith("encoder.")}
 
 
 # --- On disk -----------------------------------------------------------------------------------------------------------
@@ -134,21 +112,13 @@ class SavedSegmenter:
 
 def save_segmenter(folder: Path, saved: SavedSegmenter, provenance: dict) -> None:
     """Write encoder and heads into `folder`. Readers of the encoder alone ignore the heads' files."""
-    save_encoder(folder, saved.model.encoder, saved.preprocessing, provenance)
-    write_safetensors(folder / WEIGHTS, saved.model.head_state())
     description = {
-        "task": "segmentation",
         **asdict(saved.scheme),
         "head": asdict(saved.model.shape),
         "short_side": saved.short_side,
         "inference": saved.inference,
     }
-    write_json(folder / DESCRIPTION, description)
-
-
-def find_segmenter(path: str | Path) -> Path | None:
-    """The folder of a segmenter's files: `path` itself or its folder encoder/; None where neither holds one."""
-    return find_description(path, DESCRIPTION)
+    FILES.save(folder, saved, description, provenance)
 
 
 def load_segmenter(path: str | Path) -> SavedSegmenter:
@@ -157,17 +127,12 @@ def load_segmenter(path: str | Path) -> SavedSegmenter:
     Raises:
         ValueError: when there is none, or its weights do not fit.
     """
-    folder = find_segmenter(path)
-    saved = read_encoder(path if folder is None else folder)
-    if folder is None:
-        raise ValueError(f"{str(path)!r} holds an encoder but no segmenter: give a run of simmim finetune segmentation")
-    description = read_json(folder / DESCRIPTION)
-    try:
-        scheme = ClassScheme(tuple(description["classes"]), tuple(description["values"]), description["ignore_index"])
-        shape = HeadShape(**description["head"])
-        short_side, inference = description["short_side"], description["inference"]
-    except (KeyError, TypeError) as error:
-        raise ValueError(f"{folder / DESCRIPTION} is damaged ({error}): fine-tune again") from error
+
+    def parse(found: dict) -> tuple[ClassScheme, HeadShape, int, str]:
+        scheme = ClassScheme(tuple(found["classes"]), tuple(found["values"]), found["ignore_index"])
+        return scheme, HeadShape(**found["head"]), found["short_side"], found["inference"]
+
+    saved, folder, (scheme, shape, short_side, inference) = FILES.read(path, parse)
     model = Segmenter(saved.encoder, len(scheme.classes), shape)
-    load_head_state(model, read_safetensors(folder / WEIGHTS), folder / WEIGHTS)
+    FILES.load_weights(model, folder)
     return SavedSegmenter(model.eval(), scheme, saved.preprocessing, short_side, inference)

@@ -5,14 +5,15 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import ClassVar
 
+from simmim.finetune.dense.settings import ScaledScenesSettings, check_inference
 from simmim.finetune.segmentation.upernet import check_head
-from simmim.finetune.settings import EncoderSettings, OptimSettings, ScenesSettings, TransferSettings
+from simmim.finetune.settings import EncoderSettings, OptimSettings, TransferSettings
 
 INFERENCES = ("auto", "whole", "slide")
 
 
 @dataclass(frozen=True)
-class SceneSettings(ScenesSettings):
+class SceneSettings(ScaledScenesSettings):
     """The labeled images, the classes, and how training varies them.
 
     Args:
@@ -23,13 +24,7 @@ class SceneSettings(ScenesSettings):
             that occur.
         values: value of each class in the label maps; 0, 1, … by default.
         ignore_index: value of ignored pixels in the label maps; -1 for none.
-        short_side: pixels to which the shorter side of an image is resized before anything else; by default the shorter side
-            of image_size, so that a crop shows about as much as in pre-training; 0 keeps the image's own.
-        scale: range of the random scale in training, drawn on a log scale.
         crop_class_share: crops in which one class has a larger share are drawn again, up to ten times.
-        flip: probability of mirroring left and right.
-        color_jitter: brightness, contrast and saturation are scaled by 1 − color_jitter to 1 + color_jitter; by default
-            0.25 where kornia is installed, else 0.
         inference: whole, slide (windows of image_size that overlap by a third, logits averaged), or auto: whole up to four
             times the area of image_size.
     """
@@ -38,29 +33,16 @@ class SceneSettings(ScenesSettings):
     classes: tuple[str, ...] = ()
     values: tuple[int, ...] = ()
     ignore_index: int = 255
-    short_side: int | None = None
-    scale: tuple[float, float] = (0.5, 2.0)
     crop_class_share: float = 0.75
-    flip: float = 0.5
-    color_jitter: float | None = None
     inference: str = "auto"
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        for name in ("classes", "values", "scale"):
+        for name in ("classes", "values"):
             object.__setattr__(self, name, tuple(getattr(self, name)))
-        if not 0 < self.scale[0] <= self.scale[1]:
-            raise ValueError(f"data.scale is {self.scale}: give factors, 0 < low <= high")
-        if not 0 <= self.flip <= 1:
-            raise ValueError(f"data.flip is {self.flip}: give a probability")
         if not 0 < self.crop_class_share <= 1:
             raise ValueError(f"data.crop_class_share is {self.crop_class_share}: give a share in (0, 1], 1 for any crop")
-        if self.color_jitter is not None and not 0 <= self.color_jitter < 1:
-            raise ValueError(f"data.color_jitter is {self.color_jitter}: give a share in [0, 1), 0 for none")
-        if self.short_side is not None and self.short_side < 0:
-            raise ValueError(f"data.short_side is {self.short_side}: give pixels, or 0 to leave images as they are")
-        if self.inference not in INFERENCES:
-            raise ValueError(f"data.inference is {self.inference!r}: give one of {', '.join(INFERENCES)}")
+        check_inference(self.inference, INFERENCES)
 
 
 @dataclass(frozen=True)

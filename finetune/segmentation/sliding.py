@@ -13,11 +13,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-Size = tuple[int, int]
+from simmim.finetune.dense.windows import WINDOWS_PER_FORWARD, Size, pad_to, passes_whole, windows_of
 
-OVERLAP = 1 / 3  # of the sides of neighboring windows, as published for UPerNet on Swin
-MAX_WHOLE_AREA = 4  # in windows; larger images are not passed as a whole
-WINDOWS_PER_FORWARD = 8
 MAX_SCORES = 2**26  # logits resized at a time, 256 MiB in float32
 
 
@@ -27,10 +24,10 @@ def dense_logits(model: Callable[[Tensor], Tensor], images: Tensor, window: Size
     Args:
         window: size of the images in training. Smaller images are padded to it, as in training: with the mean color, to the
             right and below.
-        inference: whole; slide, window by window; or auto, which is whole for images of up to `MAX_WHOLE_AREA` windows.
+        inference: whole; slide, window by window; or auto, which is whole where `passes_whole` says so.
     """
     if inference == "auto":
-        inference = "whole" if images[0, 0].numel() <= MAX_WHOLE_AREA * math.prod(window) else "slide"
+        inference = "whole" if passes_whole(images, window) else "slide"
     height, width = images.shape[2:]
     padded = pad_to(images, window)
     logits = whole_logits(model, padded) if inference == "whole" else sliding_logits(model, padded, window)
@@ -51,16 +48,8 @@ def sliding_logits(
         images: not smaller than the window.
         windows_per_forward: of all images together.
     """
-    corners = [
-        (top, left)
-        for top in window_starts(images.shape[2], window[0])
-        for left in window_starts(images.shape[3], window[1])
-    ]
-    per_forward = max(1, windows_per_forward // len(images))
     total, num_windows = None, images.new_zeros(images.shape[2:], dtype=torch.float32)
-    for first in range(0, len(corners), per_forward):
-        group = corners[first : first + per_forward]
-        views = torch.cat([images[:, :, top : top + window[0], left : left + window[1]] for top, left in group])
+    for group, views in windows_of(images, window, windows_per_forward):
         logits = resize_logits(model(views), window)
         if total is None:
             total = logits.new_zeros(len(images), logits.shape[1], *images.shape[2:])
@@ -68,20 +57,6 @@ def sliding_logits(
             total[:, :, top : top + window[0], left : left + window[1]] += part
             num_windows[top : top + window[0], left : left + window[1]] += 1
     return total / num_windows
-
-
-def window_starts(side: int, window: int) -> list[int]:
-    """First pixels of windows that cover a side: evenly spread, neighbors overlapping by `OVERLAP` or more."""
-    if side <= window:
-        return [0]
-    count = math.ceil((side - window) / max(1, math.floor(window * (1 - OVERLAP)))) + 1
-    return [round(index * (side - window) / (count - 1)) for index in range(count)]
-
-
-def pad_to(images: Tensor, size: Size) -> Tensor:
-    """Normalized images padded with zeros, the mean color, to the right and below, to no less than `size`."""
-    padding = [max(0, wanted - side) for wanted, side in zip(size, images.shape[2:])]
-    return F.pad(images, (0, padding[1], 0, padding[0])) if any(padding) else images
 
 
 def resize_logits(logits: Tensor, size: Size) -> Tensor:

@@ -5,8 +5,8 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
+from simmim.finetune.dense.study import SceneStudyFields, scene_study
 from simmim.finetune.label_study.results import SCENES, Measure
-from simmim.finetune.label_study.scenes import SceneStudyFields, scene_study
 from simmim.finetune.label_study.settings import MAY_GROW
 from simmim.finetune.segmentation.settings import SegmentationSettings
 from simmim.finetune.segmentation.task import read_labels

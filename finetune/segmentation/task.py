@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
-import math
 import sys
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator
 from functools import partial
 from pathlib import Path
 
@@ -14,29 +13,20 @@ from tqdm import tqdm
 from simmim.checkpoints.checkpoint import Preprocessing
 from simmim.data.decode import MAX_PIXELS
 from simmim.data.label_maps import ClassScheme, LabeledScenes, read_labeled_scenes
-from simmim.finetune.head_files import load_head_state
+from simmim.finetune.dense.views import mean_color, validation_batch_size
 from simmim.finetune.segmentation.defaults import resolve_settings
-from simmim.finetune.segmentation.model import (
-    HeadShape,
-    SavedSegmenter,
-    Segmenter,
-    find_segmenter,
-    load_segmenter,
-    save_segmenter,
-)
+from simmim.finetune.segmentation.model import FILES, HeadShape, SavedSegmenter, Segmenter, load_segmenter, save_segmenter
 from simmim.finetune.segmentation.module import SegmentationFinetuning, balanced_weights
 from simmim.finetune.segmentation.prediction import SegmentedImages, segment
 from simmim.finetune.segmentation.report import LogLabelMaps, closing_text, report_validation
 from simmim.finetune.segmentation.settings import SceneSettings, SegmentationSettings
 from simmim.finetune.segmentation.tiled_prediction import segment_tiles
-from simmim.finetune.segmentation.views import RandomScene, SceneSamples, WholeScene, scaled_size
+from simmim.finetune.segmentation.views import RandomScene, SceneSamples, WholeScene
 from simmim.finetune.start import Start, find_start, measure_training_images
 from simmim.finetune.task import Predictions, PreparedTask, ReportLine, Task
 from simmim.reading import TileSettings
 from simmim.training.loggers import LossNames
 
-VALIDATION_PIXELS = 2**18  # per validation batch, where all images have one size
-MAX_VALIDATION_IMAGES = 64
 LOSS = LossNames("cross_entropy", "in nats; ln(classes) is a guess")
 
 
@@ -58,7 +48,7 @@ class Segmentation(Task):
             source=start.source,
             train=train,
             validation=validation,
-            validation_batch_size=validation_batch_size(labels, data.short_side),
+            validation_batch_size=validation_batch_size(labels.validation_sizes, data.short_side, targets_have_pixels=True),
             classes=scheme.classes,
             test_validates=labels.test_validates,
             monitor="mean_iou",
@@ -73,7 +63,7 @@ class Segmentation(Task):
 
     def recognizes(self, path: str | Path) -> bool:
         """By the description beside the heads' weights."""
-        return find_segmenter(path) is not None
+        return FILES.find(path) is not None
 
     def predict(
         self,
@@ -145,7 +135,7 @@ def build_module(
     shape = HeadShape(head.width, head.norm, head.dropout, head.auxiliary > 0)
     model = Segmenter(start.encoder, len(scheme.classes), shape).train()
     if settings.init != "none":
-        load_source_heads(model, settings.init, scheme.classes, report_line)
+        FILES.load_source_head(model, settings.init, scheme.classes, load_with_classes, report_line)
     return SegmentationFinetuning(
         model,
         start.preprocessing,
@@ -159,25 +149,16 @@ def build_module(
     )
 
 
-def load_source_heads(model: Segmenter, source: str, classes: Sequence[str], report_line: ReportLine | None) -> None:
-    """Load the heads of the segmenter that the encoder was read from, where shape and classes are the same; else keep the
-    fresh ones. Either is reported. A source without heads is not."""
-    if find_segmenter(source) is None:
-        return
-    saved = load_segmenter(source)
-    if saved.scheme.classes == classes and saved.model.shape == model.shape:
-        load_head_state(model, saved.model.head_state(), Path(source))
-        text = f"heads of the same {len(classes)} classes loaded"
-    else:
-        text = f"heads of {len(saved.scheme.classes)} classes replaced by fresh ones of {len(classes)}"
-    if report_line:
-        report_line(f"adapted    {text}")
+def load_with_classes(path: str) -> tuple[Segmenter, tuple[str, ...]]:
+    """A segmenter and its classes."""
+    saved = load_segmenter(path)
+    return saved.model, saved.scheme.classes
 
 
 def build_samples(settings: SegmentationSettings, labels: LabeledScenes, start: Start) -> tuple[SceneSamples, SceneSamples]:
     """Training samples, scaled, cropped and flipped at random, and whole validation images."""
     data, scheme, channels = settings.data, labels.scheme, start.encoder.config.in_channels
-    fill = tuple(round(255 * mean) for mean in start.preprocessing.mean)
+    fill = mean_color(start.preprocessing)
     train_view = RandomScene(
         settings.size, data.short_side, data.scale, data.crop_class_share, data.flip, fill, scheme.ignored_id
     )
@@ -187,16 +168,6 @@ def build_samples(settings: SegmentationSettings, labels: LabeledScenes, start: 
         SceneSamples(labels.train, train_view, *shared),
         SceneSamples(labels.validation, WholeScene(data.short_side), *shared),
     )
-
-
-def validation_batch_size(labels: LabeledScenes, short_side: int) -> int:
-    """Validation images per batch: 1 unless all have one size, before and after they are scaled."""
-    sizes = set(labels.validation_sizes)
-    if len(sizes) > 1 or None in sizes:
-        return 1
-    (size,) = sizes
-    pixels = max(math.prod(size), math.prod(scaled_size(size, short_side)))
-    return min(max(1, VALIDATION_PIXELS // pixels), MAX_VALIDATION_IMAGES)
 
 
 def save_model(

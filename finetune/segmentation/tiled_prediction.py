@@ -23,11 +23,12 @@ from simmim.data.tiff_windows import PIXEL_SCALE
 from simmim.data.tiles import TiledImage, check_overlap, plan_tiles, tile_record
 from simmim.data.windows import WindowedImage
 from simmim.files import atomic_write
+from simmim.finetune.dense.pictures import palette
+from simmim.finetune.dense.prediction import check_any_read, check_new_folder, output_names
+from simmim.finetune.dense.views import scaled_size
 from simmim.finetune.segmentation.model import SavedSegmenter, load_segmenter
-from simmim.finetune.segmentation.overlays import palette
-from simmim.finetune.segmentation.prediction import LABEL_MAPS, SegmentedImages, check_new_folder, output_names
+from simmim.finetune.segmentation.prediction import LABEL_MAPS, SegmentedImages
 from simmim.finetune.segmentation.sliding import most_likely_class
-from simmim.finetune.segmentation.views import scaled_size
 from simmim.reading import TileSettings
 from simmim.training.trainer import device_type
 
@@ -88,9 +89,7 @@ def segment_tiles(
                 )
             except UNREADABLE as error:
                 unreadable[record_name(record, row)] = describe_error(error)
-    if len(unreadable) == len(plan.rows):
-        path, reason = next(iter(unreadable.items()))
-        raise ValueError(f"none of {len(unreadable)} images can be read; the first, {path}: {reason}")
+    check_any_read(len(plan.rows) - len(unreadable), unreadable)
     with atomic_write(out / CLASSES_FILE) as temporary:
         temporary.write_text("".join(f"{name}\n" for name in saved.scheme.classes), encoding="utf-8")
     pixels = dict(zip(saved.scheme.classes, counts.tolist()))

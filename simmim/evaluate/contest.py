@@ -8,18 +8,16 @@ from __future__ import annotations
 import csv
 import json
 import math
-import statistics
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import NamedTuple
 
 from simmim.evaluate.facts import HEADINGS
+from simmim.evaluate.paired import p_text, p_value, t_interval
 from simmim.evaluate.report import Report, check_report_file, write_report
 from simmim.evaluate.scores import best_score, mean_scores
 from simmim.files import atomic_write
-
-CONFIDENCE = 0.95
 
 
 class Difference(NamedTuple):
@@ -39,30 +37,14 @@ class Difference(NamedTuple):
         """As a cell of a table: "+1.2 ± 0.8 (p = 0.03)"."""
         if math.isnan(self.spread):
             return f"{self.mean:+.1f}"
-        test = "" if math.isnan(self.p) else " (p < 0.001)" if self.p < 0.001 else f" (p = {self.p:.2g})"
+        test = "" if math.isnan(self.p) else f" (p {p_text(self.p)})"
         return f"{self.mean:+.1f} ± {self.spread:.1f}{test}"
 
 
 def paired_difference(ours: Sequence[float], theirs: Sequence[float]) -> Difference:
     """The difference of accuracies in [0, 1], draw by draw."""
     gains = [100 * (own - other) for own, other in zip(ours, theirs, strict=True)]
-    mean, spread = mean_and_spread(gains)
-    error = statistics.stdev(gains) / math.sqrt(len(gains)) if len(gains) > 1 else 0.0
-    if not error > 0:
-        return Difference(mean, spread, math.nan)
-    from scipy.stats import t
-
-    return Difference(mean, spread, float(2 * t.sf(abs(mean) / error, len(gains) - 1)))
-
-
-def mean_and_spread(values: Sequence[float]) -> tuple[float, float]:
-    """Mean, and half the width of its 95 % interval by Student's t, which is nan for a single value."""
-    if len(values) < 2:
-        return values[0], math.nan
-    from scipy.stats import t
-
-    error = statistics.stdev(values) / math.sqrt(len(values))
-    return statistics.fmean(values), error * float(t.ppf((1 + CONFIDENCE) / 2, len(values) - 1))
+    return Difference(*t_interval(gains), p_value(gains))
 
 
 def check_scipy() -> None:
@@ -113,7 +95,7 @@ class Contest:
         _, ours = self.accuracies(0)
         for number, (name, report) in enumerate(zip(self.names, self.reports)):
             feature, each = self.accuracies(number)
-            mean, spread = mean_and_spread([100 * value for value in each])
+            mean, spread = t_interval([100 * value for value in each])
             shown = f"{mean:.1f}" if math.isnan(spread) else f"{mean:.1f} ± {spread:.1f}"
             difference = "" if number == 0 else paired_difference(ours, each).cell()
             lines.append(f"| {' | '.join([name, shown, difference, feature, *report.facts.cells()])} |")
