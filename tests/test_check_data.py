@@ -291,7 +291,7 @@ def test_the_benchmark_runs(fork_server, tmp_path):
     assert goals == {500: 1.0, 1600: 4.0, 4000: 10.0}
     assert [row["content"] for row in results["decoding"]] == ["tiled", "resized"] * 3
     for row in results["decoding"]:
-        assert row["images_per_second"].keys() == {"usual", "ours", "ours_normalized"}
+        assert row["images_per_second"].keys() == {"usual", "ours", "ours_normalized", "ours_first", "ours_kept"}
         assert min(row["images_per_second"].values()) > 0 and row["ratio"] > 0 and row["ratio_normalized"] > 0
     assert [(row["width_px"], row["workers"]) for row in results["waiting"]] == [
         (width, workers) for width in (500, 1600, 4000) for workers in (1, 2)

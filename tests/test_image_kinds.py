@@ -283,3 +283,65 @@ def test_files_are_numbered_by_their_pages(tmp_path):
     assert number_files(images.select([2])) is None
     write_ome(tmp_path, 0)
     assert number_files(open_images(tmp_path, reading=AUTO)) is None
+
+
+# --- what check-data says ------------------------------------------------------------------------------------------------
+
+ADVICE = {
+    "five channels in an OME-TIFF": "turns        12 micrographs by their metadata, which have no up: --data.turns true",
+    "five channels in files of their own": None,
+    "pages of a TIFF stack": None,
+    "a GeoTIFF of 13 bands": "turns        12 georeferenced images by their metadata, which have no up: --data.turns true",
+    "a DICOM series": None,
+}
+
+
+def printed_by(capsys, code, *words):
+    capsys.readouterr()
+    with without_notices():
+        assert main([str(word) for word in ("check-data", *words, "--workers", 0)]) == code
+    return capsys.readouterr().out
+
+
+@pytest.mark.parametrize("name", KINDS)
+def test_turns_are_suggested_by_metadata_alone(tmp_path, capsys, name):
+    kind, folder = KINDS[name], tmp_path / "images"
+    write_labeled(folder, kind)
+    words = [word.replace("--data.", "--") for word in kind.words if kind.words[0] != "--data.turns"]
+    printed = printed_by(capsys, 0, folder, *words)
+    command = printed.strip().splitlines()[-1]
+    assert ("--data.turns true" in command) == (ADVICE[name] is not None)
+    assert ADVICE[name] in printed if ADVICE[name] else "turns  " not in printed
+    assert kind.words[0] in command if words else True
+
+
+def test_slides_and_few_micrographs(tmp_path, capsys):
+    """Aperio's files and DICOM's slide microscopy are slides; where most images may have an up, none is turned."""
+    values = np.random.default_rng(0).integers(0, 256, (SIDE_PX, SIDE_PX, 3)).astype(np.uint8)
+    description = "Aperio Image Library v11.2.1 |AppMag = 20|MPP = 0.5"
+    tifffile.imwrite(tmp_path / "a.svs", values, tile=(16, 16), description=description, metadata=None, photometric="rgb")
+    printed = printed_by(capsys, 0, tmp_path)
+    assert "turns        1 slide by their metadata" in printed and "--data.turns true" in printed.splitlines()[-1]
+    for number in range(2):
+        Image.fromarray(values).save(tmp_path / f"{number}.png")
+    printed = printed_by(capsys, 0, tmp_path)
+    assert "the other images may have one" in printed and "--data.turns" not in printed
+
+
+def test_ranges_are_shown_with_a_transform(tmp_path, capsys):
+    """Its histogram is of transformed values; the command has the transform."""
+    write_labeled(tmp_path, KINDS["a DICOM series"])
+    plain, log = (printed_by(capsys, 0, tmp_path, "--transform", transform) for transform in ("none", "log"))
+    heading = "values       one range a channel for all images, as --data.range auto takes it"
+    assert f"{heading}\n" in plain and f"{heading}; histograms after log\n" in log
+    assert "--data.transform" not in plain and log.strip().endswith("--data.transform log")
+    line, of_log = (text.split(heading)[1].splitlines()[1] for text in (plain, log))
+    assert line.split(" to ")[0] == of_log.split(" to ")[0] and line != of_log
+    given = printed_by(capsys, 0, tmp_path, "--range", "[[-1024, 3071]]")
+    assert "as --data.range is given" in given and "-1,024 to 3,071" in given
+
+
+def test_pages_that_are_asked_for_come_with_the_command(tmp_path, capsys):
+    write_stack(tmp_path, 0)
+    printed = printed_by(capsys, 1, tmp_path)
+    assert printed.endswith(f"\nnext         simmim check-data {tmp_path} --pages images (or channels, first)\n")

@@ -33,7 +33,7 @@ def render(report: CheckReport) -> str:
         if num_unreadable > MAX_LINES:
             lines.append(f"  … and {num_unreadable - MAX_LINES:,} more: --json lists all")
     if report.suggestion is None:
-        return "\n".join(lines)
+        return "\n".join([*lines, *pages_text(report)])
     tags = f"{report.oriented:,} tagged by EXIF, turned upright" if report.oriented else "no tags"
     lines += [
         "",
@@ -41,6 +41,7 @@ def render(report: CheckReport) -> str:
         f"modes        {counts_text(report.modes)}"
         + (f"; a model sees {plural(report.channels, 'channel')}" if report.channels else ""),
         f"orientation  {tags}",
+        *turns_text(report),
         *values_text(report),
         *tiles_text(report),
         "",
@@ -73,8 +74,24 @@ def suggested_command(report: CheckReport) -> str:
     suggestion = report.suggestion
     return (
         f"simmim pretrain --data {shlex.quote(report.path)} --out runs/first --preset {suggestion.preset} "
-        f"--image-size {suggestion.image_size_px}"
+        f"--image-size {suggestion.image_size_px}{' --data.turns true' if suggestion.turns else ''}"
     ) + "".join(f" {shlex.quote(word)}" for word in report.flags)
+
+
+def turns_text(report: CheckReport) -> list[str]:
+    """Which images have no up, and that turning them is suggested, or why it is not."""
+    if not report.without_up:
+        return []
+    kinds = ", ".join(plural(count, kind) for kind, count in report.without_up.items())
+    advice = "--data.turns true turns them by quarters" if report.suggestion.turns else "the other images may have one"
+    return [f"turns        {kinds} by their metadata, which have no up: {advice}"]
+
+
+def pages_text(report: CheckReport) -> list[str]:
+    """The command that tells what pages are, where that is what keeps files from being read."""
+    if not any("give data.pages" in reason for _, reason in report.unreadable):
+        return []
+    return ["", f"next         simmim check-data {shlex.quote(printable(report.path))} --pages images (or channels, first)"]
 
 
 def values_text(report: CheckReport) -> list[str]:
@@ -84,7 +101,9 @@ def values_text(report: CheckReport) -> list[str]:
     names = report.channel_names or [str(channel) for channel in range(len(report.ranges))]
     ranges = [f"{low:,.6g} to {high:,.6g}" for low, high in report.ranges]
     name_width, range_width = max(map(len, names)), max(map(len, ranges))
-    lines = ["values       one range a channel for all images, as --data.range auto takes it"]
+    setting = "is given" if "--data.range" in report.flags else "auto takes it"
+    scale = f"; histograms after {report.transform}" if report.transform != "none" else ""
+    lines = [f"values       one range a channel for all images, as --data.range {setting}{scale}"]
     for name, covered, histogram, missing in zip(names, ranges, report.histograms, report.missing):
         fullest = max(histogram) or 1
         drawn = "".join(BLOCKS[math.ceil((len(BLOCKS) - 1) * share / fullest)] for share in histogram)

@@ -22,6 +22,7 @@ class CheckDataOptions:
         workers: reading processes; by default one per core.
         json: print JSON and nothing else.
         range: of deep values, as data.range of pretrain.
+        transform: of deep values, as data.transform of pretrain.
         pages: as data.pages of pretrain.
         channel_files: as data.channel_files of pretrain.
         channels_used: as data.channels_used of pretrain.
@@ -38,6 +39,7 @@ class CheckDataOptions:
     pixel_size: float | None = None
     max_background: float = 0.95
     range: tuple[tuple[float, float], ...] | str = "auto"
+    transform: str = "none"
     pages: str | None = None
     channel_files: str | None = None
     channels_used: tuple[int | str, ...] | None = None
@@ -57,7 +59,7 @@ def run_check_data(words: Sequence[str]) -> int:
     from simmim.training.trainer import device_type
 
     reading = Reading(
-        options.range, pages=options.pages, channel_files=options.channel_files, channels_used=options.channels_used
+        options.range, options.transform, options.pages, options.channel_files, channels_used=options.channels_used
     )
     report = check_images(
         open_images(options.path, options.column, reading),

@@ -42,10 +42,15 @@ RATES = (100.0, 500.0, 2000.0)  # images/s of a model
 
 @dataclass(frozen=True)
 class Suggestion:
-    """Settings of `simmim pretrain` that follow from these images. Its own defaults follow from a sample of them."""
+    """Settings of `simmim pretrain` that follow from these images. Its own defaults follow from a sample of them.
+
+    Attributes:
+        turns: whether most images have no up, as their files' metadata tell.
+    """
 
     image_size_px: int
     preset: str
+    turns: bool = False
 
 
 @dataclass(frozen=True)
@@ -67,6 +72,7 @@ class CheckReport:
         short_sides_px: images by the length of their shorter side; the keys are the buckets' smallest lengths.
         short_side_px: the median; 0 if nothing is readable.
         oriented: images that carry an EXIF orientation other than upright.
+        without_up: images by the kind that has no up, as slides and maps, told by their files' metadata.
         unreadable: (path, reason) of every image that training would replace.
         problem: what is wrong with the source as a whole, if anything.
         duplicate_groups: groups of byte-identical images.
@@ -79,6 +85,7 @@ class CheckReport:
         tiles: that make an epoch, where images are read by tiles; then one tile of each image is read, and shorter sides
             are those of tiles.
         empty_share: of the tiles drawn from all images, which are background.
+        transform: of the values, in which histograms are.
     """
 
     path: str
@@ -95,6 +102,7 @@ class CheckReport:
     short_sides_px: dict[int, int]
     short_side_px: int
     oriented: int
+    without_up: dict[str, int]
     unreadable: tuple[tuple[str, str], ...]
     problem: str | None
     duplicate_groups: int
@@ -106,6 +114,7 @@ class CheckReport:
     suggestion: Suggestion | None
     tiles: int | None = None
     empty_share: float | None = None
+    transform: str = "none"
 
     @property
     def sound(self) -> bool:
@@ -152,7 +161,8 @@ def check_images(
     median_px = median_of(tally.short_sides)
     suggestion, rate = None, None
     if readable.any():
-        suggestion = Suggestion(side_px := default_image_size(median_px, device), default_preset(side_px, device))
+        side_px, turns = default_image_size(median_px, device), 2 * tally.without_up.total() > readable.sum()
+        suggestion = Suggestion(side_px, default_preset(side_px, device), bool(turns))
         rate = measure_loading_rate(source, np.flatnonzero(readable), RandomView((side_px, side_px)), how, tile_of)
     return CheckReport(
         path=path,
@@ -172,6 +182,7 @@ def check_images(
         suggestion=suggestion,
         tiles=None if plan is None else len(plan),
         empty_share=empty_share,
+        transform=how[2].transform,
     )
 
 
@@ -200,6 +211,7 @@ def tally_fields(tally: Tally) -> dict[str, Any]:
         "modes": frequent_first(tally.modes),
         "short_sides_px": histogram(tally.short_sides),
         "oriented": tally.oriented,
+        "without_up": frequent_first(tally.without_up),
         "unreadable": tuple(tally.unreadable),
     }
 

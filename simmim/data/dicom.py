@@ -8,7 +8,7 @@ import numpy as np
 
 from simmim.data.deep import StoredValues
 from simmim.data.file_checks import check_size, pick_image
-from simmim.data.file_formats import FileFormat
+from simmim.data.file_formats import MICROSCOPY, SLIDE, FileFormat
 from simmim.data.pillow_guard import silence_logger
 from simmim.data.records import Record
 from simmim.reading import Reading
@@ -39,6 +39,10 @@ class DicomFormat(FileFormat):
 
     def count(self, stream: BinaryIO, reading: Reading) -> int:
         return len(divide_frames(read_dataset(stream, pixels=False), reading.pages))
+
+    def kind_without_up(self, stream: BinaryIO) -> str | None:
+        modality = read_dataset(stream, pixels=False).get("Modality")
+        return {"SM": SLIDE, "GM": MICROSCOPY}.get(modality)  # slide and general microscopy
 
 
 def read_dataset(stream: BinaryIO, pixels: bool = True) -> Any:

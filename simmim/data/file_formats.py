@@ -13,12 +13,16 @@ from simmim.data.deep import StoredValues
 from simmim.data.file_checks import BY_TILES, check_size, pick_image
 from simmim.data.records import Record
 from simmim.data.tiff import divide_pages, open_tiff, read_pages
-from simmim.data.tiff_windows import TiffImage
+from simmim.data.tiff_windows import GEO_TAGS, TiffImage
 from simmim.data.windows import DecodedImage, WindowedImage
 from simmim.reading import Reading
 
 NUMPY_MAGIC = b"\x93NUMPY"
 HEAD_BYTES = 256  # of a file, by which formats are told
+SLIDE, MAP, MICROSCOPY = KINDS_WITHOUT_UP = ("slide", "georeferenced image", "micrograph")
+# By tifffile's names. ImageJ writes images of all kinds.
+SLIDE_FILES = ("is_svs", "is_ndpi", "is_scn", "is_bif", "is_qpi", "is_philips")
+MICROSCOPE_FILES = ("is_ome", "is_stk", "is_lsm", "is_fluoview", "is_micromanager")
 
 
 class FileFormat(ABC):
@@ -51,6 +55,14 @@ class FileFormat(ABC):
     def count(self, stream: BinaryIO, reading: Reading) -> int:
         """How many images the file holds."""
         return 1
+
+    def kind_without_up(self, stream: BinaryIO) -> str | None:
+        """What the file is where its metadata tell that no side of its images is up: one of `KINDS_WITHOUT_UP`.
+
+        Raises:
+            Exception: as `read`.
+        """
+        return None
 
     def open_windows(
         self, stream: BinaryIO, record: Record, reading: Reading, page: int | None, max_pixels: int
@@ -118,6 +130,14 @@ class TiffFormat(FileFormat):
     def count(self, stream: BinaryIO, reading: Reading) -> int:
         with open_tiff(stream) as tiff:
             return len(divide_pages(tiff, reading.pages))
+
+    def kind_without_up(self, stream: BinaryIO) -> str | None:
+        with open_tiff(stream) as tiff:
+            if any(getattr(tiff, name) for name in SLIDE_FILES):
+                return SLIDE
+            if any(tag in tiff.pages.first.tags for tag in GEO_TAGS):
+                return MAP
+            return MICROSCOPY if any(getattr(tiff, name) for name in MICROSCOPE_FILES) else None
 
     def open_windows(
         self, stream: BinaryIO, record: Record, reading: Reading, page: int | None, max_pixels: int

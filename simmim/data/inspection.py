@@ -35,6 +35,7 @@ class Tally:
         formats, modes: images by file format and by Pillow mode.
         short_sides: images by the length of their shorter side in pixels.
         oriented: images that carry an EXIF orientation other than upright.
+        without_up: images by the kind that has no up, as of `FileFormat.kind_without_up`.
         unreadable: (path, reason) of every image that cannot be read.
         unreadable_rows: their rows.
         sizes: bytes of each image's file, of the rows just read; not summed up by `add`.
@@ -44,13 +45,14 @@ class Tally:
     modes: Counter = field(default_factory=Counter)
     short_sides: Counter = field(default_factory=Counter)
     oriented: int = 0
+    without_up: Counter = field(default_factory=Counter)
     unreadable: list[tuple[str, str]] = field(default_factory=list)
     unreadable_rows: list[int] = field(default_factory=list)
     sizes: list[int] = field(default_factory=list)
 
     def add(self, other: Tally) -> None:
         """Add another tally's counts, without its sizes."""
-        for name in ("formats", "modes", "short_sides"):
+        for name in ("formats", "modes", "short_sides", "without_up"):
             getattr(self, name).update(getattr(other, name))
         self.oriented += other.oriented
         self.unreadable += other.unreadable
@@ -108,6 +110,8 @@ class RowTallies(Dataset):
         tally.modes[mode] += 1
         tally.short_sides[min(height, width)] += 1
         tally.oriented += oriented
+        if kind := kind_without_up(record):
+            tally.without_up[kind] += 1
 
 
 def read_header(record: Record) -> tuple[str, str, bool]:
@@ -121,6 +125,14 @@ def read_header(record: Record) -> tuple[str, str, bool]:
             if kind := detect_format(stream):
                 return kind.name, "array", False
         return "?", "array", False
+
+
+def kind_without_up(record: Record) -> str | None:
+    """What a readable image is, where its file's metadata tell that it has no up; as of `FileFormat.kind_without_up`."""
+    with contextlib.suppress(*UNREADABLE), decoding(), open_record(record) as stream:
+        if kind := detect_format(stream):
+            return kind.kind_without_up(stream)
+    return None
 
 
 def process_rows(
