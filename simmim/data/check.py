@@ -158,12 +158,10 @@ def check_images(
     readable = np.ones(len(source), dtype=bool)
     readable[tally.unreadable_rows] = False
     groups = find_duplicates(source, np.where(readable, sizes, 0), workers, progress)
-    median_px = median_of(tally.short_sides)
-    suggestion, rate = None, None
-    if readable.any():
-        side_px, turns = default_image_size(median_px, device), 2 * tally.without_up.total() > readable.sum()
-        suggestion = Suggestion(side_px, default_preset(side_px, device), bool(turns))
-        rate = measure_loading_rate(source, np.flatnonzero(readable), RandomView((side_px, side_px)), how, tile_of)
+    suggestion, rate = suggest(tally, device), None
+    if suggestion is not None:
+        view = RandomView((suggestion.image_size_px,) * 2)
+        rate = measure_loading_rate(source, np.flatnonzero(readable), view, how, tile_of)
     return CheckReport(
         path=path,
         images=len(source),
@@ -171,7 +169,7 @@ def check_images(
         **tally_fields(tally),
         **channel_fields(measured),
         flags=(*reading_flags(reading), *tile_flags(tiles)),
-        short_side_px=median_px,
+        short_side_px=median_of(tally.short_sides),
         problem=problem,
         duplicate_groups=len(groups),
         duplicates_removable=sum(len(group) - 1 for group in groups),
@@ -184,6 +182,19 @@ def check_images(
         empty_share=empty_share,
         transform=how[2].transform,
     )
+
+
+def suggest(tally: Tally, device: str) -> Suggestion | None:
+    """Settings for images as they were counted; None where none is readable.
+
+    Args:
+        device: cuda, mps or cpu.
+    """
+    num_readable = tally.short_sides.total()
+    if not num_readable:
+        return None
+    side_px = default_image_size(median_of(tally.short_sides), device)
+    return Suggestion(side_px, default_preset(side_px, device), turns=2 * tally.without_up.total() > num_readable)
 
 
 def find_tiles(
