@@ -96,11 +96,11 @@ def number_files(images: datasets.Dataset) -> np.ndarray | None:
     paths = images.select_columns(["image"]).flatten().select_columns(["image.path"]).with_format("arrow")[:]["image.path"]
     if not pyarrow.compute.any(pyarrow.compute.match_substring(paths, "#page=")).as_py():
         return None
-    numbers, before = np.empty(len(images), np.int64), None
+    numbers, before = np.empty(len(images), np.int64), parse_address("")
     number = -1
     for row, path in enumerate(paths.to_pylist()):
         address = parse_address(path or "")
-        goes_on = before is not None and address.page is not None and before.files == address.files
+        goes_on = number >= 0 and address.page is not None and before.files == address.files
         # Files in memory may have no name, or the same; a page that does not follow is of another one.
         number += not (goes_on and (before.page or 0) < address.page)
         numbers[row], before = number, address
