@@ -1,4 +1,4 @@
-"""Every command and every piece of Python in the README runs as it stands there, in order, on real digits and scenes."""
+"""Every command and piece of Python in the README and its pages runs as it stands, in order, on real digits and scenes."""
 
 import json
 import re
@@ -17,7 +17,9 @@ from PIL import Image
 from simmim.cli import main
 
 ROOT = Path(__file__).parents[1]
-README = (ROOT / "README.md").read_text(encoding="utf-8")
+DOCS = ("pretraining", "few-labels", "images", "results")
+PAGES = [ROOT / "README.md", *(ROOT / "docs" / f"{name}.md" for name in DOCS)]
+TEXT = "\n".join(page.read_text(encoding="utf-8") for page in PAGES)
 # Only what takes long is shortened, and what may be missing on a machine replaced; everything else is the README's. By the
 # fence of the block and the command.
 ONE_EPOCH = "--epochs 1 --optim.warmup-epochs 0 --workers 0"
@@ -43,7 +45,7 @@ NOT_RUN = {
 
 def commands(fence):
     """The words of every command in the blocks of one kind."""
-    for block in re.findall(rf"```{fence}\n(.*?)```", README, re.S):
+    for block in re.findall(rf"```{fence}\n(.*?)```", TEXT, re.S):
         for line in block.replace("\\\n", " ").splitlines():
             words = shlex.split(line.removeprefix("$ "), comments=True)
             if words and " ".join(words) not in NOT_RUN:
@@ -110,7 +112,7 @@ def test_commands_then_python(place, fork_server, monkeypatch):
     assert run_commands("console", place, monkeypatch) == 27
     assert (place / "grid.png").is_file()
     assert (place / "predictions.csv").is_file()
-    blocks = re.findall(r"```python\n(.*?)```", README, re.S)
+    blocks = re.findall(r"```python\n(.*?)```", TEXT, re.S)
     assert len(blocks) == 2
     # One process for all blocks: what one defines the next may use.
     finish([fork_server.start("--version", prelude="\n".join(blocks), cwd=place)])
@@ -128,9 +130,10 @@ def test_commands_of_the_tables(tmp_path, monkeypatch, capsys):
 
 def test_every_block_is_known():
     """A block of another kind would run in no test."""
-    assert set(re.findall(r"^```(\S+)$", README, re.M)) == {"console", "sh", "python"}
+    assert set(re.findall(r"^```(\S+)$", TEXT, re.M)) == {"console", "sh", "python"}
 
 
-def test_what_the_readme_links_to_is_there():
-    for link in re.findall(r"\]\((?!http)([^)#]+)\)", README):
-        assert (ROOT / link).exists(), link
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.stem)
+def test_what_a_page_links_to_is_there(page):
+    for link in re.findall(r"\]\((?!http|#)([^)#]+)[^)]*\)", page.read_text(encoding="utf-8")):
+        assert (page.parent / link).exists(), link
