@@ -1,11 +1,13 @@
 """Labeled folders: classes, the validation part, and a number of labels per class drawn by the seed."""
 
+import random
 from collections import Counter
+from pathlib import Path
 
 import pytest
 from image_files import notices, write_empty
 
-from simmim.data import find_images, read_labeled_images
+from simmim.data import find_images, open_labeled_source, read_labeled_images
 
 
 def paths_and_labels(part):
@@ -74,13 +76,45 @@ def test_class_called_test_is_a_class(tmp_path):
     assert read_labeled_images(tmp_path, None, 0).classes == ("flight", "test")
 
 
-@pytest.mark.parametrize("count", [0, 9, 50])
-def test_more_labels_than_images(tmp_path, count):
-    write_empty(*(tmp_path / "many" / f"{number}.png" for number in range(100)))
-    write_empty(*(tmp_path / "few" / f"{number}.png" for number in range(10)))
-    message = f"{count} labels per class asked for, class 'few' has 8 training images: give 1 to 8"
-    with pytest.raises(ValueError, match=message):
-        read_labeled_images(tmp_path, count, 0)
+def test_more_labels_than_images(tmp_path):
+    """A class with fewer gives all it has, which is said once; the others' draws are those of a folder without it."""
+    for name, count in (("few", 8), ("many", 80), ("more", 90)):
+        write_empty(*(tmp_path / "all/train" / name / f"{number}.png" for number in range(count)))
+        write_empty(tmp_path / "all/val" / name / "0.png")
+    for part in ("train", "val"):
+        (tmp_path / "without" / part).mkdir(parents=True)
+        for name in ("many", "more"):
+            (tmp_path / "without" / part / name).symlink_to(tmp_path / "all" / part / name)
+
+    def drawn(labels, name):
+        return [Path(row["image"]["path"]).name for row in labels.train if labels.classes[row["label"]] == name]
+
+    for count in (8, 9, 50, 85):
+        labels, lines = notices(read_labeled_images, tmp_path / "all", count, 4)
+        assert Counter(labels.train["label"]) == {0: 8, 1: min(80, count), 2: count}
+        few = {8: "", 9: "1 of 3 classes has fewer, 8", 50: "1 of 3 classes has fewer, 8"}
+        text = few.get(count, "2 of 3 classes have fewer, the smallest 8")
+        assert lines == ([f"{count} labels per class: {text}, and all are taken"] if text else [])
+        if count > 8:
+            without, _ = notices(read_labeled_images, tmp_path / "without", count, 4)
+            assert [drawn(labels, name) for name in ("many", "more")] == [drawn(without, name) for name in ("many", "more")]
+    with pytest.raises(ValueError, match="0 labels per class asked for: give 1 or more"):
+        read_labeled_images(tmp_path / "all", 0, 0)
+
+
+def test_draws_stay_what_they_are(tmp_path):
+    """The rows of seed 5, as version 0.1 drew them, where every class has enough."""
+    for name in ("a", "b"):
+        write_empty(*(tmp_path / name / f"{number:02d}.png" for number in range(12)))
+    rows, held_out = open_labeled_source(tmp_path).draw_rows(3, 5)
+    generator = random.Random("labels/5")
+    expected = {}
+    for name, first in (("a", 0), ("b", 12)):
+        expected[name] = sorted(generator.sample(range(first, first + 12), 2))
+    assert held_out == expected
+    for name, first in (("a", 0), ("b", 12)):
+        left = [row for row in range(first, first + 12) if row not in expected[name]]
+        assert rows[name] == sorted(generator.sample(left, 3))
 
 
 def test_class_folders_that_cannot_work(tmp_path):

@@ -2,8 +2,10 @@
 
 import csv
 import json
+import shutil
 import statistics
 import time
+import warnings
 from dataclasses import replace
 from pathlib import Path
 
@@ -17,10 +19,20 @@ from simmim.data import read_labeled_images
 from simmim.finetune import ClassificationSettings, EncoderSettings, LabeledSettings, StudySettings, finetune
 from simmim.finetune.classification.folds import assign_folds
 from simmim.finetune.label_study.arms import Arm, pretrained_and_scratch
+from simmim.finetune.label_study.report import comparison_table
 from simmim.finetune.label_study.results import Rates, Trial, read_trials, write_trials
 from simmim.finetune.label_study.study import prepare_study, rate_grid
-from simmim.finetune.label_study.trials import Tuning, best_rates, build_job, run_arms, tuning_cost
+from simmim.finetune.label_study.trials import (
+    Tuning,
+    best_rates,
+    build_job,
+    read_metrics,
+    result_file,
+    run_arms,
+    tuning_cost,
+)
 from simmim.finetune.settings import OptimSettings
+from simmim.messages import Notice
 
 
 def trial(arm, labels, seed, accuracy, lr=0.1, loss=1.0, fold=None):
@@ -48,8 +60,79 @@ def test_folds_are_stratified_and_even():
     reference = sorted(len(held) for _, held in StratifiedKFold(3, shuffle=True, random_state=0).split(labels, labels))
     assert sizes == reference == [6, 6, 6]
     assert (parts == assign_folds(labels, 3, seed=4)).all() and (parts != assign_folds(labels, 3, seed=5)).any()
-    with pytest.raises(ValueError, match="class 1 has 5 labels, which cannot be divided into 6 parts"):
-        assign_folds(labels, 6, seed=0)
+    with pytest.raises(ValueError, match="no class has more than 7 labels, which cannot be divided into 8 parts"):
+        assign_folds(labels, 8, seed=0)
+
+
+def test_classes_with_fewer_labels_than_folds():
+    """Each label of a small class is held out once, in parts of its own; a single one never, as nothing would be left."""
+    labels = np.repeat([0, 1, 2], [7, 1, 2])
+    for seed in range(5):
+        parts = assign_folds(labels, 3, seed)
+        assert sorted(np.bincount(parts[labels == 0])) == [2, 2, 3]
+        assert parts[labels == 1].tolist() == [-1]
+        assert len(set(parts[labels == 2])) == 2 and parts[labels == 2].min() >= 0
+
+
+def test_a_class_with_fewer_labels_than_asked_for(digits, encoder_folder, tmp_path, capsys):
+    """It gives what it has, also in the parts of the cross-validation; the others' draws are as without it."""
+    from simmim.finetune.classification.task import read_labels
+
+    for name, count in (("0", 1), ("1", 4), ("2", 24), ("3", 24)):
+        for part in ("train", "test"):
+            files = sorted((digits.labeled / part / name).glob("*.png"))[: count if part == "train" else None]
+            (tmp_path / "data" / part / name).mkdir(parents=True)
+            for file in files:
+                shutil.copy(file, tmp_path / "data" / part / name)
+    settings = StudySettings(
+        data=str(tmp_path / "data"), out=str(tmp_path), init=str(encoder_folder), labels="2,10,all,99", seeds=2, folds=3
+    )
+    prepared = prepare_study(settings)
+    assert prepared.labels == {2: 7 / 4, 10: 25 / 4, "all": 53 / 4}
+    said = "10 labels per class: 2 of 4 classes have fewer, the smallest 1, and all are taken"
+    output = capsys.readouterr().out
+    assert f"at most    {said}\n" in output
+    assert "left out   99 labels per class: no class has more than 24 images\n" in output
+    assert prepared.notes == (
+        "With 2 labels per class: 1 of 4 classes has fewer, 1, and all are taken.",
+        f"With {said}.",
+        "A class with a single label is never held out to choose rates.",
+    )
+    sizes = {}
+
+    def run(job):
+        train, validation = (np.bincount(part["label"], minlength=4).tolist() for part in parts_of(job))
+        sizes.setdefault((job.settings.labels_per_class, bool(job.settings.data.fold)), []).append((train, validation))
+        return {"accuracy": 0.5, "validation_loss": 1.0}
+
+    def parts_of(job):
+        labels = read_labels(job.settings)
+        return labels.train, labels.validation
+
+    tuning = Tuning(rate_grid(prepared.settings)[:2], 3, 1)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", Notice)
+        result = run_arms(prepared.arms[:1], prepared.labels, (0,), tmp_path, processes=0, tuning=tuning, run=run)
+    assert sizes[10, False] == [([1, 4, 10, 10], [6, 6, 6, 6])]
+    folds = sizes[10, True]
+    assert len(folds) == 2 * 3 and all(held[0] == 0 and min(train) > 0 for train, held in folds)
+    assert np.sum([held for _, held in folds[:3]], axis=0).tolist() == [0, 4, 10, 10]
+    assert len(sizes[2, True]) == 2 * 2 and len(sizes[None, True]) == 2 * 3
+    assert comparison_table(result.trials, ("pre-trained",) * 2, tuple(result.labels)).splitlines()[3].startswith("| 10 |")
+
+
+def test_arms_of_similar_names_have_files_of_their_own(tmp_path):
+    """What an earlier version has stored, with hyphens for spaces, is still whose it is."""
+    base = ClassificationSettings(data="images", out="unused", init="enc", optim=OptimSettings(lr=0.1, layer_decay=0.7))
+    names = ["a b", "a-b", "a+b", "a%20b", "a  b", "a%2Bb"]
+    arms = [Arm(name, base, fingerprint=number) for number, name in enumerate(names)]
+    jobs = [build_job(arm, 2, 0, Rates(1.0, None)) for arm in arms]
+    assert len({result_file(tmp_path, job) for job in jobs}) == len(jobs)
+    assert all(" " not in job.name for job in jobs)
+    older = tmp_path / "trials/2-labels/a-b-seed-0.json"
+    older.parent.mkdir(parents=True)
+    older.write_text(json.dumps({"identity": jobs[0].identity, "metrics": {"accuracy": 0.5}}))
+    assert [read_metrics(job, tmp_path) for job in jobs] == [{"accuracy": 0.5}, *[None] * 5]
 
 
 def test_a_fold_sees_none_of_the_validation_images(digits):
@@ -281,7 +364,7 @@ def test_a_study_by_the_command(finished, encoder_folder):
     mean = statistics.fmean(float(by_kind["2", seed, "from scratch"]["accuracy"]) for seed in "01")
     assert f"| {100 * mean:.1f} ± " in table.splitlines()[3] and table.count("\n- With ") == 4
     assert (finished / "study.png").read_bytes().startswith(b"\x89PNG")
-    kept = finished / "runs/2-labels/from-scratch-seed-1"
+    kept = finished / "runs/2-labels/from+scratch-seed-1"
     assert (kept / "metrics.csv").is_file() and not (kept / "checkpoints").exists() and not (kept / "encoder").exists()
     assert not any((finished / "tuning-runs").rglob("*.yaml"))
 
@@ -329,7 +412,10 @@ def test_a_study_goes_on_and_grows(finished, digits, encoder_folder, capsys):
 @pytest.mark.parametrize(
     "more, said",
     [
-        (("--labels", "999"), "999 labels per class asked for, class '0' has 24 training images: give up to 24, or all"),
+        (
+            ("--labels", "999"),
+            "999 labels per class asked for, no class has more than 24 training images: give up to 24, or all",
+        ),
         (("--labels", "0"), "labels per class '0' is not a number from 1 on"),
         (("--labels", "2,2"), "give different numbers"),
         (("--labels", "few"), "labels per class 'few' is not a number"),

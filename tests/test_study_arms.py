@@ -153,7 +153,7 @@ def test_a_study_grows_by_the_unlabeled_images(digits, encoder_folder, tmp_path,
     table = (out / "table.md").read_text(encoding="utf-8")
     assert "| labels per class | pre-trained | from scratch | pre-trained semi | from scratch semi | seeds |" in table
     assert "pre-trained semi over pre-trained |" in table and "Your" in table
-    run = out / "runs/2-labels/from-scratch-semi-seed-1"
+    run = out / "runs/2-labels/from+scratch+semi-seed-1"
     assert (run / "pseudo-labels.csv").is_file() and "ratio: 2" in (run / "config.yaml").read_text()
     assert "steps: 4" in (run / "config.yaml").read_text()
     capsys.readouterr()

@@ -9,6 +9,8 @@ import numpy as np
 from simmim.data import LabeledImages
 from simmim.data.held_out import number_files
 
+NEVER_HELD_OUT = -1
+
 
 def assign_folds(labels: np.ndarray, num_parts: int, seed: int, files: np.ndarray | None = None) -> np.ndarray:
     """The part of each of N labels: the labels of each class are divided evenly, in an order drawn by `seed`.
@@ -21,20 +23,25 @@ def assign_folds(labels: np.ndarray, num_parts: int, seed: int, files: np.ndarra
             one part, so that the parts differ as the files do. None where each is a file of its own.
 
     Returns:
-        (N,) int64, parts from 0.
+        (N,) int64, parts from 0. A class with fewer labels than parts is in some of them; one with a single label is in
+        none, `NEVER_HELD_OUT`, as nothing of it would be left to train on.
 
     Raises:
-        ValueError: when a class has fewer labels than there are parts.
+        ValueError: when no class has as many labels as there are parts.
     """
+    counts = np.bincount(labels)
+    if counts.max() < num_parts:
+        raise ValueError(
+            f"no class has more than {counts.max()} labels, which cannot be divided into {num_parts} parts: give fewer parts"
+        )
     generator = random.Random(f"folds/{seed}")
     part_of = np.empty(len(labels), np.int64)
     num_assigned = 0
     for label in np.unique(labels):
         rows = np.flatnonzero(labels == label)
-        if len(rows) < num_parts:
-            raise ValueError(
-                f"class {label} has {len(rows)} labels, which cannot be divided into {num_parts} parts: give fewer parts"
-            )
+        if len(rows) == 1:
+            part_of[rows] = NEVER_HELD_OUT
+            continue
         of_class = None if files is None else np.unique(files[rows])
         if files is not None and of_class is not None and len(of_class) >= num_parts:
             for number, file in enumerate(generator.sample(of_class.tolist(), len(of_class))):

@@ -119,7 +119,8 @@ class ClassificationSettings(TransferSettings):
 
     Args:
         data: the labeled images; in Python a path is enough.
-        labels_per_class: number of training images per class, drawn by the seed; all by default.
+        labels_per_class: number of training images per class, drawn by the seed; all of a class that has fewer. All by
+            default.
         head: linear, on the mean over the last map; or attentive: a few learned queries attend over all of its tokens.
         monitor: metric by which the best model is chosen: accuracy, or macro_f1, in which all classes have the same weight.
         self_training: how unlabeled images are learned from, where data.unlabeled gives some.

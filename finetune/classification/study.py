@@ -2,9 +2,13 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+from dataclasses import replace
+
 import numpy as np
 
-from simmim.data import LabeledImages, open_labeled_source
+from simmim.data import open_labeled_source
+from simmim.data.labels import describe_shortage
 from simmim.finetune.classification.defaults import NO_RAND_AUGMENT, default_layer_decay, resolve_augmentation
 from simmim.finetune.classification.self_training.defaults import resolve_self_training
 from simmim.finetune.classification.self_training.prepare import check_channels
@@ -28,43 +32,56 @@ def open_labels(settings: StudySettings) -> OpenedLabels:
     source = open_labeled_source(data.path, data.column, data.label_column, find_reading(settings) or AUTO)
     validation_seed = validation_seed_of(settings, source.validation is not None)
     images = source.draw(None, settings.seed, validation_seed)
-    labels = available_labels(settings, images)
-    opened = OpenedLabels(images.train, images.validation, labels, validation_seed, source.test_validates)
+    counts = np.bincount(images.train["label"], minlength=len(images.classes))
+    labels = available_labels(settings, counts)
+    notes = shortage_notes(labels, counts)
+    opened = OpenedLabels(images.train, images.validation, labels, validation_seed, source.test_validates, notes=notes)
     if data.unlabeled is None:
         return opened
     reading = measure_training_images(settings, images.train).reading
     found = find_unlabeled(settings, source, labels, validation_seed, reading)
-    return OpenedLabels(
-        images.train,
-        images.validation,
-        labels,
-        validation_seed,
-        source.test_validates,
-        found.used_up,
-        found.notes(settings),
-        found.unlabeled,
-    )
+    return replace(opened, used_up=found.used_up, notes=(*notes, *found.notes(settings)), own=found.unlabeled)
 
 
-def available_labels(settings: StudySettings, images: LabeledImages) -> dict[int | str, float]:
-    """The numbers of labels for which every class has images, in ascending order, as of `StudyResult`; prints the others.
+def available_labels(settings: StudySettings, counts: np.ndarray) -> dict[int | str, float]:
+    """The numbers of labels that some class has, in ascending order, as of `StudyResult`; prints the others, and those for
+    which classes have fewer.
+
+    Args:
+        counts: (classes,) training images of each class.
 
     Raises:
         ValueError: when no number is left.
     """
-    counts = np.bincount(images.train["label"], minlength=len(images.classes))
-    smallest, rarest = int(counts.min()), images.classes[int(counts.argmin())]
-    labels = {value: float(counts.mean()) if value == ALL else value for value in settings.labels}
-    too_many = [value for value in labels if value != ALL and value > smallest]
-    for value in too_many:
-        print(f"left out   {value} labels per class: class {rarest!r} has {smallest} images")
-        del labels[value]
+    most = int(counts.max())
+    labels: dict[int | str, float] = {}
+    for value in settings.labels:
+        if value != ALL and value > most:
+            print(f"left out   {value} labels per class: no class has more than {most} images")
+            continue
+        short = value != ALL and value > counts.min()
+        labels[value] = float(np.minimum(counts, value).mean()) if short else float(counts.mean()) if value == ALL else value
+        if short:
+            print(f"at most    {describe_shortage(counts, value)}")
     if not labels:
         raise ValueError(
-            f"{too_many[0]} labels per class asked for, class {rarest!r} has {smallest} training images: "
-            f"give up to {smallest}, or {ALL}"
+            f"{settings.labels[0]} labels per class asked for, no class has more than {most} training images: "
+            f"give up to {most}, or {ALL}"
         )
     return dict(sorted(labels.items(), key=lambda item: item[1]))
+
+
+def shortage_notes(labels: Mapping[int | str, float], counts: np.ndarray) -> tuple[str, ...]:
+    """What the report says of numbers of labels that not every class has.
+
+    Args:
+        labels: as of `available_labels`.
+        counts: (classes,) training images of each class.
+    """
+    notes = [f"With {describe_shortage(counts, int(value))}." for value in labels if value != ALL and value > counts.min()]
+    if counts.min() == 1:
+        notes.append("A class with a single label is never held out to choose rates.")
+    return tuple(notes)
 
 
 def check_start(arm: Arm, start: Start, opened: OpenedLabels, device: str) -> None:

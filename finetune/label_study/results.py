@@ -119,7 +119,8 @@ class StudyResult:
         arms: names; the first one is compared with the others.
         trials: by labels, seed and arm.
         tuning: trials of the cross-validation.
-        labels: mean number of labels, of classification per class, by the number that was asked for; they differ for "all".
+        labels: mean number of labels, of classification per class, by the number that was asked for; they differ for
+            "all", and where some classes have fewer.
         judged_by: which images judge, for the report; empty where that is not known.
         sides: what each arm is; by default each is a start of its own, fine-tuned plainly.
         rates_of: whose rates an arm took, by its name, where it chose none itself.

@@ -74,7 +74,7 @@ class Tuning:
     Args:
         grid: rates to choose from. A single one serves all arms, and without any each arm keeps its own settings. A layer
             decay of "default" is that of the arm's settings, or of a run with as many labels.
-        num_folds: of the cross-validation; fewer where a class has fewer labels.
+        num_folds: of the cross-validation; fewer where there are fewer labels per class.
         num_seeds: choices of labels that are cross-validated; the best rates over all serve every seed.
         arms: that choose, though they need not be judged; by default those that are judged.
     """
@@ -97,7 +97,8 @@ class Tuning:
         for (value, per_class), arm in product(labels.items(), self.arms or arms):
             if arm.rates_of:
                 continue
-            grid, num_parts = self.grid_of(arm, per_class), min(self.num_folds, int(per_class))
+            # Of a class with fewer labels some parts have none; the number asked for is what the largest classes have.
+            grid, num_parts = self.grid_of(arm, per_class), min(self.num_folds, int(per_class if value == ALL else value))
             if len(grid) > 1 and num_parts > 1:
                 cases = product(grid, list(seeds)[: self.num_seeds], range(num_parts))
                 jobs[arm.name, value] = [
@@ -204,10 +205,15 @@ def build_job(arm: Arm, labels: int | str, seed: int, rates: Rates, fold: tuple[
         resume=False,
         overwrite=True,  # what an interrupted trial has left
     )
-    name = f"{labels}-labels/{arm.name.replace(' ', '-')}-seed-{seed}"
+    name = f"{labels}-labels/{as_file_name(arm.name)}-seed-{seed}"
     if fold is not None:
         name += f"-fold-{fold[0] + 1}-of-{fold[1]}-{rates}"
     return Job(arm, name, settings)
+
+
+def as_file_name(arm: str) -> str:
+    """The name of an arm in those of files: without spaces, another one for every other arm."""
+    return arm.replace("%", "%25").replace("+", "%2B").replace(" ", "+")
 
 
 def measure_of(settings: TransferSettings) -> Measure:
@@ -259,8 +265,8 @@ def run_jobs(
 
 def read_metrics(job: Job, out: Path) -> Metrics | None:
     """The stored metrics of a job; None where there are none, or they are of other settings or weights."""
-    file = result_file(out, job)
-    if not file.is_file():
+    file = next((file for file in (result_file(out, job), older_result_file(out, job)) if file.is_file()), None)
+    if file is None:
         return None
     stored = json.loads(file.read_text(encoding="utf-8"))
     settings, _ = with_current_names(stored["identity"]["settings"])
@@ -299,3 +305,10 @@ def run_trial(job: Job, out: Path, keep_weights: bool) -> Metrics:
 def result_file(out: Path, job: Job) -> Path:
     """Where the metrics of a job are stored."""
     return out / TRIALS / f"{job.name}.json"
+
+
+def older_result_file(out: Path, job: Job) -> Path:
+    """Where earlier versions stored them: with hyphens for spaces, so that two arms may share the file. Whose it is, its
+    identity tells."""
+    folder, _, name = job.name.partition("/")
+    return out / TRIALS / folder / f"{job.arm.name.replace(' ', '-')}{name.removeprefix(as_file_name(job.arm.name))}.json"

@@ -86,7 +86,7 @@ class CompareOptions:
         vectors: Parquet files, separated by commas, of vectors that others have computed, with columns path and vector, as
             embed writes them.
         data: labeled images, in any form that finetune reads.
-        labels_per_class: training images per class; all by default.
+        labels_per_class: training images per class, all of a class that has fewer; all by default.
         seed: of the random choice of labels, which is the same as finetune's with this seed.
         seeds: number of random choices of labels, from seed on; gives standard errors.
         stage: one stage, from 0, or final for the last one after the final norm.

@@ -71,6 +71,8 @@ class LabeledSource:
         Raises:
             ValueError: as `read_labeled_images`.
         """
+        if labels_per_class is not None and labels_per_class < 1:
+            raise ValueError(f"{labels_per_class} labels per class asked for: give 1 or more")
         generator = random.Random(f"labels/{seed}")
         hold_out = generator if validation_seed is None else random.Random(f"validation/{validation_seed}")
         rows = {name: list(self.rows[name]) for name in self.classes}
@@ -83,12 +85,10 @@ class LabeledSource:
                 rows[name], held_out[name] = hold_out_fifth(name, rows[name], files, hold_out)
         if labels_per_class is not None:
             for name in self.classes:
-                if not 1 <= labels_per_class <= len(rows[name]):
-                    raise ValueError(
-                        f"{labels_per_class} labels per class asked for, class {name!r} has {len(rows[name])} training "
-                        f"images: give 1 to {min(len(rows[name]) for name in self.classes)}"
-                    )
-                rows[name] = sorted(generator.sample(rows[name], labels_per_class))
+                if not rows[name]:
+                    raise ValueError(f"class {name!r} of {self.path!r} has no training image: add some, or leave it out")
+                if len(rows[name]) >= labels_per_class:  # a smaller class draws nothing, and changes no other's draw
+                    rows[name] = sorted(generator.sample(rows[name], labels_per_class))
         return rows, held_out
 
     def draw(self, labels_per_class: int | None, seed: int, validation_seed: int | None = None) -> LabeledImages:
@@ -147,17 +147,36 @@ def read_labeled_images(
     pages of files, a fifth of the files.
 
     Args:
-        labels_per_class: keep this number of training images of each class, drawn by `seed`; None keeps all.
+        labels_per_class: keep at most this number of training images of each class, drawn by `seed`; None keeps all. Of a
+            class with fewer, which is a `Notice`, all are kept.
         column, label_column: the columns of images and labels; detected by default.
         validation_seed: draws the fifth that is held out, the same whatever `seed` is; by default `seed` draws it. Of no
             effect where the source has a validation part.
         reading: which pages or files make an image.
 
     Raises:
-        ValueError: as `open_labeled_source`; if a class has a single image and must be divided, or fewer training
-            images than asked for.
+        ValueError: as `open_labeled_source`; if a class has a single image and must be divided, or no training
+            image; for fewer than 1 label per class.
     """
-    return open_labeled_source(path, column, label_column, reading).draw(labels_per_class, seed, validation_seed)
+    images = open_labeled_source(path, column, label_column, reading).draw(labels_per_class, seed, validation_seed)
+    if shortage := describe_shortage(np.bincount(images.train["label"]), labels_per_class):
+        notify(shortage)
+    return images
+
+
+def describe_shortage(counts: Sequence[int] | np.ndarray, labels_per_class: int | None) -> str:
+    """What there is to say of classes with fewer labels than asked for; empty where there are none.
+
+    Args:
+        counts: training images of each class, before or after labels are drawn.
+    """
+    few = [] if labels_per_class is None else [int(count) for count in counts if count < labels_per_class]
+    if not few:
+        return ""
+    have, fewest = ("has" if len(few) == 1 else "have"), (f", the smallest {min(few)}" if len(few) > 1 else f", {few[0]}")
+    return (
+        f"{labels_per_class} labels per class: {len(few)} of {len(counts)} classes {have} fewer{fewest}, and all are taken"
+    )
 
 
 def open_labeled_source(

@@ -13,9 +13,11 @@ import numpy as np
 
 from simmim.checkpoints.checkpoint import Preprocessing
 from simmim.data import LabeledSource
+from simmim.data.labels import describe_shortage
 from simmim.encoders.base import Encoder
 from simmim.evaluate.embeddings import DEFAULT_PASS, Embeddings, EncoderPass, collect_embeddings, embed_batches
 from simmim.evaluate.features import AnyFeature
+from simmim.messages import notify
 
 if TYPE_CHECKING:
     import datasets
@@ -46,7 +48,7 @@ def draw_labels(source: LabeledSource, labels_per_class: int | None, seed: int, 
     """The images that `simmim finetune` uses with the same seed.
 
     Args:
-        labels_per_class: training images per class; None for all.
+        labels_per_class: training images per class; None for all. A class with fewer, of which all are taken, is a `Notice`.
         max_images: upper limit of training images and of test images, chosen evenly over the classes; None for all.
 
     Raises:
@@ -56,8 +58,10 @@ def draw_labels(source: LabeledSource, labels_per_class: int | None, seed: int, 
     for rows in source.draw_rows(labels_per_class, seed):
         labels = np.repeat(np.arange(len(source.classes)), [len(rows[name]) for name in source.classes])
         labeled = LabeledRows(np.array([row for name in source.classes for row in rows[name]]), labels)
-        parts.append(subsample(labeled, max_images))
-    return Draw(seed, *parts)
+        parts.append(labeled)
+    if shortage := describe_shortage(np.bincount(parts[0].labels), labels_per_class):
+        notify(shortage)
+    return Draw(seed, *(subsample(part, max_images) for part in parts))
 
 
 def subsample(labeled: LabeledRows, max_images: int | None) -> LabeledRows:

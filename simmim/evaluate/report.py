@@ -39,7 +39,7 @@ class Comparison:
     Args:
         data: labeled images, as of `simmim.data.read_labeled_images`.
         method: probe, with k-NN beside it, or knn alone.
-        labels_per_class: training images per class; None for all.
+        labels_per_class: training images per class, all of a class that has fewer; None for all.
         seed: of the first draw of labels, which is that of fine-tuning with the same seed.
         seeds: number of draws, with the seeds seed, seed + 1, ….
         stage, pooling: of which features, as of `select_features`.
