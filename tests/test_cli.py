@@ -181,7 +181,6 @@ PROBE, KNN = "probe --run encoder --data split", "knn --run encoder --data split
         (f"{PRETRAIN} --probe.data absent", ["labeled folder 'absent' does not exist"]),
         (f"{PRETRAIN} --probe.data texts", ["labeled folder 'texts' has 0 class folders: give at least two"]),
         (f"{PRETRAIN} --probe.data torn", ["none of 4 images can be read; the first, torn/a/0.png: not an image"]),
-        (f"{PRETRAIN} --probe.data labeled --probe.labels-per-class 9", ["9 labels per class", "has 3 training images"]),
         (f"{PRETRAIN} --probe.data labeled --probe.method kn", ["unknown probe.method 'kn'", "'knn'?"]),
         (f"{PRETRAIN} --probe.every-epochs 0", ["probe.every_epochs is 0.0: give a positive number"]),
         (f"{PRETRAIN} --probe.dat labeled", ["unknown setting 'probe.dat'", "'probe.data'?"]),
