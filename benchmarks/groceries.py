@@ -4,9 +4,8 @@
     python benchmarks/groceries.py --source GroceryStoreDataset --out data/groceries
 
 OUT gets `unlabeled/` and `labeled/train/CLASS/` with the photographs of the data set's training part, and
-`labeled/test/CLASS/` with those of its test part, which are of other shops and days; the short side has 192 px. The classes
-are the data set's 43 coarse ones: Apple, not Golden-Delicious. Photographs of the one class that has none to learn from are
-left out.
+`labeled/test/CLASS/` with those of its test part; the short side has 192 px. The classes are the data set's 43 coarse ones:
+Apple, not Golden-Delicious. Photographs of the one class that has none to learn from are left out.
 """
 
 from __future__ import annotations

@@ -23,6 +23,7 @@ TEXT = "\n".join(page.read_text(encoding="utf-8") for page in PAGES)
 # Only what takes long is shortened, and what may be missing on a machine replaced; everything else is the README's. By the
 # fence of the block and the command.
 ONE_EPOCH = "--epochs 1 --optim.warmup-epochs 0 --workers 0"
+FEW_SECONDS = "--time 1s --preset nano --image-size 32 --batch-size 4 --workers 0"
 SHORTER = {
     "console": {
         "pretrain": "--epochs 1 --batch-size 48 --workers 0 --model.encoder.embed_dim 16 --model.encoder.num_heads [1,2]",
@@ -65,6 +66,8 @@ def run_commands(fence, folder, monkeypatch):
             assert words[0] == "python"
             command, run, words = words[1], import_module(Path(words[1]).stem).main, words[2:]
         short = "" if "--print_config" in words else SHORTER[fence].get(command, "")
+        if "--time" in words:  # in place of epochs
+            short = FEW_SECONDS
         try:
             assert run([*words, *short.split()]) in (0, None), (command, words)
         except SystemExit as done:  # --print_config
@@ -108,6 +111,16 @@ def write_objects(folder, files):
     (folder / "annotations" / "train.json").write_text(json.dumps(labels))
 
 
+def write_groceries(folder):
+    """A clone of the groceries' data set: two classes, six photographs of each to learn from and two to judge by."""
+    for part, count in (("train", 6), ("test", 2)):
+        paths = [f"{part}/Fruit/{name}/{name}_{part}{number}.jpg" for name in ("Apple", "Kiwi") for number in range(count)]
+        for path, pixels in zip(paths, noise(len(paths), 40, 50)):
+            (folder / path).parent.mkdir(parents=True, exist_ok=True)
+            Image.fromarray(pixels).save(folder / path)
+        (folder / f"{part}.txt").write_text("\n".join(paths))
+
+
 def test_commands_then_python(place, fork_server, monkeypatch):
     assert run_commands("console", place, monkeypatch) == 27
     assert (place / "grid.png").is_file()
@@ -119,12 +132,14 @@ def test_commands_then_python(place, fork_server, monkeypatch):
 
 
 def test_commands_of_the_tables(tmp_path, monkeypatch, capsys):
-    """The two comparisons of the README, from the source to the table."""
+    """The comparisons of the README and its pages, from the source to the table."""
     (tmp_path / "configs").symlink_to(ROOT / "configs")
     labels = np.arange(40, dtype=np.uint8) % 10
     write_idx_files(tmp_path / "source", {name: (noise(40, 28, 28), labels) for name in ("train", "t10k")})
-    assert run_commands("sh", tmp_path, monkeypatch) == 6
+    write_groceries(tmp_path / "GroceryStoreDataset" / "dataset")
+    assert run_commands("sh", tmp_path, monkeypatch) == 9
     assert (tmp_path / "runs/fashion-study/results.csv").is_file()
+    assert (tmp_path / "runs/groceries-study/results.csv").is_file()
     assert re.search(r"^\| 16 \| .* \| .* \| .* \| 2 \|", capsys.readouterr().out, re.M)
 
 
