@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import replace
+from typing import Any
 
 import numpy as np
 
@@ -55,17 +56,20 @@ def available_labels(settings: StudySettings, counts: np.ndarray) -> dict[int | 
     """
     most = int(counts.max())
     labels: dict[int | str, float] = {}
-    for value in settings.labels:
-        if value != ALL and value > most:
+    asked: tuple[Any, ...] = settings.labels  # type: ignore[assignment]
+    for value in asked:
+        if value == ALL:
+            labels[value] = float(counts.mean())
+        elif value > most:
             print(f"left out   {value} labels per class: no class has more than {most} images")
-            continue
-        short = value != ALL and value > counts.min()
-        labels[value] = float(np.minimum(counts, value).mean()) if short else float(counts.mean()) if value == ALL else value
-        if short:
+        elif value > counts.min():
+            labels[value] = float(np.minimum(counts, value).mean())
             print(f"at most    {describe_shortage(counts, value)}")
+        else:
+            labels[value] = value
     if not labels:
         raise ValueError(
-            f"{settings.labels[0]} labels per class asked for, no class has more than {most} training images: "
+            f"{asked[0]} labels per class asked for, no class has more than {most} training images: "
             f"give up to {most}, or {ALL}"
         )
     return dict(sorted(labels.items(), key=lambda item: item[1]))
