@@ -104,7 +104,7 @@ def result_of(gains, scratch=(0.5, 0.6, 0.7)):
 def test_sentences():
     sentences = gain_sentences(result_of((0.15, 0.05, 0.001)))
     assert sentences[0].startswith(
-        "With 10 labels per class pre-training gains 15.0 ± 1.2 points over from scratch (p < 0.001, "
+        "With 10 labels per class pre-training gains 15.0 ± 1.2 points against training from scratch (p < 0.001, "
     ), "± 0.29 · 4.30"
     # Seed 0 alone needs 20 · 2^0.55 labels, seed 2 alone 20 · 2^0.45; each is 1 of 27 draws.
     needs = ": from scratch needs 28 for the same score."
@@ -120,7 +120,8 @@ def test_sentence_where_the_other_arm_never_reaches_the_score_and_where_it_is_be
     assert sentences[0].endswith(
         "; from scratch does not reach that score with 40: more than 30 labels per class saved (95 % interval over 30)."
     )
-    assert "pre-training loses 10.0 ± 1.2 points over from scratch" in sentences[1] and "saves" not in sentences[1]
+    assert "pre-training loses 10.0 ± 1.2 points against training from scratch" in sentences[1]
+    assert "saves" not in sentences[1]
     assert sentences[2].endswith("over 3 seeds)."), "no larger number of labels was compared"
 
 

@@ -21,7 +21,7 @@ from simmim.finetune.label_study.gains import (
     scores_by_seed,
 )
 from simmim.finetune.label_study.results import StudyResult, write_trials
-from simmim.finetune.label_study.settings import ALL, PLAIN
+from simmim.finetune.label_study.settings import ALL, PLAIN, SCRATCH
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -149,8 +149,9 @@ def gain_sentence(result: StudyResult, labels: int | str, contrast: Contrast) ->
     condition = "With all labels" if labels == ALL else f"With {result.measure.counted(labels)}"  # type: ignore[arg-type]
     verb, points = ("gains", gain.mean) if gain.mean >= 0 else ("loses", -gain.mean)
     test = "" if math.isnan(gain.p) else f"p {p_text(gain.p)}, paired t-test over "
+    against = f"training {other}" if other == SCRATCH else other
     text = (
-        f"{condition}{contrast.given} {contrast.subject} {verb} {points:.1f} ± {gain.spread:.1f} points over {other} "
+        f"{condition}{contrast.given} {contrast.subject} {verb} {points:.1f} ± {gain.spread:.1f} points against {against} "
         f"({test}{gain.num_seeds} seeds)"
     )
     if not gain.p < SIGNIFICANCE_LEVEL:
