@@ -31,7 +31,6 @@ from simmim.data.kept_pictures import KeptPictures
 from simmim.data.label_map_sources import note_on_label_maps
 from simmim.data.tiles import TilePlan, measure_tiles, plan_tiles, sample_tiles
 from simmim.encoders import registry
-from simmim.messages import without_notices
 from simmim.methods.base import Method
 from simmim.methods.registry import default_method, method_named
 from simmim.pretrain.calibration import (
@@ -275,7 +274,8 @@ def resolve_length(settings: PretrainSettings) -> tuple[Resolved, list[str]]:
     is_single = num_processes(settings, device) == 1
     if seconds is not None and not is_single:
         raise ValueError(f"time is {settings.time} and there are several devices, which it does not measure: give epochs")
-    resolved = resolve_run(settings)
+    found = look(settings)
+    resolved = fill_in(settings, found)
     num_images, batch_size = resolved.source.num_images, resolved.settings.batch_size
     if not is_single or (seconds is None and is_short(resolved.settings, num_images)):
         return resolved, []
@@ -287,8 +287,7 @@ def resolve_length(settings: PretrainSettings) -> tuple[Resolved, list[str]]:
     if seconds is not None:
         epochs = epochs_in(seconds, step_s, batch_size, num_images)
         chosen = [chosen_line(resolved.settings, epochs, num_images, step_s)]
-        with without_notices():  # of the same images again
-            resolved = resolve_run(replace(settings, epochs=epochs))
+        resolved = fill_in(replace(settings, epochs=epochs), found)
     return resolved, [*chosen, f"time     {estimate_line(resolved.settings, num_images, step_s)}"]
 
 
@@ -305,8 +304,30 @@ def measure_step(resolved: Resolved, device: str) -> float:
     return sum(share * each for share, each in zip(step_shares(resolved.settings), seconds))
 
 
+class Found(NamedTuple):
+    """What a run finds: images, machine, and the encoder to start from. None of it depends on the run's length.
+
+    Attributes:
+        source, held_out, tiles, keep_decoded, statistics, initial: those of `Resolved`.
+        device: cuda, mps or cpu.
+    """
+
+    source: Source
+    held_out: datasets.Dataset | None
+    tiles: TilePlan | None
+    keep_decoded: bool
+    statistics: ImageStatistics
+    initial: Checkpoint | None
+    device: str
+
+
 def resolve_run(settings: PretrainSettings) -> Resolved:
     """Look at the images, the machine and the encoder to start from, and fill in what the user left open."""
+    return fill_in(settings, look(settings))
+
+
+def look(settings: PretrainSettings) -> Found:
+    """Open the images, measure a sample of them, and read the encoder to start from."""
     # A run that is resumed no longer needs the encoder it started from, which may be gone.
     has_checkpoint = settings.resume and any(checkpoints_folder(Path(settings.out).expanduser()).glob("*.ckpt"))
     initial = read(settings.init) if settings.init != "none" and not has_checkpoint else None
@@ -320,8 +341,13 @@ def resolve_run(settings: PretrainSettings) -> Resolved:
     plan = tile_plan(data, source.images, reading)
     of_initial = data.range == "auto" and initial is not None
     source, images = measure_source(settings, source, plan, reading, measure_for_encoder if of_initial else measure_images)
-    device = device_type()
     keep_decoded = images.decoded_mib <= KEEP_DECODED_MIB and not source.streaming and plan is None
+    return Found(source, held_out, plan, keep_decoded, images, initial, device_type())
+
+
+def fill_in(settings: PretrainSettings, found: Found) -> Resolved:
+    """What a run is made of, by its settings and what it finds."""
+    source, held_out, tiles, keep_decoded, images, initial, device = found
     # Images that are in memory already are cropped faster than they could be sent between processes.
     workers = 0 if keep_decoded and device == "cpu" else default_num_workers(device)
     settings = resolve_settings(settings, images, source.num_images, device, workers, initial)
@@ -331,9 +357,9 @@ def resolve_run(settings: PretrainSettings) -> Resolved:
         num_steps = max(1, round(settings.epochs * source.num_images / settings.batch_size))
         every_steps = default_steps_between(num_steps, len(held_out), settings.batch_size)
         settings = replace(settings, validate_every_epochs=every_steps * settings.batch_size / source.num_images)
-    may_keep = not (source.streaming or keep_decoded or plan)
+    may_keep = not (source.streaming or keep_decoded or tiles)
     settings, kept = resolve_cache(settings, source, images, random_views(settings) if may_keep else [])
-    return Resolved(settings, source, keep_decoded, initial, held_out, images.short_side_px, plan, kept, images)
+    return Resolved(settings, source, keep_decoded, initial, held_out, images.short_side_px, tiles, kept, images)
 
 
 def tile_plan(data: DataSettings, images: datasets.Dataset, reading: Reading) -> TilePlan | None:

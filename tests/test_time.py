@@ -125,7 +125,10 @@ def test_on_a_cpu_a_run_without_a_length_takes_an_hour(digits, tmp_path, monkeyp
     """Where the default number of epochs would take longer, which is said; and the resumed run keeps what was chosen."""
     monkeypatch.setattr(calibration, "SHORT_PIXELS", 0.0)
     monkeypatch.setattr(run, "measure_step", lambda resolved, device: 300.0)
+    look, looked = run.look, []
+    monkeypatch.setattr(run, "look", lambda given: looked.append(given) or look(given))
     whole = pretrain(settings(digits, tmp_path / "whole"))
+    assert len(looked) == 1, "images are opened and measured once, whatever the length"
     out = capsys.readouterr().out
     count = len(list(digits.unlabeled.iterdir()))
     epochs = epochs_in(3600, 300.0, 32, count)
