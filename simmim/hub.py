@@ -112,6 +112,43 @@ def cached(repo: str, revision: str | None, weights: Sequence[Sequence[str]]) ->
     return None
 
 
+def check_push(repo: str, license: str | None) -> None:
+    """Check that a folder can be pushed, before it is made.
+
+    Args:
+        license: of the model, as the hub names licenses; None or "unknown" where nobody has said it.
+
+    Raises:
+        ValueError: for an id that is none, without a license, and without a login.
+    """
+    import huggingface_hub
+
+    split_id(repo)
+    if license in (None, "unknown"):
+        raise ValueError(f"{repo} needs a license in its card, which is not guessed: give license, cc-by-4.0 for instance")
+    if not huggingface_hub.get_token():
+        raise ValueError(f"{repo} cannot be written without a login: hf auth login, then push_to_hub again")
+
+
+def push(folder: Path, repo: str) -> str:
+    """Push a folder's files to a repository, made private where it does not exist, and return its address.
+
+    Raises:
+        ValueError: when the hub cannot be reached or does not accept them.
+    """
+    import huggingface_hub
+
+    api = huggingface_hub.HfApi()
+    try:
+        address = api.create_repo(repo, private=True, exist_ok=True)
+        api.upload_folder(repo_id=repo, folder_path=str(folder), commit_message="Exported by simmim")
+    except Exception as error:
+        raise ValueError(
+            f"{folder} is exported, but {repo} does not take it ({first_line(error)}): push it again"
+        ) from error
+    return str(address)
+
+
 @contextlib.contextmanager
 def offline() -> Iterator[None]:
     """A context in which the libraries of the hub look into their caches alone, and do not wait for a connection."""

@@ -15,11 +15,13 @@ from types import SimpleNamespace
 import huggingface_hub
 import pytest
 import torch
+import yaml
 from huggingface_hub import constants, errors
 from tiny_backbones import import_timm, save
 
 from simmim import load_encoder
 from simmim.checkpoints import read_encoder
+from simmim.checkpoints.own_files import save_encoder
 from simmim.cli import main
 
 
@@ -155,3 +157,28 @@ def test_the_page_on_comparing_runs_as_it_stands(hub, digits, encoder_folder, tm
     assert len(lines) == 6
     out = capsys.readouterr().out
     assert "| resnet50.a1_in1k |" in out and "| theirs.parquet |" in out
+
+
+def test_an_export_is_pushed_with_its_card(hub, encoder_folder, tmp_path, monkeypatch, capsys):
+    """Nothing is made without a license or a login; the card names license, data, base model and metrics."""
+    calls = []
+    monkeypatch.setattr(huggingface_hub, "get_token", lambda: calls.append("token") or (None if len(calls) == 1 else "t"))
+    monkeypatch.setattr(
+        huggingface_hub.HfApi, "create_repo", lambda api, repo, **more: calls.append((repo, more)) or f"hub/{repo}"
+    )
+    monkeypatch.setattr(huggingface_hub.HfApi, "upload_folder", lambda api, **more: calls.append(more))
+    saved = read_encoder(encoder_folder)
+    origin = {"data": "photos", "accuracy": 0.5, "encoder": {"hub": "hf:facebook/tiny@main"}}
+    folder = save_encoder(tmp_path / "run", saved.encoder, saved.preprocessing, origin)
+    words = ["export", "--run", str(folder), "--out", str(tmp_path / "out"), "--push-to-hub"]
+    assert "needs a license in its card, which is not guessed" in refused([*words, "me/mine"], capsys)
+    assert "is no id of the hub" in refused([*words, "mine", "--license", "mit"], capsys)
+    assert "cannot be written without a login" in refused([*words, "me/mine", "--license", "mit"], capsys)
+    assert not (tmp_path / "out").exists()
+    assert main([*words, "me/mine", "--license", "mit"]) == 0
+    assert "pushed to hub/me/mine" in capsys.readouterr().out
+    assert calls[-2] == ("me/mine", {"private": True, "exist_ok": True})
+    assert calls[-1]["repo_id"] == "me/mine" and calls[-1]["folder_path"] == str(tmp_path / "out")
+    front = yaml.safe_load((tmp_path / "out/README.md").read_text().split("---")[1])
+    expected = {"license": "mit", "datasets": ["photos"], "base_model": "facebook/tiny", "metrics": ["accuracy"]}
+    assert expected.items() <= front.items() and front["pipeline_tag"] == "image-feature-extraction"

@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import json
+from collections.abc import Mapping
 from typing import Any
 
 from simmim.checkpoints.checkpoint import Checkpoint
 from simmim.checkpoints.formats.base import CLASSIFIER, Format
 from simmim.encoders import registry
 from simmim.encoders.heads import is_attentive
+from simmim.hub import PREFIX, split_id
 from simmim.methods.registry import METHODS, method_named
 
 # Entries of the provenance that have sections of their own; all others are the recipe.
@@ -33,6 +36,7 @@ def model_card(checkpoint: Checkpoint, format: Format, form: str, notes: tuple[s
         f"library_name: {format.library}",
         f"pipeline_tag: {'image-classification' if form == CLASSIFIER else 'image-feature-extraction'}",
         f"tags: [{family.name}, {checkpoint.method}, self-supervised]",
+        *further_front_matter(provenance, metrics),
         "---",
         "",
         f"# {family.title} {size}, {provenance.get('method', form)}",
@@ -58,6 +62,18 @@ def model_card(checkpoint: Checkpoint, format: Format, form: str, notes: tuple[s
     # A relative name, which is right wherever the folder goes.
     lines += section("Loading", ["```python", format.loading_code(checkpoint, form, "FOLDER"), "```"])
     return "\n".join(lines)
+
+
+def further_front_matter(provenance: Mapping[str, Any], metrics: Mapping[str, Any]) -> list[str]:
+    """Lines of what model hubs read beside license, library and task, as far as the provenance tells: data sets, the
+    published model that this one begins with, and the names of the metrics."""
+    before = provenance.get("encoder")
+    base = (before if isinstance(before, Mapping) else provenance).get("hub", "")
+    names = [name for name in metrics if name not in ("metrics", "validation")]
+    lines = [f"datasets: [{json.dumps(str(provenance['data']))}]"] if provenance.get("data") else []
+    if base.startswith(PREFIX):
+        lines.append(f"base_model: {split_id(base)[0]}")
+    return [*lines, *([f"metrics: [{', '.join(names)}]"] if names else [])]
 
 
 def opening(checkpoint: Checkpoint, form: str) -> str:

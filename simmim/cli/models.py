@@ -25,6 +25,8 @@ class ExportOptions:
         features: for onnx, pooled, or stages for the feature map of every stage.
         dynamic_size: for onnx, accept images of any size.
         license: for the model card; unknown by default.
+        push_to_hub: repository of the Hugging Face hub, owner/name, that receives the folder, made private where it does not
+            exist. It needs a license, which is never guessed.
     """
 
     run: str
@@ -36,6 +38,7 @@ class ExportOptions:
     features: str = "pooled"
     dynamic_size: bool = False
     license: str | None = None
+    push_to_hub: str | None = None
 
 
 def run_export(words: Sequence[str]) -> None:
@@ -48,7 +51,10 @@ def run_export(words: Sequence[str]) -> None:
     from simmim.checkpoints.export import export
     from simmim.defaults import as_size
     from simmim.finetune.registry import TASKS, task_named
+    from simmim.hub import check_push, push
 
+    if options.push_to_hub:
+        check_push(options.push_to_hub, options.license or read(options.run, **window_of(options)).provenance.get("license"))
     size = None if options.image_size is None else as_size(options.image_size)
     tasks = {name: task_named(name) for name in TASKS}
     own = next((task for task in tasks.values() if options.form is not None and task.form == options.form), None)
@@ -72,6 +78,8 @@ def run_export(words: Sequence[str]) -> None:
             exports = f", and --form {task.form} exports it" if task.form else ""
             print(f"note: the {name} head is left out: simmim predict reads it from the run{exports}")
     print(f"exported the {exported.contents} to {exported.folder}; load it with\n\n{exported.code}")
+    if options.push_to_hub:
+        print(f"\npushed to {push(exported.folder, options.push_to_hub)}")
 
 
 @dataclass(frozen=True)
