@@ -7,7 +7,9 @@
 
 Images, masks and weights are the same for all contenders (benchmarks/contenders.py). Each contender runs in a process of its
 own that computes only when it is asked to, so no two compute at once. A round asks all of them in turn, each for one step
-that is not timed and then for the steps that are. A step is forward, backward, and fused AdamW.
+that is not timed and then for the steps that are. A step is forward, backward, and fused AdamW. On CUDA a contender gives the
+memory that its step needed back to the device after each turn and keeps weights and the optimizer's state, so a batch may be
+as large as the largest contender alone allows.
 
 Each round also measures the rate of a plain matrix product (2048³ on a CPU, 8192³ on CUDA), the median over one second. The
 share is the rate of the operations in a contender's own matrix products, divided by that rate; both are medians over the
@@ -40,6 +42,8 @@ from simmim.cli.allocator import keep_freed_memory
 ROOT = Path(__file__).resolve().parents[1]
 MIB = 2**20
 GEMM_SECONDS = 1.0
+# Timed steps of each contender in a round. A step of a GPU takes milliseconds, and its clock rises within some of them.
+STEPS_PER_ROUND = {"cpu": 1, "cuda": 20}
 LOSS_TOLERANCE = 2e-3  # between contenders at the first step; bfloat16 rounds each network differently
 
 
@@ -81,7 +85,8 @@ def main(arguments: list[str] | None = None) -> int:
                 features=options.features,
                 authors=str(options.authors.resolve()) if options.authors else "",
             )
-            figures[precision] = compare(names, work, options.rounds, options.steps, options.cold)
+            steps = options.steps or STEPS_PER_ROUND.get(options.device, 1)
+            figures[precision] = compare(names, work, options.rounds, steps, options.cold)
             print(f"\n{title(work)}\n\n{as_markdown(figures[precision], work)}", flush=True)
     if options.json:
         options.json.write_text(json.dumps(figures, indent=1), encoding="utf-8")
@@ -100,7 +105,8 @@ def build_parser() -> argparse.ArgumentParser:
     parser.add_argument("--contenders", nargs="+", default=["ours", *PEERS], help="with +compile for torch.compile")
     parser.add_argument("--authors", type=Path, metavar="DIR", help="checkout of microsoft/Swin-Transformer")
     parser.add_argument("--rounds", type=int, default=7)
-    parser.add_argument("--steps", type=int, default=1, help="timed steps of each contender in a round")
+    steps = "timed steps of each contender in a round; by default 1 on a CPU and 20 on CUDA"
+    parser.add_argument("--steps", type=int, default=0, help=steps)
     parser.add_argument("--threads", type=int, default=0, help="of torch on a CPU; by default its own choice")
     parser.add_argument("--features", action="store_true", help="inference instead of training")
     parser.add_argument("--cold", action="store_true", help="compile with an empty cache")
@@ -134,14 +140,24 @@ def serve(name: str, work: Work) -> None:
     answer({"first_step_s": time.perf_counter() - started, "loss": first_loss})
     for _ in range(2):
         step()
-    answer({"peak_mib": peak_mib()})
+    peak = peak_mib()
+    release_memory(work.device)
+    answer({"peak_mib": peak})
     for line in sys.stdin:
         count = int(line.split()[1])
         step()  # fills the caches again, which the other contenders have used meanwhile
         started = time.perf_counter()
         for _ in range(count):
             step()
-        answer({"seconds": (time.perf_counter() - started) / count})
+        seconds = (time.perf_counter() - started) / count
+        release_memory(work.device)
+        answer({"seconds": seconds})
+
+
+def release_memory(device: str) -> None:
+    """Give memory that is allocated but not used back to the device, for the next contender."""
+    if device == "cuda":
+        torch.cuda.empty_cache()
 
 
 def build_step(model: nn.Module, work: Work, name: str, compiled: bool) -> Callable[[], float]:
@@ -180,7 +196,8 @@ def build_step(model: nn.Module, work: Work, name: str, compiled: bool) -> Calla
 
 
 def measure_peak(device: str) -> Callable[[], float]:
-    """Start to measure memory; the function that is returned gives the peak above the present state in MiB."""
+    """Start to measure memory; the function that is returned gives the peak in MiB: on a CPU of the process, above its present
+    state; on CUDA of the tensors of this process (`torch.cuda.max_memory_allocated`)."""
     if device == "cuda":
         torch.cuda.reset_peak_memory_stats()
         return lambda: torch.cuda.max_memory_allocated() / MIB
@@ -196,7 +213,7 @@ def measure_peak(device: str) -> Callable[[], float]:
 
 def compare(names: list[str], work: Work, rounds: int, steps: int, cold: bool) -> dict[str, dict]:
     """All contenders' figures by name, and under "gemm" the rates of a matrix product, in GFLOP/s."""
-    figures: dict[str, dict] = {"gemm": {"gflops": []}}
+    figures: dict[str, dict] = {"gemm": {"gflops": [], "device": device_name(work.device)}}
     workers: dict[str, Worker] = {}
     with contextlib.ExitStack() as stack:
         for name in names:
@@ -240,14 +257,21 @@ def gemm_gflops(work: Work) -> float:
         if work.device == "cuda":
             torch.cuda.synchronize()
         seconds.append(time.perf_counter() - started)
+    del a, b
+    release_memory(work.device)
     return 2 * side**3 / statistics.median(seconds) / 1e9
+
+
+def device_name(device: str) -> str:
+    """A GPU's name; else that of the kind of device."""
+    return torch.cuda.get_device_name(device) if device == "cuda" else device
 
 
 def title(work: Work) -> str:
     """The heading of a table: what was compared."""
     return (
         f"{'features' if work.features else 'training'}, {work.preset}, {work.size} px, window {work.window}, "
-        f"batch {work.batch}, {work.precision}, {work.device}, "
+        f"batch {work.batch}, {work.precision}, {device_name(work.device)}, "
         f"torch {torch.__version__.partition('+')[0]}"
     )
 

@@ -3,6 +3,7 @@
 import json
 import math
 import shutil
+import sys
 from pathlib import Path
 
 import detection
@@ -11,6 +12,7 @@ import recipe_search
 import segmentation
 import step
 from PIL import Image
+from torch import nn
 
 from simmim.cli.train import study_settings
 from simmim.finetune.label_study.results import Rates, Trial, write_trials
@@ -48,6 +50,33 @@ def test_a_share_follows_from_the_figures_beside_it():
     name, rate, share, *_ = table_row(step.as_markdown(figures, work))
     assert (name, rate) == ("transformers", "8.00")
     assert share == f"{8 * step.operations(work) / 1e9 / 200:.0%}" == "86%"
+
+
+def test_a_turn_on_a_gpu_leaves_room_for_the_next_contender(monkeypatch):
+    """Memory is given back after the first steps and after each turn, before the answer that lets another contender compute."""
+    events = []
+    monkeypatch.setattr(step, "release_memory", lambda device: events.append("release"))
+    monkeypatch.setattr(step, "answer", lambda values: events.append(next(iter(values))))
+    monkeypatch.setattr(step, "build_contender", lambda name, work: nn.Linear(1, 1))
+    monkeypatch.setattr(step, "build_step", lambda *_, **__: lambda: events.append("step") or 0.0)
+    monkeypatch.setattr(step, "measure_peak", lambda device: lambda: 1.0)
+    monkeypatch.setattr(sys, "stdin", ["steps 3", "steps 1"])
+    step.serve("transformers", step.Work("tiny", 192, 12, 16, "float32", "cpu"))
+    first = ["step", "first_step_s", "step", "step", "release", "peak_mib"]
+    assert events == [*first, *["step"] * 4, "release", "seconds", *["step"] * 2, "release", "seconds"]
+
+
+def test_a_gpu_is_named_and_takes_more_steps_in_a_round(monkeypatch, capsys):
+    """A step of a GPU is too short to be timed alone."""
+    calls = []
+    figures = {"gemm": {"gflops": [100.0]}, "ours": {"seconds": [1.0], "peak_mib": 1, "first_step_s": 1}}
+    monkeypatch.setattr(step, "compare", lambda *arguments: calls.append(arguments[3]) or figures)
+    monkeypatch.setattr(step.torch.cuda, "get_device_name", lambda device: "NVIDIA A100-SXM4-40GB")
+    for words in ("--device cuda", "--device cuda --steps 3", "--device cpu"):
+        monkeypatch.setattr(step, "operations", lambda *_: 1e9)
+        step.main([*SMALL.split(), "--contenders", "ours", *words.split()])
+        assert ("float32, NVIDIA A100-SXM4-40GB, torch" in capsys.readouterr().out) == ("cuda" in words)
+    assert calls == [20, 3, 1]
 
 
 def test_canvases_are_measured(fork_server):
