@@ -4,7 +4,7 @@ from importlib import import_module
 
 _HOMES = {
     "pretrain": "simmim.pretrain.run",
-    "load_pretrained": "simmim.pretrain.run",
+    "load_pretrained": "simmim.pretrain.model",
     "PretrainSettings": "simmim.pretrain.settings",
     "DataSettings": "simmim.pretrain.settings",
     "SimMIMSettings": "simmim.methods.simmim",

@@ -10,8 +10,8 @@ import torch
 from simmim.data import UNREADABLE, CenterView, describe_error, normalize, open_images, open_picture
 from simmim.data.tiles import plan_tiles, sample_tiles
 from simmim.files import atomic_write
+from simmim.pretrain.model import load_pretrained
 from simmim.pretrain.reconstruction_grid import reconstruction_grid
-from simmim.pretrain.run import load_pretrained
 
 
 def reconstruct(run: str | Path, images: str | Path, out: str | Path, count: int = 8, seed: int = 0) -> Path:

@@ -10,7 +10,7 @@ from simmim.pretrain.image_sizes import at_sizes, first_steps
 from simmim.pretrain.settings import PretrainSettings
 
 if TYPE_CHECKING:
-    from simmim.pretrain.run import Resolved
+    from simmim.pretrain.preparation import Resolved
 
 
 def training_samples(resolved: Resolved, num_steps: int) -> ImageSamples | StreamedSamples | GrowingSamples:

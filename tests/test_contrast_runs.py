@@ -13,7 +13,7 @@ from simmim import load_encoder
 from simmim.cli import main
 from simmim.methods.contrast import Contrast
 from simmim.pretrain import PretrainSettings, calibration, load_pretrained
-from simmim.pretrain.run import measure_step, resolve_run
+from simmim.pretrain.preparation import measure_step, resolve_run
 from simmim.training.saving import saved_steps
 
 SMALL = (

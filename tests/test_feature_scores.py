@@ -21,7 +21,7 @@ from simmim.evaluate import (
     verdict,
 )
 from simmim.pretrain import DataSettings, PretrainSettings, SimMIMSettings
-from simmim.pretrain.run import build_method
+from simmim.pretrain.model import build_method
 
 
 def test_scores_of_real_digits(digit_vectors):

@@ -19,9 +19,10 @@ from simmim.encoders import registry
 from simmim.encoders.swinv2 import SwinV2Config
 from simmim.encoders.swinv2.kernels.windows import window_indices
 from simmim.methods.registry import METHODS, method_named
-from simmim.pretrain import DataSettings, PretrainSettings, load_pretrained, run
+from simmim.pretrain import DataSettings, PretrainSettings, load_pretrained, preparation, pretrain
 from simmim.pretrain.calibration import estimate_line
 from simmim.pretrain.image_sizes import at_sizes, by_size, describe_sizes, first_steps
+from simmim.pretrain.model import build_method
 from simmim.pretrain.module import PretrainingModule
 from simmim.pretrain.samples import training_samples
 from simmim.pretrain.settings import OptimSettings
@@ -56,7 +57,7 @@ def settings_of(digits, out, **more):
 
 
 def resolved_of(digits, out, **more):
-    return run.resolve_run(settings_of(digits, out, **more))
+    return preparation.resolve_run(settings_of(digits, out, **more))
 
 
 def watch(monkeypatch):
@@ -141,7 +142,7 @@ def test_steps_of_each_size(digits, tmp_path):
 
 def module_of(settings):
     torch.manual_seed(0)
-    method = run.build_method(settings)
+    method = build_method(settings)
     for parameter in method.parameters():
         parameter.data.normal_(0, 0.1)
     data = settings.data
@@ -276,7 +277,7 @@ def test_steps_come_in_their_sizes(digits, tmp_path, monkeypatch):
     common = {"batch_size": 24, "epochs": 0.5, "method": "contrast", "init": "none", "save_every_steps": 100}
     model = {"encoder": {**TINY, "window_size": 6}, "view_scale": 0.5, "projector_dim": 16, "projection_dim": 8}
     more = {"model": model, "model_by_size": by_size_of("contrast"), "image_size_shares": (0.2, 0.4, 0.4)}
-    run.pretrain(settings_of(digits, tmp_path / "run", **common, **more, optim=OptimSettings(accumulate=2)))
+    pretrain(settings_of(digits, tmp_path / "run", **common, **more, optim=OptimSettings(accumulate=2)))
     assert [(size, windows) for size, windows, _, _ in seen] == [(16, {2})] * 2 + [(32, {4})] * 4 + [(48, {6})] * 4
     assert [views for *_, views in seen] == [[(8, 8)]] * 2 + [[(16, 16)]] * 4 + [[(24, 24)]] * 4
     resolved = resolved_of(digits, tmp_path, image_sizes=None, image_size=48)
@@ -317,8 +318,8 @@ def encoded(picture):
 def test_the_time_of_all_sizes(digits, tmp_path, monkeypatch):
     """The mean over the steps."""
     resolved = resolved_of(digits, tmp_path, image_size_shares=(0.5, 0.3, 0.2))
-    monkeypatch.setattr(run, "seconds_per_step", lambda module, samples, settings, device: float(settings.size[0]))
-    assert run.measure_step(resolved, "cpu") == pytest.approx(0.5 * 16 + 0.3 * 32 + 0.2 * 48)
+    monkeypatch.setattr(preparation, "seconds_per_step", lambda module, samples, settings, device: float(settings.size[0]))
+    assert preparation.measure_step(resolved, "cpu") == pytest.approx(0.5 * 16 + 0.3 * 32 + 0.2 * 48)
     assert "27 s a step as measured, the mean of all image sizes" in estimate_line(resolved.settings, 240, 27.2)
 
 

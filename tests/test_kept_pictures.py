@@ -18,7 +18,7 @@ from simmim.data import ImageSamples, RandomView, build_loader, dataset_from_pat
 from simmim.data.kept_pictures import KeptPictures, read_entry, stamp_of
 from simmim.data.shrinking import kept_size, needed_scale
 from simmim.pretrain.keeping import parse_budget
-from simmim.pretrain.run import resolve_run
+from simmim.pretrain.preparation import resolve_run
 from simmim.pretrain.settings import DataSettings, PretrainSettings
 from simmim.reading import AUTO, Reading
 
@@ -288,7 +288,7 @@ def pretrain(photos, out, *words):
 
 def test_runs_keep_images_where_it_pays(photos, tmp_path, monkeypatch, capsys):
     """On by default, said in a line with its size; off keeps none, and neither do images that are hardly larger."""
-    monkeypatch.setattr("simmim.pretrain.run.KEEP_DECODED_MIB", 0)
+    monkeypatch.setattr("simmim.pretrain.preparation.KEEP_DECODED_MIB", 0)
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
     assert pretrain(photos, tmp_path / "run") == 0
     [line] = [line for line in capsys.readouterr().out.splitlines() if line.startswith("cache ")]

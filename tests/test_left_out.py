@@ -144,7 +144,7 @@ def test_a_run_that_goes_on_with_other_images_says_so(folder, deny, tmp_path, po
     from PIL import Image
 
     from simmim.pretrain import DataSettings, PretrainSettings, SimMIMSettings, pretrain
-    from simmim.pretrain.run import read_settings
+    from simmim.pretrain.model import read_settings
 
     for number, path in enumerate(find_images(folder)):
         Image.fromarray(np.full((32, 32), number, np.uint8)).save(path)

@@ -18,8 +18,8 @@ from simmim.finetune.detection.model import Detector
 from simmim.finetune.detection.model import HeadShape as DetectorShape
 from simmim.finetune.segmentation.model import HeadShape, Segmenter
 from simmim.finetune.settings import resolve_schedule
+from simmim.pretrain.model import build_method
 from simmim.pretrain.resolve import resolve_settings
-from simmim.pretrain.run import build_method
 from simmim.training.optim import parameter_rules
 
 CONFIGS = Path(__file__).parents[1] / "configs"

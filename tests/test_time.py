@@ -8,7 +8,15 @@ import torch
 import yaml
 
 from simmim.cli import main
-from simmim.pretrain import DataSettings, PretrainSettings, SimMIMSettings, calibration, load_pretrained, pretrain, run
+from simmim.pretrain import (
+    DataSettings,
+    PretrainSettings,
+    SimMIMSettings,
+    calibration,
+    load_pretrained,
+    preparation,
+    pretrain,
+)
 from simmim.pretrain.calibration import epochs_in, estimate_line, length_text, num_processes, parse_length, seconds_per_step
 
 SMALL = SimMIMSettings(mask_unit=8, encoder={"embed_dim": 16, "depths": [1, 1], "num_heads": [1, 2], "drop_path_rate": 0.3})
@@ -105,7 +113,7 @@ def test_an_estimate_is_printed_and_changes_nothing(digits, tmp_path, monkeypatc
 
 def test_a_given_time_chooses_the_epochs_once(digits, tmp_path, monkeypatch, power_cut, capsys):
     """19 steps of 0.1 s fit into 2 s. A resumed run measures nothing and reaches the same weights."""
-    monkeypatch.setattr(run, "measure_step", lambda resolved, device: 0.1)
+    monkeypatch.setattr(preparation, "measure_step", lambda resolved, device: 0.1)
     whole = pretrain(settings(digits, tmp_path / "whole", time="2s"))
     out = capsys.readouterr().out
     assert "chosen   2.53 epochs: what this machine does in 2s, 5% of it left" in out and "time     about 2 s" in out
@@ -114,7 +122,7 @@ def test_a_given_time_chooses_the_epochs_once(digits, tmp_path, monkeypatch, pow
     assert torch.load(whole / "checkpoints" / "last.ckpt", weights_only=True)["global_step"] == 19
     with power_cut(after_step=7):
         pretrain(settings(digits, tmp_path / "cut", time="2s"))
-    monkeypatch.setattr(run, "measure_step", lambda resolved, device: pytest.fail("measured again"))
+    monkeypatch.setattr(preparation, "measure_step", lambda resolved, device: pytest.fail("measured again"))
     cut = pretrain(settings(digits, tmp_path / "cut", time="2s", resume=True))
     assert main(["pretrain", "--out", str(cut), "--resume"]) == 0
     first, second = (load_pretrained(folder)[0].state_dict() for folder in (whole, cut))
@@ -124,9 +132,9 @@ def test_a_given_time_chooses_the_epochs_once(digits, tmp_path, monkeypatch, pow
 def test_on_a_cpu_a_run_without_a_length_takes_an_hour(digits, tmp_path, monkeypatch, capsys):
     """Where the default number of epochs would take longer, which is said; and the resumed run keeps what was chosen."""
     monkeypatch.setattr(calibration, "SHORT_PIXELS", 0.0)
-    monkeypatch.setattr(run, "measure_step", lambda resolved, device: 300.0)
-    look, looked = run.look, []
-    monkeypatch.setattr(run, "look", lambda given: looked.append(given) or look(given))
+    monkeypatch.setattr(preparation, "measure_step", lambda resolved, device: 300.0)
+    look, looked = preparation.look, []
+    monkeypatch.setattr(preparation, "look", lambda given: looked.append(given) or look(given))
     whole = pretrain(settings(digits, tmp_path / "whole"))
     assert len(looked) == 1, "images are opened and measured once, whatever the length"
     out = capsys.readouterr().out
@@ -136,8 +144,8 @@ def test_on_a_cpu_a_run_without_a_length_takes_an_hour(digits, tmp_path, monkeyp
     assert "time     about 1 h 0 min on this machine, 3e+02 s a step as measured" in out and "--time 1h" not in out
     assert yaml.safe_load((whole / "config.yaml").read_text())["epochs"] == epochs
     pretrain(settings(digits, tmp_path / "whole", resume=True))
-    monkeypatch.setattr(run, "measure_step", lambda resolved, device: 1e-4)
-    resolved, lines = run.resolve_length(settings(digits, tmp_path / "short"))
+    monkeypatch.setattr(preparation, "measure_step", lambda resolved, device: 1e-4)
+    resolved, lines = preparation.resolve_length(settings(digits, tmp_path / "short"))
     assert resolved.settings.epochs == 800 and lines == ["time     about 1 s on this machine, 0.0001 s a step as measured"]
 
 
