@@ -55,6 +55,8 @@ class LabeledDataSettings:
         range: of values deeper than 8 bits, as data.range of pretrain, from scratch. An encoder that was trained before
             brings its own.
         transform: of such values, as data.transform of pretrain, from scratch.
+        pages: as data.pages of pretrain; as for the encoder by default.
+        channel_files: as data.channel_files of pretrain; as for the encoder by default.
         channels_used: as data.channels_used of pretrain; those of the encoder by default.
         channel_names: as data.channel_names of pretrain; those of the encoder by default.
     """
@@ -65,6 +67,8 @@ class LabeledDataSettings:
     max_skipped_share: float = 0.05
     range: tuple[tuple[float, float], ...] | str = "auto"
     transform: str = "none"
+    pages: str | None = None
+    channel_files: str | None = None
     channels_used: tuple[int | str, ...] | None = None
     channel_names: tuple[str, ...] = ()
 

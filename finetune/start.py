@@ -4,12 +4,15 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import fields, replace
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple, NoReturn
 
 from simmim.checkpoints import read
 from simmim.checkpoints.checkpoint import Checkpoint, Preprocessing
 from simmim.checkpoints.fitting import build_encoder
 from simmim.data import ImageStatistics, default_num_workers, measure_for_encoder, measure_images
+from simmim.data.decode import MAX_PIXELS
+from simmim.data.image_statistics import sample_records
+from simmim.data.value_ranges import sample_values, settle_reading
 from simmim.defaults import (
     IMAGENET_MEAN,
     IMAGENET_STD,
@@ -21,6 +24,7 @@ from simmim.defaults import (
 from simmim.encoders import registry
 from simmim.encoders.base import Encoder, EncoderConfig, with_fields
 from simmim.finetune.settings import EncoderSettings, Settings, TransferSettings
+from simmim.messages import without_notices
 from simmim.reading import AUTO, Reading
 from simmim.training.run import KEEP_DECODED_MIB
 from simmim.training.trainer import default_precision
@@ -91,16 +95,56 @@ def find_reading(settings: TransferSettings) -> Reading | None:
     changes = {name: value for name, value in vars(given).items() if value != getattr(AUTO, name)}
     if known is None:
         return given if changes else None
+    if settings.init != "none" and changes.get("range") == "type":
+        del changes["range"]  # the encoder's; whether it is that of the images' type, `check_type_range` tells of the images
     for name in ("range", "transform"):
         if settings.init != "none" and name in changes and changes[name] != getattr(known, name):
-            stated = known.describe() or f"data.range {known.range}"
-            raise ValueError(
-                f"data.{name} is {changes[name]!r}, and the encoder in {settings.init} was trained with {stated}, which its "
-                f"weights expect: leave out data.{name}, or train from scratch with init: none"
-            )
+            refuse_scale(settings, name, f"{changes[name]!r}", known)
     if known.range == "image" and "transform" in changes:
         changes.setdefault("range", "auto")
     return replace(known, **changes)
+
+
+def refuse_scale(settings: TransferSettings, name: str, given: str, known: Reading) -> NoReturn:
+    """Refuse values on another scale than the encoder's.
+
+    Args:
+        name, given: the setting and what it is.
+        known: how the encoder's images were read.
+
+    Raises:
+        ValueError: always, naming both.
+    """
+    stated = known.describe() or f"data.range {known.range}"
+    raise ValueError(
+        f"data.{name} is {given}, and the encoder in {settings.init} was trained with {stated}, which its weights expect: "
+        f"leave out data.{name}, or train from scratch with init: none"
+    )
+
+
+def check_type_range(settings: TransferSettings, train: datasets.Dataset, known: Reading) -> None:
+    """Check that data.range type is, of these images, the range that the encoder was trained with.
+
+    Args:
+        known: how the encoder's images were read.
+
+    Raises:
+        ValueError: where it is another one, with both.
+    """
+    records = sample_records(train)
+    if known.range == "type" or not records:
+        return
+    if not known.is_deep:  # 8-bit values are the same by both
+        deep = sorted(sample_values(records, known, MAX_PIXELS, levels=False)[0].kinds.keys() - {"uint8", "bool"})
+        if deep:
+            refuse_scale(settings, "range", f"'type', of these images the whole range of {' and '.join(deep)}", known)
+        return
+    with without_notices():
+        found = settle_reading(replace(known, range="type"), records, len(known.range))
+    if found.range == "type":
+        refuse_scale(settings, "range", "'type', which leaves these images' 8-bit values as they are", known)
+    if found.is_deep and found.range != known.range:  # it is not where no image can be read, which is said later
+        refuse_scale(settings, "range", f"'type', of these images {found.describe()}", known)
 
 
 def encoder_reading(settings: TransferSettings) -> Reading | None:
@@ -123,9 +167,11 @@ def measure_training_images(settings: TransferSettings, train: datasets.Dataset)
     """Statistics of the training images, read as `find_reading` tells, else as suits them.
 
     Raises:
-        ValueError: as `find_reading` and `measure_images`.
+        ValueError: as `find_reading`, `check_type_range` and `measure_images`.
     """
     reading = find_reading(settings)
+    if settings.init != "none" and settings.data.range == "type" and reading is not None:
+        check_type_range(settings, train, reading)
     if settings.init == "none" and reading is not None and settings.data.range != "auto":
         return measure_images(train, reading=reading)
     return measure_for_encoder(train, reading)

@@ -10,6 +10,7 @@ import torch.nn.functional as F
 from PIL import Image, ImageEnhance, ImageOps
 
 from simmim.data import normalize
+from simmim.data.deep import DeepPicture, StoredValues
 from simmim.finetune.augment.affine import AffineSettings
 from simmim.finetune.augment.batch import BatchChanges
 from simmim.finetune.augment.color import (
@@ -24,6 +25,7 @@ from simmim.finetune.augment.color import (
 from simmim.finetune.augment.erasing import AREA, draw_box, erase
 from simmim.finetune.augment.mixing import Mix, MixSettings, draw_cut, mix
 from simmim.finetune.classification.module import soft_cross_entropy
+from simmim.reading import Reading
 
 SEEDS = list(range(3000))
 PLAIN = {"mean": (0.0,) * 3, "std": (1.0,) * 3}
@@ -68,6 +70,100 @@ def test_operations_equal_pil_s(name, sign):
         difference = np.abs(after.permute(1, 2, 0).numpy().astype(int) - expected.astype(int))
         assert (difference > 2).mean() < 0.01, (difference.max(), difference.mean())
     assert changed.dtype == torch.uint8
+
+
+def by_kornia(name, level, sign, images):
+    """The operation on 8-bit images as version 0.1 computed it."""
+    import kornia.enhance
+
+    values, factors = images.float() / 255, torch.full((len(images),), 1 + sign * 0.9 * level)
+    kornias = {
+        "brightness": lambda: kornia.enhance.adjust_brightness_accumulative(values, factors),
+        "contrast": lambda: kornia.enhance.adjust_contrast_with_mean_subtraction(values, factors),
+        "saturation": lambda: kornia.enhance.adjust_saturation_with_gray_subtraction(values, factors),
+        "sharpness": lambda: kornia.enhance.sharpness(values, factors),
+        "posterize": lambda: kornia.enhance.posterize(values, torch.full((len(images),), max(4 - int(4 * level), 1))),
+        "equalize": lambda: kornia.enhance.equalize(values),
+        "invert": lambda: 1 - values,
+        "solarize": lambda: torch.where(values >= torch.tensor(1 - level), 1 - values, values),
+        "solarize_add": lambda: torch.where(values < 0.5, (values + torch.tensor(0.43 * level)).clamp(max=1), values),
+        "auto_contrast": lambda: (
+            (values - values.amin((-2, -1), True)) / (values.amax((-2, -1), True) - values.amin((-2, -1), True))
+        ),
+    }
+    return (kornias[name]() * 255).round().clamp(0, 255).to(torch.uint8)
+
+
+def deep_copies(images):
+    """The same as 16-bit files, read by the range of their type: (B, channels, height, width) float32."""
+    stored = (StoredValues(image.numpy().astype(np.uint16) * 257) for image in images)
+    pictures = [DeepPicture(one, None, Reading(((0, 65535),) * images.shape[1])) for one in stored]
+    return torch.stack([picture.crop((0, 0, *picture.size[::-1]), picture.size) for picture in pictures])
+
+
+@pytest.mark.parametrize("sign", [-1, 1])
+@pytest.mark.parametrize("name", sorted(OPERATIONS))
+def test_a_deep_copy_is_changed_as_its_image(name, sign):
+    """The image bit for bit as ever; the copy within the rounding to levels, which it is spared."""
+    settings = ColorSettings(rand_augment=9)
+    for channels in (1, 3) if name != "saturation" else (3,):
+        images = photographs(channels=channels)
+        for level in (0.3, 0.9):
+            changes = [[Change(name, level, sign)] for _ in images]
+            changed = recolor(images, range(8), changes, settings)
+            assert torch.equal(changed, by_kornia(name, level, sign, images))
+            of_copies = recolor(deep_copies(images), range(8), changes, settings)
+            assert of_copies.dtype == torch.float32
+            assert (of_copies * 255 - changed.float()).abs().max() < 0.5 + 1e-3
+
+
+def test_drawn_changes_of_deep_copies_are_those_of_their_images():
+    """Jitter and two operations each. Equalizing rounds jittered images to levels before it counts, and their copies not."""
+    settings = ColorSettings(rand_augment=9.0, jitter=0.4)
+    images = photographs().repeat(20, 1, 1, 1)
+    changes = settings.draw_changes(range(160), 3)
+    changed = recolor(images, range(160), changes, settings)
+    of_copies = recolor(deep_copies(images), range(160), changes, settings, (0.3, 0.4, 0.5))
+    alike = [all(change.name != "equalize" for change in of_image) for of_image in changes]
+    assert sum(alike) > 140
+    off = ((of_copies * 255 - changed.float()).abs() > 0.51).float().mean(dim=(1, 2, 3))[torch.tensor(alike)]
+    assert off.max() < 0.01, "but for pixels on a threshold"
+
+
+def test_deep_values_keep_their_depth():
+    """What lies between two levels of 8 bits is neither lost nor out of order."""
+    orders = torch.stack([torch.randperm(64 * 64, generator=torch.Generator().manual_seed(seed)) for seed in range(2)])
+    values = (orders / 64**2 * 0.05 + 0.4).view(2, 1, 64, 64)  # 13 levels
+    order = values.flatten(1).argsort(dim=1)
+    for name in ("equalize", "auto_contrast", "invert", "brightness", "contrast", "solarize_add"):
+        changed = recolor(values, range(2), [[Change(name, 0.3, 1)]] * 2, ColorSettings(rand_augment=9)).flatten(1)
+        assert min(len(row.unique()) for row in changed) > 3500, name
+        steps = changed.gather(1, order).diff(dim=1) * (-1 if name == "invert" else 1)
+        assert steps.min() >= 0, name
+    assert changed.max() < 0.6 and changed.min() > 0.5
+    equalized = recolor(values, range(2), [[Change("equalize", 0.3, 1)]] * 2, ColorSettings(rand_augment=9))
+    shares = torch.arange(64 * 64) / (16 * 255)  # a step of (4,096 − 1) // 255 pixels a level
+    assert torch.allclose(equalized.flatten(1).sort(dim=1).values, shares.clamp(max=1).expand(2, -1), atol=1e-6)
+
+
+@pytest.mark.parametrize("name", sorted(OPERATIONS))
+def test_pixels_without_data_stay_without_and_count_in_no_distribution(name):
+    """The encoder sees the mean there, whatever is inverted or stretched around them."""
+    images = deep_copies(photographs()) * 0.5 + 0.2
+    with_holes = images.clone()
+    with_holes[:, :, :16] = torch.nan
+    settings = ColorSettings(rand_augment=9)
+    changes, mean = [[Change(name, 0.9, -1)] for _ in images], (0.05, 0.9, 0.99)
+    changed = recolor(with_holes, range(8), changes, settings, mean)
+    assert torch.equal(changed.isnan(), with_holes.isnan())
+    if name not in ("contrast", "sharpness"):  # which look at what is around a pixel, where the mean stands for the holes
+        rest = recolor(images[:, :, 16:].contiguous(), range(8), changes, settings, mean)
+        assert torch.allclose(changed[:, :, 16:], rest, atol=1e-6)
+    augment = BatchChanges(color=ColorSettings(9.0, 2, 0.5, jitter=0.4)).augment
+    for seeds in (range(8), range(8, 16)):
+        still = [all(change.name not in MOVEMENTS for change in row) for row in settings.draw_changes(seeds, 3)]
+        normalized = augment(with_holes, seeds, mean, (0.2,) * 3)
+        assert any(still) and (normalized[torch.tensor(still)][:, :, :12].abs().max() < 1e-5)
 
 
 def test_every_image_has_its_own_operations_in_order():

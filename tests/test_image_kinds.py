@@ -230,6 +230,46 @@ def test_values_are_given_from_scratch_and_an_encoder_brings_its_own(tmp_path, c
         assert line in capsys.readouterr().err.strip().splitlines()[-1]
 
 
+def write_gray(folder, dtype, factor):
+    """Gray images of two classes whose levels of 8 bits are multiplied."""
+    for label, name in enumerate(("dark", "bright")):
+        (folder / name).mkdir(parents=True)
+        for number in range(PER_CLASS):
+            levels = np.random.default_rng(2 * number + label).integers(0, 128 + 127 * label, (SIDE_PX, SIDE_PX))
+            Image.fromarray((levels * factor).astype(dtype)).save(folder / name / f"{number}.png")
+    return folder
+
+
+def test_the_range_of_the_type_is_the_encoder_s_where_the_numbers_are(tmp_path, capsys):
+    """Of 16-bit images it is 0 to 65535, and of 8-bit ones their levels, however the encoder's range was settled."""
+    deep, shallow = write_gray(tmp_path / "deep", np.uint16, 257), write_gray(tmp_path / "shallow", np.uint8, 1)
+    of_run = ("--epochs", 1, "--batch-size", 12, "--workers", 0, "--image-size", SIDE_PX)
+    scratch = ("--init", "none", "--encoder.preset", "nano", *of_run)
+    by_type = ("--data.range", "type")
+    command = ("finetune", "classification", "--data")
+    run(*command, deep, *scratch, "--out", tmp_path / "of-type", *by_type)
+    run(*command, deep, *scratch, "--out", tmp_path / "of-range", "--data.range", "[[100, 5000]]")
+    run(*command, shallow, *scratch, "--out", tmp_path / "of-levels")
+    assert reading_of(tmp_path / "of-type")["range"] == [[0, 65535]]
+    assert reading_of(tmp_path / "of-levels")["range"] == "image"
+    for number, (folder, init) in enumerate(((deep, "of-type"), (shallow, "of-levels"))):
+        out = tmp_path / f"tuned-{number}"
+        run(*command, folder, "--init", tmp_path / init, "--out", out, *of_run, *by_type)
+        assert reading_of(out) == reading_of(tmp_path / init)
+    capsys.readouterr()
+    trained = "and the encoder in {init} was trained with {values}, which its weights expect: leave out data.range"
+    for folder, init, given, values in (
+        (deep, "of-range", "'type', of these images values 0 to 65535", "values 100 to 5000"),
+        (shallow, "of-type", "'type', which leaves these images' 8-bit values as they are", "values 0 to 65535"),
+        (deep, "of-levels", "'type', of these images the whole range of uint16", "data.range image"),
+    ):
+        words = (*command, folder, "--init", tmp_path / init, "--out", tmp_path / "wrong", *of_run, *by_type)
+        assert main([str(word) for word in words]) == 2
+        [line] = [text for text in capsys.readouterr().err.splitlines() if "data.range" in text]
+        assert f"data.range is {given}, {trained.format(init=tmp_path / init, values=values)}" in line
+        assert not (tmp_path / "wrong").exists()
+
+
 # --- pages of one file --------------------------------------------------------------------------------------------------
 
 

@@ -305,12 +305,52 @@ def copies(digits, folder):
     return folder
 
 
+def write_columns(digits, folder):
+    """The unlabeled images as bytes in Parquet, in a column whose name tells nothing."""
+    import pyarrow
+    import pyarrow.parquet
+
+    images = [Path(path).read_bytes() for path in find_images(digits.unlabeled)]
+    folder.mkdir()
+    table = pyarrow.table({"scan": images, "site": ["a"] * len(images)})
+    pyarrow.parquet.write_table(table, folder / "images.parquet")
+    return folder
+
+
+def test_a_column_of_unlabeled_images_is_named(digits, encoder_folder, tmp_path):
+    """They are the same as in a folder. The labeled ones' column is a setting of its own."""
+    chosen = settings(digits, encoder_folder, tmp_path / "run")
+    data = replace(chosen.data, unlabeled=str(write_columns(digits, tmp_path / "columns")), unlabeled_column="scan")
+    prepared = task_named("classification").prepare(replace(chosen, data=data), "cpu")
+    source = prepared.train.unlabeled.source
+    assert len(source) == 200 and source[0]["image"]["bytes"] == Path(find_images(digits.unlabeled)[0]).read_bytes()
+    with pytest.raises(ValueError, match=r"data\.unlabeled_column is about unlabeled images: give them"):
+        replace(data, unlabeled=None)
+
+
+def test_the_rate_counts_labeled_and_unlabeled_images(digits, encoder_folder, tmp_path):
+    """Four unlabeled images to a labeled one, after the first steps on labels alone; the shares are of the same seconds."""
+    chosen = settings(digits, encoder_folder, tmp_path / "run", self_training=SelfTrainingSettings(ratio=4, start=0.25))
+    finetune(replace(chosen, log_every_steps=1), quiet=True)
+    with (tmp_path / "run" / "metrics.csv").open(newline="") as file:
+        rows = [row for row in csv.DictReader(file) if row["images_per_s"]]
+    assert len(rows) == 12
+    for number, row in enumerate(rows):
+        if number < 3:
+            assert not row["unlabeled_images_per_s"] and not row["labeled_images_per_s"]
+            continue
+        total, labeled, unlabeled = (float(row[f"{kind}images_per_s"]) for kind in ("", "labeled_", "unlabeled_"))
+        assert unlabeled == pytest.approx(4 * labeled, rel=1e-6) and total == pytest.approx(5 * labeled, rel=1e-6)
+
+
 @pytest.mark.parametrize(
     ("unlabeled", "words", "message"),
     [
         ("bands", "", "data.unlabeled has images of 5 channels, the encoder reads 1: give"),
         ("copies", "--labels-per-class 24", "all 300 images of 'copies' are labeled or validation images: give others"),
         ("nothing", "", "image folder 'nothing' is empty: give"),
+        ("columns", "", "'columns' has no column of images: its columns are scan, site; give data.unlabeled_column"),
+        ("columns", "--data.unlabeled_column sight", "has no column 'sight': its columns are scan, site; give data.unlab"),
         ("missing", "", "'missing'"),
         ("digits", "--steps 0", "steps is 0: give a positive number"),
         ("digits", "--steps 5 --self-training.start 1", "of 5 steps none is left for the unlabeled images; give"),
@@ -328,12 +368,15 @@ def test_wrong_input_is_one_line(digits, encoder_folder, tmp_path, monkeypatch, 
         copies(digits, tmp_path / "copies")
     elif unlabeled == "nothing":
         (tmp_path / "nothing").mkdir()
+    elif unlabeled == "columns":
+        write_columns(digits, tmp_path / "columns")
     elif unlabeled == "digits":
         unlabeled = str(digits.unlabeled)
     command = ["finetune", "classification", "--init", str(encoder_folder), "--data", str(digits.labeled), "--out", "run"]
     assert main([*command, "--unlabeled", unlabeled, "--labels-per-class", "1", *words.split()]) == 2
     error = capsys.readouterr().err
-    assert message in error and error.count("\n") == 1 and error.startswith("simmim: ")
+    lines = [line for line in error.splitlines() if line and "Generating train split" not in line]  # of reading Parquet
+    assert len(lines) == 1 and message in lines[0] and lines[0].startswith("simmim: ")
     assert not Path("run").exists()
 
 

@@ -12,7 +12,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from simmim.data import normalize, without_holes
+from simmim.data import normalize
 from simmim.finetune.augment.affine import AffineSettings, warp
 from simmim.finetune.augment.color import ColorSettings, movement_matrices, recolor
 from simmim.finetune.augment.erasing import erase
@@ -39,7 +39,7 @@ class BatchChanges:
         """Change each image on its own, and normalize.
 
         Args:
-            images: (B, channels, height, width), uint8 or shares in [0, 1].
+            images: (B, channels, height, width), uint8, or shares in [0, 1] with NaN where there is no data.
             seeds: one per image.
             mean, std: one per channel, of values in [0, 1].
 
@@ -48,9 +48,8 @@ class BatchChanges:
         """
         movements = None
         if self.color.active:
-            images = without_holes(images, mean)
             changes = self.color.draw_changes(seeds, images.shape[1])
-            images, movements = recolor(images, seeds, changes, self.color), movement_matrices(changes)
+            images, movements = recolor(images, seeds, changes, self.color, mean), movement_matrices(changes)
         images = normalize(images, mean, std)
         if self.affine.active or movements is not None:
             images = warp(images, self.matrices(seeds, movements))

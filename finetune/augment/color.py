@@ -2,6 +2,10 @@
 
 Images are grouped by operation, so that each image has its own operations and a batch still needs few calls. Movements of
 pixels (rotation, shear, translation) are matrices, so that they are one warp with all other movements.
+
+All operations are of values in [0, 1]: levels of 8 bits by 255, and deep values as shares of their channel's range in the
+collection. A deep copy of an 8-bit image, read by the range of its type, is changed as the image is, and its result is not
+rounded to levels. Pixels without data stay without, and count in no stretch and no histogram.
 """
 
 from __future__ import annotations
@@ -15,12 +19,16 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from simmim.data import without_holes
+
 MAX_MAGNITUDE = 10.0
+LAST_LEVEL = 255  # of 8 bits
 PROBABILITY = 0.5  # that an operation is applied once it is drawn, as in the code of the published recipes
 
 MOVEMENTS = ("rotate", "shear_x", "shear_y", "translate_x", "translate_y")
 TONE = ("brightness", "contrast", "sharpness")
 REMAPPINGS = ("auto_contrast", "equalize", "invert", "posterize", "solarize", "solarize_add")
+BY_DISTRIBUTION = ("auto_contrast", "equalize")  # of the image's own values, of which NaN is none
 
 
 @dataclass(frozen=True)
@@ -96,22 +104,33 @@ def operations_for(channels: int) -> tuple[str, ...]:
     return MOVEMENTS + TONE + (REMAPPINGS if channels == 1 else ())
 
 
-def recolor(images: Tensor, seeds: Sequence[int], changes: Sequence[Sequence[Change]], settings: ColorSettings) -> Tensor:
+def recolor(
+    images: Tensor,
+    seeds: Sequence[int],
+    changes: Sequence[Sequence[Change]],
+    settings: ColorSettings,
+    mean: Sequence[float] | None = None,
+) -> Tensor:
     """Apply jitter, and then the changes that are not movements.
 
     Args:
-        images: (B, channels, height, width), uint8 or shares in [0, 1].
+        images: (B, channels, height, width), uint8, or shares in [0, 1] with NaN where there is no data.
         seeds, changes: one per image.
+        mean: one per channel, of values in [0, 1], which stands for pixels without data beside those that have some; one
+            half by default.
 
     Returns:
-        The same shape and dtype.
+        The same shape and dtype, NaN where it was.
     """
     color = [[change for change in of_image if change.name not in MOVEMENTS] for of_image in changes]
     changed_rows = range(len(images)) if settings.jitter else [row for row, of_image in enumerate(color) if of_image]
     if not len(changed_rows):
         return images
     rows = torch.tensor(list(changed_rows), device=images.device)
-    values = images[rows].float() if images.is_floating_point() else images[rows].float() / 255
+    is_deep = images.is_floating_point()
+    values = images[rows].float() if is_deep else images[rows].float() / 255
+    holes = values.isnan() if is_deep else None
+    values = values if holes is None else without_holes(values, mean or [0.5] * values.shape[1])
     if settings.jitter:
         values = jitter(values, settings.draw_jitter([seeds[row] for row in changed_rows]))
     for turn in range(max((len(of_image) for of_image in color), default=0)):
@@ -122,13 +141,29 @@ def recolor(images: Tensor, seeds: Sequence[int], changes: Sequence[Sequence[Cha
         for name, members in groups.items():
             positions = torch.tensor([position for position, _ in members], device=images.device)
             arguments = torch.tensor([argument_of(change) for _, change in members], device=images.device)
-            values[positions] = OPERATIONS[name](values[positions], arguments)
+            if holes is None:
+                values[positions] = OPERATIONS[name](values[positions], arguments)
+            else:
+                values[positions] = apply_to_deep(name, values[positions], arguments, holes[positions])
     changed = images.clone()
-    if images.is_floating_point():
-        changed[rows] = values.clamp(0, 1).to(images.dtype)
+    if holes is not None:
+        changed[rows] = values.clamp(0, 1).masked_fill(holes, torch.nan).to(images.dtype)
     else:
         changed[rows] = (values * 255).round().clamp(0, 255).to(torch.uint8)
     return changed
+
+
+def apply_to_deep(name: str, values: Tensor, arguments: Tensor, holes: Tensor) -> Tensor:
+    """An operation on deep values; pixels without data keep theirs where it looks at the distribution.
+
+    Args:
+        values: (B, channels, height, width) in [0, 1].
+        holes: bool of the same shape, True = no data.
+    """
+    operation = equalize_deep if name == "equalize" else OPERATIONS[name]
+    if name not in BY_DISTRIBUTION:
+        return operation(values, arguments)
+    return torch.where(holes, values, operation(values.masked_fill(holes, torch.nan), arguments))
 
 
 def jitter(values: Tensor, factors: Tensor) -> Tensor:
@@ -223,8 +258,11 @@ def sharpness(values: Tensor, factors: Tensor) -> Tensor:
 
 
 def auto_contrast(values: Tensor, _: Tensor) -> Tensor:
-    """Stretch each channel to [0, 1]. A channel of a single value is not changed."""
-    low, high = values.amin(dim=(-2, -1), keepdim=True), values.amax(dim=(-2, -1), keepdim=True)
+    """Stretch each channel to [0, 1]. A channel of a single value is not changed. NaN is no value, and stays."""
+    low, high = (
+        values.nan_to_num(nan=torch.inf).amin(dim=(-2, -1), keepdim=True),
+        values.nan_to_num(nan=-torch.inf).amax(dim=(-2, -1), keepdim=True),
+    )
     return torch.where(high > low, (values - low) / (high - low).clamp(min=1e-6), values)
 
 
@@ -233,6 +271,21 @@ def equalize(values: Tensor, _: Tensor) -> Tensor:
     from kornia.enhance import equalize as kornia_equalize
 
     return kornia_equalize(values)
+
+
+def equalize_deep(values: Tensor, _: Tensor) -> Tensor:
+    """Equalize the histogram of each channel, where each value has a bin of its own: as `equalize` does with 256 levels, of
+    which deep values would lose what is between them, and without its rounding. NaN is no value, and stays.
+    """
+    planes = values.flatten(2).flatten(0, 1)
+    count = (~planes.isnan()).sum(dim=1, keepdim=True)
+    ordered = planes.nan_to_num(nan=torch.inf).sort(dim=1).values
+    below = torch.searchsorted(ordered, planes.contiguous())  # of each pixel, those with smaller values
+    highest = ordered.gather(1, (count - 1).clamp(min=0))
+    num_highest = count - torch.searchsorted(ordered, highest)
+    step = (count - num_highest) // LAST_LEVEL
+    equalized = (below / (step.clamp(min=1) * LAST_LEVEL)).clamp(max=1).to(planes.dtype)
+    return torch.where((step == 0) | planes.isnan(), planes, equalized).reshape(values.shape)
 
 
 def invert(values: Tensor, _: Tensor) -> Tensor:

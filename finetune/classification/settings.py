@@ -27,9 +27,8 @@ class LabeledSettings(LabeledDataSettings):
             and labels, Parquet files, a saved datasets folder, a hub id.
         unlabeled: images without labels to learn from too (see self_training): a folder, or any other source that
             pre-training reads. Labeled and validation images among them are left out.
+        unlabeled_column: holds the unlabeled images, in sources with columns; detected by default.
         label_column: holds the labels, in sources with columns; detected by default.
-        pages: as data.pages of pretrain; as for the encoder by default.
-        channel_files: as data.channel_files of pretrain; as for the encoder by default.
         balance: for classes of different sizes: none; weights, to weight the loss of each image by the rarity of its class;
             sampling, to show all classes equally often, images of rare classes repeatedly.
         crop_scale: range of the random crop's share of the image's area; by default it follows from image size and labels.
@@ -53,9 +52,8 @@ class LabeledSettings(LabeledDataSettings):
     """
 
     unlabeled: str | None = None
+    unlabeled_column: str | None = None
     label_column: str | None = None
-    pages: str | None = None
-    channel_files: str | None = None
     balance: str = "none"
     crop_scale: tuple[float, float] | None = None
     crop_ratio: tuple[float, float] = (0.75, 1.3333333333333333)
@@ -101,6 +99,8 @@ class LabeledSettings(LabeledDataSettings):
             )
         if self.balance not in BALANCES:
             raise ValueError(f"unknown data.balance {self.balance!r}{did_you_mean(self.balance, BALANCES)}")
+        if self.unlabeled_column is not None and self.unlabeled is None:
+            raise ValueError("data.unlabeled_column is about unlabeled images: give them by data.unlabeled, or leave it out")
         if self.evaluation_crop is not None and not 0 < self.evaluation_crop <= 1:
             raise ValueError(f"data.evaluation_crop is {self.evaluation_crop}: give a share of the sides in (0, 1]")
 

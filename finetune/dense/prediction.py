@@ -14,6 +14,7 @@ from torch import Tensor
 from tqdm import tqdm
 
 from simmim.data import UNREADABLE, describe_error, open_picture
+from simmim.data.addresses import parse_address
 from simmim.files import atomic_write
 from simmim.finetune.dense.head_files import SavedModel
 from simmim.finetune.dense.views import whole_picture
@@ -80,8 +81,10 @@ def output_names(paths: list[str | None], images: Path) -> list[str]:
     """A unique name without an ending for each image's files.
 
     It is the image's path in the folder `images`, else its file's name, else its index. Names that differ by their endings
-    alone keep them, and equal names get an index.
+    alone keep them, and equal names get an index. Of an image of several files it is that of the first, and of a page
+    scan.tif#page=0: names by which labels are found beside images.
     """
+    paths = [None if path is None else label_path(path) for path in paths]
     is_folder = images.expanduser().is_dir()
     root = os.path.abspath(images.expanduser())
     file_names = []
@@ -102,6 +105,12 @@ def output_names(paths: list[str | None], images: Path) -> list[str]:
         used.add(name)
         names.append(name)
     return names
+
+
+def label_path(path: str) -> str:
+    """The path by which labels name an image: of one whose channels are files, the first file."""
+    address = parse_address(path)
+    return address.files[0] if len(address.files) > 1 else path
 
 
 def check_any_read(count: int, unreadable: Mapping[str, str]) -> None:

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from simmim.checkpoints.checkpoint import Preprocessing
-from simmim.data import normalize, without_holes
+from simmim.data import normalize
 from simmim.finetune.augment.color import ColorSettings, recolor
 from simmim.finetune.detection.ap import Judged, Scores, average_precision
 from simmim.finetune.detection.inference import Found, find_boxes
@@ -86,8 +86,7 @@ class DetectionFinetuning(TrainingModule):
         per image, see `on_before_optimizer_step`."""
         images = batch["image"]
         if self.color.active:
-            images = without_holes(images, self.preprocessing.mean)
-            images = recolor(images, batch["seed"], [[] for _ in images], self.color)
+            images = recolor(images, batch["seed"], [[] for _ in images], self.color, self.preprocessing.mean)
         predictions = self.model(normalize(images, self.preprocessing.mean, self.preprocessing.std))
         sums = sum_losses(predictions, batch["objects"])
         counted = sums.num_positive

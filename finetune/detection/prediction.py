@@ -20,6 +20,7 @@ from simmim.finetune.dense.prediction import (
     batches_of_one_size,
     check_any_read,
     check_new_folder,
+    label_path,
     output_names,
     read_images,
     write_png,
@@ -68,10 +69,10 @@ def detect(run: str | Path, images: str | Path, out: str | Path, batch_size: int
     out = check_new_folder(out)
     saved, device = load_detector(run), device_type()
     saved.model.to(device)
-    source = open_images(images)
+    source = open_images(images, reading=saved.preprocessing.reading_or_default)
     paths = [source[row]["image"]["path"] for row in range(len(source))]
     names = output_names(paths, Path(images))
-    path_of = dict(zip(names, paths))
+    path_of = {name: None if path is None else label_path(path) for name, path in zip(names, paths)}
     unreadable: dict[str, str] = {}
     found: list[tuple[InputImage, Found]] = []
     with saved.model.encoder.fixed_weights():

@@ -22,8 +22,9 @@ from simmim.finetune.detection.prediction import detect
 from simmim.finetune.detection.report import LogBoxes, closing_text, report_validation
 from simmim.finetune.detection.settings import BoxSettings, DetectionSettings
 from simmim.finetune.detection.views import BoxSamples, RandomBoxes, WholeImage
-from simmim.finetune.start import Start, find_start, measure_training_images
+from simmim.finetune.start import Start, find_reading, find_start, measure_training_images
 from simmim.finetune.task import Predictions, PreparedTask, ReportLine, Task
+from simmim.reading import AUTO
 from simmim.training.loggers import LossNames
 
 LOSS = LossNames("detection", "of classes, boxes and centerness together, per point with an object")
@@ -98,7 +99,7 @@ def read_labels(settings: DetectionSettings) -> BoxedScenes:
         ValueError: when the labels cannot be read, do not fit the images or are too few.
     """
     data = settings.data
-    options = ReadingOptions(data.column, data.box_format, data.classes)
+    options = ReadingOptions(data.column, data.box_format, data.classes, find_reading(settings) or AUTO)
     return read_boxed_scenes(data.path, settings.labels, settings.seed, options, data.format, data.exif, data.draw())
 
 

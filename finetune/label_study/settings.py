@@ -160,6 +160,7 @@ class StudySettings(ClassificationSettings, StudyFields):
         *MAY_GROW,
         "arms",
         "data.unlabeled",
+        "data.unlabeled_column",
         "self_training",
         "semi_steps",
         "tune_arms",
@@ -205,7 +206,8 @@ class StudySettings(ClassificationSettings, StudyFields):
         """Settings of one run that starts from `init`, with or without unlabeled images."""
         run = self.run_settings()
         if recipe == PLAIN:
-            return replace(run, data=replace(run.data, unlabeled=None), self_training=SelfTrainingSettings())
+            data = replace(run.data, unlabeled=None, unlabeled_column=None)
+            return replace(run, data=data, self_training=SelfTrainingSettings())
         return run if self.semi_steps is None else replace(run, epochs=None, steps=self.semi_steps)
 
 

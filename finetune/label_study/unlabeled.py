@@ -57,7 +57,8 @@ def find_unlabeled(
     path, seeds = settings.data.unlabeled, range(settings.seed, settings.seed + settings.seeds)
     assert path is not None
     fewest = source.draw(per_class_of(next(iter(labels))), settings.seed, validation_seed)
-    unlabeled = open_unlabeled(path, fewest, source.draw(None, settings.seed, validation_seed), reading)
+    everything = source.draw(None, settings.seed, validation_seed)
+    unlabeled = open_unlabeled(path, fewest, everything, reading, settings.data.unlabeled_column)
     total = len(unlabeled.images) + unlabeled.num_labeled + unlabeled.num_judging
     judging = f"{unlabeled.num_judging:,} of them judge and are left out" if unlabeled.num_judging else "none of them judges"
     print(f"unlabeled  {total:,} images; {judging}; each run also leaves out those whose labels it learns from")

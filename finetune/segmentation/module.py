@@ -12,7 +12,7 @@ from torch import Tensor
 from torchmetrics.classification import MulticlassConfusionMatrix
 
 from simmim.checkpoints.checkpoint import Preprocessing
-from simmim.data import normalize, without_holes
+from simmim.data import normalize
 from simmim.data.label_maps import ClassScheme
 from simmim.finetune.augment.color import ColorSettings, recolor
 from simmim.finetune.segmentation.iou import iou_by_class, mean_iou, pixel_accuracy
@@ -122,8 +122,7 @@ class SegmentationFinetuning(TrainingModule):
         """Cross entropy of both heads over the pixels that are not ignored."""
         images = batch["image"]
         if self.color.active:
-            images = without_holes(images, self.preprocessing.mean)
-            images = recolor(images, batch["seed"], [[] for _ in images], self.color)
+            images = recolor(images, batch["seed"], [[] for _ in images], self.color, self.preprocessing.mean)
         normalized = normalize(images, self.preprocessing.mean, self.preprocessing.std)
         output = self.model(normalized, with_auxiliary=True)
         loss = self.training_loss(output.logits, batch["label_map"])

@@ -22,9 +22,9 @@ from simmim.finetune.segmentation.report import LogLabelMaps, closing_text, repo
 from simmim.finetune.segmentation.settings import SceneSettings, SegmentationSettings
 from simmim.finetune.segmentation.tiled_prediction import segment_tiles
 from simmim.finetune.segmentation.views import RandomScene, SceneSamples, WholeScene
-from simmim.finetune.start import Start, find_start, measure_training_images
+from simmim.finetune.start import Start, find_reading, find_start, measure_training_images
 from simmim.finetune.task import Predictions, PreparedTask, ReportLine, Task
-from simmim.reading import TileSettings
+from simmim.reading import AUTO, TileSettings
 from simmim.training.loggers import LossNames
 
 LOSS = LossNames("cross_entropy", "in nats; ln(classes) is a guess")
@@ -118,6 +118,7 @@ def read_labels(settings: SegmentationSettings) -> LabeledScenes:
         data.ignore_index,
         with_progress_bar,
         data.draw(),
+        find_reading(settings) or AUTO,
     )
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 import re
 from collections.abc import Sequence
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 from simmim.data.addresses import address_channels, address_page
 from simmim.data.decode import count_images
@@ -51,9 +51,13 @@ def divide_files(images: datasets.Dataset, reading: Reading) -> datasets.Dataset
         addresses += [record["path"]] if count == 1 else [address_page(record["path"], page) for page in range(count)]
     if len(rows) == len(images):
         return images
-    num_files = len(set(rows))
-    notify(f"{counted(num_files, 'file')} {'holds' if num_files == 1 else 'hold'} {len(rows):,} images: each page is one")
+    notify_of_pages(len(set(rows)), len(rows))
     return with_addresses(images, rows, addresses)
+
+
+def notify_of_pages(num_files: int, num_images: int) -> None:
+    """A notice of files that hold several images."""
+    notify(f"{counted(num_files, 'file')} {'holds' if num_files == 1 else 'hold'} {num_images:,} images: each page is one")
 
 
 def images_in(record: Any, reading: Reading) -> int:
@@ -87,15 +91,41 @@ def group_channels(images: datasets.Dataset, pattern: str) -> datasets.Dataset:
     """A row for each image whose channels are files, in the order of the channels' names.
 
     Args:
+        pattern: as of `find_channel_groups`.
+
+    Raises:
+        ValueError: as `find_channel_groups`; when labels of an image's files differ.
+    """
+    paths = [record["path"] or "" for record in images["image"]]
+    groups = find_channel_groups(paths, pattern)
+    check_labels(images, groups.rows)
+    addresses = [address_channels([paths[row] for row in of_image], groups.names) for of_image in groups.rows]
+    return with_addresses(images, [first for first, *_ in groups.rows], addresses)
+
+
+class ChannelGroups(NamedTuple):
+    """Files that are the channels of images.
+
+    Attributes:
+        names: of the channels.
+        rows: of the files of each image, in the order of the channels.
+    """
+
+    names: list[str]
+    rows: list[list[int]]
+
+
+def find_channel_groups(paths: Sequence[str], pattern: str) -> ChannelGroups:
+    """Which files are the channels of which image; files that do not match are left out, with a notice.
+
+    Args:
         pattern: of the files' names without their endings: {well}_s{site}_w{channel}. {channel} tells the channel; files
             that agree in all other parts are one image. * stands for what does not matter.
 
     Raises:
-        ValueError: when no file matches, an image lacks a channel or has it twice, or labels of its files differ.
+        ValueError: when no file matches, or an image lacks a channel or has it twice.
     """
-    expression = pattern_expression(pattern)
-    paths = [record["path"] or "" for record in images["image"]]
-    groups, unmatched = group_paths(paths, expression, pattern)
+    groups, unmatched = group_paths(paths, pattern_expression(pattern), pattern)
     if not groups:
         raise ValueError(
             f"data.channel_files {pattern!r} matches none of {counted(len(paths), 'file')}, such as {paths[0]!r}: give one "
@@ -115,10 +145,7 @@ def group_channels(images: datasets.Dataset, pattern: str) -> datasets.Dataset:
         notify(
             f"data.channel_files leaves out {counted(len(unmatched), 'file')} that it does not match: {name_some(unmatched)}"
         )
-    rows = [[files[name] for name in names] for files in groups.values()]
-    check_labels(images, rows)
-    addresses = [address_channels([paths[row] for row in of_image], names) for of_image in rows]
-    return with_addresses(images, [first for first, *_ in rows], addresses)
+    return ChannelGroups(names, [[files[name] for name in names] for files in groups.values()])
 
 
 def group_paths(
@@ -168,6 +195,28 @@ def pattern_expression(pattern: str) -> re.Pattern[str]:
         for part in parts
     )
     return re.compile(rf"(?:(?<=/)|^){text}$")
+
+
+def name_without_channel(name: str, pattern: str) -> str | None:
+    """What names an image whose channels are files: A1_s1 of A1_s1_w2 by {well}_s{site}_w{channel}. With the channel what
+    stands before it is left out, or what stands after it where it begins the file's or folder's name. None where the pattern
+    does not match.
+
+    Args:
+        name: of one of the files, without its ending.
+    """
+    found = pattern_expression(pattern).search(name)
+    if not found:
+        return None
+    before, _, after = pattern.partition(f"{{{CHANNEL}}}")
+    before, after = re.split(r"\{\w+\}|\*|/", before)[-1], re.split(r"\{\w+\}|\*", after)[0]
+    start, end = found.span(CHANNEL)
+    if before:
+        start -= len(before)
+    else:
+        folder, slash, _ = after.partition("/")
+        end += len(folder + slash)
+    return (name[:start] + name[end:]).rstrip("/") or None
 
 
 def natural_order(name: str) -> tuple:

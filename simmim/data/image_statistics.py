@@ -11,7 +11,7 @@ from simmim.data.decode import MAX_PIXELS, STRETCHED, open_picture
 from simmim.data.orientation import Size
 from simmim.data.pictures import Picture
 from simmim.data.pillow_guard import UNREADABLE, describe_error
-from simmim.data.records import record_name
+from simmim.data.records import Record, record_name
 from simmim.data.value_ranges import common_channels, settle_reading
 from simmim.messages import notify
 from simmim.reading import AUTO, Reading
@@ -21,6 +21,7 @@ if TYPE_CHECKING:
 
 BYTES_OF_DEEP = 2  # of a value that is deeper than 8 bits, in most files
 BINS = 24
+NUM_SAMPLES = 256
 LEAST_STD = 1e-4  # of a channel of deep values, which may be constant
 THUMBNAIL_PX = 64  # longer side; enough for means and deviations, and a large JPEG is not decoded in full
 
@@ -51,10 +52,16 @@ class ImageStatistics:
     missing: tuple[float, ...] = ()
 
 
+def sample_records(source: datasets.Dataset, num_samples: int = NUM_SAMPLES) -> dict[int, Record]:
+    """Up to `num_samples` records by their rows, evenly spread over the source."""
+    rows = np.unique(np.linspace(0, len(source) - 1, min(num_samples, len(source))).round().astype(int))
+    return {int(row): source[int(row)]["image"] for row in rows}
+
+
 def measure_images(
     source: datasets.Dataset,
     channels: int | None = None,
-    num_samples: int = 256,
+    num_samples: int = NUM_SAMPLES,
     max_pixels: int = MAX_PIXELS,
     num_images: int | None = None,
     reading: Reading = STRETCHED,
@@ -74,8 +81,7 @@ def measure_images(
         ValueError: if none of them can be read, with the first one's reason; if they differ in channels other than as gray
             and color do, with two files' counts.
     """
-    rows = np.unique(np.linspace(0, len(source) - 1, min(num_samples, len(source))).round().astype(int))
-    records = {int(row): source[int(row)]["image"] for row in rows}
+    records = sample_records(source, num_samples)
     reading = settle_reading(reading, records, channels, max_pixels)
     thumbnails, sizes = [], []
     paths: dict[int, list[str]] = {}  # by number of channels, the files that have it
@@ -90,9 +96,9 @@ def measure_images(
         sizes.append(picture.size)
         paths.setdefault(picture.channels, []).append(record_name(record, row))
     if not sizes:
-        raise ValueError(f"none of {len(rows)} sampled images can be read; the first, {first_error}")
+        raise ValueError(f"none of {len(records)} sampled images can be read; the first, {first_error}")
     found = common_channels(paths)
-    if channels is None and found == 1 and len(rows) < (num_images or len(source)):
+    if channels is None and found == 1 and len(records) < (num_images or len(source)):
         notify(
             f"gray: decided from {len(sizes):,} of {num_images or len(source):,} images; color images among the others are "
             "read as gray, and counted"

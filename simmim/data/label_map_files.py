@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import itertools
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
@@ -11,12 +12,14 @@ from typing import TYPE_CHECKING
 import numpy as np
 from PIL import Image, UnidentifiedImageError
 
-from simmim.data.decode import open_picture
+from simmim.data.addresses import parse_address
+from simmim.data.decode import STRETCHED, open_picture
 from simmim.data.file_formats import NUMPY_MAGIC
 from simmim.data.loading import available_cores
 from simmim.data.orientation import Size, read_orientation, turn_upright, upright_size
 from simmim.data.pillow_guard import UNREADABLE, decoding, describe_error
 from simmim.data.records import Record, open_record, record_name
+from simmim.reading import Reading
 
 if TYPE_CHECKING:
     import datasets
@@ -42,8 +45,13 @@ class SceneStatistics:
     counts: dict[int, int]
 
 
-def inspect_scenes(scenes: datasets.Dataset, progress: Callable[[Iterable], Iterable] = iter) -> list[SceneStatistics]:
+def inspect_scenes(
+    scenes: datasets.Dataset, progress: Callable[[Iterable], Iterable] = iter, reading: Reading = STRETCHED
+) -> list[SceneStatistics]:
     """Read every label map of rows with columns `image` and `label_map`.
+
+    Args:
+        reading: which pages or files make an image.
 
     Raises:
         ValueError: naming the file, for a label map that cannot be read or is not of its image's size.
@@ -54,12 +62,13 @@ def inspect_scenes(scenes: datasets.Dataset, progress: Callable[[Iterable], Iter
             rows = scenes[first : first + ROWS_AT_ONCE]
             yield [(first + offset, *pair) for offset, pair in enumerate(zip(rows["image"], rows["label_map"]))]
 
+    inspect = functools.partial(inspect_scene, reading=reading)
     with ThreadPoolExecutor(available_cores()) as pool:
-        results = (pool.map(lambda scene: inspect_scene(*scene), batch) for batch in batches())
+        results = (pool.map(lambda scene: inspect(*scene), batch) for batch in batches())
         return list(progress(itertools.chain.from_iterable(results)))
 
 
-def inspect_scene(row: int, image: Record, label_map: Record) -> SceneStatistics:
+def inspect_scene(row: int, image: Record, label_map: Record, reading: Reading = STRETCHED) -> SceneStatistics:
     """Read one label map, as `inspect_scenes` does."""
     name, image_name = record_name(label_map, row), record_name(image, row)
     try:
@@ -67,7 +76,7 @@ def inspect_scene(row: int, image: Record, label_map: Record) -> SceneStatistics
     except UNREADABLE as error:
         raise ValueError(f"label map {name} cannot be read: {describe_error(error)}") from error
     try:
-        size = read_size(image)
+        size = read_size(image, reading)
     except UNREADABLE:
         size = None  # training replaces and counts an image that cannot be read
     if size is not None and size != values.shape:
@@ -92,7 +101,11 @@ def read_label_map(record: Record) -> np.ndarray:
         if is_array:
             values = np.load(stream, allow_pickle=False)
         else:
-            values = stored_values(Image.open(stream, formats=LABEL_MAP_FORMATS))
+            image = Image.open(stream, formats=LABEL_MAP_FORMATS)
+            page = parse_address(record["path"] or "").page
+            if page is not None:
+                seek_page(image, page)
+            values = stored_values(image)
     if values.ndim != 2 or values.dtype.kind not in "biu":
         raise ValueError(f"holds {values.dtype} values of shape {values.shape}, expected whole numbers (height, width)")
     if values.dtype in (bool, np.uint8):
@@ -100,6 +113,18 @@ def read_label_map(record: Record) -> np.ndarray:
     if values.size and not 0 <= values.min() <= values.max() < NUM_VALUES:
         raise ValueError(f"holds values from {values.min()} to {values.max()}, expected 0 to {NUM_VALUES - 1}")
     return values.astype(np.int32)
+
+
+def seek_page(image: Image.Image, page: int) -> None:
+    """Go to a page, from 0.
+
+    Raises:
+        ValueError: where there is none.
+    """
+    try:
+        image.seek(page)
+    except EOFError:
+        raise ValueError(f"has no page {page}, counted from 0") from None
 
 
 def stored_values(image: Image.Image) -> np.ndarray:
@@ -118,8 +143,11 @@ def stored_values(image: Image.Image) -> np.ndarray:
     return np.asarray(turn_upright(image, read_orientation(image))) // (1 if image.mode == "1" else stretch)
 
 
-def read_size(record: Record) -> Size:
+def read_size(record: Record, reading: Reading = STRETCHED) -> Size:
     """(height, width) of an image, upright; from its header if possible.
+
+    Args:
+        reading: which pages or files make an image.
 
     Raises:
         One of `UNREADABLE`.
@@ -129,4 +157,4 @@ def read_size(record: Record) -> Size:
             with open_record(record) as stream, Image.open(stream, formats=HEADER_FORMATS) as image:
                 return upright_size(image, read_orientation(image))
         except UnidentifiedImageError:
-            return open_picture(record, None).size
+            return open_picture(record, None, reading=Reading(pages=reading.pages)).size

@@ -6,11 +6,25 @@ The folder of label maps is called masks/ and the setting mask_column, as other 
 from __future__ import annotations
 
 import os
-from collections.abc import Mapping
+from collections import Counter
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, NamedTuple
 
+from simmim.data.addresses import address_page, parse_address
+from simmim.data.arrangement import images_in
+from simmim.data.decode import STRETCHED
+from simmim.data.image_names import (
+    NamedImage,
+    WholeImages,
+    check_rows_are_images,
+    count_pages,
+    file_of,
+    find_stems,
+    list_images,
+    match_names,
+)
 from simmim.data.index import count_images, dataset_from_paths, find_images
 from simmim.data.label_sources import (
     IMAGE_FOLDER,
@@ -28,6 +42,8 @@ from simmim.data.left_out import LeftOut
 from simmim.data.parts import EXPECTED, Parts, assign_parts, meaning_of
 from simmim.data.readers import detect_reader
 from simmim.data.sources import detect_image_column, select_images
+from simmim.messages import counted
+from simmim.reading import Reading
 
 if TYPE_CHECKING:
     import datasets
@@ -37,24 +53,33 @@ LABEL_MAP_COLUMNS = ("mask", "masks", "annotation", "segmentation", "segmentatio
 LAYOUT = "images/ and masks/ with files of the same names, or train/ and val/ that have these"
 
 
-def read_scenes(path: str, column: str | None = None, mask_column: str | None = None) -> dict[str, datasets.Dataset]:
+def read_scenes(
+    path: str, column: str | None = None, mask_column: str | None = None, reading: Reading = STRETCHED
+) -> dict[str, datasets.Dataset]:
     """Columns `image` and `label_map`, undecoded, by the keys of `Parts.used`.
+
+    Args:
+        column, mask_column: of images and label maps, in sources with columns; detected by default.
+        reading: which pages or files make an image.
 
     Raises:
         ValueError: if there are no images with label maps at `path`.
     """
     folder = Path(path).expanduser()
     if is_csv(path):
-        return read_csv_scenes(folder, column or "image", mask_column or "mask")
+        return read_csv_scenes(folder, column or "image", mask_column or "mask", reading)
     if is_plain_folder(path):
         found = find_folder_pairs(folder)
         found.report(str(folder))
-        return {use: read_folder_pair(*pair) for use, pair in found.pairs.items()}
+        return {use: read_folder_pair(*pair, reading) for use, pair in found.pairs.items()}
     reader, files = detect_reader(path)
     if not reader.has_columns:
         raise ValueError(f"{path!r} has images and no label maps: give a folder with {LAYOUT}")
     parts = read_train_and_validation(path, reader, files)
-    return {name: select_scenes(rows, column, mask_column, path) for name, rows in parts.items()}
+    scenes = {name: select_scenes(rows, column, mask_column, path) for name, rows in parts.items()}
+    for rows in scenes.values():
+        check_rows_are_images(rows, reading, path)
+    return scenes
 
 
 class FolderPair(NamedTuple):
@@ -144,8 +169,9 @@ def note_on_label_maps(path: str | list[str]) -> str:
     return ""
 
 
-def read_folder_pair(images: Path, label_maps: Path) -> datasets.Dataset:
-    """Images and label maps of the same names, apart from their extensions.
+def read_folder_pair(images: Path, label_maps: Path, reading: Reading = STRETCHED) -> datasets.Dataset:
+    """Images and label maps of the same names, apart from their extensions; where an image is a page or several files, as
+    `simmim.data.image_names` tells.
 
     Raises:
         ValueError: naming an image without a label map, a label map without an image, or two files of one name.
@@ -154,59 +180,98 @@ def read_folder_pair(images: Path, label_maps: Path) -> datasets.Dataset:
         raise ValueError(
             f"{label_maps} holds boxes and no label maps: use simmim finetune detection, or give PNG label maps"
         )
-    image_paths, label_map_paths = find_stems(images), find_stems(label_maps)
-    for stem, path in image_paths.items():
-        if stem not in label_map_paths:
-            raise ValueError(
-                f"image {path} has no label map{_and_others(image_paths, label_map_paths)}: expected {label_maps / stem}.png"
-            )
-    for stem, path in label_map_paths.items():
-        if stem not in image_paths:
-            raise ValueError(
-                f"label map {path} has no image{_and_others(label_map_paths, image_paths)}: expected "
-                f"{images / stem}.jpg, .png, …"
-            )
-    return pair_paths(list(image_paths.values()), [label_map_paths[stem] for stem in image_paths])
+    found, paths = list_images(images, reading), find_stems(label_maps)
+    names = match_names(found, paths, "label maps")
+    pages = whole_label_maps(found, names, paths)
+    missing = [image for image, name in zip(found, names) if name is None and image.whole not in pages]
+    if missing:
+        first, others = missing[0], f" (nor {len(missing) - 1:,} others)" if len(missing) > 1 else ""
+        of_pages = f", or {label_maps / first.whole}.tif with a page for each" if first.whole else ""
+        raise ValueError(
+            f"image {first.address} has no label map{others}: expected {label_maps / first.names[0]}.png{of_pages}"
+        )
+    unused = [path for stem, path in paths.items() if stem not in {*names, *pages}]
+    if unused:
+        others = f" (nor {len(unused) - 1:,} others)" if len(unused) > 1 else ""
+        stem = os.path.splitext(os.path.relpath(unused[0], label_maps))[0]
+        raise ValueError(f"label map {unused[0]} has no image{others}: expected {images / stem}.jpg, .png, …")
+    return pair_paths(
+        [image.address for image in found],
+        [
+            paths[name] if name else address_page(paths[image.whole], parse_address(image.address).page or 0)
+            for image, name in zip(found, names)
+        ],
+    )
 
 
-def _and_others(paths: dict[str, str], partners: dict[str, str]) -> str:
-    """The number of further paths without a partner, for an error message about the first."""
-    num_others = len(paths.keys() - partners.keys()) - 1
-    return f" (nor {num_others:,} others)" if num_others else ""
+def whole_label_maps(images: Sequence[NamedImage], names: Sequence[str | None], paths: Mapping[str, str]) -> set[str]:
+    """Names of label maps that hold those of all images of a file, page for page.
 
-
-def find_stems(folder: Path) -> dict[str, str]:
-    """Every image below `folder`, by its path in it without the extension.
+    Args:
+        names: of label maps that are of one image, for each image.
+        paths: of label maps by name.
 
     Raises:
-        ValueError: if there is none, or two differ only by their extensions.
+        ValueError: for one of another number of pages than its image's file has images.
     """
-    paths: dict[str, str] = {}
-    for path in find_images(folder):
-        stem = os.path.splitext(os.path.relpath(path, folder))[0]
-        if stem in paths:
-            raise ValueError(f"{paths[stem]} and {path} differ only by their extensions, and share one partner: rename one")
-        paths[stem] = path
-    return paths
+    of_file = Counter(image.whole for image, name in zip(images, names) if image.whole in paths and name is None)
+    for name, count in of_file.items():
+        check_pages(paths[name], count, next(image.address for image in images if image.whole == name))
+    return {*of_file} - {""}
 
 
-def read_csv_scenes(file: Path, column: str, mask_column: str) -> dict[str, datasets.Dataset]:
+def check_pages(label_map: str, count: int, image: str) -> None:
+    """Check that a label map has a page for each image of a file.
+
+    Raises:
+        ValueError: where it has not.
+    """
+    if (found := count_pages(label_map)) != count:
+        raise ValueError(
+            f"label map {label_map} holds {counted(found, 'page')} and {parse_address(image).files[0]} {count}, each an "
+            "image: give one with as many, or one for each page"
+        )
+
+
+def read_csv_scenes(file: Path, column: str, mask_column: str, reading: Reading = STRETCHED) -> dict[str, datasets.Dataset]:
     """Images and label maps of a CSV file with a header, by part. Relative paths start at the file's folder.
 
+    Of an image that is several files a row names one of them, and of a page scan.tif#page=0. A row of all pages of a file
+    has a label map of as many.
+
     Raises:
-        ValueError: as `read_csv` and `divide_rows`, and for an image that does not exist.
+        ValueError: as `read_csv`, `divide_rows` and `WholeImages`, and for an image that does not exist.
     """
     rows = read_csv(
         file, [CsvColumn("image", "data.column", column), CsvColumn("label map", "data.mask_column", mask_column)]
     )
-    folder = file.resolve().parent
+    folder, whole = file.resolve().parent, WholeImages(reading)
     for number, (image, _) in enumerate(rows, start=2):
-        if not os.path.isfile(os.path.join(folder, image)):
+        if not os.path.isfile(file_of(os.path.join(folder, image))):
             raise ValueError(f"{file}, line {number}: there is no image {os.path.join(folder, image)}")
-    return {
-        use: pair_paths(*([os.path.join(folder, name) for name in names] for names in zip(*part)))
-        for use, part in divide_rows(file, rows).items()
-    }
+    parts = {}
+    for use, part in divide_rows(file, rows).items():
+        scenes = [
+            pair
+            for image, label_map in part
+            for pair in scenes_of_row(os.path.join(folder, image), os.path.join(folder, label_map), whole)
+        ]
+        parts[use] = pair_paths(*(list(paths) for paths in zip(*scenes)))
+    return parts
+
+
+def scenes_of_row(image: str, label_map: str, whole: WholeImages) -> list[tuple[str, str]]:
+    """The addresses of the image and the label map that a row names; of those of every page where both have as many.
+
+    Raises:
+        ValueError: as `WholeImages.address_of` and `check_pages`.
+    """
+    if whole.reading.rearranges and not whole.reading.channel_files and os.path.isfile(image) and os.path.isfile(label_map):
+        count = images_in({"bytes": None, "path": image}, whole.reading)
+        if count > 1:
+            check_pages(label_map, count, image)
+            return [(address_page(image, page), address_page(label_map, page)) for page in range(count)]
+    return [(whole.address_of(image), label_map)]
 
 
 def pair_paths(images: list[str], label_maps: list[str]) -> datasets.Dataset:

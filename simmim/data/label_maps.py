@@ -12,11 +12,14 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
+from simmim.data.decode import STRETCHED
+from simmim.data.image_names import files_of_pages
 from simmim.data.label_map_files import NUM_VALUES, SceneStatistics, inspect_scenes
 from simmim.data.label_map_sources import CLASSES_FILE, read_class_names, read_scenes
 from simmim.data.orientation import Size
 from simmim.data.parts import validating_use
 from simmim.data.scene_draws import AS_EVER, SceneDraw, SceneSource
+from simmim.reading import Reading
 
 if TYPE_CHECKING:
     import datasets
@@ -93,6 +96,7 @@ def read_labeled_scenes(
     ignore_index: int = 255,
     progress: Callable[[Iterable], Iterable] = iter,
     draw: SceneDraw = AS_EVER,
+    reading: Reading = STRETCHED,
 ) -> LabeledScenes:
     """Read labeled scenes with every label map, and choose what to train on and what to validate with.
 
@@ -109,16 +113,21 @@ def read_labeled_scenes(
         ignore_index: value of pixels that do not count; −1 for none.
         progress: wraps the scenes while they are read, for a progress bar.
         draw: how scenes are drawn in a study.
+        reading: which pages or files make an image. Pages of one file train or validate, not both.
 
     Raises:
         ValueError: for images and label maps without a partner, label maps that cannot be read, are of another size or hold
             values that are no class, fewer than two classes, classes without a training pixel, and too few scenes.
     """
-    parts = read_scenes(path := str(path), column, mask_column)
-    statistics = {part: inspect_scenes(scenes, progress) for part, scenes in parts.items()}
+    parts = read_scenes(path := str(path), column, mask_column, reading)
+    statistics = {part: inspect_scenes(scenes, progress, reading) for part, scenes in parts.items()}
     scheme, notes = find_scheme(path, classes, values, ignore_index, [*statistics.values()])
     use, scenes = validating_use(parts), statistics["train"]
-    source = SceneSource(path, scenes, scheme.values, bool(use))
+    # Flattened, so that the files' bytes are not read with their paths.
+    files = files_of_pages(
+        parts["train"].select_columns(["image"]).flatten().select_columns(["image.path"])["image.path"][:]
+    )
+    source = SceneSource(path, scenes, scheme.values, bool(use), files)
     rows, held_out = source.hold_out(seed, draw)
     if use:
         check_classes_are_trained(scenes, statistics[use], scheme)

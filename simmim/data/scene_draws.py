@@ -8,6 +8,7 @@ from dataclasses import dataclass, field
 from typing import NamedTuple
 
 from simmim.data.label_map_files import SceneStatistics
+from simmim.messages import counted
 
 
 @dataclass(frozen=True)
@@ -44,12 +45,14 @@ class SceneSource:
         scenes: what each holds.
         values: of the classes in `scenes`.
         has_validation: whether the source has a part that validates; else a fifth is held out.
+        files: number of the file of each, where scenes are pages of files: they resemble one another, and stay together.
     """
 
     path: str
     scenes: Sequence[SceneStatistics] = field(repr=False)
     values: tuple[int, ...]
     has_validation: bool
+    files: tuple[int, ...] | None = field(default=None, repr=False)
 
     def hold_out(self, seed: int, draw: SceneDraw, generator: random.Random | None = None) -> ChosenScenes:
         """All scenes, or four fifths and one where a fifth is held out.
@@ -62,7 +65,7 @@ class SceneSource:
             return ChosenScenes(rows, None)
         if draw.validation_seed is not None:
             generator = random.Random(f"validation/{draw.validation_seed}")
-        return ChosenScenes(*hold_out_fifth(rows, generator or random.Random(f"scenes/{seed}"), self.path))
+        return ChosenScenes(*hold_out_fifth(rows, generator or random.Random(f"scenes/{seed}"), self.path, self.files))
 
     def choose(self, labels: int | None, seed: int, draw: SceneDraw) -> ChosenScenes:
         """The scenes of a run.
@@ -76,42 +79,68 @@ class SceneSource:
         generator = random.Random(f"scenes/{seed}")
         rows, validation = self.hold_out(seed, draw, generator)
         if draw.pool is not None:
-            rows = part_of(rows, draw.pool, "pool")
+            rows = part_of(rows, draw.pool, "pool", self.files)
         if labels is not None:
             rows = draw_scenes(self.scenes, rows, labels, self.values, generator)
         if draw.fold is not None:
-            validation = part_of(rows, draw.fold, f"folds/{seed}")
+            validation = part_of(rows, draw.fold, f"folds/{seed}", self.files)
             rows = sorted(set(rows) - set(validation))
         return ChosenScenes(rows, validation)
 
 
-def part_of(rows: Sequence[int], part: tuple[int, int], name: str) -> list[int]:
-    """One of the even parts into which rows are divided at random.
+def rows_by_file(rows: Sequence[int], files: Sequence[int] | None) -> dict[int, list[int]]:
+    """Rows that stay together: those of one file, or each alone.
+
+    Args:
+        files: of each row; None where each is a file.
+    """
+    together: dict[int, list[int]] = {}
+    for row in rows:
+        together.setdefault(row if files is None else files[row], []).append(row)
+    return together
+
+
+def part_of(rows: Sequence[int], part: tuple[int, int], name: str, files: Sequence[int] | None = None) -> list[int]:
+    """One of the even parts into which rows, or their files, are divided at random.
 
     Args:
         part: (part, number of parts).
         name: of the random order.
+        files: as of `rows_by_file`.
 
     Raises:
-        ValueError: where there are fewer rows than parts.
+        ValueError: where there are fewer rows, or files, than parts.
     """
-    number, count = part
-    if len(rows) < count:
+    (number, count), together = part, rows_by_file(rows, files)
+    if len(together) < count:
+        pages = "" if files is None else f", pages of {counted(len(together), 'file')},"
         raise ValueError(
-            f"{len(rows)} labeled scenes cannot be divided into {count} parts: give fewer parts, or more scenes"
+            f"{len(rows)} labeled scenes{pages} cannot be divided into {count} parts: give fewer parts, or more scenes"
         )
-    return sorted(random.Random(name).sample(list(rows), len(rows))[number::count])
+    order = random.Random(name).sample(list(together), len(together))
+    return sorted(row for key in order[number::count] for row in together[key])
 
 
-def hold_out_fifth(rows: list[int], generator: random.Random, path: str) -> tuple[list[int], list[int]]:
-    """Rows to train on and to validate with.
+def hold_out_fifth(
+    rows: list[int], generator: random.Random, path: str, files: Sequence[int] | None = None
+) -> tuple[list[int], list[int]]:
+    """Rows to train on and to validate with: of pages of files, whole files.
+
+    Args:
+        files: as of `rows_by_file`.
 
     Raises:
-        ValueError: for a single row.
+        ValueError: for a single row, or file.
     """
-    if len(rows) < 2:
-        raise ValueError(f"{path!r} has 1 scene: give at least 2, one to train on and one to validate with")
-    held_out = sorted(generator.sample(rows, max(1, len(rows) // 5)))
+    together = rows_by_file(rows, files)
+    if len(together) < 2:
+        pages, least = (", pages of 1 file, which resemble one another", "2 files") if len(rows) > 1 else ("", "2")
+        raise ValueError(
+            f"{path!r} has {counted(len(rows), 'scene')}{pages}: give at least {least}, one to train on and one to validate "
+            "with"
+        )
+    drawn = generator.sample(list(together), max(1, len(together) // 5))
+    held_out = sorted(row for key in drawn for row in together[key])
     return sorted(set(rows) - set(held_out)), held_out
 
 

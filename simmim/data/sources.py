@@ -74,13 +74,17 @@ def open_source(
 
 
 def open_images(
-    path: str | Path | Sequence[str], column: str | None = None, reading: Reading = STRETCHED
+    path: str | Path | Sequence[str],
+    column: str | None = None,
+    reading: Reading = STRETCHED,
+    setting: str = "data.column",
 ) -> datasets.Dataset:
     """Open one or several sources as one dataset with a column `image`, undecoded.
 
     Args:
         column: as of `open_source`.
         reading: which pages or files make an image.
+        setting: by which the user names the column, for the error message.
 
     Raises:
         ValueError: as `open_source`.
@@ -90,11 +94,11 @@ def open_images(
     if not isinstance(path, str | os.PathLike):
         if not path:
             raise ValueError(f"no images: give {known_kinds()}")
-        parts = [open_images(str(part), column, reading) for part in path]
+        parts = [open_images(str(part), column, reading, setting) for part in path]
         return parts[0] if len(parts) == 1 else datasets.concatenate_datasets(parts)
     reader, files = detect_reader(str(path))
     rows = reader.read(files)
-    return arrange(select_images(rows, column, str(path)) if reader.has_columns else rows, reading)
+    return arrange(select_images(rows, column, str(path), setting) if reader.has_columns else rows, reading)
 
 
 def open_stream(path: str | Sequence[str], column: str | None) -> tuple[datasets.IterableDataset, int | None]:
@@ -118,13 +122,13 @@ def open_stream(path: str | Sequence[str], column: str | None) -> tuple[datasets
     return (select_images(stream, column, str(path)) if reader.has_columns else stream), length
 
 
-def select_images(rows, column: str | None, path: str):
+def select_images(rows, column: str | None, path: str, setting: str = "data.column"):
     """The column of images alone, undecoded, named `image`.
 
     Args:
         rows: a `datasets.Dataset` or `IterableDataset`.
         column: its name; detected by default.
-        path: of the source, for the error message.
+        path, setting: of the source, and by which the user names the column, for the error message.
 
     Raises:
         ValueError: if there is no such column, or none that holds images, with the columns' names.
@@ -136,7 +140,7 @@ def select_images(rows, column: str | None, path: str):
         column = detect_image_column(features)
     if column is None or column not in features:
         missing = f"no column {column!r}" if column else "no column of images"
-        raise ValueError(f"{path!r} has {missing}: its columns are {', '.join(features)}; give data.column")
+        raise ValueError(f"{path!r} has {missing}: its columns are {', '.join(features)}; give {setting}")
     rows = rows.select_columns([column])
     if column != "image":
         rows = rows.rename_column(column, "image")

@@ -6,6 +6,7 @@ import random
 import sys
 import time
 from pathlib import Path
+from typing import Any
 
 import pytorch_lightning as pl
 import torch
@@ -28,6 +29,11 @@ class StepSeeds(pl.Callback):
         torch.manual_seed(random.Random(key).getrandbits(62))
 
 
+def count_unlabeled(trainer: pl.Trainer, batch: Any) -> int:
+    """Unlabeled images of a batch, over all devices, that labeled ones are accompanied by: those with a weak view."""
+    return trainer.world_size * len(batch["weak"]) if isinstance(batch, dict) and "weak" in batch else 0
+
+
 class ProgressLine(pl.Callback):
     """One line: share done, time left, images a second, and the metrics that the module puts on the progress bar.
 
@@ -37,7 +43,7 @@ class ProgressLine(pl.Callback):
     def __init__(self, title: str, batch_size: int, quiet_s: float = 30.0) -> None:
         self.title, self.batch_size, self.quiet_s = title, batch_size, quiet_s
         self.bar: tqdm | None = None
-        self.told = 0.0
+        self.told, self.unlabeled = 0.0, 0
 
     def on_train_start(self, trainer: pl.Trainer, module: pl.LightningModule) -> None:
         """Open the line at the step where the run stands."""
@@ -58,8 +64,9 @@ class ProgressLine(pl.Callback):
             "{postfix}",
         )
 
-    def on_train_batch_end(self, trainer: pl.Trainer, module: pl.LightningModule, *_) -> None:
+    def on_train_batch_end(self, trainer: pl.Trainer, module: pl.LightningModule, outputs, batch, *_) -> None:
         """Move on; the numbers beside the bar follow when it is redrawn."""
+        self.unlabeled += count_unlabeled(trainer, batch)
         if self.bar is None or trainer.global_step == self.bar.n:
             return
         if time.monotonic() - self.told > self.bar.mininterval:
@@ -71,7 +78,8 @@ class ProgressLine(pl.Callback):
         """The metrics beside the bar, and the mean rate since training started or resumed."""
         shown = {name: f"{float(value):.4g}" for name, value in trainer.progress_bar_metrics.items()}
         steps, seconds = trainer.global_step - self.bar.initial, self.bar.format_dict["elapsed"]
-        return shown | {"images/s": f"{steps * self.batch_size / max(seconds, 1e-9):,.0f}"}
+        images = steps * self.batch_size + self.unlabeled
+        return shown | {"images/s": f"{images / max(seconds, 1e-9):,.0f}"}
 
     def on_train_end(self, trainer: pl.Trainer, *_) -> None:
         """Leave the finished line on the screen."""
@@ -91,7 +99,8 @@ class ProgressLine(pl.Callback):
 
 
 class Throughput(pl.Callback):
-    """Logs images a second, and the share of the time that training waited for data.
+    """Logs images a second, and the share of the time that training waited for data. Where unlabeled images accompany the
+    labeled ones, the rate is that of all, and the rates of both are logged beside it.
 
     The time is that of training batches and of waiting for the next one. Validation, probes and pictures are left out: the
     wait for the next batch begins after all other callbacks, when `WaitStart` says so.
@@ -102,8 +111,12 @@ class Throughput(pl.Callback):
 
     def on_train_start(self, trainer: pl.Trainer, module: pl.LightningModule) -> None:
         """Start the clocks."""
-        self.step, self.trained_s, self.waited_s = trainer.global_step, 0.0, 0.0
+        self.start_counting(trainer)
         self.start_waiting()
+
+    def start_counting(self, trainer: pl.Trainer) -> None:
+        """All counts begin at this step."""
+        self.step, self.trained_s, self.waited_s, self.unlabeled = trainer.global_step, 0.0, 0.0, 0
 
     def start_waiting(self) -> None:
         """All that follows until the next batch starts is spent fetching it."""
@@ -114,15 +127,21 @@ class Throughput(pl.Callback):
         self.batch_started = time.perf_counter()
         self.waited_s += self.batch_started - self.wait_started
 
-    def on_train_batch_end(self, trainer: pl.Trainer, module: pl.LightningModule, *_) -> None:
+    def on_train_batch_end(self, trainer: pl.Trainer, module: pl.LightningModule, outputs, batch, *_) -> None:
         """Log the means since the last logged step."""
         self.trained_s += time.perf_counter() - self.batch_started
+        self.unlabeled += count_unlabeled(trainer, batch)
         if trainer.global_step > self.step and trainer.global_step % trainer.log_every_n_steps == 0:  # type: ignore[attr-defined]
-            images, seconds = (trainer.global_step - self.step) * self.batch_size, self.trained_s + self.waited_s
-            values = {"images_per_s": images / seconds, "data_wait_share": self.waited_s / seconds}
+            labeled, seconds = (trainer.global_step - self.step) * self.batch_size, self.trained_s + self.waited_s
+            values = {"images_per_s": (labeled + self.unlabeled) / seconds, "data_wait_share": self.waited_s / seconds}
+            if self.unlabeled:
+                values |= {
+                    "labeled_images_per_s": labeled / seconds,
+                    "unlabeled_images_per_s": self.unlabeled / seconds,
+                }
             for logger in trainer.loggers:
                 logger.log_metrics(values, step=trainer.global_step - 1)
-            self.step, self.trained_s, self.waited_s = trainer.global_step, 0.0, 0.0
+            self.start_counting(trainer)
 
 
 class WaitStart(pl.Callback):

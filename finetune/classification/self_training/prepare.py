@@ -55,7 +55,7 @@ def read_unlabeled(settings: ClassificationSettings, labels: LabeledImages, read
     everything = read_labeled_images(
         data.path, None, settings.seed, data.column, data.label_column, data.validation_seed, reading
     )
-    return open_unlabeled(data.unlabeled, labels, everything, reading)
+    return open_unlabeled(data.unlabeled, labels, everything, reading, data.unlabeled_column)
 
 
 def check_channels(unlabeled: UnlabeledImages, channels: int) -> None:

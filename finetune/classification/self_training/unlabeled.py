@@ -47,7 +47,11 @@ class UnlabeledImages:
 
 
 def open_unlabeled(
-    path: str, labels: LabeledImages, everything: LabeledImages, reading: Reading = STRETCHED
+    path: str,
+    labels: LabeledImages,
+    everything: LabeledImages,
+    reading: Reading = STRETCHED,
+    column: str | None = None,
 ) -> UnlabeledImages:
     """The images at `path` whose files are identical to no labeled and no validation image.
 
@@ -57,11 +61,12 @@ def open_unlabeled(
         everything: the whole labeled source, before labels are drawn and folds are held out. Its validation images judge
             too; its other images may be among the unlabeled ones.
         reading: how values become pictures, as for the labeled images.
+        column: of images, in sources that have columns; detected by default.
 
     Raises:
-        ValueError: when there are no images at `path`, none is left, or none can be read.
+        ValueError: when there are no images or no such column at `path`, none is left, or none can be read.
     """
-    images = open_images(path, reading=reading)
+    images = open_images(path, column, reading, setting="data.unlabeled_column")
     digests = file_digests(images)
     labeled = set(file_digests(labels.train))
     judging = set(file_digests(labels.validation) + file_digests(everything.validation))

@@ -12,9 +12,11 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import ClassVar
 
+from simmim.data.decode import STRETCHED
 from simmim.data.orientation import Box, Size
 from simmim.data.records import Record
 from simmim.messages import did_you_mean
+from simmim.reading import Reading
 
 
 def corners(values: Box, size: Size) -> Box:
@@ -156,11 +158,13 @@ class ReadingOptions:
         column: holds the images, in sources with columns.
         box_format: of the numbers in sources that do not fix it.
         classes: names in order; empty where the source is to say them.
+        reading: which pages or files make an image.
     """
 
     column: str | None = None
     box_format: str | None = None
     classes: tuple[str, ...] = ()
+    reading: Reading = STRETCHED
 
 
 class BoxReader(ABC):

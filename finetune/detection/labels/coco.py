@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import json
 import mmap
+import os
 import re
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from simmim.data.image_names import WholeImages, file_of
 from simmim.data.label_sources import subfolders
 from simmim.data.parts import assign_parts, assign_splits
 from simmim.finetune.detection.labels.base import (
@@ -44,7 +46,8 @@ class CocoReader(BoxReader):
         contents = {use: load(file) for use, file in files.items()}
         names = [category_names(content, files[use]) for use, content in contents.items()]
         classes = merge_names(names, list(files.values()))
-        parts = {use: read_scenes(content, files[use], source) for use, content in contents.items()}
+        whole = WholeImages(options.reading)
+        parts = {use: read_scenes(content, files[use], source, whole) for use, content in contents.items()}
         return RawLabels(parts, classes)
 
 
@@ -139,11 +142,15 @@ def merge_names(names: Sequence[Mapping[int, str]], files: Sequence[Path]) -> tu
     return tuple(merged)
 
 
-def read_scenes(content: Mapping[str, list], file: Path, source: Path) -> list[RawScene]:
+def read_scenes(content: Mapping[str, list], file: Path, source: Path, whole: WholeImages) -> list[RawScene]:
     """The scenes of one file.
 
+    Args:
+        whole: tells the images that files belong to.
+
     Raises:
-        ValueError: for an image that is not found, an annotation of an unknown image or category, or without a box.
+        ValueError: for an image that is not found, an annotation of an unknown image or category, or without a box; as
+            `WholeImages.address_of`.
     """
     names = category_names(content, file)
     images = {}
@@ -166,7 +173,7 @@ def read_scenes(content: Mapping[str, list], file: Path, source: Path) -> list[R
     folders = image_folders(file, source)
     return [
         RawScene(
-            record_of(find_image(image["file_name"], folders, file)),
+            record_of(whole.address_of(str(find_image(image["file_name"], folders, file)))),
             tuple(objects[key]),
             "xywh",
             (int(image["height"]), int(image["width"])) if image.get("height") and image.get("width") else None,
@@ -190,14 +197,16 @@ def image_folders(file: Path, source: Path) -> list[Path]:
 
 
 def find_image(name: str, folders: list[Path], file: Path) -> Path:
-    """The image of that name. The folder that has it becomes the first of `folders`, as it likely has the next one, too.
+    """The image of that name, which may be the address of a page.
+
+    The folder that has it becomes the first of `folders`, as it likely has the next one, too.
 
     Raises:
         ValueError: if it is nowhere.
     """
     for folder in folders:
         for candidate in (folder / name, folder / Path(name).name):
-            if candidate.is_file():
+            if candidate.is_file() or os.path.isfile(file_of(str(candidate))):
                 folders.remove(folder)
                 folders.insert(0, folder)
                 return candidate

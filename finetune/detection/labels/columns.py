@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
+from simmim.data.image_names import check_rows_are_images
 from simmim.data.label_sources import is_csv, is_plain_folder, read_train_and_validation
 from simmim.data.readers import detect_reader
 from simmim.data.sources import select_images
@@ -88,6 +89,7 @@ def read_rows(rows, use: str, options: ReadingOptions, path: str, names: tuple[s
         ValueError: naming the row.
     """
     images = select_images(rows, options.column, path)
+    check_rows_are_images(images, options.reading, path)
     column = objects_column(rows.features)
     wanted = [column] if column else [name for name in rows.column_names if name in (*BOX_NAMES, *CATEGORY_NAMES)]
     sizes = [name for name in ("height", "width") if name in rows.column_names]

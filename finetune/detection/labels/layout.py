@@ -3,14 +3,16 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Sequence
+from collections.abc import Container, Sequence
 from pathlib import Path
 from typing import NamedTuple
 
+from simmim.data.addresses import parse_address
+from simmim.data.image_names import list_images, match_names
 from simmim.data.index import count_images
-from simmim.data.label_map_sources import find_stems
 from simmim.data.label_sources import subfolders
 from simmim.data.parts import assign_parts
+from simmim.reading import Reading
 
 IMAGE_FOLDERS = ("images", "JPEGImages")
 
@@ -73,13 +75,25 @@ def pair_in(parent: Path, part: str, annotation_folders: Sequence[str], suffix: 
     return Pair(images, annotations) if images is not None and annotations is not None else None
 
 
-def image_files(pair: Pair) -> dict[str, str]:
-    """Every image of a pair by its path without the ending.
+def image_files(pair: Pair, annotations: Container[str], reading: Reading) -> dict[str, str]:
+    """The record's path of every image of a pair by the name, without the ending, that its annotations have or should have.
+
+    Args:
+        annotations: the names that there are.
+        reading: which pages or files make an image.
 
     Raises:
-        ValueError: as `find_stems`.
+        ValueError: as `list_images` and `match_names`; for annotations of a file of several images.
     """
-    return find_stems(pair.images)
+    images = list_images(pair.images, reading)
+    for image in images:
+        if image.whole and image.whole in annotations:
+            raise ValueError(
+                f"the annotations {image.whole!r} are of {parse_address(image.address).files[0]}, whose pages are images: "
+                f"name them {image.names[0]} and so on"
+            )
+    names = match_names(images, annotations, "annotations")
+    return {name or image.names[0]: image.address for image, name in zip(images, names)}
 
 
 def read_text(file: Path) -> str:

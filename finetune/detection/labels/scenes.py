@@ -11,7 +11,8 @@ from typing import TYPE_CHECKING, NamedTuple
 import numpy as np
 from PIL import Image, UnidentifiedImageError
 
-from simmim.data.decode import open_picture
+from simmim.data.decode import STRETCHED, open_picture
+from simmim.data.image_names import files_of_pages
 from simmim.data.label_map_files import HEADER_FORMATS, SceneStatistics
 from simmim.data.loading import available_cores
 from simmim.data.orientation import Box, Size, read_orientation, stored_box, swaps_axes, upright_size
@@ -22,6 +23,7 @@ from simmim.data.scene_draws import AS_EVER, SceneDraw, SceneSource
 from simmim.finetune.detection.labels.base import RawLabels, RawScene, ReadingOptions, convert_box
 from simmim.finetune.detection.labels.registry import find_reader
 from simmim.messages import did_you_mean, notify
+from simmim.reading import Reading
 
 if TYPE_CHECKING:
     import datasets
@@ -114,7 +116,7 @@ def read_boxed_scenes(
     reader = find_reader(path, format)
     raw = reader.read(path, options)
     classes = choose_classes(raw, options.classes, path)
-    parts = {use: inspect(scenes, classes, exif) for use, scenes in raw.parts.items()}
+    parts = {use: inspect(scenes, classes, exif, options.reading) for use, scenes in raw.parts.items()}
     for part, scenes in parts.items():
         if not scenes:
             raise ValueError(f"{path!r} has no image to {'train on' if part == 'train' else 'validate with'}")
@@ -124,7 +126,8 @@ def read_boxed_scenes(
         notify(f"{num_clipped:,} boxes of {path!r} reach out of their images and are clipped")
     everything = parts["train"]
     statistics = [SceneStatistics("", scene.size, counts_of(scene.objects)) for scene in everything]
-    source = SceneSource(path, statistics, tuple(range(len(classes))), bool(use))
+    files = files_of_pages([scene.raw.image["path"] for scene in everything])
+    source = SceneSource(path, statistics, tuple(range(len(classes))), bool(use), files)
     rows, held_out = source.hold_out(seed, draw)
     judging = parts[use] if use else [everything[row] for row in held_out or ()]
     check_boxes([everything[row] for row in rows], judging, classes, path)
@@ -218,15 +221,19 @@ def notes_on_counts(train: Sequence[Inspected], validation: Sequence[Inspected],
 # --- boxes -------------------------------------------------------------------------------------------------------------
 
 
-def inspect(scenes: Sequence[RawScene], classes: Sequence[str], exif: str) -> list[Inspected]:
-    """Boxes in pixels of the upright images, of every scene."""
+def inspect(scenes: Sequence[RawScene], classes: Sequence[str], exif: str, reading: Reading = STRETCHED) -> list[Inspected]:
+    """Boxes in pixels of the upright images, of every scene.
+
+    Args:
+        reading: which pages or files make an image.
+    """
     ids = {name: number for number, name in enumerate(classes)}
     with ThreadPoolExecutor(available_cores()) as pool:
-        headers = list(pool.map(lambda scene: read_header(scene.image), scenes))
+        headers = list(pool.map(lambda scene: read_header(scene.image, reading), scenes))
     return [inspect_scene(scene, *header, ids, exif) for scene, header in zip(scenes, headers)]
 
 
-def read_header(record: Record) -> tuple[Size | None, int]:
+def read_header(record: Record, reading: Reading = STRETCHED) -> tuple[Size | None, int]:
     """(height, width) of an image, upright, and EXIF's orientation; None for one that cannot be read."""
     try:
         with decoding():
@@ -235,7 +242,7 @@ def read_header(record: Record) -> tuple[Size | None, int]:
                     orientation = read_orientation(image)
                     return upright_size(image, orientation), orientation
             except UnidentifiedImageError:
-                return open_picture(record, None).size, 1
+                return open_picture(record, None, reading=Reading(pages=reading.pages)).size, 1
     except UNREADABLE:
         return None, 1  # training replaces and counts an image that cannot be read
 

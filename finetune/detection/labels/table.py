@@ -8,6 +8,7 @@ import os
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
+from simmim.data.image_names import WholeImages, file_of
 from simmim.data.label_sources import LABEL_COLUMNS, PART_COLUMNS, PATH_COLUMNS
 from simmim.data.parts import EXPECTED, assign_splits, meaning_of
 from simmim.finetune.detection.labels.base import (
@@ -54,6 +55,7 @@ class TableReader(BoxReader):
         scenes: dict[str, list[RawObject]] = {}
         parts: dict[str, str] = {}
         sizes: dict[str, tuple[int, int] | None] = {}
+        whole = WholeImages(options.reading)
         for row in reader:
             place = f"{file}, line {reader.line_num}"
             name = row[columns.path]
@@ -61,7 +63,7 @@ class TableReader(BoxReader):
                 raise ValueError(f"{place} has no path")
             image = os.path.join(file.resolve().parent, name)
             if image not in scenes:
-                if not os.path.isfile(image):
+                if not os.path.isfile(file_of(image)):
                     raise ValueError(f"{place}: there is no image {image}")
                 scenes[image], sizes[image], parts[image] = [], stated_size(row, columns), part_of(row, columns, place)
             elif columns.part and parts[image] != row[columns.part]:
@@ -74,7 +76,7 @@ class TableReader(BoxReader):
             raise ValueError(f"{file} has no rows: give one with path, class and box for each object")
         box_format = options.box_format or columns.box_format
         raw = {
-            image: RawScene(record_of(image), tuple(objects), box_format, sizes[image], f"{file}, {image}")
+            image: RawScene(record_of(whole.address_of(image)), tuple(objects), box_format, sizes[image], f"{file}, {image}")
             for image, objects in scenes.items()
         }
         if columns.part is None:

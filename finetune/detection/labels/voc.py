@@ -6,6 +6,7 @@ import re
 import xml.etree.ElementTree as ElementTree
 from pathlib import Path
 
+from simmim.data.decode import STRETCHED
 from simmim.data.orientation import Size
 from simmim.data.parts import assign_parts, meaning_of
 from simmim.finetune.detection.labels.base import (
@@ -18,6 +19,7 @@ from simmim.finetune.detection.labels.base import (
     record_of,
 )
 from simmim.finetune.detection.labels.layout import Pair, files_in, find_pairs, image_files, read_text
+from simmim.reading import Reading
 
 FOLDERS = ("Annotations", "annotations", "labels", "xmls")
 CORNERS = ("xmin", "ymin", "xmax", "ymax")
@@ -38,9 +40,9 @@ class VocReader(BoxReader):
         pairs = find_pairs(folder, FOLDERS, ".xml")
         lists = read_lists(folder)
         if lists and list(pairs) == ["train"]:
-            parts = {use: read_pair(pairs["train"], stems) for use, stems in lists.items()}
+            parts = {use: read_pair(pairs["train"], stems, options.reading) for use, stems in lists.items()}
         else:
-            parts = {use: read_pair(pair, None) for use, pair in pairs.items()}
+            parts = {use: read_pair(pair, None, options.reading) for use, pair in pairs.items()}
         stated, notes = options.box_format, []
         if stated is None:
             stated = "voc"
@@ -74,17 +76,18 @@ def read_lists(folder: Path) -> dict[str, list[str]]:
     return {use: stems[name] for use, name in parts.used.items()}
 
 
-def read_pair(pair: Pair, stems: list[str] | None) -> list[RawScene]:
+def read_pair(pair: Pair, stems: list[str] | None, reading: Reading = STRETCHED) -> list[RawScene]:
     """The scenes of one part.
 
     Args:
         stems: of the images that belong to it; all by default.
+        reading: which pages or files make an image.
 
     Raises:
         ValueError: for an image without an XML file, an XML file without an image, and as `read_file`.
     """
-    images = image_files(pair)
     files = {path.relative_to(pair.annotations).with_suffix("").as_posix(): path for path in pair.annotations.rglob("*.xml")}
+    images = image_files(pair, files, reading)
     for stem in stems or images:
         if stem not in images:
             raise ValueError(f"there is no image {pair.images / stem}.jpg, .png, …, which the list of its part names")

@@ -6,6 +6,7 @@ from pathlib import Path
 
 import yaml
 
+from simmim.data.decode import STRETCHED
 from simmim.data.index import is_image_name
 from simmim.data.label_map_sources import CLASSES_FILE
 from simmim.finetune.detection.labels.base import (
@@ -19,6 +20,7 @@ from simmim.finetune.detection.labels.base import (
 )
 from simmim.finetune.detection.labels.layout import Pair, files_in, find_pairs, image_files, read_text
 from simmim.messages import notify
+from simmim.reading import Reading
 
 FOLDERS = ("labels", "annotations")
 NAMES_FILES = ("data.yaml", "dataset.yaml", "data.yml", "dataset.yml")
@@ -39,7 +41,7 @@ class YoloReader(BoxReader):
         folder = Path(path).expanduser()
         stated = read_names(folder)
         names = stated or dict(enumerate(options.classes))
-        parts = {use: read_pair(pair, names) for use, pair in find_text_pairs(folder).items()}
+        parts = {use: read_pair(pair, names, options.reading) for use, pair in find_text_pairs(folder).items()}
         if names:
             return RawLabels(parts, tuple(names.values()))
         numbers = sorted({int(found.category) for scenes in parts.values() for scene in scenes for found in scene.objects})
@@ -89,14 +91,18 @@ def read_names(folder: Path) -> dict[int, str]:
     return {}
 
 
-def read_pair(pair: Pair, names: dict[int, str]) -> list[RawScene]:
+def read_pair(pair: Pair, names: dict[int, str], reading: Reading = STRETCHED) -> list[RawScene]:
     """The scenes of one part. An image without a text file has no objects, as for the tools that write this format.
+
+    Args:
+        names: as of `read_objects`.
+        reading: which pages or files make an image.
 
     Raises:
         ValueError: for a text file without an image, and as `read_objects`.
     """
-    images = image_files(pair)
     files = {path.relative_to(pair.annotations).with_suffix("").as_posix(): path for path in pair.annotations.rglob("*.txt")}
+    images = image_files(pair, files, reading)
     for stem, file in files.items():
         if stem not in images and file.name not in LISTS and pair.images != pair.annotations:
             raise ValueError(f"{file} has no image: expected {pair.images / stem}.jpg, .png, …")

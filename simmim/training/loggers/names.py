@@ -12,7 +12,15 @@ GROUPED = {
     "grad_norm": ("optimizer/gradient_norm", "L2 norm over all parameters, before clipping"),
     "images_per_s": (
         "speed/images_per_s",
-        "over all devices, mean since the last point; validation, probes, pictures left out",
+        "all of the batches, over all devices, mean since the last point; validation, probes, pictures left out",
+    ),
+    "labeled_images_per_s": (
+        "speed/labeled_images_per_s",
+        "those of speed/images_per_s with labels, where others have none",
+    ),
+    "unlabeled_images_per_s": (
+        "speed/unlabeled_images_per_s",
+        "those of speed/images_per_s without labels; each is one image, though teacher and student see views of their own",
     ),
     "data_wait_share": ("speed/data_wait_share", "share of training time spent waiting for images, 0 to 1"),
     "masked_l1": ("loss/of_masked_pixels", "mean absolute error over the masked pixels, a part of the loss"),
