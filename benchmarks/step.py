@@ -7,9 +7,9 @@
 
 Images, masks and weights are the same for all contenders (benchmarks/contenders.py). Each contender runs in a process of its
 own that computes only when it is asked to, so no two compute at once. A round asks all of them in turn, each for one step
-that is not timed and then for the steps that are. A step is forward, backward, and fused AdamW. On CUDA a contender gives the
-memory that its step needed back to the device after each turn and keeps weights and the optimizer's state, so a batch may be
-as large as the largest contender alone allows.
+that is not timed and then for the steps that are. A step is forward, backward, and fused AdamW. On CUDA a contender gives
+the memory that its step needed back to the device after each turn and keeps weights and the optimizer's state, so a batch
+may be as large as the largest contender alone allows.
 
 Each round also measures the rate of a plain matrix product (2048³ on a CPU, 8192³ on CUDA), the median over one second. The
 share is the rate of the operations in a contender's own matrix products, divided by that rate; both are medians over the
@@ -196,8 +196,8 @@ def build_step(model: nn.Module, work: Work, name: str, compiled: bool) -> Calla
 
 
 def measure_peak(device: str) -> Callable[[], float]:
-    """Start to measure memory; the function that is returned gives the peak in MiB: on a CPU of the process, above its present
-    state; on CUDA of the tensors of this process (`torch.cuda.max_memory_allocated`)."""
+    """Start to measure memory; the function that is returned gives the peak in MiB: on a CPU of the process, above its
+    present state; on CUDA of the tensors of this process (`torch.cuda.max_memory_allocated`)."""
     if device == "cuda":
         torch.cuda.reset_peak_memory_stats()
         return lambda: torch.cuda.max_memory_allocated() / MIB
