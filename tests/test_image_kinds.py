@@ -92,6 +92,15 @@ def write_dicom(folder, number):
     return {f"{number}.dcm": stored[None].astype(np.float32) - 1024}
 
 
+def write_ome_zarr(folder, number):
+    """Two planes of five named channels in an OME-Zarr, of which each is an image."""
+    import zarr_files
+
+    values = values_of(number, 2, 5)
+    zarr_files.write_ome_zarr(folder / f"{number}.ome.zarr", values, "zcyx", names=CHANNELS)
+    return {f"{number}.ome.zarr#page={page}": plane for page, plane in enumerate(values)}
+
+
 @dataclass(frozen=True)
 class Kind:
     """A kind of images.
@@ -118,6 +127,7 @@ KINDS = {
     "pages of a TIFF stack": Kind(write_stack, 1, ("--data.pages", "images"), images=3),
     "a GeoTIFF of 13 bands": Kind(write_geotiff, BANDS),
     "a DICOM series": Kind(write_dicom, 1, ("--data.turns", "true")),
+    "planes of an OME-Zarr": Kind(write_ome_zarr, 5, images=2),
 }
 
 
@@ -333,6 +343,7 @@ ADVICE = {
     "pages of a TIFF stack": None,
     "a GeoTIFF of 13 bands": "turns        12 georeferenced images by their metadata, which have no up: --data.turns true",
     "a DICOM series": None,
+    "planes of an OME-Zarr": "turns        24 micrographs by their metadata, which have no up: --data.turns true",
 }
 
 

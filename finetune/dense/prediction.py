@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import os
+import re
 from collections import Counter
 from collections.abc import Iterator, Mapping
 from pathlib import Path
@@ -95,6 +96,8 @@ def output_names(paths: list[str | None], images: Path) -> list[str]:
             file_names.append(os.path.relpath(os.path.abspath(path), root))
         else:
             file_names.append(os.path.basename(path))
+    # A folder of a Zarr store's name would be taken for one.
+    file_names = [re.sub(r"\.zarr(?=[/\\])", "", name) for name in file_names]
     stems = [os.path.splitext(name)[0] for name in file_names]
     unique = {stem for stem, count in Counter(stems).items() if count == 1}
     names, used = [], set()

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 from simmim.data.addresses import address_channels, address_page
 from simmim.data.decode import count_images
 from simmim.data.pillow_guard import UNREADABLE
+from simmim.data.zarr_folders import is_zarr
 from simmim.messages import counted, name_some, notify
 from simmim.reading import Reading
 
@@ -62,7 +63,8 @@ def notify_of_pages(num_files: int, num_images: int) -> None:
 
 def images_in(record: Any, reading: Reading) -> int:
     """How many images a file holds; 1 for one that cannot be read or says nothing, which is told where it is opened."""
-    if os.path.splitext(record["path"] or "")[1].lower() not in PAGED_ENDINGS:
+    path = record["path"] or ""
+    if os.path.splitext(path)[1].lower() not in PAGED_ENDINGS and not is_zarr(path):
         return 1
     try:
         return count_images(record, reading)

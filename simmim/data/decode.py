@@ -13,7 +13,7 @@ from simmim.data.addresses import Address, Tile, parse_address, without_tile
 from simmim.data.deep import DeepPicture, StoredValues
 from simmim.data.file_checks import BY_TILES, check_size
 from simmim.data.file_formats import TiffFormat
-from simmim.data.known_formats import detect_format
+from simmim.data.known_formats import detect_format, detect_path
 from simmim.data.open_windows import OpenWindows
 from simmim.data.orientation import read_orientation, turn_upright
 from simmim.data.pictures import ArrayPicture, JpegPicture, Picture
@@ -61,6 +61,9 @@ def open_picture(
             return _stored_to_picture(_read_tile(record, address.tile, max_pixels, reading), channels, reading)
         if len(address.files) > 1:
             return _stored_to_picture(_read_channel_files(address, max_pixels), channels, reading)
+        if found := detect_path(record):
+            kind, path = found
+            return _stored_to_picture(kind.read(path, reading, address.page, max_pixels), channels, reading)
         stream = open_record(record)
         try:
             image = open_pillow(stream)
@@ -103,6 +106,10 @@ def open_stored(
         if len(address.files) > 1:
             stored = _read_channel_files(address, max_pixels)
             return stored.select(reading) if levels or stored.is_deep else None
+        if found := detect_path(record):
+            kind, path = found
+            stored = kind.read(path, reading, address.page, max_pixels)
+            return stored.select(reading) if levels or stored.is_deep else None
         with open_record(record) as stream:
             try:
                 image = open_pillow(stream)
@@ -121,9 +128,13 @@ def count_images(record: Record, reading: Reading) -> int:
     Raises:
         One of `UNREADABLE`, also for pages that nothing explains.
     """
-    with decoding(), open_record(record) as stream:
-        kind = detect_format(stream)
-        return kind.count(stream, reading) if kind else 1
+    with decoding():
+        if found := detect_path(record):
+            kind, path = found
+            return kind.count(path, reading)
+        with open_record(record) as stream:
+            of_file = detect_format(stream)
+            return of_file.count(stream, reading) if of_file else 1
 
 
 def open_windows(record: Record, max_pixels: int = MAX_PIXELS, reading: Reading = STRETCHED) -> WindowedImage:
@@ -141,11 +152,14 @@ def open_windows(record: Record, max_pixels: int = MAX_PIXELS, reading: Reading 
         if len(address.files) > 1:
             files: list[Record] = [{"bytes": None, "path": file} for file in address.files]
             return ChannelImage([open_windows(file, max_pixels, STRETCHED) for file in files], address.names)
+        if found := detect_path(record):
+            kind, path = found
+            return kind.open_windows(path, reading, address.page, max_pixels)
         stream = open_record(record)
-        kind = detect_format(stream)
-        if kind:
+        of_file = detect_format(stream)
+        if of_file:
             try:
-                return kind.open_windows(stream, record, reading, address.page, max_pixels)
+                return of_file.open_windows(stream, record, reading, address.page, max_pixels)
             except ValueError as error:
                 if "imagecodecs" not in str(error):  # Pillow has codecs of its own
                     raise

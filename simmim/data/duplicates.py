@@ -12,7 +12,7 @@ from torch.utils.data import Dataset
 
 from simmim.data.addresses import parse_address
 from simmim.data.inspection import process_rows
-from simmim.data.records import files_of, num_bytes, record_name
+from simmim.data.records import contents_of, num_bytes, record_name
 
 if TYPE_CHECKING:
     import datasets
@@ -38,7 +38,7 @@ class RowDigests(Dataset):
         if (page := parse_address(record["path"] or "").page) is not None:
             hasher.update(f"page {page}".encode())
         try:
-            for path in files_of(record):
+            for path in contents_of(record):
                 with open(path, "rb") as file:
                     while part := file.read(2**20):
                         hasher.update(part)

@@ -12,6 +12,7 @@ from simmim.data.addresses import parse_address
 from simmim.data.deep import StoredValues
 from simmim.data.file_checks import BY_TILES, check_size, pick_image
 from simmim.data.records import Record
+from simmim.data.slides import SlideImage, vendor_of
 from simmim.data.tiff import divide_pages, open_tiff, read_pages
 from simmim.data.tiff_windows import GEO_TAGS, TiffImage
 from simmim.data.windows import DecodedImage, WindowedImage
@@ -20,6 +21,7 @@ from simmim.reading import Reading
 NUMPY_MAGIC = b"\x93NUMPY"
 HEAD_BYTES = 256  # of a file, by which formats are told
 SLIDE, MAP, MICROSCOPY = KINDS_WITHOUT_UP = ("slide", "georeferenced image", "micrograph")
+PHILIPS = "philips"  # OpenSlide's name
 # By tifffile's names. ImageJ writes images of all kinds.
 SLIDE_FILES = ("is_svs", "is_ndpi", "is_scn", "is_bif", "is_qpi", "is_philips")
 MICROSCOPE_FILES = ("is_ome", "is_stk", "is_lsm", "is_fluoview", "is_micromanager")
@@ -143,7 +145,14 @@ class TiffFormat(FileFormat):
         self, stream: BinaryIO, record: Record, reading: Reading, page: int | None, max_pixels: int
     ) -> WindowedImage:
         try:
-            return TiffImage(stream, reading.pages, page, max_pixels)
+            image = TiffImage(stream, reading.pages, page, max_pixels)
         except BaseException:
             stream.close()
             raise
+        # Tiles that Philips' scanner left out are background in OpenSlide, and black in tifffile.
+        if image.tiff.is_philips and record["bytes"] is None:
+            path = parse_address(record["path"] or "").files[0]
+            if vendor_of(path) == PHILIPS:
+                image.close()
+                return SlideImage(path)
+        return image

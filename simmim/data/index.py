@@ -5,6 +5,7 @@ A million paths are one memory-mapped file that all loading processes share, wit
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import json
 import os
@@ -15,6 +16,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from simmim.data.left_out import LeftOut
+from simmim.data.slide_files import belonging_files
+from simmim.data.zarr_folders import images_in_zarr, is_zarr
 from simmim.files import atomic_write, write_json
 from simmim.messages import counted
 
@@ -46,9 +49,15 @@ EXTENSIONS = frozenset(
         ".bif",
         ".btf",
         ".qptiff",
+        ".zarr",
+        ".mrxs",
+        ".vms",
+        ".vmu",
+        ".svslide",
+        ".czi",
     ]
 )
-VERSION = 5
+VERSION = 6
 ROWS_AT_ONCE = 100_000
 # A folder that changed this shortly before its scan may change again within the same tick of its time stamp.
 TRUSTED_AGE_S = 2.0
@@ -57,10 +66,12 @@ TRUSTED_AGE_S = 2.0
 class Scan:
     """Walks a folder in the order of its images' paths; afterwards holds the folders' time stamps and the other files.
 
-    Symbolic links are followed, every folder is entered once, hidden files and folders are left out.
+    Symbolic links are followed, every folder is entered once, hidden files and folders are left out, and those that
+    belong to a slide. Of a Zarr folder the images are given, and nothing else is looked at.
 
     Attributes:
-        stamps: time of the last change, in ns, of every folder entered; −1 for a folder that changed just before.
+        stamps: time of the last change, in ns, of every folder entered, and of the files by which the images of Zarr folders
+            are known; −1 for one that changed just before.
         left_out: the folders that could not be read, and the files without an image's extension.
     """
 
@@ -71,7 +82,26 @@ class Scan:
         self._entered: set[tuple[int, int]] = set()
 
     def __iter__(self) -> Iterator[str]:
-        yield from self._walk(self.folder)
+        yield from self._store(self.folder) if is_zarr(self.folder) else self._walk(self.folder)
+
+    def _store(self, folder: str) -> Iterator[str]:
+        """The images of a Zarr folder, or in one."""
+        with contextlib.suppress(OSError):  # one that cannot be read is an image that cannot be opened
+            status = os.stat(folder)
+            if (status.st_dev, status.st_ino) in self._entered:
+                return
+            self._entered.add((status.st_dev, status.st_ino))
+        for path in images_in_zarr(folder, self._stamp):
+            check_name(path)
+            yield path
+
+    def _stamp(self, path: str) -> None:
+        """Note when a folder or file was changed."""
+        try:
+            changed_ns = os.stat(path).st_mtime_ns
+        except OSError:  # missing: it may appear
+            changed_ns = -1
+        self.stamps[path] = changed_ns if time.time() - changed_ns / 1e9 > TRUSTED_AGE_S else -1
 
     def _walk(self, folder: str) -> Iterator[str]:
         try:
@@ -92,12 +122,14 @@ class Scan:
             return
         trusted = time.time() - status.st_mtime > TRUSTED_AGE_S
         self.stamps[folder] = status.st_mtime_ns if trusted else -1
+        belonging = belonging_files(path for _, path, is_folder in children if not is_folder)
         for name, path, is_folder in children:
+            if path in belonging:
+                continue
             if is_folder:
-                yield from self._walk(path)
+                yield from self._store(path) if is_zarr(path) else self._walk(path)
             elif is_image_name(name):
-                if not path.isprintable() and path != path.encode("utf-8", "ignore").decode("utf-8"):
-                    raise ValueError(f"file name {path!r} is not valid UTF-8: rename the file")
+                check_name(path)
                 yield path
             else:
                 self._leave_out(path)
@@ -113,6 +145,16 @@ class Scan:
         self.left_out.count(path)
 
 
+def check_name(path: str) -> None:
+    """Refuse a path that a data set cannot hold.
+
+    Raises:
+        ValueError: naming it.
+    """
+    if not path.isprintable() and path != path.encode("utf-8", "ignore").decode("utf-8"):
+        raise ValueError(f"file name {path!r} is not valid UTF-8: rename the file")
+
+
 def is_folder_entry(entry: os.DirEntry[str]) -> bool:
     """Whether an entry is a folder; False for a link whose target cannot be reached."""
     try:
@@ -124,8 +166,20 @@ def is_folder_entry(entry: os.DirEntry[str]) -> bool:
 
 
 def is_image_name(path: str) -> bool:
-    """Whether the name has an image's extension."""
-    return os.path.splitext(path)[1].lower() in EXTENSIONS
+    """Whether the name has an image's extension, or is of something in a Zarr folder."""
+    return os.path.splitext(path)[1].lower() in EXTENSIONS or is_zarr(path)
+
+
+def is_image(path: str) -> bool:
+    """Whether a file lies at `path`, or a Zarr folder, of which no file is an image."""
+    if os.path.isdir(path):
+        return is_zarr(path)
+    return os.path.isfile(path) and not is_zarr(os.path.dirname(path))
+
+
+def expand_stores(paths: Iterable[str]) -> list[str]:
+    """Paths of images, each of a Zarr folder replaced by those of the images in it."""
+    return [image for path in paths for image in (images_in_zarr(path) if is_zarr(path) else (path,))]
 
 
 def index_folder(folder: str | Path) -> datasets.Dataset:

@@ -14,7 +14,7 @@ from torch.utils.data import DataLoader, Dataset
 
 from simmim.data.decode import open_picture
 from simmim.data.deep import DeepPicture
-from simmim.data.known_formats import detect_format
+from simmim.data.known_formats import detect_format, detect_path
 from simmim.data.orientation import read_orientation
 from simmim.data.pillow_guard import UNREADABLE, decoding, describe_error
 from simmim.data.records import Record, num_bytes, open_record, record_name
@@ -117,6 +117,8 @@ class RowTallies(Dataset):
 def read_header(record: Record) -> tuple[str, str, bool]:
     """Format, Pillow mode, and whether there is an EXIF orientation to undo. For files that Pillow does not open, such as
     arrays, the file's extension and "array"."""
+    if found := detect_path(record):
+        return found[0].name, "array", False
     try:
         with decoding(), open_record(record) as stream, Image.open(stream) as image:
             return image.format or "?", image.mode, read_orientation(image) != 1
@@ -129,9 +131,12 @@ def read_header(record: Record) -> tuple[str, str, bool]:
 
 def kind_without_up(record: Record) -> str | None:
     """What a readable image is, where its file's metadata tell that it has no up; as of `FileFormat.kind_without_up`."""
-    with contextlib.suppress(*UNREADABLE), decoding(), open_record(record) as stream:
-        if kind := detect_format(stream):
-            return kind.kind_without_up(stream)
+    with contextlib.suppress(*UNREADABLE), decoding():
+        if found := detect_path(record):
+            return found[0].kind_without_up(found[1])
+        with open_record(record) as stream:
+            if kind := detect_format(stream):
+                return kind.kind_without_up(stream)
     return None
 
 

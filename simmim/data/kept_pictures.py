@@ -13,6 +13,7 @@ import json
 import mmap
 import os
 import shutil
+import stat
 import struct
 import threading
 import time
@@ -29,7 +30,7 @@ from torch.utils.data import get_worker_info
 from simmim.data.index import cache_folder
 from simmim.data.orientation import Size
 from simmim.data.pictures import Picture
-from simmim.data.records import Record, files_of
+from simmim.data.records import Record, contents_of, files_of
 from simmim.data.shrinking import Shrunk, ShrunkPicture, kept_size, shrink
 from simmim.data.views import RandomView
 from simmim.messages import notify
@@ -184,15 +185,22 @@ def pictures_folder() -> Path:
 
 
 def stamp_of(record: Record) -> list:
-    """What tells a file from itself after a change: size, time and place on the disk of each; of bytes their digest.
+    """What tells a file from itself after a change: size, time and place on the disk of each, of a folder with those of all
+    in it; of bytes their digest.
 
     Raises:
         OSError: for a file that is missing.
     """
     if record["bytes"] is not None:
         return [len(record["bytes"]), xxhash.xxh3_64_intdigest(record["bytes"])]
-    status = [os.stat(file) for file in files_of(record)]
-    return [[each.st_size, each.st_mtime_ns, each.st_ino] for each in status]
+    stamps = []
+    for path in files_of(record):
+        each = os.stat(path)
+        stamps.append([each.st_size, each.st_mtime_ns, each.st_ino])
+        if stat.S_ISDIR(each.st_mode):
+            inside = [os.stat(file) for file in contents_of({"bytes": None, "path": path})]
+            stamps[-1] += [len(inside), sum(one.st_size for one in inside), sum(one.st_mtime_ns for one in inside)]
+    return stamps
 
 
 # --- entries -------------------------------------------------------------------------------------------------------------

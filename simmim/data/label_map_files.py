@@ -15,6 +15,7 @@ from PIL import Image, UnidentifiedImageError
 from simmim.data.addresses import parse_address
 from simmim.data.decode import STRETCHED, open_picture
 from simmim.data.file_formats import NUMPY_MAGIC
+from simmim.data.known_formats import detect_path
 from simmim.data.loading import available_cores
 from simmim.data.orientation import Size, read_orientation, turn_upright, upright_size
 from simmim.data.pillow_guard import UNREADABLE, decoding, describe_error
@@ -153,6 +154,8 @@ def read_size(record: Record, reading: Reading = STRETCHED) -> Size:
         One of `UNREADABLE`.
     """
     with decoding():
+        if detect_path(record):
+            return open_picture(record, None, reading=Reading(pages=reading.pages)).size
         try:
             with open_record(record) as stream, Image.open(stream, formats=HEADER_FORMATS) as image:
                 return upright_size(image, read_orientation(image))

@@ -25,7 +25,7 @@ from simmim.data.image_names import (
     list_images,
     match_names,
 )
-from simmim.data.index import count_images, dataset_from_paths, find_images
+from simmim.data.index import count_images, dataset_from_paths, find_images, is_image
 from simmim.data.label_sources import (
     IMAGE_FOLDER,
     LABEL_MAP_FOLDERS,
@@ -247,7 +247,7 @@ def read_csv_scenes(file: Path, column: str, mask_column: str, reading: Reading 
     )
     folder, whole = file.resolve().parent, WholeImages(reading)
     for number, (image, _) in enumerate(rows, start=2):
-        if not os.path.isfile(file_of(os.path.join(folder, image))):
+        if not is_image(file_of(os.path.join(folder, image))):
             raise ValueError(f"{file}, line {number}: there is no image {os.path.join(folder, image)}")
     parts = {}
     for use, part in divide_rows(file, rows).items():

@@ -15,6 +15,7 @@ from simmim.data.left_out import LeftOut
 from simmim.data.parts import EXPECTED, Parts, assign_parts, assign_splits, meaning_of
 from simmim.data.readers import HUB_ID, FolderReader, Reader, detect_reader
 from simmim.data.sources import detect_image_column, select_images
+from simmim.data.zarr_folders import is_zarr
 
 if TYPE_CHECKING:
     import datasets
@@ -227,11 +228,13 @@ def find_parts(folder: Path) -> Parts | None:
 
 
 def subfolders(folder: Path) -> list[str]:
-    """Names of the folders in `folder`, without hidden ones, in order; none if there is no such folder."""
+    """Names of the folders in `folder`, without hidden ones and images, in order; none if there is no such folder."""
     if not folder.is_dir():
         return []
     with os.scandir(folder) as entries:
-        return sorted(entry.name for entry in entries if entry.is_dir() and not entry.name.startswith("."))
+        return sorted(
+            entry.name for entry in entries if entry.is_dir() and not entry.name.startswith(".") and not is_zarr(entry.name)
+        )
 
 
 def holds_boxes(folder: Path) -> bool:

@@ -39,7 +39,7 @@ def decoding() -> Iterator[None]:
         if not _num_inside:
             silence = warnings.catch_warnings()
             silence.__enter__()
-            warnings.filterwarnings("ignore", module=r"(PIL|pydicom)\.")
+            warnings.filterwarnings("ignore", module=r"(PIL|pydicom|zarr)\.")
             _saved_state[:] = [silence, Image.MAX_IMAGE_PIXELS]
             Image.MAX_IMAGE_PIXELS = None
         _num_inside += 1

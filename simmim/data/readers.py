@@ -16,9 +16,11 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from simmim.data.index import dataset_from_paths, index_folder, is_image_name
+from simmim.data.index import dataset_from_paths, expand_stores, index_folder, is_image, is_image_name
 from simmim.data.left_out import LeftOut
 from simmim.data.parts import TRAINING, meaning_of
+from simmim.data.slide_files import belonging_files
+from simmim.data.zarr_folders import is_zarr
 from simmim.hub import look_up, offline
 from simmim.messages import counted, first_line, notify
 
@@ -36,8 +38,8 @@ class Location:
         path: as the user gave it: a folder, a file, a glob, or the name of something that is not here.
         expanded: `path` with ~ replaced by the home folder.
         is_folder: whether it is a folder.
-        entries: paths of what lies in the folder, without hidden entries; else the file, or the files that match the glob;
-            in order.
+        entries: paths of what lies in the folder, without hidden entries; else the file, or the files and Zarr folders that
+            match the glob; in order.
     """
 
     path: str
@@ -71,11 +73,26 @@ def locate(path: str) -> Location:
     if os.path.isfile(expanded):
         return Location(path, expanded, False, (expanded,))
     if any(sign in path for sign in "*?["):
-        matches = sorted(file for file in glob.glob(expanded, recursive=True) if os.path.isfile(file))
+        matches = matching_images(expanded)
         if not matches:
             raise ValueError(f"no file matches {path!r}: give {known_kinds()}")
         return Location(path, expanded, False, tuple(matches))
     return Location(path, expanded, False, ())
+
+
+def matching_images(pattern: str) -> list[str]:
+    """The files and Zarr folders that a glob matches, in order, without what lies in a store, or belongs to a slide, that it
+    matches too."""
+    matches = sorted(glob.glob(pattern, recursive=True))
+    stores = {path for path in matches if is_zarr(path) and os.path.isdir(path)}
+    belonging = belonging_files(matches)
+    whole = stores | belonging
+
+    def lies_within(path: str) -> bool:
+        parent = os.path.dirname(path)
+        return parent != path and (parent in whole or lies_within(parent))
+
+    return [path for path in matches if is_image(path) and path not in belonging and not (whole and lies_within(path))]
 
 
 def detect_reader(path: str) -> tuple[Reader, list[str]]:
@@ -178,7 +195,7 @@ class GlobReader(Reader):
             except OSError as error:
                 left_out.deny(folder, error)
         left_out.report(pattern)
-        return dataset_from_paths(images)
+        return dataset_from_paths(expand_stores(images))
 
 
 class ListReader(Reader):
@@ -201,7 +218,7 @@ class ListReader(Reader):
         paths = [os.path.join(parent, line.strip()) for line in lines if line.strip() and not line.startswith("#")]
         if not paths:
             raise ValueError(f"{file!r} lists no images: give one path per line")
-        return dataset_from_paths(paths)
+        return dataset_from_paths(expand_stores(paths))
 
 
 def searched_folders(pattern: str) -> set[str]:

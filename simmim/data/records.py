@@ -7,9 +7,11 @@ import hashlib
 import io
 import os
 import stat
+from collections.abc import Iterator
 from typing import TYPE_CHECKING, BinaryIO, TypedDict
 
 from simmim.data.addresses import parse_address
+from simmim.data.slide_files import companions_of
 
 if TYPE_CHECKING:
     import datasets
@@ -56,17 +58,29 @@ def files_of(record: Record) -> tuple[str, ...]:
     return parse_address(record["path"]).files if record["bytes"] is None and record["path"] else ()
 
 
+def contents_of(record: Record) -> Iterator[str]:
+    """The files on disk that hold a record's image: those of `files_of`, those that belong to a slide, and all in folders
+    among these, in order."""
+    for path in (path for file in files_of(record) for path in (file, *companions_of(file))):
+        if not os.path.isdir(path):
+            yield path
+            continue
+        for folder, folders, names in os.walk(path):
+            folders.sort()
+            yield from (os.path.join(folder, name) for name in sorted(names))
+
+
 def record_name(record: Record, row: int) -> str:
     """The record's path, or its row where it has no path."""
     return record["path"] or f"row {row}"
 
 
 def num_bytes(record: Record) -> int:
-    """Size of the record's file in bytes; 0 if the file is missing."""
+    """Size of the record's file, or of all files in its folder, in bytes; 0 if one is missing."""
     if record["bytes"] is not None:
         return len(record["bytes"])
     try:
-        return sum(map(os.path.getsize, files_of(record)))
+        return sum(map(os.path.getsize, contents_of(record)))
     except OSError:
         return 0
 

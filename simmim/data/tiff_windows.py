@@ -14,6 +14,7 @@ import numpy as np
 
 from simmim.data.deep import StoredValues
 from simmim.data.file_checks import check_size, pick_image
+from simmim.data.lengths import UM_PER
 from simmim.data.orientation import ORIENTATION, ORIENTATIONS, Size, stored_box, swaps_axes, turn_array_upright
 from simmim.data.tiff import channel_names, check_page, check_tags, divide_pages, import_tifffile, nodata_of, planes_of
 from simmim.data.windows import WindowBox, WindowedImage
@@ -24,7 +25,6 @@ GEO_TAGS = (PIXEL_SCALE, 33922, 34264, 34735, 34736, 34737)  # scale, tie points
 X_RESOLUTION, RESOLUTION_UNIT = 282, 296
 UM_PER_UNIT = {2: 25400.0, 3: 10000.0}  # inch, cm
 SCREEN_DPI = (72, 96)  # what programs write that know no resolution
-UM_PER = {"nm": 1e-3, "µm": 1.0, "um": 1.0, "micron": 1.0, "microns": 1.0, "\\u00B5m": 1.0, "mm": 1e3, "cm": 1e4, "m": 1e6}
 MPP = re.compile(r"\bMPP ?= ?([0-9.]+)")  # Aperio's µm per pixel
 
 

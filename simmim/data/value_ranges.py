@@ -14,6 +14,7 @@ from simmim.data.deep import StoredValues
 from simmim.data.pillow_guard import UNREADABLE
 from simmim.data.pixel_values import type_range
 from simmim.data.records import Record, record_name
+from simmim.data.zarr_folders import is_zarr
 from simmim.messages import counted, notify
 from simmim.reading import Ranges, Reading
 
@@ -173,8 +174,8 @@ def name_channels(reading: Reading, records: Mapping[int, Record], max_pixels: i
 
 def may_name_channels(record: Record) -> bool:
     """Whether a file may tell the names of its channels."""
-    path = record["path"] or ""
-    return len(parse_address(path).files) > 1 or parse_address(path).files[0].lower().endswith(TIFF_ENDINGS)
+    files = parse_address(record["path"] or "").files
+    return len(files) > 1 or files[0].lower().endswith(TIFF_ENDINGS) or is_zarr(files[0])
 
 
 def sample_values(

@@ -13,6 +13,7 @@ from PIL import Image, UnidentifiedImageError
 
 from simmim.data.decode import STRETCHED, open_picture
 from simmim.data.image_names import files_of_pages
+from simmim.data.known_formats import detect_path
 from simmim.data.label_map_files import HEADER_FORMATS, SceneStatistics
 from simmim.data.loading import available_cores
 from simmim.data.orientation import Box, Size, read_orientation, stored_box, swaps_axes, upright_size
@@ -237,6 +238,8 @@ def read_header(record: Record, reading: Reading = STRETCHED) -> tuple[Size | No
     """(height, width) of an image, upright, and EXIF's orientation; None for one that cannot be read."""
     try:
         with decoding():
+            if detect_path(record):
+                return open_picture(record, None, reading=Reading(pages=reading.pages)).size, 1
             try:
                 with open_record(record) as stream, Image.open(stream, formats=HEADER_FORMATS) as image:
                     orientation = read_orientation(image)

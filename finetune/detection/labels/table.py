@@ -9,6 +9,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 from simmim.data.image_names import WholeImages, file_of
+from simmim.data.index import is_image
 from simmim.data.label_sources import LABEL_COLUMNS, PART_COLUMNS, PATH_COLUMNS
 from simmim.data.parts import EXPECTED, assign_splits, meaning_of
 from simmim.finetune.detection.labels.base import (
@@ -63,7 +64,7 @@ class TableReader(BoxReader):
                 raise ValueError(f"{place} has no path")
             image = os.path.join(file.resolve().parent, name)
             if image not in scenes:
-                if not os.path.isfile(file_of(image)):
+                if not is_image(file_of(image)):
                     raise ValueError(f"{place}: there is no image {image}")
                 scenes[image], sizes[image], parts[image] = [], stated_size(row, columns), part_of(row, columns, place)
             elif columns.part and parts[image] != row[columns.part]:
