@@ -35,14 +35,21 @@ class SceneStudyFields(StudyFields):
             raise ValueError("data.pool is set by the study: disjoint divides the training images among the seeds")
 
 
-def scene_study(settings: type, measure: Measure, read_labels: Callable[[Any], Any]) -> TaskStudy:
+def scene_study(
+    settings: type,
+    measure: Measure,
+    read_labels: Callable[[Any], Any],
+    measure_of: Callable[[Any], Measure] | None = None,
+) -> TaskStudy:
     """The study of a task.
 
     Args:
         settings: of its study.
         read_labels: of settings of a run: its scenes with `train`, `validation`, `test_validates` and `source`.
+        measure_of: as of `TaskStudy`.
     """
-    return TaskStudy(settings, measure, published_layer_decay, partial(open_scene_labels, read_labels=read_labels))
+    open_labels = partial(open_scene_labels, read_labels=read_labels)
+    return TaskStudy(settings, measure, published_layer_decay, open_labels, measure_of=measure_of)
 
 
 def published_layer_decay(labels: float) -> float:

@@ -8,6 +8,7 @@ from abc import abstractmethod
 from collections.abc import Callable, Iterable
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -62,6 +63,15 @@ def padded_crop(picture: Picture, scaled: Size, corner: Size, crop: Size, size: 
     image = color.view(-1, 1, 1).repeat(1, *size)
     image[:, :height, :width] = part
     return image
+
+
+def nearest_pixels(count: int, first: int, side: int, scaled_side: int) -> np.ndarray:
+    """For `count` pixels of a resized image from `first` on, the pixel of the image that is nearest to the center of each.
+
+    Args:
+        side, scaled_side: of the image, and of the resized one.
+    """
+    return ((np.arange(count) + first + 0.5) * side / scaled_side).astype(np.intp).clip(max=side - 1)
 
 
 def mean_color(preprocessing: Preprocessing) -> tuple[int, ...]:

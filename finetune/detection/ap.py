@@ -2,7 +2,7 @@
 
 A box is right if it overlaps a given box of its class, which no better one has taken, by a threshold of 0.50, 0.55, … 0.95.
 AP is the mean over thresholds and classes of the precision at 101 recalls. 100 boxes of an image count. Boxes that lie in
-ignored ones are neither right nor wrong.
+ignored ones are neither right nor wrong. Masks are judged in the same way, by the overlap of their pixels.
 """
 
 from __future__ import annotations
@@ -19,7 +19,8 @@ import numpy as np
 from simmim.files import atomic_write
 
 COLUMNS = ("class", "AP", "AP50", "AP75", "boxes")
-SIZES = {"small": "up to 32² px", "medium": "32² to 96² px", "large": "from 96² px"}  # of the box
+SIZES = {"small": "up to 32² px", "medium": "32² to 96² px", "large": "from 96² px"}  # of the box, or of the mask
+BOXES, MASKS = "bbox", "segm"  # what is judged, as COCO calls it
 AT_75 = 5  # index of the threshold 0.75
 
 
@@ -33,6 +34,8 @@ class Judged(NamedTuple):
         ignored: (N,) bool.
         found_boxes: (M, 4).
         found_scores, found_classes: (M,).
+        masks, found_masks: COCO's run lengths of each object; None where boxes alone are learned.
+        size: (height, width) of the image, for masks.
     """
 
     row: int
@@ -42,6 +45,9 @@ class Judged(NamedTuple):
     found_boxes: np.ndarray
     found_scores: np.ndarray
     found_classes: np.ndarray
+    masks: Sequence[dict[str, Any]] | None = None
+    found_masks: Sequence[dict[str, Any]] | None = None
+    size: tuple[int, int] = (0, 0)
 
 
 @dataclass(frozen=True)
@@ -82,13 +88,17 @@ def check_installed() -> None:
         raise ValueError("detection needs faster-coco-eval: pip install 'simmim-toolkit[detection]'") from error
 
 
-def average_precision(images: Sequence[Judged], num_classes: int) -> Scores:
-    """Judge all images together. An image that occurs several times counts once."""
+def average_precision(images: Sequence[Judged], num_classes: int, kind: str = BOXES) -> Scores:
+    """Judge all images together. An image that occurs several times counts once.
+
+    Args:
+        kind: `BOXES` or `MASKS`.
+    """
     from faster_coco_eval import COCO, COCOeval_faster
 
     images = list({one.row: one for one in images}.values())
-    truth = COCO(coco_labels(images, num_classes))
-    judge = COCOeval_faster(truth, truth.loadRes(coco_results(images)), "bbox", print_function=silent)
+    truth = COCO(coco_labels(images, num_classes, kind))
+    judge = COCOeval_faster(truth, truth.loadRes(coco_results(images, kind)), kind, print_function=silent)
     judge.evaluate()
     judge.accumulate()
     # (thresholds, recalls, classes, sizes, numbers of boxes); −1 where there is no given box.
@@ -111,40 +121,55 @@ def silent(*_: Any) -> None:
     """Print nothing."""
 
 
-def coco_labels(images: Sequence[Judged], num_classes: int) -> dict[str, list]:
+def coco_labels(images: Sequence[Judged], num_classes: int, kind: str = BOXES) -> dict[str, list]:
     """What is there, as COCO's labels. Ids start at 1."""
     annotations: list[dict] = []
     for one in images:
-        for (x1, y1, x2, y2), label, ignored in zip(one.boxes.tolist(), one.classes.tolist(), one.ignored.tolist()):
+        shapes = shapes_of(one.boxes, one.masks, kind)
+        for shape, label, ignored in zip(shapes, one.classes.tolist(), one.ignored.tolist()):
             annotations.append(
                 {
                     "id": len(annotations) + 1,
                     "image_id": one.row + 1,
                     "category_id": label + 1,
-                    "bbox": [x1, y1, x2 - x1, y2 - y1],
-                    "area": (x2 - x1) * (y2 - y1),
+                    "area": area_of(shape),
                     "iscrowd": int(ignored),
+                    **shape,
                 }
             )
     return {
-        "images": [{"id": one.row + 1} for one in images],
+        "images": [{"id": one.row + 1, "height": one.size[0], "width": one.size[1]} for one in images],
         "annotations": annotations,
         "categories": [{"id": number + 1, "name": str(number)} for number in range(num_classes)],
     }
 
 
-def coco_results(images: Sequence[Judged]) -> list[dict]:
+def shapes_of(boxes: np.ndarray, masks: Sequence[dict[str, Any]] | None, kind: str) -> list[dict[str, Any]]:
+    """The shape by which each object is judged, as COCO's key and value."""
+    if kind == MASKS:
+        return [{"segmentation": mask} for mask in masks or ()]
+    return [{"bbox": [x1, y1, x2 - x1, y2 - y1]} for x1, y1, x2, y2 in boxes.tolist()]
+
+
+def area_of(shape: dict[str, Any]) -> float:
+    """The area of a shape, in pixels."""
+    from faster_coco_eval import mask as coco
+
+    return shape["bbox"][2] * shape["bbox"][3] if "bbox" in shape else float(coco.area(shape["segmentation"]))
+
+
+def coco_results(images: Sequence[Judged], kind: str = BOXES) -> list[dict]:
     """What was found, as COCO's results."""
     return [
         {
             "image_id": one.row + 1,
             "category_id": label + 1,
-            "bbox": [x1, y1, x2 - x1, y2 - y1],
             "score": score,
+            **shape,
         }
         for one in images
-        for (x1, y1, x2, y2), label, score in zip(
-            one.found_boxes.tolist(), one.found_classes.tolist(), one.found_scores.tolist()
+        for shape, label, score in zip(
+            shapes_of(one.found_boxes, one.found_masks, kind), one.found_classes.tolist(), one.found_scores.tolist()
         )
     ]
 

@@ -33,13 +33,15 @@ def resolve_settings(
     settings = resolve_schedule(settings, len(labels.train), device, small)
     data, reasons = resolve_views(settings.data, min(settings.size))
     data = replace(data, classes=labels.classes)
-    return replace(settings, data=data, head=resolve_head(settings.head, small)), [*labels.notes, *reasons]
+    head = resolve_head(settings.head, small, labels.has_masks)
+    return replace(settings, data=data, head=head), [*labels.notes, *reasons]
 
 
-def resolve_head(head: HeadSettings, small: bool) -> HeadSettings:
-    """Width and depth."""
+def resolve_head(head: HeadSettings, small: bool, masks: bool) -> HeadSettings:
+    """Width, depth, and whether masks are learned."""
     return replace(
         head,
         width=head.width or (SMALL_WIDTH if small else PUBLISHED_WIDTH),
         convolutions=head.convolutions or (SMALL_CONVOLUTIONS if small else PUBLISHED_CONVOLUTIONS),
+        masks=masks,
     )

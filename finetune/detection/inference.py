@@ -14,6 +14,7 @@ from torch import Tensor
 from simmim.finetune.dense.windows import OVERLAP, Size, pad_to, passes_whole, windows_of
 from simmim.finetune.detection.boxes import suppress
 from simmim.finetune.detection.pyramid import Predictions
+from simmim.finetune.detection.soft_masks import SoftMask, draw_masks, predict_masks
 
 MIN_PROBABILITY = 0.01  # of a class, below which a box is not kept
 MAX_OVERLAP = 0.6  # of two boxes of one class, as in ATSS
@@ -29,11 +30,13 @@ class Found(NamedTuple):
         boxes: (N, 4) float32, (x1, y1, x2, y2) in pixels, inside the image.
         scores: (N,) float32, in [0, 1].
         classes: (N,) int64.
+        masks: of each object; None from a detector of boxes alone.
     """
 
     boxes: Tensor
     scores: Tensor
     classes: Tensor
+    masks: tuple[SoftMask, ...] | None = None
 
     def at(self, size: Size, own: Size) -> Found:
         """The same boxes in the image at its own size, and on the CPU.
@@ -43,7 +46,36 @@ class Found(NamedTuple):
         """
         across, down = own[1] / size[1], own[0] / size[0]
         boxes = self.boxes.cpu() * torch.tensor([across, down, across, down])
-        return Found(boxes, self.scores.cpu(), self.classes.cpu())
+        masks = None if self.masks is None else tuple(mask.scaled(down, across) for mask in self.masks)
+        return Found(boxes, self.scores.cpu(), self.classes.cpu(), masks)
+
+    def draw_masks(self, size: Size) -> Tensor:
+        """The masks in the pixels of the image, (N, height, width) bool.
+
+        Args:
+            size: of the image in which they were found.
+
+        Raises:
+            ValueError: from a detector of boxes alone.
+        """
+        if self.masks is None:
+            raise ValueError("there are no masks: the detector was trained on boxes alone")
+        return draw_masks(self.masks, size)
+
+
+class Candidates(NamedTuple):
+    """Boxes of one pass before their masks are computed, and the points that found them.
+
+    Attributes:
+        points: (N,), numbers of points.
+    """
+
+    found: Found
+    points: Tensor
+
+    def take(self, chosen: Tensor) -> Candidates:
+        """Some of them, by a mask or indices."""
+        return Candidates(take(self.found, chosen), self.points[chosen])
 
 
 def find_boxes(
@@ -66,7 +98,9 @@ def find_boxes(
     size = (images.shape[2], images.shape[3])
     padded = pad_to(images, window)
     if inference == "whole":
-        return [limit(suppressed(one), max_boxes) for one in candidates(model(padded), size)]
+        predictions = model(padded)
+        best = [one.take(suppression(one.found)[:max_boxes]) for one in candidates(predictions, size)]
+        return [with_masks(one, predictions, row) for row, one in enumerate(best)]
     return in_tiles(model, padded, size, window, max_boxes)
 
 
@@ -82,13 +116,29 @@ def in_tiles(
     """
     merged: list[list[Found]] = [[] for _ in images]
     for group, views in windows_of(images, window):
-        for number, one in enumerate(candidates(model(views), window)):
+        predictions = model(views)
+        for number, one in enumerate(candidates(predictions, window)):
             (top, left), row = group[number // len(images)], number % len(images)
-            one = suppressed(one)
-            one = take(one, ~is_cut(one.boxes, (top, left), window, size))
-            moved = one.boxes + one.boxes.new_tensor([left, top, left, top])
-            merged[row].append(clip_found(one._replace(boxes=moved), size))
-    return [limit(suppressed(concatenate(parts)), max_boxes) for parts in merged]
+            one = one.take(suppression(one.found))
+            one = one.take(~is_cut(one.found.boxes, (top, left), window, size))
+            found = with_masks(one, predictions, number)
+            moved = found.boxes + found.boxes.new_tensor([left, top, left, top])
+            masks = found.masks and tuple(mask.moved((top, left)) for mask in found.masks)
+            found = found._replace(boxes=clip_boxes(moved, size), masks=masks)
+            merged[row].append(take(found, has_area(found.boxes)))
+    whole = [concatenate(parts) for parts in merged]
+    return [take(one, suppression(one)[:max_boxes]) for one in whole]
+
+
+def with_masks(one: Candidates, predictions: Predictions, row: int) -> Found:
+    """The boxes with the masks of their points, if the detector predicts masks.
+
+    Args:
+        row: of the image in `predictions`.
+    """
+    if predictions.mask_features is None:
+        return one.found
+    return one.found._replace(masks=predict_masks(predictions, row, one.points, one.found.boxes))
 
 
 def is_cut(boxes: Tensor, corner: tuple[int, int], window: Size, size: Size) -> Tensor:
@@ -108,7 +158,7 @@ def is_cut(boxes: Tensor, corner: tuple[int, int], window: Size, size: Size) -> 
     return cut
 
 
-def candidates(predictions: Predictions, size: Size) -> list[Found]:
+def candidates(predictions: Predictions, size: Size) -> list[Candidates]:
     """Boxes of each image before suppression, clipped to `size`: of each level the best by class probability; their score is
     the geometric mean of class probability and centerness, as in FCOS's implementation.
 
@@ -119,55 +169,65 @@ def candidates(predictions: Predictions, size: Size) -> list[Found]:
     boxes = predictions.boxes()
     results = []
     for row in range(len(probabilities)):
-        parts, first = [], 0
+        parts, numbers, first = [], [], 0
         for height, width in predictions.sizes:
             level = slice(first, first + height * width)
-            first += height * width
             of_level = probabilities[row, level]
             scores, order = of_level.flatten().topk(min(MAX_CANDIDATES, of_level.numel()))
             order = order[scores > MIN_PROBABILITY]
             points, classes = order // of_level.shape[1], order % of_level.shape[1]
             score = (of_level[points, classes] * centerness[row, level][points]).sqrt()
-            parts.append(Found(boxes[row, level][points], score, classes))
-        results.append(clip_found(concatenate(parts), size))
+            parts.append(Found(clip_boxes(boxes[row, level][points], size), score, classes))
+            numbers.append(first + points)
+            first += height * width
+        found = Candidates(concatenate(parts), torch.cat(numbers))
+        results.append(found.take(has_area(found.found.boxes)))
     return results
 
 
-def clip_found(found: Found, size: Size) -> Found:
-    """Boxes clipped to an image of `size`; those without area are left out."""
+def clip_boxes(boxes: Tensor, size: Size) -> Tensor:
+    """Boxes clipped to an image of `size`."""
     height, width = size
-    limits = found.boxes.new_tensor([width, height, width, height])
-    clipped = found._replace(boxes=torch.minimum(found.boxes.clamp(min=0), limits))
-    return take(clipped, (clipped.boxes[:, 2:] > clipped.boxes[:, :2]).all(dim=1))
+    return torch.minimum(boxes.clamp(min=0), boxes.new_tensor([width, height, width, height]))
 
 
-def suppressed(found: Found) -> Found:
-    """What suppression leaves, by falling score; of more than `MAX_CANDIDATES` boxes the best."""
+def has_area(boxes: Tensor) -> Tensor:
+    """Whether each box has an area, (N,) bool."""
+    return (boxes[:, 2:] > boxes[:, :2]).all(dim=1)
+
+
+def suppression(found: Found) -> Tensor:
+    """Indices of the boxes that suppression leaves, by falling score; of more than `MAX_CANDIDATES` boxes the best."""
     best = found.scores.argsort(descending=True, stable=True)[:MAX_CANDIDATES]
-    found = take(found, best)
-    return take(found, suppress(found.boxes, found.scores, found.classes, MAX_OVERLAP))
+    return best[suppress(found.boxes[best], found.scores[best], found.classes[best], MAX_OVERLAP)]
 
 
-def limit(found: Found, count: int) -> Found:
-    """The best boxes."""
-    return take(found, slice(count))
-
-
-def take(found: Found, chosen: Tensor | slice) -> Found:
-    """Some of the boxes, by a mask, indices or a slice."""
-    return Found(found.boxes[chosen], found.scores[chosen], found.classes[chosen])
+def take(found: Found, chosen: Tensor) -> Found:
+    """Some of the boxes, by a mask or indices."""
+    masks = found.masks
+    if masks is not None:
+        numbers = chosen.nonzero()[:, 0] if chosen.dtype == torch.bool else chosen
+        masks = tuple(masks[number] for number in numbers.tolist())
+    return Found(found.boxes[chosen], found.scores[chosen], found.classes[chosen], masks)
 
 
 def trusted(found: Found, thresholds: Sequence[float]) -> Found:
-    """The boxes with a score from their class's threshold on.
+    """The boxes with a score from their class's threshold on; arguments as of `is_trusted`."""
+    return take(found, is_trusted(found, thresholds))
+
+
+def is_trusted(found: Found, thresholds: Sequence[float]) -> Tensor:
+    """Whether each box has a score from its class's threshold on, (N,) bool.
 
     Args:
         found: on the CPU.
         thresholds: of each class.
     """
-    return take(found, found.scores >= torch.tensor(thresholds)[found.classes])
+    return found.scores >= torch.tensor(thresholds)[found.classes]
 
 
 def concatenate(parts: Sequence[Found]) -> Found:
     """Boxes of several lists."""
-    return Found(*map(torch.cat, zip(*parts)))
+    boxes, scores, classes = (torch.cat(values) for values in list(zip(*parts))[:3])
+    masks = None if parts[0].masks is None else tuple(mask for one in parts for mask in one.masks or ())
+    return Found(boxes, scores, classes, masks)

@@ -24,12 +24,13 @@ class HeadShape:
     """What it takes to build a detector's head.
 
     Args:
-        width, convolutions, num_above: as of `PyramidHead`.
+        width, convolutions, num_above, masks: as of `PyramidHead`.
     """
 
     width: int = 256
     convolutions: int = 4
     num_above: int = 0
+    masks: bool = False
 
 
 class Detector(DenseModel):
@@ -38,7 +39,13 @@ class Detector(DenseModel):
     def __init__(self, encoder: Encoder, num_classes: int, shape: HeadShape) -> None:
         super().__init__(encoder, shape)
         self.head = PyramidHead(
-            encoder.channels, encoder.strides, num_classes, shape.width, shape.convolutions, shape.num_above
+            encoder.channels,
+            encoder.strides,
+            num_classes,
+            shape.width,
+            shape.convolutions,
+            shape.num_above,
+            shape.masks,
         )
 
     @property

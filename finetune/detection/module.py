@@ -13,9 +13,10 @@ from torch import Tensor
 from simmim.checkpoints.checkpoint import Preprocessing
 from simmim.data import normalize
 from simmim.finetune.augment.color import ColorSettings, recolor
-from simmim.finetune.detection.ap import Judged, Scores, average_precision
+from simmim.finetune.detection.ap import BOXES, MASKS, Judged, Scores, average_precision
 from simmim.finetune.detection.inference import Found, find_boxes
 from simmim.finetune.detection.losses import LossSums, sum_losses
+from simmim.finetune.detection.masks import PackedMask, coco_rle
 from simmim.finetune.detection.model import Detector
 from simmim.finetune.detection.views import Targets
 from simmim.finetune.settings import OptimSettings
@@ -33,18 +34,21 @@ class ShownImage:
         given: its objects, in its own pixels.
         found: in the image's own pixels.
         own_size: (height, width) of the image itself.
+        masks: of the given objects; None where boxes alone are learned.
     """
 
     image: Tensor
     given: Targets
     found: Found
     own_size: tuple[int, int]
+    masks: tuple[PackedMask, ...] | None = None
 
 
 class DetectionFinetuning(TrainingModule):
     """Trains a `Detector`, the encoder layer-wise slower than the head.
 
-    After a validation `scores` says how good the boxes are, and `shown` holds its first images.
+    After a validation `scores` says how good the boxes are, `mask_scores` how good the masks are where they are learned, and
+    `shown` holds its first images.
 
     A step's loss is the sum over all points of all its images, divided by its positive points, whatever the number of
     devices and accumulated parts. How many there are is known with the last part only: each part's gradient is that of its
@@ -79,6 +83,7 @@ class DetectionFinetuning(TrainingModule):
         self.num_images = 0
         self.judged: list[Judged] = []
         self.scores: Scores | None = None
+        self.mask_scores: Scores | None = None
         self.shown: list[ShownImage] = []
 
     def training_step(self, batch: dict, batch_idx: int) -> Tensor:
@@ -93,17 +98,18 @@ class DetectionFinetuning(TrainingModule):
         self.num_positive = counted if self.num_positive is None else self.num_positive + counted
         self.num_images += len(images)
         means = self.means(sums)
-        self.log_dict({f"loss/{name}": value for name, value in zip(("classes", "boxes", "centerness"), means[1:])})
+        names = ("classes", "boxes", "centerness", *["masks"] * self.model.shape.masks)
+        self.log_dict({f"loss/{name}": value for name, value in zip(names, means[1:])})
         self.log("loss", means[0], prog_bar=True, batch_size=len(images))
         per_image = sums.total / len(images)
         return per_image + (means[0] - per_image).detach()
 
     def means(self, sums: LossSums) -> Tensor:
-        """The total and the three losses per positive point of all devices, (4,) without a gradient."""
-        parts = [sums.total, sums.classes, sums.boxes, sums.centerness, sums.num_positive]
+        """The total and the four losses per positive point of all devices, (5,) without a gradient."""
+        parts = [sums.total, sums.classes, sums.boxes, sums.centerness, sums.masks, sums.num_positive]
         values = torch.stack([part.detach().float() for part in parts])
         values = self.sum_of_devices(values)
-        return values[:4] / values[4].clamp(min=1)
+        return values[:-1] / values[-1].clamp(min=1)
 
     def sum_of_devices(self, values: Tensor) -> Tensor:
         """The sum over all devices."""
@@ -130,24 +136,46 @@ class DetectionFinetuning(TrainingModule):
         images = normalize(batch["image"], self.preprocessing.mean, self.preprocessing.std)
         size = (images.shape[2], images.shape[3])
         found = find_boxes(self.model, images, self.preprocessing.image_size, self.inference)
-        for image, one, given, own, row in zip(
-            batch["image"], found, batch["objects"], batch["own_size"], batch["row"], strict=True
+        masks = batch.get("masks", [None] * len(found))
+        for image, one, given, own, row, labeled in zip(
+            batch["image"], found, batch["objects"], batch["own_size"], batch["row"], masks, strict=True
         ):
-            one, given = one.at(size, own), Targets(*(part.cpu() for part in given))
-            self.judged.append(Judged(row, *(part.numpy() for part in (*given, *one))))
+            one, given = one.at(size, own), Targets(*(part.cpu() for part in given[:3]))
+            judged = Judged(row, *(part.numpy() for part in (*given[:3], *one[:3])))
+            if labeled is not None and one.masks is not None:
+                judged = judged._replace(
+                    masks=[coco_rle(mask, own) for mask in labeled],
+                    found_masks=[coco_rle(mask.packed(own), own) for mask in one.masks],
+                    size=own,
+                )
+            self.judged.append(judged)
             if len(self.shown) < NUM_SHOWN:
-                self.shown.append(ShownImage(image.cpu(), given, one, own))
+                self.shown.append(ShownImage(image.cpu(), given, one, own, labeled))
 
     def on_validation_epoch_end(self) -> None:
         """Log the average precisions over the images of all devices together."""
-        self.scores = average_precision(self.gathered(), len(self.classes))
-        ap, ap50, ap75 = self.scores.overall
+        judged = self.gathered()
+        self.scores = average_precision(judged, len(self.classes), BOXES)
+        self.log_scores(self.scores, "")
+        if self.model.shape.masks:
+            self.mask_scores = average_precision(judged, len(self.classes), MASKS)
+            self.log_scores(self.mask_scores, "mask_")
+
+    @property
+    def main_scores(self) -> Scores | None:
+        """Those by which the best model is chosen: of the masks, where they are learned."""
+        return self.mask_scores or self.scores
+
+    def log_scores(self, scores: Scores, prefix: str) -> None:
+        """Log average precisions under names that begin with `prefix`."""
+        ap, ap50, ap75 = scores.overall
         # Every device has the same numbers already; without sync_dist Lightning would warn.
-        self.log_dict({"ap": ap, "ap50": ap50, "ap75": ap75}, prog_bar=True, sync_dist=True)
-        values = {f"ap_by_size/{size}": value for size, value in self.scores.by_size.items()}
-        for name, value in zip(self.classes, self.scores.by_class[:, 0].tolist()):
+        values = {f"{prefix}ap": ap, f"{prefix}ap50": ap50, f"{prefix}ap75": ap75}
+        self.log_dict(values, prog_bar=True, sync_dist=True)
+        values = {f"{prefix}ap_by_size/{size}": value for size, value in scores.by_size.items()}
+        for name, value in zip(self.classes, scores.by_class[:, 0].tolist()):
             if not math.isnan(value):
-                values[f"ap_by_class/{name}"] = value
+                values[f"{prefix}ap_by_class/{name}"] = value
         self.log_dict(values, sync_dist=True)
 
     def gathered(self) -> list[Judged]:

@@ -1,13 +1,14 @@
-"""Boxes found by a fine-tuned detector in a folder of images: COCO results, a CSV file, and pictures."""
+"""Boxes and masks found by a fine-tuned detector in a folder of images: COCO results, CSV files, and pictures."""
 
 from __future__ import annotations
 
 import csv
 import json
 from collections import Counter
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 
@@ -25,13 +26,15 @@ from simmim.finetune.dense.prediction import (
     read_images,
     write_png,
 )
-from simmim.finetune.detection.inference import Found, trusted
+from simmim.finetune.detection.inference import Found, is_trusted, take
+from simmim.finetune.detection.masks import PackedMask, coco_rle
 from simmim.finetune.detection.model import SavedDetector, load_detector
-from simmim.finetune.detection.pictures import draw_boxes, palette
+from simmim.finetune.detection.pictures import draw_boxes, palette, tint_masks
 from simmim.training.trainer import device_type
 
-RESULTS, IMAGES, TABLE = "results.json", "images.json", "boxes.csv"
+RESULTS, IMAGES, TABLE, COUNTS = "results.json", "images.json", "boxes.csv", "counts.csv"
 COLUMNS = ("path", "class", "score", "xmin", "ymin", "xmax", "ymax")
+AREA = "area"  # of the mask, in pixels; a further column where there are masks
 
 
 @dataclass(frozen=True)
@@ -54,7 +57,8 @@ def detect(run: str | Path, images: str | Path, out: str | Path, batch_size: int
 
     OUT/results.json has all boxes of any score as COCO results, OUT/images.json the images and categories that their ids
     refer to; OUT/boxes.csv and OUT/overlays/NAME.png those with a score from their class's threshold on, which was best on
-    the validation images. Boxes are in pixels of the upright images, exclusive.
+    the validation images; OUT/counts.csv how many of each class each image has. Boxes are in pixels of the upright images,
+    exclusive. A detector of masks writes them as COCO's run lengths, and their areas in pixels.
 
     Args:
         run: a run of `simmim finetune detection`, or its folder encoder/.
@@ -74,39 +78,67 @@ def detect(run: str | Path, images: str | Path, out: str | Path, batch_size: int
     names = output_names(paths, Path(images))
     path_of = {name: None if path is None else label_path(path) for name, path in zip(names, paths)}
     unreadable: dict[str, str] = {}
-    found: list[tuple[InputImage, Found]] = []
+    found: list[FoundIn] = []
     with saved.model.encoder.fixed_weights():
         for batch in batches_of_one_size(read_images(source, names, saved, unreadable), batch_size):
             pixels = torch.stack([image.pixels for image in batch]).to(device)
             for image, one in zip(batch, saved.find(pixels)):
                 one = one.at((image.pixels.shape[1], image.pixels.shape[2]), image.size)
+                # Masks are kept packed: soft ones of many images would fill the memory.
+                masks = None if one.masks is None else [mask.packed(image.size) for mask in one.masks]
+                of_image = FoundIn(path_of[image.name] or image.name, image.size, one._replace(masks=None), masks)
                 if overlays:
-                    write_overlay(out / OVERLAYS / f"{image.name}.png", image, trusted(one, saved.thresholds), saved)
-                found.append((image._replace(pixels=image.pixels[:0]), one))
+                    write_overlay(out / OVERLAYS / f"{image.name}.png", image, of_image.trusted(saved.thresholds), saved)
+                found.append(of_image)
     check_any_read(len(found), unreadable)
-    write_coco(out, found, saved.classes, path_of)
-    counts = write_table(out / TABLE, found, saved, path_of)
+    write_coco(out, found, saved.classes)
+    counts = write_table(out / TABLE, found, saved)
+    write_counts(out / COUNTS, found, saved)
     return FoundBoxes(len(found), unreadable, {name: counts[name] for name in saved.classes})
 
 
-def write_coco(
-    out: Path, found: list[tuple[InputImage, Found]], classes: tuple[str, ...], path_of: dict[str, str | None]
-) -> None:
-    """Write all boxes as COCO results, and what their ids refer to."""
+class FoundIn(NamedTuple):
+    """What was found in one image.
+
+    Attributes:
+        path: of the image.
+        size: (height, width).
+        found: in the image's own pixels, without soft masks.
+        masks: of each object; None from a detector of boxes alone.
+    """
+
+    path: str
+    size: tuple[int, int]
+    found: Found
+    masks: list[PackedMask] | None
+
+    def trusted(self, thresholds: Sequence[float]) -> FoundIn:
+        """Those with a score from their class's threshold on."""
+        chosen = is_trusted(self.found, thresholds)
+        masks = None if self.masks is None else [mask for mask, kept in zip(self.masks, chosen.tolist()) if kept]
+        return self._replace(found=take(self.found, chosen), masks=masks)
+
+
+def write_coco(out: Path, found: Sequence[FoundIn], classes: tuple[str, ...]) -> None:
+    """Write all boxes and masks as COCO results, and what their ids refer to."""
     results: list[dict[str, Any]] = []
-    for number, (_, one) in enumerate(found, start=1):
-        for (x1, y1, x2, y2), score, label in zip(one.boxes.tolist(), one.scores.tolist(), one.classes.tolist()):
+    for number, (_, size, one, masks) in enumerate(found, start=1):
+        shapes = [{}] * len(one.boxes) if masks is None else [{"segmentation": coco_rle(mask, size)} for mask in masks]
+        for (x1, y1, x2, y2), score, label, shape in zip(
+            one.boxes.tolist(), one.scores.tolist(), one.classes.tolist(), shapes
+        ):
             results.append(
                 {
                     "image_id": number,
                     "category_id": label + 1,
                     "bbox": [round(value, 3) for value in (x1, y1, x2 - x1, y2 - y1)],
                     "score": round(score, 6),
+                    **shape,
                 }
             )
     images = [
-        {"id": number, "file_name": path_of[image.name] or image.name, "height": image.size[0], "width": image.size[1]}
-        for number, (image, _) in enumerate(found, start=1)
+        {"id": number, "file_name": image.path, "height": image.size[0], "width": image.size[1]}
+        for number, image in enumerate(found, start=1)
     ]
     categories = [{"id": number, "name": name} for number, name in enumerate(classes, start=1)]
     with atomic_write(out / RESULTS) as temporary:
@@ -114,10 +146,9 @@ def write_coco(
     write_json(out / IMAGES, {"images": images, "categories": categories, "annotations": []})
 
 
-def write_table(
-    file: Path, found: list[tuple[InputImage, Found]], saved: SavedDetector, path_of: dict[str, str | None]
-) -> Counter[str]:
-    """Write a row per trusted box, and one without a class for each image that has none. It can be read as labels.
+def write_table(file: Path, found: Sequence[FoundIn], saved: SavedDetector) -> Counter[str]:
+    """Write a row per trusted box, with the area of its mask where there are masks, and one without a class for each image
+    that has none. It can be read as labels.
 
     Returns:
         The number of rows of each class.
@@ -125,18 +156,40 @@ def write_table(
     counts: Counter[str] = Counter()
     with atomic_write(file) as temporary, temporary.open("w", newline="", encoding="utf-8") as text:
         writer = csv.writer(text)
-        writer.writerow(COLUMNS)
-        for image, one in found:
-            kept, path = trusted(one, saved.thresholds), path_of[image.name] or image.name
-            for box, score, label in zip(kept.boxes.tolist(), kept.scores.tolist(), kept.classes.tolist()):
-                writer.writerow([path, saved.classes[label], f"{score:.4f}", *(f"{value:.2f}" for value in box)])
+        columns = [*COLUMNS, *[AREA] * saved.model.shape.masks]
+        writer.writerow(columns)
+        for image in found:
+            path, _, kept, masks = image.trusted(saved.thresholds)
+            areas = [[]] * len(kept.boxes) if masks is None else [[mask.area] for mask in masks]
+            for box, score, label, area in zip(kept.boxes.tolist(), kept.scores.tolist(), kept.classes.tolist(), areas):
+                writer.writerow([path, saved.classes[label], f"{score:.4f}", *(f"{value:.2f}" for value in box), *area])
                 counts[saved.classes[label]] += 1
             if not len(kept.boxes):
-                writer.writerow([path, *[""] * (len(COLUMNS) - 1)])
+                writer.writerow([path, *[""] * (len(columns) - 1)])
     return counts
 
 
-def write_overlay(file: Path, image: InputImage, found: Found, saved: SavedDetector) -> None:
-    """Write the image as the model saw it, at its own size, with boxes and scores."""
-    picture, colors = at_size(image.pixels, image.size), palette(len(saved.classes))
+def write_counts(file: Path, found: Sequence[FoundIn], saved: SavedDetector) -> None:
+    """Write a row per image: the number of trusted boxes of each class, and the area of their masks together, in pixels."""
+    names = list(saved.classes)
+    with atomic_write(file) as temporary, temporary.open("w", newline="", encoding="utf-8") as text:
+        writer = csv.writer(text)
+        writer.writerow(["path", *names, *(f"{AREA} of {name}" for name in names if saved.model.shape.masks)])
+        for image in found:
+            path, _, kept, masks = image.trusted(saved.thresholds)
+            labels = kept.classes.tolist()
+            row: list[Any] = [path, *(labels.count(number) for number in range(len(names)))]
+            if masks is not None:
+                areas: Counter[int] = Counter()
+                for label, mask in zip(labels, masks):
+                    areas[label] += mask.area
+                row += [areas[number] for number in range(len(names))]
+            writer.writerow(row)
+
+
+def write_overlay(file: Path, image: InputImage, shown: FoundIn, saved: SavedDetector) -> None:
+    """Write the image as the model saw it, at its own size, with masks, boxes and scores."""
+    picture, colors, found = at_size(image.pixels, image.size), palette(len(saved.classes)), shown.found
+    if shown.masks is not None:
+        picture = tint_masks(picture, shown.masks, found.classes.tolist(), colors)
     write_png(file, draw_boxes(picture, found.boxes.numpy(), found.classes.tolist(), colors, found.scores.tolist()))

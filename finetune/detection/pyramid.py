@@ -2,7 +2,8 @@
 each level's own (FCOS, arXiv 1904.01355, shares them, too).
 
 Each point of a level, the center of a cell of its map, predicts the class of the object that it is assigned to, its
-distances to the sides of that object's box, and its centerness.
+distances to the sides of that object's box, its centerness, and, if masks are learned, the parameters of a small network
+that turns shared features into the object's mask (`condinst.py`).
 
 Shape letters: B images, C channels of a stage, D channels of the head, K classes, H W height and width of a map, P points of
 all levels together.
@@ -17,6 +18,8 @@ from typing import NamedTuple
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+
+from simmim.finetune.detection.condinst import CHANNELS, NUM_PARAMETERS, mask_logits
 
 GROUP_CHANNELS = 8  # normalized together
 FIRST_PROBABILITY = 0.01  # of every class at initialization, so that the many points of background do not swamp the loss
@@ -34,6 +37,9 @@ class Predictions(NamedTuple):
         points: (P, 2) float32, (x, y) in pixels.
         strides: (P,) float32, pixels per cell of the point's level.
         sizes: (H, W) of each level.
+        mask_parameters: (B, P, `NUM_PARAMETERS`) float32, of the network for the mask of each point's object; None for a
+            detector of boxes alone, as the features.
+        mask_features: (B, `CHANNELS`, H, W) float32, at the finest level.
     """
 
     logits: Tensor
@@ -42,11 +48,35 @@ class Predictions(NamedTuple):
     points: Tensor
     strides: Tensor
     sizes: tuple[tuple[int, int], ...]
+    mask_parameters: Tensor | None = None
+    mask_features: Tensor | None = None
 
     def boxes(self) -> Tensor:
         """(B, P, 4) in pixels; they may reach out of the image."""
         signs = self.distances.new_tensor([-1, -1, 1, 1])
         return self.points.repeat(1, 2) + signs * self.distances
+
+    @property
+    def mask_stride(self) -> int:
+        """Of the masks, in pixels."""
+        return int(self.strides[0])
+
+    def mask_logits(self, row: int, points: Tensor) -> Tensor:
+        """The masks that some points of an image predict, (N, H, W) float32.
+
+        Args:
+            row: of the image.
+            points: (N,), their numbers.
+
+        Raises:
+            ValueError: from a detector of boxes alone.
+        """
+        if self.mask_features is None or self.mask_parameters is None:
+            raise ValueError("this detector finds boxes alone: it was trained without masks")
+        units = ANCHOR_CELLS * self.strides[points]
+        with torch.autocast(self.points.device.type, enabled=False):
+            features, parameters = self.mask_features[row], self.mask_parameters[row, points]
+            return mask_logits(features, self.mask_stride, parameters, self.points[points], units)
 
 
 class FeaturePyramid(nn.Module):
@@ -105,6 +135,28 @@ class Tower(nn.Module):
         return level_map
 
 
+class MaskFeatures(nn.Module):
+    """The finest level of the pyramid to the features that the masks of all objects share.
+
+    Args:
+        width: D, a multiple of 16.
+        num_convolutions: of its tower, which has half the width.
+    """
+
+    def __init__(self, width: int, num_convolutions: int) -> None:
+        super().__init__()
+        self.reduce = nn.Conv2d(width, width // 2, 1)
+        self.tower = Tower(width // 2, num_convolutions, 1)
+        self.output = nn.Conv2d(width // 2, CHANNELS, 1)
+        for convolution in (self.reduce, self.output):
+            nn.init.kaiming_uniform_(convolution.weight, a=1)
+            nn.init.zeros_(convolution.bias)  # type: ignore[arg-type]
+
+    def forward(self, finest: Tensor) -> Tensor:
+        """(B, D, H, W) to (B, `CHANNELS`, H, W) float32."""
+        return self.output(self.tower(self.reduce(finest), 0)).float()
+
+
 class PyramidHead(nn.Module):
     """Feature maps of all stages to predictions of every point.
 
@@ -114,6 +166,7 @@ class PyramidHead(nn.Module):
         width: D, a multiple of 16.
         convolutions: of each of the two towers.
         num_above: as of `FeaturePyramid`.
+        masks: whether each point predicts a mask, too.
 
     Raises:
         ValueError: for a width or a number of convolutions that cannot be built.
@@ -127,6 +180,7 @@ class PyramidHead(nn.Module):
         width: int = 256,
         convolutions: int = 4,
         num_above: int = 0,
+        masks: bool = False,
     ) -> None:
         super().__init__()
         check_head(width, convolutions)
@@ -138,16 +192,22 @@ class PyramidHead(nn.Module):
         self.regress = build_output(width, 4)
         self.center = build_output(width, 1)
         self.scales = nn.Parameter(torch.ones(len(self.strides)))  # of each level's distances
+        # Made last: without them the others begin with the same weights as ever.
+        self.masks = MaskFeatures(width, convolutions) if masks else None
+        self.control = build_output(width, NUM_PARAMETERS) if masks else None
 
     def forward(self, maps: Sequence[Tensor]) -> Predictions:
         """Maps of (B, C, H, W), the finest first, to predictions of P points."""
-        logits, distances, centerness, sizes = [], [], [], []
-        for level, level_map in enumerate(self.pyramid(maps)):
+        logits, distances, centerness, parameters, sizes = [], [], [], [], []
+        levels = self.pyramid(maps)
+        for level, level_map in enumerate(levels):
             class_map, box_map = self.class_tower(level_map, level), self.box_tower(level_map, level)
             logits.append(by_point(self.classify(class_map)))
             growth = (self.scales[level] * by_point(self.regress(box_map))).clamp(max=math.log(MAX_GROWTH))
             distances.append(growth.exp() * (ANCHOR_CELLS / 2 * self.strides[level]))
             centerness.append(by_point(self.center(box_map))[..., 0])
+            if self.control is not None:
+                parameters.append(by_point(self.control(box_map)))
             sizes.append(tuple(level_map.shape[2:]))
         points, strides = grid_points(sizes, self.strides, maps[0].device)
         return Predictions(
@@ -157,6 +217,8 @@ class PyramidHead(nn.Module):
             points,
             strides,
             tuple(sizes),
+            torch.cat(parameters, dim=1) if parameters else None,
+            self.masks(levels[0]) if self.masks is not None else None,
         )
 
 

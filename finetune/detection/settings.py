@@ -19,9 +19,10 @@ class BoxSettings(ScaledScenesSettings):
     """The labeled images, the classes, and how training varies them.
 
     Args:
-        path: images with boxes: COCO JSON (a file, or a folder with annotations/train.json or train/_annotations.coco.json),
-            YOLO text (images/ and labels/), Pascal VOC XML (JPEGImages/ or images/, and Annotations/), a CSV file, or
-            Parquet files, a saved datasets folder, a hub id with columns image and objects.
+        path: images with boxes: COCO JSON (a file, or a folder with annotations/train.json or
+            train/_annotations.coco.json; its masks are learned, too), YOLO text (images/ and labels/), Pascal VOC XML
+            (JPEGImages/ or images/, and Annotations/), a CSV file, or Parquet files, a saved datasets folder, a hub id with
+            columns image and objects.
         format: coco, yolo, voc, csv or columns; detected by default.
         box_format: what the four numbers of a box are: xyxy, xywh or cxcywh in pixels, voc (pixels from 1, the last one
             inside), or xyxy-shares, xywh-shares, cxcywh-shares. By default what the format fixes; columns need it.
@@ -55,10 +56,12 @@ class HeadSettings:
     Args:
         width: channels; by default 256 as published, 64 for nano and micro.
         convolutions: of each tower; by default 4 as published, 2 for nano and micro.
+        masks: learn the mask of each object beside its box; by default where every object has one.
     """
 
     width: int | None = None
     convolutions: int | None = None
+    masks: bool | None = None
 
     def __post_init__(self) -> None:
         check_head(16 if self.width is None else self.width, 1 if self.convolutions is None else self.convolutions)

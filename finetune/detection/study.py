@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, ClassVar
 
 from simmim.finetune.dense.study import SceneStudyFields, scene_study
@@ -16,6 +16,8 @@ from simmim.finetune.label_study.settings import MAY_GROW
 class DetectionStudySettings(DetectionSettings, SceneStudyFields):
     """Average precision against labeled images: pre-trained, from scratch and other encoders, several seeds each.
 
+    It is that of boxes, and with head.masks true that of masks.
+
     Args:
         task: what is learned: classification, segmentation, detection.
         labels: numbers of labeled images, separated by commas; all is every training image.
@@ -28,9 +30,19 @@ class DetectionStudySettings(DetectionSettings, SceneStudyFields):
     labels: str | int | tuple[Any, ...] = (20, 100)  # type: ignore[assignment]
 
     def __post_init__(self) -> None:
+        # Every trial measures the same: what its labels hold does not decide.
+        object.__setattr__(self, "head", replace(self.head, masks=bool(self.head.masks)))
         super().__post_init__()
         self.check_study()
 
 
 MEASURE = Measure("ap", "AP", "", "loss", "labels", *SCENES)
-STUDY = scene_study(DetectionStudySettings, MEASURE, read_labels)
+MASK_MEASURE = Measure("mask_ap", "AP of masks", "", "loss", "labels", *SCENES)
+
+
+def measure_of(settings: DetectionSettings) -> Measure:
+    """What the trials of a study measure."""
+    return MASK_MEASURE if settings.head.masks else MEASURE
+
+
+STUDY = scene_study(DetectionStudySettings, MEASURE, read_labels, measure_of)

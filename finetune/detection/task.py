@@ -16,6 +16,7 @@ from simmim.finetune.detection.defaults import SIDE_FOR_LEVEL_ABOVE_PX, resolve_
 from simmim.finetune.detection.export import FORM, export_detector
 from simmim.finetune.detection.labels.base import ReadingOptions
 from simmim.finetune.detection.labels.scenes import BoxedScenes, read_boxed_scenes
+from simmim.finetune.detection.losses import target_stride
 from simmim.finetune.detection.model import FILES, Detector, HeadShape, SavedDetector, load_detector, save_detector
 from simmim.finetune.detection.module import DetectionFinetuning
 from simmim.finetune.detection.prediction import detect
@@ -28,10 +29,11 @@ from simmim.reading import AUTO
 from simmim.training.loggers import LossNames
 
 LOSS = LossNames("detection", "of classes, boxes and centerness together, per point with an object")
+MASK_LOSS = LossNames("detection", "of classes, boxes, centerness and masks together, per point with an object")
 
 
 class Detection(Task):
-    """Boxes around objects."""
+    """Boxes around objects, and the objects' masks where labels have them."""
 
     form = FORM
 
@@ -55,8 +57,8 @@ class Detection(Task):
             ),
             classes=labels.classes,
             test_validates=labels.test_validates,
-            monitor="ap",
-            loss=LOSS,
+            monitor="mask_ap" if labels.has_masks else "ap",
+            loss=MASK_LOSS if labels.has_masks else LOSS,
             save=partial(save_model, module=module, data=settings.data, preprocessing=start.preprocessing),
             provenance={"labels": settings.labels},
             reasons=tuple(reasons),
@@ -100,7 +102,9 @@ def read_labels(settings: DetectionSettings) -> BoxedScenes:
     """
     data = settings.data
     options = ReadingOptions(data.column, data.box_format, data.classes, find_reading(settings) or AUTO)
-    return read_boxed_scenes(data.path, settings.labels, settings.seed, options, data.format, data.exif, data.draw())
+    return read_boxed_scenes(
+        data.path, settings.labels, settings.seed, options, data.format, data.exif, data.draw(), settings.head.masks
+    )
 
 
 def build_module(
@@ -108,7 +112,7 @@ def build_module(
 ) -> DetectionFinetuning:
     """Encoder, head and how they are trained; the head's weights come from the source where they fit."""
     above = int(min(settings.size) >= SIDE_FOR_LEVEL_ABOVE_PX)
-    shape = HeadShape(settings.head.width, settings.head.convolutions, above)
+    shape = HeadShape(settings.head.width, settings.head.convolutions, above, bool(settings.head.masks))
     model = Detector(start.encoder, len(labels.classes), shape).train()
     if settings.init != "none":
         FILES.load_source_head(model, settings.init, labels.classes, load_with_classes, report_line)
@@ -133,7 +137,8 @@ def build_samples(settings: DetectionSettings, labels: BoxedScenes, start: Start
     """Training samples, scaled, cropped and flipped at random, and whole validation images."""
     data, channels = settings.data, start.encoder.config.in_channels
     fill = mean_color(start.preprocessing)
-    train_view = RandomBoxes(settings.size, data.short_side, data.scale, data.flip, fill)
+    mask_stride = target_stride(start.encoder.strides[0])
+    train_view = RandomBoxes(settings.size, data.short_side, data.scale, data.flip, fill, mask_stride)
     shared = (channels, settings.seed, start.keep_decoded, MAX_PIXELS, start.preprocessing.reading_or_default)
     return (
         BoxSamples(labels.train, labels.train_objects, train_view, *shared),
@@ -153,7 +158,7 @@ def save_model(
     saved = SavedDetector(
         model,  # type: ignore[arg-type]
         module.classes,
-        module.scores.thresholds,
+        module.main_scores.thresholds,
         preprocessing,
         data.short_side,
         data.inference,

@@ -13,9 +13,17 @@ from torch import Tensor
 
 from simmim.data import Picture
 from simmim.data.decode import MAX_PIXELS, STRETCHED
-from simmim.finetune.dense.views import MAX_CROPS, TargetSamples, draw_scaled_size, padded_crop, whole_picture
+from simmim.finetune.dense.views import (
+    MAX_CROPS,
+    TargetSamples,
+    draw_scaled_size,
+    nearest_pixels,
+    padded_crop,
+    whole_picture,
+)
 from simmim.finetune.dense.windows import Size
 from simmim.finetune.detection.labels.scenes import Objects
+from simmim.finetune.detection.masks import PackedMask, sample
 from simmim.reading import Reading
 
 MIN_VISIBLE = 0.3  # share of a box below which what a crop shows of its object is no example of it
@@ -28,11 +36,14 @@ class Targets(NamedTuple):
         boxes: (N, 4) float32, (x1, y1, x2, y2) in the view's pixels, exclusive.
         classes: (N,) int64.
         ignored: (N,) bool, True = neither an object to find nor background.
+        masks: (N, H, W) uint8, how much of each cell of the view an object covers, 0 to 255; None where boxes alone are
+            learned, and for a whole image, whose masks stay as they are labeled.
     """
 
     boxes: Tensor
     classes: Tensor
     ignored: Tensor
+    masks: Tensor | None = None
 
 
 @dataclass(frozen=True)
@@ -45,6 +56,7 @@ class RandomBoxes:
         scale: range of the random scale, drawn on a log scale.
         flip: probability of mirroring left and right.
         fill: value of each channel outside the image, 0 to 255.
+        mask_stride: side of the cells of masks, in pixels.
     """
 
     size: Size
@@ -52,6 +64,7 @@ class RandomBoxes:
     scale: tuple[float, float]
     flip: float
     fill: tuple[int, ...]
+    mask_stride: int = 1
 
     def __call__(self, picture: Picture, objects: Objects, generator: random.Random) -> tuple[Tensor, Targets]:
         """A view drawn from `generator`: (channels, height, width), uint8 or float32, and what it shows of the objects."""
@@ -64,7 +77,16 @@ class RandomBoxes:
             if (~targets.ignored).any() or objects.ignored.all():
                 break
         image = padded_crop(picture, scaled, (top, left), (height, width), self.size, self.fill)
-        if generator.random() < self.flip:
+        mirrored = generator.random() < self.flip
+        if objects.masks is not None:
+            shown = visible(clip_boxes(boxes, (top, left), (height, width))).nonzero()[:, 0].tolist()
+            rows = shown_pixels(height, top, picture.size[0], scaled[0], self.size[0])
+            columns = shown_pixels(width, left, picture.size[1], scaled[1], self.size[1])
+            columns = columns[::-1] if mirrored else columns
+            targets = targets._replace(
+                masks=sample_masks([objects.masks[number] for number in shown], rows, columns, self.mask_stride)
+            )
+        if mirrored:
             return image.flip(-1), targets._replace(boxes=mirror(targets.boxes, self.size[1]))
         return image, targets
 
@@ -81,7 +103,7 @@ class WholeImage:
 
     def __call__(self, picture: Picture, objects: Objects, generator: random.Random | None = None) -> tuple[Tensor, Targets]:
         """(channels, scaled height, scaled width), uint8 or float32, and all objects. Draws nothing."""
-        return whole_picture(picture, self.short_side), Targets(*map(torch.from_numpy, objects))
+        return whole_picture(picture, self.short_side), Targets(*map(torch.from_numpy, objects[:3]))
 
 
 def rescale(boxes: np.ndarray, size: Size, scaled: Size) -> np.ndarray:
@@ -98,15 +120,44 @@ def crop_objects(objects: Objects, boxes: np.ndarray, corner: tuple[int, int], s
         corner: (top, left) of the part.
         size: of the part.
     """
+    clipped, whole = clip_boxes(boxes, corner, size), torch.from_numpy(boxes)
+    share = (clipped[:, 2:] - clipped[:, :2]).prod(dim=1) / (whole[:, 2:] - whole[:, :2]).prod(dim=1)
+    shown = visible(clipped)
+    ignored = torch.from_numpy(objects.ignored) | (share < MIN_VISIBLE)
+    return Targets(clipped[shown], torch.from_numpy(objects.classes)[shown], ignored[shown])
+
+
+def shown_pixels(count: int, first: int, side: int, scaled_side: int, view_side: int) -> np.ndarray:
+    """The pixel of the image that each row or column of a view shows, (view_side,); −1 outside the image.
+
+    Args:
+        count: rows or columns of the view that show the image.
+        first, side, scaled_side: as of `nearest_pixels`.
+    """
+    pixels = np.full(view_side, -1, dtype=np.intp)
+    pixels[:count] = nearest_pixels(count, first, side, scaled_side)
+    return pixels
+
+
+def sample_masks(masks: Sequence[PackedMask], rows: np.ndarray, columns: np.ndarray, stride: int) -> Tensor:
+    """As `Targets.masks`; arguments as of `sample`."""
+    views = [sample(mask, rows, columns, stride) for mask in masks]
+    if not views:
+        return torch.zeros(0, -(-len(rows) // stride), -(-len(columns) // stride), dtype=torch.uint8)
+    return torch.from_numpy(np.stack(views))
+
+
+def clip_boxes(boxes: np.ndarray, corner: tuple[int, int], size: Size) -> Tensor:
+    """Boxes in the pixels of a part of their image, without what reaches out of it; arguments as of `crop_objects`."""
     top, left = corner
     height, width = size
     moved = torch.from_numpy(boxes - np.array([left, top, left, top], dtype=np.float32))
-    clipped = torch.stack([moved[:, 0::2].clamp(0, width), moved[:, 1::2].clamp(0, height)], dim=-1).flatten(1)
-    sides, whole = clipped[:, 2:] - clipped[:, :2], moved[:, 2:] - moved[:, :2]
-    share = sides.prod(dim=1) / whole.prod(dim=1)
-    shown = (sides > 0).all(dim=1)
-    ignored = torch.from_numpy(objects.ignored) | (share < MIN_VISIBLE)
-    return Targets(clipped[shown], torch.from_numpy(objects.classes)[shown], ignored[shown])
+    return torch.stack([moved[:, 0::2].clamp(0, width), moved[:, 1::2].clamp(0, height)], dim=-1).flatten(1)
+
+
+def visible(boxes: Tensor) -> Tensor:
+    """Whether each box has an area, (N,) bool."""
+    return (boxes[:, 2:] > boxes[:, :2]).all(dim=1)
 
 
 def mirror(boxes: Tensor, width: int) -> Tensor:
@@ -150,5 +201,7 @@ class BoxSamples(TargetSamples):
         return self.objects[index]
 
     def target_of(self, index: int, picture: Picture, target: Targets) -> dict:
-        """The view of the objects, and which image it is of."""
-        return {"objects": target, "row": index, "own_size": picture.size}
+        """The view of the objects, which image it is of, and the masks of a whole image's objects as they are labeled."""
+        masks = self.objects[index].masks
+        labeled = {"masks": masks} if masks is not None and target.masks is None else {}
+        return {"objects": target, "row": index, "own_size": picture.size, **labeled}

@@ -65,6 +65,7 @@ class TaskStudy:
             they cannot be read, or none is left.
         check_start: of an arm, where its runs start, the labels, and the device: raises ValueError where a run could not
             start, and notifies of what runs lack, as they are silent.
+        measure_of: settings to what is measured, where that depends on them; else `measure`.
     """
 
     settings: type
@@ -72,6 +73,7 @@ class TaskStudy:
     default_layer_decay: Callable[[float], float]
     open_labels: Callable[[Any], OpenedLabels]
     check_start: Callable[[Arm, Start, OpenedLabels, str], None] = no_check
+    measure_of: Callable[[Any], Measure] | None = None
 
 
 def validation_seed_of(settings: Any, has_validation: bool) -> int | None:

@@ -218,7 +218,8 @@ def as_file_name(arm: str) -> str:
 
 def measure_of(settings: TransferSettings) -> Measure:
     """What a study of the settings' task measures."""
-    return study_of(settings.task).measure
+    study = study_of(settings.task)
+    return study.measure_of(settings) if study.measure_of else study.measure
 
 
 def best_rates(trials: Sequence[Trial]) -> Rates:

@@ -14,7 +14,14 @@ from simmim.data import Picture
 from simmim.data.decode import MAX_PIXELS, STRETCHED
 from simmim.data.label_map_files import read_label_map
 from simmim.data.label_maps import ClassScheme
-from simmim.finetune.dense.views import MAX_CROPS, TargetSamples, draw_scaled_size, padded_crop, whole_picture
+from simmim.finetune.dense.views import (
+    MAX_CROPS,
+    TargetSamples,
+    draw_scaled_size,
+    nearest_pixels,
+    padded_crop,
+    whole_picture,
+)
 from simmim.finetune.dense.windows import Size
 from simmim.reading import Reading
 
@@ -88,7 +95,7 @@ def nearest_crop(label_map: np.ndarray, scaled: Size, corner: tuple[int, int], s
         size: of the part.
     """
     rows, columns = (
-        ((np.arange(count) + first + 0.5) * side / scaled_side).astype(np.intp).clip(max=side - 1)
+        nearest_pixels(count, first, side, scaled_side)
         for count, first, side, scaled_side in zip(size, corner, label_map.shape, scaled)
     )
     return label_map[rows[:, None], columns]

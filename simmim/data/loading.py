@@ -64,7 +64,7 @@ def collate(samples: list[dict]) -> dict:
     gray_copies = [path for sample in samples for path in sample.get("gray_copies", ())]
     if gray_copies:
         batch["gray_copies"] = gray_copies
-    for name in ("stream_position", "file", "objects", "row", "own_size", "empty_tiles"):
+    for name in ("stream_position", "file", "objects", "masks", "row", "own_size", "empty_tiles"):
         if name in samples[0]:
             batch[name] = [sample[name] for sample in samples]
     weak = [sample["weak"] for sample in samples if "weak" in sample]

@@ -10,7 +10,7 @@ from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import ClassVar
+from typing import Any, ClassVar
 
 from simmim.data.decode import STRETCHED
 from simmim.data.orientation import Box, Size
@@ -108,12 +108,14 @@ class RawObject:
         category: name of its class.
         ignored: whether it is a crowd, difficult, or marked to be ignored: neither an object to find nor background.
         place: file and line, for error messages.
+        segmentation: its mask as of `masks.read_mask`; None for a box alone.
     """
 
     values: Box
     category: str
     ignored: bool
     place: str
+    segmentation: Any = None
 
 
 @dataclass(frozen=True)

@@ -23,6 +23,7 @@ from simmim.finetune.detection.labels.base import (
     record_of,
 )
 from simmim.finetune.detection.labels.layout import IMAGE_FOLDERS, files_in, read_text
+from simmim.finetune.detection.labels.masks import states_mask
 from simmim.messages import name_some
 
 ROBOFLOW = "_annotations.coco.json"
@@ -169,7 +170,9 @@ def read_scenes(content: Mapping[str, list], file: Path, source: Path, whole: Wh
             raise ValueError(f"{place} has no bbox")
         ignored = bool(annotation.get("iscrowd") or annotation.get("ignore"))
         values = four_numbers(annotation["bbox"], place)
-        objects[annotation["image_id"]].append(RawObject(values, names[annotation["category_id"]], ignored, place))
+        segmentation = annotation.get("segmentation")
+        mask = segmentation if states_mask(segmentation) else None
+        objects[annotation["image_id"]].append(RawObject(values, names[annotation["category_id"]], ignored, place, mask))
     folders = image_folders(file, source)
     return [
         RawScene(

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, NamedTuple
@@ -22,7 +22,9 @@ from simmim.data.pillow_guard import UNREADABLE, decoding
 from simmim.data.records import Record, open_record
 from simmim.data.scene_draws import AS_EVER, SceneDraw, SceneSource
 from simmim.finetune.detection.labels.base import RawLabels, RawScene, ReadingOptions, convert_box
+from simmim.finetune.detection.labels.masks import filled_box, fills_box, learns_masks, read_mask, turn_mask
 from simmim.finetune.detection.labels.registry import find_reader
+from simmim.finetune.detection.masks import PackedMask
 from simmim.messages import did_you_mean, notify
 from simmim.reading import Reading
 
@@ -42,11 +44,13 @@ class Objects(NamedTuple):
         boxes: (N, 4) float32, (x1, y1, x2, y2) in upright pixels, exclusive.
         classes: (N,) int64.
         ignored: (N,) bool, True = neither an object to find nor background.
+        masks: of each object, in upright pixels; None where boxes alone are learned.
     """
 
     boxes: np.ndarray
     classes: np.ndarray
     ignored: np.ndarray
+    masks: tuple[PackedMask, ...] | None = None
 
 
 @dataclass(frozen=True)
@@ -61,6 +65,7 @@ class BoxedScenes:
         notes: what was inferred, a sentence each.
         test_validates: whether `validation` is a part that is called test.
         source: all training images, from which others may be chosen.
+        has_masks: whether every object has a mask.
     """
 
     train: datasets.Dataset
@@ -72,6 +77,7 @@ class BoxedScenes:
     notes: tuple[str, ...] = ()
     test_validates: bool = False
     source: SceneSource | None = None
+    has_masks: bool = False
 
 
 class Inspected(NamedTuple):
@@ -98,6 +104,7 @@ def read_boxed_scenes(
     format: str | None = None,
     exif: str = "auto",
     draw: SceneDraw = AS_EVER,
+    masks: bool | None = False,
 ) -> BoxedScenes:
     """Read labels in any known format, and choose what to train on and what to validate with.
 
@@ -109,15 +116,16 @@ def read_boxed_scenes(
         format: one of `registry.READERS`; detected by default.
         exif: which picture boxes refer to where EXIF turns it: upright, stored, or auto, the one whose size is stated.
         draw: how images are drawn in a study.
+        masks: whether masks are read; None where the labels are to say it: if every object has one.
 
     Raises:
         ValueError: for labels that cannot be read, boxes without area or outside their image, unknown classes, classes
-            without a training box, and too few images.
+            without a training box, masks that are broken or missing, and too few images.
     """
     reader = find_reader(path, format)
     raw = reader.read(path, options)
     classes = choose_classes(raw, options.classes, path)
-    parts = {use: inspect(scenes, classes, exif, options.reading) for use, scenes in raw.parts.items()}
+    parts = inspect_parts(raw, classes, exif, options.reading, masks, path)
     for part, scenes in parts.items():
         if not scenes:
             raise ValueError(f"{path!r} has no image to {'train on' if part == 'train' else 'validate with'}")
@@ -125,7 +133,7 @@ def read_boxed_scenes(
     num_clipped = sum(scene.num_clipped for scenes in parts.values() for scene in scenes)
     if num_clipped:
         notify(f"{num_clipped:,} boxes of {path!r} reach out of their images and are clipped")
-    everything = parts["train"]
+    everything, has_masks = parts["train"], parts["train"][0].objects.masks is not None
     statistics = [SceneStatistics("", scene.size, counts_of(scene.objects)) for scene in everything]
     files = files_of_pages([scene.raw.image["path"] for scene in everything])
     source = SceneSource(path, statistics, tuple(range(len(classes))), bool(use), files)
@@ -142,9 +150,10 @@ def read_boxed_scenes(
         tuple(scene.objects for scene in validation),
         tuple(scene.size for scene in validation),
         classes,
-        (f"labels are {reader.title}", *raw.notes, *notes_on_counts(train, validation, classes)),
+        (f"labels are {reader.title}", *raw.notes, *notes_on_masks(has_masks), *notes_on_counts(train, validation, classes)),
         use == "test",
         source,
+        has_masks,
     )
 
 
@@ -205,6 +214,11 @@ def total_counts(scenes: Sequence[Inspected]) -> Counter[int]:
     return total
 
 
+def notes_on_masks(has_masks: bool) -> list[str]:
+    """A sentence where masks are learned beside boxes."""
+    return ["masks of all objects are learned beside their boxes (head.masks false: boxes alone)"] * has_masks
+
+
 def notes_on_counts(train: Sequence[Inspected], validation: Sequence[Inspected], classes: Sequence[str]) -> list[str]:
     """Sentences about images without objects, and classes with few boxes."""
     notes = []
@@ -222,8 +236,25 @@ def notes_on_counts(train: Sequence[Inspected], validation: Sequence[Inspected],
 # --- boxes -------------------------------------------------------------------------------------------------------------
 
 
-def inspect(scenes: Sequence[RawScene], classes: Sequence[str], exif: str, reading: Reading = STRETCHED) -> list[Inspected]:
-    """Boxes in pixels of the upright images, of every scene.
+def inspect_parts(
+    raw: RawLabels, classes: Sequence[str], exif: str, reading: Reading, masks: bool | None, path: str
+) -> dict[str, list[Inspected]]:
+    """Every scene of each part, with masks in all of them or in none; arguments as of `read_boxed_scenes`."""
+    has_masks = learns_masks(list(raw.parts.values()), masks, path)
+    parts = {use: inspect(scenes, classes, exif, reading, has_masks) for use, scenes in raw.parts.items()}
+    if has_masks and masks is None and not any_shape(parts.values()):
+        return {use: [without_masks(scene) for scene in scenes] for use, scenes in parts.items()}
+    return parts
+
+
+def inspect(
+    scenes: Sequence[RawScene],
+    classes: Sequence[str],
+    exif: str,
+    reading: Reading = STRETCHED,
+    masks: bool = False,
+) -> list[Inspected]:
+    """Boxes, and masks if they are to be read, in pixels of the upright images, of every scene.
 
     Args:
         reading: which pages or files make an image.
@@ -231,7 +262,7 @@ def inspect(scenes: Sequence[RawScene], classes: Sequence[str], exif: str, readi
     ids = {name: number for number, name in enumerate(classes)}
     with ThreadPoolExecutor(available_cores()) as pool:
         headers = list(pool.map(lambda scene: read_header(scene.image, reading), scenes))
-    return [inspect_scene(scene, *header, ids, exif) for scene, header in zip(scenes, headers)]
+    return [inspect_scene(scene, *header, ids, exif, masks) for scene, header in zip(scenes, headers)]
 
 
 def read_header(record: Record, reading: Reading = STRETCHED) -> tuple[Size | None, int]:
@@ -250,7 +281,9 @@ def read_header(record: Record, reading: Reading = STRETCHED) -> tuple[Size | No
         return None, 1  # training replaces and counts an image that cannot be read
 
 
-def inspect_scene(scene: RawScene, size: Size | None, orientation: int, ids: dict[str, int], exif: str) -> Inspected:
+def inspect_scene(
+    scene: RawScene, size: Size | None, orientation: int, ids: dict[str, int], exif: str, masks: bool = False
+) -> Inspected:
     """One scene with upright boxes inside its image.
 
     Args:
@@ -260,7 +293,7 @@ def inspect_scene(scene: RawScene, size: Size | None, orientation: int, ids: dic
         ValueError: naming file and line, for a box without area in the image.
     """
     if size is None:
-        empty = Objects(np.zeros((0, 4), np.float32), np.zeros(0, np.int64), np.zeros(0, bool))
+        empty = Objects(np.zeros((0, 4), np.float32), np.zeros(0, np.int64), np.zeros(0, bool), () if masks else None)
         return Inspected(scene, empty, None, 0)
     turned = refers_to_stored(scene, size, orientation, exif)
     stored = size[::-1] if swaps_axes(orientation) else size
@@ -283,7 +316,36 @@ def inspect_scene(scene: RawScene, size: Size | None, orientation: int, ids: dic
         boxes[number] = clipped
     classes = np.array([ids[found.category] for found in scene.objects], dtype=np.int64)
     ignored = np.array([found.ignored for found in scene.objects], dtype=bool)
-    return Inspected(scene, Objects(boxes, classes, ignored), size, int(num_clipped))
+    found_masks = masks_of(scene, boxes, size, orientation if turned else 1) if masks else None
+    return Inspected(scene, Objects(boxes, classes, ignored, found_masks), size, int(num_clipped))
+
+
+def masks_of(scene: RawScene, boxes: np.ndarray, size: Size, orientation: int) -> tuple[PackedMask, ...]:
+    """The masks of one scene's objects, upright. An ignored object without one hides its box.
+
+    Args:
+        boxes: of the objects, upright.
+        size: of the upright image.
+        orientation: EXIF's, by which the picture that masks refer to is turned; 1 where they refer to the upright one.
+    """
+    stored, masks = size[::-1] if swaps_axes(orientation) else size, []
+    for found, box in zip(scene.objects, boxes.tolist()):
+        if found.segmentation is None:
+            masks.append(filled_box(box, size))
+            continue
+        mask = read_mask(found.segmentation, stored, found.place)
+        masks.append(mask if orientation == 1 else turn_mask(mask, stored, orientation))
+    return tuple(masks)
+
+
+def any_shape(parts: Iterable[Sequence[Inspected]]) -> bool:
+    """Whether any mask is more than a rectangle; some tools write boxes as polygons, too."""
+    return any(not fills_box(mask) for scenes in parts for scene in scenes for mask in scene.objects.masks or ())
+
+
+def without_masks(scene: Inspected) -> Inspected:
+    """The scene with boxes alone."""
+    return scene._replace(objects=scene.objects._replace(masks=None))
 
 
 def clip(box: Box, size: Size) -> Box:

@@ -39,6 +39,12 @@ GROUPED = {
     ),
     "ap50": ("validation/ap50", "average precision of boxes at overlap 0.5, mean over the classes, 0 to 1"),
     "ap75": ("validation/ap75", "average precision of boxes at overlap 0.75, mean over the classes, 0 to 1"),
+    "mask_ap": (
+        "validation/mask_ap",
+        "average precision of masks by COCO's rules, mean over overlaps from 0.5 to 0.95 and over the classes, 0 to 1",
+    ),
+    "mask_ap50": ("validation/mask_ap50", "average precision of masks at overlap 0.5, mean over the classes, 0 to 1"),
+    "mask_ap75": ("validation/mask_ap75", "average precision of masks at overlap 0.75, mean over the classes, 0 to 1"),
     "pixel_accuracy": ("validation/pixel_accuracy", "share of the validation pixels that are not ignored, 0 to 1"),
     "skipped_steps": ("stability/skipped_steps", "steps so far whose loss or gradient was not finite"),
     "loss_spikes": ("stability/loss_spikes", "steps so far whose loss was far above the median of the last steps"),
@@ -48,6 +54,8 @@ GROUPED = {
 GROUPS = {
     "iou": "intersection over union of the class's true and predicted pixels in the validation images, 0 to 1",
     "ap_by_class": "average precision of the class's boxes in the validation images, 0 to 1",
+    "mask_ap_by_class": "average precision of the class's masks in the validation images, 0 to 1",
+    "mask_ap_by_size": "average precision of masks of up to 32² px (small), up to 96² (medium), and above (large), 0 to 1",
     "ap_by_size": "average precision of boxes of up to 32² px (small), up to 96² (medium), and above (large), 0 to 1",
     "knn": "share of labeled test images that their nearest labeled neighbors classify correctly by these features, 0 to 1; "
     "chosen: the features that the training labels alone would choose, pixels: the plain images, untrained: random weights",
