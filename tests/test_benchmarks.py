@@ -53,7 +53,7 @@ def test_a_share_follows_from_the_figures_beside_it():
 
 
 def test_a_turn_on_a_gpu_leaves_room_for_the_next_contender(monkeypatch):
-    """Memory is given back after the first steps and after each turn, before the answer lets another contender compute."""
+    """Memory is given back after the first steps and each turn, before the answer that lets another contender compute."""
     events = []
     monkeypatch.setattr(step, "release_memory", lambda device: events.append("release"))
     monkeypatch.setattr(step, "answer", lambda values: events.append(next(iter(values))))
