@@ -157,7 +157,7 @@ def test_the_library_is_chosen_by_the_vendor(tmp_path, monkeypatch, name, vendor
     write_svs(path, noise(128, 192, 3))
     assert isinstance(open_windows(record(path), reading=AUTO), TiffImage)
     monkeypatch.setattr(openslide.OpenSlide, "detect_format", lambda path: vendor)
-    monkeypatch.setattr(tifffile.TiffFile, "is_philips", vendor == "philips")
+    monkeypatch.setattr(tifffile.TiffFile, "is_philips", vendor == "philips", raising=False)
     image = open_windows(record(path), reading=AUTO)
     assert isinstance(image, SlideImage)
     np.testing.assert_array_equal(stored_of(path, 1, 33, 17, 40, 31), library_values(path, 1, 33, 17, 40, 31))
