@@ -292,6 +292,14 @@ def test_pages_are_channels(tmp_path, quiet):
         settings_of("segmentation", tmp_path, tmp_path / "run", pages="channels"), "cpu"
     )
     assert prepared.train[(0, 0)]["image"].shape == (CHANNELS, SIDE_PX, SIDE_PX) and len(prepared.train) == 8
+    (tmp_path / "masks" / "3.png").unlink()
+    stack = np.stack([SCENES[3].label_map] * CHANNELS)
+    tifffile.imwrite(tmp_path / "masks" / "3.tif", stack, photometric="minisblack", metadata=None)
+    with pytest.raises(
+        ValueError, match=r"label map .*3\.tif cannot be read: holds 5 pages for one image: give one page, or"
+    ):
+        read_labeled_scenes(tmp_path, None, 0, reading=Reading(pages="channels"))
+    assert len(read_labeled_scenes(tmp_path, None, 0, reading=Reading(pages="first")).train) == 8, "the first of each"
 
 
 def test_labels_name_one_of_an_image_s_files(tmp_path, quiet):

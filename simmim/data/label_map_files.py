@@ -74,6 +74,8 @@ def inspect_scene(row: int, image: Record, label_map: Record, reading: Reading =
     name, image_name = record_name(label_map, row), record_name(image, row)
     try:
         values = read_label_map(label_map)
+        if reading.pages != "first":
+            check_single_page(label_map)
     except UNREADABLE as error:
         raise ValueError(f"label map {name} cannot be read: {describe_error(error)}") from error
     try:
@@ -114,6 +116,25 @@ def read_label_map(record: Record) -> np.ndarray:
     if values.size and not 0 <= values.min() <= values.max() < NUM_VALUES:
         raise ValueError(f"holds values from {values.min()} to {values.max()}, expected 0 to {NUM_VALUES - 1}")
     return values.astype(np.int32)
+
+
+def check_single_page(record: Record) -> None:
+    """Check that a TIFF file on disk of which no page is named has one page, pyramids apart.
+
+    Raises:
+        ValueError: for several pages of one size, of which it is unclear which is meant.
+    """
+    path = record["path"] or ""
+    if record["bytes"] is not None or not path.lower().endswith((".tif", ".tiff")):
+        return
+    with decoding(), open_record(record) as stream, Image.open(stream, formats=("TIFF",)) as image:
+        count, size = getattr(image, "n_frames", 1), image.size
+        if count > 1:
+            image.seek(1)
+        if count > 1 and image.size == size:
+            raise ValueError(
+                f"holds {count} pages for one image: give one page, or data.pages images where each is an image"
+            )
 
 
 def seek_page(image: Image.Image, page: int) -> None:
