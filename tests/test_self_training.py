@@ -25,13 +25,13 @@ from simmim.finetune.classification.model import Classifier
 from simmim.finetune.classification.module import ClassificationFinetuning
 from simmim.finetune.classification.self_training.module import SelfTraining
 from simmim.finetune.classification.self_training.prepare import target_shares
-from simmim.finetune.classification.self_training.pseudo_labels import PseudoLabeler
 from simmim.finetune.classification.self_training.settings import SelfTrainingSettings
-from simmim.finetune.classification.self_training.teacher import Teacher
-from simmim.finetune.classification.self_training.unlabeled import open_unlabeled
 from simmim.finetune.label_study.arms import build_arms
 from simmim.finetune.label_study.settings import StudySettings
 from simmim.finetune.registry import task_named
+from simmim.finetune.self_training.pseudo_labels import PseudoLabeler
+from simmim.finetune.self_training.teacher import Teacher
+from simmim.finetune.self_training.unlabeled import open_unlabeled
 from simmim.finetune.settings import OptimSettings
 
 LABELED, UNLABELED, CLASSES = 4, 6, 3
@@ -52,7 +52,7 @@ def test_labels_alignment_and_thresholds_by_numpy():
     prediction, aligned, confidence, skipped = np.zeros(3), np.zeros(3), 0.0, 0
     for number in range(5):
         p, labeled = generator.dirichlet((0.6, 0.9, 0.2), 40), generator.dirichlet((0.5, 0.5, 0.5), 7)
-        found = labeler(*(torch.tensor(one, dtype=torch.float32) for one in (p, labeled)), unchanged)
+        found = labeler(*([torch.tensor(one, dtype=torch.float32)] for one in (p, labeled)), unchanged)
         keep = min(1 - 1 / (number + 1), decay)
         prediction = keep * prediction + (1 - keep) * p.mean(0)
         q = p * target / prediction
@@ -73,7 +73,7 @@ def test_images_of_no_class_are_left_out():
     """Half of the predictions are sure, half know nothing."""
     sure, unsure = torch.eye(4).mul(0.95).add(0.0125).repeat(10, 1), torch.full((40, 4), 0.25)
     labeler = PseudoLabeler(4, None, 0.9)
-    found = labeler(torch.cat([sure, unsure]), sure, unchanged)
+    found = labeler([torch.cat([sure, unsure])], [sure], unchanged)
     assert found.confident[:40].all() and not found.confident[40:].any()
 
 

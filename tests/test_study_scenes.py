@@ -4,6 +4,7 @@ import csv
 import json
 import shutil
 from contextlib import nullcontext
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -150,13 +151,63 @@ def test_a_study_by_the_command(task, scene_folder, encoder_folder, tmp_path, in
     assert {file: file.stat().st_mtime_ns for file in others} == others
 
 
+@pytest.mark.parametrize("part", ["both", "train alone"])
+def test_unlabeled_scenes_in_a_study(part, scene_folder, encoder_folder, tmp_path, capsys):
+    """Both arms of a seed have the same labels, and no image that judges or is labeled is among the unlabeled ones. With all
+    labels none is left, and the arm is left out."""
+    data = scene_folder
+    if part == "train alone":
+        data = shutil.copytree(scene_folder / "train", tmp_path / "scenes")
+        shutil.copy(scene_folder / "classes.txt", data)
+    images = shutil.copytree((data / "train" if part == "both" else data) / "images", tmp_path / "photos")
+    for number, file in enumerate((scene_folder / "val/images").iterdir()):
+        shutil.copy(file, images / f"judging-{number}.png")  # or not, where a fifth of the others judges
+    more = ("--labels", "5,all", "--unlabeled", str(images), "--semi-steps", "3", "--seed", "2")
+    settings = settings_of("segmentation", data, encoder_folder, tmp_path / "out", *more)
+    prepared = prepare_study(settings)
+    said = capsys.readouterr().out
+    judging = 10 if part == "both" else 6
+    assert f"unlabeled  40 images; {judging} of them judge and are left out" in said
+    left_out = "left out   semi with all labeled images: all unlabeled images are labeled ones"
+    assert (left_out in said) == (part == "both") and len(prepared.left_out) == 2 * (part == "both")
+    assert any("learn from the unlabeled images in photos too" in note for note in prepared.notes)
+    assert [arm.name for arm in prepared.arms] == ["pre-trained", "from scratch", "pre-trained semi", "from scratch semi"]
+    seen = {}
+
+    def run(job):
+        prepared_run = task_named("segmentation").prepare(job.settings, "cpu")
+        train, validation = prepared_run.train, {row["image"]["path"] for row in prepared_run.validation.source}
+        if job.arm.recipe == "semi":
+            unlabeled = [row["image"]["path"] for row in train.unlabeled.source]
+            used = {row["image"]["path"] for row in train.labeled.source}
+            contents = [{Path(path).read_bytes() for path in paths} for paths in (unlabeled, used | validation)]
+            assert not contents[0] & contents[1] and len(unlabeled) == 40 - judging - len(used)
+            assert job.settings.steps == 3 and not job.settings.data.fold
+            train = train.labeled
+        if not job.settings.data.fold:
+            paths = frozenset(row["image"]["path"] for row in train.source)
+            seen.setdefault((job.trial({"mean_iou": 0, "validation_loss": 0}).labels, job.settings.seed), set()).add(paths)
+        return {"mean_iou": 0.5, "validation_loss": 1.0}
+
+    tuning = Tuning(rate_grid(prepared.settings), 2, 1, prepared.tuned)
+    result = run_arms(
+        prepared.arms, prepared.labels, settings.all_seeds, tmp_path, 0, tuning, run=run, left_out=prepared.left_out
+    )
+    assert len(seen) == 4 and all(len(alike) == 1 for alike in seen.values())
+    assert len(result.trials) == 2 * 2 * 4 - 2 * len(prepared.left_out)
+
+
 @pytest.mark.parametrize(
     "task, more, said",
     [
         ("segmentation", ("--labels", "1"), "1 labeled scenes asked for, too few to have all 3 classes: give 2 or more"),
         ("detection", ("--labels", "31"), "31 labeled images asked for, there are 30 to train on: give up to 30, or all"),
         ("detection", ("--labels", "16", "--disjoint"), "there are 15 to train on for each of the seeds, which share none"),
-        ("segmentation", ("--arms", "plain,semi"), "segmentation has no arm 'semi': it learns from labels alone"),
+        ("detection", ("--arms", "plain,semi"), "detection has no arm 'semi': it learns from labels alone"),
+        ("segmentation", ("--arms", "plain,semi"), "semi learns from unlabeled images, give them by data.unlabeled"),
+        ("segmentation", ("--arms", "plain", "--unlabeled", "x"), "no arm learns from it: add semi to arms"),
+        ("segmentation", ("--semi-steps", "5"), "semi_steps and tune_arms are about unlabeled images"),
+        ("segmentation", ("--unlabeled", "no/such/images"), "no/such/images"),
         ("segmentation", ("--arms", "simi"), "unknown arm 'simi'"),
         ("detection", ("--unlabeled", "x"), "unknown setting 'unlabeled'"),
         ("segmentation", ("--data.fold", "[0,2]"), "data.fold is set by the study"),

@@ -11,6 +11,7 @@ from simmim.finetune.augment.batch import BatchChanges
 from simmim.finetune.augment.color import MAX_MAGNITUDE, ColorSettings
 from simmim.finetune.augment.mixing import MixSettings
 from simmim.finetune.classification.self_training.settings import SelfTrainingSettings
+from simmim.finetune.self_training.settings import check_has_unlabeled, check_unlabeled_column
 from simmim.finetune.settings import LabeledDataSettings, TransferSettings
 from simmim.messages import did_you_mean
 
@@ -99,8 +100,7 @@ class LabeledSettings(LabeledDataSettings):
             )
         if self.balance not in BALANCES:
             raise ValueError(f"unknown data.balance {self.balance!r}{did_you_mean(self.balance, BALANCES)}")
-        if self.unlabeled_column is not None and self.unlabeled is None:
-            raise ValueError("data.unlabeled_column is about unlabeled images: give them by data.unlabeled, or leave it out")
+        check_unlabeled_column(self.unlabeled, self.unlabeled_column)
         if self.evaluation_crop is not None and not 0 < self.evaluation_crop <= 1:
             raise ValueError(f"data.evaluation_crop is {self.evaluation_crop}: give a share of the sides in (0, 1]")
 
@@ -142,5 +142,4 @@ class ClassificationSettings(TransferSettings):
             raise ValueError(f"unknown head {self.head!r}{did_you_mean(self.head, HEADS)}")
         if self.monitor not in MONITORS:
             raise ValueError(f"unknown monitor {self.monitor!r}{did_you_mean(self.monitor, MONITORS)}")
-        if self.data.unlabeled is None and self.self_training != SelfTrainingSettings():
-            raise ValueError("self_training is about unlabeled images: give them by data.unlabeled, or leave it out")
+        check_has_unlabeled(self.data.unlabeled, self.self_training)

@@ -8,16 +8,16 @@ from typing import Any
 
 import numpy as np
 
-from simmim.data import open_labeled_source
+from simmim.data import LabeledImages, open_labeled_source
 from simmim.data.labels import describe_shortage
 from simmim.finetune.classification.defaults import NO_RAND_AUGMENT, default_layer_decay, resolve_augmentation
 from simmim.finetune.classification.self_training.defaults import resolve_self_training
-from simmim.finetune.classification.self_training.prepare import check_channels
 from simmim.finetune.label_study.arms import Arm
 from simmim.finetune.label_study.results import Measure
 from simmim.finetune.label_study.settings import ALL, SEMI, StudySettings
 from simmim.finetune.label_study.task_study import OpenedLabels, TaskStudy, validation_seed_of
 from simmim.finetune.label_study.unlabeled import find_unlabeled
+from simmim.finetune.self_training.unlabeled import check_channels
 from simmim.finetune.start import Start, find_reading, measure_training_images
 from simmim.messages import notify
 from simmim.reading import AUTO
@@ -40,7 +40,11 @@ def open_labels(settings: StudySettings) -> OpenedLabels:
     if data.unlabeled is None:
         return opened
     reading = measure_training_images(settings, images.train).reading
-    found = find_unlabeled(settings, source, labels, validation_seed, reading)
+
+    def draw(value: int | str, seed: int) -> LabeledImages:
+        return source.draw(None if value == ALL else int(value), seed, validation_seed)
+
+    found = find_unlabeled(settings, labels, draw, reading, MEASURE.unit)
     return replace(opened, used_up=found.used_up, notes=(*notes, *found.notes(settings)), own=found.unlabeled)
 
 
@@ -109,4 +113,5 @@ def tell_what_runs_lack(start: Start) -> None:
         notify(f"{NO_RAND_AUGMENT}; none of the study's runs has it")
 
 
-STUDY = TaskStudy(StudySettings, Measure(), default_layer_decay, open_labels, check_start)
+MEASURE = Measure()
+STUDY = TaskStudy(StudySettings, MEASURE, default_layer_decay, open_labels, check_start)

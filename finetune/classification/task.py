@@ -20,13 +20,9 @@ from simmim.finetune.classification.module import ClassificationFinetuning
 from simmim.finetune.classification.prediction import predict
 from simmim.finetune.classification.report import CAPTION, CLASSES, class_table, write_class_report
 from simmim.finetune.classification.self_training.defaults import resolve_self_training
-from simmim.finetune.classification.self_training.prepare import (
-    check_channels,
-    module_builder,
-    read_unlabeled,
-    with_unlabeled,
-)
+from simmim.finetune.classification.self_training.prepare import module_builder, read_unlabeled, with_unlabeled
 from simmim.finetune.classification.settings import ClassificationSettings
+from simmim.finetune.self_training.unlabeled import check_channels
 from simmim.finetune.start import Start, find_reading, find_start, measure_training_images
 from simmim.finetune.task import Predictions, PreparedTask, ReportLine, Task
 from simmim.reading import AUTO, Reading

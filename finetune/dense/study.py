@@ -7,7 +7,7 @@ from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any
 
-from simmim.data.scene_draws import SceneSource
+from simmim.data.scene_draws import SceneDraw, SceneSource
 from simmim.finetune.label_study.results import Measure
 from simmim.finetune.label_study.settings import ALL, StudyFields
 from simmim.finetune.label_study.task_study import OpenedLabels, TaskStudy, validation_seed_of
@@ -63,13 +63,38 @@ def open_scene_labels(settings: Any, read_labels: Callable[[Any], Any]) -> Opene
     Raises:
         ValueError: when the labels cannot be read, a number is too small to have every class, or none is left.
     """
+    return opened_labels(settings, *read_study_scenes(settings, read_labels))
+
+
+def read_study_scenes(settings: Any, read_labels: Callable[[Any], Any]) -> tuple[Any, int | None]:
+    """All labeled scenes, and the seed of the fifth that is held out once; None where the source has a validation part.
+
+    Raises:
+        ValueError: when the labels cannot be read.
+    """
     run = settings.run_settings()
     scenes = read_labels(run)
     validation_seed = validation_seed_of(settings, scenes.source.has_validation)
     if validation_seed is not None:
         scenes = read_labels(replace(run, data=replace(run.data, validation_seed=validation_seed)))
+    return scenes, validation_seed
+
+
+def opened_labels(settings: Any, scenes: Any, validation_seed: int | None) -> OpenedLabels:
+    """What a study knows of the scenes of `read_study_scenes`.
+
+    Raises:
+        ValueError: as `available_labels`.
+    """
     labels = available_labels(settings, scenes.source, validation_seed)
     return OpenedLabels(scenes.train, scenes.validation, labels, validation_seed, scenes.test_validates)
+
+
+def draw_of(settings: Any, seed: int, validation_seed: int | None) -> SceneDraw:
+    """How the scenes of a judged run are drawn."""
+    seeds = settings.all_seeds
+    pool = (seeds.index(seed), len(seeds)) if settings.disjoint else None
+    return replace(settings.data.draw(), validation_seed=validation_seed, pool=pool)
 
 
 def available_labels(settings: Any, source: SceneSource, validation_seed: int | None) -> dict[int | str, float]:
@@ -78,8 +103,8 @@ def available_labels(settings: Any, source: SceneSource, validation_seed: int | 
     Raises:
         ValueError: when no number is left, or one is too small to have every class.
     """
-    draw, seeds = replace(settings.data.draw(), validation_seed=validation_seed), settings.all_seeds
-    draws = [replace(draw, pool=(number, len(seeds))) if settings.disjoint else draw for number in range(len(seeds))]
+    seeds = settings.all_seeds
+    draws = [draw_of(settings, seed, validation_seed) for seed in seeds]
     most = min(len(source.choose(None, seed, draw).train) for seed, draw in zip(seeds, draws))
     labels = {value: float(most) if value == ALL else value for value in settings.labels}
     for value in [value for value in labels if value != ALL and value > most]:

@@ -1,4 +1,4 @@
-"""Settings of a study: those of a classification run, and what is varied over them."""
+"""Settings of a study: what is varied over the runs of a task; those of a study of classification."""
 
 from __future__ import annotations
 
@@ -7,7 +7,6 @@ from dataclasses import dataclass, fields, replace
 from pathlib import Path
 from typing import Any, ClassVar
 
-from simmim.finetune.classification.self_training.settings import SelfTrainingSettings
 from simmim.finetune.classification.settings import ClassificationSettings
 from simmim.messages import did_you_mean
 
@@ -33,7 +32,7 @@ class StudyFields:
             alike.
         against: further encoders to compare with, paths separated by commas.
         scratch: compare with the same architecture from scratch.
-        arms: how each of these is fine-tuned, separated by commas: plain, on the labels alone; in classification also semi.
+        arms: how each of these is fine-tuned, separated by commas: plain, on the labels alone.
         lr_factors: factors of optim.lr that every arm tries at every number of labels, by cross-validation on the labels
             alone. A single one tunes nothing.
         layer_decays: layer decays tried together with each of them; default is that of optim, or of a run with this number
@@ -142,12 +141,11 @@ class StudyFields:
 
 
 @dataclass(frozen=True, kw_only=True)
-class StudySettings(ClassificationSettings, StudyFields):
-    """Accuracy against labels per class: pre-trained, from scratch and other encoders, several seeds each.
+class SemiStudyFields(StudyFields):
+    """What a study of a task varies that learns from unlabeled images too: its settings have data.unlabeled and
+    self_training.
 
     Args:
-        task: what is learned: classification, segmentation, detection.
-        labels: numbers of labels per class, separated by commas; all is every training image.
         arms: how each start is fine-tuned, separated by commas: plain, on the labels alone; semi, with the images of
             data.unlabeled too (see self_training). By default plain, and both where data.unlabeled gives images.
         semi_steps: length of the runs with unlabeled images in optimizer steps; by default steps or epochs where one is
@@ -165,19 +163,23 @@ class StudySettings(ClassificationSettings, StudyFields):
         "semi_steps",
         "tune_arms",
     )
-    run_class: ClassVar[type] = ClassificationSettings
     known_arms: ClassVar[tuple[str, ...]] = ARMS
 
-    task: str = "classification"  # type: ignore[misc]
-    labels: str | int | tuple[Any, ...] = (1, 2, 5, 10, 20, 50)
     semi_steps: int | None = None
     tune_arms: bool = False  # type: ignore[misc]
 
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        self.check_study()
-        if self.labels_per_class is not None:
-            raise ValueError("labels_per_class is a setting of a single run: give a study's numbers by labels, as in 1,5,20")
+    @property
+    def unlabeled(self) -> str | None:
+        """The source of the unlabeled images."""
+        return self.data.unlabeled  # type: ignore[attr-defined]
+
+    def check_study(self) -> None:
+        """As of `StudyFields`.
+
+        Raises:
+            ValueError: naming the setting.
+        """
+        super().check_study()
         if self.semi_steps is not None and self.semi_steps < 1:
             raise ValueError(f"semi_steps is {self.semi_steps}: give 1 or more")
 
@@ -189,26 +191,47 @@ class StudySettings(ClassificationSettings, StudyFields):
         """
         super().check_arms()
         arms = self.arms
-        if SEMI in arms and self.data.unlabeled is None:
+        if SEMI in arms and self.unlabeled is None:
             raise ValueError(f"arms are {','.join(arms)}: {SEMI} learns from unlabeled images, give them by data.unlabeled")
-        if arms and SEMI not in arms and self.data.unlabeled is not None:
+        if arms and SEMI not in arms and self.unlabeled is not None:
             raise ValueError(f"data.unlabeled is given and no arm learns from it: add {SEMI} to arms, or leave it out")
-        if self.data.unlabeled is None and (self.semi_steps is not None or self.tune_arms):
+        if self.unlabeled is None and (self.semi_steps is not None or self.tune_arms):
             raise ValueError("semi_steps and tune_arms are about unlabeled images: give them by data.unlabeled")
 
     @property
     def recipes(self) -> tuple[str, ...]:
         """The arms, resolved, in the order of the report."""
-        default = (PLAIN,) if self.data.unlabeled is None else ARMS
+        default = (PLAIN,) if self.unlabeled is None else ARMS
         return tuple(name for name in ARMS if name in (self.arms or default))
 
-    def recipe_settings(self, recipe: str) -> ClassificationSettings:
+    def recipe_settings(self, recipe: str) -> Any:
         """Settings of one run that starts from `init`, with or without unlabeled images."""
         run = self.run_settings()
         if recipe == PLAIN:
             data = replace(run.data, unlabeled=None, unlabeled_column=None)
-            return replace(run, data=data, self_training=SelfTrainingSettings())
+            return replace(run, data=data, self_training=type(run.self_training)())
         return run if self.semi_steps is None else replace(run, epochs=None, steps=self.semi_steps)
+
+
+@dataclass(frozen=True, kw_only=True)
+class StudySettings(ClassificationSettings, SemiStudyFields):
+    """Accuracy against labels per class: pre-trained, from scratch and other encoders, several seeds each.
+
+    Args:
+        task: what is learned: classification, segmentation, detection.
+        labels: numbers of labels per class, separated by commas; all is every training image.
+    """
+
+    run_class: ClassVar[type] = ClassificationSettings
+
+    task: str = "classification"  # type: ignore[misc]
+    labels: str | int | tuple[Any, ...] = (1, 2, 5, 10, 20, 50)
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        self.check_study()
+        if self.labels_per_class is not None:
+            raise ValueError("labels_per_class is a setting of a single run: give a study's numbers by labels, as in 1,5,20")
 
 
 def taken(starts: Iterable[str]) -> set[str]:

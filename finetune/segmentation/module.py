@@ -24,8 +24,18 @@ from simmim.training.module import TrainingModule
 NUM_SHOWN = 6  # images of the first validation batches, in pictures
 
 
+def of_this_process(value: Tensor) -> Tensor:
+    """The value as it is."""
+    return value
+
+
 def pixel_loss(
-    logits: Tensor, label_maps: Tensor, ignored_id: int, weights: Tensor | None = None, smoothing: float = 0.0
+    logits: Tensor,
+    label_maps: Tensor,
+    ignored_id: int,
+    weights: Tensor | None = None,
+    smoothing: float = 0.0,
+    mean_of: Callable[[Tensor], Tensor] = of_this_process,
 ) -> Tensor:
     """Mean cross entropy over the pixels that are not ignored, weighted by their classes; 0 where all are ignored.
 
@@ -34,6 +44,7 @@ def pixel_loss(
         label_maps: (B, height, width) class ids, and `ignored_id`.
         weights: (classes,).
         smoothing: share of the target that is spread over all classes.
+        mean_of: the mean of a number over all processes, for a loss whose mean over them is that of all pixels.
     """
     label_maps = label_maps.long()
     total = F.cross_entropy(
@@ -47,7 +58,7 @@ def pixel_loss(
     counted = label_maps[label_maps != ignored_id]
     count = counted.numel() if weights is None else weights[counted].sum()
     # Not torch's own mean: in a crop all pixels may be ignored, and 0 / 0 would spoil the step.
-    return total / torch.as_tensor(count, device=total.device, dtype=total.dtype).clamp(min=1e-6)
+    return total / mean_of(torch.as_tensor(count, device=total.device, dtype=total.dtype)).clamp(min=1e-6)
 
 
 def balanced_weights(pixels: Sequence[int]) -> tuple[float, ...]:
@@ -114,26 +125,42 @@ class SegmentationFinetuning(TrainingModule):
         self.color = ColorSettings(jitter=jitter)
         weights = None if class_weights is None else torch.tensor(class_weights)
         self.register_buffer("class_weights", weights, persistent=False)
-        self.counts = MulticlassConfusionMatrix(len(scheme.classes), ignore_index=scheme.ignored_id, validate_args=False)
+        self.pixels = MulticlassConfusionMatrix(len(scheme.classes), ignore_index=scheme.ignored_id, validate_args=False)
         self.confusion: Tensor | None = None
         self.shown: list[ShownImage] = []
 
     def training_step(self, batch: dict, batch_idx: int) -> Tensor:
         """Cross entropy of both heads over the pixels that are not ignored."""
-        images = batch["image"]
-        if self.color.active:
-            images = recolor(images, batch["seed"], [[] for _ in images], self.color, self.preprocessing.mean)
-        normalized = normalize(images, self.preprocessing.mean, self.preprocessing.std)
-        output = self.model(normalized, with_auxiliary=True)
+        images = self.changed(batch["image"], batch["seed"], self.color)
+        output = self.model(images, with_auxiliary=True)
         loss = self.training_loss(output.logits, batch["label_map"])
         if output.auxiliary is not None:
             loss = loss + self.auxiliary * self.training_loss(output.auxiliary, batch["label_map"])
         self.log("loss", loss, prog_bar=True, batch_size=len(images), sync_dist=True)
         return loss
 
+    def changed(self, images: Tensor, seeds: Sequence[int], color: ColorSettings) -> Tensor:
+        """Images of changed colors, normalized. No pixel moves.
+
+        Args:
+            images: (B, channels, height, width), uint8 or shares in [0, 1].
+            seeds: one per image.
+        """
+        if color.active:
+            images = recolor(images, seeds, color.draw_changes(seeds, images.shape[1]), color, self.preprocessing.mean)
+        return normalize(images, self.preprocessing.mean, self.preprocessing.std)
+
     def training_loss(self, logits: Tensor, label_maps: Tensor) -> Tensor:
-        """`pixel_loss` with the weights and smoothing of training."""
-        return pixel_loss(logits, label_maps, self.scheme.ignored_id, self.class_weights, self.label_smoothing)
+        """`pixel_loss` with the weights and smoothing of training. The mean over several processes, whose crops have other
+        numbers of pixels that count, is the loss of one process."""
+        own = (self.scheme.ignored_id, self.class_weights, self.label_smoothing)
+        return pixel_loss(logits, label_maps, *own, self.mean_of_processes)
+
+    def mean_of_processes(self, value: Tensor) -> Tensor:
+        """The mean of a number over all processes."""
+        if self._trainer is None or self.trainer.world_size == 1:
+            return value
+        return self.trainer.strategy.reduce(value.clone(), reduce_op="mean")  # type: ignore[return-value]
 
     def on_validation_epoch_start(self) -> None:
         """Forget the images of the validation before."""
@@ -145,7 +172,7 @@ class SegmentationFinetuning(TrainingModule):
         label_maps = batch["label_map"].long()
         logits = dense_logits(self.model, images, self.preprocessing.image_size, self.inference)
         predicted = most_likely_class(logits, label_maps.shape[1:])
-        self.counts.update(predicted, label_maps)
+        self.pixels.update(predicted, label_maps)
         loss = pixel_loss(logits, label_maps, self.scheme.ignored_id)
         self.log("validation_loss", loss, on_epoch=True, batch_size=len(images), sync_dist=True)
         for row in range(min(len(images), NUM_SHOWN - len(self.shown))):
@@ -153,8 +180,8 @@ class SegmentationFinetuning(TrainingModule):
 
     def on_validation_epoch_end(self) -> None:
         """Log the mean and each class's intersection over union, of all devices together."""
-        self.confusion = self.counts.compute().cpu()
-        self.counts.reset()
+        self.confusion = self.pixels.compute().cpu()
+        self.pixels.reset()
         values = {"mean_iou": mean_iou(self.confusion), "pixel_accuracy": pixel_accuracy(self.confusion)}
         # Every device has the same numbers already; without sync_dist Lightning would warn.
         self.log_dict(values, prog_bar=True, sync_dist=True)

@@ -6,7 +6,9 @@ from dataclasses import dataclass
 from typing import ClassVar
 
 from simmim.finetune.dense.settings import ScaledScenesSettings, check_inference
+from simmim.finetune.segmentation.self_training.settings import PseudoMaskSettings
 from simmim.finetune.segmentation.upernet import check_head
+from simmim.finetune.self_training.settings import check_has_unlabeled, check_unlabeled_column
 from simmim.finetune.settings import EncoderSettings, OptimSettings, TransferSettings
 
 INFERENCES = ("auto", "whole", "slide")
@@ -19,6 +21,9 @@ class SceneSettings(ScaledScenesSettings):
     Args:
         path: folder with images/ and masks/ whose files have the same names, or with train/ and val/ (or test/) that have
             these; or a CSV file of the paths of images and label maps, Parquet files, a saved datasets folder, a hub id.
+        unlabeled: images without labels to learn from too (see self_training): a folder, or any other source that
+            pre-training reads. Labeled and validation images among them are left out.
+        unlabeled_column: holds the unlabeled images, in sources with columns; detected by default.
         mask_column: holds the label maps, in sources with columns; detected by default.
         classes: names in the order of the values; by default those in PATH/classes.txt, one per line, or else the values
             that occur.
@@ -29,6 +34,8 @@ class SceneSettings(ScaledScenesSettings):
             times the area of image_size.
     """
 
+    unlabeled: str | None = None
+    unlabeled_column: str | None = None
     mask_column: str | None = None
     classes: tuple[str, ...] = ()
     values: tuple[int, ...] = ()
@@ -43,6 +50,7 @@ class SceneSettings(ScaledScenesSettings):
         if not 0 < self.crop_class_share <= 1:
             raise ValueError(f"data.crop_class_share is {self.crop_class_share}: give a share in (0, 1], 1 for any crop")
         check_inference(self.inference, INFERENCES)
+        check_unlabeled_column(self.unlabeled, self.unlabeled_column)
 
 
 @dataclass(frozen=True)
@@ -79,6 +87,7 @@ class SegmentationSettings(TransferSettings):
         labels: number of labeled training images, drawn by the seed so that every class is among them; all by default.
         class_weights: none, or balanced: the loss of a pixel is weighted by one over the root of its class's share.
         head: the head.
+        self_training: how unlabeled images are learned from, where data.unlabeled gives some.
     """
 
     task: ClassVar[str] = "segmentation"
@@ -89,6 +98,7 @@ class SegmentationSettings(TransferSettings):
     head: HeadSettings = HeadSettings()
     encoder: EncoderSettings = EncoderSettings()
     optim: OptimSettings = OptimSettings(label_smoothing=0.0)
+    self_training: PseudoMaskSettings = PseudoMaskSettings()
 
     def __post_init__(self) -> None:
         if isinstance(self.data, str):
@@ -96,3 +106,4 @@ class SegmentationSettings(TransferSettings):
         if self.class_weights not in ("none", "balanced"):
             raise ValueError(f"class_weights is {self.class_weights!r}: give none or balanced")
         super().__post_init__()
+        check_has_unlabeled(self.data.unlabeled, self.self_training)

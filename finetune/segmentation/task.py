@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import sys
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
+from typing import cast
 
 from torch import nn
 from tqdm import tqdm
@@ -19,9 +21,12 @@ from simmim.finetune.segmentation.model import FILES, HeadShape, SavedSegmenter,
 from simmim.finetune.segmentation.module import SegmentationFinetuning, balanced_weights
 from simmim.finetune.segmentation.prediction import SegmentedImages, segment
 from simmim.finetune.segmentation.report import LogLabelMaps, closing_text, report_validation
+from simmim.finetune.segmentation.self_training.defaults import resolve_self_training
+from simmim.finetune.segmentation.self_training.prepare import module_builder, read_unlabeled, with_unlabeled
 from simmim.finetune.segmentation.settings import SceneSettings, SegmentationSettings
 from simmim.finetune.segmentation.tiled_prediction import segment_tiles
 from simmim.finetune.segmentation.views import RandomScene, SceneSamples, WholeScene
+from simmim.finetune.self_training.unlabeled import check_channels
 from simmim.finetune.start import Start, find_reading, find_start, measure_training_images
 from simmim.finetune.task import Predictions, PreparedTask, ReportLine, Task
 from simmim.reading import AUTO, TileSettings
@@ -35,16 +40,25 @@ class Segmentation(Task):
 
     def prepare(self, settings: SegmentationSettings, device: str, report_line: ReportLine | None = None) -> PreparedTask:
         """Images with label maps, UPerNet on the encoder's stages, cross entropy over pixels."""
-        labels = read_labels(settings)
-        start = find_start(settings, measure_training_images(settings, labels.train), device, report_line)
+        labels, unlabeled = read_labels(settings), None
+        images = measure_training_images(settings, labels.train)
+        if settings.data.unlabeled is not None:
+            unlabeled = read_unlabeled(settings, labels, read_labels, images.reading)
+            images = replace(images, decoded_mib=images.decoded_mib + unlabeled.decoded_mib)
+        start = find_start(settings, images, device, report_line)
         config, scheme = start.encoder.config, labels.scheme
         config.check_maps()
-        settings, reasons = resolve_settings(start.settings, labels, config.is_small, device)  # type: ignore[arg-type]
+        settings, reasons = cast(SegmentationSettings, start.settings), []
+        if unlabeled:
+            check_channels(unlabeled, config.in_channels)
+            settings, reasons = resolve_self_training(settings, len(labels.train), len(unlabeled.images), config, device)
+        settings, further = resolve_settings(settings, labels, config.is_small, device)
         data = settings.data
         train, validation = build_samples(settings, labels, start)
-        return PreparedTask(
+        build = module_builder(settings, labels) if unlabeled else SegmentationFinetuning
+        prepared = PreparedTask(
             settings=settings,
-            module=build_module(settings, start, labels, report_line),
+            module=build_module(settings, start, labels, report_line, build),
             source=start.source,
             train=train,
             validation=validation,
@@ -55,11 +69,12 @@ class Segmentation(Task):
             loss=LOSS,
             save=partial(save_model, data=data, scheme=scheme, preprocessing=start.preprocessing),
             provenance={"labels": settings.labels},
-            reasons=tuple(reasons),
+            reasons=(*reasons, *further),
             callbacks=(LogLabelMaps(scheme.classes),),
             report=partial(report_validation, classes=scheme.classes),
             closing_text=closing_text,
         )
+        return with_unlabeled(prepared, unlabeled, train_view(settings, scheme, start), start) if unlabeled else prepared
 
     def recognizes(self, path: str | Path) -> bool:
         """By the description beside the heads' weights."""
@@ -129,15 +144,23 @@ def with_progress_bar(scenes: Iterable) -> Iterator:
 
 
 def build_module(
-    settings: SegmentationSettings, start: Start, labels: LabeledScenes, report_line: ReportLine | None
+    settings: SegmentationSettings,
+    start: Start,
+    labels: LabeledScenes,
+    report_line: ReportLine | None,
+    build: Callable[..., SegmentationFinetuning],
 ) -> SegmentationFinetuning:
-    """Encoder, heads and how they are trained; the heads' weights come from the source where they fit."""
+    """Encoder, heads and how they are trained; the heads' weights come from the source where they fit.
+
+    Args:
+        build: makes the module from the arguments of `SegmentationFinetuning`.
+    """
     head, scheme = settings.head, labels.scheme
     shape = HeadShape(head.width, head.norm, head.dropout, head.auxiliary > 0)
     model = Segmenter(start.encoder, len(scheme.classes), shape).train()
     if settings.init != "none":
         FILES.load_source_head(model, settings.init, scheme.classes, load_with_classes, report_line)
-    return SegmentationFinetuning(
+    return build(
         model,
         start.preprocessing,
         scheme,
@@ -158,17 +181,20 @@ def load_with_classes(path: str) -> tuple[Segmenter, tuple[str, ...]]:
 
 def build_samples(settings: SegmentationSettings, labels: LabeledScenes, start: Start) -> tuple[SceneSamples, SceneSamples]:
     """Training samples, scaled, cropped and flipped at random, and whole validation images."""
-    data, scheme, channels = settings.data, labels.scheme, start.encoder.config.in_channels
-    fill = mean_color(start.preprocessing)
-    train_view = RandomScene(
-        settings.size, data.short_side, data.scale, data.crop_class_share, data.flip, fill, scheme.ignored_id
-    )
+    scheme, channels = labels.scheme, start.encoder.config.in_channels
     reading = start.preprocessing.reading_or_default
     shared = (scheme, channels, settings.seed, start.keep_decoded, MAX_PIXELS, reading)
     return (
-        SceneSamples(labels.train, train_view, *shared),
-        SceneSamples(labels.validation, WholeScene(data.short_side), *shared),
+        SceneSamples(labels.train, train_view(settings, scheme, start), *shared),
+        SceneSamples(labels.validation, WholeScene(settings.data.short_side), *shared),
     )
+
+
+def train_view(settings: SegmentationSettings, scheme: ClassScheme, start: Start) -> RandomScene:
+    """The views of training images."""
+    data, fill = settings.data, mean_color(start.preprocessing)
+    scale = (data.short_side, data.scale)
+    return RandomScene(settings.size, *scale, data.crop_class_share, data.flip, fill, scheme.ignored_id)
 
 
 def save_model(

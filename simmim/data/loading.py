@@ -32,6 +32,9 @@ def build_loader(samples: Dataset, workers: int, order: Sampler | None = None, b
     )
 
 
+FOR_SOME = ("weak", "box", "partner", "partner_map")  # tensors of some samples of a batch, of unlabeled images
+
+
 class QuietQueue(multiprocessing.queues.Queue):
     """A queue that prints no traceback when the process that it feeds has died. The main process meets that death too, and
     reports it."""
@@ -54,8 +57,8 @@ def quiet_context() -> multiprocessing.context.BaseContext:
 
 
 def collate(samples: list[dict]) -> dict:
-    """Samples to a batch: images, label maps, labels, each of their further views, and the weak views of those that have one
-    are stacked; all else becomes lists."""
+    """Samples to a batch: images, label maps, labels, each of their further views, and `FOR_SOME` are stacked; all else
+    becomes lists."""
     batch = {
         "image": torch.stack([sample["image"] for sample in samples]),
         "seed": [sample["seed"] for sample in samples],
@@ -67,9 +70,9 @@ def collate(samples: list[dict]) -> dict:
     for name in ("stream_position", "file", "objects", "masks", "row", "own_size", "empty_tiles"):
         if name in samples[0]:
             batch[name] = [sample[name] for sample in samples]
-    weak = [sample["weak"] for sample in samples if "weak" in sample]
-    if weak:
-        batch["weak"] = torch.stack(weak)
+    for name in FOR_SOME:
+        if parts := [sample[name] for sample in samples if name in sample]:
+            batch[name] = torch.stack(parts)
     if "views" in samples[0]:
         batch["views"] = [torch.stack(views) for views in zip(*(sample["views"] for sample in samples))]
     if "label_map" in samples[0]:

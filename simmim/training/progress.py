@@ -14,6 +14,8 @@ from tqdm import tqdm
 
 from simmim.messages import counted
 
+UNLABELED = ("weak", "box")  # of a batch, what only its unlabeled images have: a weak view, or a part to paste another into
+
 
 class StepSeeds(pl.Callback):
     """Seeds torch before every batch from (seed, step, rank), so that stochastic depth does not depend on interruptions."""
@@ -30,8 +32,9 @@ class StepSeeds(pl.Callback):
 
 
 def count_unlabeled(trainer: pl.Trainer, batch: Any) -> int:
-    """Unlabeled images of a batch, over all devices, that labeled ones are accompanied by: those with a weak view."""
-    return trainer.world_size * len(batch["weak"]) if isinstance(batch, dict) and "weak" in batch else 0
+    """Unlabeled images of a batch, over all devices, that labeled ones are accompanied by."""
+    named = [name for name in UNLABELED if name in batch] if isinstance(batch, dict) else []
+    return trainer.world_size * len(batch[named[0]]) if named else 0
 
 
 class ProgressLine(pl.Callback):

@@ -1,5 +1,1 @@
-"""Fine-tuning with unlabeled images: a teacher, the moving average of the student, labels them for the student.
-
-The method is that of Semi-ViT (arXiv 2208.05688) after a supervised first part, with FixMatch's weak and strong views
-(2001.07685); `pseudo_labels.py` names the sources of alignment and thresholds.
-"""
+"""Classification with unlabeled images: `simmim.finetune.self_training`, with a label for each image."""

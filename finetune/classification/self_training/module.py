@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 import torch.nn.functional as F
@@ -11,11 +11,12 @@ from torch import Tensor
 from simmim.data import normalize
 from simmim.finetune.augment.batch import BatchChanges
 from simmim.finetune.classification.module import ClassificationFinetuning
-from simmim.finetune.classification.self_training.pseudo_labels import PseudoLabeler, PseudoLabels
-from simmim.finetune.classification.self_training.teacher import Teacher
+from simmim.finetune.self_training.module import SelfTrainingSteps
+from simmim.finetune.self_training.pseudo_labels import PseudoLabeler, PseudoLabels
+from simmim.finetune.self_training.teacher import Teacher
 
 
-class SelfTraining(ClassificationFinetuning):
+class SelfTraining(SelfTrainingSteps, ClassificationFinetuning):
     """Classification with unlabeled images. A batch without any is a step on labels alone.
 
     The loss is that of the labeled images plus `weight` times the cross entropy of confident pseudo-labels, summed and
@@ -24,17 +25,10 @@ class SelfTraining(ClassificationFinetuning):
     Args:
         model, preprocessing, changes, learning_rate, optim, class_weights: as of `ClassificationFinetuning`.
         strong: random changes of the student's views of unlabeled images.
-        labeler: chooses pseudo-labels.
-        teacher: predicts from weak views. It must be among the run's callbacks.
-        start: optimizer steps on labels alone; the weight of the pseudo-labels grows in as many steps after them.
-        weight: of the loss of the pseudo-labels.
-
-    Attributes:
-        counts: (4 + classes,), of unlabeled images since they were last reported: shown, confident, confident of known
-            class, confident and right, and confident by pseudo-label.
+        labeler, teacher, start, weight: as of `use_teacher`.
     """
 
-    counts: Tensor
+    TOTALS: ClassVar[tuple[str, ...]] = ("unlabeled", "confident", "confident_of_known_class", "right")
 
     def __init__(
         self,
@@ -46,9 +40,8 @@ class SelfTraining(ClassificationFinetuning):
         weight: float,
     ) -> None:
         super().__init__(*arguments)
-        self.strong, self.labeler, self.teacher = strong, labeler, teacher
-        self.start, self.weight = start, weight
-        self.register_buffer("counts", torch.zeros(4 + self.model.head.out_features, dtype=torch.int64))
+        self.strong = strong
+        self.use_teacher(labeler, teacher, start, weight)
 
     def training_step(self, batch: dict, batch_idx: int) -> Tensor:
         """Loss of labeled and of confidently labeled unlabeled images, which pass through the student together."""
@@ -69,12 +62,8 @@ class SelfTraining(ClassificationFinetuning):
         logits = self.model(images).float()
         labeled_loss = self.loss_of(logits[:num_labeled], targets)
         pseudo_loss = F.cross_entropy(logits[num_labeled:], pseudo.labels[rows], reduction="sum") / num_unlabeled
-        loss = labeled_loss + self.weight_at(self.global_step) * pseudo_loss
-        self.log("loss", loss, prog_bar=True, batch_size=num_labeled, sync_dist=True)
-        self.log("labeled_loss", labeled_loss, batch_size=num_labeled, sync_dist=True)
-        self.log("pseudo_loss", pseudo_loss, batch_size=num_unlabeled, sync_dist=True)
-        self.count(pseudo, batch["label"][num_labeled:])
-        return loss
+        self.count_known(pseudo, batch["label"][num_labeled:])
+        return self.log_losses(labeled_loss, pseudo_loss, num_labeled, num_unlabeled)
 
     @torch.no_grad()
     def pseudo_labels(self, weak: Tensor, labeled: Tensor) -> PseudoLabels:
@@ -88,13 +77,9 @@ class SelfTraining(ClassificationFinetuning):
         with self.teacher.predicting(self.model):
             probabilities = self.model(images).float().softmax(dim=1)
         of_weak, of_labeled = probabilities.split([len(weak), len(labeled)])
-        return self.labeler(of_weak, of_labeled, lambda value: self.trainer.strategy.reduce(value, reduce_op="mean"))
+        return self.labeler([of_weak], [of_labeled], self.total)
 
-    def weight_at(self, step: int) -> float:
-        """The weight of the pseudo-labels' loss at an optimizer step from `start` on."""
-        return self.weight * min(1.0, (step - self.start + 1) / max(self.start, 1))
-
-    def count(self, pseudo: PseudoLabels, known: Tensor) -> None:
+    def count_known(self, pseudo: PseudoLabels, known: Tensor) -> None:
         """Add a batch to the counts, and log its shares.
 
         Args:
@@ -102,10 +87,7 @@ class SelfTraining(ClassificationFinetuning):
         """
         confident, is_known = pseudo.confident, pseudo.confident & (known >= 0)
         right = is_known & (pseudo.labels == known)
-        by_class = F.one_hot(pseudo.labels[confident], self.model.head.out_features).sum(dim=0)
-        totals = torch.stack([torch.tensor(len(known), device=known.device), confident.sum(), is_known.sum(), right.sum()])
-        counts = self.trainer.strategy.reduce(torch.cat([totals, by_class]), reduce_op="sum")
-        self.counts += counts
-        self.log("confident_share", counts[1] / counts[0], prog_bar=True)
+        totals = [torch.tensor(len(known), device=known.device), confident.sum(), is_known.sum(), right.sum()]
+        counts = self.count(totals, pseudo.labels[confident])
         if counts[2]:
             self.log("pseudo_label_accuracy", counts[3] / counts[2])

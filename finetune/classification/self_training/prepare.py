@@ -2,11 +2,8 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable
-from dataclasses import replace
 from functools import partial
-from pathlib import Path
 
 import torch
 from torch import Tensor
@@ -16,22 +13,20 @@ from simmim.data.decode import STRETCHED
 from simmim.finetune.augment.affine import AffineSettings
 from simmim.finetune.augment.batch import BatchChanges
 from simmim.finetune.augment.color import ColorSettings
-from simmim.finetune.classification.self_training.defaults import start_step
 from simmim.finetune.classification.self_training.module import SelfTraining
-from simmim.finetune.classification.self_training.pseudo_labels import PseudoLabeler
-from simmim.finetune.classification.self_training.report import ReportPseudoLabels
-from simmim.finetune.classification.self_training.samples import SelfTrainingSamples, UnlabeledSamples
-from simmim.finetune.classification.self_training.teacher import Teacher
-from simmim.finetune.classification.self_training.unlabeled import UnlabeledImages, open_unlabeled
+from simmim.finetune.classification.self_training.samples import UnlabeledSamples
 from simmim.finetune.classification.settings import ClassificationSettings
+from simmim.finetune.self_training.defaults import start_step
+from simmim.finetune.self_training.prepare import add_unlabeled
+from simmim.finetune.self_training.pseudo_labels import PseudoLabeler
+from simmim.finetune.self_training.teacher import Teacher
+from simmim.finetune.self_training.unlabeled import UnlabeledImages, open_unlabeled
 from simmim.finetune.start import Start
 from simmim.finetune.task import PreparedTask
 from simmim.reading import Reading
 
-MEANS_DECAY = 0.98  # of the running means of predictions and confidence: over about 50 batches
 WEAKEST_CROP = 0.8  # share of the area that the teacher sees at least, unless the labeled views are larger
 LARGEST_ZOOM = 0.9  # below 1, see `AffineSettings`
-NUM_REPORTS = 20
 
 
 def read_unlabeled(settings: ClassificationSettings, labels: LabeledImages, reading: Reading = STRETCHED) -> UnlabeledImages:
@@ -58,22 +53,6 @@ def read_unlabeled(settings: ClassificationSettings, labels: LabeledImages, read
     return open_unlabeled(data.unlabeled, labels, everything, reading, data.unlabeled_column)
 
 
-def check_channels(unlabeled: UnlabeledImages, channels: int) -> None:
-    """Refuse unlabeled images that the encoder cannot read.
-
-    Args:
-        channels: of the encoder. Gray and color stand in for one another.
-
-    Raises:
-        ValueError: with both numbers.
-    """
-    if unlabeled.channels != channels and not {unlabeled.channels, channels} <= {1, 3}:
-        raise ValueError(
-            f"data.unlabeled has images of {unlabeled.channels} channels, the encoder reads {channels}: give unlabeled "
-            "images of the same kind as the labeled ones"
-        )
-
-
 def module_builder(settings: ClassificationSettings, labels: LabeledImages) -> Callable[..., SelfTraining]:
     """`SelfTraining` with all of its own arguments, from resolved settings.
 
@@ -84,7 +63,7 @@ def module_builder(settings: ClassificationSettings, labels: LabeledImages) -> C
     return partial(
         SelfTraining,
         strong=strong_changes(settings),
-        labeler=PseudoLabeler(num_classes, target_shares(chosen.alignment, labels), MEANS_DECAY),
+        labeler=PseudoLabeler(num_classes, target_shares(chosen.alignment, labels)),
         teacher=Teacher(settings.optim.ema),
         start=start_step(settings, len(labels.train)),
         weight=chosen.weight,
@@ -140,21 +119,4 @@ def with_unlabeled(prepared: PreparedTask, unlabeled: UnlabeledImages, channels:
         keep_decoded=start.keep_decoded,
         reading=start.preprocessing.reading_or_default,
     )
-    ratio = settings.self_training.ratio
-    assert ratio is not None
-    num_steps = settings.num_steps(len(labeled))
-    report = ReportPseudoLabels(
-        Path(settings.out).expanduser(), prepared.classes, max(math.ceil(num_steps / NUM_REPORTS), 1)
-    )
-    return replace(
-        prepared,
-        train=SelfTrainingSamples(labeled, samples, ratio, module.start * settings.optim.accumulate),
-        callbacks=(*prepared.callbacks, report),
-        average=module.teacher,
-        provenance={
-            **prepared.provenance,
-            "unlabeled": Path(data.unlabeled).name,
-            "unlabeled_images": len(unlabeled.images),
-        },
-        reasons=(*unlabeled.lines(), *prepared.reasons),
-    )
+    return add_unlabeled(prepared, unlabeled, samples)

@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Protocol
 
 import numpy as np
 
-from simmim.data import LabeledImages, measure_images, open_images
+from simmim.data import measure_images, open_images
 from simmim.data.decode import STRETCHED
 from simmim.data.duplicates import RowDigests
 from simmim.reading import Reading
@@ -16,6 +16,20 @@ if TYPE_CHECKING:
     import datasets
 
 UNKNOWN = -1
+
+
+class Labels(Protocol):
+    """What learns and what judges: labeled images, or scenes.
+
+    Attributes:
+        train, validation: column `image`, undecoded, and `label` where an image has a class.
+    """
+
+    @property
+    def train(self) -> datasets.Dataset: ...
+
+    @property
+    def validation(self) -> datasets.Dataset: ...
 
 
 @dataclass(frozen=True)
@@ -48,8 +62,8 @@ class UnlabeledImages:
 
 def open_unlabeled(
     path: str,
-    labels: LabeledImages,
-    everything: LabeledImages,
+    labels: Labels,
+    everything: Labels,
     reading: Reading = STRETCHED,
     column: str | None = None,
 ) -> UnlabeledImages:
@@ -77,12 +91,30 @@ def open_unlabeled(
         raise ValueError(
             f"data.unlabeled: all {len(images):,} images of {path!r} are labeled or validation images: give others"
         )
-    class_of = dict(zip(file_digests(everything.train), everything.train["label"]))
+    class_of = {}
+    if "label" in everything.train.column_names:
+        class_of = dict(zip(file_digests(everything.train), everything.train["label"]))
     known = [class_of.get(digest, UNKNOWN) for digest in digests]
     # In this order no image is copied.
     rows = images.add_column("label", known).select(kept)
     measured = measure_images(rows, reading=reading)
     return UnlabeledImages(rows, int(is_labeled.sum()), int(is_judging.sum()), measured.channels, measured.decoded_mib)
+
+
+def check_channels(unlabeled: UnlabeledImages, channels: int) -> None:
+    """Refuse unlabeled images that the encoder cannot read.
+
+    Args:
+        channels: of the encoder. Gray and color stand in for one another.
+
+    Raises:
+        ValueError: with both numbers.
+    """
+    if unlabeled.channels != channels and not {unlabeled.channels, channels} <= {1, 3}:
+        raise ValueError(
+            f"data.unlabeled has images of {unlabeled.channels} channels, the encoder reads {channels}: give unlabeled "
+            "images of the same kind as the labeled ones"
+        )
 
 
 def file_digests(images: datasets.Dataset) -> list[bytes]:

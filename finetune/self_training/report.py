@@ -3,28 +3,29 @@
 from __future__ import annotations
 
 import csv
+import math
 from collections.abc import Sequence
 from pathlib import Path
 
 import pytorch_lightning as pl
 
 from simmim.files import atomic_write
-from simmim.finetune.classification.self_training.module import SelfTraining
+from simmim.finetune.self_training.module import SelfTrainingSteps
 
 PSEUDO_LABELS = "pseudo-labels.csv"
-COLUMNS = ("step", "unlabeled", "confident", "confident_of_known_class", "right")
+NUM_REPORTS = 20
 
 
 class ReportPseudoLabels(pl.Callback):
-    """Writes a row every `every_steps` steps and after the last one: steps taken; since the row before, the unlabeled images
-    shown, those with a confident pseudo-label, of these those whose true class is known and those that are right; and the
-    share of each class among the confident pseudo-labels.
+    """Writes a row every `every_steps` steps and after the last one: steps taken; since the row before, the totals that the
+    task counts; and the share of each class among the confident pseudo-labels.
 
-    The callback must stand before the one that saves, as it empties the counts of `SelfTraining`.
+    The callback must stand before the one that saves, as it empties the counts of `SelfTrainingSteps`.
     """
 
-    def __init__(self, run: Path, classes: Sequence[str], every_steps: int) -> None:
-        self.path, self.classes, self.every_steps = run / PSEUDO_LABELS, tuple(classes), every_steps
+    def __init__(self, run: Path, classes: Sequence[str], num_steps: int) -> None:
+        self.path, self.classes = run / PSEUDO_LABELS, tuple(classes)
+        self.every_steps = max(math.ceil(num_steps / NUM_REPORTS), 1)
         self.step = 0
 
     def on_train_start(self, trainer: pl.Trainer, *_) -> None:
@@ -35,7 +36,7 @@ class ReportPseudoLabels(pl.Callback):
                 header, *rows = csv.reader(file)
             self.write([header, *(row for row in rows if int(row[0]) <= self.step)])
 
-    def on_train_batch_end(self, trainer: pl.Trainer, module: SelfTraining, *_) -> None:  # type: ignore[override]
+    def on_train_batch_end(self, trainer: pl.Trainer, module: SelfTrainingSteps, *_) -> None:  # type: ignore[override]
         """Once per optimizer step, not once per accumulated batch."""
         if trainer.global_step == self.step:
             return
@@ -45,16 +46,17 @@ class ReportPseudoLabels(pl.Callback):
         counts = module.counts.tolist()
         module.counts.zero_()
         if trainer.is_global_zero and counts[0]:
-            totals, by_class = counts[:4], counts[4:]
+            totals, by_class = counts[: len(module.TOTALS)], counts[len(module.TOTALS) :]
             shares = [f"{count / max(totals[1], 1):.4f}" for count in by_class]
-            self.write([[str(self.step), *(str(total) for total in totals), *shares]], append=True)
+            row = [str(self.step), *(str(total) for total in totals), *shares]
+            header = [] if self.path.is_file() else [["step", *module.TOTALS, *self.classes]]
+            self.write([*header, row], append=not header)
 
     def write(self, rows: list[list[str]], append: bool = False) -> None:
-        """Write the file again, or add rows to it, after a header where it is new."""
-        if append and self.path.is_file():
+        """Write the file again, or add rows to it."""
+        if append:
             with self.path.open("a", newline="", encoding="utf-8") as file:
                 csv.writer(file, lineterminator="\n").writerows(rows)
             return
-        rows = [[*COLUMNS, *self.classes], *rows] if append else rows
         with atomic_write(self.path) as temporary, temporary.open("w", newline="", encoding="utf-8") as file:
             csv.writer(file, lineterminator="\n").writerows(rows)
