@@ -148,54 +148,70 @@ INLINE void logits_of(const Head *from, float *logits, long first) {
     }
 }
 
-/* Writes out (B, T, C) and, for the backward pass, log_sums (B, M, h, N), the log-sum-exp of each query's logits, or NULL. */
-int attention_forward(const Attention *s, void *out, float *log_sums) {
+/* What a pass reads and writes, see below. */
+typedef struct {
+    const Attention *attention;
+    const float *bias; /* of pairs, (h, N, N padded) */
+    void *out;
+    float *log_sums;
+    const void *grad_out;
+    void *grad_qkv;
+    float *sums;       /* (pieces, `sums_of_piece`) */
+    float *grad_table;
+    long chunks, windows_of_one, heads_of_one; /* pieces of a head; windows and heads in a piece */
+} Call;
+
+/* The `job` of `gather` is a head of a window, and so is a piece. */
+static void forward_piece(const void *of, long job, float *scratch) {
+    const Call *call = of;
+    const Attention *s = call->attention;
     long n = s->window_tokens, d = s->head_dim, n_pad = padded_tokens(s), d_pad = padded_head_dim(s), c = s->heads * d;
-    long jobs = s->images * s->windows * s->heads;
-    long thread_floats = round_up(gather_floats(s) + n_pad * d_pad + 2 * ROWS * n_pad + ROWS * d_pad, LINE);
-    float *bias = bias_of_pairs(s), *memory = allocate_floats(s->threads * thread_floats);
-    if (!bias || !memory) return free(bias), free(memory), 1;
-#pragma omp parallel num_threads(s->threads)
-    {
-        float *scratch = memory + THREAD * thread_floats, *v_columns_memory = scratch + gather_floats(s);
-        float *weights = v_columns_memory + n_pad * d_pad, *packed = weights + ROWS * n_pad, *mixed = packed + ROWS * n_pad;
-        for (long job = first_index(jobs, THREAD, THREADS); job < first_index(jobs, THREAD + 1, THREADS); job++) {
-            Head head = gather(s, job, bias, scratch, 0);
-            const float *v_in_columns = pack_in_columns(head.pairs, v_columns_memory, head.v, n, d_pad);
-            const int32_t *token_of = s->token_of + head.window * n;
-            long first_query = ((head.image * s->windows + head.window) * s->heads + head.index) * n;
-            float *log_sum = log_sums ? log_sums + first_query : NULL;
-            for (long first = 0; first < n; first += ROWS) {
-                float factor[ROWS] = {0};
-                logits_of(&head, weights, first);
-                for (long row = 0; row < ROWS && first + row < n; row++) {
-                    float *line = weights + row * n_pad;
-                    vec maximum = load(line), total = broadcast(0);
-                    for (long j = LANES; j < n_pad; j += LANES) maximum = vec_max(maximum, load(line + j));
-                    float largest_logit = max_lane(maximum);
-                    for (long j = 0; j < n_pad; j += LANES) {
-                        vec weight = exponential_or_0(load(line + j) - largest_logit);
-                        store(line + j, weight);
-                        total += weight;
-                    }
-                    float sum_of_weights = sum_lanes(total);
-                    factor[row] = 1 / sum_of_weights;
-                    if (log_sum) log_sum[first + row] = largest_logit + logf(sum_of_weights);
-                }
-                const float *packed_rows = pack_in_rows(head.pairs, packed, weights, ROWS, n_pad);
-                product(head.pairs, packed_rows, num_steps(head.pairs, n_pad), 1, v_in_columns, d_pad, mixed, d_pad, n);
-                for (long row = 0; row < ROWS && first + row < n; row++) {
-                    long token = token_of[first + row];
-                    if (token < 0) continue;
-                    float *line = mixed + row * d_pad;
-                    for (long e = 0; e < d_pad; e += LANES) store(line + e, load(line + e) * factor[row]);
-                    store_row(out, (head.image * s->tokens + token) * c + head.index * d, line, d, s->bf16);
-                }
+    float *v_columns_memory = scratch + gather_floats(s), *weights = v_columns_memory + n_pad * d_pad;
+    float *packed = weights + ROWS * n_pad, *mixed = packed + ROWS * n_pad;
+    Head head = gather(s, job, call->bias, scratch, 0);
+    const float *v_in_columns = pack_in_columns(head.pairs, v_columns_memory, head.v, n, d_pad);
+    const int32_t *token_of = s->token_of + head.window * n;
+    long first_query = ((head.image * s->windows + head.window) * s->heads + head.index) * n;
+    float *log_sum = call->log_sums ? call->log_sums + first_query : NULL;
+    for (long first = 0; first < n; first += ROWS) {
+        float factor[ROWS] = {0};
+        logits_of(&head, weights, first);
+        for (long row = 0; row < ROWS && first + row < n; row++) {
+            float *line = weights + row * n_pad;
+            vec maximum = load(line), total = broadcast(0);
+            for (long j = LANES; j < n_pad; j += LANES) maximum = vec_max(maximum, load(line + j));
+            float largest_logit = max_lane(maximum);
+            for (long j = 0; j < n_pad; j += LANES) {
+                vec weight = exponential_or_0(load(line + j) - largest_logit);
+                store(line + j, weight);
+                total += weight;
             }
+            float sum_of_weights = sum_lanes(total);
+            factor[row] = 1 / sum_of_weights;
+            if (log_sum) log_sum[first + row] = largest_logit + logf(sum_of_weights);
+        }
+        const float *packed_rows = pack_in_rows(head.pairs, packed, weights, ROWS, n_pad);
+        product(head.pairs, packed_rows, num_steps(head.pairs, n_pad), 1, v_in_columns, d_pad, mixed, d_pad, n);
+        for (long row = 0; row < ROWS && first + row < n; row++) {
+            long token = token_of[first + row];
+            if (token < 0) continue;
+            float *line = mixed + row * d_pad;
+            for (long e = 0; e < d_pad; e += LANES) store(line + e, load(line + e) * factor[row]);
+            store_row(call->out, (head.image * s->tokens + token) * c + head.index * d, line, d, s->bf16);
         }
     }
-    free(bias), free(memory);
-    return 0;
+}
+
+/* Writes out (B, T, C) and, for the backward pass, log_sums (B, M, h, N), the log-sum-exp of each query's logits, or NULL. */
+int attention_forward(const Attention *s, void *out, float *log_sums) {
+    long n_pad = padded_tokens(s), d_pad = padded_head_dim(s);
+    float *bias = bias_of_pairs(s);
+    if (!bias) return 1;
+    Call call = {.attention = s, .bias = bias, .out = out, .log_sums = log_sums};
+    long scratch = gather_floats(s) + n_pad * d_pad + 2 * ROWS * n_pad + ROWS * d_pad;
+    int failed = share_pieces(forward_piece, &call, s->images * s->windows * s->heads, s->threads, scratch);
+    free(bias);
+    return failed;
 }
 
 /* Replaces the gradient of scale · x / |x| by that of x, given factor = scale / |x|. Returns the gradient of `scale`, times
@@ -210,16 +226,19 @@ INLINE float normalize_back(float *grad, const float *x, float factor, float sca
     return inner * factor;
 }
 
-/* Sums over the windows of one thread: the gradients of the position bias of pairs (h, N, N padded), of q_bias and v_bias (C)
-   and of scale (h). */
+/* Sums over the windows of one piece for one of its heads: the gradients of the position bias of pairs (N, N padded), of
+   q_bias and v_bias (D padded) and of scale. */
 typedef struct {
     float *pairs, *q, *v, *scale;
 } Sums;
 
+INLINE long sums_of_piece(const Attention *s) {
+    return s->window_tokens * padded_tokens(s) + 2 * padded_head_dim(s) + PAD;
+}
+
 INLINE Sums sums_in(const Attention *s, float *memory) {
-    long c = s->heads * s->head_dim;
-    float *q = memory + s->heads * s->window_tokens * padded_tokens(s);
-    return (Sums){.pairs = memory, .q = q, .v = q + c, .scale = q + 2 * c};
+    float *q = memory + s->window_tokens * padded_tokens(s), *v = q + padded_head_dim(s);
+    return (Sums){.pairs = memory, .q = q, .v = v, .scale = v + padded_head_dim(s)};
 }
 
 /* Stores the gradients of a head's queries, keys and values, (N, D) each, in that of qkv, and adds to the sums. */
@@ -244,9 +263,103 @@ INLINE void scatter(
         store_row(grad_qkv, offset + c, k, d, s->bf16);
         store_row(grad_qkv, offset + 2 * c, v, d, s->bf16);
     }
-    for (long e = 0; e < d; e++) sums->q[head->index * d + e] += sum_q[e], sums->v[head->index * d + e] += sum_v[e];
-    sums->scale[head->index] += sum_scale / scale;
+    for (long e = 0; e < d; e++) sums->q[e] += sum_q[e], sums->v[e] += sum_v[e];
+    *sums->scale += sum_scale / scale;
 }
+
+static void backward_piece(const void *of, long piece, float *scratch) {
+    const Call *call = of;
+    const Attention *s = call->attention;
+    long n = s->window_tokens, d = s->head_dim, n_pad = padded_tokens(s), d_pad = padded_head_dim(s), c = s->heads * d;
+    long square = n_pad * n_pad, matrix = n_pad * d_pad, group = piece / call->chunks, chunk = piece % call->chunks;
+    float *weights_packed = scratch + gather_floats(s), *slopes_packed = weights_packed + square;
+    float *grad = slopes_packed + square, *grad_rows_memory = grad + matrix;
+    float *grad_columns_memory = grad_rows_memory + matrix, *k_columns_memory = grad_columns_memory + matrix;
+    float *q_columns_memory = k_columns_memory + matrix;
+    float *grad_q = q_columns_memory + matrix, *grad_k = grad_q + matrix, *grad_v = grad_k + matrix;
+    float *weight_rows = grad_v + matrix, *slope_rows = weight_rows + ROWS * n_pad;
+    float *key_slopes = slope_rows + ROWS * n_pad;
+    float *packed = key_slopes + ROWS * n_pad;
+    Range windows = range_of(chunk, s->images * s->windows, call->windows_of_one);
+    Range heads = range_of(group, s->heads, call->heads_of_one);
+    long num_heads = heads.last - heads.first, jobs = (windows.last - windows.first) * num_heads;
+    for (long job = 0; job < jobs; job++) {
+        long window = windows.first + job / num_heads, index = heads.first + job % num_heads;
+        Sums sums = sums_in(s, call->sums + (index * call->chunks + chunk) * sums_of_piece(s));
+        Head head = gather(s, window * s->heads + index, call->bias, scratch, 1);
+        int pairs = head.pairs;
+        const int32_t *token_of = s->token_of + head.window * n;
+        const float *log_sum = call->log_sums + ((head.image * s->windows + head.window) * s->heads + head.index) * n;
+        for (long i = 0; i < n; i++) {
+            long offset = (head.image * s->tokens + token_of[i]) * c + head.index * d;
+            if (token_of[i] >= 0) load_row(grad + i * d_pad, call->grad_out, offset, d, s->bf16);
+            else memset(grad + i * d_pad, 0, d_pad * 4);
+        }
+        const float *grad_in_rows = pack_in_rows(pairs, grad_rows_memory, grad, n_pad, d_pad);
+        const float *k_in_columns = pack_in_columns(pairs, k_columns_memory, head.k, n, d_pad);
+        for (long first = 0; first < n; first += ROWS) {
+            /* Without packing, rows are written to their final place. */
+            float *weights = pairs ? weight_rows : weights_packed + first * n_pad;
+            float *slopes = pairs ? slope_rows : slopes_packed + first * n_pad;
+            long stride = num_steps(pairs, d_pad), last = n - first < ROWS ? n - first : ROWS;
+            logits_of(&head, weights, first);
+            product(pairs, grad_in_rows + first * stride, stride, 1, head.v_transposed, n_pad, slopes, n_pad, d);
+            for (long row = 0; row < last; row++) {
+                float *weight = weights + row * n_pad, *slope = slopes + row * n_pad;
+                float *key_slope = key_slopes + row * n_pad, factor = head.q_factor[first + row];
+                float *bias_sums = sums.pairs + (first + row) * n_pad;
+                vec inner = broadcast(0);
+                for (long j = 0; j < n_pad; j += LANES) {
+                    vec share = exponential_or_0(load(weight + j) - log_sum[first + row]);
+                    store(weight + j, share);
+                    inner += share * load(slope + j);
+                }
+                float mean = sum_lanes(inner);
+                for (long j = 0; j < n_pad; j += LANES) {
+                    vec value = load(weight + j) * (load(slope + j) - mean);
+                    store(bias_sums + j, load(bias_sums + j) + value);
+                    store(slope + j, value * factor);
+                    store(key_slope + j, value * load(head.k_factor + j));
+                }
+            }
+            if (pairs) {
+                pack_part_in_columns(weights_packed, weights, first, last, n_pad);
+                pack_part_in_columns(slopes_packed, slopes, first, last, n_pad);
+            }
+            const float *packed_rows = pack_in_rows(pairs, packed, key_slopes, ROWS, n_pad);
+            product(pairs, packed_rows, num_steps(pairs, n_pad), 1, k_in_columns, d_pad, grad_q + first * d_pad, d_pad, n);
+        }
+        const float *grad_in_columns = pack_in_columns(pairs, grad_columns_memory, grad, n, d_pad);
+        const float *q_in_columns = pack_in_columns(pairs, q_columns_memory, head.q, n, d_pad);
+        for (long first = 0; first < n; first += ROWS) {
+            product(pairs, weights_packed + first, 1, n_pad, grad_in_columns, d_pad, grad_v + first * d_pad, d_pad, n);
+            product(pairs, slopes_packed + first, 1, n_pad, q_in_columns, d_pad, grad_k + first * d_pad, d_pad, n);
+        }
+        if (d == USUAL_HEAD_DIM) scatter(s, &head, grad_q, grad_k, grad_v, call->grad_qkv, &sums, USUAL_HEAD_DIM);
+        else scatter(s, &head, grad_q, grad_k, grad_v, call->grad_qkv, &sums, d);
+    }
+}
+
+/* Adds the sums of a head's pieces, and those of pairs to the gradients of their offsets. */
+static void sum_pieces(const void *of, long head, float *unused) {
+    const Call *call = of;
+    const Attention *s = call->attention;
+    long n = s->window_tokens, n_pad = padded_tokens(s), floats = sums_of_piece(s);
+    float *sums = call->sums + head * call->chunks * floats;
+    (void)unused;
+    for (long chunk = 1; chunk < call->chunks; chunk++)
+        for (long i = 0; i < floats; i++) sums[i] += sums[chunk * floats + i];
+    for (long offset = 0; offset < s->offsets; offset++) call->grad_table[offset * s->heads + head] = 0;
+    for (long i = 0; i < n; i++)
+        for (long j = 0; j < n; j++) call->grad_table[s->offset_of[i * n + j] * s->heads + head] += sums[i * n_pad + j];
+}
+
+#define USUAL_PIECES 24                /* enough for the threads of most processors */
+#define LEAST_WINDOWS 16               /* of a piece: its sums cost little beside them */
+#define MOST_HEADS 4                   /* of a piece: neighbors in memory, whose sums stay in the cache */
+#define MOST_FLOATS_OF_SUMS (1L << 24) /* of all pieces, unless one piece per head is more */
+
+INLINE long limited(long value, long least, long most) { return value < least ? least : value > most ? most : value; }
 
 /* From grad_out (B, T, C) to grad_qkv (B, T, 3, h, D), and in float32 grad_q_bias (C), grad_v_bias (C), grad_scale (h) and
    grad_table (offsets, h). */
@@ -254,91 +367,25 @@ int attention_backward(
     const Attention *s, const float *log_sums, const void *grad_out, void *grad_qkv, float *grad_q_bias, float *grad_v_bias,
     float *grad_scale, float *grad_table
 ) {
-    long n = s->window_tokens, d = s->head_dim, n_pad = padded_tokens(s), d_pad = padded_head_dim(s), c = s->heads * d;
-    long jobs = s->images * s->windows * s->heads, square = n_pad * n_pad, matrix = n_pad * d_pad;
-    long thread_floats = round_up(gather_floats(s) + 2 * square + 8 * matrix + 4 * ROWS * n_pad, LINE);
-    long thread_sums = round_up(s->heads * n * n_pad + 2 * c + s->heads, LINE);
-    float *bias = bias_of_pairs(s), *memory = allocate_floats(s->threads * thread_floats);
-    float *totals = allocate_floats(s->threads * thread_sums);
-    if (!bias || !memory || !totals) return free(bias), free(memory), free(totals), 1;
-#pragma omp parallel num_threads(s->threads)
-    {
-        float *scratch = memory + THREAD * thread_floats;
-        float *weights_packed = scratch + gather_floats(s), *slopes_packed = weights_packed + square;
-        float *grad = slopes_packed + square, *grad_rows_memory = grad + matrix;
-        float *grad_columns_memory = grad_rows_memory + matrix, *k_columns_memory = grad_columns_memory + matrix;
-        float *q_columns_memory = k_columns_memory + matrix;
-        float *grad_q = q_columns_memory + matrix, *grad_k = grad_q + matrix, *grad_v = grad_k + matrix;
-        float *weight_rows = grad_v + matrix, *slope_rows = weight_rows + ROWS * n_pad;
-        float *key_slopes = slope_rows + ROWS * n_pad;
-        float *packed = key_slopes + ROWS * n_pad;
-        Sums sums = sums_in(s, totals + THREAD * thread_sums);
-        for (long job = first_index(jobs, THREAD, THREADS); job < first_index(jobs, THREAD + 1, THREADS); job++) {
-            Head head = gather(s, job, bias, scratch, 1);
-            int pairs = head.pairs;
-            const int32_t *token_of = s->token_of + head.window * n;
-            const float *log_sum = log_sums + ((head.image * s->windows + head.window) * s->heads + head.index) * n;
-            for (long i = 0; i < n; i++) {
-                long offset = (head.image * s->tokens + token_of[i]) * c + head.index * d;
-                if (token_of[i] >= 0) load_row(grad + i * d_pad, grad_out, offset, d, s->bf16);
-                else memset(grad + i * d_pad, 0, d_pad * 4);
-            }
-            const float *grad_in_rows = pack_in_rows(pairs, grad_rows_memory, grad, n_pad, d_pad);
-            const float *k_in_columns = pack_in_columns(pairs, k_columns_memory, head.k, n, d_pad);
-            for (long first = 0; first < n; first += ROWS) {
-                /* Without packing, rows are written to their final place. */
-                float *weights = pairs ? weight_rows : weights_packed + first * n_pad;
-                float *slopes = pairs ? slope_rows : slopes_packed + first * n_pad;
-                long stride = num_steps(pairs, d_pad), last = n - first < ROWS ? n - first : ROWS;
-                logits_of(&head, weights, first);
-                product(pairs, grad_in_rows + first * stride, stride, 1, head.v_transposed, n_pad, slopes, n_pad, d);
-                for (long row = 0; row < last; row++) {
-                    float *weight = weights + row * n_pad, *slope = slopes + row * n_pad;
-                    float *key_slope = key_slopes + row * n_pad, factor = head.q_factor[first + row];
-                    float *bias_sums = sums.pairs + (head.index * n + first + row) * n_pad;
-                    vec inner = broadcast(0);
-                    for (long j = 0; j < n_pad; j += LANES) {
-                        vec share = exponential_or_0(load(weight + j) - log_sum[first + row]);
-                        store(weight + j, share);
-                        inner += share * load(slope + j);
-                    }
-                    float mean = sum_lanes(inner);
-                    for (long j = 0; j < n_pad; j += LANES) {
-                        vec value = load(weight + j) * (load(slope + j) - mean);
-                        store(bias_sums + j, load(bias_sums + j) + value);
-                        store(slope + j, value * factor);
-                        store(key_slope + j, value * load(head.k_factor + j));
-                    }
-                }
-                if (pairs) {
-                    pack_part_in_columns(weights_packed, weights, first, last, n_pad);
-                    pack_part_in_columns(slopes_packed, slopes, first, last, n_pad);
-                }
-                const float *packed_rows = pack_in_rows(pairs, packed, key_slopes, ROWS, n_pad);
-                product(pairs, packed_rows, num_steps(pairs, n_pad), 1, k_in_columns, d_pad, grad_q + first * d_pad, d_pad, n);
-            }
-            const float *grad_in_columns = pack_in_columns(pairs, grad_columns_memory, grad, n, d_pad);
-            const float *q_in_columns = pack_in_columns(pairs, q_columns_memory, head.q, n, d_pad);
-            for (long first = 0; first < n; first += ROWS) {
-                product(pairs, weights_packed + first, 1, n_pad, grad_in_columns, d_pad, grad_v + first * d_pad, d_pad, n);
-                product(pairs, slopes_packed + first, 1, n_pad, q_in_columns, d_pad, grad_k + first * d_pad, d_pad, n);
-            }
-            if (d == USUAL_HEAD_DIM) scatter(s, &head, grad_q, grad_k, grad_v, grad_qkv, &sums, USUAL_HEAD_DIM);
-            else scatter(s, &head, grad_q, grad_k, grad_v, grad_qkv, &sums, d);
-        }
+    long n_pad = padded_tokens(s), d = s->head_dim, d_pad = padded_head_dim(s), windows = s->images * s->windows;
+    long floats = sums_of_piece(s), most_chunks = limited(MOST_FLOATS_OF_SUMS / (s->heads * floats), 1, USUAL_PIECES);
+    long chunks = limited(windows / LEAST_WINDOWS, 1, most_chunks), windows_of_one = num_pieces(windows, chunks);
+    chunks = num_pieces(windows, windows_of_one);
+    long heads_of_one = limited(s->heads * chunks / USUAL_PIECES, 1, MOST_HEADS);
+    float *bias = bias_of_pairs(s), *sums = allocate_floats(s->heads * chunks * floats);
+    if (!bias || !sums) return free(bias), free(sums), 1;
+    Call call = {
+        .attention = s, .bias = bias, .log_sums = (float *)log_sums, .grad_out = grad_out, .grad_qkv = grad_qkv, .sums = sums,
+        .grad_table = grad_table, .chunks = chunks, .windows_of_one = windows_of_one, .heads_of_one = heads_of_one,
+    };
+    long scratch = gather_floats(s) + 2 * n_pad * n_pad + 8 * n_pad * d_pad + 4 * ROWS * n_pad;
+    int failed = share_pieces(backward_piece, &call, num_pieces(s->heads, heads_of_one) * chunks, s->threads, scratch);
+    failed = failed || share_pieces(sum_pieces, &call, s->heads, s->threads, 0);
+    for (long head = 0; head < s->heads; head++) {
+        Sums total = sums_in(s, sums + head * chunks * floats);
+        memcpy(grad_q_bias + head * d, total.q, d * 4), memcpy(grad_v_bias + head * d, total.v, d * 4);
+        grad_scale[head] = *total.scale;
     }
-    memset(grad_q_bias, 0, c * 4), memset(grad_v_bias, 0, c * 4), memset(grad_scale, 0, s->heads * 4);
-    memset(grad_table, 0, s->offsets * s->heads * 4);
-    for (long thread = 0; thread < s->threads; thread++) {
-        Sums sums = sums_in(s, totals + thread * thread_sums);
-        for (long e = 0; e < c; e++) grad_q_bias[e] += sums.q[e], grad_v_bias[e] += sums.v[e];
-        for (long head = 0; head < s->heads; head++) {
-            grad_scale[head] += sums.scale[head];
-            for (long i = 0; i < n; i++)
-                for (long j = 0; j < n; j++)
-                    grad_table[s->offset_of[i * n + j] * s->heads + head] += sums.pairs[(head * n + i) * n_pad + j];
-        }
-    }
-    free(bias), free(memory), free(totals);
-    return 0;
+    free(bias), free(sums);
+    return failed;
 }

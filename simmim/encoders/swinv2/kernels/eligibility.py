@@ -60,8 +60,8 @@ def block_shapes(block: nn.Module, x: Tensor) -> tuple[tuple[Tensor | None, tupl
 def has_small_scratch(block: nn.Module, x: Tensor) -> bool:
     """Whether the scratch memory of the kernels is within `MAX_SCRATCH_BYTES`."""
     tokens = min(block.window_size, x.shape[1]) * min(block.window_size, x.shape[2])
-    # Per thread: gradients of the position biases of all heads; weights, their gradients and the bias of one head.
-    return 4 * torch.get_num_threads() * (block.attn.num_heads + 3) * tokens**2 <= MAX_SCRATCH_BYTES
+    # Position biases of all heads and their gradients. Per thread: weights and their gradients of one head.
+    return 4 * (2 * block.attn.num_heads + 3 * torch.get_num_threads()) * tokens**2 <= MAX_SCRATCH_BYTES
 
 
 def supports_merging(merging: nn.Module, x: Tensor) -> bool:
@@ -105,8 +105,7 @@ def supports_types(x: Tensor, weight: Tensor) -> bool:
 
 
 def is_ready() -> bool:
-    """Whether the kernels are loaded, are not disabled, and can use as many threads as torch."""
+    """Whether the kernels are loaded and not disabled."""
     if is_disabled() or is_interpreted():  # with Triton's interpreter the kernels for a GPU run on a CPU
         return False
-    kernels = get_kernels()
-    return kernels is not None and (kernels.threaded or torch.get_num_threads() == 1)
+    return get_kernels() is not None

@@ -19,17 +19,17 @@ from simmim.encoders.shifted_windows.geometry import MASKED_LOGIT, OTHER_GROUP_L
 from simmim.encoders.swinv2.model import MAX_BIAS, SMALLEST_NORM
 from simmim.messages import first_line
 
-HEADERS, SOURCES = ("vectors.h", "product.h"), ("attention.c", "bias.c", "pointwise.c")
+HEADERS, SOURCES = ("vectors.h", "share.h", "product.h"), ("share.c", "attention.c", "bias.c", "pointwise.c")
 # Contraction to fused multiply-adds is GCC's default. No flag lets a compiler reorder sums.
 FLAGS = (
-    *("-O3", "-fPIC", "-shared", "-std=gnu11", "-ffp-contract=fast", "-fno-math-errno", "-fno-trapping-math"),
+    *("-O3", "-fPIC", "-shared", "-pthread", "-std=gnu11", "-ffp-contract=fast", "-fno-math-errno", "-fno-trapping-math"),
+    "-fopenmp-simd",
     f"-DMASKED_LOGIT=({MASKED_LOGIT}f)",
     f"-DOTHER_GROUP_LOGIT=({OTHER_GROUP_LOGIT}f)",
     f"-DREGIONS={REGIONS}",
     f"-DSMALLEST_NORM={SMALLEST_NORM}f",
     f"-DMAX_BIAS={MAX_BIAS}f",
 )
-OPENMP_FLAG = "-fopenmp"
 SWITCH = "SIMMIM_KERNELS"  # environment variable; 0 turns the kernels off
 TIMEOUT_S = 120  # of the compiler
 
@@ -90,14 +90,10 @@ SIGNATURES = {
 
 
 class KernelLibrary:
-    """The compiled functions.
+    """The compiled functions."""
 
-    Attributes:
-        threaded: whether they were compiled with OpenMP, so that they can use several threads.
-    """
-
-    def __init__(self, file: Path, threaded: bool) -> None:
-        self.threaded, self.library = threaded, ctypes.CDLL(str(file))
+    def __init__(self, file: Path) -> None:
+        self.library = ctypes.CDLL(str(file))
         for name, arguments in SIGNATURES.items():
             function = getattr(self.library, name)
             function.argtypes, function.restype = arguments, INT
@@ -166,13 +162,12 @@ def load_kernels() -> KernelLibrary:
     # Machines with different processors may share a home folder.
     identity = b"\n".join((sources, version, repr((compiler, FLAGS)).encode(), processor_features().encode()))
     digest = hashlib.sha256(identity).hexdigest()[:16]
-    for threaded in (True, False):
-        file = cache_folder() / f"kernels-{digest}{'' if threaded else '-serial'}.so"
-        if file.is_file():
-            with contextlib.suppress(OSError):
-                return KernelLibrary(file, threaded)
-        if compile_kernels(compiler, folder, file, threaded):
-            return KernelLibrary(file, threaded)
+    file = cache_folder() / f"kernels-{digest}.so"
+    if file.is_file():
+        with contextlib.suppress(OSError):
+            return KernelLibrary(file)
+    if compile_kernels(compiler, folder, file):
+        return KernelLibrary(file)
     raise ValueError(f"{' '.join(compiler)} does not compile them")
 
 
@@ -223,12 +218,11 @@ def cache_folder() -> Path:
     raise OSError("no folder to keep compiled kernels in")
 
 
-def compile_kernels(compiler: list[str], sources: Path, file: Path, threaded: bool) -> bool:
+def compile_kernels(compiler: list[str], sources: Path, file: Path) -> bool:
     """Compile the kernels in the folder `sources` to `file`, by an atomic write. Returns whether the compiler succeeded."""
     with tempfile.TemporaryDirectory(dir=file.parent) as folder:
         output = Path(folder) / file.name
-        flags = [*FLAGS, processor_flag(), *([OPENMP_FLAG] if threaded else [])]
-        command = [*compiler, *flags, *(str(sources / name) for name in SOURCES), "-o", str(output), "-lm"]
+        command = [*compiler, *FLAGS, processor_flag(), *(str(sources / name) for name in SOURCES), "-o", str(output), "-lm"]
         if subprocess.run(command, capture_output=True, timeout=TIMEOUT_S).returncode:
             return False
         with output.open("rb+") as library:

@@ -4,7 +4,7 @@
 
    B images, T tokens of an image, C channels. Tensors are contiguous. With `bf16` inputs and outputs of matrix products are
    bfloat16, else float32. All computations are float32. Functions return 0, or 1 if there is no memory. */
-#include "vectors.h"
+#include "share.h"
 
 /* --- join: x + drop_factor · norm(branch + bias) -------------------------------------------------------------------- */
 
@@ -19,38 +19,91 @@ typedef struct {
     int bf16, threads;
 } Join;
 
+/* What a pass reads and writes, see below. */
+typedef struct {
+    const Join *join;
+    const float *x, *grad;
+    const void *grad_bf16;
+    float *out, *moments, *grad_sum, *sums;
+    void *out_bf16, *grad_branch;
+    long rows_of_one; /* rows in a piece */
+} JoinCall;
+
+static void join_piece(const void *of, long piece, float *y) {
+    const JoinCall *call = of;
+    const Join *s = call->join;
+    float *zeros = y + round_up(s->dim, PAD), *moments = call->moments;
+    Range range = range_of(piece, s->rows, call->rows_of_one);
+    for (long row = range.first; row < range.last; row++) {
+        float drop_factor = s->drop_factors ? s->drop_factors[row / s->rows_per_image] : 1, total = 0, squares = 0;
+        load_row(y, s->branch, row * s->dim, s->dim, s->bf16);
+#pragma omp simd reduction(+ : total)
+        for (long c = 0; c < s->dim; c++) total += y[c] += s->bias[c];
+        float mean = total / s->dim;
+#pragma omp simd reduction(+ : squares)
+        for (long c = 0; c < s->dim; c++) squares += (y[c] - mean) * (y[c] - mean);
+        float rstd = 1 / sqrtf(squares / s->dim + s->epsilon);
+        const float *from = call->x ? call->x + row * s->dim : zeros;
+        float *to = call->out + row * s->dim;
+#pragma omp simd
+        for (long c = 0; c < s->dim; c++)
+            to[c] = from[c] + drop_factor * ((y[c] - mean) * rstd * s->norm_weight[c] + s->norm_bias[c]);
+        if (call->out_bf16) store_row(call->out_bf16, row * s->dim, to, s->dim, 1);
+        if (moments) moments[2 * row] = mean, moments[2 * row + 1] = rstd;
+    }
+}
+
 /* From x (rows, C), or NULL for 0, to out (rows, C), both float32; out_bf16 (rows, C), the same in bfloat16, or NULL; moments
    (rows, 2), the mean and 1 / deviation of each row, or NULL. */
 int join_forward(const Join *s, const float *x, float *out, void *out_bf16, float *moments) {
-    long c_pad = round_up(s->dim, PAD), thread_floats = round_up(2 * c_pad, LINE);
-    float *memory = allocate_floats(s->threads * thread_floats);
-    if (!memory) return 1;
-#pragma omp parallel num_threads(s->threads)
-    {
-        float *y = memory + THREAD * thread_floats, *zeros = y + c_pad;
-        for (long row = first_index(s->rows, THREAD, THREADS); row < first_index(s->rows, THREAD + 1, THREADS); row++) {
-            float drop_factor = s->drop_factors ? s->drop_factors[row / s->rows_per_image] : 1, total = 0, squares = 0;
-            load_row(y, s->branch, row * s->dim, s->dim, s->bf16);
-#pragma omp simd reduction(+ : total)
-            for (long c = 0; c < s->dim; c++) total += y[c] += s->bias[c];
-            float mean = total / s->dim;
-#pragma omp simd reduction(+ : squares)
-            for (long c = 0; c < s->dim; c++) squares += (y[c] - mean) * (y[c] - mean);
-            float rstd = 1 / sqrtf(squares / s->dim + s->epsilon);
-            const float *from = x ? x + row * s->dim : zeros;
-            float *to = out + row * s->dim;
-#pragma omp simd
-            for (long c = 0; c < s->dim; c++)
-                to[c] = from[c] + drop_factor * ((y[c] - mean) * rstd * s->norm_weight[c] + s->norm_bias[c]);
-            if (out_bf16) store_row(out_bf16, row * s->dim, to, s->dim, 1);
-            if (moments) moments[2 * row] = mean, moments[2 * row + 1] = rstd;
-        }
-    }
-    free(memory);
-    return 0;
+    long rows_of_one = rows_in_piece(s->rows, s->dim, 1);
+    JoinCall call = {
+        .join = s, .x = x, .out = out, .out_bf16 = out_bf16, .moments = moments, .rows_of_one = rows_of_one,
+    };
+    return share_pieces(join_piece, &call, num_pieces(s->rows, rows_of_one), s->threads, 2 * round_up(s->dim, PAD));
 }
 
 #define SUMMED_ROWS 64 /* Sums over many thousand rows are sums of partial sums over 64, which are more precise. */
+
+static void join_back_piece(const void *of, long piece, float *y) {
+    const JoinCall *call = of;
+    const Join *s = call->join;
+    long dim = s->dim, c_pad = round_up(dim, PAD), count = 0;
+    float *g = y + c_pad, *partial = g + c_pad, *totals = call->sums + piece * 3 * c_pad;
+    Range range = range_of(piece, s->rows, call->rows_of_one);
+    for (long row = range.first; row < range.last; row++) {
+        float drop_factor = s->drop_factors ? s->drop_factors[row / s->rows_per_image] : 1;
+        float mean = call->moments[2 * row], rstd = call->moments[2 * row + 1], total = 0, product = 0;
+        const float *from = call->grad + row * dim;
+        if (call->grad_bf16) {
+            float *sum_row = call->grad_sum + row * dim;
+            load_row(g, call->grad_bf16, row * dim, dim, 1);
+#pragma omp simd
+            for (long c = 0; c < dim; c++) sum_row[c] = from[c] + g[c];
+            from = sum_row;
+        }
+        load_row(y, s->branch, row * dim, dim, s->bf16);
+#pragma omp simd reduction(+ : total, product)
+        for (long c = 0; c < dim; c++) {
+            float unit = (y[c] + s->bias[c] - mean) * rstd, grad_norm = drop_factor * from[c];
+            partial[c_pad + c] += grad_norm * unit;
+            partial[2 * c_pad + c] += grad_norm;
+            grad_norm *= s->norm_weight[c];
+            y[c] = unit, g[c] = grad_norm;
+            total += grad_norm, product += grad_norm * unit;
+        }
+        total /= dim, product /= dim;
+#pragma omp simd
+        for (long c = 0; c < dim; c++) {
+            g[c] = rstd * (g[c] - total - y[c] * product);
+            partial[c] += g[c];
+        }
+        store_row(call->grad_branch, row * dim, g, dim, s->bf16);
+        if (++count % SUMMED_ROWS == 0 || row + 1 == range.last) {
+            for (long c = 0; c < 3 * c_pad; c++) totals[c] += partial[c], partial[c] = 0;
+        }
+    }
+}
 
 /* From grad (rows, C) float32, the gradient of `out`, to grad_branch (rows, C), and grad_bias, grad_norm_weight and
    grad_norm_bias, (C) float32 each. The gradient of x is `grad` itself. If grad_bf16 (rows, C), the gradient of `out_bf16`, is
@@ -59,54 +112,23 @@ int join_backward(
     const Join *s, const float *moments, const float *grad, const void *grad_bf16, float *grad_sum, void *grad_branch,
     float *grad_bias, float *grad_norm_weight, float *grad_norm_bias
 ) {
-    long dim = s->dim, c_pad = round_up(dim, PAD), thread_floats = round_up(8 * c_pad, LINE);
-    float *memory = allocate_floats(s->threads * thread_floats);
-    if (!memory) return 1;
-#pragma omp parallel num_threads(s->threads)
-    {
-        float *y = memory + THREAD * thread_floats, *g = y + c_pad, *partial = g + c_pad, *totals = partial + 3 * c_pad;
-        long last = first_index(s->rows, THREAD + 1, THREADS), count = 0;
-        for (long row = first_index(s->rows, THREAD, THREADS); row < last; row++) {
-            float drop_factor = s->drop_factors ? s->drop_factors[row / s->rows_per_image] : 1;
-            float mean = moments[2 * row], rstd = moments[2 * row + 1], total = 0, product = 0;
-            const float *from = grad + row * dim;
-            if (grad_bf16) {
-                float *sum_row = grad_sum + row * dim;
-                load_row(g, grad_bf16, row * dim, dim, 1);
-#pragma omp simd
-                for (long c = 0; c < dim; c++) sum_row[c] = from[c] + g[c];
-                from = sum_row;
-            }
-            load_row(y, s->branch, row * dim, dim, s->bf16);
-#pragma omp simd reduction(+ : total, product)
-            for (long c = 0; c < dim; c++) {
-                float unit = (y[c] + s->bias[c] - mean) * rstd, grad_norm = drop_factor * from[c];
-                partial[c_pad + c] += grad_norm * unit;
-                partial[2 * c_pad + c] += grad_norm;
-                grad_norm *= s->norm_weight[c];
-                y[c] = unit, g[c] = grad_norm;
-                total += grad_norm, product += grad_norm * unit;
-            }
-            total /= dim, product /= dim;
-#pragma omp simd
-            for (long c = 0; c < dim; c++) {
-                g[c] = rstd * (g[c] - total - y[c] * product);
-                partial[c] += g[c];
-            }
-            store_row(grad_branch, row * dim, g, dim, s->bf16);
-            if (++count % SUMMED_ROWS == 0 || row + 1 == last) {
-                for (long c = 0; c < 3 * c_pad; c++) totals[c] += partial[c], partial[c] = 0;
-            }
-        }
-    }
+    long dim = s->dim, c_pad = round_up(dim, PAD), rows_of_one = rows_in_piece(s->rows, dim, SUMMED_ROWS);
+    long pieces = num_pieces(s->rows, rows_of_one);
+    float *sums = allocate_floats(pieces * 3 * c_pad);
+    if (!sums) return 1;
+    JoinCall call = {
+        .join = s, .grad = grad, .grad_bf16 = grad_bf16, .grad_sum = grad_sum, .moments = (float *)moments, .sums = sums,
+        .grad_branch = grad_branch, .rows_of_one = rows_of_one,
+    };
+    int failed = share_pieces(join_back_piece, &call, pieces, s->threads, 5 * c_pad);
     float *outputs[3] = {grad_bias, grad_norm_weight, grad_norm_bias};
     for (int i = 0; i < 3; i++) {
         memset(outputs[i], 0, dim * 4);
-        for (long thread = 0; thread < s->threads; thread++)
-            for (long c = 0; c < dim; c++) outputs[i][c] += memory[thread * thread_floats + (5 + i) * c_pad + c];
+        for (long piece = 0; piece < pieces; piece++)
+            for (long c = 0; c < dim; c++) outputs[i][c] += sums[(piece * 3 + i) * c_pad + c];
     }
-    free(memory);
-    return 0;
+    free(sums);
+    return failed;
 }
 
 /* --- GELU: x · Φ(x), not by tanh, of a matrix product and its bias --------------------------------------------------- */
@@ -154,19 +176,35 @@ INLINE void gelu_rows(const void *x, const float *bias, void *out, long first, l
         }
 }
 
+typedef struct {
+    const void *x;
+    float *bias; /* (C padded) */
+    void *grad, *out;
+    float *sums; /* (pieces, C padded), of the gradient of the bias */
+    long rows, dim, rows_of_one;
+    int bf16;
+} GeluCall;
+
+static void gelu_piece(const void *of, long piece, float *unused) {
+    const GeluCall *call = of;
+    Range range = range_of(piece, call->rows, call->rows_of_one);
+    (void)unused;
+    if (call->bf16) gelu_rows(call->x, call->bias, call->out, range.first, range.last, call->dim, 1);
+    else gelu_rows(call->x, call->bias, call->out, range.first, range.last, call->dim, 0);
+}
+
 /* out (rows, C) = gelu(x + bias). */
 int gelu_forward(const void *x, const float *bias, void *out, long rows, long dim, int bf16, int threads) {
     float *padded_bias = allocate_floats(round_up(dim, PAD));
     if (!padded_bias) return 1;
     memcpy(padded_bias, bias, dim * 4);
-#pragma omp parallel num_threads(threads)
-    {
-        long first = first_index(rows, THREAD, THREADS), last = first_index(rows, THREAD + 1, THREADS);
-        if (bf16) gelu_rows(x, padded_bias, out, first, last, dim, 1);
-        else gelu_rows(x, padded_bias, out, first, last, dim, 0);
-    }
+    long rows_of_one = rows_in_piece(rows, dim, 1);
+    GeluCall call = {
+        .x = x, .bias = padded_bias, .out = out, .rows = rows, .dim = dim, .rows_of_one = rows_of_one, .bf16 = bf16,
+    };
+    int failed = share_pieces(gelu_piece, &call, num_pieces(rows, rows_of_one), threads, 0);
     free(padded_bias);
-    return 0;
+    return failed;
 }
 
 /* Rows `first` to `last` of `gelu_backward`, where `bf16` is a constant. `partial` and `totals` (C) sum the gradient of the
@@ -191,28 +229,40 @@ INLINE void gelu_rows_back(
     }
 }
 
+static void gelu_back_piece(const void *of, long piece, float *partial) {
+    const GeluCall *call = of;
+    Range range = range_of(piece, call->rows, call->rows_of_one);
+    float *totals = call->sums + piece * round_up(call->dim, PAD);
+    if (call->bf16)
+        gelu_rows_back(
+            call->x, call->bias, call->grad, call->out, partial, totals, range.first, range.last, call->dim, 1
+        );
+    else
+        gelu_rows_back(
+            call->x, call->bias, call->grad, call->out, partial, totals, range.first, range.last, call->dim, 0
+        );
+}
+
 /* Recomputes out (rows, C) = gelu(x + bias), replaces grad (rows, C), the gradient of `out`, by that of x, and writes
    grad_bias (C) float32. */
 int gelu_backward(
     const void *x, const float *bias, void *grad, void *out, float *grad_bias, long rows, long dim, int bf16, int threads
 ) {
-    long c_pad = round_up(dim, LINE), thread_floats = 2 * c_pad;
-    float *memory = allocate_floats(threads * thread_floats + c_pad);
+    long c_pad = round_up(dim, PAD), rows_of_one = rows_in_piece(rows, dim, SUMMED_ROWS);
+    long pieces = num_pieces(rows, rows_of_one);
+    float *memory = allocate_floats((pieces + 1) * c_pad);
     if (!memory) return 1;
-    float *padded_bias = memory + threads * thread_floats;
-    memcpy(padded_bias, bias, dim * 4);
-#pragma omp parallel num_threads(threads)
-    {
-        float *partial = memory + THREAD * thread_floats, *totals = partial + c_pad;
-        long first = first_index(rows, THREAD, THREADS), last = first_index(rows, THREAD + 1, THREADS);
-        if (bf16) gelu_rows_back(x, padded_bias, grad, out, partial, totals, first, last, dim, 1);
-        else gelu_rows_back(x, padded_bias, grad, out, partial, totals, first, last, dim, 0);
-    }
+    GeluCall call = {
+        .x = x, .bias = memory + pieces * c_pad, .grad = grad, .out = out, .sums = memory, .rows = rows, .dim = dim,
+        .rows_of_one = rows_of_one, .bf16 = bf16,
+    };
+    memcpy(call.bias, bias, dim * 4);
+    int failed = share_pieces(gelu_back_piece, &call, pieces, threads, c_pad);
     memset(grad_bias, 0, dim * 4);
-    for (long thread = 0; thread < threads; thread++)
-        for (long c = 0; c < dim; c++) grad_bias[c] += memory[thread * thread_floats + c_pad + c];
+    for (long piece = 0; piece < pieces; piece++)
+        for (long c = 0; c < dim; c++) grad_bias[c] += memory[piece * c_pad + c];
     free(memory);
-    return 0;
+    return failed;
 }
 
 /* --- patch merging: the concatenation of 2 × 2 neighbors --------------------------------------------------------------- */
@@ -222,40 +272,61 @@ typedef struct {
     int bf16, threads;
 } Merging;
 
+typedef struct {
+    const Merging *merging;
+    const float *x, *zeros; /* zeros (C) */
+    const void *grad;
+    void *out;
+    float *grad_x;
+    long lines, lines_of_one; /* lines of the merged map, or of that before merging */
+} MergingCall;
+
+static void merging_piece(const void *of, long piece, float *unused) {
+    const MergingCall *call = of;
+    const Merging *s = call->merging;
+    long dim = s->dim, rows = (s->height + 1) / 2, columns = (s->width + 1) / 2;
+    Range range = range_of(piece, call->lines, call->lines_of_one);
+    (void)unused;
+    for (long line = range.first; line < range.last; line++)
+        for (long place = 0; place < 4 * columns; place++) {
+            long row = line % rows * 2 + place % 2, column = place / 2;
+            int inside = row < s->height && column < s->width;
+            long offset = ((line / rows * s->height + row) * s->width + column) * dim;
+            const float *from = inside ? call->x + offset : call->zeros;
+            store_row(call->out, (line * columns * 4 + place) * dim, from, dim, s->bf16);
+        }
+}
+
 /* From x (B, H, W, C) float32 to out (B, ⌈H/2⌉, ⌈W/2⌉, 2, 2, C), the four neighbors in column-major order; zeros beyond the
    edges of the map. */
 int merging_forward(const Merging *s, const float *x, void *out) {
-    long dim = s->dim, rows = (s->height + 1) / 2, columns = (s->width + 1) / 2;
-    float *zeros = allocate_floats(dim);
+    long lines = s->images * ((s->height + 1) / 2), lines_of_one = rows_in_piece(lines, s->width * s->dim, 1);
+    float *zeros = allocate_floats(s->dim);
     if (!zeros) return 1;
-#pragma omp parallel num_threads(s->threads)
-    {
-        long lines = s->images * rows;
-        for (long line = first_index(lines, THREAD, THREADS); line < first_index(lines, THREAD + 1, THREADS); line++)
-            for (long place = 0; place < 4 * columns; place++) {
-                long row = line % rows * 2 + place % 2, column = place / 2;
-                int inside = row < s->height && column < s->width;
-                const float *from = inside ? x + ((line / rows * s->height + row) * s->width + column) * dim : zeros;
-                store_row(out, (line * columns * 4 + place) * dim, from, dim, s->bf16);
-            }
-    }
+    MergingCall call = {.merging = s, .x = x, .zeros = zeros, .out = out, .lines = lines, .lines_of_one = lines_of_one};
+    int failed = share_pieces(merging_piece, &call, num_pieces(lines, lines_of_one), s->threads, 0);
     free(zeros);
-    return 0;
+    return failed;
+}
+
+static void merging_back_piece(const void *of, long piece, float *unused) {
+    const MergingCall *call = of;
+    const Merging *s = call->merging;
+    long dim = s->dim, rows = (s->height + 1) / 2, columns = (s->width + 1) / 2;
+    Range range = range_of(piece, call->lines, call->lines_of_one);
+    (void)unused;
+    for (long line = range.first; line < range.last; line++) {
+        long row = line % s->height, merged = line / s->height * rows + row / 2;
+        for (long column = 0; column < s->width; column++) {
+            long place = merged * columns * 4 + column * 2 + row % 2;
+            load_row(call->grad_x + (line * s->width + column) * dim, call->grad, place * dim, dim, s->bf16);
+        }
+    }
 }
 
 /* From grad, the gradient of `out`, to grad_x (B, H, W, C) float32. */
 int merging_backward(const Merging *s, const void *grad, float *grad_x) {
-    long dim = s->dim, rows = (s->height + 1) / 2, columns = (s->width + 1) / 2;
-#pragma omp parallel num_threads(s->threads)
-    {
-        long lines = s->images * s->height;
-        for (long line = first_index(lines, THREAD, THREADS); line < first_index(lines, THREAD + 1, THREADS); line++) {
-            long row = line % s->height, merged = line / s->height * rows + row / 2;
-            for (long column = 0; column < s->width; column++) {
-                long place = merged * columns * 4 + column * 2 + row % 2;
-                load_row(grad_x + (line * s->width + column) * dim, grad, place * dim, dim, s->bf16);
-            }
-        }
-    }
-    return 0;
+    long lines = s->images * s->height, lines_of_one = rows_in_piece(lines, s->width * s->dim, 1);
+    MergingCall call = {.merging = s, .grad = grad, .grad_x = grad_x, .lines = lines, .lines_of_one = lines_of_one};
+    return share_pieces(merging_back_piece, &call, num_pieces(lines, lines_of_one), s->threads, 0);
 }

@@ -1,5 +1,5 @@
 /* A small matrix product of float32, or of pairs of bfloat16. */
-#include "vectors.h"
+#include "share.h"
 
 /* A lane holds a float32, or with `pairs` two bfloat16 that are neighbors along k, the summed dimension. The product of two
    pairs is the sum of both products, in float32. `make_pairs` joins the lanes of `first` and `second` to pairs. */

@@ -1,13 +1,10 @@
-/* Vectors of floats (the compiler's vector extension), rows of float32 or bfloat16, memory and threads. */
+/* Vectors of floats (the compiler's vector extension), rows of float32 or bfloat16, and memory. */
 #include <math.h>
 #include <stdint.h>
 #include <stdlib.h>
 #include <string.h>
 #ifdef __AVX512F__
 #include <immintrin.h>
-#endif
-#ifdef _OPENMP
-#include <omp.h>
 #endif
 
 /* A tile of the matrix product is ROWS × 3 vectors. It must fit into the registers together with three more vectors. */
@@ -159,7 +156,7 @@ INLINE void store_partial(void *to, long offset, vec x, long count, int bf16) {
     }
 }
 
-/* --- memory and threads ------------------------------------------------------------------------------------------- */
+/* --- memory ------------------------------------------------------------------------------------------------------- */
 
 INLINE float *allocate_floats(long count) { /* zeros, aligned to a cache line; NULL if there is no memory */
     long bytes = round_up(count * 4 + LINE, LINE);
@@ -167,14 +164,3 @@ INLINE float *allocate_floats(long count) { /* zeros, aligned to a cache line; N
     if (memory) memset(memory, 0, bytes);
     return memory;
 }
-
-/* A thread works on the jobs from `first_index` of its number up to that of the next. The parts depend on the number of
-   threads alone, so sums are the same in every run. OpenMP may start fewer threads than it was asked for. */
-#ifdef _OPENMP
-#define THREAD omp_get_thread_num()
-#define THREADS omp_get_num_threads()
-#else
-#define THREAD 0
-#define THREADS 1
-#endif
-INLINE long first_index(long count, long thread, long threads) { return count * thread / threads; }
