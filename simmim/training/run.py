@@ -27,6 +27,7 @@ from simmim.training.same_images import SameImages
 from simmim.training.saving import SavePolicy, SaveRun, usable_checkpoint
 from simmim.training.settings import RunSettings
 from simmim.training.streams import StreamData, TrackStreamPosition, per_device_batch
+from simmim.training.threads import LeaveBusyCores
 from simmim.training.trainer import build_trainer, check_trainer_keys, is_first_process
 
 KEEP_DECODED_MIB = 128  # images that decode to less stay in memory, in each loading process
@@ -114,6 +115,7 @@ def ordered_callbacks(run: TrainingRun, guard: NumericalGuard, save: SaveRun) ->
     }
     return [
         DescribeRun(run.folder, run.monitor),  # loggers learn what the run is before anything is logged
+        LeaveBusyCores(run.quiet),
         StepSeeds(settings.seed),  # before anything that draws random numbers in a batch
         throughput,  # takes the time at a batch's end before callbacks that take long
         *optional["progress"],  # shows metrics that later callbacks of the step before have set
