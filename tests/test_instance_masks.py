@@ -19,6 +19,7 @@ from simmim.finetune.detection import losses
 from simmim.finetune.detection.ap import MASKS, Judged, average_precision, coco_labels, coco_results
 from simmim.finetune.detection.condinst import CHANNELS, NUM_PARAMETERS, mask_logits
 from simmim.finetune.detection.inference import find_boxes
+from simmim.finetune.detection.labels.base import ReadingOptions
 from simmim.finetune.detection.labels.masks import read_mask
 from simmim.finetune.detection.labels.scenes import Objects, read_boxed_scenes
 from simmim.finetune.detection.losses import dice_losses, sum_losses, target_stride
@@ -27,6 +28,7 @@ from simmim.finetune.detection.model import Detector, HeadShape
 from simmim.finetune.detection.onnx import export_onnx
 from simmim.finetune.detection.soft_masks import SoftMask
 from simmim.finetune.detection.views import RandomBoxes, Targets
+from simmim.messages import Notice
 
 
 def random_pixels(generator, size, kind):
@@ -463,3 +465,74 @@ def test_masks_are_judged_as_by_pycocotools():
     judge.summarize()
     assert scores.overall == pytest.approx(judge.stats[:3], abs=1e-6) and 0.1 < scores.overall[0] < 0.9
     assert scores.by_size["small"] == pytest.approx(judge.stats[3], abs=1e-6)
+
+
+# --- instance maps -----------------------------------------------------------------------------------------------------
+
+
+def write_instance_maps(folder, scenes, part="", by_class=False, ending="png", first=300):
+    """Images and maps of one part; objects are numbered from `first` on, with gaps."""
+    images = folder / "images" / part
+    images.mkdir(parents=True, exist_ok=True)
+    for number, shapes in enumerate(scenes):
+        pixels = np.zeros(shapes[0].pixels.shape, dtype=np.uint8)
+        maps = {}
+        for index, shape in enumerate(shapes):
+            pixels[shape.pixels] = 200
+            values = maps.setdefault(shape.name if by_class else "", np.zeros(pixels.shape, dtype=np.uint16))
+            values[shape.pixels] = first + 7 * index
+        Image.fromarray(pixels).save(images / f"{number:02d}.png")
+        for name, values in maps.items():
+            home = folder / "instances" / name / part
+            home.mkdir(parents=True, exist_ok=True)
+            Image.fromarray(values).save(home / f"{number:02d}.{ending}")
+    return folder
+
+
+@pytest.mark.parametrize("ending", ["png", "tif"])
+@pytest.mark.parametrize("by_class", [False, True])
+@pytest.mark.parametrize("parts", [("",), ("train", "val")])
+def test_instance_maps_are_masks_of_each_number(ending, by_class, parts, tmp_path):
+    """16 bits, with parts and without, of one class or a folder a class."""
+    scenes = draw_scenes(8, 4)
+    for part in parts:
+        write_instance_maps(tmp_path, scenes, part, by_class, ending)
+    found = read_boxed_scenes(str(tmp_path), None, 0, masks=None)
+    assert found.classes == (CLASSES if by_class else ("object",)) and found.has_masks
+    assert any("labels are instance maps" in note for note in found.notes)
+    everything = list(zip(found.train, found.train_objects))
+    everything += [] if len(parts) > 1 else list(zip(found.validation, found.validation_objects))
+    assert len(everything) == 8
+    for row, objects in everything:
+        shapes = scenes[int(row["image"]["path"][-6:-4])]
+        pairs = {found.classes[label] + str(mask.box): mask for label, mask in zip(objects.classes, objects.masks)}
+        assert len(pairs) == len(shapes)
+        for shape in shapes:
+            x, y, width, height = box_of(shape.pixels)
+            name = (shape.name if by_class else "object") + str((float(x), float(y), float(x + width), float(y + height)))
+            assert np.array_equal(draw(pairs[name], shape.pixels.shape), shape.pixels)
+    named = read_boxed_scenes(str(tmp_path), None, 0, ReadingOptions(classes=CLASSES if by_class else ("cell",)))
+    assert named.classes == (CLASSES if by_class else ("cell",)) and not named.has_masks
+
+
+def test_instance_maps_that_are_wrong_are_refused_or_told(tmp_path):
+    folder = write_instance_maps(tmp_path, draw_scenes(6, 4), first=1)
+    one = folder / "instances" / "00.png"
+    values = np.array(Image.open(one))
+    (folder / "instances" / "99.png").write_bytes(one.read_bytes())
+    with pytest.raises(ValueError, match=r"99\.png has no image"):
+        read_boxed_scenes(str(folder), None, 0)
+    (folder / "instances" / "99.png").unlink()
+    Image.fromarray(values[:-1]).save(one)
+    with pytest.raises(ValueError, match=r"00\.png states 47x48 pixels, and the image has 48x48"):
+        read_boxed_scenes(str(folder), None, 0)
+    one.write_bytes(b"\x89PNG broken")
+    with pytest.raises(ValueError, match=r"instance map .*00\.png cannot be read"):
+        read_boxed_scenes(str(folder), None, 0)
+    one.unlink()
+    with pytest.warns(Notice, match="1 of 6 images .* have no instance map and count as images without objects"):
+        read_boxed_scenes(str(folder), None, 0)
+    for file in (folder / "instances").iterdir():
+        Image.fromarray(((np.array(Image.open(file)) > 0) * 255).astype(np.uint8)).save(file)
+    with pytest.warns(Notice, match="holds the one number 255: are they masks of a class"):
+        read_boxed_scenes(str(folder), None, 0)

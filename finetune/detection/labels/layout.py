@@ -15,6 +15,7 @@ from simmim.data.parts import assign_parts
 from simmim.reading import Reading
 
 IMAGE_FOLDERS = ("images", "JPEGImages")
+Suffix = str | tuple[str, ...]
 
 
 class Pair(NamedTuple):
@@ -24,8 +25,8 @@ class Pair(NamedTuple):
     annotations: Path
 
 
-def files_in(folder: Path, suffix: str) -> list[Path]:
-    """Files of that ending in `folder` itself, in order; none if there is no such folder."""
+def files_in(folder: Path, suffix: Suffix) -> list[Path]:
+    """Files of that ending, or of one of several, in `folder` itself, in order; none if there is no such folder."""
     if not folder.is_dir():
         return []
     with os.scandir(folder) as entries:
@@ -33,14 +34,14 @@ def files_in(folder: Path, suffix: str) -> list[Path]:
     return [folder / name for name in names if not name.startswith(".")]
 
 
-def find_pairs(folder: Path, annotation_folders: Sequence[str], suffix: str, together: bool = True) -> dict[str, Pair]:
+def find_pairs(folder: Path, annotation_folders: Sequence[str], suffix: Suffix, together: bool = True) -> dict[str, Pair]:
     """The folders by the keys of `Parts.used`; empty if there are none.
 
     They are PART/images beside PART/labels, images/PART beside labels/PART, PART with both, or the same without parts.
 
     Args:
         annotation_folders: usual names.
-        suffix: of annotation files.
+        suffix: of annotation files, one or several.
         together: whether images and annotation files may lie in one folder.
     """
     names = set(subfolders(folder))
@@ -55,7 +56,7 @@ def find_pairs(folder: Path, annotation_folders: Sequence[str], suffix: str, tog
     return {"train": pair} if pair else {}
 
 
-def pair_of(folder: Path, part: str, annotation_folders: Sequence[str], suffix: str, together: bool) -> Pair | None:
+def pair_of(folder: Path, part: str, annotation_folders: Sequence[str], suffix: Suffix, together: bool) -> Pair | None:
     """The folders of one part, PART/images or images/PART; None if one is missing."""
     if part in (*IMAGE_FOLDERS, *annotation_folders):
         return None
@@ -64,7 +65,7 @@ def pair_of(folder: Path, part: str, annotation_folders: Sequence[str], suffix: 
     )
 
 
-def pair_in(parent: Path, part: str, annotation_folders: Sequence[str], suffix: str, together: bool) -> Pair | None:
+def pair_in(parent: Path, part: str, annotation_folders: Sequence[str], suffix: Suffix, together: bool) -> Pair | None:
     """The folders in `parent`, of one part; None if one is missing."""
     images = next((parent / name / part for name in IMAGE_FOLDERS if (parent / name / part).is_dir()), None)
     annotations = next((parent / name / part for name in annotation_folders if files_in(parent / name / part, suffix)), None)

@@ -7,6 +7,7 @@ from pathlib import Path
 from simmim.finetune.detection.labels.base import BoxReader
 from simmim.finetune.detection.labels.coco import CocoReader
 from simmim.finetune.detection.labels.columns import ColumnsReader
+from simmim.finetune.detection.labels.instances import InstanceMapsReader
 from simmim.finetune.detection.labels.table import TableReader
 from simmim.finetune.detection.labels.voc import VocReader
 from simmim.finetune.detection.labels.yolo import YoloReader
@@ -18,6 +19,7 @@ READERS: dict[str, BoxReader] = {
     "yolo": YoloReader(),
     "csv": TableReader(),
     "columns": ColumnsReader(),
+    "instances": InstanceMapsReader(),
 }
 
 
