@@ -84,3 +84,19 @@ def write_scenes(folder, scenes, part="train", channels=1):
     file.parent.mkdir(exist_ok=True)
     file.write_text(json.dumps({"images": described, "annotations": annotations, "categories": categories}))
     return file
+
+
+def random_pixels(generator, size, kind):
+    """A mask: nothing, everything, noise, a run over the edges of columns, or a few rectangles."""
+    if kind == "noise":
+        return generator.random(size) < 0.4
+    pixels = np.full(size, kind == "all")
+    if kind == "columns":
+        flat = np.zeros(size[0] * size[1], dtype=bool)
+        flat[size[0] // 2 : -1] = True
+        pixels = flat.reshape(size[1], size[0]).T
+    if kind == "rectangles":
+        for _ in range(3):
+            top, left = (int(generator.integers(0, side)) for side in size)
+            pixels[top : top + int(generator.integers(1, 9)), left : left + int(generator.integers(1, 9))] = True
+    return pixels
