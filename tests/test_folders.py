@@ -43,7 +43,7 @@ def test_folders_without_images_are_refused(tmp_path):
     write_empty(*(tmp_path / name for name in ("text/a.txt", "text/deep/b.csv", "hidden/.x.png", "file.png")))
     for name, message in {
         "missing": "missing' does not exist: give a folder that holds images",
-        "empty": "empty' is empty: give one with images .avif, bif, bmp, btf, dcm, gif, heic, .* nested",
+        "empty": "empty' is empty: give one with images .avif, bif, bmp, btf, czi, dcm, gif, heic, .* nested",
         "hidden": "hidden' is empty",
         "text": "text' holds 2 files but no image: give one with images",
         "file.png": "file.png' is a file: give a folder that holds images",
