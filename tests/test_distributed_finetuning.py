@@ -7,6 +7,7 @@ import pytest
 import torch
 from box_files import CLASSES, Scene, write_coco
 from fork_server import finish
+from mask_files import draw_scenes, write_scenes
 from safetensors.torch import load_file
 
 RUN = (
@@ -145,5 +146,25 @@ def test_detection_by_two_processes_equals_one(fork_server, encoder_folder, tmp_
     torch.testing.assert_close(ours, theirs, rtol=0, atol=1e-5)
     ours, theirs = (list(csv.reader((tmp_path / name / "ap.csv").open())) for name in ("pair", "alone"))
     assert [row[0] for row in ours] == ["class", *CLASSES] and [row[4] for row in ours[1:]] == ["7", "4"]
+    for row, other in zip(ours[1:], theirs[1:]):
+        assert list(map(float, row[1:])) == pytest.approx(list(map(float, other[1:])), abs=0.01)
+
+
+@pytest.mark.two_processes
+def test_masks_by_two_processes_equal_one(fork_server, encoder_folder, tmp_path):
+    """Learned and judged, with parts that are accumulated."""
+    for part, count in (("train", 9), ("val", 5)):
+        write_scenes(tmp_path / "masks", draw_scenes(count, count, (40, 40)), part)
+    words = ["finetune", "detection", "--init", encoder_folder, "--data", tmp_path / "masks", *DETECTION]
+    finish([fork_server.start(*words, "--out", tmp_path / "alone", "--devices=1", "--optim.accumulate=1")])
+    pair = (*words, "--out", tmp_path / "pair", "--devices=2", "--optim.accumulate=2", "--trainer.strategy=ddp")
+    finish(fork_server.start_pair(*pair))
+    ours, theirs = (
+        torch.load(tmp_path / name / "checkpoints/last.ckpt", weights_only=True)["state_dict"] for name in ("pair", "alone")
+    )
+    assert any("head.masks" in name for name in ours)
+    torch.testing.assert_close(ours, theirs, rtol=0, atol=1e-5)
+    ours, theirs = (list(csv.reader((tmp_path / name / "mask-ap.csv").open())) for name in ("pair", "alone"))
+    assert [row[4] for row in ours[1:]] == [row[4] for row in theirs[1:]] and sum(int(row[4]) for row in ours[1:]) == 7
     for row, other in zip(ours[1:], theirs[1:]):
         assert list(map(float, row[1:])) == pytest.approx(list(map(float, other[1:])), abs=0.01)

@@ -15,7 +15,7 @@ from simmim.encoders.swinv2 import SwinV2Config
 from simmim.finetune.detection import losses
 from simmim.finetune.detection.ap import MASKS, Judged, average_precision, coco_labels, coco_results
 from simmim.finetune.detection.condinst import CHANNELS, NUM_PARAMETERS, mask_logits
-from simmim.finetune.detection.inference import find_boxes
+from simmim.finetune.detection.inference import Found, best_or_trusted, find_boxes
 from simmim.finetune.detection.labels.scenes import Objects
 from simmim.finetune.detection.losses import dice_losses, sum_losses, target_stride
 from simmim.finetune.detection.masks import coco_rle, draw, pack, resized, sample
@@ -266,6 +266,16 @@ def test_masks_of_tiles_lie_where_those_of_the_whole_image_do():
             wanted = torch.zeros(64, 128, dtype=torch.bool)
             wanted[y1:y2, x1:x2] = True
             assert (mask ^ wanted).sum() <= 4, "but for rounded corners"
+
+
+def test_more_objects_are_counted_than_are_judged():
+    """The best 100 of any score, and all others that are trusted, with their masks."""
+    scores, classes = torch.linspace(1, 0, 300), torch.arange(300) % 2
+    masks = tuple(SoftMask(np.full((1, 1), number, np.float32), (0, 0), (4, 4)) for number in range(300))
+    found = Found(torch.arange(1200).reshape(300, 4).float(), scores, classes, masks)
+    kept = best_or_trusted(found, (0.5, 0.9))
+    numbers = [number for number in range(300) if number < 100 or (number % 2 == 0 and scores[number] >= 0.5)]
+    assert [int(mask.logits[0, 0]) for mask in kept.masks] == numbers == (kept.boxes[:, 0] / 4).int().tolist()
 
 
 # --- how good masks are ------------------------------------------------------------------------------------------------

@@ -13,8 +13,9 @@ from simmim.cli import main
 from simmim.cli.train import study_settings
 from simmim.data.label_map_files import SceneStatistics
 from simmim.data.scene_draws import SceneDraw, SceneSource
+from simmim.finetune.detection.settings import HeadSettings
 from simmim.finetune.label_study.study import prepare_study, rate_grid
-from simmim.finetune.label_study.trials import Tuning, run_arms
+from simmim.finetune.label_study.trials import Tuning, measure_of, run_arms
 from simmim.finetune.registry import TASKS, TaskEntry, study_of, task_named
 
 TASK_WORDS = {
@@ -230,6 +231,15 @@ def test_unknown_tasks_and_tasks_without_a_study_are_refused(monkeypatch, capsys
         assert main(["study", "--task", task, "--data", "x", "--init", "e", "--out", "o"]) == 2
         assert said in capsys.readouterr().err
     assert study_of("detection").measure.score == "ap"
+
+
+@pytest.mark.parametrize("masks, score", [(None, "ap"), (False, "ap"), (True, "mask_ap")])
+def test_a_study_of_detection_judges_masks_where_that_is_asked_for(masks, score):
+    """Whatever the labels hold, all trials learn the same and are compared by the same."""
+    study = study_of("detection")
+    settings = study.settings(data="objects", out="run", init="encoder", head=HeadSettings(masks=masks))
+    assert settings.head.masks is bool(masks) and settings.run_settings().head.masks is bool(masks)
+    assert measure_of(settings.run_settings()).score == score
 
 
 def test_scenes_have_the_boxes_of_what_is_visible(scene_folder):

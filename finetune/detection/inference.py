@@ -20,6 +20,7 @@ MIN_PROBABILITY = 0.01  # of a class, below which a box is not kept
 MAX_OVERLAP = 0.6  # of two boxes of one class, as in ATSS
 MAX_CANDIDATES = 1000  # of a level before suppression, as published
 MAX_BOXES = 100  # of an image, as many as COCO's rules look at
+MAX_COUNTED = 1000  # of an image, where objects are counted
 EDGE_PX = 1.5  # a box that ends nearer to a tile's inner edge is taken to be cut there
 
 
@@ -224,6 +225,12 @@ def is_trusted(found: Found, thresholds: Sequence[float]) -> Tensor:
         thresholds: of each class.
     """
     return found.scores >= torch.tensor(thresholds)[found.classes]
+
+
+def best_or_trusted(found: Found, thresholds: Sequence[float]) -> Found:
+    """As many boxes as COCO's rules look at, and those of the others that are trusted: they are counted. Arguments as of
+    `is_trusted`."""
+    return take(found, (torch.arange(len(found.boxes)) < MAX_BOXES) | is_trusted(found, thresholds))
 
 
 def concatenate(parts: Sequence[Found]) -> Found:

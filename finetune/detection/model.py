@@ -13,7 +13,7 @@ from simmim.data import normalize
 from simmim.encoders.base import Encoder
 from simmim.finetune.dense.head_files import HeadFiles
 from simmim.finetune.dense.model import DenseModel
-from simmim.finetune.detection.inference import Found, find_boxes
+from simmim.finetune.detection.inference import MAX_BOXES, Found, find_boxes
 from simmim.finetune.detection.pyramid import Predictions, PyramidHead
 
 FILES = HeadFiles("detection", "detector")
@@ -78,16 +78,17 @@ class SavedDetector:
     short_side: int
     inference: str
 
-    def find(self, images: Tensor) -> list[Found]:
+    def find(self, images: Tensor, max_boxes: int = MAX_BOXES) -> list[Found]:
         """The boxes in each image, in its pixels, of any score; `thresholds` say which to trust.
 
         Args:
             images: (B, channels, height, width), uint8 or float32 as the preprocessing reads them, at the scale that
                 `short_side` says, on the model's device.
+            max_boxes: of one image.
         """
         normalized = normalize(images, self.preprocessing.mean, self.preprocessing.std)
         with torch.inference_mode():
-            return find_boxes(self.model, normalized, self.preprocessing.image_size, self.inference)
+            return find_boxes(self.model, normalized, self.preprocessing.image_size, self.inference, max_boxes)
 
 
 def save_detector(folder: Path, saved: SavedDetector, provenance: dict) -> None:

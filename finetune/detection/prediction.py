@@ -26,7 +26,7 @@ from simmim.finetune.dense.prediction import (
     read_images,
     write_png,
 )
-from simmim.finetune.detection.inference import Found, is_trusted, take
+from simmim.finetune.detection.inference import MAX_COUNTED, Found, best_or_trusted, is_trusted, take
 from simmim.finetune.detection.masks import PackedMask, coco_rle
 from simmim.finetune.detection.model import SavedDetector, load_detector
 from simmim.finetune.detection.pictures import draw_boxes, palette, tint_masks
@@ -82,8 +82,9 @@ def detect(run: str | Path, images: str | Path, out: str | Path, batch_size: int
     with saved.model.encoder.fixed_weights():
         for batch in batches_of_one_size(read_images(source, names, saved, unreadable), batch_size):
             pixels = torch.stack([image.pixels for image in batch]).to(device)
-            for image, one in zip(batch, saved.find(pixels)):
+            for image, one in zip(batch, saved.find(pixels, MAX_COUNTED)):
                 one = one.at((image.pixels.shape[1], image.pixels.shape[2]), image.size)
+                one = best_or_trusted(one, saved.thresholds)
                 # Masks are kept packed: soft ones of many images would fill the memory.
                 masks = None if one.masks is None else [mask.packed(image.size) for mask in one.masks]
                 of_image = FoundIn(path_of[image.name] or image.name, image.size, one._replace(masks=None), masks)
