@@ -95,7 +95,7 @@ def judge(saved, folder, images="images/val", labels="annotations/instances_val2
         given = [one for one in content["annotations"] if one["image_id"] == image["id"]]
         boxes = np.array([[x, y, x + w, y + h] for x, y, w, h in (one["bbox"] for one in given)])
         classes = np.array([one["category_id"] - 7 for one in given])
-        judged.append(Judged(image["id"], boxes, classes, np.zeros(len(boxes), bool), *(part.numpy() for part in found)))
+        judged.append(Judged(image["id"], boxes, classes, np.zeros(len(boxes), bool), *(part.numpy() for part in found[:3])))
     return average_precision(judged, 2)
 
 
@@ -313,7 +313,7 @@ def test_an_exported_detector_finds_the_same(box_folder, run, tmp_path, capsys):
     file = str(box_folder / "images" / "val" / "1-01.png")
     images = open_picture({"bytes": None, "path": file}, 1).crop((0, 0, 40, 40), (32, 32))[None]
     [expected], [found] = saved.find(images), own.find(images)
-    assert all(torch.equal(one, other) for one, other in zip(expected, found))
+    assert all(torch.equal(one, other) for one, other in zip(expected[:3], found[:3]))
     assert main(["export", "--run", str(run), "--out", str(tmp_path / "encoder")]) == 0
     assert (
         "the detection head is left out: simmim predict reads it from the run, and --form detector"

@@ -222,13 +222,16 @@ def test_grids_are_read_at_the_centers_of_pixels():
     """As torch enlarges a map, at a place of its own, clipped by the image."""
     logits = torch.randn(6, 5, generator=torch.Generator().manual_seed(0))
     large = torch.nn.functional.interpolate(logits[None, None], scale_factor=4, mode="bilinear")[0, 0].numpy() > 0
-    mask = SoftMask(logits.numpy(), (8, 12), (4, 4))
+    mask = SoftMask(logits.numpy(), (8, 12), (4, 4), (0, 0, 40, 40))
     expected = np.zeros((40, 40), dtype=bool)
     expected[8:32, 12:32] = large
     assert np.array_equal(draw(mask.packed((40, 40)), (40, 40)), expected)
     assert np.array_equal(draw(mask.packed((20, 20)), (20, 20)), expected[:20, :20])
     assert np.array_equal(draw(mask.moved((-8, 3)).packed((40, 40)), (40, 40))[:32, 3:], expected[8:, :-3])
-    assert mask.scaled(2, 3)[1:] == ((16, 36), (8, 12)) and mask.packed((4, 4)).area == 0
+    assert mask.scaled(2, 3)[1:] == ((16, 36), (8, 12), (0, 0, 80, 120)) and mask.packed((4, 4)).area == 0
+    limited = draw(mask._replace(limits=(10, 14.4, 30.6, 31)).packed((40, 40)), (40, 40))
+    assert np.array_equal(limited[10:31, 14:31], expected[10:31, 14:31]) and limited.sum() == limited[10:31, 14:31].sum()
+    assert mask.moved((2, 3)).limits == (2, 3, 42, 43)
 
 
 def test_masks_of_tiles_lie_where_those_of_the_whole_image_do():
@@ -271,7 +274,7 @@ def test_masks_of_tiles_lie_where_those_of_the_whole_image_do():
 def test_more_objects_are_counted_than_are_judged():
     """The best 100 of any score, and all others that are trusted, with their masks."""
     scores, classes = torch.linspace(1, 0, 300), torch.arange(300) % 2
-    masks = tuple(SoftMask(np.full((1, 1), number, np.float32), (0, 0), (4, 4)) for number in range(300))
+    masks = tuple(SoftMask(np.full((1, 1), number, np.float32), (0, 0), (4, 4), (0, 0, 4, 4)) for number in range(300))
     found = Found(torch.arange(1200).reshape(300, 4).float(), scores, classes, masks)
     kept = best_or_trusted(found, (0.5, 0.9))
     numbers = [number for number in range(300) if number < 100 or (number % 2 == 0 and scores[number] >= 0.5)]

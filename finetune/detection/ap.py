@@ -18,7 +18,7 @@ import numpy as np
 
 from simmim.files import atomic_write
 
-COLUMNS = ("class", "AP", "AP50", "AP75", "boxes")
+COLUMNS = ("class", "AP", "AP50", "AP75")  # and how many objects there are
 SIZES = {"small": "up to 32² px", "medium": "32² to 96² px", "large": "from 96² px"}  # of the box, or of the mask
 BOXES, MASKS = "bbox", "segm"  # what is judged, as COCO calls it
 AT_75 = 5  # index of the threshold 0.75
@@ -190,12 +190,16 @@ def best_thresholds(precision: np.ndarray, scores: np.ndarray) -> tuple[float, .
     return tuple(thresholds)
 
 
-def write_class_table(file: Path, scores: Scores, classes: Sequence[str], step: int) -> None:
+def write_class_table(file: Path, scores: Scores, classes: Sequence[str], step: int, counted: str = "boxes") -> None:
     """Write a CSV file with a row per class: AP, AP50 and AP75, empty where no box is given, how many are, and the number of
-    steps after which this was the best validation."""
+    steps after which this was the best validation.
+
+    Args:
+        counted: what is judged, boxes or masks.
+    """
     with atomic_write(file) as temporary, temporary.open("w", newline="", encoding="utf-8") as text:
         writer = csv.writer(text)
-        writer.writerow([*COLUMNS, "step"])
+        writer.writerow([*COLUMNS, counted, "step"])
         for name, values, count in zip(classes, scores.by_class.tolist(), scores.num_boxes):
             writer.writerow([name, *("" if math.isnan(value) else f"{value:.4f}" for value in values), count, step])
 
@@ -203,8 +207,8 @@ def write_class_table(file: Path, scores: Scores, classes: Sequence[str], step: 
 def class_table(file: Path) -> str:
     """The file of `write_class_table` as a Markdown table, in percent."""
     with file.open(newline="", encoding="utf-8") as text:
-        _, *rows = csv.reader(text)
-    lines = [f"| {' | '.join(COLUMNS)} |", "| --- | ---: | ---: | ---: | ---: |"]
+        header, *rows = csv.reader(text)
+    lines = [f"| {' | '.join(header[:-1])} |", "| --- | ---: | ---: | ---: | ---: |"]
     for name, *values, count, _step in rows:
         shown = (f"{float(value):.1%}" if value else "–" for value in values)
         lines.append(f"| {name} | {' | '.join(shown)} | {count} |")

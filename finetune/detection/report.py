@@ -46,7 +46,7 @@ def report_validation(run: Path, module: DetectionFinetuning) -> None:
     scores, classes = module.main_scores, module.classes
     write_class_table(run / CLASSES, module.scores, classes, module.trainer.global_step)
     if module.mask_scores:
-        write_class_table(run / MASK_CLASSES, module.mask_scores, classes, module.trainer.global_step)
+        write_class_table(run / MASK_CLASSES, module.mask_scores, classes, module.trainer.global_step, "masks")
     pictures = {CURVES: precision_plot(scores.precision, scores.by_class[:, 1].tolist(), classes)}
     if module.shown:
         pictures[PICTURE] = draw_shown(module.shown, classes, scores.thresholds)
@@ -58,7 +58,7 @@ def report_validation(run: Path, module: DetectionFinetuning) -> None:
 def closing_text(run: Path) -> str:
     """The table of ap.csv, after that of mask-ap.csv where there is one."""
     boxes, masks = (f"{class_table(run / name)}\n" if (run / name).is_file() else "" for name in (CLASSES, MASK_CLASSES))
-    return f"masks\n\n{masks}\nboxes\n\n{boxes}" if masks else boxes
+    return f"{masks}\n{boxes}" if masks else boxes
 
 
 def draw_shown(shown: Sequence[ShownImage], classes: Sequence[str], thresholds: Sequence[float]) -> Image.Image:

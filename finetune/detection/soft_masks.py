@@ -15,7 +15,9 @@ from simmim.finetune.dense.windows import Size
 from simmim.finetune.detection.masks import PackedMask, draw, pack
 from simmim.finetune.detection.pyramid import Predictions
 
-MARGIN = 0.2  # share of a box's sides by which its mask may reach over them
+# Share of a box's sides by which its mask may reach over them, as boxes are found a little wrong. On 60 scenes of shapes
+# that a model of ten scenes had not seen, the masks' AP was 67.5 % without, 67.4 at 0.05, 66.1 at 0.1, 65.8 at 0.2.
+MARGIN = 0.05
 MASKS_AT_ONCE = 2**21  # cells, for the memory of their maps
 
 
@@ -26,25 +28,35 @@ class SoftMask(NamedTuple):
         logits: (h, w) float32.
         corner: (y, x) of the upper left cell's corner, in pixels.
         cell: height and width of a cell, in pixels.
+        limits: (top, left, bottom, right) in pixels, over which the mask does not reach.
     """
 
     logits: np.ndarray
     corner: tuple[float, float]
     cell: tuple[float, float]
+    limits: tuple[float, float, float, float]
 
     def moved(self, corner: tuple[int, int]) -> SoftMask:
         """The mask of a tile whose upper left pixel is `corner`, (top, left), in the whole image."""
-        return self._replace(corner=(self.corner[0] + corner[0], self.corner[1] + corner[1]))
+        (y, x), (top, left, bottom, right), (down, across) = self.corner, self.limits, corner
+        limits = (top + down, left + across, bottom + down, right + across)
+        return SoftMask(self.logits, (y + down, x + across), self.cell, limits)
 
     def scaled(self, down: float, across: float) -> SoftMask:
         """The mask in an image whose sides are multiplied."""
-        (y, x), (height, width) = self.corner, self.cell
-        return SoftMask(self.logits, (y * down, x * across), (height * down, width * across))
+        (y, x), (height, width), (top, left, bottom, right) = self.corner, self.cell, self.limits
+        limits = (top * down, left * across, bottom * down, right * across)
+        return SoftMask(self.logits, (y * down, x * across), (height * down, width * across), limits)
 
     def packed(self, size: Size) -> PackedMask:
         """The pixels of an image of `size` at whose centers the logits, bilinear between those of cells, are positive."""
         (first_row, rows), (first_column, columns) = (
-            pixels_between(self.corner[axis], self.cell[axis] * self.logits.shape[axis], size[axis]) for axis in (0, 1)
+            pixels_between(
+                max(self.corner[axis], self.limits[axis]),
+                min(self.corner[axis] + self.cell[axis] * self.logits.shape[axis], self.limits[axis + 2]),
+                size[axis],
+            )
+            for axis in (0, 1)
         )
         if not (len(rows) and len(columns)):
             return pack(np.zeros((0, 0), dtype=bool))
@@ -58,10 +70,10 @@ class SoftMask(NamedTuple):
         return pack(values > 0, (first_row, first_column))
 
 
-def pixels_between(start: float, length: float, side: int) -> tuple[int, np.ndarray]:
-    """The first pixel whose center lies in a stretch of a side, and the centers of all that do."""
+def pixels_between(start: float, end: float, side: int) -> tuple[int, np.ndarray]:
+    """The first pixel of a side whose center lies between two places, and the centers of all that do."""
     first = max(0, int(np.ceil(start - 0.5)))
-    last = min(side, int(np.floor(start + length - 0.5)) + 1)
+    last = min(side, int(np.floor(end - 0.5)) + 1)
     return first, np.arange(first, max(first, last)) + 0.5
 
 
@@ -79,18 +91,19 @@ def predict_masks(predictions: Predictions, row: int, points: Tensor, boxes: Ten
         part = slice(first, first + max(1, MASKS_AT_ONCE // (height * width)))
         logits = predictions.mask_logits(row, points[part]).detach().cpu().numpy()
         for of_object, (x1, y1, x2, y2) in zip(logits, boxes[part].tolist()):
-            top, bottom = cells_around(y1, y2, stride, height)
-            left, right = cells_around(x1, x2, stride, width)
+            down, across = MARGIN * (y2 - y1), MARGIN * (x2 - x1)
+            limits = (y1 - down, x1 - across, y2 + down, x2 + across)
+            top, bottom = cells_between(limits[0], limits[2], stride, height)
+            left, right = cells_between(limits[1], limits[3], stride, width)
             part_of_map = of_object[top:bottom, left:right].copy()
-            masks.append(SoftMask(part_of_map, (top * stride, left * stride), (stride, stride)))
+            masks.append(SoftMask(part_of_map, (top * stride, left * stride), (stride, stride), limits))
     return tuple(masks)
 
 
-def cells_around(low: float, high: float, stride: int, count: int) -> tuple[int, int]:
-    """First and last cell, exclusive, of a side of a box with its margin."""
-    margin = MARGIN * (high - low)
-    first = max(0, int((low - margin) // stride))
-    return first, max(first + 1, min(count, int(-(-(high + margin) // stride))))
+def cells_between(low: float, high: float, stride: int, count: int) -> tuple[int, int]:
+    """First and last cell, exclusive, whose centers surround all places between two, or as many as there are."""
+    first = max(0, int((low - stride / 2) // stride))
+    return first, max(first + 1, min(count, int(-(-(high + stride / 2) // stride))))
 
 
 def draw_masks(masks: tuple[SoftMask, ...], size: Size) -> Tensor:
