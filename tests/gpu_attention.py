@@ -252,7 +252,7 @@ def test_what_is_not_a_number_stays_in_its_window():
 @pytest.mark.parametrize("programs", [1, 3, 1000])
 def test_however_the_work_is_shared(programs, monkeypatch):
     """Windows in one chunk, in unequal ones, and each alone; blocks of a window in one program, some, and each in one."""
-    monkeypatch.setattr(calls.Call, "wanted_programs", lambda self: programs)
+    monkeypatch.setattr(calls.Call, "wanted_programs", lambda self, kernel: programs)
     for name in ("one block", "many blocks, padded, shifted"):
         case = CASES[name]._replace(heads=1)
         numbers = numbers_of(case)

@@ -42,7 +42,7 @@ def compiled_kernel(kernel, architecture, tokens, dtype, folder, monkeypatch):
 
     from simmim.encoders.swinv2.kernels import triton_kernels
 
-    function, blocks = getattr(triton_kernels, kernel), Blocks.of(tokens, 32, dtype)
+    function, blocks = getattr(triton_kernels, kernel), Blocks.of(tokens, 32, dtype, kernel)
     constants = {
         "N": tokens,
         "D": 32,
@@ -67,14 +67,18 @@ def compiled_kernel(kernel, architecture, tokens, dtype, folder, monkeypatch):
 
 @needs_triton
 @pytest.mark.parametrize("architecture", [80, 90])
+@pytest.mark.parametrize("tokens", [36, 144])
 @pytest.mark.parametrize("kernel", ["forward", "backward_of_queries", "backward_of_keys"])
-def test_registers_suffice(kernel, architecture, tmp_path, monkeypatch):
-    """For windows of 12 × 12: nothing is spilled, no warp repeats another's work, and roots and quotients are rounded to
-    nearest, as the interpreter's are."""
+def test_registers_suffice(kernel, tokens, architecture, tmp_path, monkeypatch):
+    """For windows of 6 × 6 and 12 × 12: nothing is spilled, no warp repeats another's work, roots and quotients are rounded
+    to nearest, as the interpreter's are, and the exponential is one instruction."""
     from triton.backends import nvidia
 
-    compiled, blocks = compiled_kernel(kernel, architecture, 144, torch.bfloat16, tmp_path, monkeypatch)
-    assert set(re.findall(r"warpsPerCTA = \[([\d, ]+)\], instrShape", compiled.asm["ttgir"])) == {f"1, {blocks.warps}"}
+    compiled, blocks = compiled_kernel(kernel, architecture, tokens, torch.bfloat16, tmp_path, monkeypatch)
+    num_row_blocks = blocks.block // 16  # of one warp each, if there is more than one
+    layout = f"{blocks.warps}, 1" if num_row_blocks == blocks.warps > 1 else f"1, {blocks.warps}"
+    assert set(re.findall(r"warpsPerCTA = \[([\d, ]+)\], instrShape", compiled.asm["ttgir"])) == {layout}
+    assert set(re.findall(r"ex2\S*", compiled.asm["ptx"])) == {"ex2.approx.ftz.f32"}
     assert set(re.findall(r"(?:sqrt|div|rcp)\.(?:rn|full|approx)", compiled.asm["ptx"])) == {"sqrt.rn", "div.rn"}
     (tmp_path / "kernel.ptx").write_text(compiled.asm["ptx"], encoding="utf-8")
     target = re.search(r"\.target (\w+)", compiled.asm["ptx"])[1]

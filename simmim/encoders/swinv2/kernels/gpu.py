@@ -26,8 +26,15 @@ from torch import Tensor
 MAX_WINDOW_TOKENS = {torch.bfloat16: 576, torch.float16: 576, torch.float32: 256}
 MAX_HEAD_DIM = 128
 MIN_CAPABILITY = (8, 0)  # the first GPUs that multiply bfloat16
-# A multiprocessor runs two or three of these programs at a time. A few more keep it busy to the end.
-PROGRAMS_PER_MULTIPROCESSOR = 4
+# A multiprocessor runs eight to twelve warps of these programs at a time. A few more keep it busy to the end.
+WARPS_PER_MULTIPROCESSOR = 16
+FORWARD, OF_QUERIES, OF_KEYS = "forward", "backward_of_queries", "backward_of_keys"  # the kernels of triton_kernels.py
+# Warps of a program for windows of up to some places (`Blocks.whole` + `Blocks.rest`), for half precision and heads of up to
+# 32 channels; `MOST_WARPS` for more places. Of what fits the registers these need the fewest instructions for a head of a
+# window, compiled for compute capability 9.0: at 144 tokens the forward pass of one warp needs 21 thousand, that of four 35
+# thousand, and they wait for one another at 22 barriers for every 16 queries.
+WARPS = {FORWARD: ((144, 1), (256, 2)), OF_QUERIES: ((192, 4),), OF_KEYS: ((64, 1), (144, 2), (256, 4))}
+MOST_WARPS = 8
 
 
 def supports_window_attention(device: torch.device, dtype: torch.dtype, window_tokens: int, head_dim: int) -> bool:
@@ -42,7 +49,7 @@ def supports_window_attention(device: torch.device, dtype: torch.dtype, window_t
         return False
     properties = torch.cuda.get_device_properties(device)
     available = getattr(properties, "shared_memory_per_block_optin", properties.shared_memory_per_block)
-    return Blocks.of(window_tokens, head_dim, dtype).shared_memory(dtype) <= available
+    return Blocks.of(window_tokens, head_dim, dtype, FORWARD).shared_memory(dtype) <= available
 
 
 def window_attention(
@@ -88,16 +95,14 @@ def _forward(
     images: int,
 ) -> tuple[Tensor, Tensor]:
     """`window_attention`; and the normalizers of its softmax, (B · M, h, 2, N) float32, by which the backward pass computes
-    weights from logits again: the largest logit of each query, and 1 / the sum of exponentials.
+    weights from logits again: the largest logit of each query, and 1 / the sum of exponentials, both to base 2.
 
     A single number, the log of the sum, would be precise to 1e-5 only where it is near 100.
     """
-    from simmim.encoders.swinv2.kernels import triton_kernels
-
     mixed, normalizers = _forward_shapes(qkv, q_bias, v_bias, scale, bias, token_of, region_of, images)
     call = Call.of(qkv, q_bias, v_bias, scale, bias, token_of, region_of, images)
-    shares = call.shares()
-    call.launch(triton_kernels.forward, call.num_windows * shares, mixed, normalizers, *call.sizes, shares)
+    shares = call.shares(FORWARD)
+    call.launch(FORWARD, call.num_windows * shares, mixed, normalizers, *call.sizes, shares)
     return mixed, normalizers
 
 
@@ -124,18 +129,16 @@ def _backward(
     images: int,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
     """Gradients of qkv, q_bias, v_bias, scale and bias."""
-    from simmim.encoders.swinv2.kernels import triton_kernels
-
     call = Call.of(qkv, q_bias, v_bias, scale, bias, token_of, region_of, images)
     grad_mixed, normalizers, heads = grad_mixed.contiguous(), normalizers.contiguous(), scale.numel()
-    chunks, shares, blocks = call.chunks(), call.shares(), call.blocks.count
+    chunks, shares, blocks = call.chunks(), call.shares(OF_KEYS), call.blocks(OF_QUERIES).count
     # Every token is in a window, so every row is written: queries by the first kernel, keys and values by the second.
     grad_qkv, deltas = torch.empty_like(qkv, memory_format=torch.contiguous_format), torch.empty_like(normalizers[:, :, 0])
     bias_sums = deltas.new_empty(chunks, *bias.shape)
     q_bias_sums, scale_sums = deltas.new_empty(chunks * blocks, len(q_bias)), deltas.new_empty(chunks * blocks, heads)
     v_bias_sums = deltas.new_empty(call.num_windows * shares, len(v_bias))
     call.launch(
-        triton_kernels.backward_of_queries,
+        OF_QUERIES,
         chunks * blocks,
         normalizers,
         grad_mixed,
@@ -149,7 +152,7 @@ def _backward(
         chunks,
     )
     call.launch(
-        triton_kernels.backward_of_keys,
+        OF_KEYS,
         call.num_windows * shares,
         normalizers,
         deltas,
@@ -214,20 +217,25 @@ class Blocks(NamedTuple):
     stages: int
 
     @classmethod
-    def of(cls, tokens: int, head_dim: int, dtype: torch.dtype) -> Blocks:
+    def of(cls, tokens: int, head_dim: int, dtype: torch.dtype, kernel: str) -> Blocks:
         whole = max(16, 1 << (tokens.bit_length() - 1))
         rest = max(16, power_of_two(tokens - whole)) if tokens > whole else 0
         # At least 32: Triton gives columns to warps if the block of the last product has more columns than rows, else rows.
         # 16 rows are rows for one warp; four warps would all compute the same.
         dim = max(32, power_of_two(head_dim))
-        has_small_rows = dim == 32 and dtype.itemsize == 2
-        if has_small_rows and tokens <= 64:  # each warp computes 16 whole rows of logits
-            block = max(16, power_of_two(tokens))
-            warps = block // 16
-        else:  # all warps compute the same 16 rows, each some of the columns: more do not fit their registers
-            block, warps = 16, 4 if has_small_rows and whole + rest <= 192 else 8
+        block, warps = 16, MOST_WARPS  # all warps compute the same 16 rows, each some of the columns: more do not fit
+        if dim == 32 and dtype.itemsize == 2:
+            warps = next((warps for places, warps in WARPS[kernel] if whole + rest <= places), MOST_WARPS)
+            if kernel == OF_QUERIES and tokens <= 64:  # each warp computes 16 whole rows of logits
+                block = max(16, power_of_two(tokens))
+                warps = block // 16
         stages = 2 if dtype.itemsize * (whole + rest) * dim <= 2**14 else 1
         return cls(whole, rest, dim, block, -(-tokens // block), warps, stages)
+
+    def constants(self) -> dict[str, int]:
+        """What a kernel is compiled for."""
+        sizes = {"WHOLE": self.whole, "REST": self.rest, "DIM": self.dim, "BLOCK": self.block}
+        return {**sizes, "num_warps": self.warps, "num_stages": self.stages}
 
     def shared_memory(self, dtype: torch.dtype) -> int:
         """The most bytes of shared memory that a compiled kernel asks for. The backward pass holds a window's rows of q and
@@ -243,61 +251,63 @@ class Call(NamedTuple):
         heads: h.
         num_windows: B · M, windows of all images.
         sizes: T, M, rows of labels and h.
-        blocks: how a window is divided.
-        constants: the values that the kernels are compiled for.
+        tokens: N.
+        constants: the values that all kernels are compiled for.
     """
 
     inputs: tuple[Tensor, ...]
     heads: int
     num_windows: int
     sizes: tuple[int, int, int, int]
-    blocks: Blocks
+    tokens: int
     constants: dict
 
     @classmethod
     def of(cls, qkv, q_bias, v_bias, scale, bias, token_of, region_of, images) -> Call:
         (windows, tokens), heads = token_of.shape, scale.numel()
-        head_dim = len(q_bias) // heads
-        blocks = Blocks.of(tokens, head_dim, qkv.dtype)
         constants = {
             "N": tokens,
-            "D": head_dim,
+            "D": len(q_bias) // heads,
             "HAS_REGIONS": region_of is not None,
-            "WHOLE": blocks.whole,
-            "REST": blocks.rest,
-            "DIM": blocks.dim,
-            "BLOCK": blocks.block,
             "PRECISION": product_precision(qkv.dtype),
-            "num_warps": blocks.warps,
-            "num_stages": blocks.stages,
         }
         # A kernel needs an address here. Without regions it does not read it.
         regions = token_of if region_of is None else region_of
         inputs = tuple(x.contiguous() for x in (qkv, q_bias, v_bias, scale, bias, token_of, regions))
         sizes = len(qkv) // images, windows, len(regions), heads
-        return cls(inputs, heads, images * windows, sizes, blocks, constants)
+        return cls(inputs, heads, images * windows, sizes, tokens, constants)
 
-    def launch(self, kernel, programs_per_head: int, *arguments) -> None:
+    def blocks(self, kernel: str) -> Blocks:
+        """How a kernel divides a window."""
+        return Blocks.of(self.tokens, self.constants["D"], self.inputs[0].dtype, kernel)
+
+    def launch(self, kernel: str, programs_per_head: int, *arguments) -> None:
         """Launch a kernel of triton_kernels.py."""
+        from simmim.encoders.swinv2.kernels import triton_kernels
+
         device = self.inputs[0].device
         with torch.cuda.device(device) if device.type == "cuda" else contextlib.nullcontext():
-            kernel[(programs_per_head * self.heads,)](*self.inputs, *arguments, **self.constants)
+            function = getattr(triton_kernels, kernel)
+            function[(programs_per_head * self.heads,)](
+                *self.inputs, *arguments, **self.constants, **self.blocks(kernel).constants()
+            )
 
-    def shares(self) -> int:
+    def shares(self, kernel: str) -> int:
         """Number of programs that share the blocks of a window. One, which loads the rows of the other side once, if there
         are enough windows to occupy the device."""
-        return min(self.blocks.count, -(-self.wanted_programs() // (self.num_windows * self.heads)))
+        return min(self.blocks(kernel).count, -(-self.wanted_programs(kernel) // (self.num_windows * self.heads)))
 
     def chunks(self) -> int:
         """Number of chunks of windows. One program sums the gradients of the position bias over a chunk, in memory of its
         own, so there are no more chunks than occupy the device."""
-        return min(self.num_windows, -(-self.wanted_programs() // (self.blocks.count * self.heads)))
+        blocks = self.blocks(OF_QUERIES)
+        return min(self.num_windows, -(-self.wanted_programs(OF_QUERIES) // (blocks.count * self.heads)))
 
-    def wanted_programs(self) -> int:
+    def wanted_programs(self, kernel: str) -> int:
         """Number of programs that occupy the device."""
         device = self.inputs[0].device
         count = torch.cuda.get_device_properties(device).multi_processor_count if device.type == "cuda" else 1
-        return PROGRAMS_PER_MULTIPROCESSOR * count
+        return WARPS_PER_MULTIPROCESSOR // self.blocks(kernel).warps * count
 
 
 def power_of_two(number: int) -> int:

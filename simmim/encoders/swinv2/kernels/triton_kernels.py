@@ -15,11 +15,14 @@ DIM is D rounded up to a power of two. Window m of image b has the index b · M 
     qkv (B · T, 3, h, D), q_bias, v_bias (h, D), scale (h), bias (h, N, N), mixed (B · T, h, D)
     token_of (M, N), -1 for padding; region_of (label_rows, N), labels 4 · group + region, read if HAS_REGIONS; label_rows is
     M, for all images the same, or B · M
-    normalizers (B · M, h, 2, N) float32: the largest logit of each query, and 1 / the sum of exp(logit − largest)
+    normalizers (B · M, h, 2, N) float32: the largest logit of each query, and 1 / the sum of exp2(logit − largest). Logits
+    are to base 2, multiplied by log₂ e: exp2 is one instruction, and exp, whose results may be denormal, five
     deltas (B · M, h, N) float32: the mean of the gradients of a query's weights, weighted by these weights
 """
 
 from __future__ import annotations
+
+import math
 
 import triton
 import triton.language as tl
@@ -30,6 +33,7 @@ from simmim.encoders.swinv2 import model
 MASKED_LOGIT = tl.constexpr(geometry.MASKED_LOGIT)
 OTHER_GROUP_LOGIT = tl.constexpr(geometry.OTHER_GROUP_LOGIT)
 REGIONS = tl.constexpr(geometry.REGIONS)
+LOG2_E = tl.constexpr(math.log2(math.e))
 SMALLEST_NORM = tl.constexpr(model.SMALLEST_NORM)
 # Of a pair with a filler place, which has no weight. Differences of infinities would be NaN.
 FILLER_LOGIT = tl.constexpr(-1e30)
@@ -53,6 +57,7 @@ def forward(
     label_row = image_window % label_rows
     window_head = tl.cast(image_window, tl.int64) * heads + head
     factor = tl.load(scale + head)
+    base2_factor = factor * LOG2_E
     stride, q_column, k_column, v_column = columns_of(heads, head, D)
 
     k_place, k_token, k_region = load_places(token_of, region_of, window, label_row, 0, N, HAS_REGIONS, WHOLE)
@@ -69,7 +74,7 @@ def forward(
     for block in range(blocks * share // shares, blocks * (share + 1) // shares):
         place, token, region = load_places(token_of, region_of, window, label_row, block * BLOCK, N, HAS_REGIONS, BLOCK)
         q = with_bias(load_rows(qkv, first_row, token, stride, q_column, D, DIM), q_bias, head, D, DIM)
-        q_factor = inverse_or_0(norms(q)) * factor
+        q_factor = inverse_or_0(norms(q)) * base2_factor
         logits = logits_of(
             q,
             k,
@@ -105,10 +110,10 @@ def forward(
                 PRECISION,
             )
             row_max = tl.maximum(row_max, tl.max(logits2, 1))
-        weights = tl.exp(logits - row_max[:, None])
+        weights = tl.exp2(logits - row_max[:, None])
         total = tl.sum(weights, 1)
         if REST > 0:
-            weights2 = tl.exp(logits2 - row_max[:, None])
+            weights2 = tl.exp2(logits2 - row_max[:, None])
             total += tl.sum(weights2, 1)
         out = tl.dot(weights.to(v.dtype), v, input_precision=PRECISION)
         if REST > 0:
@@ -137,6 +142,7 @@ def backward_of_queries(
     block = tl.program_id(0) // heads % blocks
     chunk = tl.program_id(0) // heads // blocks
     factor = tl.load(scale + head)
+    base2_factor = factor * LOG2_E
     stride, q_column, k_column, v_column = columns_of(heads, head, D)
     # Gradients of logits are about 1 / N of those of weights, and may underflow in float16. They are scaled for the product.
     GRAD_SCALE: tl.constexpr = WHOLE
@@ -166,7 +172,7 @@ def backward_of_queries(
         logits = logits_of(
             q,
             k,
-            inverse_norm * factor,
+            inverse_norm * base2_factor,
             k_factor,
             place,
             k_place,
@@ -179,7 +185,7 @@ def backward_of_queries(
             WHOLE,
             PRECISION,
         )
-        weights = tl.exp(logits - row_max[:, None]) * inverse_sum[:, None]
+        weights = tl.exp2(logits - row_max[:, None]) * inverse_sum[:, None]
         grad_weights = tl.dot(grad, tl.trans(v), input_precision=PRECISION)
         delta = tl.sum(weights * grad_weights, 1)
         if REST > 0:
@@ -190,7 +196,7 @@ def backward_of_queries(
             logits2 = logits_of(
                 q,
                 k2,
-                inverse_norm * factor,
+                inverse_norm * base2_factor,
                 k2_factor,
                 place,
                 k2_place,
@@ -203,7 +209,7 @@ def backward_of_queries(
                 WHOLE + REST,
                 PRECISION,
             )
-            weights2 = tl.exp(logits2 - row_max[:, None]) * inverse_sum[:, None]
+            weights2 = tl.exp2(logits2 - row_max[:, None]) * inverse_sum[:, None]
             grad_weights2 = tl.dot(grad, tl.trans(v2), input_precision=PRECISION)
             delta += tl.sum(weights2 * grad_weights2, 1)
         tl.store(deltas + window_head * N + place, delta, mask=place < N)
@@ -255,6 +261,7 @@ def backward_of_keys(
     window, first_row = image_window % windows, tl.cast(image_window // windows, tl.int64) * tokens
     label_row = image_window % label_rows
     factor = tl.load(scale + head)
+    base2_factor = factor * LOG2_E
     stride, q_column, k_column, v_column = columns_of(heads, head, D)
     window_head = tl.cast(image_window, tl.int64) * heads + head
     GRAD_SCALE: tl.constexpr = WHOLE
@@ -285,7 +292,7 @@ def backward_of_keys(
             k,
             q,
             inverse_norm,
-            q_factor * factor,
+            q_factor * base2_factor,
             place,
             q_place,
             region,
@@ -297,7 +304,7 @@ def backward_of_keys(
             WHOLE,
             PRECISION,
         )
-        weights = tl.exp(logits - row_max[None, :]) * inverse_sum[None, :]
+        weights = tl.exp2(logits - row_max[None, :]) * inverse_sum[None, :]
         grad_v = tl.dot(weights.to(grad.dtype), grad, input_precision=PRECISION)
         grad_logits = weights * (tl.dot(v, tl.trans(grad), input_precision=PRECISION) - delta[None, :])
         grad_unit = tl.dot((grad_logits * (q_factor * GRAD_SCALE)[None, :]).to(q.dtype), q, input_precision=PRECISION)
@@ -306,7 +313,7 @@ def backward_of_keys(
                 k,
                 q2,
                 inverse_norm,
-                q2_factor * factor,
+                q2_factor * base2_factor,
                 place,
                 q2_place,
                 region,
@@ -318,7 +325,7 @@ def backward_of_keys(
                 WHOLE + REST,
                 PRECISION,
             )
-            weights2 = tl.exp(logits2 - row_max2[None, :]) * inverse_sum2[None, :]
+            weights2 = tl.exp2(logits2 - row_max2[None, :]) * inverse_sum2[None, :]
             grad_v = tl.dot(weights2.to(grad.dtype), grad2, grad_v, input_precision=PRECISION)
             grad_logits2 = weights2 * (tl.dot(v, tl.trans(grad2), input_precision=PRECISION) - delta2[None, :])
             grad_unit = tl.dot(
@@ -354,7 +361,7 @@ def load_places(
     token = tl.load(token_of + window * N + place, mask=place < N, other=-1)
     region = place
     if HAS_REGIONS:
-        region = tl.load(region_of + label_row * N + place, mask=place < N, other=0)
+        region = tl.load(region_of + label_row * N + place, mask=place < N, other=0).to(tl.int32)
     return place, token, region
 
 
@@ -450,13 +457,14 @@ def logits_of(
     if END > N:
         valid = valid & (column < N)[None, :]
     if TRANSPOSED:
-        logits = logits * y_factor[None, :] * x_factor[:, None]
+        logits, last_factor = logits * y_factor[None, :], x_factor[:, None]
         offsets = row[:, None] + column[None, :] * N
     else:
-        logits = logits * x_factor[:, None] * y_factor[None, :]
+        logits, last_factor = logits * x_factor[:, None], y_factor[None, :]
         offsets = row[:, None] * N + column[None, :]
-    logits += tl.load(bias + offsets, mask=valid, other=FILLER_LOGIT)
+    # One rounding, said here: of a sum of two products the compiler might round either first.
+    logits = tl.fma(logits, last_factor, tl.load(bias + offsets, mask=valid, other=FILLER_LOGIT) * LOG2_E)
     if HAS_REGIONS:
         other = row_region[:, None] ^ column_region[None, :]  # 1 to 3 for another region of the same group
-        logits += tl.where(other == 0, 0.0, tl.where(other < REGIONS, MASKED_LOGIT, OTHER_GROUP_LOGIT))
+        logits += tl.where(other == 0, 0.0, tl.where(other < REGIONS, MASKED_LOGIT * LOG2_E, OTHER_GROUP_LOGIT))
     return logits
