@@ -3,8 +3,11 @@
 import json
 import os
 import random
+import shutil
 import subprocess
 import sys
+import threading
+import time
 from itertools import pairwise
 from pathlib import Path
 
@@ -20,6 +23,7 @@ from simmim.cli import main
 from simmim.data import RandomView, build_loader, dataset_from_paths, open_images, open_picture
 from simmim.data.addresses import Tile, address_tile, parse_address, without_tile
 from simmim.data.decode import open_stored, open_windows
+from simmim.data.headers import file_stamps
 from simmim.data.tiles import TiledSamples, background_share, plan_tiles, tile_starts, walk_tiles
 from simmim.reading import AUTO, Reading, TileSettings
 
@@ -275,6 +279,113 @@ def test_unreadable_files_are_left_out_of_the_plan(mosaic, tmp_path):
     assert len(plan) == 37 and "1 image cannot be opened and left out; the first" in told[0] and "broken.tif" in told[0]
     with pytest.raises(ValueError, match=r"^1 of 4 images cannot be opened"):
         plan_tiles(source, TileSettings(64), AUTO, max_unreadable=0.05)
+
+
+@pytest.fixture
+def openings(monkeypatch, tmp_path):
+    """Names of the files that plans of tiles open, and a cache of their own."""
+    names = []
+
+    def counting(record, *how):
+        names.append(os.path.basename(record["path"]))
+        return open_windows(record, *how)
+
+    monkeypatch.setattr("simmim.data.tiles.open_windows", counting)
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    return names
+
+
+def write_slides(folder, count=3, side=96, age_s=60):
+    folder.mkdir(exist_ok=True)
+    for number in range(count):
+        write_pyramid(folder / f"{number}.tif", noise(side + 32 * number, side), resolution=(20000, 20000), resolutionunit=3)
+        os.utime(folder / f"{number}.tif", (time.time() - age_s,) * 2)
+    return dataset_from_paths([str(folder / f"{number}.tif") for number in range(count)])
+
+
+def test_a_plan_opens_files_once(tmp_path, openings):
+    """At the second start none; then the one that has changed, one that is new, and all where another pixel limit or other
+    pages are asked for. The plan is the same."""
+    source = write_slides(tmp_path / "slides")
+    settings = TileSettings(32, pixel_size=1.0)
+    plan = plan_tiles(source, settings, AUTO)
+    assert openings == ["0.tif", "1.tif", "2.tif"] and plan.images[0].level == 1
+    again = plan_tiles(source, settings, AUTO)
+    assert len(openings) == 3 and again.images == plan.images and again.rows == plan.rows
+    assert len(plan_tiles(source, TileSettings(32), AUTO)) == 9 + 12 + 15 and len(openings) == 3
+
+    changed = tmp_path / "slides" / "1.tif"
+    write_pyramid(changed, noise(64, 160))
+    os.utime(changed, (time.time() - 30,) * 2)
+    for _ in range(2):
+        assert plan_tiles(source, TileSettings(32), AUTO).images[1].size == (64, 160)
+    assert openings[3:] == ["1.tif"]
+    plan_tiles(write_slides(tmp_path / "slides", 4, age_s=20), TileSettings(32), AUTO)
+    assert openings[4:] == ["0.tif", "1.tif", "2.tif", "3.tif"]
+    (tmp_path / "slides" / "0.tif").unlink()
+    _, told = notices(plan_tiles, source, TileSettings(32), AUTO)
+    assert openings[8:] == [] and "1 image cannot be opened" in told[0]
+    for reading, limit in ((AUTO, 10**6), (Reading("image"), 10**9)):
+        with_notices_dropped = notices(plan_tiles, source, TileSettings(32), reading, limit)
+        assert len(with_notices_dropped[0].rows) == 2
+    assert openings[8:] == ["1.tif", "2.tif"] * 2
+
+
+def test_a_file_that_has_just_changed_is_opened_again(tmp_path, openings):
+    """Its time stamp may not tell the next change."""
+    source = write_slides(tmp_path / "slides", age_s=0)
+    for _ in range(2):
+        plan_tiles(source, TileSettings(32), AUTO)
+    assert len(openings) == 6 and not list((tmp_path / "cache").rglob("*.json"))
+
+
+def test_files_that_belong_to_a_slide_count(tmp_path):
+    """And an image that is a folder has no stamp, as that of the folder does not tell what is in it."""
+    (tmp_path / "a").mkdir()
+    (tmp_path / "a" / "Slidat.ini").write_text("one")
+    (tmp_path / "a.mrxs").write_bytes(b"slide")
+    stamps = file_stamps(record_of(tmp_path / "a.mrxs"))
+    (tmp_path / "a" / "Slidat.ini").write_text("others")
+    assert len(stamps) == 2 and file_stamps(record_of(tmp_path / "a.mrxs")) != stamps
+    assert file_stamps(record_of(tmp_path / "a")) is None and file_stamps({"bytes": b"a", "path": "a.tif"}) is None
+
+
+@pytest.mark.parametrize("harm", ["cut", "other version", "empty", "no folder"])
+def test_headers_that_cannot_be_used_are_read_again(tmp_path, openings, harm):
+    source = write_slides(tmp_path / "slides")
+    plan = plan_tiles(source, TileSettings(32), AUTO)
+    [kept] = (tmp_path / "cache").rglob("*-headers.json")
+    if harm == "no folder":
+        shutil.rmtree(tmp_path / "cache")
+        (tmp_path / "cache").touch()
+    else:
+        content = kept.read_text()
+        other = content.replace('"version":1', '"version":0')
+        kept.write_text({"cut": content[:-9], "other version": other, "empty": ""}[harm])
+    assert plan_tiles(source, TileSettings(32), AUTO).images == plan.images and len(openings) == 6
+    plan_tiles(source, TileSettings(32), AUTO)
+    assert len(openings) == (9 if harm == "no folder" else 6)
+
+
+def test_several_processes_keep_headers_at_once(tmp_path, openings):
+    """Each plan is right at any time, and nothing but the one file is left."""
+    source = write_slides(tmp_path / "slides")
+    expected, wrong = plan_tiles(source, TileSettings(32), AUTO).images, []
+    [kept] = (tmp_path / "cache").rglob("*-headers.json")
+
+    def run():
+        for _ in range(10):
+            if plan_tiles(source, TileSettings(32), AUTO).images != expected:
+                wrong.append(1)
+            kept.unlink(missing_ok=True)
+
+    threads = [threading.Thread(target=run) for _ in range(3)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert not wrong and plan_tiles(source, TileSettings(32), AUTO).images == expected
+    assert [path.name for path in kept.parent.iterdir()] == [kept.name]
 
 
 @pytest.mark.parametrize("length, side, overlap", [(100, 100, 0.5), (101, 100, 0.5), (1000, 100, 0.25), (977, 64, 0)])

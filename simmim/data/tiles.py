@@ -8,10 +8,12 @@ Sizes are (height, width). Tiles are squares.
 
 from __future__ import annotations
 
+import functools
 import math
 import random
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
+from importlib.util import find_spec
 from typing import TYPE_CHECKING, NamedTuple
 
 import numpy as np
@@ -19,6 +21,7 @@ import torch
 
 from simmim.data.addresses import Tile, address_tile
 from simmim.data.decode import MAX_PIXELS, STRETCHED, open_picture, open_windows
+from simmim.data.headers import KeptHeaders
 from simmim.data.image_statistics import ImageStatistics, measure_images
 from simmim.data.orientation import Size
 from simmim.data.pictures import Picture
@@ -123,7 +126,8 @@ def plan_tiles(
     max_pixels: int = MAX_PIXELS,
     max_unreadable: float = 1.0,
 ) -> TilePlan:
-    """Open every image, and find where its tiles lie. Images that cannot be opened are left out, which is a `Notice`.
+    """Find where the tiles of every image lie. Only files that are new or have changed are opened, as headers are kept
+    (`KeptHeaders`). Images that cannot be opened are left out, which is a `Notice`.
 
     Args:
         max_unreadable: share of the images; more of them stop it.
@@ -133,25 +137,26 @@ def plan_tiles(
             too many or all images cannot be opened.
     """
     rows, images, unreadable, smaller, unfit = [], [], [], [], []
+    # Without OpenSlide tifffile reads what it can of some slides.
+    headers = KeptHeaders(source, (reading.pages, max_pixels, find_spec("openslide") is not None))
     for row in range(len(source)):
         record = source[row]["image"]
         name = record_name(record, row)
         try:
-            opened = open_windows(record, max_pixels, reading)
+            header = headers.read(record, functools.partial(open_windows, record, max_pixels, reading))
         except UNREADABLE as error:
             unreadable.append(f"{name}: {describe_error(error)}")
             continue
         try:
-            image = place_tiles(opened.levels, opened.pixel_size, settings)
+            image = place_tiles(header.levels, header.pixel_size, settings)
         except ValueError as error:
             unfit.append(f"{name}: {error}")
             continue
-        finally:
-            opened.close()
         if min(image.level_size) < image.side:
             smaller.append((min(image.level_size) * settings.size_px // image.side, name, image))
         rows.append(row)
         images.append(image)
+    headers.save()
     of_all = counted(len(source), "image")
     if len(unreadable) > max_unreadable * len(source) or not (images or unfit):
         raise ValueError(f"{len(unreadable):,} of {of_all} cannot be opened; the first, {unreadable[0]}")
