@@ -14,6 +14,7 @@ from importlib import import_module
 from simmim.cli.allocator import keep_freed_memory
 from simmim.cli.arguments import UsageError, nearest
 from simmim.cli.notices import notices_as_lines
+from simmim.cli.waiting import let_waiting_threads_sleep
 
 DESCRIPTION = "Pre-train an encoder on your own images without labels, look at it, export it, fine-tune it on few labels."
 
@@ -76,6 +77,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         else:
             command = command_named(words[0])
             keep_freed_memory()
+            let_waiting_threads_sleep()
             with notices_as_lines(print_notice):
                 code = command.run(words[1:])
             sys.stdout.flush()
