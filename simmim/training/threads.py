@@ -11,6 +11,7 @@ from pathlib import Path
 
 import pytorch_lightning as pl
 import torch
+from tqdm import tqdm
 
 CHOSEN_BY_USER = ("OMP_NUM_THREADS", "MKL_NUM_THREADS")  # environment variables
 FIRST_LOOK_S = 0.5  # least time over which others are observed before the first step
@@ -110,7 +111,7 @@ class LeaveBusyCores(pl.Callback):
             torch.set_num_threads(found)
             self.changes += 1
             if not self.quiet:
-                print(
+                tqdm.write(  # beside the progress line
                     f"{found} of {self.most} threads: other processes keep {others:.1f} of {cores} cores busy "
                     f"(OMP_NUM_THREADS={self.most} would keep all)"
                 )
