@@ -222,6 +222,7 @@ class StudySettings(ClassificationSettings, SemiStudyFields):
         labels: numbers of labels per class, separated by commas; all is every training image.
     """
 
+    may_change_on_resume: ClassVar[tuple[str, ...]] = SemiStudyFields.may_change_on_resume
     run_class: ClassVar[type] = ClassificationSettings
 
     task: str = "classification"  # type: ignore[misc]

@@ -48,7 +48,7 @@ class Segmentation(Task):
         start = find_start(settings, images, device, report_line)
         config, scheme = start.encoder.config, labels.scheme
         config.check_maps()
-        settings, reasons = cast(SegmentationSettings, start.settings), []
+        settings, reasons = cast(SegmentationSettings, start.settings), list[str]()
         if unlabeled:
             check_channels(unlabeled, config.in_channels)
             settings, reasons = resolve_self_training(settings, len(labels.train), len(unlabeled.images), config, device)

@@ -71,12 +71,13 @@ class PseudoMaskTraining(SelfTrainingSteps, SegmentationFinetuning):
         if len(unlabeled.images):
             images = torch.cat([images, unlabeled.images])
         output = self.model(images, with_auxiliary=True)
-        labeled_loss, pseudo_loss = 0.0, 0.0
+        label_maps = batch["label_map"][:num_labeled]
+        labeled_loss = pseudo_loss = torch.zeros((), device=images.device)
         for logits, weight in ((output.logits, 1.0), (output.auxiliary, self.auxiliary)):
             if logits is not None:
-                labeled_loss += weight * self.training_loss(logits[:num_labeled], batch["label_map"][:num_labeled])
-                pseudo_loss += weight * self.pseudo_loss(logits[num_labeled:], unlabeled)
-        return self.log_losses(labeled_loss, pseudo_loss, num_labeled, len(batch["box"]))  # type: ignore[arg-type]
+                labeled_loss = labeled_loss + weight * self.training_loss(logits[:num_labeled], label_maps)
+                pseudo_loss = pseudo_loss + weight * self.pseudo_loss(logits[num_labeled:], unlabeled)
+        return self.log_losses(labeled_loss, pseudo_loss, num_labeled, len(batch["box"]))
 
     def pseudo_loss(self, logits: Tensor, unlabeled: UnlabeledViews) -> Tensor:
         """Cross entropy of the confident pixels over the number of all pixels; zero without any.
