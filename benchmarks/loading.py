@@ -25,7 +25,7 @@ from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from pathlib import Path
 
-from loading_pipelines import SIDE_PX, UsualPipeline, photographs, toolkit_samples
+from loading_pipelines import SIDE_PX, FirstEpoch, SamplesWithHeap, UsualPipeline, heap_mib, photographs, toolkit_samples
 
 from simmim.defaults import IMAGENET_MEAN, IMAGENET_STD
 
@@ -99,6 +99,7 @@ def main(arguments: list[str] | None = None) -> int:
 
         torch.set_num_threads(1)
         random.seed(0)
+        warnings.filterwarnings("ignore", message="This DataLoader will create")  # on fewer cores, as intended
         results: dict = {"quick": options.quick, "machine": describe_machine()}
         measure = {
             "decoding": measure_decoding,
@@ -165,6 +166,7 @@ def measure_decoding(folder: Path, scale: Scale) -> list[dict]:
             load(0, 0)
         apart = [levels_apart(ours, kept, (0, index)) for index in range(len(paths))]  # and all images are kept from now on
         for number in range(scale.rounds):
+            first_epoch.prepare(count)
             for name, load in loaders.items():
                 started = time.process_time()
                 for index in range(count):
@@ -187,19 +189,6 @@ def measure_decoding(folder: Path, scale: Scale) -> list[dict]:
             }
         )
     return rows
-
-
-class FirstEpoch:
-    """Samples whose images are not kept yet, as all are in a first epoch."""
-
-    def __init__(self, paths: list[str], folder: Path) -> None:
-        self.samples, self.folder, self.numbers = toolkit_samples(paths, folder / "first"), folder, itertools.count()
-
-    def __call__(self, epoch: int, index: int) -> object:
-        if index % len(self.samples) == 0:
-            kept = self.samples.kept
-            self.samples.kept = type(kept)(kept.views, (next(self.numbers),), kept.budget_bytes, self.folder / "first")
-        return self.samples[epoch, index % len(self.samples)]
 
 
 def levels_apart(direct, kept, key: tuple[int, int]) -> float:
@@ -357,7 +346,8 @@ def measure_memory(folder: Path, scale: Scale) -> dict:
     The index is a memory-mapped Arrow file, as `index_folder` keeps it; its rows repeat a few real files. There are three
     numbers for all processes together: resident (shared pages count in each), proportional (shared pages are divided among
     those that share them), and anonymous, the allocated part of proportional. A leak makes the anonymous part grow; unlike
-    pages of a mapped file, the system cannot drop it.
+    pages of a mapped file, the system cannot drop it. Two more tell a leak from what the C library keeps of freed blocks: a
+    leak makes blocks in use grow.
     """
     import datasets
 
@@ -368,19 +358,19 @@ def measure_memory(folder: Path, scale: Scale) -> dict:
     index = folder / "large-index.arrow"
     write_paths(index, (paths[row % len(paths)] for row in range(scale.memory_rows)))
     source = datasets.Dataset.from_file(str(index))
-    samples = ImageSamples(source, RandomView((SIDE_PX, SIDE_PX)), channels=3, seed=0)
+    samples = SamplesWithHeap(ImageSamples(source, RandomView((SIDE_PX, SIDE_PX)), channels=3, seed=0))
     batch, workers = 32, 4
-    warnings.filterwarnings("ignore", message="This DataLoader will create 4 worker")  # on fewer cores, as intended
     loader = build_loader(samples, workers=workers, order=EndlessBatchSampler(len(samples), batch, seed=0))
     stream = iter(loader)
-    counts, readings = [], []
+    counts, readings, heaps = [], [], {}
     between = math.ceil(scale.memory_samples / (scale.num_readings - 1) / batch)
     for number in range(scale.num_readings):
         for _ in range(between if number else math.ceil(scale.warm_up / batch)):
-            next(stream)
+            heaps |= dict(filter(None, next(stream)["row"]))
         time.sleep(scale.settle_s)
         counts.append(number * between * batch)
-        readings.append(workers_mib(worker.pid for worker in stream._workers))
+        heap = {f"{name} of the heap": sum(held[name] for held in heaps.values()) for name in heap_mib()}
+        readings.append(workers_mib(worker.pid for worker in stream._workers) | heap)
     stop(stream)
     growth = {name: slope(counts, [reading[name] for reading in readings]) for name in readings[0]}
     of_mean = {name: 100 * GROWTH_SAMPLES / statistics.mean(reading[name] for reading in readings) for name in readings[0]}
@@ -476,7 +466,7 @@ def memory_rows(row: dict) -> list[tuple[str, ...]]:
     """One row per kind of memory."""
     return [
         (
-            f"{name} memory of {row['workers']} workers, growth in {row['growth_samples']:,} samples, index of "
+            f"memory of {row['workers']} workers, {name}, growth in {row['growth_samples']:,} samples, index of "
             f"{row['index_rows']:,}",
             "",
             f"{min(row['mib'][name]):,.0f} to {max(row['mib'][name]):,.0f} MiB",

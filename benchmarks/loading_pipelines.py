@@ -2,12 +2,23 @@
 
 from __future__ import annotations
 
+import ctypes
+import itertools
+import math
+import os
 import random
+import shutil
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from simmim.defaults import IMAGENET_MEAN, IMAGENET_STD
 
+if TYPE_CHECKING:
+    from simmim.data.kept_pictures import KeptPictures
+
 SIDE_PX = 192
+HEAP_EVERY = 32  # samples
+MALLOC_FIELDS = ("arena", "ordblks", "smblks", "hblks", "hblkhd", "usmblks", "fsmblks", "uordblks", "fordblks", "keepcost")
 
 
 def photographs(folder: Path, size: tuple[int, int], count: int, content: str = "tiled") -> list[str]:
@@ -92,3 +103,77 @@ def toolkit_samples(paths: list[str], cache: Path | None = None):
     view = RandomView((SIDE_PX, SIDE_PX))
     kept = KeptPictures([view], (3,), 10**11, cache) if cache else None
     return ImageSamples(undecoded(paths), view, channels=3, seed=0, kept=kept)
+
+
+class FirstEpoch:
+    """Samples whose images are not kept yet, as all are in a first epoch. They are few, so that many collections stand for a
+    large one, whose folders exist as soon as a few hundred of its images are kept."""
+
+    def __init__(self, paths: list[str], folder: Path) -> None:
+        self.samples, self.root, self.numbers = toolkit_samples(paths, folder / "first"), folder / "first", itertools.count()
+        self.collections: list[KeptPictures] = []
+        self.prepare(1)
+
+    def prepare(self, count: int) -> None:
+        """Remove what is kept, and make the folders for `count` more samples."""
+        from simmim.data.kept_pictures import KeptPictures
+
+        shutil.rmtree(self.root, ignore_errors=True)
+        views, budget_bytes = self.samples.kept.views, self.samples.kept.budget_bytes
+        self.collections = []
+        for _ in range(math.ceil(count / len(self.samples))):
+            kept = KeptPictures(views, (next(self.numbers),), budget_bytes, self.root)
+            for row in self.samples.source:
+                kept.entry(row["image"], []).parent.mkdir(parents=True, exist_ok=True)
+            self.collections.append(kept)
+
+    def __call__(self, epoch: int, index: int) -> object:
+        if index % len(self.samples) == 0:
+            self.samples.kept = self.collections.pop()
+        return self.samples[epoch, index % len(self.samples)]
+
+
+class MallocInfo(ctypes.Structure):
+    """glibc's `struct mallinfo2`."""
+
+    _fields_ = [
+        (name, ctypes.c_size_t)
+        for name in (
+            "arena",
+            "ordblks",
+            "smblks",
+            "hblks",
+            "hblkhd",
+            "usmblks",
+            "fsmblks",
+            "uordblks",
+            "fordblks",
+            "keepcost",
+        )
+    ]
+
+
+def heap_mib() -> dict[str, float]:
+    """What the C library's heap holds of this process: blocks that are in use, and freed ones that it keeps. Empty without a
+    glibc of 2.33 or later."""
+    library = ctypes.CDLL(None)
+    if not hasattr(library, "mallinfo2"):
+        return {}
+    library.mallinfo2.restype = MallocInfo
+    info = library.mallinfo2()
+    return {"in use": (info.uordblks + info.hblkhd) / 2**20, "freed and kept": info.fordblks / 2**20}
+
+
+class SamplesWithHeap:
+    """Samples that tell of the process that loaded them what its heap holds, one in `HEAP_EVERY`, as `row`."""
+
+    def __init__(self, samples) -> None:
+        self.samples, self.num_loaded = samples, 0
+
+    def __len__(self) -> int:
+        return len(self.samples)
+
+    def __getitem__(self, key: tuple[int, int]) -> dict:
+        sample = self.samples[key]
+        self.num_loaded += 1
+        return sample | {"row": None if self.num_loaded % HEAP_EVERY else (os.getpid(), heap_mib())}
