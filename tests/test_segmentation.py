@@ -113,7 +113,8 @@ def test_training_adds_the_weighted_loss_of_the_auxiliary_head(saved, weight):
     main, auxiliary = (
         pixel_loss(logits, labels, 255, torch.tensor(weights), 0.1) for logits in (output.logits, output.auxiliary)
     )
-    loss = module.training_step({"image": images, "label_map": labels.to(torch.uint8)}, 0)
+    batch = {"image": images, "label_map": labels.to(torch.uint8), "seed": [0, 1]}
+    loss = module.training_step(batch, 0)
     torch.testing.assert_close(loss, main + weight * auxiliary)
     assert abs(main - auxiliary) > 0.01, "so that one cannot stand for the other"
 
