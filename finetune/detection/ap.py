@@ -22,6 +22,7 @@ COLUMNS = ("class", "AP", "AP50", "AP75")  # and how many objects there are
 SIZES = {"small": "up to 32² px", "medium": "32² to 96² px", "large": "from 96² px"}  # of the box, or of the mask
 BOXES, MASKS = "bbox", "segm"  # what is judged, as COCO calls it
 AT_75 = 5  # index of the threshold 0.75
+SLACK = 1e-4  # by which a threshold is below its box's score, whose last digits depend on batch and device
 
 
 class Judged(NamedTuple):
@@ -186,7 +187,7 @@ def best_thresholds(precision: np.ndarray, scores: np.ndarray) -> tuple[float, .
     thresholds = []
     for of_class, score in zip(np.nan_to_num(measure), scores):
         best = int(of_class.argmax())
-        thresholds.append(float(score[best]) if of_class[best] > 0 else 1.0)
+        thresholds.append(float(score[best]) - SLACK if of_class[best] > 0 else 1.0)
     return tuple(thresholds)
 
 
