@@ -23,6 +23,7 @@ from simmim.data import (
 )
 from simmim.data.kept_pictures import KeptPictures
 from simmim.data.tiles import TilePlan, measure_tiles, plan_tiles
+from simmim.defaults import ENOUGH_IMAGES_SEEN, default_scales
 from simmim.pretrain.calibration import (
     DEFAULT_S,
     LONG_S,
@@ -109,7 +110,8 @@ class Found(NamedTuple):
 
 def resolve_length(settings: PretrainSettings) -> tuple[Resolved, list[str]]:
     """`resolve_run`, with as many epochs as fit into the time that is given, or on a CPU into an hour where neither time nor
-    epochs are; and lines about the time that the run takes. A run that is resumed keeps its epochs.
+    epochs are, and with encoder and images as large as that length suits; and lines about it. A run that is resumed keeps
+    what was chosen.
 
     Raises:
         ValueError: for a time that is none, is given with epochs, or for several devices; as `resolve_run`.
@@ -118,29 +120,78 @@ def resolve_length(settings: PretrainSettings) -> tuple[Resolved, list[str]]:
     device = str(settings.trainer.get("accelerator", "auto"))
     device = device if device in WARM_UP_STEPS else device_type()
     if settings.resume and (Path(settings.out).expanduser() / CONFIG).is_file():
-        if settings.epochs is None:
-            settings = replace(settings, epochs=read_settings(settings.out).epochs)
-        return resolve_run(settings), []
+        stored = read_settings(settings.out)
+        left_open = {name for name in ("epochs", "preset", "image_size") if getattr(settings, name) is None}
+        left_open -= {"image_size"} if settings.image_sizes is not None else set()
+        return resolve_run(replace(settings, **{name: getattr(stored, name) for name in left_open})), []
     if seconds is not None and settings.epochs is not None:
         raise ValueError(f"both time {settings.time} and epochs {settings.epochs:g} are given: give one of them")
     is_single = num_processes(settings, device) == 1
     if seconds is not None and not is_single:
         raise ValueError(f"time is {settings.time} and there are several devices, which it does not measure: give epochs")
     found = look(settings)
+    settings, scale = fit_scale(settings, found, seconds, device)
     resolved = fill_in(settings, found)
     num_images, batch_size = resolved.source.num_images, resolved.settings.batch_size
     if not is_single or (seconds is None and is_short(resolved.settings, num_images)):
-        return resolved, []
+        return resolved, scale
     step_s = measure_step(resolved, device)
     by_default = seconds is None and settings.epochs is None and device == "cpu"
     if by_default and run_seconds(resolved.settings, num_images, step_s) > LONG_S:
         seconds = DEFAULT_S
-    chosen = []
+    chosen = scale
     if seconds is not None:
         epochs = epochs_in(seconds, step_s, batch_size, num_images)
-        chosen = [chosen_line(resolved.settings, epochs, num_images, step_s)]
+        chosen = [*scale, chosen_line(resolved.settings, epochs, num_images, step_s)]
         resolved = fill_in(replace(settings, epochs=epochs), found)
     return resolved, [*chosen, f"time     {estimate_line(resolved.settings, num_images, step_s)}"]
+
+
+def fit_scale(
+    settings: PretrainSettings, found: Found, seconds: float | None, device: str
+) -> tuple[PretrainSettings, list[str]]:
+    """The settings with preset and image size as large as suits the run's length (`default_scales`), where a fresh encoder's
+    are open; and why they are not the largest: a line or none.
+
+    Args:
+        seconds: the run's length, where it is given.
+        device: where it is measured: cuda, mps or cpu. On a GPU a run without a given length has the largest.
+    """
+    is_open = settings.init == "none" and settings.image_sizes is None and not settings.model.encoder
+    if not is_open or (seconds is None and device != "cpu"):
+        return settings, []
+    given_px = None if settings.image_size is None else min(settings.size)
+    scales = default_scales(found.statistics.short_side_px, device, settings.preset, given_px)
+    reason, has_epochs = [], settings.epochs is not None
+    for number, scale in enumerate(scales, start=1):
+        settings = replace(settings, preset=scale.preset, image_size=settings.image_size if given_px else scale.side_px)
+        if number == len(scales):
+            break
+        seen = images_seen(fill_in(settings, found), seconds, has_epochs, device)
+        if seen >= ENOUGH_IMAGES_SEEN:
+            break
+        reason = [
+            f"chosen   {scales[number]}: {scale} would see {float(f'{seen:.2g}'):,.0f} images in this run, and of fewer than a million "
+            f"a smaller encoder learned more (--preset {scale.preset} --image-size {scale.side_px})"
+        ]
+    return settings, reason
+
+
+def images_seen(resolved: Resolved, seconds: float | None, are_epochs_given: bool, device: str) -> float:
+    """How many images a run would show its encoder, each as often as there are epochs.
+
+    Args:
+        seconds: the run's length. Without one it has the epochs that are given, else the default ones or those of an hour.
+        are_epochs_given: by the user.
+        device: where a step is measured, if one needs to be.
+    """
+    settings, num_images = resolved.settings, resolved.source.num_images
+    whole = settings.epochs * num_images
+    is_known = are_epochs_given or whole < ENOUGH_IMAGES_SEEN or num_processes(settings, device) > 1
+    if seconds is None and is_known:
+        return whole
+    fitting = epochs_in(seconds or DEFAULT_S, measure_step(resolved, device), settings.batch_size, num_images) * num_images
+    return fitting if seconds else min(whole, fitting)
 
 
 def measure_step(resolved: Resolved, device: str) -> float:

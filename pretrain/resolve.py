@@ -55,7 +55,7 @@ def resolve_settings(
     """
     data = resolve_data(settings.data, images, initial)
     check_channels(settings, data.channels)
-    image_size = settings.image_size or default_size(images, initial, device)
+    image_size = settings.image_size or default_size(images, initial, device, settings.preset)
     settings = replace(settings, data=data, image_size=image_size)
     settings, config = resolve_encoder(settings, device, initial)
     epochs = settings.epochs or default_pretraining_epochs(num_images)
@@ -107,9 +107,13 @@ def check_channels(settings: PretrainSettings, channels: int) -> None:
         raise ValueError(f"model.encoder.in_channels is {given} and the images have {channels}: give data.channels")
 
 
-def default_size(images: ImageStatistics, initial: Checkpoint | None, device: str) -> int | tuple[int, int]:
-    """The image size of the initial encoder, or one that suits images and device."""
-    return plain_size(initial.preprocessing.image_size) if initial else default_image_size(images.short_side_px, device)
+def default_size(
+    images: ImageStatistics, initial: Checkpoint | None, device: str, preset: str | None = None
+) -> int | tuple[int, int]:
+    """The image size of the initial encoder, or one that suits images, device and preset."""
+    if initial:
+        return plain_size(initial.preprocessing.image_size)
+    return default_image_size(images.short_side_px, device, preset)
 
 
 def resolve_encoder(

@@ -60,7 +60,8 @@ def pretrain(settings: PretrainSettings) -> Path:
     pl.seed_everything(settings.seed, workers=True, verbose=False)
     method = build_method(settings)
     notes = [load_initial_weights(method, resolved.initial)] if resolved.initial else []
-    run = training_run(resolved, method, notes, [*size_reason(given, resolved.short_side_px, device_type()), *length])
+    length = [*size_reason(given, settings, resolved.short_side_px, device_type()), *length]
+    run = training_run(resolved, method, notes, length)
     finished = run_training(run)
     if finished.trainer.is_global_zero:
         for line in closing_lines(run):

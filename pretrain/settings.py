@@ -237,7 +237,7 @@ class PretrainSettings(RunSettings):
         init: encoder to start from, in any format that `simmim.load_encoder` reads; the weights of the method come along
             where the file has them. With none the encoder starts fresh.
         method: how the encoder learns.
-        preset: size of a fresh encoder: nano, micro, tiny, small, base, large, huge, giant-1b, giant-3b.
+        preset: size of a fresh encoder: pico, nano, micro, tiny, small, base, large, huge, giant-1b, giant-3b.
         image_size: pixels the crops are resized to, one number or height and width.
         image_sizes: in place of image_size sizes that follow one another in the run, the smallest first, as [96, 128, 192]:
             early steps on smaller images take less time. Windows and mask units follow the size, and the encoder that is

@@ -70,16 +70,18 @@ def images_text(settings: PretrainSettings, count: int) -> str:
     return f"{count:,} tiles of {tiles.size_px} px{where} an epoch"
 
 
-def size_reason(given: PretrainSettings, short_side_px: int, device: str) -> list[str]:
+def size_reason(given: PretrainSettings, resolved: PretrainSettings, short_side_px: int, device: str) -> list[str]:
     """Why images have the size that they have, where the machine and not the images decided: a line or none.
 
     Args:
-        given: settings before they were resolved.
+        given, resolved: settings before they were resolved, and after.
         short_side_px: of the images' files.
         device: cuda, mps or cpu.
     """
     on_gpu = default_image_size(short_side_px, "cuda")
-    if given.image_size is not None or given.init != "none" or default_image_size(short_side_px, device) == on_gpu:
+    if given.image_size is not None or given.init != "none" or resolved.image_size != CPU_SIDE_PX or device != "cpu":
+        return []
+    if on_gpu == CPU_SIDE_PX:
         return []
     return [
         f"chosen   {CPU_SIDE_PX} px, the most on a CPU: {on_gpu} px (--image-size {on_gpu}) would take several times as long"

@@ -124,13 +124,12 @@ def test_suggestions_are_the_defaults_of_pretraining(report, corpus):
     images = measure_images(source_of(sorted(corpus.iterdir())))
     assert images.short_side_px == report.short_side_px
     resolved = resolve_settings(PretrainSettings(data="x", out="y"), images, report.images, "cpu", 0)
-    suggestion = report.suggestion
-    assert (suggestion.image_size_px, suggestion.preset) == (resolved.image_size, resolved.preset)
+    largest = (resolved.preset, resolved.image_size)
+    assert report.suggestion.scales[0] == largest
     words = shlex.split(suggested_command(report))
     assert words[:2] == ["simmim", "pretrain"]
     settings = pretrain_settings(words[2:])
     assert settings.data.path == "my photos"
-    assert (settings.image_size, settings.preset) == (resolved.image_size, resolved.preset)
     assert resolve_settings(settings, images, report.images, "cpu", 0).model == resolved.model
 
 
@@ -140,9 +139,11 @@ def test_suggestions_follow_the_images_and_the_device(tmp_path):
         paths.append(tmp_path / f"{number}.jpg")
         Image.fromarray(noise(500, 300, seed=number)).save(paths[-1])
     source = source_of(paths)
-    for device, expected in {"cpu": (96, "micro"), "cuda": (192, "tiny")}.items():
-        suggestion = check_images(source, workers=0, device=device).suggestion
-        assert (suggestion.image_size_px, suggestion.preset) == expected
+    micro, pico = ("micro", 96), ("pico", 64)
+    for device, expected in {"cpu": (micro, pico), "cuda": (("tiny", 192), micro, pico)}.items():
+        assert check_images(source, workers=0, device=device).suggestion.scales == expected
+    text = render(check_images(source, workers=0, device="cpu"))
+    assert "suggested    micro at 96 px, or pico at 64 px where the run's time is too" in text
     assert check_images(source, workers=0).channels == 1
 
 

@@ -17,6 +17,7 @@ from simmim.defaults import (
     default_mask_unit,
     default_preset,
     default_pretraining_epochs,
+    default_scales,
 )
 from simmim.encoders.swinv2 import PRESETS
 from simmim.finetune.classification.settings import ClassificationSettings, LabeledSettings
@@ -88,10 +89,18 @@ def test_photos(device, preset, batch_size, lr, side):
 
 
 @pytest.mark.parametrize(
-    "side, device, given, lines", [(375, "cpu", None, 1), (375, "cuda", None, 0), (375, "cpu", 96, 0), (96, "cpu", None, 0)]
+    "side, device, given, size, lines",
+    [
+        (375, "cpu", None, 96, 1),
+        (375, "cuda", None, 192, 0),
+        (375, "cuda", None, 96, 0),
+        (375, "cpu", 96, 96, 0),
+        (96, "cpu", None, 96, 0),
+        (375, "cpu", None, 64, 0),
+    ],
 )
-def test_the_size_that_a_cpu_brings_is_said(side, device, given, lines):
-    said = size_reason(settings_for(image_size=given), side, device)
+def test_the_size_that_a_cpu_brings_is_said(side, device, given, size, lines):
+    said = size_reason(settings_for(image_size=given), settings_for(image_size=size), side, device)
     assert [line.startswith("chosen   96 px, the most on a CPU: 192 px") for line in said] == [True] * lines
 
 
@@ -297,6 +306,23 @@ def test_default_image_size():
     assert {side: default_image_size(side, "cpu") for side in sides} == {side: min(size, 96) for side, size in sides.items()}
 
 
+def test_default_image_size_of_a_preset():
+    sizes = {"pico": (64, 64), "micro": (96, 96), "tiny": (96, 192), "base": (96, 192), "swin-tiny": (96, 192)}
+    assert {name: tuple(default_image_size(375, device, name) for device in ("cpu", "cuda")) for name in sizes} == sizes
+    assert default_image_size(40, "cpu", "pico") == 32
+
+
+def test_default_scales():
+    tiny, micro, pico = ("tiny", 192), ("micro", 96), ("pico", 64)
+    assert default_scales(375, "cuda") == [tiny, micro, pico] and default_scales(375, "cpu") == [micro, pico]
+    assert default_scales(100, "cuda") == [("tiny", 96), micro, pico]
+    assert default_scales(64, "cpu") == [("micro", 64), pico]
+    assert default_scales(28, "cpu") == default_scales(28, "cuda") == [("nano", 32)]
+    assert default_scales(375, "cpu", side_px=128) == [("micro", 128), ("pico", 128)]
+    assert default_scales(375, "cpu", preset="tiny") == [("tiny", 96)]
+    assert default_scales(375, "cpu", "pico", 48) == [("pico", 48)], "what is given stays"
+
+
 def test_default_preset_and_batch():
     assert [default_preset(side, device) for side in (32, 48) for device in ("cpu", "cuda", "mps")] == ["nano"] * 6
     assert [default_preset(64, device) for device in ("cpu", "cuda", "mps")] == ["micro", "tiny", "tiny"]
@@ -308,6 +334,7 @@ def test_default_window():
     sides = {192: 12, 96: 6, 32: 4, 16: 4}
     assert {side: PRESETS["nano"].fields_for_size((side, side))["window_size"] for side in sides} == sides
     assert PRESETS["nano"].fields_for_size((96, 192)) == {"window_size": 6}, "the shorter side"
+    assert PRESETS["pico"].fields_for_size((64, 64)) == {"window_size": 8}, "stages of one block have no shifted windows"
 
 
 @pytest.mark.parametrize(

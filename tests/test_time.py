@@ -1,11 +1,13 @@
 """The time that a pre-training takes: measured before it begins, and given in place of epochs."""
 
 import time
+from dataclasses import replace
 from types import SimpleNamespace
 
 import pytest
 import torch
 import yaml
+from PIL import Image
 
 from simmim.cli import main
 from simmim.pretrain import (
@@ -18,6 +20,7 @@ from simmim.pretrain import (
     pretrain,
 )
 from simmim.pretrain.calibration import epochs_in, estimate_line, length_text, num_processes, parse_length, seconds_per_step
+from simmim.training.run_folder import write_run_folder
 
 SMALL = SimMIMSettings(mask_unit=8, encoder={"embed_dim": 16, "depths": [1, 1], "num_heads": [1, 2], "drop_path_rate": 0.3})
 
@@ -147,6 +150,47 @@ def test_on_a_cpu_a_run_without_a_length_takes_an_hour(digits, tmp_path, monkeyp
     monkeypatch.setattr(preparation, "measure_step", lambda resolved, device: 1e-4)
     resolved, lines = preparation.resolve_length(settings(digits, tmp_path / "short"))
     assert resolved.settings.epochs == 800 and lines == ["time     about 1 s on this machine, 0.0001 s a step as measured"]
+
+
+@pytest.mark.parametrize(
+    "words, step_s, scale, line",
+    [
+        ({"time": "1h"}, {"micro": 0.01, "pico": 0.01}, ("micro", 96), None),
+        (
+            {"time": "1h"},
+            {"micro": 0.5, "pico": 0.1},
+            ("pico", 64),
+            "chosen   pico at 64 px: micro at 96 px would see 220,000 ",
+        ),
+        (
+            {},
+            {"micro": 0.5, "pico": 0.1},
+            ("pico", 64),
+            "would see 9,600 images in this run, and of fewer than a million a sm",
+        ),
+        ({"epochs": 1e5}, {}, ("micro", 96), None),
+        ({"epochs": 3.0}, {}, ("pico", 64), "micro at 96 px would see 36 images in this run"),
+        ({"epochs": 3.0, "preset": "micro"}, {}, ("micro", 96), None),
+        ({"epochs": 3.0, "image_size": 96}, {}, ("pico", 96), "chosen   pico at 96 px"),
+    ],
+)
+def test_encoder_and_images_are_as_large_as_the_length_suits(tmp_path, monkeypatch, words, step_s, scale, line):
+    """On a CPU, by the time that is given, an hour, or the epochs; and a resumed run keeps them without measuring."""
+    for number in range(12):
+        Image.new("RGB", (130, 110), (number * 20, 90, 90)).save(tmp_path / f"{number}.png")
+    monkeypatch.setattr(calibration, "SHORT_PIXELS", 0.0)
+    monkeypatch.setattr(preparation, "measure_step", lambda resolved, device: step_s[resolved.settings.preset])
+    given = PretrainSettings(data=DataSettings(str(tmp_path)), out=str(tmp_path / "run"), batch_size=32, **words)
+    if "epochs" in words:
+        monkeypatch.setattr(preparation, "measure_step", lambda resolved, device: 1e-4)
+    resolved, lines = preparation.resolve_length(given)
+    assert (resolved.settings.preset, resolved.settings.image_size) == scale
+    said = [text for text in lines if " at " in text and text.startswith("chosen")]
+    assert len(said) == (line is not None) and all(line in text for text in said)
+    write_run_folder(tmp_path / "run", resolved.settings)
+    monkeypatch.setattr(preparation, "measure_step", lambda resolved, device: pytest.fail("measured again"))
+    again, _ = preparation.resolve_length(replace(given, resume=True))
+    assert again.settings == replace(resolved.settings, resume=True)
 
 
 @pytest.mark.parametrize(

@@ -10,7 +10,7 @@ from itertools import pairwise
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
-    from simmim.data.check import CheckReport
+    from simmim.data.check import CheckReport, Suggestion
 
 MAX_LINES = 20  # of a list of files
 BAR_WIDTH = 40
@@ -52,7 +52,7 @@ def render(report: CheckReport) -> str:
         "",
         *loading_text(report),
         "",
-        f"suggested    image size {report.suggestion.image_size_px} px, preset {report.suggestion.preset}",
+        f"suggested    {scales_text(report.suggestion)}",
         f"  {printable(suggested_command(report))}",
     ]
     return "\n".join(lines)
@@ -65,16 +65,24 @@ def as_json(report: CheckReport) -> str:
         "workers_needed": {f"{rate:g}": workers for rate, workers in report.workers_needed.items()},
     }
     if report.suggestion is not None:
+        values["suggestion"]["scales"] = [scale._asdict() for scale in report.suggestion.scales]
         values["suggestion"]["command"] = suggested_command(report)
     return json.dumps(values, indent=2)
 
 
+def scales_text(suggestion: Suggestion) -> str:
+    """Encoder and image size, and the smaller ones that a run takes where its time is short."""
+    largest, *smaller = map(str, suggestion.scales)
+    if not smaller:
+        return largest
+    return f"{largest}, or {' or '.join(smaller)} where the run's time is too short for a million images"
+
+
 def suggested_command(report: CheckReport) -> str:
-    """The command line that pre-trains with the suggested settings. The others follow from them."""
-    suggestion = report.suggestion
+    """The command line that pre-trains as suggested. Encoder and image size follow from images and time."""
     return (
-        f"simmim pretrain --data {shlex.quote(report.path)} --out runs/first --preset {suggestion.preset} "
-        f"--image-size {suggestion.image_size_px}{' --data.turns true' if suggestion.turns else ''}"
+        f"simmim pretrain --data {shlex.quote(report.path)} --out runs/first"
+        f"{' --data.turns true' if report.suggestion.turns else ''}"
     ) + "".join(f" {shlex.quote(word)}" for word in report.flags)
 
 

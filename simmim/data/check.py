@@ -27,7 +27,7 @@ from simmim.data.pictures import Picture
 from simmim.data.records import Record
 from simmim.data.tiles import TilePlan, measure_tiles, plan_tiles
 from simmim.data.views import RandomView
-from simmim.defaults import default_image_size, default_preset
+from simmim.defaults import Scale, default_scales
 from simmim.messages import without_notices
 from simmim.reading import AUTO, Reading, TileSettings
 
@@ -45,12 +45,17 @@ class Suggestion:
     """Settings of `simmim pretrain` that follow from these images. Its own defaults follow from a sample of them.
 
     Attributes:
+        scales: encoders and image sizes to choose from, the largest first (`simmim.defaults.default_scales`).
         turns: whether most images have no up, as their files' metadata tell.
     """
 
-    image_size_px: int
-    preset: str
+    scales: tuple[Scale, ...]
     turns: bool = False
+
+    @property
+    def image_size_px(self) -> int:
+        """Side of the largest images to choose."""
+        return self.scales[0].side_px
 
 
 @dataclass(frozen=True)
@@ -193,8 +198,8 @@ def suggest(tally: Tally, device: str) -> Suggestion | None:
     num_readable = tally.short_sides.total()
     if not num_readable:
         return None
-    side_px = default_image_size(median_of(tally.short_sides), device)
-    return Suggestion(side_px, default_preset(side_px, device), turns=2 * tally.without_up.total() > num_readable)
+    scales = default_scales(median_of(tally.short_sides), device)
+    return Suggestion(tuple(scales), turns=2 * tally.without_up.total() > num_readable)
 
 
 def find_tiles(

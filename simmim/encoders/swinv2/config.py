@@ -107,8 +107,10 @@ class SwinV2Config(ShiftedWindowConfig):
         )
 
     def fields_for_size(self, image_size: Size) -> dict[str, Any]:
-        """A window of a quarter of the first stage's map, as published (12 at 192 px and patch 4), at least 4."""
-        return {"window_size": max(min(image_size) // self.patch_size // 4, 4)}
+        """A window of a quarter of the first stage's map, as published (12 at 192 px and patch 4), at least 4; of half of it
+        where a stage has one block, so that no shifted window follows to join the others."""
+        share = 2 if 1 in self.depths else 4
+        return {"window_size": max(min(image_size) // self.patch_size // share, 4)}
 
     def adapt_to_size(self, trained_size: Size, image_size: Size) -> SwinV2Config:
         """A copy whose window covers the same share of the image: 12 at 192 px, 14 at 224 px."""
@@ -147,8 +149,9 @@ class SwinV2Config(ShiftedWindowConfig):
 
 # Tiny to large: Table 6 of arXiv 2103.14030, kept by Swin V2 (section 3.5). Huge and giant: section 3.5 of
 # arXiv 2111.09883, heads of 32 channels, one extra norm on the main path every 6 blocks. giant-1b: the 1-billion model
-# of arXiv 2206.04664. Nano and micro are ours, for small images and laptops: heads of 16 channels.
+# of arXiv 2206.04664. Pico, nano and micro are ours: nano for small images, the others for laptops.
 PRESETS = {
+    "pico": SwinV2Config(32, (1, 1, 2, 1), (1, 2, 4, 8)),
     "nano": SwinV2Config(48, (2, 2), (3, 6), window_size=4),
     "micro": SwinV2Config(48, (2, 2, 6, 2), (3, 6, 12, 24)),
     "tiny": SwinV2Config(96, (2, 2, 6, 2), (3, 6, 12, 24)),
