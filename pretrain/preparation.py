@@ -170,9 +170,10 @@ def fit_scale(
         seen = images_seen(fill_in(settings, found), seconds, has_epochs, device)
         if seen >= ENOUGH_IMAGES_SEEN:
             break
+        about = float(f"{seen:.2g}")
         reason = [
-            f"chosen   {scales[number]}: {scale} would see {float(f'{seen:.2g}'):,.0f} images in this run, and of fewer than a million "
-            f"a smaller encoder learned more (--preset {scale.preset} --image-size {scale.side_px})"
+            f"chosen   {scales[number]}: {scale} would see {about:,.0f} images in this run, and of fewer than a million a "
+            f"smaller encoder learned more (--preset {scale.preset} --image-size {scale.side_px})"
         ]
     return settings, reason
 

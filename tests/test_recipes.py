@@ -116,7 +116,7 @@ def test_detection_recipe_builds():
         assert math.isclose(peak, 0.26 * 8 / 512 if small else 1e-4, rel_tol=0.01)
         with torch.device("meta"):
             config = SwinV2Config.from_preset("micro" if small else "tiny", window_size=settings.encoder.window_size or 8)
-            head = resolve_head(settings.head, small)
+            head = resolve_head(settings.head, small, masks=False)
             model = Detector(SwinV2(config), 20, DetectorShape(head.width, head.convolutions, int(not small)))
         parameter_rules(model, settings.optim.weight_decay, settings.optim.layer_decay)  # every parameter has its place
         assert (head.width, head.convolutions) == ((64, 2) if small else (256, 4))
