@@ -108,8 +108,8 @@ class SwinV2Config(ShiftedWindowConfig):
 
     def fields_for_size(self, image_size: Size) -> dict[str, Any]:
         """A window of a quarter of the first stage's map, as published (12 at 192 px and patch 4), at least 4; of half of it
-        where a stage has one block, so that no shifted window follows to join the others."""
-        share = 2 if 1 in self.depths else 4
+        where most stages have one block, so that no shifted window follows to join the others."""
+        share = 2 if 2 * self.depths.count(1) > len(self.depths) else 4
         return {"window_size": max(min(image_size) // self.patch_size // share, 4)}
 
     def adapt_to_size(self, trained_size: Size, image_size: Size) -> SwinV2Config:
