@@ -13,7 +13,7 @@ import torch.nn.functional as F
 from einops import rearrange
 from torch import Tensor, nn
 
-from simmim.encoders.shifted_windows.geometry import relative_position_index
+from simmim.encoders.shifted_windows.geometry import offset_index
 from simmim.encoders.shifted_windows.model import bias_of_pairs
 from simmim.encoders.swinv2 import SwinV2, SwinV2Config
 from simmim.encoders.swinv2.model import MAX_LOGIT_SCALE, PatchMerging, SwinV2Block, WindowAttention
@@ -121,7 +121,7 @@ class VariantAttention(WindowAttention):
         else:
             scale = self.logit_scale.clamp(max=MAX_LOGIT_SCALE).exp()
             similarity = (F.normalize(q, dim=-1) * scale) @ F.normalize(k, dim=-1).transpose(-2, -1)
-        index = relative_position_index(window, x.device)
+        index = offset_index(window, x.device)
         logits = similarity + bias_of_pairs(self.position_table(window, pretrained), index)
         if mask is not None:
             logits = (rearrange(logits, "(b m) h i j -> b m h i j", m=len(mask)) + mask[:, None]).flatten(0, 1)

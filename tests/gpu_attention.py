@@ -10,6 +10,7 @@ import torch
 from einops import rearrange
 from torch import Tensor
 
+from simmim.encoders.layers import RowIndex
 from simmim.encoders.registry import build
 from simmim.encoders.shifted_windows.geometry import partition, roll, shift_mask, window_labels
 from simmim.encoders.swinv2 import SwinV2Config, kernels
@@ -111,7 +112,7 @@ def by_reference(case, numbers, dtype=torch.float64) -> dict[str, Tensor]:
     groups = case.tokens_by_group()
     mask = mask if groups is None else window_labels(groups, case.window, case.shift)
     # A table with one row for each pair.
-    table, index = rearrange(bias, "h i j -> (i j) h"), torch.arange(bias[0].numel(), device=bias.device)
+    table, index = rearrange(bias, "h i j -> (i j) h"), RowIndex(torch.arange(bias[0].numel(), device=bias.device))
     windows = attend(windows, scale, table, index, mask).flatten(-2)
     count, (height, width) = case.padded[0] // case.window[0], case.size
     rows = rearrange(windows, "(b m n) (p q) c -> b (m p) (n q) c", b=case.images, m=count, p=case.window[0])

@@ -8,11 +8,18 @@ from types import SimpleNamespace
 import pytest
 import torch
 from fork_server import finish
+from functorch.compile import make_boxed_func
+from torch._dynamo.backends.common import aot_autograd
+from torch._dynamo.testing import CompileCounterWithBackend
 from torch._dynamo.utils import counters
+from torch._functorch import config as functorch_config
 from toy_encoder import ToyConfig, ToyEncoder
 
+from simmim.encoders.layers import DropPath
 from simmim.encoders.registry import build
+from simmim.encoders.swin import SwinConfig
 from simmim.encoders.swinv2 import SwinV2, SwinV2Config
+from simmim.encoders.vit import ViTConfig
 from simmim.pretrain import DataSettings, PretrainSettings, SimMIMSettings
 from simmim.pretrain.run import pretrain
 from simmim.training import compiling
@@ -90,6 +97,72 @@ def test_copies_of_compiled_blocks_are_not_compiled(reference_implementation):
         assert all(block._compiled_call_impl is None for block in copied.blocks())
         assert torch.allclose(copied(IMAGES).features, encoder(IMAGES).features, atol=1e-6)
     undo.close()
+
+
+def compiled_steps(encoder, images, num_steps=3):
+    """The graphs, and how many there were after each training step."""
+    counter, reports, counts = CompileCounterWithBackend("aot_eager"), [], []
+    undo = compiling.compile_blocks(encoder.train(), reports.append, counter)
+    for _ in range(num_steps):
+        encoder(images).features.square().mean().backward()
+        counts.append(counter.frame_count)
+    undo.close()
+    assert not reports and not counters["graph_break"]
+    return counter.graphs, counts
+
+
+@pytest.mark.parametrize(
+    ("config", "num_graphs"),
+    [
+        # Windows in place and shifted at three resolutions, the last of which one window covers.
+        (SwinV2Config(16, (2, 6, 2), (2, 2, 2), window_size=4, drop_path_rate=0.2), 5),
+        (SwinConfig(16, (2, 6, 2), (2, 2, 2), window_size=4, drop_path_rate=0.2), 5),
+        # The second map, 4 × 6 tokens, has moved tables.
+        (SwinConfig(16, (1, 3), (2, 2), window_size=7, drop_path_rate=0.2), 2),
+        # The first block has no stochastic depth.
+        (ViTConfig(16, 5, 2, image_size=(48, 32), patch_size=8, position_bias="blocks", drop_path_rate=0.2), 2),
+    ],
+)
+def test_blocks_of_equal_shapes_are_one_graph(config, num_graphs, reference_implementation):
+    """Whatever their rates of stochastic depth. Later steps compile nothing, and no graph computes what sizes determine."""
+    torch.manual_seed(0)
+    graphs, counts = compiled_steps(build(config), torch.randn(2, 3, 64, 64) if num_graphs == 5 else IMAGES)
+    assert counts == [num_graphs] * 3
+    targets = {node.target for graph in graphs for node in graph.graph.nodes}
+    assert torch.rand in targets and not targets & {torch.arange, torch.meshgrid, torch.log2, torch.ge, torch.linalg.solve}
+
+
+def test_compiled_stochastic_depth_draws_as_it_should():
+    """Whole images, each kept with its block's probability and scaled by its inverse; the same numbers by the same seed."""
+    drops, counter = [DropPath(rate).train() for rate in (0.3, 0.6)], CompileCounterWithBackend("aot_eager")
+    compiled = torch.compile(lambda drop, x: drop(x), backend=counter, dynamic=False)
+    for drop in drops:
+        kept = 1 - drop.rate
+        torch.manual_seed(0)
+        out = compiled(drop, torch.ones(20000, 2, 3))
+        assert torch.equal(out, out[:, :1, :1].expand_as(out))
+        assert sorted(out.unique().tolist()) == pytest.approx([0, 1 / kept])
+        assert out[:, 0, 0].mean().item() == pytest.approx(1, abs=0.045)  # 5 standard errors
+        torch.manual_seed(0)
+        assert torch.equal(compiled(drop, torch.ones(20000, 2, 3)), out)
+    assert counter.frame_count == 1
+
+
+def test_a_backward_pass_that_does_not_compile_runs_as_it_is(reference_implementation):
+    """One line, no error in the middle of a step, and the results of plain blocks."""
+    encoder, reports = random_encoder(2), []
+    expected, state = gradients(encoder), functorch_config.force_non_lazy_backward_lowering
+
+    def fail(graph, inputs):
+        raise RuntimeError("this graph is too hard\nand more in other lines")
+
+    backend = aot_autograd(fw_compiler=lambda graph, inputs: make_boxed_func(graph.forward), bw_compiler=fail)
+    undo = compiling.compile_blocks(encoder, reports.append, backend)
+    for name, value in gradients(encoder).items():
+        assert torch.allclose(value, expected[name], rtol=1e-4, atol=1e-5 * expected[name].abs().max()), name
+    assert reports == ["this graph is too hard"]
+    undo.close()
+    assert functorch_config.force_non_lazy_backward_lowering == state
 
 
 @pytest.mark.parametrize("failing", [1, 2, 100])

@@ -10,6 +10,7 @@ from pathlib import Path
 import pytest
 import torch
 
+from simmim.encoders.layers import RowIndex
 from simmim.encoders.swinv2.kernels import self_test
 from simmim.encoders.swinv2.kernels.gpu import MAX_WINDOW_TOKENS, Blocks, supports_window_attention
 from simmim.encoders.swinv2.model import attend
@@ -107,7 +108,7 @@ def test_a_trial_refuses_no_good_kernels(dtype, tokens, monkeypatch):
     def exact(qkv, q_bias, v_bias, scale, bias, token_of, regions, images):
         rows = qkv.double() + torch.cat((q_bias, torch.zeros_like(q_bias), v_bias))
         windows = rows.view(-1, tokens, 3, len(scale), rows.shape[1] // 3 // len(scale))
-        index = torch.arange(tokens**2)
+        index = RowIndex(torch.arange(tokens**2))
         mixed = attend(windows, scale.double(), bias.double().flatten(1).T, index, regions)
         return mixed.reshape(len(qkv), -1).to(qkv.dtype)
 

@@ -10,14 +10,13 @@ Shape letter: h heads. Grids are (height, width) in tokens. The rows of a table 
 from __future__ import annotations
 
 import math
-from functools import lru_cache
 
 import torch
 from einops import rearrange
 from torch import Tensor
 
 from simmim.encoders.base import Size
-from simmim.execution import at_least_float32
+from simmim.execution import at_least_float32, cached_constant
 
 # Ratios of the geometric sequence between which the reference looks by bisection, and the width at which it stops.
 SMALLEST_RATIO, LARGEST_RATIO, RATIO_TOLERANCE = 1.01, 1.5, 1e-6
@@ -43,23 +42,30 @@ def move_table(table: Tensor, old: Size, new: Size) -> Tensor:
     """
     if old == new:
         return table
-    values = rearrange(at_least_float32(table), "(y x) h -> h y x", y=2 * old[0] - 1)
-    rows, columns = (spline_matrix(*sides).to(values) for sides in zip(old, new))
+    # Not by einops, which torch.compile would see remember that it met a parameter, and compile again.
+    values = at_least_float32(table).T.unflatten(1, (2 * old[0] - 1, -1))
+    shapes = [(2 * after - 1, 2 * before - 1) for before, after in zip(old, new)]
+    matrices = spline_matrices(old, new, values.device).to(values.dtype)
+    rows, columns = (part.view(shape) for part, shape in zip(matrices.split(list(map(math.prod, shapes))), shapes))
     return rearrange(rows @ values @ columns.T, "h y x -> (y x) h").to(table.dtype)
 
 
-@lru_cache(maxsize=64)
+@cached_constant(maxsize=64)
+def spline_matrices(old: Size, new: Size, device: torch.device) -> Tensor:
+    """The numbers of `spline_matrix` along both axes, float64."""
+    return torch.cat([spline_matrix(*sides).flatten() for sides in zip(old, new)]).to(device)
+
+
 def spline_matrix(old: int, new: int) -> Tensor:
     """The matrix from biases of offsets 1 − old … old − 1 along one axis to those of 1 − new … new − 1, float64."""
-    with torch.inference_mode(False), torch.no_grad():
-        positions = geometric_positions(old, new)
-        targets = torch.arange(1 - new, new, dtype=torch.float64).clamp(positions[0], positions[-1])
-        degree = min(DEGREE, len(positions) - 1)
-        # Of as many functions as points: for a cubic spline all inner points but the outermost are knots ("not a knot").
-        inner = positions[2:-2] if degree == DEGREE else positions[:0]
-        knots = torch.cat((positions[:1].expand(degree + 1), inner, positions[-1:].expand(degree + 1)))
-        at_positions, at_targets = (spline_basis(knots, degree, points) for points in (positions, targets))
-        return torch.linalg.solve(at_positions.T, at_targets.T).T
+    positions = geometric_positions(old, new)
+    targets = torch.arange(1 - new, new, dtype=torch.float64).clamp(positions[0], positions[-1])
+    degree = min(DEGREE, len(positions) - 1)
+    # Of as many functions as points: for a cubic spline all inner points but the outermost are knots ("not a knot").
+    inner = positions[2:-2] if degree == DEGREE else positions[:0]
+    knots = torch.cat((positions[:1].expand(degree + 1), inner, positions[-1:].expand(degree + 1)))
+    at_positions, at_targets = (spline_basis(knots, degree, points) for points in (positions, targets))
+    return torch.linalg.solve(at_positions.T, at_targets.T).T
 
 
 def geometric_positions(old: int, new: int) -> Tensor:

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from simmim.encoders.base import Encoder
+from simmim.execution import constants_in_graphs
 from simmim.messages import first_line
 
 COMPILATIONS_PER_BLOCK = 4  # with and without gradients, in training and in evaluation
@@ -75,7 +76,8 @@ def compile_blocks(
 ) -> contextlib.ExitStack:
     """Compile each block in place, at its first call. Names of weights stay.
 
-    Blocks that differ in nothing but their weights share their compiled code.
+    Blocks that differ in nothing but their weights and their rate of stochastic depth, unless it is 0, share their compiled
+    code.
 
     Args:
         report: called once, with the reason, when a block does not compile. This block runs as it is from then on.
@@ -87,6 +89,8 @@ def compile_blocks(
     """
     undo = contextlib.ExitStack()
     undo.enter_context(recompile_limit(COMPILATIONS_PER_BLOCK * num_sizes * len(encoder.blocks())))
+    undo.enter_context(backward_compiled_first())
+    undo.enter_context(constants_in_graphs())
     # The cached functions depend on sizes alone, so tracing through their caches is correct.
     undo.enter_context(ignored_warning(".*call to a `functools.lru_cache`-wrapped function"))
     reported: list[str] = []
@@ -136,6 +140,17 @@ def recompile_limit(minimum: int) -> Iterator[None]:
     name = "recompile_limit" if hasattr(config, "recompile_limit") else "cache_size_limit"  # the latter before 2.7
     with config.patch({name: max(getattr(config, name), minimum)}):
         yield
+
+
+def backward_compiled_first() -> contextlib.AbstractContextManager[Any]:
+    """A context in which torch compiles the backward pass of a function with its forward pass.
+
+    By default it does so in the first backward pass, where it is too late to go on without what does not compile.
+    """
+    from torch._functorch import config
+
+    name = "force_non_lazy_backward_lowering"
+    return config.patch({name: True}) if hasattr(config, name) else contextlib.nullcontext()
 
 
 @contextlib.contextmanager

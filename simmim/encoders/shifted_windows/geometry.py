@@ -1,7 +1,7 @@
 """Indices and attention masks of windows: what depends on sizes alone (section 3.2 of arXiv 2103.14030).
 
 They are cached here instead of in buffers. One model then supports any image size, and a checkpoint holds learned weights
-only. They are computed outside inference mode, because a backward pass may need a tensor that an evaluation has cached.
+only.
 
 Shape letters: B images, H W height and width of a feature map in tokens, C channels, M windows of one image, N tokens of one
 window. Sizes are (height, width).
@@ -9,14 +9,14 @@ window. Sizes are (height, width).
 
 from __future__ import annotations
 
-from functools import lru_cache
-
 import torch
 import torch.nn.functional as F
 from einops import rearrange
 from torch import Tensor
 
 from simmim.encoders.base import Size
+from simmim.encoders.layers import RowIndex
+from simmim.execution import cached_constant, has_atomic_sums
 
 # Added to the logit of two tokens that only the cyclic shift brought into one window. The value of the references. In Swin
 # V2 it is below every logit at the initial temperature (−10 to 26), but not at the lowest (−100 to 116).
@@ -27,19 +27,40 @@ OTHER_GROUP_LOGIT = -1e30
 REGIONS = 4
 
 
-@lru_cache(maxsize=256)
+@cached_constant(maxsize=256)
 def relative_position_index(window: Size, device: torch.device) -> Tensor:
     """The number of the offset of each pair of tokens in a window, counted row by row: (N · N,) int64."""
     height, width = window
-    with torch.inference_mode(False), torch.no_grad():
-        rows = torch.arange(height, device=device).repeat_interleave(width)
-        columns = torch.arange(width, device=device).repeat(height)
-        row_offset = rows[:, None] - rows[None, :] + height - 1
-        column_offset = columns[:, None] - columns[None, :] + width - 1
-        return (row_offset * (2 * width - 1) + column_offset).flatten()
+    rows = torch.arange(height, device=device).repeat_interleave(width)
+    columns = torch.arange(width, device=device).repeat(height)
+    row_offset = rows[:, None] - rows[None, :] + height - 1
+    column_offset = columns[:, None] - columns[None, :] + width - 1
+    return (row_offset * (2 * width - 1) + column_offset).flatten()
 
 
-@lru_cache(maxsize=64)
+@cached_constant(maxsize=256)
+def pairs_of_offsets(window: Size, device: torch.device) -> Tensor:
+    """The pairs of tokens of a window with each offset: `RowIndex.places_of` of `relative_position_index`.
+
+    Returns:
+        (offsets, N) int64, by the second token of a pair: the number of the pair, or N · N where there is no first token.
+    """
+    height, width = window
+    rows, columns = torch.arange(height, device=device)[:, None], torch.arange(width, device=device)
+    first_rows = torch.arange(1 - height, height, device=device)[:, None, None, None] + rows
+    first_columns = torch.arange(1 - width, width, device=device)[:, None, None] + columns
+    inside = (first_rows >= 0) & (first_rows < height) & (first_columns >= 0) & (first_columns < width)
+    pairs = (first_rows * width + first_columns) * (height * width) + rows * width + columns
+    return torch.where(inside, pairs, (height * width) ** 2).flatten(2).flatten(0, 1)
+
+
+def offset_index(window: Size, device: torch.device) -> RowIndex:
+    """The row of a position table, a row an offset, for each pair of tokens of a window."""
+    pairs = pairs_of_offsets(window, device) if has_atomic_sums(device) else None
+    return RowIndex(relative_position_index(window, device), pairs)
+
+
+@cached_constant(maxsize=64)
 def shift_regions(size: Size, window: Size, shift: Size, device: torch.device) -> Tensor:
     """The region of each token of the shifted windows. Tokens of one window and region are neighbors in the image.
 
@@ -49,17 +70,15 @@ def shift_regions(size: Size, window: Size, shift: Size, device: torch.device) -
     Returns:
         (M, N) int64, regions 0 to 3.
     """
-    with torch.inference_mode(False), torch.no_grad():
-        # The last `shift` rows and columns of the shifted map come from the other side of the image.
-        rows, columns = (torch.arange(side, device=device) >= side - offset for side, offset in zip(size, shift))
-        return rearrange(rows[:, None] * 2 + columns[None, :].long(), "(m p) (n q) -> (m n) (p q)", p=window[0], q=window[1])
+    # The last `shift` rows and columns of the shifted map come from the other side of the image.
+    rows, columns = (torch.arange(side, device=device) >= side - offset for side, offset in zip(size, shift))
+    return rearrange(rows[:, None] * 2 + columns[None, :].long(), "(m p) (n q) -> (m n) (p q)", p=window[0], q=window[1])
 
 
-@lru_cache(maxsize=64)
+@cached_constant(maxsize=64)
 def shift_mask(size: Size, window: Size, shift: Size, device: torch.device) -> Tensor:
     """The attention mask of the shifted windows, (M, N, N) float32, by which tokens attend within their region only."""
-    with torch.inference_mode(False), torch.no_grad():
-        return additive_mask(shift_regions(size, window, shift, device))
+    return additive_mask(shift_regions(size, window, shift, device))
 
 
 def additive_mask(labels: Tensor) -> Tensor:

@@ -18,7 +18,7 @@ from einops import rearrange
 from torch import Tensor, nn
 
 from simmim.encoders.base import Encoder, EncoderOutput, Size
-from simmim.encoders.layers import recompute
+from simmim.encoders.layers import RowIndex, gather_rows, project_patches, recompute
 from simmim.encoders.shifted_windows.config import ShiftedWindowConfig, as_pair
 from simmim.encoders.shifted_windows.geometry import (
     additive_mask,
@@ -33,9 +33,9 @@ from simmim.encoders.shifted_windows.geometry import (
 PIECE_LOGITS = 2**24
 
 
-def bias_of_pairs(table: Tensor, index: Tensor) -> Tensor:
+def bias_of_pairs(table: Tensor, index: RowIndex) -> Tensor:
     """The position bias of each offset, (offsets, h), to that of each pair of tokens, (h, N, N)."""
-    return rearrange(table.index_select(0, index), "(i j) h -> h i j", i=math.isqrt(len(index)))
+    return rearrange(gather_rows(table, index), "(i j) h -> h i j", i=math.isqrt(len(index.row_of)))
 
 
 def attention_weights(logits: Tensor, mask: Tensor | None) -> Tensor:
@@ -56,7 +56,7 @@ def attend_sequentially(
     qkv: Tensor,
     scale: Tensor,
     table: Tensor,
-    index: Tensor,
+    index: RowIndex,
     regions: Tensor | None,
     windows_at_once: int,
 ) -> Tensor:
@@ -69,7 +69,7 @@ def attend_sequentially(
         attend: attention within each window by qkv, scale, table, index and mask: (B · M, N, 3, h, D) to (B · M, N, h, D).
         scale: (h, 1, 1).
         table: (offsets, h), the position bias of each offset.
-        index: as from `relative_position_index`.
+        index: as from `offset_index`.
         regions: (M, N) as from `shift_regions`, or (B · M, N) as from `window_labels`; None for none.
     """
     logits_per_head = min(windows_at_once, len(qkv)) * qkv.shape[1] ** 2
@@ -124,7 +124,7 @@ class ShiftedWindowBlock(nn.Module, ABC):
         """The window, its shift and the size padded to whole windows, for a map of `size`."""
         window = tuple(min(largest, side) for largest, side in zip(as_pair(self.window_size), size))
         # An axis that one window covers is not shifted.
-        shift = tuple(w // 2 if self.shifted and side > w else 0 for side, w in zip(size, window))
+        shift = tuple(w // 2 if side > w and self.shifted else 0 for side, w in zip(size, window))
         return window, shift, tuple(-(-side // w) * w for side, w in zip(size, window))  # type: ignore[return-value]
 
 
@@ -143,9 +143,7 @@ class PatchEmbed(nn.Module):
         pad_bottom, pad_right = -height % self.patch_size, -width % self.patch_size
         if pad_bottom or pad_right:
             images = F.pad(images, (0, pad_right, 0, pad_bottom))
-        # Channels last in memory. The convolution keeps that, so its result needs no copy to become tokens.
-        images = rearrange(rearrange(images, "b c h w -> b h w c").contiguous(), "b h w c -> b c h w")
-        return self.norm(rearrange(self.proj(images), "b c h w -> b h w c"))
+        return self.norm(project_patches(self.proj, images, channels_last=True))
 
 
 def concatenate_neighbors(x: Tensor) -> Tensor:

@@ -15,9 +15,9 @@ from einops import rearrange
 from torch import Tensor, nn
 
 from simmim.encoders.base import Size
-from simmim.encoders.layers import DropPath, Mlp
+from simmim.encoders.layers import DropPath, Mlp, RowIndex
 from simmim.encoders.position_tables import move_table, num_offsets
-from simmim.encoders.shifted_windows.geometry import relative_position_index
+from simmim.encoders.shifted_windows.geometry import offset_index
 from simmim.encoders.shifted_windows.model import (
     ShiftedWindowBlock,
     ShiftedWindowEncoder,
@@ -55,7 +55,7 @@ class WindowAttention(nn.Module):
         qkv = rearrange(self.qkv(x), "b n (t h d) -> b n t h d", t=3, h=self.num_heads)
         scale = qkv.new_full((self.num_heads, 1, 1), qkv.shape[-1] ** -0.5)
         table = at_least_float32(move_table(self.relative_position_bias_table, self.window, window))
-        index = relative_position_index(window, x.device)
+        index = offset_index(window, x.device)
         if windows_at_once is None:
             mixed = attend(qkv, scale, table, index, mask)
         else:
@@ -63,13 +63,13 @@ class WindowAttention(nn.Module):
         return self.proj(mixed.flatten(-2))
 
 
-def attend(qkv: Tensor, scale: Tensor, table: Tensor, index: Tensor, mask: Tensor | None) -> Tensor:
+def attend(qkv: Tensor, scale: Tensor, table: Tensor, index: RowIndex, mask: Tensor | None) -> Tensor:
     """Scaled dot-product attention within each window: (B · M, N, 3, h, D) to (B · M, N, h, D).
 
     Args:
         scale: (h, 1, 1), 1 / √D.
         table: (offsets, h), the position bias of each offset, at least float32; so are logits and weights.
-        index: (N · N,), the offset of each pair of tokens, as from `relative_position_index`.
+        index: the offset of each pair of tokens, as from `offset_index`.
         mask: as of `ShiftedWindowBlock.attend`.
     """
     q, k, v = rearrange(qkv, "b n t h d -> t b h n d")

@@ -6,15 +6,15 @@ They are cached here as the rest of the geometry is in `simmim.encoders.shifted_
 from __future__ import annotations
 
 import math
-from functools import lru_cache
 
 import torch
 from torch import Tensor
 
 from simmim.encoders.base import Size
+from simmim.execution import cached_constant
 
 
-@lru_cache(maxsize=256)
+@cached_constant(maxsize=256)
 def log_spaced_coords(window: Size, pretrained: Size, device: torch.device) -> Tensor:
     """Log-spaced coordinates of all offsets between two tokens of a window, equation 4 of the paper.
 
@@ -24,10 +24,9 @@ def log_spaced_coords(window: Size, pretrained: Size, device: torch.device) -> T
     Returns:
         ((2·height − 1) · (2·width − 1), 2) float32, rows first.
     """
-    with torch.inference_mode(False), torch.no_grad():
-        axes = [
-            torch.arange(1 - side, side, dtype=torch.float32, device=device) * 8 / max(reference - 1, 1)
-            for side, reference in zip(window, pretrained)
-        ]
-        coords = torch.stack(torch.meshgrid(*axes, indexing="ij"), dim=-1).flatten(0, 1)
-        return torch.sign(coords) * torch.log2(1 + coords.abs()) / math.log2(8)
+    axes = [
+        torch.arange(1 - side, side, dtype=torch.float32, device=device) * 8 / max(reference - 1, 1)
+        for side, reference in zip(window, pretrained)
+    ]
+    coords = torch.stack(torch.meshgrid(*axes, indexing="ij"), dim=-1).flatten(0, 1)
+    return torch.sign(coords) * torch.log2(1 + coords.abs()) / math.log2(8)

@@ -18,9 +18,9 @@ from einops import rearrange
 from torch import Tensor, nn
 
 from simmim.encoders.base import EncoderConfig, Size
-from simmim.encoders.layers import DropPath, Mlp
+from simmim.encoders.layers import DropPath, Mlp, RowIndex
 from simmim.encoders.shifted_windows.config import as_pair
-from simmim.encoders.shifted_windows.geometry import relative_position_index
+from simmim.encoders.shifted_windows.geometry import offset_index
 from simmim.encoders.shifted_windows.model import (
     ShiftedWindowBlock,
     ShiftedWindowEncoder,
@@ -70,7 +70,7 @@ class WindowAttention(nn.Module):
     def position_bias(self, window: Size, pretrained: Size) -> Tensor:
         """B of equation 3 for each pair of tokens of a window: (h, N, N), at least float32."""
         table = self.position_table(window, pretrained)
-        return bias_of_pairs(table, relative_position_index(window, table.device))
+        return bias_of_pairs(table, offset_index(window, table.device))
 
     def inverse_temperature(self) -> Tensor:
         """1 / τ of each head, (h, 1, 1), at least float32."""
@@ -90,7 +90,7 @@ class WindowAttention(nn.Module):
         qkv = rearrange(F.linear(x, self.qkv.weight, qkv_bias), "b n (t h d) -> b n t h d", t=3, h=self.num_heads)
         with without_autocast(x.device):  # see `attend`
             scale, table = self.inverse_temperature(), self.position_table(window, pretrained)
-        index = relative_position_index(window, x.device)
+        index = offset_index(window, x.device)
         if windows_at_once is None:
             mixed = attend(qkv, scale, table, index, mask)
         else:
@@ -98,13 +98,13 @@ class WindowAttention(nn.Module):
         return self.proj(mixed.flatten(-2))
 
 
-def attend(qkv: Tensor, scale: Tensor, table: Tensor, index: Tensor, mask: Tensor | None) -> Tensor:
+def attend(qkv: Tensor, scale: Tensor, table: Tensor, index: RowIndex, mask: Tensor | None) -> Tensor:
     """Scaled cosine attention within each window: (B · M, N, 3, h, D) to (B · M, N, h, D).
 
     Args:
         scale: (h, 1, 1), 1 / τ.
         table: (offsets, h), the position bias of each offset.
-        index: (N · N,), the offset of each pair of tokens, as from `relative_position_index`.
+        index: the offset of each pair of tokens, as from `offset_index`.
         mask: as in `WindowAttention.forward`.
     """
     q, k, v = rearrange(qkv, "b n t h d -> t b h n d")

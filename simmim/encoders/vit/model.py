@@ -11,7 +11,6 @@ Shape letters: B images, H W height and width of the map in tokens, C channels, 
 from __future__ import annotations
 
 import math
-from functools import lru_cache
 
 import torch
 import torch.nn.functional as F
@@ -19,11 +18,11 @@ from einops import rearrange
 from torch import Tensor, nn
 
 from simmim.encoders.base import Encoder, EncoderOutput, Size
-from simmim.encoders.layers import DropPath, Mlp
+from simmim.encoders.layers import DropPath, Mlp, RowIndex, gather_rows, project_patches
 from simmim.encoders.position_tables import move_table, num_offsets
-from simmim.encoders.shifted_windows.geometry import OTHER_GROUP_LOGIT, relative_position_index
+from simmim.encoders.shifted_windows.geometry import OTHER_GROUP_LOGIT, pairs_of_offsets, relative_position_index
 from simmim.encoders.vit.config import BLOCKS, CLASS_ROWS, SHARED, ViTConfig
-from simmim.execution import at_least_float32
+from simmim.execution import at_least_float32, cached_constant, has_atomic_sums
 
 NORM_EPSILON = 1e-6
 INITIAL_DEVIATION = 0.02
@@ -47,7 +46,7 @@ class PatchEmbed(nn.Module):
         pad_bottom, pad_right = -height % self.patch_size, -width % self.patch_size
         if pad_bottom or pad_right:
             images = F.pad(images, (0, pad_right, 0, pad_bottom))
-        return rearrange(self.proj(images), "b c h w -> b h w c")
+        return project_patches(self.proj, images)
 
 
 class PositionBias(nn.Module):
@@ -72,20 +71,35 @@ class PositionBias(nn.Module):
         if grid != self.grid:
             offsets, class_rows = table.split((len(table) - CLASS_ROWS, CLASS_ROWS))
             table = torch.cat((move_table(offsets, self.grid, grid), class_rows))
-        index = index_of_pairs(grid, num_class_tokens, table.device)
-        return rearrange(table.index_select(0, index), "(i j) h -> h i j", i=math.isqrt(len(index)))
+        places = grid, num_class_tokens, table.device
+        index = RowIndex(index_of_pairs(*places), pairs_of_rows(*places) if has_atomic_sums(table.device) else None)
+        return rearrange(gather_rows(table, index), "(i j) h -> h i j", i=math.isqrt(len(index.row_of)))
 
 
-@lru_cache(maxsize=64)
+@cached_constant(maxsize=64)
 def index_of_pairs(grid: Size, num_class_tokens: int, device: torch.device) -> Tensor:
     """The row of `PositionBias.table` for each pair of tokens, class tokens first: (T · T,) int64."""
-    with torch.inference_mode(False), torch.no_grad():
-        rows, count = num_offsets(grid), num_class_tokens
-        total = count + grid[0] * grid[1]
-        index = torch.empty(total, total, dtype=torch.int64, device=device)
-        index[count:, count:] = relative_position_index(grid, device).view(total - count, -1)
-        index[:count], index[:, :count], index[:count, :count] = rows, rows + 1, rows + 2
-        return index.flatten()
+    rows, count = num_offsets(grid), num_class_tokens
+    total = count + grid[0] * grid[1]
+    index = torch.empty(total, total, dtype=torch.int64, device=device)
+    index[count:, count:] = relative_position_index(grid, device).view(total - count, -1)
+    index[:count], index[:, :count], index[:count, :count] = rows, rows + 1, rows + 2
+    return index.flatten()
+
+
+@cached_constant(maxsize=64)
+def pairs_of_rows(grid: Size, num_class_tokens: int, device: torch.device) -> Tensor:
+    """The pairs of tokens that read each row: `RowIndex.places_of` of `index_of_pairs`."""
+    num_patches, count = grid[0] * grid[1], num_class_tokens
+    total = num_patches + count
+    pairs = pairs_of_offsets(grid, device)
+    moved = (pairs // num_patches + count) * total + pairs % num_patches + count
+    tokens = torch.arange(total, device=device)
+    numbers = tokens[:, None] * total + tokens
+    class_rows = numbers[:count, count:], numbers[count:, :count], numbers[:count, :count]
+    parts = [torch.where(pairs < num_patches**2, moved, total**2), *(part.reshape(1, -1) for part in class_rows)]
+    most = max(part.shape[1] for part in parts)
+    return torch.cat([F.pad(part, (0, most - part.shape[1]), value=total**2) for part in parts])
 
 
 class Attention(nn.Module):

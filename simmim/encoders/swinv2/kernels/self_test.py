@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from simmim.encoders.base import Size
+from simmim.encoders.layers import RowIndex
 from simmim.encoders.shifted_windows.geometry import REGIONS
 from simmim.encoders.swinv2.kernels.conditions import is_modified, product_dtype
 from simmim.encoders.swinv2.kernels.gpu import is_interpreted, supports_window_attention, window_attention
@@ -106,7 +107,7 @@ def find_difference(
 
         def by_plain_code(regions, qkv, q_bias, v_bias, scale, bias) -> Tensor:
             qkv = (qkv + torch.cat((q_bias, torch.zeros_like(q_bias), v_bias))).to(dtype)
-            index = torch.arange(window_tokens**2, device=device)
+            index = RowIndex(torch.arange(window_tokens**2, device=device))
             windows = qkv.view(-1, window_tokens, 3, HEADS, head_dim)
             return plain(windows, scale, bias.flatten(1).T, index, regions).reshape(len(qkv), -1)
 

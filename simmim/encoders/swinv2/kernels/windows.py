@@ -10,6 +10,7 @@ from torch import Tensor
 
 from simmim.encoders.base import Size
 from simmim.encoders.shifted_windows.geometry import partition, relative_position_index, shift_regions, window_labels
+from simmim.execution import cached_constant
 
 
 class Windows(NamedTuple):
@@ -32,12 +33,25 @@ def window_indices(
     size: Size, window: Size, shift: Size, padded: Size, shift_before_padding: bool, device: torch.device
 ) -> Windows:
     """Indices for the padding, shift and partition of `SwinV2Block.windowed_attention`. The arguments are `partition`'s."""
-    with torch.inference_mode(False), torch.no_grad():
-        numbers = torch.arange(1, 1 + size[0] * size[1], device=device).view(1, *size, 1)
-        # Padding is 0, so numbers begin at 1.
-        token_of = partition(numbers, window, shift, padded, shift_before_padding).squeeze(-1) - 1
-        regions = shift_regions(padded, window, shift, device).to(torch.uint8) if any(shift) else None
-        return Windows(token_of.int(), regions, relative_position_index(window, device))
+    token_of = token_indices(size, window, shift, padded, shift_before_padding, device)
+    regions = region_labels(padded, window, shift, device) if any(shift) else None
+    return Windows(token_of, regions, relative_position_index(window, device))
+
+
+@cached_constant(maxsize=64)
+def token_indices(
+    size: Size, window: Size, shift: Size, padded: Size, shift_before_padding: bool, device: torch.device
+) -> Tensor:
+    """`Windows.token_of`."""
+    numbers = torch.arange(1, 1 + size[0] * size[1], device=device).view(1, *size, 1)
+    # Padding is 0, so numbers begin at 1.
+    return (partition(numbers, window, shift, padded, shift_before_padding).squeeze(-1) - 1).int()
+
+
+@cached_constant(maxsize=64)
+def region_labels(padded: Size, window: Size, shift: Size, device: torch.device) -> Tensor:
+    """`Windows.region_of`, where windows are shifted."""
+    return shift_regions(padded, window, shift, device).to(torch.uint8)
 
 
 def grouped_windows(windows: Windows, groups: Tensor | None, window: Size, shift: Size) -> Windows:
