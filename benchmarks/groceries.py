@@ -4,8 +4,10 @@
     python benchmarks/groceries.py --source GroceryStoreDataset --out data/groceries
 
 OUT gets `unlabeled/` and `labeled/train/CLASS/` with the photographs of the data set's training part, and
-`labeled/test/CLASS/` with those of its test part; the short side has 192 px. The classes are the data set's 43 coarse ones:
-Apple, not Golden-Delicious. Photographs of the one class that has none to learn from are left out.
+`labeled/test/CLASS/` with those of its test part. For choices that the test part must not see, `development/train/CLASS/`
+has the former and `development/validation/CLASS/` the data set's validation part. The short side has 192 px. The classes are
+the data set's 43 coarse ones: Apple, not Golden-Delicious. Photographs of the one class that has none to learn from are left
+out.
 """
 
 from __future__ import annotations
@@ -19,6 +21,12 @@ from pathlib import Path, PurePosixPath
 from PIL import Image, ImageOps
 
 SHORT_SIDE_PX = 192
+# Folders of labeled photographs by the data set's parts.
+PLACES = {
+    "train": ("labeled/train", "development/train"),
+    "val": ("development/validation",),
+    "test": ("labeled/test",),
+}
 
 
 def listed(source: Path, part: str) -> list[PurePosixPath]:
@@ -48,8 +56,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--source", type=Path, required=True, help="a clone of the data set's repository")
     parser.add_argument("--out", type=Path, required=True, help="folder to make")
     options = parser.parse_args(arguments)
-    if not (options.source / "dataset" / "train.txt").is_file():
-        print(f"{options.source}: has no dataset/train.txt; clone the repository that --help names", file=sys.stderr)
+    missing = [f"dataset/{part}.txt" for part in PLACES if not (options.source / "dataset" / f"{part}.txt").is_file()]
+    if missing:
+        print(f"{options.source}: has no {missing[0]}; clone the repository that --help names", file=sys.stderr)
         return 2
     if options.out.exists():
         print(f"{options.out}: exists; give a new folder", file=sys.stderr)
@@ -57,16 +66,15 @@ def main(arguments: Sequence[str] | None = None) -> int:
     partial = options.out.with_name(f"{options.out.name}.partial")
     shutil.rmtree(partial, ignore_errors=True)
     known = {class_of(path) for path in listed(options.source, "train")}
-    (partial / "unlabeled").mkdir(parents=True)
-    for part in ("train", "test"):
+    for part, places in PLACES.items():
         for path in listed(options.source, part):
             if class_of(path) not in known:
                 continue
-            file = partial / "labeled" / part / class_of(path) / path.name
-            file.parent.mkdir(parents=True, exist_ok=True)
-            shrunk(options.source / "dataset" / path).save(file, quality=92)
-            if part == "train":
-                shutil.copyfile(file, partial / "unlabeled" / path.name)
+            photograph = shrunk(options.source / "dataset" / path)
+            files = [partial / place / class_of(path) / path.name for place in places]
+            for file in [*files, *([partial / "unlabeled" / path.name] if part == "train" else [])]:
+                file.parent.mkdir(parents=True, exist_ok=True)
+                photograph.save(file, quality=92)
     partial.rename(options.out)
     return 0
 

@@ -9,10 +9,11 @@ from simmim.data import open_images
 
 @pytest.fixture
 def clone(tmp_path):
-    """Three photographs to learn from, and two to judge by, of which one is of a class that is not in the first part."""
+    """Three photographs to learn from, one to choose by, and two to judge by, one of a class that is not to learn."""
     apples = "Fruit/Apple/Pink-Lady/Pink-Lady_001.jpg", "Fruit/Apple/Royal-Gala/Royal-Gala_001.jpg"
     paths = {
         "train": [*apples, "Vegetables/Leek/Leek_001.jpg"],
+        "val": ["Vegetables/Leek/Leek_002.jpg"],
         "test": [apples[0], "Vegetables/Mushroom/Mushroom_001.jpg"],
     }
     root = tmp_path / "clone" / "dataset"
@@ -33,6 +34,10 @@ def test_folders(clone, tmp_path):
     assert groceries.main(["--source", str(clone), "--out", str(out)]) == 0
     files = sorted(str(file.relative_to(out)) for file in out.rglob("*.jpg"))
     assert files == [
+        "development/train/Apple/Pink-Lady_001.jpg",
+        "development/train/Apple/Royal-Gala_001.jpg",
+        "development/train/Leek/Leek_001.jpg",
+        "development/validation/Leek/Leek_002.jpg",
         "labeled/test/Apple/Pink-Lady_001.jpg",
         "labeled/train/Apple/Pink-Lady_001.jpg",
         "labeled/train/Apple/Royal-Gala_001.jpg",

@@ -113,7 +113,7 @@ def write_objects(folder, files):
 
 def write_groceries(folder):
     """A clone of the groceries' data set: two classes, six photographs of each to learn from and two to judge by."""
-    for part, count in (("train", 6), ("test", 2)):
+    for part, count in (("train", 6), ("val", 1), ("test", 2)):
         paths = [f"{part}/Fruit/{name}/{name}_{part}{number}.jpg" for name in ("Apple", "Kiwi") for number in range(count)]
         for path, pixels in zip(paths, noise(len(paths), 40, 50)):
             (folder / path).parent.mkdir(parents=True, exist_ok=True)
