@@ -24,6 +24,7 @@ from simmim.data import RandomView, build_loader, dataset_from_paths, open_image
 from simmim.data.addresses import Tile, address_tile, parse_address, without_tile
 from simmim.data.decode import open_stored, open_windows
 from simmim.data.headers import file_stamps
+from simmim.data.kept_pictures import stamp_of
 from simmim.data.tiles import TiledSamples, background_share, plan_tiles, tile_starts, walk_tiles
 from simmim.reading import AUTO, Reading, TileSettings
 
@@ -340,12 +341,14 @@ def test_a_file_that_has_just_changed_is_opened_again(tmp_path, openings):
 
 
 def test_files_that_belong_to_a_slide_count(tmp_path):
-    """And an image that is a folder has no stamp, as that of the folder does not tell what is in it."""
+    """For headers and pictures that are kept. An image that is a folder has no stamp of its header, as that of the folder
+    does not tell what is in it."""
     (tmp_path / "a").mkdir()
     (tmp_path / "a" / "Slidat.ini").write_text("one")
     (tmp_path / "a.mrxs").write_bytes(b"slide")
-    stamps = file_stamps(record_of(tmp_path / "a.mrxs"))
+    stamps, kept = file_stamps(record_of(tmp_path / "a.mrxs")), stamp_of(record_of(tmp_path / "a.mrxs"))
     (tmp_path / "a" / "Slidat.ini").write_text("others")
+    assert stamp_of(record_of(tmp_path / "a.mrxs")) != kept
     assert len(stamps) == 2 and file_stamps(record_of(tmp_path / "a.mrxs")) != stamps
     assert file_stamps(record_of(tmp_path / "a")) is None and file_stamps({"bytes": b"a", "path": "a.tif"}) is None
 

@@ -185,8 +185,8 @@ def pictures_folder() -> Path:
 
 
 def stamp_of(record: Record) -> list:
-    """What tells a file from itself after a change: size, time and place on the disk of each, of a folder with those of all
-    in it; of bytes their digest.
+    """What tells a file from itself after a change: size, time and place on the disk of each, of a folder or a slide with
+    those of all that belong to it; of bytes their digest.
 
     Raises:
         OSError: for a file that is missing.
@@ -197,8 +197,8 @@ def stamp_of(record: Record) -> list:
     for path in files_of(record):
         each = os.stat(path)
         stamps.append([each.st_size, each.st_mtime_ns, each.st_ino])
-        if stat.S_ISDIR(each.st_mode):
-            inside = [os.stat(file) for file in contents_of({"bytes": None, "path": path})]
+        inside = [os.stat(file) for file in contents_of({"bytes": None, "path": path}) if file != path]
+        if stat.S_ISDIR(each.st_mode) or inside:
             stamps[-1] += [len(inside), sum(one.st_size for one in inside), sum(one.st_mtime_ns for one in inside)]
     return stamps
 
