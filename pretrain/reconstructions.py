@@ -12,6 +12,7 @@ from simmim.data import ImageSamples, collate
 from simmim.pretrain.module import PretrainingModule
 from simmim.pretrain.reconstruction_grid import COLUMNS, reconstruction_grid
 from simmim.training.loggers import log_picture
+from simmim.training.sharding import outside_a_step
 
 
 class Reconstructions(pl.Callback):
@@ -46,7 +47,7 @@ class Reconstructions(pl.Callback):
         if not trainer.is_global_zero and module.device_mesh is None:
             return
         model, training = module.model, module.model.training
-        with torch.random.fork_rng(devices=[]), torch.no_grad():
+        with torch.random.fork_rng(devices=[]), torch.no_grad(), outside_a_step(module):
             model.eval()
             images, drawn = module.inputs({**self.batch, "image": self.batch["image"].to(module.device)})
             mask, prediction = model.reconstruct(images, drawn)

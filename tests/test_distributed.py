@@ -128,6 +128,52 @@ progress.Throughput.on_train_batch_end = count
     assert abs(float(local) - 0.5) < 0.05 and abs(float(state) - 1.0) < 0.1
 
 
+@pytest.mark.two_processes
+def test_products_are_gathered_in_half_precision(start, tmp_path):
+    """Where autocast would cast them; all else in float32. Losses, weights and the optimizer's state, which are float32, are
+    those of gathering in float32."""
+    count = """
+import os
+os.environ["SIMMIM_KERNELS"] = "0"
+import simmim.training.module as training
+shard = training.shard
+names = {"attn.qkv": ["weight"], "attn.proj": ["weight", "bias"], "mlp": ["fc1.weight"], "norm1": ["weight"],
+         "attn": ["logit_scale"], "attn.cpb_mlp": ["0.weight"]}
+seen = set()
+def see(name, part):
+    before = len(seen)
+    seen.update(f"{name}.{leaf} {str(part.get_parameter(leaf).dtype)[6:]}" for leaf in names[name])
+    if len(seen) > before and len(seen) == 7:
+        print("gathered", *sorted(seen), sep="; ", flush=True)
+def shard_and_listen(module, model):
+    shard(module, model)
+    for name in names:
+        part = model.encoder.blocks()[0].get_submodule(name)
+        part.register_forward_pre_hook(lambda part, given, name=name: see(name, part))
+training.shard = shard_and_listen
+"""
+    words = ("--precision=bf16-mixed", "--epochs=1.5", "--model.encoder.drop_path_rate=0.1")
+    output = finish(start(tmp_path / "half", "fsdp", *words, prelude=count))
+    (line,) = {line for line in output.splitlines() if line.startswith("gathered")}
+    half = ["attn.proj.bias", "attn.proj.weight", "attn.qkv.weight", "mlp.fc1.weight"]
+    full = ["attn.cpb_mlp.0.weight", "attn.logit_scale", "norm1.weight"]
+    found = dict(part.split() for part in line.split("; ")[1:])
+    assert found == dict.fromkeys(half, "bfloat16") | dict.fromkeys(full, "float32")
+    without = """
+import os
+os.environ["SIMMIM_KERNELS"] = "0"
+import simmim.training.sharding as sharding
+sharding.HALF_PRECISIONS = {}
+"""
+    finish(start(tmp_path / "full", "fsdp", *words, prelude=without))
+    ours, theirs = losses(tmp_path / "half"), losses(tmp_path / "full")
+    assert len(ours) == len(theirs) > 8
+    torch.testing.assert_close(ours, theirs, rtol=0, atol=0, equal_nan=True)
+    ends = [torch.load(usable_checkpoint(tmp_path / run), weights_only=True) for run in ("half", "full")]
+    assert all(value.dtype == torch.float32 for value in ends[0]["state_dict"].values() if value.is_floating_point())
+    torch.testing.assert_close(ends[0]["state_dict"], ends[1]["state_dict"], rtol=0, atol=0)
+
+
 def test_a_batch_that_does_not_divide_is_refused(start, tmp_path):
     for process in start(tmp_path / "run", "ddp", "--batch-size=33"):
         code, output = process.wait()

@@ -28,7 +28,7 @@ class Setup:
         devices: number of devices that share the work.
         precision: bf16-mixed or 32-true, as Lightning names them.
         strategy: ddp keeps a whole copy of the model on each device. fsdp spreads each block over all devices and gathers
-            it in float32, as torch's fully_shard does without a policy of its own.
+            it, here in float32. A run in mixed precision gathers most of it in half precision and needs less.
         checkpoint_activations, sequential_attention: as of `Encoder`.
         device: cuda or cpu. Autocast computes norms in float32 on the former and in bfloat16 on the latter.
 

@@ -26,6 +26,17 @@ class Mlp(nn.Module):
         return self.fc2(self.act(self.fc1(x)))
 
 
+class ProductWithBias(nn.Linear):
+    """A linear layer without bias, which takes one with its input: of queries, keys and values some have none."""
+
+    def __init__(self, dim: int, out_dim: int) -> None:
+        super().__init__(dim, out_dim, bias=False)
+
+    def forward(self, x: Tensor, bias: Tensor | None = None) -> Tensor:
+        """(…, C) to (…, C'). bias: (C',); None for none."""
+        return F.linear(x, self.weight, bias)
+
+
 class DropPath(nn.Module):
     """Stochastic depth (arXiv 1603.09382): in training, drops a branch of an image with probability `rate`."""
 

@@ -14,6 +14,7 @@ from pytorch_lightning.strategies import ModelParallelStrategy, Strategy
 from torch import Tensor, nn
 
 FSDP = "fsdp"
+HALF_PRECISIONS = {"bf16-mixed": torch.bfloat16, "16-mixed": torch.float16}
 
 
 def strategy_named(name: str | Strategy, devices: str | int, nodes: int) -> str | Strategy:
@@ -33,17 +34,31 @@ def strategy_named(name: str | Strategy, devices: str | int, nodes: int) -> str 
 def shard(module: pl.LightningModule, model: nn.Module) -> None:
     """Shard `model` over the devices of the module's mesh, block by block. Without a mesh it does nothing.
 
+    In a mixed precision the parts of a block that say so (`products`) are gathered in the half precision that autocast would
+    cast them to, which takes half of the traffic and changes no number. Their gradients are added in float32. All other
+    parameters, whose precision matters, are gathered in float32.
+
     Call it in `configure_model`, before optimizers are made.
     """
     if module.device_mesh is None or getattr(model, "is_sharded", False):
         return
-    from torch.distributed.fsdp import fully_shard
+    from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
 
-    mesh = module.device_mesh["data_parallel"]
+    mesh, half = module.device_mesh["data_parallel"], HALF_PRECISIONS.get(str(module.trainer.precision))
+    # Autocast casts what these parts take; the policy would cast the main path with it.
+    policy = MixedPrecisionPolicy(param_dtype=half, reduce_dtype=torch.float32, cast_forward_inputs=False)
     for block in model.encoder.blocks():
+        for name in getattr(block, "products", ()) if half else ():
+            fully_shard(block.get_submodule(name), mesh=mesh, mp_policy=policy)
         fully_shard(block, mesh=mesh)
     fully_shard(model, mesh=mesh)
     model.is_sharded = True  # type: ignore[assignment]
+
+
+def outside_a_step(module: pl.LightningModule) -> contextlib.AbstractContextManager[Any]:
+    """A context in which a sharded model computes as in a step of its run: what is gathered in half precision takes nothing
+    else. Any other model computes in float32."""
+    return contextlib.nullcontext() if module.device_mesh is None else module.trainer.precision_plugin.forward_context()
 
 
 @contextlib.contextmanager

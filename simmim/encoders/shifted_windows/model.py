@@ -91,7 +91,13 @@ class ShiftedWindowBlock(nn.Module, ABC):
 
     Maps that the window does not divide are padded with zeros at the bottom and right, and cropped afterwards. Padding
     tokens are attended to like any other. `shift_before_padding` is that of `ShiftedWindowConfig`.
+
+    Attributes:
+        products: names of the parts whose parameters products under autocast alone read. Each is called as a module, so that
+            sharding may gather it in half precision.
     """
+
+    products = "attn.qkv", "attn.proj", "mlp"
 
     def __init__(self, window_size: int | Size, shifted: bool, shift_before_padding: bool) -> None:
         super().__init__()

@@ -18,7 +18,7 @@ from einops import rearrange
 from torch import Tensor, nn
 
 from simmim.encoders.base import EncoderConfig, Size
-from simmim.encoders.layers import DropPath, Mlp, RowIndex
+from simmim.encoders.layers import DropPath, Mlp, ProductWithBias, RowIndex
 from simmim.encoders.shifted_windows.config import as_pair
 from simmim.encoders.shifted_windows.geometry import offset_index
 from simmim.encoders.shifted_windows.model import (
@@ -50,7 +50,7 @@ class WindowAttention(nn.Module):
     def __init__(self, dim: int, num_heads: int) -> None:
         super().__init__()
         self.num_heads = num_heads
-        self.qkv = nn.Linear(dim, 3 * dim, bias=False)
+        self.qkv = ProductWithBias(dim, 3 * dim)
         self.q_bias = nn.Parameter(torch.zeros(dim))
         self.v_bias = nn.Parameter(torch.zeros(dim))
         self.logit_scale = nn.Parameter(torch.full((num_heads, 1, 1), INITIAL_LOGIT_SCALE))
@@ -87,7 +87,7 @@ class WindowAttention(nn.Module):
             windows_at_once: number of windows to attend to at a time (`attend_sequentially`); None for all.
         """
         qkv_bias = torch.cat((self.q_bias, torch.zeros_like(self.q_bias), self.v_bias))
-        qkv = rearrange(F.linear(x, self.qkv.weight, qkv_bias), "b n (t h d) -> b n t h d", t=3, h=self.num_heads)
+        qkv = rearrange(self.qkv(x, qkv_bias), "b n (t h d) -> b n t h d", t=3, h=self.num_heads)
         with without_autocast(x.device):  # see `attend`
             scale, table = self.inverse_temperature(), self.position_table(window, pretrained)
         index = offset_index(window, x.device)

@@ -18,7 +18,7 @@ from einops import rearrange
 from torch import Tensor, nn
 
 from simmim.encoders.base import Encoder, EncoderOutput, Size
-from simmim.encoders.layers import DropPath, Mlp, RowIndex, gather_rows, project_patches
+from simmim.encoders.layers import DropPath, Mlp, ProductWithBias, RowIndex, gather_rows, project_patches
 from simmim.encoders.position_tables import move_table, num_offsets
 from simmim.encoders.shifted_windows.geometry import OTHER_GROUP_LOGIT, pairs_of_offsets, relative_position_index
 from simmim.encoders.vit.config import BLOCKS, CLASS_ROWS, SHARED, ViTConfig
@@ -112,7 +112,7 @@ class Attention(nn.Module):
     def __init__(self, dim: int, num_heads: int, grid: Size | None) -> None:
         super().__init__()
         self.num_heads = num_heads
-        self.qkv = nn.Linear(dim, 3 * dim, bias=False)
+        self.qkv = ProductWithBias(dim, 3 * dim)
         self.q_bias = nn.Parameter(torch.zeros(dim))
         self.v_bias = nn.Parameter(torch.zeros(dim))
         self.position_bias = PositionBias(grid, num_heads) if grid else None
@@ -126,7 +126,7 @@ class Attention(nn.Module):
             mask: (B, T, T) as from `group_mask`; None where all tokens attend to one another.
         """
         qkv_bias = torch.cat((self.q_bias, torch.zeros_like(self.q_bias), self.v_bias))
-        q, k, v = rearrange(F.linear(x, self.qkv.weight, qkv_bias), "b n (t h d) -> t b h n d", t=3, h=self.num_heads)
+        q, k, v = rearrange(self.qkv(x, qkv_bias), "b n (t h d) -> t b h n d", t=3, h=self.num_heads)
         logits = (q * q.shape[-1] ** -0.5) @ k.transpose(-2, -1) + bias
         if mask is not None:
             logits = logits + mask[:, None].to(logits.dtype)
@@ -137,6 +137,7 @@ class Attention(nn.Module):
 class ViTBlock(nn.Module):
     """Attention and MLP, each after a norm, their channels scaled by learned factors."""
 
+    products = "attn.qkv", "attn.proj", "mlp"  # as of `ShiftedWindowBlock`
     gamma_1: nn.Parameter | None
     gamma_2: nn.Parameter | None
 

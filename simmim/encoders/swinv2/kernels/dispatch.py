@@ -11,11 +11,10 @@ from collections.abc import Callable, Iterator
 from typing import ClassVar
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 from simmim.encoders.base import Size
-from simmim.encoders.layers import DropPath, Mlp
+from simmim.encoders.layers import DropPath, Mlp, ProductWithBias
 from simmim.encoders.swinv2.geometry import log_spaced_coords
 from simmim.encoders.swinv2.kernels.block import bias_of_offsets, join_attention, join_mlp, merge
 from simmim.encoders.swinv2.kernels.eligibility import supports_block, supports_merging
@@ -106,7 +105,7 @@ class KernelBlock(SwinV2Block):
     # The parts that the kernel for a CPU replaces, and their classes. norm3 is applied after the kernel.
     PARTS: ClassVar[dict[str, type[nn.Module]]] = {
         "attn": KernelAttention,
-        "attn.qkv": nn.Linear,
+        "attn.qkv": ProductWithBias,
         "attn.proj": nn.Linear,
         "attn.cpb_mlp": nn.Sequential,
         "attn.cpb_mlp.0": nn.Linear,
@@ -153,7 +152,7 @@ class KernelBlock(SwinV2Block):
         windows = grouped_windows(windows, groups, window, shift)
         with without_autocast(x.device):
             scale, bias = attn.inverse_temperature(), attn.position_bias(window, self.pretrained(window))
-        qkv = F.linear(x, attn.qkv.weight).flatten(0, 2)
+        qkv = attn.qkv(x).flatten(0, 2)
         mixed = window_attention(qkv, attn.q_bias, attn.v_bias, scale, bias, windows.token_of, windows.region_of, len(x))
         return attn.proj(mixed.view(*x.shape[:3], -1))
 
