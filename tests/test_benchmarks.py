@@ -2,11 +2,13 @@
 
 import json
 import math
+import re
 import shutil
 import sys
 from pathlib import Path
 
 import detection
+import gpu
 import pytest
 import recipe_search
 import segmentation
@@ -163,3 +165,31 @@ def test_recipe_search_gives_candidates_the_same_time(digits, encoder_folder, tm
     assert [line.split(" | ")[:3] for line in table.splitlines()[2:]] == [["| small", "300", "20"], ["| large", "150", "40"]]
     monkeypatch.setattr(recipe_search, "in_process", None)
     assert recipe_search.main([*map(str, words)]) == 0 and capsys.readouterr().out == table
+
+
+def test_the_checks_of_a_gpu_run_in_small(fork_server):
+    """On a CPU; a part that fails is told, and the next one runs."""
+    output = fork_server.run_script(BENCHMARKS / "gpu.py", "--dry", "--only", "attention", "profile")
+    assert re.search(r"\| 1 \| 8², window 4 \| \d+\.\d+ \| \d+\.\d+ \|", output) and "a step waits for nothing" in output
+    assert re.findall(r"(?m)^(\w+) +passed in \d+ s$", output) == ["attention", "profile"]
+    assert "no GPU is there: give --dry" in fork_server.run_script(BENCHMARKS / "gpu.py", code=2)
+
+
+def test_the_checks_of_a_gpu_end_in_time(monkeypatch, capfd):
+    """In eight minutes; one that takes too long or fails does not keep the others from running; and commands are known."""
+    assert sum(check.limit_s for check in gpu.CHECKS.values()) <= gpu.LIMIT_S == 480
+    for name in ("step64", "step128"):
+        for command in (gpu.CHECKS[name].command, gpu.CHECKS[name].dry):
+            step.build_parser().parse_args(command[1:])
+    limits = {"slow": 1, "wrong": 60, "good": 60}
+    checks = {"slow": ("-c", "import time; time.sleep(60)"), "wrong": ("-c", "raise SystemExit(3)"), "good": ("-c", "")}
+    monkeypatch.setattr(gpu, "CHECKS", {name: gpu.Check(limits[name], words, words) for name, words in checks.items()})
+    monkeypatch.setattr(gpu.torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(gpu.torch.cuda, "get_device_name", lambda: "NVIDIA H100")
+    monkeypatch.setattr(sys, "argv", ["gpu.py"])
+    assert gpu.main() == 1
+    assert [line.split()[:2] for line in capfd.readouterr().out.splitlines()[-3:]] == [
+        ["slow", "out"],
+        ["wrong", "failed"],
+        ["good", "passed"],
+    ]
