@@ -1,4 +1,4 @@
-"""The model of a run: built by its settings, begun from weights, and read back from what a run left."""
+"""The model of a run: built by its settings, started from weights, and read back from what a run left."""
 
 from __future__ import annotations
 

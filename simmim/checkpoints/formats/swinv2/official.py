@@ -203,7 +203,7 @@ def buffers_of(config: SwinV2Config, image_size: Size) -> State:
     height, width = (side // config.patch_size for side in image_size)
     cpu, buffers = torch.device("cpu"), {}
     for stage, (depth, window) in enumerate(zip(config.depths, config.windows(image_size))):
-        shift = tuple(side // 2 if size > side else 0 for side, size in zip(window, (height, width)))
+        shift = (window[0] // 2 if height > window[0] else 0, window[1] // 2 if width > window[1] else 0)
         pretrained = as_pair(config.pretrained_window_sizes[stage]) if config.pretrained_window_sizes else window
         tokens = window[0] * window[1]
         for block in range(depth):
@@ -213,7 +213,7 @@ def buffers_of(config: SwinV2Config, image_size: Size) -> State:
             index = relative_position_index(window, cpu).view(tokens, tokens)
             buffers[name + "attn.relative_position_index"] = index.clone()
             if block % 2 and any(shift):
-                padded = tuple(-(-size // side) * side for size, side in zip((height, width), window))
+                padded = (-(-height // window[0]) * window[0], -(-width // window[1]) * window[1])
                 buffers[name + "attn_mask"] = shift_mask(padded, window, shift, cpu).clone()
         height, width = -(-height // 2), -(-width // 2)
     return buffers
