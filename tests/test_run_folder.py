@@ -1,5 +1,6 @@
 """The run folder is locked and never overwritten by accident; metrics.csv survives interruption."""
 
+import contextlib
 import csv
 import os
 from dataclasses import dataclass, field, replace
@@ -253,6 +254,55 @@ def test_metrics_of_one_step_share_a_row_across_saves(tmp_path):
             log.save()
             assert [int(row["step"]) for row in rows_of(path)] == list(range(step + 1))
     assert [(row["loss"], row["lr"]) for row in rows_of(path)] == [("10.0", "0.5"), ("11.0", "0.5"), ("12.0", "0.5")]
+
+
+class Killed(Exception):
+    """The end of a process."""
+
+
+class KilledFile:
+    """A file without a buffer whose process ends with the call of a method."""
+
+    def __init__(self, file, call):
+        self.file, self.call = file, call
+
+    def __enter__(self):
+        return self
+
+    def __exit__(self, *error):
+        self.file.close()
+
+    def __getattr__(self, name):
+        if name == self.call:
+            raise Killed
+        self.file.flush()
+        return getattr(self.file, name)
+
+
+@pytest.mark.parametrize("metrics", [{"loss": 3.0}, {"loss": 3.0, "accuracy": 0.5}], ids=["same columns", "a new column"])
+@pytest.mark.parametrize("call", ["seek", "write", "truncate"])
+def test_rows_that_were_written_survive_a_kill_at_any_moment(tmp_path, monkeypatch, call, metrics):
+    """The last row is still open for values of its step, and yet a checkpoint may hold the step already."""
+    log, path = MetricsCsv(tmp_path / "metrics.csv"), tmp_path / "metrics.csv"
+    for step in range(3):
+        log.log_metrics({"loss": float(step)}, step)
+        log.save()
+    log.log_metrics(metrics, 3)
+    opened = Path.open
+
+    def open_until_the_kill(path, mode="r", *rest, **options):
+        file = opened(path, mode, *rest, **options)
+        return KilledFile(file, call) if "+" in mode else file
+
+    monkeypatch.setattr(Path, "open", open_until_the_kill)
+    with contextlib.suppress(Killed):
+        log.save()
+    monkeypatch.undo()
+    assert [int(row["step"]) for row in rows_of(path)][:3] == [0, 1, 2]
+    resumed = MetricsCsv(path)
+    resumed.log_metrics({"loss": 9.0}, 3)
+    resumed.save()
+    assert [(row["step"], row["loss"]) for row in rows_of(path)] == [("0", "0.0"), ("1", "1.0"), ("2", "2.0"), ("3", "9.0")]
 
 
 def test_a_row_that_shrinks_leaves_nothing_behind(tmp_path):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import csv
+import io
 from pathlib import Path
 
 from pytorch_lightning.utilities import rank_zero_only
@@ -44,7 +45,10 @@ class MetricsCsv(RunLogger):
 
     @rank_zero_only
     def save(self) -> None:
-        """Write the rows since the last call. The file is rewritten only for a new column or after a resume."""
+        """Write the rows since the last call. The file is rewritten only for a new column or after a resume.
+
+        A kill at any moment leaves each row that was written before: a checkpoint may hold its step already.
+        """
         if not self.rows:
             return
         known = list(dict.fromkeys([*self.columns, *(key for row in self.rows for key in row)]))
@@ -52,21 +56,30 @@ class MetricsCsv(RunLogger):
             old = []
             if self.path.is_file():
                 with self.path.open(newline="", encoding="utf-8") as file:
-                    old = [row for row in csv.DictReader(file) if int(row["step"]) < self.rows[0]["step"]]
+                    rows = (
+                        row for row in csv.DictReader(file) if None not in row.values()
+                    )  # a kill may have cut the last one
+                    old = [row for row in rows if int(row["step"]) < self.rows[0]["step"]]
             self.columns = list(dict.fromkeys([*known, *(key for row in old for key in row)]))
-            with atomic_write(self.path) as temporary, temporary.open("w", newline="", encoding="utf-8") as file:
-                writer = csv.DictWriter(file, self.columns)
-                writer.writeheader()
-                writer.writerows(old)
-            self.offset = self.path.stat().st_size
-        with self.path.open("r+", newline="", encoding="utf-8") as file:
-            file.truncate(self.offset)
-            file.seek(self.offset)
-            writer = csv.DictWriter(file, self.columns)
-            writer.writerows(self.rows[:-1])
-            self.offset = file.tell()
-            writer.writerow(self.rows[-1])
+            header = dict(zip(self.columns, self.columns))
+            final, last = self.as_text([header, *old, *self.rows[:-1]]), self.as_text(self.rows[-1:])
+            with atomic_write(self.path) as temporary:
+                temporary.write_bytes(final + last)
+            self.offset = len(final)
+        else:
+            final, last = self.as_text(self.rows[:-1]), self.as_text(self.rows[-1:])
+            with self.path.open("r+b") as file:  # over what was the last row, and cut afterwards
+                file.seek(self.offset)
+                file.write(final + last)
+                file.truncate()
+            self.offset += len(final)
         self.rows = self.rows[-1:]
+
+    def as_text(self, rows: list[dict]) -> bytes:
+        """Rows as they stand in the file."""
+        text = io.StringIO(newline="")
+        csv.DictWriter(text, self.columns).writerows(rows)
+        return text.getvalue().encode("utf-8")
 
     @rank_zero_only
     def finalize(self, status: str) -> None:
