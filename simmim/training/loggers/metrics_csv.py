@@ -56,10 +56,8 @@ class MetricsCsv(RunLogger):
             old = []
             if self.path.is_file():
                 with self.path.open(newline="", encoding="utf-8") as file:
-                    rows = (
-                        row for row in csv.DictReader(file) if None not in row.values()
-                    )  # a kill may have cut the last one
-                    old = [row for row in rows if int(row["step"]) < self.rows[0]["step"]]
+                    old = [row for row in csv.DictReader(file) if None not in row.values()]  # a kill may cut the last one
+                old = [row for row in old if int(row["step"]) < self.rows[0]["step"]]
             self.columns = list(dict.fromkeys([*known, *(key for row in old for key in row)]))
             header = dict(zip(self.columns, self.columns))
             final, last = self.as_text([header, *old, *self.rows[:-1]]), self.as_text(self.rows[-1:])
