@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 from simmim.checkpoints.checkpoint import Checkpoint
 from simmim.checkpoints.fitting import build_encoder
@@ -14,11 +13,6 @@ from simmim.methods.registry import default_method, method_named
 from simmim.pretrain.settings import DataSettings, OptimSettings, PretrainSettings, ProbeSettings, settings_class
 from simmim.training.run_folder import CONFIG, checkpoints_folder
 from simmim.training.saving import usable_checkpoint
-
-if TYPE_CHECKING:
-    pass
-
-VALIDATION_TILES = 1024  # of the images held out, at most: they are measured up to fifty times
 
 
 def build_method(settings: PretrainSettings) -> Method:

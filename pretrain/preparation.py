@@ -53,8 +53,6 @@ from simmim.training.trainer import default_precision, device_type
 if TYPE_CHECKING:
     import datasets
 
-VALIDATION_TILES = 1024  # of the images held out, at most: they are measured up to fifty times
-
 
 class Resolved(NamedTuple):
     """What a run is made of, once everything that the user left open is filled in.
@@ -130,12 +128,12 @@ def resolve_length(settings: PretrainSettings) -> tuple[Resolved, list[str]]:
     if seconds is not None and not is_single:
         raise ValueError(f"time is {settings.time} and there are several devices, which it does not measure: give epochs")
     found = look(settings)
-    settings, scale = fit_scale(settings, found, seconds, device)
+    settings, scale, step_s = fit_scale(settings, found, seconds, device)
     resolved = fill_in(settings, found)
     num_images, batch_size = resolved.source.num_images, resolved.settings.batch_size
     if not is_single or (seconds is None and is_short(resolved.settings, num_images)):
         return resolved, scale
-    step_s = measure_step(resolved, device)
+    step_s = step_s or measure_step(resolved, device)
     by_default = seconds is None and settings.epochs is None and device == "cpu"
     if by_default and run_seconds(resolved.settings, num_images, step_s) > LONG_S:
         seconds = DEFAULT_S
@@ -149,9 +147,9 @@ def resolve_length(settings: PretrainSettings) -> tuple[Resolved, list[str]]:
 
 def fit_scale(
     settings: PretrainSettings, found: Found, seconds: float | None, device: str
-) -> tuple[PretrainSettings, list[str]]:
+) -> tuple[PretrainSettings, list[str], float | None]:
     """The settings with preset and image size as large as suits the run's length (`default_scales`), where a fresh encoder's
-    are open; and why they are not the largest: a line or none.
+    are open; why they are not the largest, a line or none; and the seconds of a step, where they were measured for it.
 
     Args:
         seconds: the run's length, where it is given.
@@ -159,15 +157,16 @@ def fit_scale(
     """
     is_open = settings.init == "none" and settings.image_sizes is None and not settings.model.encoder
     if not is_open or (seconds is None and device != "cpu"):
-        return settings, []
+        return settings, [], None
     given_px = None if settings.image_size is None else min(settings.size)
     scales = default_scales(found.statistics.short_side_px, device, settings.preset, given_px)
     reason, has_epochs = [], settings.epochs is not None
     for number, scale in enumerate(scales, start=1):
         settings = replace(settings, preset=scale.preset, image_size=settings.image_size if given_px else scale.side_px)
+        step_s = None
         if number == len(scales):
             break
-        seen = images_seen(fill_in(settings, found), seconds, has_epochs, device)
+        seen, step_s = images_seen(fill_in(settings, found), seconds, has_epochs, device)
         if seen >= ENOUGH_IMAGES_SEEN:
             break
         about = float(f"{seen:.2g}")
@@ -175,11 +174,14 @@ def fit_scale(
             f"chosen   {scales[number]}: {scale} would see {about:,.0f} images in this run, and of fewer than a million a "
             f"smaller encoder learned more (--preset {scale.preset} --image-size {scale.side_px})"
         ]
-    return settings, reason
+    return settings, reason, step_s
 
 
-def images_seen(resolved: Resolved, seconds: float | None, are_epochs_given: bool, device: str) -> float:
-    """How many images a run would show its encoder, each as often as there are epochs.
+def images_seen(
+    resolved: Resolved, seconds: float | None, are_epochs_given: bool, device: str
+) -> tuple[float, float | None]:
+    """How many images a run would show its encoder, each as often as there are epochs, and the seconds of a step where they
+    had to be measured.
 
     Args:
         seconds: the run's length. Without one it has the epochs that are given, else the default ones or those of an hour.
@@ -190,9 +192,10 @@ def images_seen(resolved: Resolved, seconds: float | None, are_epochs_given: boo
     whole = settings.epochs * num_images
     is_known = are_epochs_given or whole < ENOUGH_IMAGES_SEEN or num_processes(settings, device) > 1
     if seconds is None and is_known:
-        return whole
-    fitting = epochs_in(seconds or DEFAULT_S, measure_step(resolved, device), settings.batch_size, num_images) * num_images
-    return fitting if seconds else min(whole, fitting)
+        return whole, None
+    step_s = measure_step(resolved, device)
+    fitting = epochs_in(seconds or DEFAULT_S, step_s, settings.batch_size, num_images) * num_images
+    return (fitting if seconds else min(whole, fitting)), step_s
 
 
 def measure_step(resolved: Resolved, device: str) -> float:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 import pytorch_lightning as pl
 from pytorch_lightning.strategies import ModelParallelStrategy
@@ -37,9 +36,6 @@ from simmim.training.saving import SavedModel, SavePolicy
 from simmim.training.shared_images import report_shared
 from simmim.training.streams import StreamData
 from simmim.training.trainer import device_type, is_first_process
-
-if TYPE_CHECKING:
-    pass
 
 VALIDATION_TILES = 1024  # of the images held out, at most: they are measured up to fifty times
 

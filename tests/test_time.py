@@ -179,11 +179,16 @@ def test_encoder_and_images_are_as_large_as_the_length_suits(tmp_path, monkeypat
     for number in range(12):
         Image.new("RGB", (130, 110), (number * 20, 90, 90)).save(tmp_path / f"{number}.png")
     monkeypatch.setattr(calibration, "SHORT_PIXELS", 0.0)
-    monkeypatch.setattr(preparation, "measure_step", lambda resolved, device: step_s[resolved.settings.preset])
+    measured = []
+
+    def measure_step(resolved, device):
+        measured.append(resolved.settings.preset)
+        return step_s.get(measured[-1], 1e-4)
+
+    monkeypatch.setattr(preparation, "measure_step", measure_step)
     given = PretrainSettings(data=DataSettings(str(tmp_path)), out=str(tmp_path / "run"), batch_size=32, **words)
-    if "epochs" in words:
-        monkeypatch.setattr(preparation, "measure_step", lambda resolved, device: 1e-4)
     resolved, lines = preparation.resolve_length(given)
+    assert len(measured) == len(set(measured)), "each once"
     assert (resolved.settings.preset, resolved.settings.image_size) == scale
     said = [text for text in lines if " at " in text and text.startswith("chosen")]
     assert len(said) == (line is not None) and all(line in text for text in said)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import ClassVar
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
@@ -15,6 +15,14 @@ from simmim.training.module import TrainingModule
 class SelfTrainingSteps(TrainingModule):
     """Teacher, pseudo-labels and their counts; the base of a task's module, beside the one that trains on labels alone.
 
+    Args:
+        arguments: of the module that trains on labels alone.
+        strong: random changes of the student's views of unlabeled images, as the task makes them.
+        labeler: chooses pseudo-labels.
+        teacher: predicts from weak views. It must be among the run's callbacks.
+        start: optimizer steps on labels alone; the weight of the pseudo-labels grows in as many steps after them.
+        weight: of the loss of the pseudo-labels.
+
     Attributes:
         TOTALS: what is counted beside the classes; the first is what was shown, the second what was confident.
         counts: (totals + classes,), since they were last reported; the classes' are of the confident pseudo-labels.
@@ -25,16 +33,11 @@ class SelfTrainingSteps(TrainingModule):
     counts: Tensor
     labeler: PseudoLabeler
 
-    def use_teacher(self, labeler: PseudoLabeler, teacher: Teacher, start: int, weight: float) -> None:
-        """Say what labels unlabeled images; called once, when the module is made.
-
-        Args:
-            labeler: chooses pseudo-labels.
-            teacher: predicts from weak views. It must be among the run's callbacks.
-            start: optimizer steps on labels alone; the weight of the pseudo-labels grows in as many steps after them.
-            weight: of the loss of the pseudo-labels.
-        """
-        self.labeler, self.teacher, self.start, self.weight = labeler, teacher, start, weight
+    def __init__(
+        self, *arguments: Any, strong: Any, labeler: PseudoLabeler, teacher: Teacher, start: int, weight: float
+    ) -> None:
+        super().__init__(*arguments)
+        self.strong, self.labeler, self.teacher, self.start, self.weight = strong, labeler, teacher, start, weight
         num_classes = len(labeler.mean_prediction)
         self.register_buffer("counts", torch.zeros(len(self.TOTALS) + num_classes, dtype=torch.int64))
 

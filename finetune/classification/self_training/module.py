@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Any, ClassVar
+from typing import ClassVar
 
 import torch
 import torch.nn.functional as F
@@ -12,8 +12,7 @@ from simmim.data import normalize
 from simmim.finetune.augment.batch import BatchChanges
 from simmim.finetune.classification.module import ClassificationFinetuning
 from simmim.finetune.self_training.module import SelfTrainingSteps
-from simmim.finetune.self_training.pseudo_labels import PseudoLabeler, PseudoLabels
-from simmim.finetune.self_training.teacher import Teacher
+from simmim.finetune.self_training.pseudo_labels import PseudoLabels
 
 
 class SelfTraining(SelfTrainingSteps, ClassificationFinetuning):
@@ -25,23 +24,12 @@ class SelfTraining(SelfTrainingSteps, ClassificationFinetuning):
     Args:
         model, preprocessing, changes, learning_rate, optim, class_weights: as of `ClassificationFinetuning`.
         strong: random changes of the student's views of unlabeled images.
-        labeler, teacher, start, weight: as of `use_teacher`.
+        labeler, teacher, start, weight: as of `SelfTrainingSteps`.
     """
 
     TOTALS: ClassVar[tuple[str, ...]] = ("unlabeled", "confident", "confident_of_known_class", "right")
 
-    def __init__(
-        self,
-        *arguments: Any,
-        strong: BatchChanges,
-        labeler: PseudoLabeler,
-        teacher: Teacher,
-        start: int,
-        weight: float,
-    ) -> None:
-        super().__init__(*arguments)
-        self.strong = strong
-        self.use_teacher(labeler, teacher, start, weight)
+    strong: BatchChanges
 
     def training_step(self, batch: dict, batch_idx: int) -> Tensor:
         """Loss of labeled and of confidently labeled unlabeled images, which pass through the student together."""

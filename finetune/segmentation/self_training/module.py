@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import random
-from typing import Any, ClassVar, NamedTuple
+from typing import ClassVar, NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -15,8 +15,6 @@ from simmim.finetune.segmentation.module import SegmentationFinetuning
 from simmim.finetune.segmentation.self_training.pseudo_masks import PixelProbabilities, paste_boxes
 from simmim.finetune.segmentation.sliding import resize_logits
 from simmim.finetune.self_training.module import SelfTrainingSteps
-from simmim.finetune.self_training.pseudo_labels import PseudoLabeler
-from simmim.finetune.self_training.teacher import Teacher
 
 
 class UnlabeledViews(NamedTuple):
@@ -43,23 +41,12 @@ class PseudoMaskTraining(SelfTrainingSteps, SegmentationFinetuning):
     Args:
         model, …: as of `SegmentationFinetuning`.
         strong: changes of colors in the student's views of unlabeled images.
-        labeler, teacher, start, weight: as of `use_teacher`.
+        labeler, teacher, start, weight: as of `SelfTrainingSteps`.
     """
 
     TOTALS: ClassVar[tuple[str, ...]] = ("pixels", "confident")
 
-    def __init__(
-        self,
-        *arguments: Any,
-        strong: ColorSettings,
-        labeler: PseudoLabeler,
-        teacher: Teacher,
-        start: int,
-        weight: float,
-    ) -> None:
-        super().__init__(*arguments)
-        self.strong = strong
-        self.use_teacher(labeler, teacher, start, weight)
+    strong: ColorSettings
 
     def training_step(self, batch: dict, batch_idx: int) -> Tensor:
         """Loss of labeled and of confidently labeled unlabeled images, which pass through the student together."""
