@@ -24,6 +24,7 @@ import argparse
 import contextlib
 import json
 import multiprocessing
+import os
 import shutil
 import statistics
 import sys
@@ -86,13 +87,17 @@ def judge(search: Search, name: str, words: Sequence[str]) -> str:
 
 def pretrain_for(search: Search, words: Sequence[str], run: Path) -> dict[str, float]:
     """Pre-train for the processor time of the search: steps, seconds per step, and minutes in all."""
-    trial = Path(f"{run}-calibration")
-    short, long = (in_process(pretrain_steps, search, words, steps, trial) for steps in CALIBRATION_STEPS)
-    shutil.rmtree(trial)
-    seconds_per_step = (long - short) / (CALIBRATION_STEPS[1] - CALIBRATION_STEPS[0])
+    seconds_per_step = measure_step(search, words, Path(f"{run}-calibration"))
     steps = max(1, int(60 * search.minutes / seconds_per_step))
     minutes = in_process(pretrain_steps, search, words, steps, run) / 60
     return {"steps": steps, "seconds_per_step": seconds_per_step, "minutes": minutes}
+
+
+def measure_step(search: Search, words: Sequence[str], trial: Path) -> float:
+    """Processor time of a step in seconds, loading included, by two short runs in the folder `trial`, which is removed."""
+    short, long = (in_process(pretrain_steps, search, words, steps, trial) for steps in CALIBRATION_STEPS)
+    shutil.rmtree(trial)
+    return (long - short) / (CALIBRATION_STEPS[1] - CALIBRATION_STEPS[0])
 
 
 def pretrain_steps(search: Search, words: Sequence[str], steps: int, run: Path) -> float:
@@ -167,11 +172,15 @@ def in_process(work: Callable, *arguments) -> Any:
 
 
 def stored(file: Path, work: Callable[[], Any]) -> Any:
-    """What `work` returned once; it is called where `file` is missing."""
+    """What `work` returned once; it is called where `file` is missing. Where two processes do, the first to end counts."""
     if not file.is_file():
         result = work()
         file.parent.mkdir(parents=True, exist_ok=True)
-        file.write_text(json.dumps(result))
+        whole = file.with_name(f"{file.name}.{os.getpid()}")
+        whole.write_text(json.dumps(result))
+        with contextlib.suppress(FileExistsError):
+            os.link(whole, file)
+        whole.unlink()
     return json.loads(file.read_text())
 
 
