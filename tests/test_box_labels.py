@@ -154,6 +154,33 @@ def test_parts_by_folders_lists_and_columns(tmp_path):
         assert len(scenes.validation) == 5, path
 
 
+@pytest.mark.parametrize("format, labels", [("yolo", "labels"), ("voc", "Annotations")])
+def test_annotations_may_all_lie_in_folders_of_folders(format, labels, tmp_path):
+    """As the images do; a hidden file, as some systems leave beside each, is none."""
+    path = WRITERS[format](tmp_path)
+    images = next(path / name for name in ("images", "JPEGImages") if (path / name).is_dir())
+    for folder in (images, path / labels):
+        files = sorted(folder.iterdir())
+        (folder / "site" / "first").mkdir(parents=True)
+        for file in files:
+            file.rename(folder / "site" / "first" / file.name)
+    (path / labels / "site" / f"._{file.name}").write_bytes(b"")
+    classes, scenes = read(path)
+    assert classes == CLASSES and {name: len(found.objects.boxes) for name, found in scenes.items()} == {
+        f"{scene.name}.png": len(scene.objects) for scene in SCENES
+    }
+
+
+def test_a_list_of_names_is_no_label(tmp_path):
+    """Scenes of another task lie beside such a list, too."""
+    path = write_yolo(tmp_path)
+    (path / "classes.txt").write_text("cat\ndog\n")
+    assert READERS["yolo"].detect(str(path))
+    for file in (path / "labels").iterdir():
+        file.unlink()
+    assert not READERS["yolo"].detect(str(path))
+
+
 def test_polygons_of_yolo_become_the_boxes_around_them(tmp_path):
     write_yolo(tmp_path)
     (tmp_path / "labels" / "b.txt").write_text("0 0.25 0.5 0.5 0.25 0.75 0.75\n")

@@ -3,6 +3,7 @@
 import os
 import warnings
 from dataclasses import replace
+from functools import partial
 
 import pytest
 from image_files import notices, write_empty
@@ -10,6 +11,8 @@ from image_files import notices, write_empty
 from simmim.cli import main
 from simmim.data import find_images, index_folder, open_images, read_labeled_images
 from simmim.data.index import Scan, cache_folder
+from simmim.finetune.detection.labels.instances import find_maps
+from simmim.finetune.detection.labels.layout import annotations_by_stem
 from simmim.messages import Notice, notify
 
 
@@ -127,6 +130,29 @@ def test_labeled_folders_and_globs_name_a_lost_folder(folder, deny):
         deny(folder / "a" / "deep")
         write_empty(folder / "b" / "deep" / "y.png")
         assert [str(folder / "a" / "deep") in line for line in notices(open_images, pattern)[1]] == [True], pattern
+
+
+@pytest.mark.parametrize("labels, ending", [("labels", ".txt"), ("instances", ".png"), ("Annotations", ".xml")])
+@pytest.mark.parametrize("lost", ["folder", "link"])
+def test_images_whose_annotations_cannot_be_read_are_no_backgrounds(tmp_path, deny, labels, ending, lost):
+    write_empty(*(tmp_path / "images" / name for name in ("0.png", "deep/1.png")))
+    write_empty(*(tmp_path / labels / name for name in (f"0{ending}", f"deep/1{ending}")))
+    deep = tmp_path / labels / "deep"
+    if lost == "folder":
+        deny(deep)
+    else:  # to a share that is not mounted
+        deep.rename(tmp_path / "share")
+        deep.symlink_to(tmp_path / "not mounted")
+    if labels == "instances":
+        read = partial(find_maps, tmp_path / labels)
+    else:
+        read = partial(annotations_by_stem, tmp_path / labels, ending)
+    with pytest.raises(ValueError, match=rf"annotations in '{deep}' cannot be read \(.*\), and their images would count as"):
+        read()
+    deny(None)
+    if lost == "link":
+        (tmp_path / "share").rename(tmp_path / "not mounted")
+    assert [*read()] == ["0", "deep/1"]
 
 
 def test_a_top_folder_that_cannot_be_read_is_an_error(folder, deny, capsys):

@@ -24,6 +24,7 @@ from simmim.data.arrangement import (
 )
 from simmim.data.decode import count_images
 from simmim.data.index import find_images
+from simmim.data.left_out import LeftOut
 from simmim.data.pillow_guard import UNREADABLE, describe_error
 from simmim.data.records import Record
 from simmim.messages import counted
@@ -51,14 +52,17 @@ class NamedImage:
     whole: str = ""
 
 
-def find_stems(folder: Path) -> dict[str, str]:
+def find_stems(folder: Path, left_out: LeftOut | None = None) -> dict[str, str]:
     """Every image file below `folder`, by its path in it without the extension.
+
+    Args:
+        left_out: as of `find_images`.
 
     Raises:
         ValueError: if there is none, or two differ only by their extensions.
     """
     paths: dict[str, str] = {}
-    for path in find_images(folder):
+    for path in find_images(folder, left_out):
         stem = os.path.splitext(os.path.relpath(path, folder))[0]
         if stem in paths:
             raise ValueError(f"{paths[stem]} and {path} differ only by their extensions, and share one partner: rename one")

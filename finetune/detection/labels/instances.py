@@ -10,9 +10,10 @@ import numpy as np
 from simmim.data.image_names import find_stems
 from simmim.data.label_map_files import read_label_map
 from simmim.data.label_sources import subfolders
+from simmim.data.left_out import LeftOut
 from simmim.data.pillow_guard import UNREADABLE, describe_error
 from simmim.finetune.detection.labels.base import BoxReader, RawLabels, RawObject, RawScene, ReadingOptions, record_of
-from simmim.finetune.detection.labels.layout import IMAGE_FOLDERS, Pair, find_pairs, image_files
+from simmim.finetune.detection.labels.layout import IMAGE_FOLDERS, Pair, find_pairs, image_files, refuse_folder
 from simmim.finetune.detection.masks import PackedMask, pack
 from simmim.messages import notify
 from simmim.reading import Reading
@@ -65,9 +66,10 @@ def read_part(pairs: Mapping[str, Pair], reading: Reading) -> list[RawScene]:
         reading: which pages or files make an image.
 
     Raises:
-        ValueError: for a map without an image, one that cannot be read, and maps of one image that differ in size.
+        ValueError: for a map without an image, a map or a folder that cannot be read, and maps of one image that differ in
+            size.
     """
-    maps = {name: find_stems(pair.annotations) for name, pair in pairs.items()}
+    maps = {name: find_maps(pair.annotations) for name, pair in pairs.items()}
     pair, stems = next(iter(pairs.values())), {stem for files in maps.values() for stem in files}
     images = image_files(pair, stems, reading)
     for files in maps.values():
@@ -84,6 +86,20 @@ def read_part(pairs: Mapping[str, Pair], reading: Reading) -> list[RawScene]:
         read_scene(image, {name: files[stem] for name, files in maps.items() if stem in files})
         for stem, image in images.items()
     ]
+
+
+def find_maps(folder: Path) -> dict[str, str]:
+    """The maps of one class, as of `find_stems`.
+
+    Raises:
+        ValueError: also for a folder that cannot be read.
+    """
+    left_out = LeftOut()
+    maps = find_stems(folder, left_out)
+    for denied, reason in left_out.denied.items():
+        refuse_folder(denied, reason)
+    left_out.report(str(folder))
+    return maps
 
 
 def read_scene(image: str, files: Mapping[str, str]) -> RawScene:

@@ -18,7 +18,7 @@ from simmim.finetune.detection.labels.base import (
     four_numbers,
     record_of,
 )
-from simmim.finetune.detection.labels.layout import Pair, files_in, find_pairs, image_files, read_text
+from simmim.finetune.detection.labels.layout import Pair, annotations_by_stem, files_in, find_pairs, image_files, read_text
 from simmim.reading import Reading
 
 FOLDERS = ("Annotations", "annotations", "labels", "xmls")
@@ -33,11 +33,11 @@ class VocReader(BoxReader):
 
     def detect(self, path: str) -> bool:
         folder = Path(path).expanduser()
-        return folder.is_dir() and bool(find_pairs(folder, FOLDERS, ".xml"))
+        return folder.is_dir() and bool(find_pairs(folder, FOLDERS, ".xml", nested=True))
 
     def read(self, path: str, options: ReadingOptions) -> RawLabels:
         folder = Path(path).expanduser()
-        pairs = find_pairs(folder, FOLDERS, ".xml")
+        pairs = find_pairs(folder, FOLDERS, ".xml", nested=True)
         lists = read_lists(folder)
         if lists and list(pairs) == ["train"]:
             parts = {use: read_pair(pairs["train"], stems, options.reading) for use, stems in lists.items()}
@@ -86,7 +86,7 @@ def read_pair(pair: Pair, stems: list[str] | None, reading: Reading = STRETCHED)
     Raises:
         ValueError: for an image without an XML file, an XML file without an image, and as `read_file`.
     """
-    files = {path.relative_to(pair.annotations).with_suffix("").as_posix(): path for path in pair.annotations.rglob("*.xml")}
+    files = annotations_by_stem(pair.annotations, ".xml")
     images = image_files(pair, files, reading)
     for stem in stems or images:
         if stem not in images:

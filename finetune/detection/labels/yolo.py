@@ -18,7 +18,15 @@ from simmim.finetune.detection.labels.base import (
     four_numbers,
     record_of,
 )
-from simmim.finetune.detection.labels.layout import Pair, files_in, find_pairs, image_files, read_text
+from simmim.finetune.detection.labels.layout import (
+    Pair,
+    annotation_files,
+    annotations_by_stem,
+    files_in,
+    find_pairs,
+    image_files,
+    read_text,
+)
 from simmim.messages import notify
 from simmim.reading import Reading
 
@@ -51,14 +59,14 @@ class YoloReader(BoxReader):
 
 def find_text_pairs(folder: Path) -> dict[str, Pair]:
     """As `find_pairs`, of text files with the names of images; both may lie in one folder."""
-    pairs = find_pairs(folder, FOLDERS, ".txt", together=False) or find_pairs(folder, FOLDERS, ".txt", together=True)
+    pairs = find_pairs(folder, FOLDERS, ".txt", together=False, nested=True) or find_pairs(folder, FOLDERS, ".txt")
     return pairs if all(map(holds_labels, pairs.values())) else {}
 
 
 def holds_labels(pair: Pair) -> bool:
-    """Whether text files are labels: they are in a folder of labels, or one has the name of an image beside it."""
+    """Whether text files are labels, and not lists of names alone: of those beside images, one has the name of an image."""
     if pair.images != pair.annotations:
-        return True
+        return any(file.name not in LISTS for file in annotation_files(pair.annotations, ".txt"))
     stems = {path.stem for path in pair.images.iterdir() if is_image_name(str(path))}
     return any(file.stem in stems for file in files_in(pair.annotations, ".txt"))
 
@@ -99,9 +107,9 @@ def read_pair(pair: Pair, names: dict[int, str], reading: Reading = STRETCHED) -
         reading: which pages or files make an image.
 
     Raises:
-        ValueError: for a text file without an image, and as `read_objects`.
+        ValueError: for a text file without an image, and as `annotation_files` and `read_objects`.
     """
-    files = {path.relative_to(pair.annotations).with_suffix("").as_posix(): path for path in pair.annotations.rglob("*.txt")}
+    files = annotations_by_stem(pair.annotations, ".txt")
     images = image_files(pair, files, reading)
     for stem, file in files.items():
         if stem not in images and file.name not in LISTS and pair.images != pair.annotations:
