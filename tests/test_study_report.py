@@ -8,6 +8,7 @@ from scipy.stats import t as student
 from scipy.stats import ttest_rel
 
 from simmim.evaluate.paired import mean_and_error, t_interval
+from simmim.finetune.label_study.chosen_rates import edge_warning
 from simmim.finetune.label_study.gains import equivalent_interval, equivalent_labels, paired_gain
 from simmim.finetune.label_study.report import comparison_table, gain_sentences, plot, report
 from simmim.finetune.label_study.results import Rates, StudyResult, Trial
@@ -73,6 +74,12 @@ def test_pairing_is_by_seed():
     assert (gain.mean, gain.error, gain.num_seeds) == (12.5, 0.0, 3) and math.isnan(gain.p)
 
 
+def test_a_draw_is_not_won():
+    trials = [trial("a", 1, seed, score) for seed, score in enumerate((0.6, 0.5, 0.4))]
+    trials += [trial("b", 1, seed, 0.5) for seed in range(3)]
+    assert paired_gain(trials, "a", "b", 1).num_won == 1
+
+
 def test_p_is_the_paired_t_test_s():
     generator = np.random.default_rng(0)
     ours, theirs = generator.random((2, 7))
@@ -89,6 +96,7 @@ def test_equivalent_labels():
     assert equivalent_labels(trials, "b", 80.0, places) == pytest.approx(40)
     assert equivalent_labels(trials, "b", 80.1, places) == math.inf
     assert equivalent_labels(trials, "b", 59.0, places) == 0.0
+    assert equivalent_labels(trials, "b", 60.0, places) == 10
 
 
 def result_of(gains, scratch=(0.5, 0.6, 0.7)):
@@ -176,6 +184,28 @@ def test_the_report_shows_rates_intervals_and_choices_on_the_edge():
     assert (
         "the highest learning-rate factor (3) was chosen by from scratch at 2:" in warning and "pre-trained" not in warning
     )
+
+
+def test_both_ends_of_the_grid_are_edges():
+    """Of the learning rate the lowest and the highest factor; of layer decays the lowest of three or more."""
+
+    def warning(factors, decays, chosen):
+        grid = [Rates(factor, decay) for factor in factors for decay in decays]
+        tuning = tuple(Trial("a", 2, 0, tried, 0.5, 1.0, (0, 2)) for tried in grid)
+        trials = tuple(Trial(arm, 2, 0, chosen, 0.5, 1.0) for arm in "ab")
+        return edge_warning(StudyResult(("a", "b"), trials, tuning, {2: 2}))
+
+    factors, decays = (3.0, 0.3, 1.0), (0.9, 0.65, 1.0)
+    end = ": on the edge of the grid, beyond it a better one may lie. Widen lr_factors, layer_decays."
+    low, decay = (
+        "the lowest learning-rate factor (0.3) was chosen by a at 2",
+        "the lowest layer decay (0.65) was chosen by a at 2",
+    )
+    assert warning(factors, decays, Rates(0.3, 0.9)) == f"Warning: {low}{end}"
+    assert warning(factors, decays, Rates(0.3, 0.65)) == f"Warning: {low}; {decay}{end}"
+    assert "the highest learning-rate factor (3) was" in warning(factors, decays, Rates(3.0, 1.0))
+    assert warning(factors, decays, Rates(1.0, 1.0)) == warning(factors, (0.65, 1.0), Rates(1.0, 0.65)) == ""
+    assert warning((0.3,), decays, Rates(0.3, 1.0)) == "", "a single rate is no choice"
 
 
 def test_the_plot_shows_every_number():
