@@ -11,6 +11,7 @@ import torch
 from pytorch_lightning.utilities import move_data_to_device
 
 from simmim.data import ImageSamples, collate
+from simmim.messages import length_text
 from simmim.pretrain.module import PretrainingModule
 from simmim.pretrain.settings import PretrainSettings
 from simmim.training.optim import adamw, parameter_groups
@@ -37,16 +38,6 @@ def parse_length(text: str) -> float:
     if not seconds > 0:
         raise ValueError(f"time is {text!r}: give a length of time as 1h, 90m or 1h30m")
     return seconds
-
-
-def length_text(seconds: float) -> str:
-    """A length of time in words: 3 h 20 min, 12 min, 100 s."""
-    if seconds < 120:
-        return f"{max(seconds, 1):.0f} s"
-    hours, minutes = divmod(round(seconds / 60), 60)
-    if hours >= 48:
-        return f"{hours / 24:.1f} days"
-    return f"{hours} h {minutes} min" if hours else f"{minutes} min"
 
 
 def num_processes(settings: PretrainSettings, device: str) -> int:

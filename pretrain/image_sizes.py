@@ -7,14 +7,14 @@ keeps the scale that it begins with, as it does when an encoder is fine-tuned at
 
 from __future__ import annotations
 
-import contextlib
 import math
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import fields, replace
 from typing import TYPE_CHECKING, Any
 
 from simmim.defaults import as_size
 from simmim.encoders.base import EncoderConfig, Size, with_fields
+from simmim.growing_sizes import as_given, check_growth, check_shares, naming, shares_of, size_text
 from simmim.messages import did_you_mean
 from simmim.methods.base import MethodSettings
 from simmim.methods.registry import method_named
@@ -23,7 +23,6 @@ if TYPE_CHECKING:
     from simmim.pretrain.settings import PretrainSettings
 
 GROWING = ("image_sizes", "image_size_shares", "model_by_size")
-SHARES_TOLERANCE = 1e-6  # of their sum: thirds are rounded
 
 
 # --- settings ----------------------------------------------------------------------------------------------------------
@@ -62,52 +61,6 @@ def checked_sizes(settings: PretrainSettings) -> dict[str, Any]:
     return result
 
 
-def as_given(size: int | Sequence[int]) -> int | Size:
-    """One number, or height and width as a tuple."""
-    if isinstance(size, int):
-        return size
-    height, width = size
-    return height, width
-
-
-def check_growth(sizes: Sequence[int | Size]) -> None:
-    """Check that there are two sizes or more and that each is larger than the one before.
-
-    Raises:
-        ValueError: naming the first one that is not.
-    """
-    if len(sizes) < 2:
-        raise ValueError(f"image_sizes is {list(sizes)}: give two sizes or more, as [96, 128, 192], or image_size")
-    if any(not all(isinstance(side, int) and side > 0 for side in as_size(size)) for size in sizes):
-        raise ValueError(f"image_sizes is {list(sizes)}: give pixels, one number or height and width for each size")
-    for before, after in zip(map(as_size, sizes), map(as_size, sizes[1:])):
-        if after == before or after[0] < before[0] or after[1] < before[1]:
-            raise ValueError(
-                f"image_sizes has {size_text(after)} px after {size_text(before)} px: give growing sizes, the smallest "
-                "first, as [96, 128, 192]"
-            )
-
-
-def check_shares(shares: Sequence[float] | None) -> None:
-    """Check the shares of a run's steps.
-
-    Raises:
-        ValueError: for some that are not positive, or do not sum to 1.
-    """
-    if shares is None:
-        return
-    if min(shares) <= 0 or abs(math.fsum(shares) - 1) > SHARES_TOLERANCE:
-        raise ValueError(
-            f"image_size_shares is {list(shares)}, with the sum {math.fsum(shares):g}: give positive shares that sum to 1"
-        )
-
-
-def size_text(size: int | Size) -> str:
-    """96, or 96×128 where the sides differ."""
-    height, width = as_size(size)
-    return str(height) if height == width else f"{height}×{width}"
-
-
 # --- a run as one run after another ------------------------------------------------------------------------------------
 
 
@@ -144,7 +97,7 @@ def step_shares(settings: PretrainSettings) -> list[float]:
     """Share of the run's steps at each size."""
     if settings.image_sizes is None:
         return [1.0]
-    return list(settings.image_size_shares or [1 / len(settings.image_sizes)] * len(settings.image_sizes))
+    return shares_of(settings.image_sizes, settings.image_size_shares)
 
 
 def first_steps(settings: PretrainSettings, num_steps: int) -> list[int]:
@@ -214,15 +167,6 @@ def resolve_growing(
     settings = replace(settings, preset=last.preset, model=model, model_by_size=changes)
     check_parts(settings)
     return settings, config
-
-
-@contextlib.contextmanager
-def naming(size: int | Size) -> Iterator[None]:
-    """A context whose errors say at which size they are."""
-    try:
-        yield
-    except ValueError as error:
-        raise ValueError(f"at {size_text(size)} px of image_sizes: {error}") from error
 
 
 def scale_of(config: EncoderConfig, size: Size) -> dict[str, Any]:

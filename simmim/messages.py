@@ -47,3 +47,13 @@ def name_some(names: Iterable[str], most: int = 3) -> str:
     """The first names, and the number of the others."""
     names = list(names)
     return "; ".join(names[:most]) + (f"; and {len(names) - most:,} more" if len(names) > most else "")
+
+
+def length_text(seconds: float) -> str:
+    """A length of time in words: 3 h 20 min, 12 min, 100 s."""
+    if seconds < 120:
+        return f"{max(seconds, 1):.0f} s"
+    hours, minutes = divmod(round(seconds / 60), 60)
+    if hours >= 48:
+        return f"{hours / 24:.1f} days"
+    return f"{hours} h {minutes} min" if hours else f"{minutes} min"

@@ -115,6 +115,9 @@ class PlanOptions:
     Args:
         preset: size of the encoder.
         image: pixels, one number or height and width.
+        image_sizes: in place of image, sizes that follow one another in the run, as of pretrain: FLOPs, memory and time of
+            each, and options that fit all.
+        image_size_shares: share of the run's steps at each of image_sizes; by default equal shares.
         devices: number of devices.
         batch: images per optimizer step, over all devices; the default of pretrain by default.
         window: side of the attention windows in tokens, short for encoder.window_size.
@@ -123,10 +126,15 @@ class PlanOptions:
         model: settings of the method, as model of pretrain: --model.share 3.
         precision: bf16-mixed or 32-true.
         device_memory_gib: memory of one device.
+        tflops: 10¹² operations in matrix products that a device does in a second of training, for images a second: a third
+            to a half of what its maker tells is usual.
+        images_seen: images that the run shows its encoder, epochs times their number, for its time; it needs tflops.
     """
 
     preset: str
-    image: int | tuple[int, int]
+    image: int | tuple[int, int] | None = None
+    image_sizes: tuple[int | tuple[int, int], ...] | None = None
+    image_size_shares: tuple[float, ...] | None = None
     devices: int = 1
     batch: int | None = None
     window: int | None = None
@@ -135,23 +143,32 @@ class PlanOptions:
     model: dict[str, Any] = field(default_factory=dict)
     precision: str = "bf16-mixed"
     device_memory_gib: float = 80.0
+    tflops: float | None = None
+    images_seen: int | None = None
 
 
 def run_plan(words: Sequence[str]) -> None:
     """simmim plan"""
     options = parse("plan", PlanOptions, words)
+    if (options.image is None) == (options.image_sizes is None):
+        raise ValueError("give --image, or --image_sizes for images that grow in the course of the run, and not both")
+    if options.image_size_shares is not None and options.image_sizes is None:
+        raise ValueError("image_size_shares needs sizes that follow one another: give image_sizes, as [96, 128, 192]")
+    from simmim.planning.growing import plan_growing
     from simmim.planning.plan import plan_for
-    from simmim.planning.report import render
+    from simmim.planning.report import Rates, render, render_growing
 
-    planned = plan_for(
-        options.preset,
-        options.image,
-        options.devices,
-        options.batch,
-        options.precision,
-        options.device_memory_gib,
-        options.encoder if options.window is None else {**options.encoder, "window_size": options.window},
-        options.method,
-        options.model,
-    )
-    print(render(planned))
+    rates = Rates(options.tflops, options.images_seen)
+    shared = {
+        "devices": options.devices,
+        "batch_size": options.batch,
+        "precision": options.precision,
+        "device_memory_gib": options.device_memory_gib,
+        "encoder": options.encoder if options.window is None else {**options.encoder, "window_size": options.window},
+        "method": options.method,
+        "model": options.model,
+    }
+    if options.image_sizes is not None:
+        print(render_growing(plan_growing(options.preset, options.image_sizes, options.image_size_shares, **shared), rates))
+    else:
+        print(render(plan_for(options.preset, options.image, **shared), rates))

@@ -155,18 +155,39 @@ def plan_for(
             range, and for images that the method refuses.
     """
     size = as_size(image_size)
-    config = preset_config(preset)
-    if min(size) < config.patch_size:
-        raise ValueError(f"image_size is {size[0]}×{size[1]} px: give at least a patch of {config.patch_size} px")
-    config = with_fields(config, **{**config.fields_for_size(size), **(encoder or {})})
+    config = config_at(preset, size, encoder or {})
     method = method or default_method()
     settings = resolve_method(method, model or {}, size, config)
+    requested = setup_of(config, settings, devices, batch_size, precision, **setup)
+    return plan(config, size, requested, device_memory_gib, title=preset, method=method, settings=settings)
+
+
+def config_at(preset: str, image_size: Size, encoder: Mapping[str, Any]) -> EncoderConfig:
+    """The architecture of a preset for images of a size, with what is given of it.
+
+    Raises:
+        ValueError: as `plan_for`.
+    """
+    config = preset_config(preset)
+    if min(image_size) < config.patch_size:
+        height, width = image_size
+        raise ValueError(f"image_size is {height}×{width} px: give at least a patch of {config.patch_size} px")
+    return with_fields(config, **{**config.fields_for_size(image_size), **encoder})
+
+
+def setup_of(
+    config: EncoderConfig, settings: MethodSettings, devices: int, batch_size: int | None, precision: str, **setup: Any
+) -> Setup:
+    """A setup, with pre-training's default batch where none is given.
+
+    Raises:
+        ValueError: for a setting out of range.
+    """
     if devices < 1:
         raise ValueError(f"devices is {devices}: give 1 or more")
     if batch_size is None:
         batch_size = default_batch_size("cuda", config.is_small, settings.images_per_input)
-    requested = Setup(math.ceil(batch_size / devices), devices, precision, **setup)
-    return plan(config, size, requested, device_memory_gib, title=preset, method=method, settings=settings)
+    return Setup(math.ceil(batch_size / devices), devices, precision, **setup)
 
 
 def resolve_method(method: str, model: Mapping[str, Any], image_size: Size, config: EncoderConfig) -> MethodSettings:
