@@ -71,6 +71,26 @@ def test_unclear_folders_are_refused(tmp_path, parts, message):
         read_labeled_images(tmp_path, None, 0)
 
 
+def test_parts_below_classes_are_refused(tmp_path):
+    """Their images would be mixed, and test images trained on."""
+    write_empty(*(tmp_path / name / part / "0.png" for name in ("cat", "dog") for part in ("train", "test", "more")))
+    with pytest.raises(ValueError, match=r"class folder '.*/cat' has train and test, which would be mixed: put parts above"):
+        read_labeled_images(tmp_path, None, 0)
+
+
+def test_classes_that_look_like_parts_are_told(tmp_path):
+    """By equal folders in all of them; no notice where one has others, or images of its own."""
+    write_classes(tmp_path, "train_images", "test_images")
+    size, held_out, classes, (line,) = read(tmp_path)
+    assert (size, held_out, classes) == (16, 4, ("test_images", "train_images"))
+    assert "test_images; train_images, hold the same folders, cat; dog: if these are the classes and those are parts" in line
+    write_empty(tmp_path / "test_images" / "0.png")
+    assert not read(tmp_path)[-1]
+    (tmp_path / "test_images" / "0.png").unlink()
+    write_empty(tmp_path / "train_images" / "bird" / "0.png")
+    assert not read(tmp_path)[-1]
+
+
 def write_csv(file, parts, column="split"):
     """Five rows of each class and part."""
     rows = [f"{label}{number}.png,{label},{part}" for part in parts for label in "ab" for number in range(5)]

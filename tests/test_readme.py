@@ -143,6 +143,21 @@ def test_commands_of_the_tables(tmp_path, monkeypatch, capsys):
     assert re.search(r"^\| 16 \| .* \| .* \| .* \| 2 \|", capsys.readouterr().out, re.M)
 
 
+def test_commands_for_many_devices():
+    """Those of docs/scaling.md plan, or have settings that are known."""
+    text = (ROOT / "docs/scaling.md").read_text(encoding="utf-8")
+    lines = [line for block in re.findall(r"```\n(.*?)```", text, re.S) for line in block.splitlines()]
+    found = [shlex.split(line[line.index("simmim") :])[1:] for line in lines if "simmim" in line]
+    assert {words[0] for words in found} == {"plan", "pretrain"} and len(found) == 5
+    for words in found:
+        if words[0] == "plan":
+            assert main(words) == 0
+            continue
+        with pytest.raises(SystemExit) as done:
+            main([word for word in words if word != "--resume"] + ["--print_config"])
+        assert not done.value.code, words
+
+
 def test_every_block_is_known():
     """A block of another kind would run in no test."""
     assert set(re.findall(r"^```(\S+)$", TEXT, re.M)) == {"console", "sh", "python"}

@@ -64,6 +64,17 @@ def test_folds_are_stratified_and_even():
         assign_folds(labels, 8, seed=0)
 
 
+def test_folds_of_pages():
+    """Those of a file are in one part, and every part has one of each class; a class of fewer files is divided by pages."""
+    labels, files = np.repeat([0, 1, 2], [6, 4, 6]), np.array([0, 0, 1, 1, 2, 2, 3, 3, 4, 5, 6, 6, 6, 7, 7, 7])
+    for seed in range(5):
+        parts = assign_folds(labels, 3, seed, files)
+        for label in (0, 1):
+            by_file = [set(parts[files == file]) for file in set(files[labels == label])]
+            assert sorted(map(sorted, by_file)) == [[0], [1], [2]]
+        assert np.bincount(parts[labels == 2]).tolist() == [2, 2, 2]
+
+
 def test_classes_with_fewer_labels_than_folds():
     """Each label of a small class is held out once, in parts of its own; a single one never, as nothing would be left."""
     labels = np.repeat([0, 1, 2], [7, 1, 2])

@@ -12,10 +12,11 @@ from typing import TYPE_CHECKING
 
 from simmim.data.index import count_images, dataset_from_paths, find_images, is_image_name
 from simmim.data.left_out import LeftOut
-from simmim.data.parts import EXPECTED, Parts, assign_parts, assign_splits, meaning_of
+from simmim.data.parts import EXPECTED, TEST, TRAINING, VALIDATION, Parts, assign_parts, assign_splits, meaning_of
 from simmim.data.readers import HUB_ID, FolderReader, Reader, detect_reader
 from simmim.data.sources import detect_image_column, select_images
 from simmim.data.zarr_folders import is_zarr
+from simmim.messages import name_some, notify
 
 if TYPE_CHECKING:
     import datasets
@@ -252,7 +253,8 @@ def find_class_folders(folder: Path, left_out: LeftOut) -> dict[str, list[str]]:
     """Class names with the paths of their images, one class per subfolder, in the names' order.
 
     Raises:
-        ValueError: if there is no such folder, there are fewer than two classes, or one has no image.
+        ValueError: if there is no such folder, there are fewer than two classes, or one has no image; as
+            `check_within_classes`.
     """
     if not folder.is_dir():
         raise ValueError(f"labeled folder {str(folder)!r} does not exist: give a folder with one subfolder per class")
@@ -268,4 +270,39 @@ def find_class_folders(folder: Path, left_out: LeftOut) -> dict[str, list[str]]:
             f"labeled folder {str(folder)!r} has {' and '.join(names)}, which are no classes: give a folder with one "
             f"subfolder per class, or use simmim finetune {task}"
         )
-    return {name: find_images(folder / name, left_out) for name in names}
+    images = {name: find_images(folder / name, left_out) for name in names}
+    check_within_classes(folder, names)
+    return images
+
+
+def check_within_classes(folder: Path, names: Sequence[str]) -> None:
+    """Refuse classes that hold parts, whose images would be mixed, and tell of folders that look like parts of other names.
+
+    Args:
+        names: of the class folders in `folder`.
+
+    Raises:
+        ValueError: where folders in a class mean training, and validation or test.
+    """
+    within = {name: subfolders(folder / name) for name in names}
+    for name, found in within.items():
+        meanings = {meaning_of(inner): inner for inner in found}
+        others = [meanings[meaning] for meaning in (VALIDATION, TEST) if meaning in meanings]
+        if TRAINING in meanings and others:
+            train = meanings[TRAINING]
+            raise ValueError(
+                f"class folder {str(folder / name)!r} has {' and '.join([train, *others])}, which would be mixed: put parts "
+                f"above classes, {train}/{name} and {others[0]}/{name}, or give a CSV file with a column split"
+            )
+    first, *rest = within.values()
+    if len(first) > 1 and all(found == first for found in rest) and not any(holds_images(folder / name) for name in names):
+        notify(
+            f"the {len(names)} class folders of {str(folder)!r}, {name_some(names)}, hold the same folders, "
+            f"{name_some(first)}: if these are the classes and those are parts of the images, name the parts train and val"
+        )
+
+
+def holds_images(folder: Path) -> bool:
+    """Whether images lie in a folder itself."""
+    with os.scandir(folder) as entries:
+        return any(is_image_name(entry.name) for entry in entries)
