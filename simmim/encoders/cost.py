@@ -10,6 +10,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import Protocol, TypeVar
 
+from torch import nn
+
 from simmim.encoders.base import EncoderConfig, Size
 
 PRECISIONS = ("bf16-mixed", "32-true")
@@ -28,7 +30,7 @@ class Setup:
         devices: number of devices that share the work.
         precision: bf16-mixed or 32-true, as Lightning names them.
         strategy: ddp keeps a whole copy of the model on each device. fsdp spreads each block over all devices and gathers
-            it, here in float32. A run in mixed precision gathers most of it in half precision and needs less.
+            it, in mixed precision the weights of its matrix products in half precision (`simmim.training.sharding`).
         checkpoint_activations, sequential_attention: as of `Encoder`.
         device: cuda or cpu. Autocast computes norms in float32 on the former and in bfloat16 on the latter.
 
@@ -72,10 +74,45 @@ class Setup:
         """As an encoder sees it that takes some images as one."""
         return replace(self, batch_per_device=math.ceil(self.batch_per_device / images_per_input))
 
-    def weight_copies(self, num_weights: int) -> int:
+    def weight_copies(self, num_weights: int, of_block: bool = False) -> int:
         """Bytes of the copies that autocast makes of weights for matrix products. Under FSDP they are copies of the gathered
-        weights, and outlive those."""
-        return 0 if self.compute_bytes == 4 else self.compute_bytes * num_weights
+        weights, and outlive those. Those of a block are gathered in half precision then, and need none."""
+        if self.compute_bytes == 4 or (of_block and self.sharded):
+            return 0
+        return self.compute_bytes * num_weights
+
+    def gathered(self, block: BlockParameters) -> tuple[int, int]:
+        """Under FSDP bytes of weights that are gathered at once, of a unit and the next one, and of gradients before and
+        while they are sent, in float32; zeros without FSDP."""
+        if not self.sharded:
+            return 0, 0
+        if self.compute_bytes == 4:
+            return 2 * 4 * block.total, 2 * 4 * block.total
+        # Parts with products are units, one after the other. The rest of the block is gathered for all of its time. A
+        # gradient in half precision takes the place of the weights, which are freed before it is sent.
+        *_, second, largest = sorted(block.products)
+        rest = block.total - sum(block.products)
+        return self.compute_bytes * (largest + second) + 4 * rest, 4 * largest
+
+
+@dataclass(frozen=True)
+class BlockParameters:
+    """Numbers of parameters of a block.
+
+    Attributes:
+        total: of all.
+        products: of each part whose parameters matrix products alone read (the block's `products`).
+    """
+
+    total: int
+    products: tuple[int, ...]
+
+    @classmethod
+    def of(cls, block: nn.Module) -> BlockParameters:
+        """Counted."""
+        parts = [block, *(block.get_submodule(name) for name in block.products)]  # type: ignore[union-attr]
+        total, *products = (sum(parameter.numel() for parameter in part.parameters()) for part in parts)
+        return cls(total, tuple(products))
 
 
 @dataclass(frozen=True)
@@ -88,7 +125,7 @@ class LayerCost:
         cast: copies of weights that autocast holds until the whole forward pass is over.
         rebuilt: what the backward pass recomputes and holds until it has passed this layer.
         forward, backward: temporary memory of each pass besides.
-        gathered: under FSDP its whole parameters, where the layer is a unit that is gathered by itself; else 0.
+        gathered, sent: as of `Setup.gathered`, where the layer is a block that FSDP gathers by itself; else 0.
         frozen: number of parameters without gradient, beside `parameters`.
     """
 
@@ -99,6 +136,7 @@ class LayerCost:
     forward: float = 0.0
     backward: float = 0.0
     gathered: int = 0
+    sent: int = 0
     frozen: int = 0
 
 

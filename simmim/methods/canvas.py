@@ -395,6 +395,7 @@ class Canvas(Method):
         decoder, grid = settings.decoder_config(config), last_map(config, image_size)
         cost = registry.family_of(decoder).cost
         assert cost is not None, "an encoder that can be planned has a decoder that can"
+        setup = replace(setup, strategy="ddp")  # FSDP gathers the encoder's blocks by themselves, and not the decoder's
         canvases = replace(setup, batch_per_device=math.ceil(setup.batch_per_device / settings.share))
         projection = cost.layers(decoder, grid, canvases)[0]
         # An encoder's images stay for the whole step; these features go once they are copied.

@@ -60,8 +60,8 @@ class Memory:
     Attributes:
         parameters, gradients, optimizer: in float32 whatever the precision.
         exchange: what only several devices need. Of DDP the buckets, a second copy of the gradients. Of FSDP the gathered
-            parameters: those outside the blocks throughout, two blocks at a time, and the gradient of one block before and
-            while it is sent.
+            parameters, those outside the blocks throughout and two units at a time, blocks or their largest parts, and the
+            gradient of one unit before and while it is sent.
         activations: kept from the forward pass for the backward pass, with the images and what is cached between steps.
         working: the largest temporary memory that a layer needs in either pass.
         peak: the largest total at any time. It is less than the sum: gradients grow while activations are freed.
@@ -109,7 +109,7 @@ def step_memory(
         parameters=parameters,
         gradients=trained,
         optimizer=optimizer,
-        exchange=exchange + 4 * max(layer.gathered for layer in layers),
+        exchange=exchange + max(layer.gathered + layer.sent for layer in layers),
         activations=round(cached + sum(layer.kept for layer in layers)),
         working=round(max(max(layer.forward, layer.rebuilt + layer.backward) for layer in layers)),
         peak=round(throughout + peak_of_passes(layers, num_shards)),
@@ -119,15 +119,16 @@ def step_memory(
 def peak_of_passes(layers: Sequence[LayerCost], num_shards: int) -> float:
     """The largest sum of activations, temporary memory, gradients and gathered units, in bytes, from layer to layer forward
     and back."""
-    kept = casts = gradients = peak = 0.0
+    kept = casts = gradients = peak = whole = 0.0
     for layer in layers:
         kept, casts = kept + layer.kept, casts + layer.cast
-        # FSDP gathers the next unit while one computes.
-        peak = max(peak, kept + casts + layer.forward + 2 * layer.gathered)
+        peak = max(peak, kept + casts + layer.forward + layer.gathered)
     for layer in reversed(layers):
-        peak = max(peak, kept + layer.rebuilt + layer.backward + gradients + 2 * layer.gathered)
+        peak = max(peak, kept + layer.rebuilt + layer.backward + gradients + layer.gathered)
         kept -= layer.kept
-        # In the end FSDP holds the layer's whole gradient, and once more while it is sent.
-        peak = max(peak, kept + gradients + 4 * layer.gathered)
-        gradients += 4 * layer.parameters / num_shards
-    return max(peak, gradients)  # in the optimizer's step
+        # In the end FSDP holds the unit's whole gradient, and once more while it is sent.
+        peak = max(peak, kept + gradients + layer.gathered + layer.sent)
+        # What is no unit of its own is one with the whole model, whose gradient is sent when it is complete.
+        rest = 0 if num_shards == 1 or layer.gathered else 4 * layer.parameters
+        whole, gradients = whole + rest, gradients + (rest or 4 * layer.parameters / num_shards)
+    return max(peak, gradients + whole)  # in the optimizer's step

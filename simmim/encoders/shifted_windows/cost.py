@@ -21,7 +21,7 @@ import torch
 from torch import nn
 
 from simmim.encoders.base import Size
-from simmim.encoders.cost import Flops, LayerCost, Setup
+from simmim.encoders.cost import BlockParameters, Flops, LayerCost, Setup
 from simmim.encoders.shifted_windows.config import ShiftedWindowConfig
 from simmim.encoders.shifted_windows.model import PIECE_LOGITS, ShiftedWindowEncoder
 
@@ -51,7 +51,7 @@ class ShiftedWindowCost(ABC, Generic[Config]):
 
     @abstractmethod
     def block_layer(
-        self, config: Config, stage: StageShape, setup: Setup, num_parameters: int, index: int, block: int
+        self, config: Config, stage: StageShape, setup: Setup, parameters: BlockParameters, index: int, block: int
     ) -> LayerCost:
         """One block: number `block` of stage `index`."""
 
@@ -92,8 +92,8 @@ class ShiftedWindowCost(ABC, Generic[Config]):
         kept = pixels * (4 + compute) + elements * norm
         layers = [LayerCost(parameters.embed, kept, forward=elements * 2 * norm, backward=elements * 2 * norm)]
         for index, (stage, blocks) in enumerate(zip(stages, parameters.blocks)):
-            for block, num_parameters in enumerate(blocks):
-                layers.append(self.block_layer(config, stage, setup, num_parameters, index, block))
+            for block, own in enumerate(blocks):
+                layers.append(self.block_layer(config, stage, setup, own, index, block))
             if index < len(parameters.mergings):
                 after, merging = stages[index + 1], parameters.mergings[index]
                 layers.append(self.merging_layer(batch * after.tokens * after.dim, setup, merging))
@@ -173,10 +173,10 @@ def stage_shapes(config: ShiftedWindowConfig, image_size: Size) -> list[StageSha
 
 @dataclass(frozen=True)
 class ParameterCounts:
-    """Number of parameters of each part: patch embedding, blocks of each stage, merging after each stage, final norm."""
+    """Numbers of parameters of each part: patch embedding, blocks of each stage, merging after each stage, final norm."""
 
     embed: int
-    blocks: tuple[tuple[int, ...], ...]
+    blocks: tuple[tuple[BlockParameters, ...], ...]
     mergings: tuple[int, ...]
     norm: int
 
@@ -193,7 +193,7 @@ def parameter_counts(kind: type[ShiftedWindowEncoder], config: ShiftedWindowConf
     stages: list[Any] = list(encoder.layers)
     return ParameterCounts(
         count(encoder.patch_embed),
-        tuple(tuple(count(block) for block in stage.blocks) for stage in stages),
+        tuple(tuple(BlockParameters.of(block) for block in stage.blocks) for stage in stages),
         tuple(count(stage.downsample) for stage in stages if stage.downsample is not None),
         count(encoder.norm),
     )

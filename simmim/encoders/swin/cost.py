@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from simmim.encoders.cost import LayerCost, Setup
+from simmim.encoders.cost import BlockParameters, LayerCost, Setup
 from simmim.encoders.shifted_windows.cost import ShiftedWindowCost, StageShape, attention_temporary, attention_weights
 from simmim.encoders.swin.config import SwinConfig
 from simmim.encoders.swin.model import Swin
@@ -26,7 +26,7 @@ class SwinCost(ShiftedWindowCost[SwinConfig]):
         return 0
 
     def block_layer(
-        self, config: SwinConfig, stage: StageShape, setup: Setup, num_parameters: int, index: int, block: int
+        self, config: SwinConfig, stage: StageShape, setup: Setup, parameters: BlockParameters, index: int, block: int
     ) -> LayerCost:
         """One `SwinBlock`. Attention and MLP do not reach their peaks at the same time."""
         compute, norm = setup.compute_bytes, setup.norm_bytes
@@ -37,20 +37,20 @@ class SwinCost(ShiftedWindowCost[SwinConfig]):
         attention = elements * norm + 5 * padded * compute + attention_weights(stage, setup) + 2 * 4 * tokens
         # The norm's input, the MLP's, its hidden layer before and after GELU.
         mlp = elements * (norm + compute) + 2 * hidden * compute + 2 * 4 * tokens
-        copies = setup.weight_copies(4 * stage.dim**2 + 2 * stage.dim * stage.hidden)
+        copies = setup.weight_copies(4 * stage.dim**2 + 2 * stage.dim * stage.hidden, of_block=True)
         kept = attention + mlp
         attention_forward, attention_backward = attention_temporary(stage, setup)
         forward = max(attention_forward - mlp, 0) + 2 * elements * norm
         # The branch begins and ends on the main path, whose gradient is the only one of its size.
         attention_backward -= 2 * elements * compute
         backward = max(attention_backward - mlp, hidden * compute + elements * (norm + compute))
-        gathered = 4 * num_parameters if setup.sharded else 0
+        total, units = parameters.total, setup.gathered(parameters)
         if setup.checkpoint_activations:
             # The forward pass drops what it would keep; at its peak it holds what attention keeps.
             # What the block begins with is the first norm's input.
             begin = elements * norm
-            return LayerCost(num_parameters, begin, copies, kept - begin + copies, forward + attention, backward, gathered)
-        return LayerCost(num_parameters, kept + copies, 0, 0, forward, backward, gathered)
+            return LayerCost(total, begin, copies, kept - begin + copies, forward + attention, backward, *units)
+        return LayerCost(total, kept + copies, 0, 0, forward, backward, *units)
 
     def merging_layer(self, elements: int, setup: Setup, num_parameters: int) -> LayerCost:
         """One `PatchMerging` that returns `elements` elements."""

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from simmim.encoders.cost import LayerCost, Setup
+from simmim.encoders.cost import BlockParameters, LayerCost, Setup
 from simmim.encoders.shifted_windows.cost import ShiftedWindowCost, StageShape, attention_temporary, attention_weights
 from simmim.encoders.swinv2.config import SwinV2Config
 from simmim.encoders.swinv2.model import CPB_HIDDEN, SwinV2
@@ -22,11 +22,11 @@ class SwinV2Cost(ShiftedWindowCost[SwinV2Config]):
         return 2 * 4 * stage.offsets
 
     def block_layer(
-        self, config: SwinV2Config, stage: StageShape, setup: Setup, num_parameters: int, index: int, block: int
+        self, config: SwinV2Config, stage: StageShape, setup: Setup, parameters: BlockParameters, index: int, block: int
     ) -> LayerCost:
         """One `SwinV2Block`."""
         every = config.extra_norm_every if index == 2 else 0
-        return block_layer(stage, setup, num_parameters, bool(every) and (block + 1) % every == 0)
+        return block_layer(stage, setup, parameters, bool(every) and (block + 1) % every == 0)
 
     def merging_layer(self, elements: int, setup: Setup, num_parameters: int) -> LayerCost:
         """One `PatchMerging` that returns `elements` elements."""
@@ -36,7 +36,7 @@ class SwinV2Cost(ShiftedWindowCost[SwinV2Config]):
         return LayerCost(num_parameters, kept, forward=2 * elements * norm, backward=4 * elements * norm)
 
 
-def block_layer(stage: StageShape, setup: Setup, num_parameters: int, extra_norm: bool) -> LayerCost:
+def block_layer(stage: StageShape, setup: Setup, parameters: BlockParameters, extra_norm: bool) -> LayerCost:
     """One `SwinV2Block`.
 
     Attention and MLP do not reach their peaks at the same time. So the temporary memory of attention is counted less what
@@ -49,17 +49,17 @@ def block_layer(stage: StageShape, setup: Setup, num_parameters: int, extra_norm
     # The MLP's input, its hidden layer before and after GELU, the norm's input; means and deviations of both norms.
     mlp = elements * compute + 2 * hidden * compute + elements * norm + 4 * 4 * tokens
     kept = attention + mlp + (elements * norm if extra_norm else 0)
-    copies = setup.weight_copies(4 * stage.dim**2 + 2 * stage.dim * stage.hidden)
+    copies = setup.weight_copies(4 * stage.dim**2 + 2 * stage.dim * stage.hidden, of_block=True)
 
     attention_forward, attention_backward = attention_temporary(stage, setup)
     forward = max(attention_forward - mlp, 0) + 2 * elements * norm
     # The gradients of attention, or those of the MLP's hidden layer, input and output.
     backward = max(attention_backward - mlp, hidden * compute + elements * (norm + compute))
-    gathered = 4 * num_parameters if setup.sharded else 0
+    total, units = parameters.total, setup.gathered(parameters)
     if setup.checkpoint_activations:
         # The forward pass drops what it would keep; at its peak it holds what attention keeps.
-        return LayerCost(num_parameters, elements * norm, copies, kept + copies, forward + attention, backward, gathered)
-    return LayerCost(num_parameters, kept + copies, 0, 0, forward, backward, gathered)
+        return LayerCost(total, elements * norm, copies, kept + copies, forward + attention, backward, *units)
+    return LayerCost(total, kept + copies, 0, 0, forward, backward, *units)
 
 
 def attention_kept(stage: StageShape, setup: Setup) -> int:

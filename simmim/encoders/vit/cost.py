@@ -15,7 +15,7 @@ from functools import lru_cache
 import torch
 
 from simmim.encoders.base import Size
-from simmim.encoders.cost import Flops, LayerCost, Setup
+from simmim.encoders.cost import BlockParameters, Flops, LayerCost, Setup
 from simmim.encoders.vit.config import SHARED, ViTConfig
 from simmim.encoders.vit.model import ViT
 
@@ -68,18 +68,18 @@ class ViTCost:
 
 
 @lru_cache(maxsize=64)
-def parameter_counts(config: ViTConfig) -> tuple[int, int, int]:
-    """Number of parameters of patch embedding and position bias of all blocks, of a block, and of the final norm."""
+def parameter_counts(config: ViTConfig) -> tuple[int, BlockParameters, int]:
+    """Numbers of parameters of patch embedding and position bias of all blocks, of a block, and of the final norm."""
     with torch.device("meta"):
         encoder = ViT(config)
     total = sum(parameter.numel() for parameter in encoder.parameters())
-    block = sum(parameter.numel() for parameter in encoder.layers[0].parameters())
+    block = BlockParameters.of(encoder.layers[0])
     norm = 2 * config.embed_dim
-    return total - config.depth * block - norm, block, norm
+    return total - config.depth * block.total - norm, block, norm
 
 
 def block_layer(
-    config: ViTConfig, num_tokens: int, bias: int, setup: Setup, num_parameters: int, before: int, main: int
+    config: ViTConfig, num_tokens: int, bias: int, setup: Setup, parameters: BlockParameters, before: int, main: int
 ) -> LayerCost:
     """One `ViTBlock`. Attention and MLP do not reach their peaks at the same time.
 
@@ -98,7 +98,7 @@ def block_layer(
     attention = elements * max(before, setup.norm_bytes) + 5 * elements * compute + weights + scaled + 2 * 4 * tokens
     # The norm's input, the MLP's, its hidden layer before and after GELU.
     mlp = elements * (norm + compute) + 2 * hidden * compute + scaled + 2 * 4 * tokens
-    copies = setup.weight_copies(4 * dim**2 + 2 * dim * int(dim * config.mlp_ratio))
+    copies = setup.weight_copies(4 * dim**2 + 2 * dim * int(dim * config.mlp_ratio), of_block=True)
     kept = attention + mlp
     logits = 4 * pairs
     # Logits before and after the bias is added, or with the weights; the bias.
@@ -106,10 +106,10 @@ def block_layer(
     attention_backward = 2 * logits + elements * (norm + 2 * compute)
     forward = max(attention_forward - mlp, 0) + 2 * elements * norm
     backward = max(attention_backward - mlp, hidden * compute + elements * (norm + compute))
-    gathered = 4 * num_parameters if setup.sharded else 0
+    total, units = parameters.total, setup.gathered(parameters)
     if setup.checkpoint_activations:
         # What the block begins with is the first norm's input, where that is not cast.
         begin = elements * before
         again = kept + copies - (begin if before == max(before, setup.norm_bytes) else 0)
-        return LayerCost(num_parameters, begin, copies, again, forward + attention, backward, gathered)
-    return LayerCost(num_parameters, kept + copies, 0, 0, forward, backward, gathered)
+        return LayerCost(total, begin, copies, again, forward + attention, backward, *units)
+    return LayerCost(total, kept + copies, 0, 0, forward, backward, *units)
