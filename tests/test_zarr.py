@@ -1,6 +1,7 @@
 """OME-Zarr and Zarr arrays: which folders are images, their values and levels, and what is refused in a line."""
 
 import json
+import os
 import shutil
 import sys
 
@@ -13,7 +14,16 @@ from zarr_files import edit_metadata, write_array, write_group, write_ome_zarr, 
 
 from simmim.checkpoints.checkpoint import Preprocessing
 from simmim.cli import main
-from simmim.data import UNREADABLE, find_images, index_folder, open_images, open_picture, open_source, read_labeled_images
+from simmim.data import (
+    UNREADABLE,
+    find_images,
+    index_folder,
+    open_images,
+    open_picture,
+    open_source,
+    read_labeled_images,
+    zarr_folders,
+)
 from simmim.data.addresses import Tile, address_tile
 from simmim.data.check import check_images, tally_images
 from simmim.data.decode import count_images, open_stored, open_windows
@@ -259,6 +269,43 @@ def test_the_index_does_not_look_into_stores_but_notices_changes(tmp_path, monke
     monkeypatch.setattr("simmim.data.index.build_index", None)
     with pytest.raises(TypeError):
         index_folder(folder)
+
+
+@pytest.mark.parametrize("lost", ["metadata", "folder"])
+def test_a_well_that_cannot_be_read_for_a_moment_is_there_again(tmp_path, monkeypatch, lost):
+    """It is named, and no index is kept that lacks it."""
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    monkeypatch.setattr("simmim.data.index.TRUSTED_AGE_S", -1.0)
+    plate = tmp_path / "images" / "plate.zarr"
+    write_group(plate, {"plate": {"wells": [{"path": "A/1"}, {"path": "A/2"}]}})
+    for well in ("A/1", "A/2"):
+        write_group(plate / well, {"well": {"images": [{"path": "0"}, {"path": "1"}]}})
+        for field in "01":
+            write_ome_zarr(plate / well / field, noise(16, 16), "yx")
+    fields = find_images(plate)
+
+    def failing(real):
+        def call(path, *args, **kwargs):
+            if str(path).startswith(f"{plate / 'A' / '1'}/"):
+                raise OSError(5, "Input/output error", str(path))
+            return real(path, *args, **kwargs)
+
+        return call
+
+    with monkeypatch.context() as patch:
+        if lost == "metadata":
+            patch.setattr(zarr_folders, "read_object", failing(zarr_folders.read_object))
+        else:
+            patch.setattr(os, "stat", failing(os.stat))
+        index, (line,) = notices(index_folder, tmp_path / "images")
+    assert [row["path"] for row in index["image"]] == fields[2:]
+    assert f"read without 1 folder that cannot be read: {plate / 'A' / '1'} (Input/output error)" in line
+    assert not list((tmp_path / "cache").rglob("*.json")), "no index is stored that lacks a folder"
+    index, lines = notices(index_folder, tmp_path / "images")
+    assert [row["path"] for row in index["image"]] == fields and not lines
+    with monkeypatch.context() as patch:
+        patch.setattr(zarr_folders, "read_object", failing(zarr_folders.read_object))
+        assert paths_in(plate / "A" / "*") == [str(plate / "A" / "1"), *fields[2:]], "a named one is told where it is opened"
 
 
 def test_class_folders_and_copies(tmp_path):

@@ -86,12 +86,12 @@ class Scan:
 
     def _store(self, folder: str) -> Iterator[str]:
         """The images of a Zarr folder, or in one."""
-        with contextlib.suppress(OSError):  # one that cannot be read is an image that cannot be opened
+        with contextlib.suppress(OSError):  # one that cannot be read is denied below
             status = os.stat(folder)
             if (status.st_dev, status.st_ino) in self._entered:
                 return
             self._entered.add((status.st_dev, status.st_ino))
-        for path in images_in_zarr(folder, self._stamp):
+        for path in images_in_zarr(folder, self._stamp, self.left_out.deny):
             check_name(path)
             yield path
 

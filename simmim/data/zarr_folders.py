@@ -9,6 +9,7 @@ from __future__ import annotations
 import json
 import os
 import re
+import stat
 from collections.abc import Callable, Iterator
 from typing import Any, NamedTuple
 
@@ -22,6 +23,7 @@ UNNAMED_AXES = {5: tuple(AXES)}  # of OME-NGFF 0.1 and 0.2
 DEEPEST = 3  # groups in groups that are looked through for images: those of SpatialData lie two below
 
 Visit = Callable[[str], None]
+Deny = Callable[[str, OSError], None]
 
 
 def is_zarr(path: str) -> bool:
@@ -54,7 +56,7 @@ def read_node(folder: str, visit: Visit = lambda file: None) -> Node | None:
         ValueError: for metadata that are no JSON of an object.
     """
     visit(folder)
-    found = {name: file for name in NODE_FILES if os.path.isfile(file := os.path.join(folder, name))}
+    found = {name: file for name in NODE_FILES if _is_there(file := os.path.join(folder, name))}
     if not found:
         return None
     read = {}
@@ -71,6 +73,18 @@ def read_node(folder: str, visit: Visit = lambda file: None) -> Node | None:
     axes = tuple(str(name).lower() for name in names)
     known = len(set(axes)) == len(axes) and {"y", "x"} <= set(axes) <= set(AXES)
     return Node(is_array, attributes.get("ome") or attributes, axes if known else ())
+
+
+def _is_there(file: str) -> bool:
+    """Whether a file is there. `os.path.isfile` also says no where that is unknown.
+
+    Raises:
+        OSError: where the folder cannot be read.
+    """
+    try:
+        return stat.S_ISREG(os.stat(file).st_mode)
+    except (FileNotFoundError, NotADirectoryError):
+        return False
 
 
 def read_object(file: str) -> dict[str, Any]:
@@ -93,7 +107,7 @@ def read_object(file: str) -> dict[str, Any]:
 # --- the images of a store -----------------------------------------------------------------------------------------------
 
 
-def images_in_zarr(folder: str, visit: Visit = lambda file: None) -> Iterator[str]:
+def images_in_zarr(folder: str, visit: Visit = lambda file: None, deny: Deny | None = None) -> Iterator[str]:
     """Paths of the images of a store, or of a part of one: itself, the fields of a plate's or a well's images, the series
     that bioformats2raw writes, or those in a group of groups. A folder that is none of these, or broken, is given too, for
     the error that it ends in.
@@ -101,11 +115,18 @@ def images_in_zarr(folder: str, visit: Visit = lambda file: None) -> Iterator[st
     Args:
         folder: as of `is_zarr`.
         visit: is called with each folder and file that is looked at.
+        deny: is called with a folder that cannot be read, of which nothing is given then; by default it is given too.
     """
-    yield from list(_images_below(folder, visit, DEEPEST)) or [folder]
+    denied: list[str] = []
+
+    def refuse(path: str, error: OSError) -> None:
+        denied.append(path)
+        deny(path, error)  # type: ignore[misc]  # called where there is one
+
+    yield from list(_images_below(folder, visit, DEEPEST, refuse if deny else None)) or ([] if denied else [folder])
 
 
-def _images_below(folder: str, visit: Visit, depth: int) -> Iterator[str]:
+def _images_below(folder: str, visit: Visit, depth: int, deny: Deny | None) -> Iterator[str]:
     """The images; none where nothing below is one."""
     try:
         node = read_node(folder, visit)
@@ -116,14 +137,19 @@ def _images_below(folder: str, visit: Visit, depth: int) -> Iterator[str]:
             return
         names = member_names(folder, node, visit)
         for name in names:
-            yield from images_in_zarr(os.path.join(folder, name), visit)
+            yield from images_in_zarr(os.path.join(folder, name), visit, deny)
         if names or not depth:
             return
         for name in sorted(os.listdir(folder)):  # labels are no images, and arrays without multiscales may be anything
             below = os.path.join(folder, name)
             if name != "labels" and os.path.isdir(below) and not _is_array(below):
-                yield from _images_below(below, visit, depth - 1)
-    except (OSError, ValueError, TypeError, KeyError, AttributeError):
+                yield from _images_below(below, visit, depth - 1, deny)
+    except OSError as error:
+        if deny is None:
+            yield folder
+        else:
+            deny(folder, error)
+    except (ValueError, TypeError, KeyError, AttributeError):
         yield folder
 
 
