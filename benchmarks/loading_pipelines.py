@@ -7,14 +7,9 @@ import itertools
 import math
 import os
 import random
-import shutil
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 from simmim.defaults import IMAGENET_MEAN, IMAGENET_STD
-
-if TYPE_CHECKING:
-    from simmim.data.kept_pictures import KeptPictures
 
 SIDE_PX = 192
 HEAP_EVERY = 32  # samples
@@ -106,30 +101,30 @@ def toolkit_samples(paths: list[str], cache: Path | None = None):
 
 
 class FirstEpoch:
-    """Samples whose images are not kept yet, as all are in a first epoch. They are few, so that many collections stand for a
-    large one, whose folders exist as soon as a few hundred of its images are kept."""
+    """Samples whose images are not kept yet, as all are in a first epoch. They are few, so that each pass over them has a
+    folder of its own. Its subfolders are made before, as a large collection has them after a few hundred images.
+
+    Nothing is removed before the end: for minutes ext4 avoids the inodes of removed files, and finding others takes time.
+    """
 
     def __init__(self, paths: list[str], folder: Path) -> None:
         self.samples, self.root, self.numbers = toolkit_samples(paths, folder / "first"), folder / "first", itertools.count()
-        self.collections: list[KeptPictures] = []
+        self.folders: list[Path] = []
         self.prepare(1)
 
     def prepare(self, count: int) -> None:
-        """Remove what is kept, and make the folders for `count` more samples."""
-        from simmim.data.kept_pictures import KeptPictures
-
-        shutil.rmtree(self.root, ignore_errors=True)
-        views, budget_bytes = self.samples.kept.views, self.samples.kept.budget_bytes
-        self.collections = []
+        """Make the folders for `count` more samples."""
+        kept = self.samples.kept
+        self.folders = []
         for _ in range(math.ceil(count / len(self.samples))):
-            kept = KeptPictures(views, (next(self.numbers),), budget_bytes, self.root)
+            kept.folder = self.root / f"{next(self.numbers)}"
             for row in self.samples.source:
                 kept.entry(row["image"], []).parent.mkdir(parents=True, exist_ok=True)
-            self.collections.append(kept)
+            self.folders.append(kept.folder)
 
     def __call__(self, epoch: int, index: int) -> object:
         if index % len(self.samples) == 0:
-            self.samples.kept = self.collections.pop()
+            self.samples.kept.folder = self.folders.pop()
         return self.samples[epoch, index % len(self.samples)]
 
 

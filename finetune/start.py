@@ -12,6 +12,7 @@ from simmim.checkpoints.fitting import build_encoder
 from simmim.data import ImageStatistics, default_num_workers, measure_for_encoder, measure_images
 from simmim.data.decode import MAX_PIXELS
 from simmim.data.image_statistics import sample_records
+from simmim.data.sources import suit_reading
 from simmim.data.value_ranges import sample_values, settle_reading
 from simmim.defaults import (
     IMAGENET_MEAN,
@@ -102,6 +103,8 @@ def find_reading(settings: TransferSettings) -> Reading | None:
             refuse_scale(settings, name, f"{changes[name]!r}", known)
     if known.range == "image" and "transform" in changes:
         changes.setdefault("range", "auto")
+    if "channel_files" not in changes:
+        known = suit_reading(settings.data.path, known)
     return replace(known, **changes)
 
 

@@ -6,6 +6,7 @@ exported folder states, gives the vectors that `simmim embed` wrote.
 
 import csv
 import json
+import re
 from collections.abc import Callable
 from dataclasses import dataclass
 
@@ -278,6 +279,57 @@ def test_the_range_of_the_type_is_the_encoder_s_where_the_numbers_are(tmp_path, 
         [line] = [text for text in capsys.readouterr().err.splitlines() if "data.range" in text]
         assert f"data.range is {given}, {trained.format(init=tmp_path / init, values=values)}" in line
         assert not (tmp_path / "wrong").exists()
+
+
+# --- channels in files of their own, and in one ------------------------------------------------------------------------
+
+
+def write_unexplained(folder, number):
+    """Five pages that nothing explains."""
+    values = values_of(number, 5)
+    tifffile.imwrite(folder / f"{number}.tif", values, photometric="minisblack", metadata=None)
+    return {f"{number}.tif": values}
+
+
+def number_of(path):
+    """Of an image that one of the writers has written."""
+    return int(re.search(r"/A?(\d+)[_.]", path.split("|")[0])[1])
+
+
+def test_an_encoder_of_channel_files_takes_single_files(tmp_path, capsys):
+    """The same images in one file each, explained by OME or by nothing: the same vectors and classes, and a line. A pattern
+    that is given is of these images, and is refused where it matches nothing."""
+    import pyarrow.parquet
+
+    folders, pattern = {}, "{well}_s{site}_w{channel}"
+    for name, write in (("files", write_channel_files), ("ome", write_ome), ("pages", write_unexplained)):
+        folders[name] = tmp_path / name
+        write_labeled(folders[name], Kind(write, 5))
+    of_run = ("--epochs", 1, "--batch-size", 6, "--workers", 0)
+    pretrained, tuned = tmp_path / "pretrained", tmp_path / "tuned"
+    encoder = ("--preset", "nano", "--model.encoder", TOY, "--image-size", SIDE_PX)
+    run("pretrain", "--data", folders["files"], "--out", pretrained, *encoder, *of_run, "--data.channel_files", pattern)
+    finetune = ("finetune", "classification", "--init", pretrained, *of_run)
+    run(*finetune, "--data", folders["files"], "--out", tuned)
+    vectors, classes = {}, {}
+    for name, folder in folders.items():
+        capsys.readouterr()
+        words = ("embed", "--run", pretrained, "--images", folder, "--out", tmp_path / f"{name}.parquet", "--workers", 0)
+        assert main([str(word) for word in words]) == 0
+        line = f"the encoder's images have their channels in files of their own, {pattern}, and no file here is one"
+        assert (line in capsys.readouterr().err) == (name != "files")
+        run("predict", "--run", tuned, "--images", folder, "--out", tmp_path / f"{name}.csv", "--workers", 0)
+        rows = pyarrow.parquet.read_table(tmp_path / f"{name}.parquet").to_pydict()
+        vectors[name] = {number_of(path): vector for path, vector in zip(rows["path"], rows["vector"])}
+        classes[name] = {number_of(row["path"]): row["probability dark"] for row in read_csv(tmp_path / f"{name}.csv")}
+    assert vectors["ome"] == vectors["files"] == vectors["pages"] and len(vectors["ome"]) == 2 * PER_CLASS
+    assert classes["ome"] == classes["files"] == classes["pages"]
+
+    run(*finetune, "--data", folders["pages"], "--out", tmp_path / "again")
+    assert reading_of(tmp_path / "again") == reading_of(pretrained) | {"channel_files": None, "pages": "channels"}
+    words = (*finetune, "--data", folders["ome"], "--data.channel_files", pattern, "--out", tmp_path / "wrong")
+    assert main([str(word) for word in words]) == 2
+    assert "matches none of 12 files" in capsys.readouterr().err.strip().splitlines()[-1]
 
 
 # --- pages of one file --------------------------------------------------------------------------------------------------

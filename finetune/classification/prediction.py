@@ -16,6 +16,7 @@ from simmim.data import open_images
 from simmim.encoders.base import EncoderConfig, EncoderOutput
 from simmim.encoders.heads import head_input
 from simmim.evaluate import EncoderPass, embed_batches
+from simmim.evaluate.single_files import suit_model
 from simmim.files import atomic_write
 from simmim.finetune.classification.model import SavedClassifier, load_classifier
 from simmim.training.trainer import device_type
@@ -44,7 +45,7 @@ def predict(
     if out.exists():
         raise ValueError(f"{str(out)!r} exists: give a new file")
     encoder_pass = EncoderPass(batch_size, workers, device_type())
-    saved = load_classifier(run)
+    saved = suit_model(load_classifier(run), images)
     source = open_images(images, reading=saved.preprocessing.reading_or_default)
     count = 0
     unreadable: dict[str, str] = {}

@@ -13,6 +13,7 @@ from typing import Any, NamedTuple
 import torch
 
 from simmim.data import open_images
+from simmim.evaluate.single_files import suit_model
 from simmim.files import atomic_write, write_json
 from simmim.finetune.dense.pictures import at_size
 from simmim.finetune.dense.prediction import (
@@ -71,7 +72,7 @@ def detect(run: str | Path, images: str | Path, out: str | Path, batch_size: int
         ValueError: when `run` is no detector, there are no images, none can be read, or `out` is not empty.
     """
     out = check_new_folder(out)
-    saved, device = load_detector(run), device_type()
+    saved, device = suit_model(load_detector(run), images), device_type()
     saved.model.to(device)
     source = open_images(images, reading=saved.preprocessing.reading_or_default)
     paths = [source[row]["image"]["path"] for row in range(len(source))]

@@ -12,6 +12,7 @@ from torch import Tensor
 
 from simmim.data import open_images
 from simmim.data.label_maps import CLASSES_FILE, ClassScheme
+from simmim.evaluate.single_files import suit_model
 from simmim.files import atomic_write
 from simmim.finetune.dense.pictures import at_size, palette
 from simmim.finetune.dense.prediction import (
@@ -63,7 +64,7 @@ def segment(
         ValueError: when `run` is no segmenter, there are no images, none can be read, or `out` is not empty.
     """
     out = check_new_folder(out)
-    saved, device = load_segmenter(run), device_type()
+    saved, device = suit_model(load_segmenter(run), images), device_type()
     saved.model.to(device)
     source = open_images(images, reading=saved.preprocessing.reading_or_default)
     names = output_names([source[row]["image"]["path"] for row in range(len(source))], Path(images))

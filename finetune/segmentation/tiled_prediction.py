@@ -22,6 +22,7 @@ from simmim.data.records import Record, record_name
 from simmim.data.tiff_windows import PIXEL_SCALE
 from simmim.data.tiles import TiledImage, check_overlap, plan_tiles, tile_record
 from simmim.data.windows import WindowedImage
+from simmim.evaluate.single_files import suit_model
 from simmim.files import atomic_write
 from simmim.finetune.dense.pictures import palette
 from simmim.finetune.dense.prediction import check_any_read, check_new_folder, output_names
@@ -70,7 +71,7 @@ def segment_tiles(
     """
     check_overlap(overlap)
     out = check_new_folder(out)
-    saved, device = load_segmenter(run), device_type()
+    saved, device = suit_model(load_segmenter(run), images), device_type()
     saved.model.to(device)
     reading = saved.preprocessing.reading_or_default
     source = open_images(images, reading=reading)

@@ -131,7 +131,7 @@ def find_channel_groups(paths: Sequence[str], pattern: str) -> ChannelGroups:
     if not groups:
         raise ValueError(
             f"data.channel_files {pattern!r} matches none of {counted(len(paths), 'file')}, such as {paths[0]!r}: give one "
-            "that does"
+            "that does, or leave it out where each file is an image"
         )
     names = sorted({name for files in groups.values() for name in files}, key=natural_order)
     lacking = [(key, [name for name in names if name not in files]) for key, files in groups.items()]
@@ -148,6 +148,12 @@ def find_channel_groups(paths: Sequence[str], pattern: str) -> ChannelGroups:
             f"data.channel_files leaves out {counted(len(unmatched), 'file')} that it does not match: {name_some(unmatched)}"
         )
     return ChannelGroups(names, [[files[name] for name in names] for files in groups.values()])
+
+
+def match_channels(paths: Sequence[str], pattern: str) -> bool:
+    """Whether any file is a channel by a pattern, as of `find_channel_groups`."""
+    expression = pattern_expression(pattern)
+    return any(expression.search(os.path.splitext(path)[0]) for path in paths)
 
 
 def group_paths(

@@ -32,6 +32,7 @@ from simmim.data.orientation import Size
 from simmim.data.pictures import Picture
 from simmim.data.records import Record, contents_of, files_of
 from simmim.data.shrinking import Shrunk, ShrunkPicture, kept_size, shrink
+from simmim.data.slide_files import may_have_companions
 from simmim.data.views import RandomView
 from simmim.messages import notify
 
@@ -84,7 +85,7 @@ class KeptPictures:
     def entry(self, record: Record, stamp: list) -> Path:
         """The file of a record's entry."""
         name = hashlib.sha256((record["path"] or repr(stamp)).encode("utf-8", "surrogateescape")).hexdigest()[:32]
-        return self.folder / name[:2] / f"{name}{SUFFIX}"
+        return Path(f"{self.folder}/{name[:2]}/{name}{SUFFIX}")
 
     def write(self, entry: Path, kept: Shrunk, stamp: list) -> None:
         """Write an entry if the budget allows it. A disk that is full or cannot be written is no error: nothing is kept from
@@ -197,6 +198,8 @@ def stamp_of(record: Record) -> list:
     for path in files_of(record):
         each = os.stat(path)
         stamps.append([each.st_size, each.st_mtime_ns, each.st_ino])
+        if stat.S_ISREG(each.st_mode) and not may_have_companions(path):
+            continue
         inside = [os.stat(file) for file in contents_of({"bytes": None, "path": path}) if file != path]
         if stat.S_ISDIR(each.st_mode) or inside:
             stamps[-1] += [len(inside), sum(one.st_size for one in inside), sum(one.st_mtime_ns for one in inside)]
@@ -239,19 +242,22 @@ def read_entry(entry: Path, stamp: list) -> Shrunk | None:
 def write_whole(path: Path, parts: Sequence[bytes | memoryview]) -> None:
     """Write a file that appears whole or not at all. It is not forced to the disk: one torn by a power cut is known by its
     digest."""
-    temporary = f"{path.parent}/.{path.name}.{os.getpid()}.{threading.get_ident()}"
+    folder, name = os.path.split(path)
+    temporary = f"{folder}/.{name}.{os.getpid()}.{threading.get_ident()}"
     flags = os.O_WRONLY | os.O_CREAT | os.O_TRUNC | getattr(os, "O_BINARY", 0)
     try:
         try:
             handle = os.open(temporary, flags, 0o644)
         except FileNotFoundError:
-            path.parent.mkdir(parents=True, exist_ok=True)
+            os.makedirs(folder, exist_ok=True)
             handle = os.open(temporary, flags, 0o644)
-        with os.fdopen(handle, "wb", buffering=0) as file:
-            for part in parts:
+        try:
+            for part in map(memoryview, parts):
                 written = 0
                 while written < len(part):
-                    written += file.write(part[written:])
+                    written += os.write(handle, part[written:])
+        finally:
+            os.close(handle)
         os.replace(temporary, path)
     except BaseException:
         with contextlib.suppress(OSError):

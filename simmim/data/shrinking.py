@@ -9,6 +9,7 @@ Sizes are (height, width). Boxes are (left, top, right, bottom) in pixels.
 
 from __future__ import annotations
 
+import functools
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -52,21 +53,23 @@ class Shrunk:
 
 
 class ShrunkPicture(Picture):
-    """A picture whose crops are of what is kept of it. Boxes are in pixels of the whole image.
+    """A picture whose crops are of what is kept of it. Boxes are in pixels of the whole image."""
 
-    Args:
-        image: of the same values, where there is one already.
-    """
-
-    def __init__(self, kept: Shrunk, image: Image.Image | None = None) -> None:
+    def __init__(self, kept: Shrunk) -> None:
         self.kept, self.size, self.channels, self.loses_color = kept, kept.size, kept.channels, kept.loses_color
         self.is_deep = kept.values.dtype != np.uint8
         self.is_color = not self.is_deep and len(kept.values) in (1, 3)
-        if self.is_color and image is not None:
-            self.image = image
-        elif self.is_color:
-            bands = kept.values[0] if len(kept.values) == 1 else kept.values.transpose(1, 2, 0)
-            self.image = Image.fromarray(np.ascontiguousarray(bands))
+
+    @functools.cached_property
+    def image(self) -> Image.Image:  # type: ignore[override]
+        """What is kept, for gray and color of 8 bits."""
+        return Image.fromarray(self.pixels)
+
+    @functools.cached_property
+    def pixels(self) -> np.ndarray:
+        """What is kept of gray and color of 8 bits: (height, width) or (height, width, 3)."""
+        values = self.kept.values
+        return np.ascontiguousarray(values[0] if len(values) == 1 else values.transpose(1, 2, 0))
 
     def crop(self, box: Box, size: Size, interpolation: str = "bilinear") -> Tensor:
         kept = self.kept
@@ -74,7 +77,7 @@ class ShrunkPicture(Picture):
         size = size[::-1] if swaps_axes(kept.orientation) else size
         box = (left / kept.across, top / kept.down, right / kept.across, bottom / kept.down)
         if self.is_color:
-            pixels = resize_box(self.image, box, size, interpolation)
+            pixels = resize_box(self.pixels, box, size, interpolation)
             return as_tensor(turn_array_upright(pixels, kept.orientation), self.channels)
         filter, (height, width) = get_interpolation(interpolation).resampling, size
         if self.is_deep:
@@ -125,7 +128,7 @@ def shrink(picture: Picture, views: Sequence[RandomView]) -> ShrunkPicture | Non
         values = np.asarray(image)
         values = values[None] if values.ndim == 2 else values.transpose(2, 0, 1)
         turned = (picture.orientation, picture.channels, picture.loses_color)
-        return ShrunkPicture(Shrunk(values, picture.size, reduction, reduction, *turned), image)
+        return ShrunkPicture(Shrunk(values, picture.size, reduction, reduction, *turned))
     values = picture.crop((0, 0, width, height), size, SHRINK_BY).numpy()
     upright = (1, picture.channels, picture.loses_color)
     return ShrunkPicture(Shrunk(values, picture.size, width / size[1], height / size[0], *upright))

@@ -10,6 +10,11 @@ HAMAMATSU = (".vms", ".vmu")  # text files that name the others
 LONGEST_TEXT_BYTES = 2**16
 
 
+def may_have_companions(path: str) -> bool:
+    """Whether a file may be of a slide that is several files, by its name."""
+    return path.lower().endswith((MIRAX, *HAMAMATSU))
+
+
 def companions_of(path: str) -> list[str]:
     """Paths of the folder or the files that belong to a slide, beside its own file; none for other files."""
     stem, ending = os.path.splitext(path)
@@ -33,5 +38,5 @@ def named_files(path: str) -> list[str]:
 
 def belonging_files(paths: Iterable[str]) -> set[str]:
     """Paths of all folders and files that belong to the slides among `paths`."""
-    slides = [path for path in paths if path.lower().endswith((MIRAX, *HAMAMATSU))]
+    slides = [path for path in paths if may_have_companions(path)]
     return {companion for path in slides for companion in companions_of(path)}

@@ -4,13 +4,17 @@ from __future__ import annotations
 
 import os
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from simmim.data.arrangement import arrange
-from simmim.data.decode import STRETCHED
+from simmim.data.arrangement import arrange, match_channels
+from simmim.data.decode import STRETCHED, count_images
+from simmim.data.pillow_guard import UNREADABLE
 from simmim.data.readers import detect_reader, known_kinds
+from simmim.data.records import Record
+from simmim.data.tiff import UnexplainedPages
+from simmim.messages import notify
 from simmim.reading import Reading
 
 if TYPE_CHECKING:
@@ -18,6 +22,7 @@ if TYPE_CHECKING:
 
 IMAGE_COLUMNS = ("image", "img", "picture", "photo", "jpg", "jpeg", "png", "webp", "bytes", "path", "file", "filename")
 MAX_STREAM_SHARDS = 64
+HEAD_FILES = 16  # that are asked what their pages are
 HEAD_IMAGES = 256  # first images of a stream, from which a run's defaults follow
 
 
@@ -99,6 +104,45 @@ def open_images(
     reader, files = detect_reader(str(path))
     rows = reader.read(files)
     return arrange(select_images(rows, column, str(path), setting) if reader.has_columns else rows, reading)
+
+
+def suit_reading(path: str | Path | Sequence[str], known: Reading) -> Reading:
+    """How an encoder's images were read, as it suits other images: where its channels were files of their own and no file is
+    one by its pattern, each file is an image with all channels, which is a `Notice`. Pages that nothing explains are its
+    channels then.
+
+    Args:
+        path: as of `open_images`, or of labeled images.
+    """
+    if not known.channel_files:
+        return known
+    try:
+        parts = [str(path)] if isinstance(path, str | os.PathLike) else list(map(str, path))
+        found = [detect_reader(part) for part in parts]
+        records = [record for reader, files in found if not reader.has_columns for record in reader.read(files)["image"]]
+    except ValueError:
+        return known  # said where they are opened, or they are labels that name images
+    paths = [record["path"] or "" for record in records]
+    if (not paths and not any(reader.has_columns for reader, _ in found)) or match_channels(paths, known.channel_files):
+        return known
+    notify(
+        f"the encoder's images have their channels in files of their own, {known.channel_files}, and no file here is one: "
+        "each is read as an image of all channels"
+    )
+    single = replace(known, channel_files=None)
+    return replace(single, pages="channels") if known.pages is None and not explains_pages(records, single) else single
+
+
+def explains_pages(records: Sequence[Record], reading: Reading) -> bool:
+    """Whether the files say what their pages are, as far as a few tell."""
+    for record in records[:HEAD_FILES]:
+        try:
+            count_images(record, reading)
+        except UnexplainedPages:
+            return False
+        except UNREADABLE:  # told where it is read
+            continue
+    return True
 
 
 def open_stream(path: str | Sequence[str], column: str | None) -> tuple[datasets.IterableDataset, int | None]:

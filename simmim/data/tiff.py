@@ -77,6 +77,10 @@ def check_tags(tiff: Any) -> None:
         raise ValueError("cut short: tags of the first page, or their values, are missing")
 
 
+class UnexplainedPages(ValueError):
+    """A file whose metadata do not tell whether its pages are channels or images."""
+
+
 def divide_pages(tiff: Any, pages: str | None) -> list[tuple[int, ...]]:
     """For each image of a file, the numbers of the pages of its first series that are its channels.
 
@@ -84,7 +88,8 @@ def divide_pages(tiff: Any, pages: str | None) -> list[tuple[int, ...]]:
         pages: channels, images or first, as of `Reading`; None goes by the file's metadata.
 
     Raises:
-        ValueError: for several pages that nothing explains, and pages that differ.
+        UnexplainedPages: for several pages that nothing explains.
+        ValueError: for pages that differ.
     """
     is_slide = tiff.is_svs or tiff.is_ndpi or tiff.is_scn or tiff.is_bif  # whose other series are label and overview
     if (
@@ -107,7 +112,9 @@ def divide_pages(tiff: Any, pages: str | None) -> list[tuple[int, ...]]:
     elif pages == "images":
         numbers = numbers.reshape(-1, 1)
     elif lengths.keys() & UNKNOWN_AXES:
-        raise ValueError(f"holds {counted(count, 'page')} that nothing explains: give data.pages channels, images or first")
+        raise UnexplainedPages(
+            f"holds {counted(count, 'page')} that nothing explains: give data.pages channels, images or first"
+        )
     elif "C" in lengths:
         numbers = np.moveaxis(numbers, list(lengths).index("C"), -1).reshape(-1, lengths["C"])
     else:

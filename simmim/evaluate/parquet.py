@@ -19,6 +19,7 @@ from simmim.data.tiles import check_overlap, plan_tiles, walk_tiles
 from simmim.encoders.registry import config_as_dict
 from simmim.evaluate.embeddings import DEFAULT_PASS, EncoderPass, check_any_readable, embed_batches, record_unreadable
 from simmim.evaluate.features import Feature
+from simmim.evaluate.single_files import suit_model
 from simmim.files import atomic_write
 from simmim.reading import Reading, TileSettings
 
@@ -82,6 +83,7 @@ def write_embeddings(
     dim = feature.dim(saved.encoder.config)
     source: Any = images
     if not hasattr(images, "column_names"):
+        saved = suit_model(saved, images)
         source = open_images(images, reading=saved.preprocessing.reading_or_default)
     places = None
     if tiles is not None:

@@ -24,6 +24,7 @@ from simmim.evaluate.neighbors import check_knn_settings
 from simmim.evaluate.probe import check_scikit_learn
 from simmim.evaluate.scaling import SCALINGS, scaled_split
 from simmim.evaluate.scores import METHODS, FeatureScores, best_score, estimate, mean_scores, score_features, scores_table
+from simmim.evaluate.single_files import suit_model
 from simmim.evaluate.untrained import score_untrained, untrained_encoder
 from simmim.evaluate.vectors import VectorFile
 from simmim.files import atomic_write
@@ -189,6 +190,7 @@ def compare(saved: SavedEncoder, comparison: Comparison, options: EncoderPass = 
     """
     if comparison.method == "probe":
         check_scikit_learn()
+    saved = suit_model(saved, comparison.data)
     config, preprocessing = saved.encoder.config, saved.preprocessing
     features = (*comparison.features(config, preprocessing.image_size), pixels := Pixels(preprocessing.image_size))
     attentive = {feature.name: feature.channels(config) for feature in features if isinstance(feature, Tokens)}

@@ -4,17 +4,13 @@ from __future__ import annotations
 
 import contextlib
 import ctypes
-import hashlib
 import os
-import platform
-import shlex
-import shutil
 import subprocess
-import tempfile
 from collections.abc import Iterator
 from functools import lru_cache
 from pathlib import Path
 
+from simmim.c_library import SWITCH, compile_library, find_compiler, library_file, processor_flag
 from simmim.encoders.shifted_windows.geometry import MASKED_LOGIT, OTHER_GROUP_LOGIT, REGIONS
 from simmim.encoders.swinv2.model import MAX_BIAS, SMALLEST_NORM
 from simmim.messages import first_line
@@ -30,8 +26,6 @@ FLAGS = (
     f"-DSMALLEST_NORM={SMALLEST_NORM}f",
     f"-DMAX_BIAS={MAX_BIAS}f",
 )
-SWITCH = "SIMMIM_KERNELS"  # environment variable; 0 turns the kernels off
-TIMEOUT_S = 120  # of the compiler
 
 POINTER, LONG, INT = ctypes.c_void_p, ctypes.c_long, ctypes.c_int
 OPTIONS = [("bf16", INT), ("threads", INT)]
@@ -155,14 +149,8 @@ def load_kernels() -> KernelLibrary:
         raise ValueError(f"switched off by {SWITCH}=0")
     if os.name != "posix":
         raise ValueError("not supported on this system")
-    compiler = find_compiler()
-    version = subprocess.run([*compiler, "--version"], capture_output=True, timeout=TIMEOUT_S).stdout
-    folder = Path(__file__).parent
-    sources = b"".join((folder / name).read_bytes() for name in (*HEADERS, *SOURCES))
-    # Machines with different processors may share a home folder.
-    identity = b"\n".join((sources, version, repr((compiler, FLAGS)).encode(), processor_features().encode()))
-    digest = hashlib.sha256(identity).hexdigest()[:16]
-    file = cache_folder() / f"kernels-{digest}.so"
+    compiler, folder = find_compiler(), Path(__file__).parent
+    file = library_file("kernels", compiler, FLAGS, [folder / name for name in (*HEADERS, *SOURCES)])
     if file.is_file():
         with contextlib.suppress(OSError):
             return KernelLibrary(file)
@@ -171,61 +159,6 @@ def load_kernels() -> KernelLibrary:
     raise ValueError(f"{' '.join(compiler)} does not compile them")
 
 
-def find_compiler() -> list[str]:
-    """The command of the C compiler.
-
-    Raises:
-        ValueError: when there is none.
-    """
-    if os.environ.get("CC"):
-        return shlex.split(os.environ["CC"])
-    for name in ("cc", "gcc", "clang"):
-        if shutil.which(name):
-            return [name]
-    raise ValueError("no C compiler: cc, gcc or clang, or the one in the environment variable CC")
-
-
-def processor_features() -> str:
-    """A text that differs between processors with different instructions."""
-    try:
-        lines = Path("/proc/cpuinfo").read_text(encoding="ascii", errors="replace").splitlines()
-    except OSError:
-        return f"{platform.machine()} {platform.processor()}"
-    return next((line for line in lines if line.startswith(("flags", "Features"))), platform.machine())
-
-
-def processor_flag() -> str:
-    """The flag by which a compiler uses all instructions of this processor."""
-    return "-march=native" if platform.machine().lower() in ("x86_64", "amd64", "i686") else "-mcpu=native"
-
-
-def cache_folder() -> Path:
-    """The folder for compiled kernels: in the user's cache, or in the temporary folder if that cannot be written.
-
-    Raises:
-        OSError: when neither is safe to use.
-    """
-    base = os.environ.get("XDG_CACHE_HOME") or os.path.join(os.path.expanduser("~"), ".cache")
-    for folder in (Path(base) / "simmim" / "kernels", Path(tempfile.gettempdir()) / f"simmim-{os.getuid()}"):
-        try:
-            folder.mkdir(parents=True, exist_ok=True, mode=0o700)
-        except OSError:
-            continue
-        # A library is code: no other user may be able to replace it.
-        status = folder.lstat()
-        if os.access(folder, os.W_OK) and status.st_uid == os.getuid() and not status.st_mode & 0o022:
-            return folder
-    raise OSError("no folder to keep compiled kernels in")
-
-
 def compile_kernels(compiler: list[str], sources: Path, file: Path) -> bool:
     """Compile the kernels in the folder `sources` to `file`, by an atomic write. Returns whether the compiler succeeded."""
-    with tempfile.TemporaryDirectory(dir=file.parent) as folder:
-        output = Path(folder) / file.name
-        command = [*compiler, *FLAGS, processor_flag(), *(str(sources / name) for name in SOURCES), "-o", str(output), "-lm"]
-        if subprocess.run(command, capture_output=True, timeout=TIMEOUT_S).returncode:
-            return False
-        with output.open("rb+") as library:
-            os.fsync(library.fileno())
-        os.replace(output, file)
-    return True
+    return compile_library(compiler, [*FLAGS, processor_flag()], [sources / name for name in SOURCES], file)
