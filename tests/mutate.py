@@ -56,7 +56,7 @@ TESTS = {
     "finetune/detection/condinst.py": "tests/test_instance_masks.py -k cell|loss|finite|stages",
     "finetune/detection/inference.py": "tests/test_detection_parts.py",
     "finetune/detection/losses.py": "tests/test_detection_parts.py -k loss|center",
-    "finetune/detection/masks.py": "tests/test_instance_masks.py -k masks|samples",
+    "finetune/detection/masks.py": "tests/test_mask_labels.py tests/test_instance_masks.py -k run_lengths|samples|own_scale",
     "finetune/detection/soft_masks.py": "tests/test_instance_masks.py -k masks|grids|objects",
     "finetune/detection/views.py": "tests/test_detection_parts.py",
     "finetune/label_study/gains.py": "tests/test_study_report.py",

@@ -21,7 +21,7 @@ from simmim.finetune.detection.losses import dice_losses, sum_losses, target_str
 from simmim.finetune.detection.masks import coco_rle, draw, pack, resized, sample
 from simmim.finetune.detection.model import Detector, HeadShape
 from simmim.finetune.detection.onnx import export_onnx
-from simmim.finetune.detection.soft_masks import SoftMask
+from simmim.finetune.detection.soft_masks import SoftMask, cells_between
 from simmim.finetune.detection.views import RandomBoxes, Targets
 
 # --- views -------------------------------------------------------------------------------------------------------------
@@ -269,6 +269,21 @@ def test_masks_of_tiles_lie_where_those_of_the_whole_image_do():
             wanted = torch.zeros(64, 128, dtype=torch.bool)
             wanted[y1:y2, x1:x2] = True
             assert (mask ^ wanted).sum() <= 4, "but for rounded corners"
+        for mask, (x1, y1, x2, y2) in zip(found.masks, found.boxes.tolist()):
+            down, across = (y2 - y1) / 20, (x2 - x1) / 20
+            assert mask.limits == pytest.approx((y1 - down, x1 - across, y2 + down, x2 + across)), "a twentieth of each side"
+
+
+def test_cells_around_a_box_surround_it_by_their_centers():
+    """All places between two are read between centers, as far as there are cells, and no further cell is taken."""
+    for stride, count in ((4, 9), (8, 5), (3, 7)):
+        centers = [stride * (cell + 0.5) for cell in range(count)]
+        for low in np.arange(-2, stride * count, 0.7).tolist():
+            high = low + 1.3 * stride
+            first, last = cells_between(low, high, stride, count)
+            assert first == max([0, *(cell for cell in range(count) if centers[cell] <= low)])
+            after = [cell + 1 for cell in range(count) if centers[cell] >= high]
+            assert last == max(first + 1, min([count, *after]))
 
 
 def test_more_objects_are_counted_than_are_judged():
