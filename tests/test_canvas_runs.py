@@ -170,3 +170,5 @@ def test_a_plan_by_the_command(capsys):
     assert "1.9 GFLOPs per image forward" in capsys.readouterr().out
     assert main(["plan", "--preset", "tiny", "--image", "192", "--method", "canvas", "--model.mask_ratio", "0.6"]) == 2
     assert "model.share decides" in capsys.readouterr().err
+    assert main(["plan", "--preset", "tiny", "--image", "192", "--model.share", "3"]) == 2
+    assert "model.share is no setting of simmim: images share a canvas with --method canvas" in capsys.readouterr().err

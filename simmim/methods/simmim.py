@@ -9,7 +9,7 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
@@ -46,6 +46,10 @@ class SimMIMSettings(MethodSettings):
         sequential_attention: attend to this number of windows at a time and recompute each group's attention in the
             backward pass: less memory where images or windows are large.
     """
+
+    absent: ClassVar[Mapping[str, str]] = dict.fromkeys(
+        ("share", "shared_stages", "decoder_dim", "decoder_depth"), "images share a canvas with --method canvas"
+    )
 
     mask_unit: int | None = None
     mask_ratio: float = 0.6
