@@ -11,14 +11,12 @@ from dataclasses import replace
 from pathlib import Path
 
 from simmim.data import ImageStatistics, RandomView, Source
-from simmim.data.kept_pictures import KeptPictures, pictures_folder
+from simmim.data.kept_pictures import LEAST_GAIN, KeptPictures, pictures_folder
 from simmim.pretrain.settings import DataSettings, PretrainSettings
 
 BYTES = {"KB": 1e3, "MB": 1e6, "GB": 1e9, "TB": 1e12, "KIB": 2**10, "MIB": 2**20, "GIB": 2**30, "TIB": 2**40}
 BUDGET = re.compile(r"([0-9]+(?:\.[0-9]+)?) ?([KMGT]i?B)", re.IGNORECASE)
 FREE_SHARE = 0.2  # of what is free on the disk, that auto takes
-LEAST_GAIN = 4.0  # pixels of the files for one that is kept, from which auto keeps images
-JPEG_ENDINGS = (".jpg", ".jpeg", ".jfif")
 
 
 def parse_budget(text: str) -> int:
@@ -57,7 +55,7 @@ def resolve_cache(
 def keeps_images(data: DataSettings, source: Source, images: ImageStatistics, views: Sequence[RandomView]) -> bool:
     """Whether auto keeps images: where their files have much more pixels than crops need. It follows from the images alone,
     so that it is the same on every machine."""
-    return pictures_of(data, images, views, 0).estimate(*collection(source, images)).gain >= LEAST_GAIN
+    return pictures_of(data, images, views, 0).estimate(source.head, source.num_images, images).gain >= LEAST_GAIN
 
 
 def default_budget() -> str:
@@ -74,17 +72,9 @@ def pictures_of(data: DataSettings, images: ImageStatistics, views: Sequence[Ran
     return KeptPictures(views, how, budget)
 
 
-def collection(source: Source, images: ImageStatistics) -> tuple:
-    """Arguments of `KeptPictures.estimate`."""
-    paths = [record["path"] or "" for record in source.head[:16]["image"]]
-    num_jpegs = sum(os.path.splitext(path)[1].lower() in JPEG_ENDINGS for path in paths)
-    is_deep = images.reading.is_deep
-    return images.sizes, images.channels, source.num_images, 2 * num_jpegs > len(paths) and not is_deep, 4 if is_deep else 1
-
-
 def prepare(kept: KeptPictures, source: Source, images: ImageStatistics) -> str:
     """Make room for a collection, and say what is kept of it in a line."""
-    estimate = kept.estimate(*collection(source, images))
+    estimate = kept.estimate(source.head, source.num_images, images)
     kept.make_room(estimate.num_bytes)
     height, width = estimate.size
     share = min(1.0, kept.budget_bytes / max(1, estimate.num_bytes))

@@ -1,6 +1,7 @@
 """Images that are kept shrunk on disk: the same samples with and without entries, whatever happens to these."""
 
 import errno
+import json
 import os
 import random
 import threading
@@ -14,13 +15,15 @@ from image_files import jpeg_bytes, notices, oriented, photo
 from PIL import Image
 
 from simmim.cli import main
-from simmim.data import ImageSamples, RandomView, build_loader, dataset_from_paths, kept_pictures, open_picture
+from simmim.cli.check_report import as_json, render
+from simmim.data import ImageSamples, RandomView, build_loader, dataset_from_paths, kept_pictures, open_images, open_picture
+from simmim.data.check import check_images
 from simmim.data.kept_pictures import KeptPictures, read_entry, stamp_of
 from simmim.data.shrinking import kept_size, needed_scale
 from simmim.pretrain.keeping import parse_budget
 from simmim.pretrain.preparation import resolve_run
 from simmim.pretrain.settings import DataSettings, PretrainSettings
-from simmim.reading import AUTO, Reading
+from simmim.reading import AUTO, Reading, TileSettings
 
 VIEW = RandomView((32, 32))
 TOY = '{"embed_dim": 8, "depths": [1, 1], "num_heads": [1, 1], "window_size": 4}'
@@ -304,6 +307,31 @@ def test_runs_keep_images_where_it_pays(photos, tmp_path, monkeypatch, capsys):
     off = resolved(cache="off")
     assert off.kept is None and off.settings.data.cache == "off" and resolved(cache=False).kept is None
     assert resolved(crop_scale=(0.01, 1)).settings.data.cache == "off", "crops need all pixels"
+
+
+def test_check_data_says_what_is_kept(tmp_path, monkeypatch):
+    """The number that a run says, of the image size that is suggested; nothing where images stay in memory, are read by
+    tiles or are hardly larger than crops."""
+    for folder, side in ((large := tmp_path / "large", 600), (small := tmp_path / "small", 150)):
+        folder.mkdir()
+        for number in range(2):
+            (folder / f"{number}.jpg").write_bytes(jpeg_bytes(photo(side, side * 4 // 3, seed=number)))
+    source = open_images(large)
+    report = check_images(source, workers=0)
+    side = report.suggestion.image_size_px
+    monkeypatch.setattr("simmim.pretrain.preparation.KEEP_DECODED_MIB", 0)
+    given = {"preset": "nano", "image_size": side, "batch_size": 6, "epochs": 2, "out": str(tmp_path / "run")}
+    run = resolve_run(PretrainSettings(data=DataSettings(str(large)), **given))
+    assert report.kept == run.kept.estimate(run.source.head, run.source.num_images, run.statistics)
+    (height, width), text = report.kept.size, render(report)
+    assert f"MiB: at {side} px a run keeps images at about {height}×{width} px on disk" in text
+    assert json.loads(as_json(report))["kept"]["num_bytes"] == report.kept.num_bytes > 0
+    for other in (
+        check_images(source, workers=0, in_memory_mib=128),
+        check_images(source, workers=0, tiles=TileSettings(64)),
+        check_images(open_images(small), workers=0),
+    ):
+        assert other.kept is None and "\ncache " not in render(other)
 
 
 def test_a_size_that_is_none_is_refused(photos, tmp_path, capsys):

@@ -51,6 +51,7 @@ def render(report: CheckReport) -> str:
         *duplicates_text(report),
         "",
         *loading_text(report),
+        *kept_text(report),
         "",
         f"suggested    {scales_text(report.suggestion)}",
         f"  {printable(suggested_command(report))}",
@@ -64,6 +65,7 @@ def as_json(report: CheckReport) -> str:
         "unreadable": [{"path": path, "reason": reason} for path, reason in report.unreadable],
         "workers_needed": {f"{rate:g}": workers for rate, workers in report.workers_needed.items()},
     }
+    values["kept"] = None if report.kept is None else report.kept._asdict()
     if report.suggestion is not None:
         values["suggestion"]["scales"] = [scale._asdict() for scale in report.suggestion.scales]
         values["suggestion"]["command"] = suggested_command(report)
@@ -174,6 +176,18 @@ def loading_text(report: CheckReport) -> list[str]:
     if len(report.workers_needed) == 1 and max(report.workers_needed.values()) > report.cores:
         lines.append("  the model would wait for images: store them smaller, or train where there are more cores")
     return lines
+
+
+def kept_text(report: CheckReport) -> list[str]:
+    """What a run keeps of the images on disk."""
+    if report.kept is None:
+        return []
+    (height, width), side = report.kept.size, report.suggestion.image_size_px
+    taken = size_text(report.kept.num_bytes / 2**20)
+    return [
+        f"cache        {taken}: at {side} px a run keeps images at about {height}×{width} px on disk, so that each is "
+        "decoded once; --data.cache off keeps none"
+    ]
 
 
 def plural(count: int, noun: str) -> str:

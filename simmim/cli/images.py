@@ -56,6 +56,7 @@ def run_check_data(words: Sequence[str]) -> int:
     from simmim.data.check import check_images
     from simmim.data.label_map_sources import note_on_label_maps
     from simmim.reading import Reading, tile_settings
+    from simmim.training.run import KEEP_DECODED_MIB
     from simmim.training.trainer import device_type
 
     reading = Reading(
@@ -70,6 +71,7 @@ def run_check_data(words: Sequence[str]) -> int:
         progress=not options.json,
         reading=reading,
         tiles=tile_settings(options.tile, options.tile_level, options.pixel_size, options.max_background),
+        in_memory_mib=KEEP_DECODED_MIB,
     )
     print(as_json(report) if options.json else render(report))
     note = note_on_label_maps(options.path)

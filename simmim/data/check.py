@@ -22,6 +22,7 @@ from simmim.data.decode import MAX_PIXELS, open_picture
 from simmim.data.duplicates import find_duplicates, list_groups
 from simmim.data.image_statistics import ImageStatistics, measure_images
 from simmim.data.inspection import RowTallies, Tally, process_rows, whole_image
+from simmim.data.kept_pictures import LEAST_GAIN, KeptEstimate, KeptPictures
 from simmim.data.loading import available_cores
 from simmim.data.pictures import Picture
 from simmim.data.records import Record
@@ -91,6 +92,7 @@ class CheckReport:
             are those of tiles.
         empty_share: of the tiles drawn from all images, which are background.
         transform: of the values, in which histograms are.
+        kept: what pre-training keeps of the images on disk, by itself; None where that does not pay.
     """
 
     path: str
@@ -120,6 +122,7 @@ class CheckReport:
     tiles: int | None = None
     empty_share: float | None = None
     transform: str = "none"
+    kept: KeptEstimate | None = None
 
     @property
     def sound(self) -> bool:
@@ -137,6 +140,7 @@ def check_images(
     progress: bool = False,
     reading: Reading = AUTO,
     tiles: TileSettings | None = None,
+    in_memory_mib: float = 0.0,
 ) -> CheckReport:
     """Read every image of `source`.
 
@@ -149,6 +153,7 @@ def check_images(
         max_pixels: larger images count as unreadable, as in training.
         progress: show progress bars on standard error if that is a terminal.
         reading, tiles: how values become pictures, and which part of an image is one where not all is.
+        in_memory_mib: images that decode to less stay in a run's memory, and nothing of them on disk.
 
     Raises:
         ValueError: for a number of workers or a rate out of range, for a source without rows, and as `plan_tiles`.
@@ -163,9 +168,12 @@ def check_images(
     readable = np.ones(len(source), dtype=bool)
     readable[tally.unreadable_rows] = False
     groups = find_duplicates(source, np.where(readable, sizes, 0), workers, progress)
-    suggestion, rate = suggest(tally, device), None
+    suggestion, rate, kept = suggest(tally, device), None, None
     if suggestion is not None:
         view = RandomView((suggestion.image_size_px,) * 2)
+        if measured is not None and plan is None and measured.decoded_mib > in_memory_mib:
+            estimate = KeptPictures([view], (), 0).estimate(source, len(source), measured)
+            kept = estimate if estimate.gain >= LEAST_GAIN else None
         rate = measure_loading_rate(source, np.flatnonzero(readable), view, how, tile_of)
     return CheckReport(
         path=path,
@@ -186,6 +194,7 @@ def check_images(
         tiles=None if plan is None else len(plan),
         empty_share=empty_share,
         transform=how[2].transform,
+        kept=kept,
     )
 
 

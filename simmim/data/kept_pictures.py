@@ -20,7 +20,7 @@ import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
 import xxhash
@@ -36,10 +36,17 @@ from simmim.data.slide_files import may_have_companions
 from simmim.data.views import RandomView
 from simmim.messages import notify
 
+if TYPE_CHECKING:
+    import datasets
+
+    from simmim.data.image_statistics import ImageStatistics
+
 MAGIC, VERSION = b"simmimK1", 1
 HEAD = struct.Struct("<8sQI")  # magic, digest of all that follows, bytes of the description
 USAGE, LOCK, USED = "usage", "usage.lock", "used"
 SUFFIX = ".kept"
+LEAST_GAIN = 4.0  # pixels of the files for one that is kept, from which keeping images pays
+HEAD_FILES, JPEG_ENDINGS = 16, (".jpg", ".jpeg", ".jfif")  # files that tell what most are
 CREDIT_BYTES, CREDIT_PARTS = 64 * 2**20, 64  # that a process reserves at a time, at most this part of what is left
 OLD_S = 3600.0  # a temporary file of that age belongs to no process
 
@@ -140,24 +147,25 @@ class KeptPictures:
             notify(f"images are not kept shrunk: {self.root} cannot be written ({error.strerror})")
             return 0
 
-    def estimate(self, sizes: Sequence[Size], channels: int, num_images: int, jpeg: bool, value_bytes: int) -> KeptEstimate:
+    def estimate(self, head: datasets.Dataset, num_images: int, images: ImageStatistics) -> KeptEstimate:
         """How much the images of a collection take.
 
         Args:
-            sizes: of a sample of them.
-            channels: of an image.
+            head: some of them.
             num_images: all of them.
-            jpeg: whether the sample's files are JPEG.
-            value_bytes: of a value.
+            images: their statistics.
         """
-        kept = [(size, kept_size(self.views, size, jpeg)) for size in sizes]
+        paths, is_deep = [record["path"] or "" for record in head[:HEAD_FILES]["image"]], images.reading.is_deep
+        num_jpegs = sum(os.path.splitext(path)[1].lower() in JPEG_ENDINGS for path in paths)
+        is_jpeg, value_bytes = 2 * num_jpegs > len(paths) and not is_deep, 4 if is_deep else 1
+        kept = [(size, kept_size(self.views, size, is_jpeg)) for size in images.sizes]
         worth = [(size, small) for size, small in kept if small is not None]
         if not worth:
             return KeptEstimate(0, 1.0, (0, 0))
         mean = sum(small[0] * small[1] for _, small in worth) / len(kept)
         gain = sum(size[0] * size[1] for size, _ in kept) / len(kept) / (mean or 1)
         typical = sorted(small for _, small in worth)[len(worth) // 2]
-        return KeptEstimate(round(mean * channels * value_bytes * num_images), gain, typical)
+        return KeptEstimate(round(mean * images.channels * value_bytes * num_images), gain, typical)
 
 
 class KeptEstimate(NamedTuple):
