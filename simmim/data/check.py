@@ -168,13 +168,9 @@ def check_images(
     readable = np.ones(len(source), dtype=bool)
     readable[tally.unreadable_rows] = False
     groups = find_duplicates(source, np.where(readable, sizes, 0), workers, progress)
-    suggestion, rate, kept = suggest(tally, device), None, None
-    if suggestion is not None:
-        view = RandomView((suggestion.image_size_px,) * 2)
-        if measured is not None and plan is None and measured.decoded_mib > in_memory_mib:
-            estimate = KeptPictures([view], (), 0).estimate(source, len(source), measured)
-            kept = estimate if estimate.gain >= LEAST_GAIN else None
-        rate = measure_loading_rate(source, np.flatnonzero(readable), view, how, tile_of)
+    suggestion = suggest(tally, device)
+    view = RandomView((suggestion.image_size_px,) * 2) if suggestion else None
+    rate = measure_loading_rate(source, np.flatnonzero(readable), view, how, tile_of) if view else None
     return CheckReport(
         path=path,
         images=len(source),
@@ -182,7 +178,6 @@ def check_images(
         **tally_fields(tally),
         **channel_fields(measured),
         flags=(*reading_flags(reading), *tile_flags(tiles)),
-        short_side_px=median_of(tally.short_sides),
         problem=problem,
         duplicate_groups=len(groups),
         duplicates_removable=sum(len(group) - 1 for group in groups),
@@ -193,8 +188,7 @@ def check_images(
         suggestion=suggestion,
         tiles=None if plan is None else len(plan),
         empty_share=empty_share,
-        transform=how[2].transform,
-        kept=kept,
+        kept=None if plan is not None else estimate_kept(source, measured, view, in_memory_mib),
     )
 
 
@@ -209,6 +203,20 @@ def suggest(tally: Tally, device: str) -> Suggestion | None:
         return None
     scales = default_scales(median_of(tally.short_sides), device)
     return Suggestion(tuple(scales), turns=2 * tally.without_up.total() > num_readable)
+
+
+def estimate_kept(
+    source: datasets.Dataset, measured: ImageStatistics | None, view: RandomView | None, in_memory_mib: float
+) -> KeptEstimate | None:
+    """What a run keeps of whole images on disk; None where that does not pay.
+
+    Args:
+        in_memory_mib: as of `check_images`.
+    """
+    if measured is None or view is None or measured.decoded_mib <= in_memory_mib:
+        return None
+    estimate = KeptPictures([view], (), 0).estimate(source, len(source), measured)
+    return estimate if estimate.gain >= LEAST_GAIN else None
 
 
 def find_tiles(
@@ -235,6 +243,7 @@ def tally_fields(tally: Tally) -> dict[str, Any]:
         "formats": frequent_first(tally.formats),
         "modes": frequent_first(tally.modes),
         "short_sides_px": histogram(tally.short_sides),
+        "short_side_px": median_of(tally.short_sides),
         "oriented": tally.oriented,
         "without_up": frequent_first(tally.without_up),
         "unreadable": tuple(tally.unreadable),
@@ -244,7 +253,7 @@ def tally_fields(tally: Tally) -> dict[str, Any]:
 def channel_fields(measured: ImageStatistics | None) -> dict[str, Any]:
     """What a report says of the channels and their values."""
     if measured is None:
-        return {"channels": None, "channel_names": (), "ranges": (), "histograms": (), "missing": ()}
+        return {"channels": None, "channel_names": (), "ranges": (), "histograms": (), "missing": (), "transform": "none"}
     ranges = measured.reading.range if measured.reading.is_deep else ()
     return {
         "channels": measured.channels,
@@ -252,6 +261,7 @@ def channel_fields(measured: ImageStatistics | None) -> dict[str, Any]:
         "ranges": ranges,
         "histograms": measured.histograms,
         "missing": measured.missing,
+        "transform": measured.reading.transform,
     }
 
 

@@ -260,10 +260,10 @@ def write_whole(path: Path, parts: Sequence[bytes | memoryview]) -> None:
             os.makedirs(folder, exist_ok=True)
             handle = os.open(temporary, flags, 0o644)
         try:
-            for part in map(memoryview, parts):
-                written = 0
-                while written < len(part):
-                    written += os.write(handle, part[written:])
+            for part in parts:
+                left = memoryview(part)
+                while left:
+                    left = left[os.write(handle, left) :]
         finally:
             os.close(handle)
         os.replace(temporary, path)
