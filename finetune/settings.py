@@ -6,7 +6,7 @@ from collections.abc import Callable
 from dataclasses import dataclass, fields, replace
 from typing import TYPE_CHECKING, ClassVar, TypeVar
 
-from simmim.defaults import default_batch_size, default_ema, default_finetuning_epochs
+from simmim.defaults import LEAST_STEPS, default_batch_size, default_ema, default_finetuning_epochs
 from simmim.reading import AUTO, Reading
 from simmim.training.optim import Schedule, lr_by_root
 from simmim.training.settings import OptimizerSettings, RunSettings, check_positive
@@ -129,8 +129,8 @@ class OptimSettings(OptimizerSettings):
         lr: peak learning rate of the head; by default 1.25e-3 as published, and for nano and micro a peak of 1.6e-2 at a
             batch of 128 images that grows with the root of the batch.
         lr_factor: factor of `lr`, or of its default.
-        layer_decay: factor from each block to the one before it; by default 0.75 as published, and 0.65 in classification
-            with up to 20 labels per class.
+        layer_decay: factor from each block to the one before it; by default 0.75 as published, 0.65 in classification with
+            up to 20 labels per class, and 1 in detection.
         label_smoothing: share of the target spread over all classes.
         warmup_epochs: by default 20, or a fifth of shorter runs.
         ema: decay of the moving average of the weights that is validated and exported, 0 for none; by default an average
@@ -164,7 +164,8 @@ class TransferSettings(RunSettings):
         freeze: train the head alone.
         train_stages: train the head, the final norm and the last `train_stages` stages of the encoder; all by default.
         image_size: pixels, one number or height and width; the encoder's own by default.
-        epochs: passes over the training images; by default 100, and for a few labels enough for 500 steps.
+        epochs: passes over the training images; by default 100, and for a few labels enough for 500 steps (1,200 steps of
+            detection on a CPU).
         steps: length in optimizer steps, in place of epochs.
         seed: seed of everything random, the choice of labels included.
         validations: number of validations in the course of the run.
@@ -236,19 +237,29 @@ def default_lr(small: bool, batch_size: int) -> float:
     return lr_by_root(SMALL_PEAK_LR, SMALL_BATCH, batch_size) if small else PUBLISHED_LR
 
 
-def resolve_schedule(settings: Settings, num_images: int, device: str, small: bool) -> Settings:
+def resolve_schedule(
+    settings: Settings,
+    num_images: int,
+    device: str,
+    small: bool,
+    batch_size: int | None = None,
+    least_steps: int = LEAST_STEPS,
+    layer_decay: float = PUBLISHED_LAYER_DECAY,
+) -> Settings:
     """Settings with length, batch size, peak learning rate, layer decay, warm-up and averaging resolved.
 
     Args:
         num_images: training images.
         device: cuda, mps or cpu.
         small: whether the encoder is of nano's or micro's width.
+        batch_size, least_steps, layer_decay: the task's own, where the user gave none; by default as `default_batch_size`
+            and `default_finetuning_epochs` say.
 
     Raises:
         ValueError: when both epochs and steps are given and differ.
     """
-    batch_size = settings.batch_size or min(default_batch_size(device, small), num_images)
-    epochs = settings.epochs or default_finetuning_epochs(num_images, batch_size)
+    batch_size = settings.batch_size or min(batch_size or default_batch_size(device, small), num_images)
+    epochs = settings.epochs or default_finetuning_epochs(num_images, batch_size, least_steps)
     if settings.steps:
         epochs = settings.steps * batch_size / num_images
         if settings.epochs and round(settings.epochs * num_images / batch_size) != settings.steps:
@@ -260,7 +271,7 @@ def resolve_schedule(settings: Settings, num_images: int, device: str, small: bo
         optim,
         lr=(optim.lr if optim.lr is not None else default_lr(small, batch_size)) * optim.lr_factor,
         lr_factor=1.0,
-        layer_decay=optim.layer_decay if optim.layer_decay is not None else PUBLISHED_LAYER_DECAY,
+        layer_decay=optim.layer_decay if optim.layer_decay is not None else layer_decay,
         warmup_epochs=optim.warmup_epochs if optim.warmup_epochs is not None else min(20, epochs / 5),
         ema=optim.ema if optim.ema is not None else default_ema(round(epochs * num_images / batch_size)),
     )

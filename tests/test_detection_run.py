@@ -22,10 +22,12 @@ from simmim.cli import main
 from simmim.data import normalize, open_picture
 from simmim.finetune import DetectionSettings, finetune, load_detector
 from simmim.finetune.detection.ap import Judged, average_precision
+from simmim.finetune.detection.defaults import resolve_settings
 from simmim.finetune.detection.inference import trusted
 from simmim.finetune.detection.labels.scenes import read_boxed_scenes
 from simmim.finetune.detection.model import save_detector
 from simmim.finetune.detection.settings import BoxSettings, HeadSettings
+from simmim.finetune.detection.task import read_labels
 from simmim.finetune.settings import EncoderSettings, OptimSettings
 from simmim.reading import Reading
 
@@ -81,6 +83,24 @@ def run(box_folder, encoder_folder, tmp_path_factory):
     words += "--data.scale [0.8,1.25] --data.color-jitter 0 --workers 0 --precision 32-true"
     assert main(words.split()) == 0
     return out
+
+
+@pytest.mark.parametrize(
+    ("device", "batch_size", "steps", "line"),
+    [
+        ("cpu", 2, 1200, "batch size 2: many small steps are worth more than few large ones"),
+        ("cuda", 10, 500, "batch size 10: all training images"),
+    ],
+)
+def test_defaults_of_few_images(device, batch_size, steps, line, box_folder, tmp_path):
+    opened = settings(box_folder, "none", tmp_path, labels=None, steps=None, batch_size=None, image_size=32)
+    resolved, reasons = resolve_settings(opened, read_labels(opened), small=True, device=device)
+    assert (resolved.batch_size, resolved.num_steps(10), resolved.optim.layer_decay) == (batch_size, steps, 1.0)
+    assert line in reasons and f"{resolved.epochs:g} epochs: {steps:,} steps" in reasons
+    given = replace(opened, batch_size=5, steps=7, optim=replace(opened.optim, layer_decay=0.9))
+    resolved, reasons = resolve_settings(given, read_labels(given), small=True, device=device)
+    assert (resolved.batch_size, resolved.num_steps(10), resolved.optim.layer_decay) == (5, 7, 0.9)
+    assert not any("batch size" in reason or "epochs" in reason for reason in reasons)
 
 
 def judge(saved, folder, images="images/val", labels="annotations/instances_val2017.json"):

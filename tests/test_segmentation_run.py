@@ -20,8 +20,10 @@ from simmim.data.label_map_files import read_label_map
 from simmim.data.tiff_windows import pixel_size_of
 from simmim.encoders.swinv2 import SwinV2
 from simmim.finetune import SegmentationSettings, finetune, load_segmenter
+from simmim.finetune.segmentation.defaults import resolve_settings
 from simmim.finetune.segmentation.settings import HeadSettings, SceneSettings
 from simmim.finetune.segmentation.sliding import most_likely_class
+from simmim.finetune.segmentation.task import read_labels
 from simmim.finetune.segmentation.tiled_prediction import piece_places, segment_tiles
 from simmim.finetune.settings import EncoderSettings, OptimSettings
 from simmim.reading import TileSettings
@@ -50,6 +52,14 @@ def run(scene_folder, encoder_folder, tmp_path_factory):
     words += "--batch-size 6 --validations 4 --head.width 16 --optim.lr 0.2 --workers 0"
     assert main(words.split()) == 0
     return out
+
+
+def test_a_step_has_the_published_number_of_images(scene_folder, tmp_path):
+    opened = settings(scene_folder, "none", tmp_path, labels=None, steps=None, batch_size=None, image_size=32)
+    scenes = read_labels(opened)
+    resolved, reasons = resolve_settings(opened, scenes, small=True, device="cpu")
+    assert resolved.batch_size == 16 < len(scenes.train)
+    assert "batch size 16: as published" in reasons
 
 
 def test_the_best_segmenter_is_kept(scene_folder, run):

@@ -4,10 +4,11 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from typing import TypeVar
+from typing import NamedTuple, TypeVar
 
+from simmim.defaults import LEAST_STEPS
 from simmim.finetune.augment.color import ColorSettings, check_kornia, has_kornia
-from simmim.finetune.settings import ScenesSettings, TransferSettings
+from simmim.finetune.settings import PUBLISHED_LAYER_DECAY, ScenesSettings, TransferSettings, resolve_schedule
 
 JITTER = 0.25  # half of the published segmentation pipeline's, which is for thousands of images
 
@@ -82,3 +83,43 @@ def resolve_published_lr(settings: Run, published: float, small: bool) -> Run:
     if settings.optim.lr is not None or small:
         return settings
     return replace(settings, optim=replace(settings.optim, lr=published))
+
+
+class Schedule(NamedTuple):
+    """What a task takes where the user gave no batch size, length and layer decay.
+
+    Attributes:
+        batch_size: images per step, of fewer training images all; by default Swin's published one for boxes and for
+            UPerNet.
+        batch_reason: why, for the user.
+        least_steps: of a run of few images.
+        layer_decay: of the learning rate.
+    """
+
+    batch_size: int = 16
+    batch_reason: str = "as published"
+    least_steps: int = LEAST_STEPS
+    layer_decay: float = PUBLISHED_LAYER_DECAY
+
+
+def resolve_dense_schedule(
+    settings: Run, num_images: int, device: str, small: bool, schedule: Schedule
+) -> tuple[Run, list[str]]:
+    """Settings with everything resolved that `resolve_schedule` does, and a line for batch size and length.
+
+    Args:
+        num_images, device, small: as of `resolve_schedule`.
+
+    Raises:
+        ValueError: as `resolve_schedule`.
+    """
+    size, _, least_steps, layer_decay = schedule
+    resolved = resolve_schedule(settings, num_images, device, small, size, least_steps, layer_decay)
+    reasons = []
+    if settings.batch_size is None:
+        reason = schedule.batch_reason if resolved.batch_size == size else "all training images"
+        reasons.append(f"batch size {resolved.batch_size}: {reason}")
+    if settings.epochs is None and settings.steps is None:
+        reason = {100.0: "as published for few images", 30.0: "for more than 20,000 images"}.get(resolved.epochs)
+        reasons.append(f"{resolved.epochs:g} epochs: {reason or f'{least_steps:,} steps'}")
+    return resolved, reasons

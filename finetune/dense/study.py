@@ -40,6 +40,7 @@ def scene_study(
     measure: Measure,
     read_labels: Callable[[Any], Any],
     measure_of: Callable[[Any], Measure] | None = None,
+    layer_decay: float = PUBLISHED_LAYER_DECAY,
 ) -> TaskStudy:
     """The study of a task.
 
@@ -47,9 +48,10 @@ def scene_study(
         settings: of its study.
         read_labels: of settings of a run: its scenes with `train`, `validation`, `test_validates` and `source`.
         measure_of: as of `TaskStudy`.
+        layer_decay: of a run, whatever the number of labels.
     """
     open_labels = partial(open_scene_labels, read_labels=read_labels)
-    return TaskStudy(settings, measure, published_layer_decay, open_labels, measure_of=measure_of)
+    return TaskStudy(settings, measure, lambda labels: layer_decay, open_labels, measure_of=measure_of)
 
 
 def published_layer_decay(labels: float) -> float:

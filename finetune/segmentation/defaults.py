@@ -7,9 +7,8 @@ from dataclasses import replace
 import torch
 
 from simmim.data.label_maps import LabeledScenes
-from simmim.finetune.dense.settings import resolve_published_lr, resolve_views
+from simmim.finetune.dense.settings import Schedule, resolve_dense_schedule, resolve_published_lr, resolve_views
 from simmim.finetune.segmentation.settings import HeadSettings, SegmentationSettings
-from simmim.finetune.settings import resolve_schedule
 
 MIN_IMAGES_FOR_BATCH_NORM = 4  # the statistics of fewer images are noise
 PUBLISHED_WIDTH, SMALL_WIDTH = 512, 64  # channels of the head; the latter for encoders of nano's and micro's width
@@ -31,11 +30,11 @@ def resolve_settings(
         ValueError: where kornia is needed and missing, and for batch norms of a single image; as `resolve_schedule`.
     """
     settings = resolve_published_lr(settings, PUBLISHED_LR, small)
-    settings = resolve_schedule(settings, len(labels.train), device, small)
+    settings, schedule_reasons = resolve_dense_schedule(settings, len(labels.train), device, small, Schedule())
     data, data_reasons = resolve_views(settings.data, min(settings.size))
     data = replace(data, classes=labels.scheme.classes, values=labels.scheme.values)
     head, head_reasons = resolve_head(settings.head, images_per_forward(settings, device), small)
-    return replace(settings, data=data, head=head), [*labels.notes, *data_reasons, *head_reasons]
+    return replace(settings, data=data, head=head), [*labels.notes, *schedule_reasons, *data_reasons, *head_reasons]
 
 
 def resolve_head(head: HeadSettings, num_images: int, small: bool) -> tuple[HeadSettings, list[str]]:
