@@ -7,8 +7,8 @@
 
 The first is of garments on photographs (configs/finetune/scenes-detection.yaml), the second of any labeled images, for
 instance BCCD's blood cells. It is `simmim study --task detection`; further settings of a study may follow and win. The
-protocol is that of benchmarks/segmentation.py; the draws of different seeds share images where --data is given, unless
---disjoint is.
+protocol is that of benchmarks/segmentation.py, with layer decays of 0.75 and 1; the draws of different seeds share images
+where --data is given, unless --disjoint is.
 """
 
 from __future__ import annotations
@@ -18,7 +18,9 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
-from segmentation import GRID, ROOT, study
+from segmentation import ROOT, study
+
+GRID = ["--lr-factors", "[0.5,1,2]", "--layer-decays", "[0.75,1]"]  # see finetune/detection/defaults.py
 
 
 def main(arguments: Sequence[str] | None = None) -> int:

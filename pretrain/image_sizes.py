@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any
 
 from simmim.defaults import as_size
 from simmim.encoders.base import EncoderConfig, Size, with_fields
-from simmim.growing_sizes import as_given, check_growth, check_shares, naming, shares_of, size_text
+from simmim.growing_sizes import as_given, check_count, check_growth, check_shares, naming, shares_of, size_text
 from simmim.messages import did_you_mean
 from simmim.methods.base import MethodSettings
 from simmim.methods.registry import method_named
@@ -52,10 +52,7 @@ def checked_sizes(settings: PretrainSettings) -> dict[str, Any]:
     for name in GROWING[1:]:
         values = getattr(settings, name)
         if values is not None:
-            if len(values) != len(sizes):
-                raise ValueError(
-                    f"{name} has {len(values)} entries and image_sizes has {len(sizes)}: give one for each size"
-                )
+            check_count(name, values, sizes)
             result[name] = tuple(values)
     check_shares(result.get("image_size_shares"))
     return result

@@ -37,6 +37,16 @@ def check_growth(sizes: Sequence[int | tuple[int, int]]) -> None:
             )
 
 
+def check_count(name: str, values: Sequence[object], sizes: Sequence[object]) -> None:
+    """Check that a setting has a value for each size.
+
+    Raises:
+        ValueError: naming the setting.
+    """
+    if len(values) != len(sizes):
+        raise ValueError(f"{name} has {len(values)} entries and image_sizes has {len(sizes)}: give one for each size")
+
+
 def check_shares(shares: Sequence[float] | None) -> None:
     """Check the shares of a run's steps.
 

@@ -103,6 +103,7 @@ def test_by_the_command(capsys):
             "with the sum 1.1: give positive shares that sum to 1",
         ),
         (("--image_sizes=[96,192]", "--image_size_shares=[1]"), "image_size_shares has 1 entries and image_sizes has 2"),
+        (("--image_sizes=[96,192]", "--image_size_shares=[]"), "image_size_shares has 0 entries and image_sizes has 2"),
         (("--image_sizes=[97,192]",), "at 97 px of image_sizes: no mask unit fits images of 97×97 px"),
         (("--image_sizes=[48,192]", "--method=canvas", "--model.share=5"), "at 48 px of image_sizes: "),
         (("--image_sizes=[96,192]", "--model.mask_ratio=2"), "at 96 px of image_sizes: mask ratio is 2"),

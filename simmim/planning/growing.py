@@ -10,7 +10,7 @@ from typing import Any
 from simmim.defaults import as_size
 from simmim.encoders.base import EncoderConfig, with_fields
 from simmim.encoders.cost import Setup
-from simmim.growing_sizes import as_given, check_growth, check_shares, naming, shares_of
+from simmim.growing_sizes import as_given, check_count, check_growth, check_shares, naming, shares_of
 from simmim.methods.base import MethodSettings
 from simmim.methods.registry import default_method, method_named
 from simmim.planning.plan import (
@@ -93,12 +93,9 @@ def plan_growing(
     """
     sizes = tuple(as_given(size) for size in image_sizes)
     check_growth(sizes)
+    if image_size_shares is not None:
+        check_count("image_size_shares", image_size_shares, sizes)
     check_shares(image_size_shares)
-    if image_size_shares is not None and len(image_size_shares) != len(sizes):
-        raise ValueError(
-            f"image_size_shares has {len(image_size_shares)} entries and image_sizes has {len(sizes)}: give one for each "
-            "size"
-        )
     method = method or default_method()
     parts = parts_at(preset, sizes, encoder or {}, method, model or {})
     config, settings = parts[-1]
