@@ -6,23 +6,26 @@ Of the 4,000 digits that the demo trains on, 1,000 are held out here, to judge s
 not even written. The labels are drawn by seeds that the demo does not use.
 
 First each arm, pre-trained and from scratch, tries the learning rates with the recipe's layer decay, then the layer decays
-with the best of these rates, after a pre-training by configs/pretrain/demo.yaml. Then other learning rates of the
-pre-training are tried, with what the pre-trained arm chose. A score is the mean accuracy over seeds and numbers of labels,
-at the last step.
+with the best of these rates, after a pre-training by configs/pretrain/demo.yaml. With what an arm chose, other lengths and
+augmentations are tried, one at a time; with what the pre-trained arm chose, other learning rates, lengths and mask units of
+the pre-training. A score is the mean accuracy over seeds and numbers of labels, at the last step.
 
-Prints all scores and what to adopt, and says where a choice is the smallest or largest value that was tried. A later call
-does not repeat what OUT holds of the same settings and weights.
+Prints all scores, with the standard error of the paired difference to the recipe where one setting differs from it, and what
+to adopt, and says where a choice is the smallest or largest value that was tried. A later call does not repeat what OUT
+holds of the same settings and weights.
 """
 
 from __future__ import annotations
 
 import argparse
+import math
 import statistics
 import sys
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 from tqdm import tqdm
 
@@ -35,6 +38,32 @@ from simmim.finetune.label_study.results import Rates, Trial
 from simmim.finetune.label_study.trials import build_job, run_jobs, run_trial
 
 FIRST_SEED = 100  # the demo's seeds count from 0
+ARMS = ("pre-trained", "from scratch")
+RECIPE = "recipe"
+
+
+def affine_words(factor: float) -> tuple[str, ...]:
+    """The recipe's rotations, zooms, shears and shifts by a factor."""
+    recipe = {"degrees": 15, "zoom": 0.15, "shear": 0.2, "shift": 0.06}
+    return tuple(word for name, value in recipe.items() for word in (f"--data.affine.{name}", f"{factor * value:g}"))
+
+
+# What differs from the recipes, each tried alone: words of the command line by what the tables call them.
+PRETRAINING = {
+    "learning rate 0.016": ("--optim.lr", "0.016"),
+    "learning rate 0.064": ("--optim.lr", "0.064"),
+    "mask units of 8 px": ("--model.mask_unit", "8"),
+    "21 epochs": ("--epochs", "21"),
+    "85 epochs": ("--epochs", "85"),
+}
+FINETUNING = {
+    "350 steps": ("--steps", "350"),
+    "1,400 steps": ("--steps", "1400"),
+    "1,750 steps of 10": ("--steps", "1750", "--batch_size", "10"),
+    "no affine": affine_words(0),
+    "half the affine": affine_words(0.5),
+    "twice the affine": affine_words(2),
+}
 
 
 @dataclass(frozen=True)
@@ -58,41 +87,55 @@ class Search:
     pretrain: Sequence[str] = ()
     finetune: Sequence[str] = ()
 
-    def encoder(self, lr: float | None) -> Path:
-        """The run of a pre-training at a learning rate per 512 images, by default the recipe's."""
+    def encoder(self, name: str = RECIPE, changes: Sequence[str] = ()) -> Path:
+        """The run of a pre-training by the recipe with these changes.
+
+        Args:
+            name: of its folder.
+            changes: words of the command line.
+        """
         from simmim.pretrain import pretrain
 
-        run = self.out / f"pretrain-lr-{'of-the-recipe' if lr is None else f'{lr:g}'}"
+        run = self.out / "pretrain" / name.replace(" ", "-")
         if not (run / "finished").is_file():
-            words = ["--config", str(recipe_path("pretrain/demo.yaml")), *self.pretrain]
-            words += [] if lr is None else ["--optim.lr", str(lr)]
+            words = ["--config", str(recipe_path("pretrain/demo.yaml")), *self.pretrain, *changes]
             pretrain(pretrain_settings([*words, "--data", str(self.digits.unlabeled), "--out", str(run), "--overwrite"]))
             (run / "finished").touch()
         return run
 
-    def arms(self, run: Path, name: str) -> tuple[Arm, Arm]:
+    def arms(self, run: Path, name: str = "", changes: Sequence[str] = ()) -> tuple[Arm, Arm]:
         """The encoder of a run, and its twin from scratch.
 
         Args:
-            name: of the first, unique in the search: the names of stored results begin with it.
+            name: of what differs from the recipes, unique in the search: the names of stored results hold it.
+            changes: of the fine-tuning, words of the command line.
         """
         from simmim.checkpoints import read
 
-        words = ["--config", str(recipe_path("finetune/demo.yaml")), *self.finetune, "--data", str(self.digits.labeled)]
-        settings = finetune_settings("classification", [*words, "--out", str(self.out), "--init", str(run)])
+        words = ["--config", str(recipe_path("finetune/demo.yaml")), *self.finetune, *changes]
+        words += ["--data", str(self.digits.labeled), "--out", str(self.out), "--init", str(run)]
+        settings = finetune_settings("classification", words)
         fingerprint = fingerprint_of(read(run).encoder)
-        return Arm(name, settings, fingerprint), Arm("from scratch", scratch_settings(settings), fingerprint)
+        names = [f"{arm}, {name}" if name else arm for arm in ARMS]
+        return Arm(names[0], settings, fingerprint), Arm(names[1], scratch_settings(settings), fingerprint)
+
+    def scores(self, arm: Arm, rates: Rates) -> dict[tuple[int, int], float]:
+        """The accuracies of an arm with the rates, from 0 to 1, by number of labels and seed."""
+        return {(trial.labels, trial.seed): trial.score for trial in self.trials(arm, [rates])}
 
     def accuracies(self, arm: Arm, grid: Iterable[Rates]) -> dict[Rates, float]:
         """The mean accuracy of an arm over labels and seeds with each of the rates, from 0 to 1."""
+        return mean_accuracies(self.trials(arm, grid))
+
+    def trials(self, arm: Arm, grid: Iterable[Rates]) -> list[Trial]:
+        """The runs of an arm with each of the rates, for each number of labels and seed."""
         seeds = range(FIRST_SEED, FIRST_SEED + self.num_seeds)
         jobs = [
             named_by_rates(build_job(arm, labels, seed, rates)) for rates in grid for labels in self.labels for seed in seeds
         ]
         run = partial(run_trial, out=self.out, keep_weights=False)
         with tqdm(total=len(jobs), desc=arm.name, unit="trial") as bar, trial_pool(self.processes) as pool:
-            trials = list(run_jobs(jobs, self.out, pool, bar, run).values())
-        return mean_accuracies(trials)
+            return list(run_jobs(jobs, self.out, pool, bar, run).values())
 
 
 def named_by_rates(job):
@@ -126,16 +169,23 @@ def tune(what: Search, arm: Arm, factors: Sequence[float], layer_decays: Sequenc
     return found | what.accuracies(arm, [Rates(best.lr_factor, decay) for decay in layer_decays if decay != own])
 
 
-def search(what: Search, factors: Sequence[float], layer_decays: Sequence[float], pretraining: Sequence[float]) -> str:
-    """Both parts of the search, as Markdown with what to adopt."""
-    run = what.encoder(None)
-    arms = what.arms(run, "pre-trained")
+def search(
+    what: Search,
+    factors: Sequence[float],
+    layer_decays: Sequence[float],
+    pretraining: Mapping[str, Sequence[str]],
+    finetuning: Mapping[str, Sequence[str]],
+) -> str:
+    """All parts of the search, as Markdown with what to adopt."""
+    run = what.encoder()
+    arms = what.arms(run)
     lr, own = arms[0].settings.optim.lr, arms[0].settings.optim.layer_decay
     lines = ["| arm | learning rate per 512 | layer decay | accuracy |", "| --- | ---: | ---: | ---: |"]
-    chosen, best = [], {}
+    chosen, best = [], []
     for arm in arms:
         found = tune(what, arm, factors, layer_decays)
-        rates = best[arm.name] = max(found, key=found.__getitem__)
+        rates = max(found, key=found.__getitem__)
+        best.append(rates)
         lines += [
             f"| {arm.name} | {tried.lr_factor * lr:g} | {tried.layer_decay:g} | {100 * accuracy:.1f} |"
             for tried, accuracy in found.items()
@@ -143,13 +193,31 @@ def search(what: Search, factors: Sequence[float], layer_decays: Sequence[float]
         at = edges(rates, factors, sorted({own, *layer_decays}))
         edge = f"; at the edge of what was tried: {' and '.join(at)}" if at else ""
         chosen.append(f"{arm.name}: learning rate {rates.lr_factor * lr:g}, layer decay {rates.layer_decay:g}{edge}")
-    lines += ["", *chosen, "", "| learning rate of the pre-training per 512 | accuracy |", "| ---: | ---: |"]
-    rates = best["pre-trained"]
-    lines.append(f"| the recipe's | {100 * what.accuracies(arms[0], [rates])[rates]:.1f} |")
-    for other in pretraining:
-        arm = what.arms(what.encoder(other), f"pre-trained at {other:g}")[0]
-        lines.append(f"| {other:g} | {100 * what.accuracies(arm, [rates])[rates]:.1f} |")
+    recipes = [what.scores(arm, rates) for arm, rates in zip(arms, best)]
+    lines += ["", *chosen, "", f"| fine-tuning | {' | '.join(ARMS)} |", "| --- | ---: | ---: |"]
+    lines.append(f"| the recipe's | {' | '.join(score_text(recipe) for recipe in recipes)} |")
+    for name, changes in finetuning.items():
+        tried = [what.scores(arm, rates) for arm, rates in zip(what.arms(run, name, changes), best)]
+        lines.append(f"| {name} | {' | '.join(score_text(new, recipe) for new, recipe in zip(tried, recipes))} |")
+    lines += ["", "| pre-training | accuracy |", "| --- | ---: |", f"| the recipe's | {score_text(recipes[0])} |"]
+    for name, changes in pretraining.items():
+        arm = what.arms(what.encoder(name, changes), name)[0]
+        lines.append(f"| {name} | {score_text(what.scores(arm, best[0]), recipes[0])} |")
     return "\n".join(lines)
+
+
+def score_text(scores: Mapping[Any, float], recipe: Mapping[Any, float] | None = None) -> str:
+    """The mean in percent, and its difference to that of the recipe with the standard error over the draws of labels.
+
+    Args:
+        scores, recipe: from 0 to 1, by number of labels and seed.
+    """
+    text = f"{100 * statistics.fmean(scores.values()):.1f}"
+    if recipe is None:
+        return text
+    gains = [100 * (score - recipe[draw]) for draw, score in scores.items()]
+    error = f" ± {statistics.stdev(gains) / math.sqrt(len(gains)):.1f}" if len(gains) > 1 else ""
+    return f"{text} ({statistics.fmean(gains):+.1f}{error})"
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -160,12 +228,17 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--seeds", type=int, default=3, help="draws of labels")
     parser.add_argument("--lr-factors", type=float, nargs="+", default=[0.5, 1, 2], help="of the recipe's learning rate")
     parser.add_argument("--layer-decays", type=float, nargs="+", default=[0.65, 0.8, 1.0])
-    parser.add_argument("--pretrain-lrs", type=float, nargs="*", default=[0.016, 0.064], help="besides the recipe's")
+    parser.add_argument("--pretraining", nargs="*", choices=PRETRAINING, default=[*PRETRAINING], help="what else to try")
+    parser.add_argument("--finetuning", nargs="*", choices=FINETUNING, default=[*FINETUNING], help="what else to try")
     parser.add_argument("--processes", type=int, default=0, help="fine-tunings at a time; 0: in this process")
     options = parser.parse_args(arguments)
     digits = write_digits(options.out / "digits", development=True)
     what = Search(options.out, digits, options.labels, options.seeds, options.processes)
-    print(search(what, options.lr_factors, options.layer_decays, options.pretrain_lrs))
+    changes = (
+        {name: tried[name] for name in names}
+        for tried, names in zip((PRETRAINING, FINETUNING), (options.pretraining, options.finetuning))
+    )
+    print(search(what, options.lr_factors, options.layer_decays, *changes))
     return 0
 
 

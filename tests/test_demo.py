@@ -75,8 +75,8 @@ def test_development_digits_are_no_test_digits(digits, tmp_path):
 
 
 def test_the_search_takes_the_best_of_each_arm(encoder_folder, tmp_path, monkeypatch, capsys):
-    """Scores are given: the pre-trained arm is best at 0.65536 and 0.8, the other at 0.32768 and 1, and one pre-training at
-    0.064 better than the recipe's."""
+    """Scores are given: the pre-trained arm is best at 0.65536 and 0.8, the other at 0.32768 and 1, both after 1,400 steps,
+    and the encoder of a pre-training with units of 8 px is better than the recipe's."""
     jobs = []
 
     def run_trial(job, out, keep_weights):
@@ -84,12 +84,13 @@ def test_the_search_takes_the_best_of_each_arm(encoder_folder, tmp_path, monkeyp
         rates = Rates(job.settings.optim.lr_factor, job.settings.optim.layer_decay)
         best = Rates(1, 1.0) if job.settings.init == "none" else Rates(2, 0.8)
         distance = abs(rates.lr_factor - best.lr_factor) + abs(rates.layer_decay - best.layer_decay)
-        noise = 0.01 * (job.settings.seed - 100) + (0.05 if "0.064" in job.arm.name else 0)
-        return {"accuracy": 0.5 - distance / 10 + noise, "validation_loss": 1.0}
+        seed = job.settings.seed - 100
+        gain = 0.05 * ("units of 8 px" in job.arm.name) + (job.settings.steps == 1400) * 0.01 * seed
+        return {"accuracy": 0.5 - distance / 10 + 0.01 * seed + gain, "validation_loss": 1.0}
 
     monkeypatch.setattr(demo_search, "run_trial", run_trial)
     monkeypatch.setattr(demo_search, "write_digits", partial(write_digits, count=100))
-    monkeypatch.setattr(demo_search.Search, "encoder", lambda self, lr: encoder_folder)
+    monkeypatch.setattr(demo_search.Search, "encoder", lambda self, name="", changes=(): encoder_folder)
     assert demo_search.main(["--out", str(tmp_path), "--seeds", "3", "--labels", "2"]) == 0
     text = capsys.readouterr().out
     assert "| pre-trained | 0.65536 | 0.8 | 51.0 |" in text and "| pre-trained | 0.16384 | 0.65 | 34.5 |" in text
@@ -97,8 +98,13 @@ def test_the_search_takes_the_best_of_each_arm(encoder_folder, tmp_path, monkeyp
     edge = "at the edge of what was tried: learning rate"
     assert f"pre-trained: learning rate 0.65536, layer decay 0.8; {edge}\n" in text
     assert "from scratch: learning rate 0.32768, layer decay 1\n" in text
-    assert "| the recipe's | 51.0 |\n| 0.016 | 51.0 |\n| 0.064 | 56.0 |" in text
-    assert len({job.name for job in jobs}) == 2 * 5 * 3 + 2 * 3
+    assert "| the recipe's | 51.0 | 51.0 |\n| 350 steps | 51.0 (+0.0 ± 0.0) | 51.0 (+0.0 ± 0.0) |" in text
+    assert "| 1,400 steps | 52.0 (+1.0 ± 0.6) | 52.0 (+1.0 ± 0.6) |" in text  # gains of 0, 1 and 2: 1 / √3
+    assert "| the recipe's | 51.0 |\n| learning rate 0.016 | 51.0 (+0.0 ± 0.0) |" in text
+    assert "| mask units of 8 px | 56.0 (+5.0 ± 0.0) |" in text
+    assert len({job.name for job in jobs}) == 2 * 5 * 3 + (2 * 6 + 5) * 3
+    affines = {(job.settings.data.affine.degrees, job.settings.data.affine.shift) for job in jobs}
+    assert affines == {(15, 0.06), (0, 0), (7.5, 0.03), (30, 0.12)}
     labeled = tmp_path / "digits/labeled"
     assert {job.settings.data.path for job in jobs} == {str(labeled)} and not (labeled / "test").exists()
     assert min(job.settings.seed for job in jobs) > 50  # labels that the demo does not draw
