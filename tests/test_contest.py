@@ -3,6 +3,7 @@
 import json
 import math
 from contextlib import nullcontext
+from types import SimpleNamespace
 
 import numpy as np
 import pyarrow as pa
@@ -18,7 +19,9 @@ from simmim.encoders import registry
 from simmim.encoders.backbone.measure import measured_config
 from simmim.encoders.backbone.timm_networks import any_size_options
 from simmim.evaluate import Comparison, EncoderPass, compare, compare_vectors, facts_of, read_vectors, write_embeddings
-from simmim.evaluate.contest import names_of, paired_difference
+from simmim.evaluate.contest import Contest, names_of, paired_difference, write_contest
+from simmim.evaluate.facts import EncoderFacts
+from simmim.evaluate.scores import FeatureScore, FeatureScores
 from simmim.finetune import study
 from simmim.finetune.label_study.settings import StudySettings
 
@@ -168,6 +171,45 @@ def test_differences_are_paired():
         "vit",
         "encoder 3",
     )
+
+
+def paired_report(*draws, baseline=None, method="probe"):
+    """What a contest reads of a report: draws are (name, accuracy, cross-validated accuracy) of each feature."""
+    rows = [tuple(FeatureScore(name, 8, 0.0, value, None, chosen, True) for name, value, chosen in draw) for draw in draws]
+    scores = tuple(FeatureScores(of_draw, None, baseline) for of_draw in rows)
+    facts, comparison = EncoderFacts("a network"), SimpleNamespace(method=method)
+    return SimpleNamespace(draws=scores, seeds=range(5, 5 + len(draws)), comparison=comparison, facts=facts, as_dict=dict)
+
+
+def test_a_paired_table_is_of_the_features_that_training_labels_choose(tmp_path):
+    """Not of those that judging images would choose: `early` is the better one by them in the first report."""
+    draws = [(("pixels", 0.9, 0.99), ("early", 0.8, 0.3), ("final", value, 0.5)) for value in (0.6, 0.7, 0.5)]
+    other = [(("pixels", 0.9, 0.99), ("early", value, 0.5), ("final", 0.9, 0.4)) for value in (0.5, 0.5, 0.4)]
+    contest = Contest(("ours", "other"), (paired_report(*draws, baseline="pixels"), paired_report(*other)))
+    assert contest.accuracies(0) == ("final", [0.6, 0.7, 0.5])
+    assert contest.accuracies(1)[0] == "pixels", "which is no baseline in the second report"
+    contest = Contest(("ours", "other"), tuple(paired_report(*part, baseline="pixels") for part in (draws, other)))
+    first, second = contest.table().splitlines()[2:4]
+    half = stats.t.ppf(0.975, 2)
+    assert first.startswith(f"| ours | 60.0 ± {half * 10 / 3**0.5:.1f} |  | final | a network |")
+    gain = paired_difference([0.6, 0.7, 0.5], [0.5, 0.5, 0.4])
+    assert f"{gain.mean:.1f}" == "13.3" and gain.cell().startswith(f"+13.3 ± {half * 10 / 3:.1f} (p = 0.0")
+    assert second.startswith(f"| other | 46.7 ± {half * 10 / 3:.1f} | {gain.cell()} | early |")
+    rows = contest.as_dict()["encoders"]
+    assert rows[0]["difference"] is None and rows[1]["difference"]["mean"] == gain.mean
+    lines = write_contest(contest, tmp_path / "contest.csv").read_text(encoding="utf-8").splitlines()
+    assert lines[0] == "encoder,seed,feature,accuracy" and lines[2] == "ours,6,final,0.7" and lines[6] == "other,7,early,0.4"
+
+
+@pytest.mark.parametrize("names, expected", [(("final", "early", "last"), "final"), (("a", "b", "c", "pixels"), "c")])
+def test_a_paired_comparison_of_single_labels_takes_the_last_feature(names, expected):
+    """A single label cannot be held out: no feature is chosen, whatever its accuracy."""
+    report = paired_report([(name, 0.9 - number / 10, None) for number, name in enumerate(names)], baseline="pixels")
+    contest = Contest(("one",), (report,))
+    assert contest.accuracies(0)[0] == expected
+    cells = [cell.strip() for cell in contest.table().splitlines()[2].split("|")]
+    assert cells[1:5] == ["one", f"{100 * (0.9 - names.index(expected) / 10):.1f}", "", expected]
+    assert "One draw of labels says nothing of chance" in contest.table()
 
 
 def test_the_command_compares_an_encoder_a_network_and_vectors(encoder_folder, digits, vectors, tmp_path, capsys):

@@ -17,9 +17,11 @@ import torch
 from PIL import Image
 
 from simmim.cli import main
+from simmim.cli.train import study_settings
 from simmim.data import hold_out, open_images, open_source, read_labeled_images
 from simmim.data.held_out import number_files
 from simmim.finetune.classification.folds import hold_out_fold
+from simmim.finetune.registry import study_of
 from simmim.messages import Notice, without_notices
 from simmim.reading import AUTO, Reading
 
@@ -362,6 +364,29 @@ def test_pages_of_a_file_are_held_out_together(tmp_path):
         assert not files_in(images.train) & files_in(images.validation)
         assert len(set(images.validation["label"])) == 2
     assert len(labels.validation) == 6
+
+
+def test_a_study_of_pages_says_which_classes_some_parts_lack(tmp_path, encoder_folder):
+    """Once, whatever the number of arms and rates; and refuses what leaves no file to choose by, before a trial is run."""
+    for part, per_class in (("train", {"dark": 3, "bright": 2}), ("test", {"dark": 1, "bright": 1})):
+        for name, count in per_class.items():
+            (tmp_path / part / name).mkdir(parents=True)
+            for number in range(count):
+                write_stack(tmp_path / part / name, number)
+    size = {"labels": "1,all", "seeds": 2, "folds": 3, "data.pages": "images", "data.path": str(tmp_path)}
+    words = [f"--{name}={value}" for name, value in {**size, "init": encoder_folder, "out": tmp_path / "out"}.items()]
+    with without_notices():
+        opened = study_of("classification").open_labels(study_settings(words))
+        with pytest.raises(ValueError, match=r"pages of 3 files, held out whole, .* by 3 parts; give more files"):
+            (tmp_path / "train/dark/1.tif").unlink()
+            (tmp_path / "train/dark/2.tif").unlink()
+            study_of("classification").open_labels(study_settings(words))
+        single = study_settings([*words, "--lr_factors=[1]", "--layer_decays=[]"])
+        assert study_of("classification").open_labels(single).notes == ()
+    assert opened.notes == (
+        "Pages of one file are held out together to choose rates. With all labels per class some classes are pages of fewer "
+        "files than there are parts, and missing in some of them; a class of one file is never held out.",
+    )
 
 
 def test_a_class_of_one_file_is_not_divided(tmp_path):

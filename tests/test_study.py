@@ -65,14 +65,27 @@ def test_folds_are_stratified_and_even():
 
 
 def test_folds_of_pages():
-    """Those of a file are in one part, and every part has one of each class; a class of fewer files is divided by pages."""
-    labels, files = np.repeat([0, 1, 2], [6, 4, 6]), np.array([0, 0, 1, 1, 2, 2, 3, 3, 4, 5, 6, 6, 6, 7, 7, 7])
+    """Those of a file are in one part. A class of fewer files than parts is in some of them, of one file in none, as with
+    labels; where each image is a file, the parts are those without files."""
+    labels = np.repeat([0, 1, 2, 3], [6, 4, 6, 3])
+    files = np.array([0, 0, 1, 1, 2, 2, 3, 3, 4, 5, 6, 6, 6, 7, 7, 7, 8, 8, 8])
     for seed in range(5):
         parts = assign_folds(labels, 3, seed, files)
+        by_file = [[set(parts[files == file]) for file in np.unique(files[labels == label])] for label in range(4)]
         for label in (0, 1):
-            by_file = [set(parts[files == file]) for file in set(files[labels == label])]
-            assert sorted(map(sorted, by_file)) == [[0], [1], [2]]
-        assert np.bincount(parts[labels == 2]).tolist() == [2, 2, 2]
+            assert sorted(map(sorted, by_file[label])) == [[0], [1], [2]]
+        (first,), (second,) = by_file[2]
+        assert first != second and min(first, second) >= 0
+        assert by_file[3] == [{-1}]
+        assert (assign_folds(labels, 3, seed, np.arange(len(labels))) == assign_folds(labels, 3, seed)).all()
+    with pytest.raises(ValueError, match=r"pages of 3 files, held out whole, .* too few to choose rates by 3 parts"):
+        assign_folds(np.repeat([0, 1], [4, 3]), 3, 0, np.array([0, 0, 1, 1, 2, 2, 2]))
+
+
+def test_folds_of_images_that_are_files_stay_as_they_were():
+    """Stored trials of a study are those of these parts."""
+    labels = np.repeat([0, 1, 2, 3], [5, 1, 2, 4])
+    assert assign_folds(labels, 3, seed=7).tolist() == [0, 2, 0, 1, 1, -1, 2, 0, 1, 1, 0, 2]
 
 
 def test_classes_with_fewer_labels_than_folds():

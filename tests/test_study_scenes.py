@@ -4,6 +4,7 @@ import csv
 import json
 import shutil
 from contextlib import nullcontext
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -13,6 +14,7 @@ from simmim.cli import main
 from simmim.cli.train import study_settings
 from simmim.data.label_map_files import SceneStatistics
 from simmim.data.scene_draws import SceneDraw, SceneSource
+from simmim.finetune.dense.study import available_labels
 from simmim.finetune.detection.settings import HeadSettings
 from simmim.finetune.label_study.study import prepare_study, rate_grid
 from simmim.finetune.label_study.trials import Tuning, measure_of, run_arms
@@ -83,6 +85,52 @@ def test_a_fifth_is_held_out_once_for_a_study():
     assert len(first.validation) == 4 and all(other.validation == first.validation for other in others)
     assert not {row for chosen in (first, *others) for row in chosen.train} & set(first.validation)
     assert source.choose(3, 0, SceneDraw()).validation != source.choose(3, 1, SceneDraw()).validation
+
+
+@pytest.mark.parametrize("pages", [1, 3])
+def test_a_fifth_or_folds_of_pages_are_whole_files(pages):
+    """Pages of a file resemble one another: a fifth of the files, at least one, and folds of files."""
+    files = tuple(number // pages for number in range(4 * pages))
+    source = replace(source_of(4 * pages, has_validation=False), files=files)
+    for seed in range(5):
+        train, validation = source.choose(None, seed, SceneDraw())
+        assert len(validation) == pages and sorted(train + validation) == list(range(4 * pages))
+        assert not {files[row] for row in train} & {files[row] for row in validation}
+        parts = [source.choose(None, seed, SceneDraw(fold=(part, 3))) for part in range(3)]
+        assert sorted(row for _, held in parts for row in held) == train
+        assert all(len(held) == pages for _, held in parts)
+        assert not any({files[row] for row in part} & {files[row] for row in held} for part, held in parts)
+
+
+def test_a_fifth_needs_two_scenes_or_files():
+    single, one_file = source_of(1, False), replace(source_of(4, False), files=(0,) * 4)
+    with pytest.raises(ValueError, match="'scenes' has 1 scene: give at least 2, one to train on"):
+        single.choose(None, 0, SceneDraw())
+    with pytest.raises(ValueError, match="has 4 scenes, pages of 1 file, which resemble one another: give at least 2 files"):
+        one_file.choose(None, 0, SceneDraw())
+    with pytest.raises(ValueError, match="has 2 scenes, pages of 1 file"):
+        replace(source_of(2, False), files=(0, 0)).choose(None, 0, SceneDraw())
+    assert [len(rows) for rows in source_of(2, False).choose(None, 0, SceneDraw())] == [1, 1]
+
+
+def test_pools_of_as_many_scenes_as_classes():
+    """Two classes that share no scene need two."""
+    scenes = [SceneStatistics("", (8, 8), {number % 2: 64}) for number in range(10)]
+    source = SceneSource("scenes", scenes, (0, 1), True)
+    for seed in range(5):
+        assert {row % 2 for row in source.choose(2, seed, SceneDraw()).train} == {0, 1}
+    with pytest.raises(ValueError, match="1 labeled scenes asked for, too few to have all 2 classes: give 2 or more"):
+        source.choose(1, 0, SceneDraw())
+
+
+def test_folds_of_too_few_files_are_refused_before_a_trial():
+    """Where rates are chosen; a single rate divides nothing."""
+    source = replace(source_of(12), files=tuple(number // 6 for number in range(12)))
+    settings = study_of("segmentation").settings(data="scenes", out="run", init="encoder", labels="4,all", seeds=2, folds=3)
+    with pytest.raises(ValueError, match="4 labeled scenes, pages of 2 files, cannot be divided into 3 parts"):
+        available_labels(settings, source, None)
+    for possible in (replace(settings, folds=2), replace(settings, lr_factors=(1.0,), layer_decays=())):
+        assert available_labels(possible, source, None) == {4: 4, "all": 12.0}
 
 
 def images_of(job):

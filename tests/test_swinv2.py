@@ -6,7 +6,7 @@ import pytest
 import torch
 from random_encoders import random_images, randomized_swinv2
 
-from simmim.encoders.layers import DropPath
+from simmim.encoders.layers import DropPath, project_patches, recompute
 from simmim.encoders.shifted_windows.geometry import relative_position_index, shift_mask
 from simmim.encoders.swinv2 import SwinV2, SwinV2Config
 from simmim.encoders.swinv2.geometry import log_spaced_coords
@@ -145,6 +145,24 @@ def test_drop_path_keeps_the_mean_and_drops_whole_images():
     assert out.mean().item() == pytest.approx(1.0, abs=0.025)  # 5 standard errors
     x = random_images(4, 5)
     assert drop.eval()(x) is x and DropPath(0.0).train()(x) is x
+
+
+def test_recompute_keeps_no_activations():
+    """The function is computed again in the backward pass, and once where there is none."""
+    calls, x = [], torch.ones(3, requires_grad=True)
+    recompute(lambda x: calls.append(None) or x.exp(), x).sum().backward()
+    assert len(calls) == 2 and torch.equal(x.grad, x.detach().exp())
+    with torch.no_grad():
+        recompute(lambda x: calls.append(None) or x.exp(), x)
+    assert len(calls) == 3
+
+
+def test_patches_of_images_that_are_channels_last_need_no_copy():
+    torch.manual_seed(0)
+    proj, images = torch.nn.Conv2d(3, 8, 4, 4), torch.randn(2, 3, 16, 24)
+    plain, kept = (project_patches(proj, images, channels_last) for channels_last in (False, True))
+    torch.testing.assert_close(kept, plain)
+    assert kept.is_contiguous() and not plain.is_contiguous()
 
 
 def test_fresh_blocks_are_the_identity():

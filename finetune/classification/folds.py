@@ -8,6 +8,7 @@ import numpy as np
 
 from simmim.data import LabeledImages
 from simmim.data.held_out import number_files
+from simmim.messages import counted
 
 NEVER_HELD_OUT = -1
 
@@ -19,15 +20,16 @@ def assign_folds(labels: np.ndarray, num_parts: int, seed: int, files: np.ndarra
 
     Args:
         labels: (N,) class indices.
-        files: (N,), the file that each is a page of: in a class of as many files as parts, or more, those of one file are in
-            one part, so that the parts differ as the files do. None where each is a file of its own.
+        files: (N,), the file that each is a page of: pages of one file resemble one another, and are in one part, so that
+            it is the files of a class that are divided evenly. None where each is a file of its own.
 
     Returns:
-        (N,) int64, parts from 0. A class with fewer labels than parts is in some of them; one with a single label is in
-        none, `NEVER_HELD_OUT`, as nothing of it would be left to train on.
+        (N,) int64, parts from 0. A class with fewer labels, or files, than parts is in some of them; one with a single
+        label, or of a single file, is in none, `NEVER_HELD_OUT`, as nothing of it would be left to train on.
 
     Raises:
-        ValueError: when no class has as many labels as there are parts.
+        ValueError: when no class has as many labels as there are parts; when pages are of so few files that a part would
+            have none.
     """
     counts = np.bincount(labels)
     if counts.max() < num_parts:
@@ -39,17 +41,34 @@ def assign_folds(labels: np.ndarray, num_parts: int, seed: int, files: np.ndarra
     num_assigned = 0
     for label in np.unique(labels):
         rows = np.flatnonzero(labels == label)
-        if len(rows) == 1:
+        together = rows if files is None else files[rows]
+        order = np.unique(together).tolist()
+        if len(order) == 1:
             part_of[rows] = NEVER_HELD_OUT
             continue
-        of_class = None if files is None else np.unique(files[rows])
-        if files is not None and of_class is not None and len(of_class) >= num_parts:
-            for number, file in enumerate(generator.sample(of_class.tolist(), len(of_class))):
-                part_of[rows[files[rows] == file]] = (num_assigned + number) % num_parts
-        else:
-            part_of[generator.sample(rows.tolist(), len(rows))] = (num_assigned + np.arange(len(rows))) % num_parts
-        num_assigned += len(rows)
+        parts = {key: (num_assigned + number) % num_parts for number, key in enumerate(generator.sample(order, len(order)))}
+        part_of[rows] = [parts[key] for key in together.tolist()]
+        num_assigned += len(order)
+    if files is not None and num_assigned < num_parts:
+        raise ValueError(
+            f"labeled images are pages of {counted(len(np.unique(files)), 'file')}, held out whole, and a class of one "
+            f"never: too few to choose rates by {num_parts} parts; give more files or labels, fewer parts "
+            "(folds), or a single rate (lr_factors of one number, layer_decays empty), which tunes nothing"
+        )
     return part_of
+
+
+def fewest_files(labels: LabeledImages, num_parts: int, seed: int) -> int | None:
+    """The smallest number of files whose pages a class has, of labels that are divided; None where each is a file.
+
+    Raises:
+        ValueError: as `assign_folds`.
+    """
+    files, classes = number_files(labels.train), np.asarray(labels.train["label"])
+    if files is None:
+        return None
+    assign_folds(classes, num_parts, seed, files)
+    return min(len(np.unique(files[classes == label])) for label in np.unique(classes))
 
 
 def hold_out_fold(labels: LabeledImages, part: int, num_parts: int, seed: int) -> LabeledImages:

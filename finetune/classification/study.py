@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import replace
 from typing import Any
 
@@ -11,16 +11,19 @@ import numpy as np
 from simmim.data import LabeledImages, open_labeled_source
 from simmim.data.labels import describe_shortage
 from simmim.finetune.classification.defaults import NO_RAND_AUGMENT, default_layer_decay, resolve_augmentation
+from simmim.finetune.classification.folds import fewest_files
 from simmim.finetune.classification.self_training.defaults import resolve_self_training
 from simmim.finetune.label_study.arms import Arm
 from simmim.finetune.label_study.results import Measure
-from simmim.finetune.label_study.settings import ALL, SEMI, StudySettings
+from simmim.finetune.label_study.settings import ALL, SEMI, StudySettings, count_parts
 from simmim.finetune.label_study.task_study import OpenedLabels, TaskStudy, validation_seed_of
 from simmim.finetune.label_study.unlabeled import find_unlabeled
 from simmim.finetune.self_training.unlabeled import check_channels
 from simmim.finetune.start import Start, find_reading, measure_training_images
 from simmim.messages import notify
 from simmim.reading import AUTO
+
+Draw = Callable[[int | str, int], LabeledImages]
 
 
 def open_labels(settings: StudySettings) -> OpenedLabels:
@@ -35,15 +38,15 @@ def open_labels(settings: StudySettings) -> OpenedLabels:
     images = source.draw(None, settings.seed, validation_seed)
     counts = np.bincount(images.train["label"], minlength=len(images.classes))
     labels = available_labels(settings, counts)
-    notes = shortage_notes(labels, counts)
-    opened = OpenedLabels(images.train, images.validation, labels, validation_seed, source.test_validates, notes=notes)
-    if data.unlabeled is None:
-        return opened
-    reading = measure_training_images(settings, images.train).reading
 
     def draw(value: int | str, seed: int) -> LabeledImages:
         return source.draw(None if value == ALL else int(value), seed, validation_seed)
 
+    notes = (*shortage_notes(labels, counts), *few_files_notes(settings, labels, draw))
+    opened = OpenedLabels(images.train, images.validation, labels, validation_seed, source.test_validates, notes=notes)
+    if data.unlabeled is None:
+        return opened
+    reading = measure_training_images(settings, images.train).reading
     found = find_unlabeled(settings, labels, draw, reading, MEASURE.unit)
     return replace(opened, used_up=found.used_up, notes=(*notes, *found.notes(settings)), own=found.unlabeled)
 
@@ -90,6 +93,31 @@ def shortage_notes(labels: Mapping[int | str, float], counts: np.ndarray) -> tup
     if counts.min() == 1:
         notes.append("A class with a single label is never held out to choose rates.")
     return tuple(notes)
+
+
+def few_files_notes(settings: StudySettings, labels: Mapping[int | str, float], draw: Draw) -> tuple[str, ...]:
+    """What the report says of classes whose labels are pages of fewer files than the parts that choose rates.
+
+    Args:
+        labels: as of `available_labels`.
+        draw: what a run with a number of labels, or "all", and a seed learns from.
+
+    Raises:
+        ValueError: as `assign_folds`, before anything is run.
+    """
+    few = []
+    for value, per_class in labels.items():
+        num_parts = count_parts(settings.folds, value, per_class)
+        drawn = [draw(value, seed) for seed in settings.divided_seeds] if num_parts > 1 else []
+        counts = [fewest_files(images, num_parts, seed) for images, seed in zip(drawn, settings.divided_seeds)]
+        if any(count is not None and count < num_parts for count in counts):
+            few.append(str(value))
+    if not few:
+        return ()
+    return (
+        f"Pages of one file are held out together to choose rates. With {', '.join(few)} labels per class some classes are "
+        "pages of fewer files than there are parts, and missing in some of them; a class of one file is never held out.",
+    )
 
 
 def check_start(arm: Arm, start: Start, opened: OpenedLabels, device: str) -> None:

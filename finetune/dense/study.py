@@ -9,7 +9,7 @@ from typing import Any
 
 from simmim.data.scene_draws import SceneDraw, SceneSource
 from simmim.finetune.label_study.results import Measure
-from simmim.finetune.label_study.settings import ALL, StudyFields
+from simmim.finetune.label_study.settings import ALL, StudyFields, count_parts
 from simmim.finetune.label_study.task_study import OpenedLabels, TaskStudy, validation_seed_of
 from simmim.finetune.settings import PUBLISHED_LAYER_DECAY
 
@@ -103,7 +103,7 @@ def available_labels(settings: Any, source: SceneSource, validation_seed: int | 
     """The numbers of labels that there are for every seed, in ascending order, as of `StudyResult`; prints the others.
 
     Raises:
-        ValueError: when no number is left, or one is too small to have every class.
+        ValueError: when no number is left, or one is too small to have every class, or of too few files to choose rates by.
     """
     seeds = settings.all_seeds
     draws = [draw_of(settings, seed, validation_seed) for seed in seeds]
@@ -117,7 +117,9 @@ def available_labels(settings: Any, source: SceneSource, validation_seed: int | 
             f"{min(settings.labels)} labeled images asked for, there are {most} to train on"
             f"{' for each of the seeds, which share none' * settings.disjoint}: give up to {most}, or {ALL}"
         )
-    for value in labels:
+    for value, count in labels.items():
+        num_parts = count_parts(settings.folds, value, count)
         for seed, draw in zip(seeds, draws):
-            source.choose(None if value == ALL else int(value), seed, draw)
+            fold = (0, num_parts) if seed in settings.divided_seeds and num_parts > 1 else None
+            source.choose(None if value == ALL else int(value), seed, replace(draw, fold=fold))
     return dict(sorted(labels.items(), key=lambda item: item[1]))

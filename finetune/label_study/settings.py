@@ -120,6 +120,12 @@ class StudyFields:
         """The seeds of the judged runs."""
         return range(self.seed, self.seed + self.seeds)  # type: ignore[attr-defined]
 
+    @property
+    def divided_seeds(self) -> range:
+        """The seeds whose labels are divided to choose rates; none where there is a single rate."""
+        chooses = len(set(self.lr_factors)) * max(1, len(set(self.layer_decays))) > 1
+        return self.all_seeds[: self.tuning_seeds if chooses else 0]
+
     def recipe_settings(self, recipe: str) -> Any:
         """Settings of one run that starts from `init`, by the name of an arm."""
         return self.run_settings()
@@ -233,6 +239,17 @@ class StudySettings(ClassificationSettings, SemiStudyFields):
         self.check_study()
         if self.labels_per_class is not None:
             raise ValueError("labels_per_class is a setting of a single run: give a study's numbers by labels, as in 1,5,20")
+
+
+def count_parts(folds: int, value: int | str, per_class: float) -> int:
+    """Parts that labels are divided into to choose rates; 1 where they cannot be divided.
+
+    Args:
+        value: number of labels that was asked for, or "all".
+        per_class: mean number of labels.
+    """
+    # Of a class with fewer labels some parts have none; the number asked for is what the largest classes have.
+    return min(folds, int(per_class if value == ALL else value))
 
 
 def taken(starts: Iterable[str]) -> set[str]:

@@ -27,7 +27,7 @@ from simmim.files import atomic_write
 from simmim.finetune.label_study.arms import Arm
 from simmim.finetune.label_study.pool import run_in_pool, trial_pool
 from simmim.finetune.label_study.results import Measure, Rates, StudyResult, Trial
-from simmim.finetune.label_study.settings import ALL
+from simmim.finetune.label_study.settings import ALL, count_parts
 from simmim.finetune.registry import study_of
 from simmim.finetune.settings import TransferSettings
 from simmim.messages import counted
@@ -97,8 +97,7 @@ class Tuning:
         for (value, per_class), arm in product(labels.items(), self.arms or arms):
             if arm.rates_of:
                 continue
-            # Of a class with fewer labels some parts have none; the number asked for is what the largest classes have.
-            grid, num_parts = self.grid_of(arm, per_class), min(self.num_folds, int(per_class if value == ALL else value))
+            grid, num_parts = self.grid_of(arm, per_class), count_parts(self.num_folds, value, per_class)
             if len(grid) > 1 and num_parts > 1:
                 cases = product(grid, list(seeds)[: self.num_seeds], range(num_parts))
                 jobs[arm.name, value] = [
