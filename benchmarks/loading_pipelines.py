@@ -119,7 +119,7 @@ class FirstEpoch:
         for _ in range(math.ceil(count / len(self.samples))):
             kept.folder = self.root / f"{next(self.numbers)}"
             for row in self.samples.source:
-                kept.entry(row["image"], []).parent.mkdir(parents=True, exist_ok=True)
+                Path(kept.entry(row["image"], [])).parent.mkdir(parents=True, exist_ok=True)
             self.folders.append(kept.folder)
 
     def __call__(self, epoch: int, index: int) -> object:

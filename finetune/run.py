@@ -23,7 +23,7 @@ from simmim.finetune.freezing import KeepFrozen, frozen_parts
 from simmim.finetune.registry import task_named
 from simmim.finetune.settings import TransferSettings
 from simmim.finetune.task import PreparedTask
-from simmim.messages import notify, without_notices
+from simmim.messages import counted, notify, without_notices
 from simmim.training.module import TrainingModule
 from simmim.training.optim import REFERENCE_BATCH
 from simmim.training.run import TrainingRun, check_before_start, run_training
@@ -204,7 +204,7 @@ class KeepBest(pl.Callback):
     def on_validation_end(self, trainer: pl.Trainer, module: TrainingModule) -> None:
         """Export the model if it is better than all before, in training and after it."""
         self.count(trainer.global_step)
-        validation = {"validation": f"{best_of(self.num_validations)}, on {len(self.prepared.validation):,} images"}
+        validation = {"validation": f"{best_of(self.num_validations)}, on {counted(len(self.prepared.validation), 'image')}"}
         value = float(trainer.callback_metrics[self.prepared.monitor])
         if value <= self.value:
             if trainer.is_global_zero:
@@ -263,16 +263,17 @@ def summary(prepared: PreparedTask, num_steps: int, trainer: pl.Trainer, checkpo
         f"# {settings.out}/{CONFIG}",
         as_yaml(settings).rstrip(),
         "",
-        f"labels   {len(prepared.train):,} images to train on, {len(prepared.validation):,} to validate with, "
-        f"{len(classes)} classes: {names}",
+        f"labels   {counted(len(prepared.train), 'image')} to train on, {len(prepared.validation):,} to validate with, "
+        f"{counted(len(classes), 'class')}: {names}",
         *([f"{kind:<8} {values}"] if values else []),
         *([f"keeps    the best of {settings.validations} validations"] if settings.validations > 1 else []),
         f"encoder  {'from scratch' if settings.init == 'none' else settings.init}"
         f"{', frozen' if settings.freeze else ''}"
         f"{f', the last {settings.train_stages} stages trained' if settings.train_stages else ''}"
         f", {parameters:.2f} M parameters trained",
-        f"training {settings.epochs:g} epochs, {num_steps:,} steps of {settings.batch_size} images, peak learning rate "
-        f"{peak:.3g}, layer decay {settings.optim.layer_decay:g}, {settings.precision} on {machine(trainer, encoder)}",
+        f"training {counted(settings.epochs, 'epoch')}, {counted(num_steps, 'step')} of "
+        f"{counted(settings.batch_size, 'image')}, peak learning rate {peak:.3g}, "
+        f"layer decay {settings.optim.layer_decay:g}, {settings.precision} on {machine(trainer, encoder)}",
         *(f"chosen   {reason}" for reason in prepared.reasons),
     ]
     if checkpoint:

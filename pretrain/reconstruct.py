@@ -10,6 +10,7 @@ import torch
 from simmim.data import UNREADABLE, CenterView, describe_error, normalize, open_images, open_picture
 from simmim.data.tiles import plan_tiles, sample_tiles
 from simmim.files import atomic_write
+from simmim.messages import counted
 from simmim.pretrain.model import load_pretrained
 from simmim.pretrain.reconstruction_grid import reconstruction_grid
 
@@ -48,7 +49,7 @@ def reconstruct(run: str | Path, images: str | Path, out: str | Path, count: int
         if len(pixels) == count:
             break
     if not pixels:
-        raise ValueError(f"none of {len(source)} images can be read; the first, {first_error}")
+        raise ValueError(f"none of {counted(len(source), 'image')} can be read; the first, {first_error}")
     batch = normalize(torch.stack(pixels), settings.data.mean, settings.data.std)
     seeds = [random.Random(f"{seed}/{row}").getrandbits(62) for row in range(len(batch))]
     mask, prediction = model.reconstruct(batch, model.draw(settings.size, seeds, torch.device("cpu")))

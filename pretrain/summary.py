@@ -9,6 +9,7 @@ import pytorch_lightning as pl
 
 from simmim.defaults import CPU_SIDE_PX, default_image_size
 from simmim.encoders import registry
+from simmim.messages import counted
 from simmim.methods.base import Method
 from simmim.methods.registry import method_named
 from simmim.pretrain.image_sizes import describe_sizes
@@ -35,7 +36,7 @@ def summary(
     parameters = sum(parameter.numel() for parameter in encoder.parameters()) / 1e6
     height, width = settings.size
     peak = settings.optim.lr * settings.batch_size / 512
-    kind = {1: "gray", 3: "color"}.get(settings.data.channels, f"{settings.data.channels} channels")
+    kind = {1: "gray", 3: "color"}.get(settings.data.channels, counted(settings.data.channels or 0, "channel"))
     lines = [
         f"# {settings.out}/{CONFIG}",
         as_yaml(settings).rstrip(),
@@ -44,8 +45,9 @@ def summary(
         f"encoder  {registry.family_of(encoder.config).title} {registry.preset_name(encoder.config) or 'of its own size'}, "
         f"{parameters:.2f} M parameters, {encoder.config.describe()}",
         f"method   {', '.join(filter(None, (model.title, model.describe(settings.size))))}",
-        f"training {settings.epochs:g} epochs, {steps:,} steps of {settings.batch_size} images, peak learning rate "
-        f"{peak:.3g}, {settings.precision} on {machine(trainer, encoder)}",
+        f"training {counted(settings.epochs, 'epoch')}, {counted(steps, 'step')} of "
+        f"{counted(settings.batch_size, 'image')}, peak learning rate {peak:.3g}, {settings.precision} on "
+        f"{machine(trainer, encoder)}",
     ]
     if values := settings.data.reading.describe():
         lines.insert(-2, f"values   {values.removeprefix('values ')}")
@@ -67,7 +69,7 @@ def images_text(settings: PretrainSettings, count: int) -> str:
         return f"{count:,}"
     where = f" of {tiles.pixel_size:g} each in the files' unit" if tiles.pixel_size else ""
     where = f" at level {tiles.level}" if tiles.level else where
-    return f"{count:,} tiles of {tiles.size_px} px{where} an epoch"
+    return f"{counted(count, 'tile')} of {tiles.size_px} px{where} an epoch"
 
 
 def size_reason(given: PretrainSettings, resolved: PretrainSettings, short_side_px: int, device: str) -> list[str]:

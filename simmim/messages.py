@@ -38,9 +38,15 @@ def first_line(error: BaseException) -> str:
     return next((line.strip() for line in str(error).splitlines() if line.strip()), type(error).__name__)
 
 
-def counted(number: int, noun: str) -> str:
-    """A number with its noun: 1 image, 1,204 images."""
-    return f"{number:,} {noun}{'s' * (number != 1)}"
+def counted(number: float, noun: str) -> str:
+    """A number with its noun: 1 image, 1,204 images, 0.5 epochs, 2 classes."""
+    shown = f"{number:,}" if isinstance(number, int) else f"{number:g}"
+    return f"{shown} {noun if number == 1 else plural(noun)}"
+
+
+def plural(noun: str) -> str:
+    """Of a noun that has a regular one: images, classes, boxes."""
+    return noun + ("es" if noun.endswith(("s", "x")) else "s")
 
 
 def name_some(names: Iterable[str], most: int = 3) -> str:

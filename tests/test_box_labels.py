@@ -107,7 +107,7 @@ def test_crowds_and_difficult_objects_are_ignored(tmp_path):
 def test_boxes_that_reach_out_are_clipped_and_counted(tmp_path):
     path = write_csv(tmp_path)
     path.write_text(path.read_text().replace("dog,3,5,20,30", "dog,-4,5,70,30"))
-    with pytest.warns(Notice, match="1 boxes of .* reach out of their images and are clipped"):
+    with pytest.warns(Notice, match="clipped where they reach out of their images: 1 box of"):
         scenes = read_boxed_scenes(str(path), None, seed=1)
     boxes = np.concatenate([one.boxes for one in scenes.train_objects + scenes.validation_objects])
     assert [0, 5, 64, 30] in boxes.tolist()
@@ -281,6 +281,11 @@ def test_sets_without_boxes_and_folders_of_other_kinds_are_refused(tmp_path):
     for folder in ("images", "labels"):
         (tmp_path / "maps" / folder).mkdir(parents=True)
         Image.new("L", (16, 16)).save(tmp_path / "maps" / folder / "a.png")
+    (tmp_path / "nothing" / "images").mkdir(parents=True)
+    (tmp_path / "nothing" / "labels").mkdir()
+    Image.new("L", (16, 16)).save(tmp_path / "nothing" / "images" / "a.png")
+    with pytest.raises(ValueError, match=r"nothing/labels is empty: put the boxes of the images there"):
+        read_boxed_scenes(str(tmp_path / "nothing"), None, 0)
     with pytest.raises(ValueError, match=r"labels holds label maps and no boxes: use simmim finetune segmentation"):
         find_reader(str(tmp_path / "maps"))
     with pytest.raises(ValueError, match="'typo' does not exist"):

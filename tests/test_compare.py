@@ -243,7 +243,7 @@ def test_probe_and_knn(folder, digits, tmp_path, capsys, monkeypatch):
     assert main(["knn", *common]) == 0
     out, err = capsys.readouterr()
     assert "linear probe" not in out and "| feature | values | k-NN | held out |" in out
-    assert f"not read: {torn}: empty file" in err and "1 images unreadable" in out
+    assert f"not read: {torn}: empty file" in err and "1 image unreadable" in out
     assert "| untrained: stage" in out and "the same encoder untrained" in out and "Pre-training has not helped yet" in out
     assert main(["knn", *common, "--untrained", "false"]) == 0
     assert "untrained" not in capsys.readouterr().out

@@ -196,6 +196,6 @@ def test_a_giant_of_reduced_width_trains_sharded(start, tmp_path):
         "--model.sequential_attention=2",
     )
     output = finish(start(tmp_path / "run", "fsdp", *words))
-    assert "1 steps of 4 images" in output
+    assert "1 step of 4 images" in output
     state = load_file(tmp_path / "run" / "encoder" / "encoder.safetensors")
     assert sum(name.endswith("norm3.weight") for name in state) == 7

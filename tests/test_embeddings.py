@@ -367,7 +367,7 @@ def test_the_file_is_written_whole_or_not_at_all(saved, digits, tmp_path, monkey
     folder.mkdir()
     out = folder / "v.parquet"
     (tmp_path / "a.png").write_text("no image")
-    with pytest.raises(ValueError, match=r"none of 1 images can be read; the first, .+a\.png: not an image"):
+    with pytest.raises(ValueError, match=r"none of 1 image can be read; the first, .+a\.png: not an image"):
         write_embeddings(saved, str(tmp_path / "a.png"), out, options=HERE)
     for settings in ({"stage": 5}, {"pooling": "max"}):
         with pytest.raises(ValueError, match=r"stage is 5|unknown pooling"):

@@ -236,7 +236,10 @@ def test_values_are_given_from_scratch_and_an_encoder_brings_its_own(tmp_path, c
     for words, line in (
         (("--init", out, "--data.range", "[[0, 4095]]"), "data.range is ((0.0, 4095.0),), and the encoder in "),
         (("--init", out, "--data.transform", "log"), "was trained with values 100 to 5000, sqrt, which its weights expect"),
-        (("--init", "none", "--encoder.preset", "nano", *pages, "--data.range", "[[0, 9], [0, 9]]"), "data.range is for 2"),
+        (
+            ("--init", "none", "--encoder.preset", "nano", *pages, "--data.range", "[[0, 9], [0, 9]]"),
+            "data.range has 2 ranges and the images have",
+        ),
         (("--init", "none", "--encoder.preset", "nano", *pages, "--data.range", "wide"), "data.range is 'wide': give auto"),
     ):
         assert main([str(word) for word in (*again, *words, "--out", tmp_path / "wrong")]) == 2

@@ -4,8 +4,12 @@ import errno
 import json
 import os
 import random
+import signal
+import subprocess
+import sys
 import threading
 import time
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -199,15 +203,41 @@ def test_what_a_killed_process_left_is_no_entry(photos, tmp_path):
 def test_a_full_disk_is_told_once_and_changes_nothing(photos, tmp_path, monkeypatch):
     expected = samples_of(photos, kept_in(tmp_path / "a"))[0, 0]["image"]
 
-    def full(*_):
+    def full(handle, parts):
+        os.write(handle, parts[1][:1000])
         raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
 
-    monkeypatch.setattr(kept_pictures.os, "replace", full)
+    monkeypatch.setattr(kept_pictures, "write_all", full)
     samples = samples_of(photos, kept_in(tmp_path / "b"))
     (first, second), told = notices(lambda: (samples[0, 0]["image"], samples[0, 1]["image"]))
     assert torch.equal(first, expected) and second.shape == expected.shape
     assert len(told) == 1 and "no longer kept shrunk" in told[0] and "No space left" in told[0]
-    assert not [path for path in (tmp_path / "b").rglob("*") if path.is_file() and path.name.endswith(".kept")]
+    assert not [path for path in (tmp_path / "b").rglob("*") if path.is_file() and ".kept" in path.name]
+
+
+def test_a_write_that_the_system_cuts_short_goes_on(monkeypatch, tmp_path):
+    whole, writev = os.urandom(1000), os.writev
+    monkeypatch.setattr(kept_pictures.os, "writev", lambda handle, parts: writev(handle, [memoryview(parts[0])[:70]]))
+    kept_pictures.write_entry(str(tmp_path / "sub" / "a.kept"), (whole[:300], memoryview(whole[300:])))
+    assert (tmp_path / "sub" / "a.kept").read_bytes() == whole
+
+
+def test_a_process_that_is_killed_while_it_writes(photos, tmp_path):
+    """What it wrote is no entry, others that map it meanwhile are not disturbed, and the next run replaces it."""
+    script = (
+        "import os, sys; from simmim.data import kept_pictures as k; sys.path.insert(0, sys.argv[3]);"
+        "k.write_all = lambda handle, parts: os.kill(os.getpid(), 9 if os.write(handle, parts[1][:2000]) else 0);"
+        "from test_kept_pictures import *; from pathlib import Path;"
+        "samples_of(Path(sys.argv[1]), kept_in(Path(sys.argv[2])))[0, 0]"
+    )
+    words = (sys.executable, "-c", script, str(photos), str(tmp_path / "kept"), str(Path(__file__).parent))
+    assert subprocess.run(words).returncode == -signal.SIGKILL
+    [torn] = entries(tmp_path / "kept")
+    samples = samples_of(photos, kept_in(tmp_path / "kept"))
+    before = torn.open("rb")
+    assert torch.equal(samples[0, 0]["image"], samples_of(photos, kept_in(tmp_path, 0))[0, 0]["image"])
+    assert os.stat(torn).st_size > 2 * os.fstat(before.fileno()).st_size, "in a file of its own, as this one may be mapped"
+    assert read_entry(str(torn), stamp_of(samples.source[0]["image"])) is not None and len(list(torn.parent.iterdir())) == 1
 
 
 def test_a_folder_that_cannot_be_written_is_told(tmp_path):

@@ -272,7 +272,7 @@ def test_numbers_that_are_none_are_refused(tmp_path):
     encoder = random_encoder(TINY)
     with torch.no_grad():
         encoder.norm.bias[3] = torch.nan
-    with pytest.raises(ValueError, match="pooled of 1 images of 32 × 48 pixels is off by nan"):
+    with pytest.raises(ValueError, match="pooled of 1 image of 32 × 48 pixels is off by nan"):
         export_onnx(encoder, tmp_path / "encoder.onnx", (32, 48))
     assert list(tmp_path.iterdir()) == []
 

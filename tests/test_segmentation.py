@@ -267,7 +267,7 @@ def test_prediction_refuses_existing_folders_and_unreadable_images(folder, photo
         segment(folder, photos, tmp_path / "existing")
     (tmp_path / "torn").mkdir()
     (tmp_path / "torn" / "torn.jpg").write_bytes((photos / "torn.jpg").read_bytes())
-    with pytest.raises(ValueError, match="none of 1 images can be read"):
+    with pytest.raises(ValueError, match="none of 1 image can be read"):
         segment(folder, tmp_path / "torn", tmp_path / "none")
     assert not (tmp_path / "none").exists()
 

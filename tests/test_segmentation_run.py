@@ -262,7 +262,7 @@ def test_label_maps_tile_by_tile(scene_folder, run, tmp_path, capsys):
     tifffile.imwrite(tmp_path / "map.tif", large, tile=(16, 16), extratags=geo, metadata=None)
     words = ["predict", "--run", str(run), "--images", str(tmp_path / "map.tif"), "--out", str(tmp_path / "out")]
     assert main([*words, "--tile", "40", "--overlap", "0.2", "--batch-size", "7"]) == 0
-    assert "1 images segmented, 0 unreadable" in capsys.readouterr().out
+    assert "1 image segmented, 0 unreadable" in capsys.readouterr().out
     saved = load_segmenter(run)
     with tifffile.TiffFile(tmp_path / "out" / "masks" / "map.tif") as file:
         page = file.pages.first

@@ -99,7 +99,7 @@ REFUSED = {
     "10-for-4.tif": (CORPUS["10.tif"][0], 4, "^has 10 channels, expected 4$"),
     "3-for-10.png": (CORPUS["rgb.png"][0], 10, "^has 3 channels, expected 10$"),
     "3-for-10.jpg": (CORPUS["rgb.jpg"][0], 10, "^has 3 channels, expected 10$"),
-    "1-for-2.png": (CORPUS["l.png"][0], 2, "^has 1 channels, expected 2$"),
+    "1-for-2.png": (CORPUS["l.png"][0], 2, "^has 1 channel, expected 2$"),
 }
 
 

@@ -240,7 +240,7 @@ def test_targets_are_normalized_by_pixels_with_data_alone():
     [
         (("--data.range", "wide"), "data.range is 'wide': give auto, type, image, or [low, high] of each channel"),
         (("--data.range", "[[9, 3]]"), "with low < high"),
-        (("--data.range", "[[0, 9], [0, 9]]"), "has 1 channels, and data.range is for 2"),
+        (("--data.range", "[[0, 9], [0, 9]]"), "data.range has 2 ranges and the images have 1 channel, as"),
         (("--data.transform", "cube"), "unknown data.transform 'cube': give one of none, log, sqrt, asinh"),
         (("--data.range", "image", "--data.transform", "log"), "data.transform needs one range for all images"),
     ],

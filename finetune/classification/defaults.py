@@ -9,6 +9,7 @@ from simmim.encoders.base import EncoderConfig
 from simmim.finetune.augment.color import check_kornia, has_kornia
 from simmim.finetune.classification.settings import ClassificationSettings, LabeledSettings
 from simmim.finetune.settings import PUBLISHED_LAYER_DECAY, resolve_schedule
+from simmim.messages import counted
 
 THUMBNAIL_PX = 64  # images up to this side are thumbnails, which evaluation sees whole
 # With few labels the first layers stay nearer to their pre-trained weights: of 1 to 0.5, 0.65 was the best at 5 and 10
@@ -56,7 +57,7 @@ def resolve_layer_decay(settings: ClassificationSettings, per_class: float) -> t
     if settings.optim.layer_decay is not None:
         return settings, []
     decay = default_layer_decay(per_class)
-    reason = f"for {per_class:,.0f} labels per class" if decay == FEW_LABELS_LAYER_DECAY else "as published"
+    reason = f"for {counted(round(per_class), 'label')} per class" if decay == FEW_LABELS_LAYER_DECAY else "as published"
     return replace(settings, optim=replace(settings.optim, layer_decay=decay)), [f"layer decay {decay:g}: {reason}"]
 
 
@@ -101,7 +102,7 @@ def resolve_augmentation(
     if changes:
         kind = images_of(channels) if side_px <= THUMBNAIL_PX else "images"
         values = ", ".join(f"{name} {range_text(value)}" for name, value in changes.items())
-        reasons.append(f"{values}: for {kind} of {side_px} px and {per_class:,.0f} labels per class")
+        reasons.append(f"{values}: for {kind} of {side_px} px and {counted(round(per_class), 'label')} per class")
     if needs_kornia:
         reasons.append(NO_RAND_AUGMENT)
     return replace(data, **changes), reasons

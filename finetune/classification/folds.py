@@ -34,7 +34,8 @@ def assign_folds(labels: np.ndarray, num_parts: int, seed: int, files: np.ndarra
     counts = np.bincount(labels)
     if counts.max() < num_parts:
         raise ValueError(
-            f"no class has more than {counts.max()} labels, which cannot be divided into {num_parts} parts: give fewer parts"
+            f"no class has more than {counted(int(counts.max()), 'label')}, which cannot be divided into {num_parts} parts: "
+            "give fewer parts"
         )
     generator = random.Random(f"folds/{seed}")
     part_of = np.empty(len(labels), np.int64)

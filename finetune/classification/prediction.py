@@ -19,6 +19,7 @@ from simmim.evaluate import EncoderPass, embed_batches
 from simmim.evaluate.single_files import suit_model
 from simmim.files import atomic_write
 from simmim.finetune.classification.model import SavedClassifier, load_classifier
+from simmim.messages import counted
 from simmim.training.trainer import device_type
 
 
@@ -63,7 +64,7 @@ def predict(
                 bar.update(len(paths) + len(not_read))
         if not count:
             path, reason = next(iter(unreadable.items()))
-            raise ValueError(f"none of {len(unreadable)} images can be read; the first, {path}: {reason}")
+            raise ValueError(f"none of {counted(len(unreadable), 'image')} can be read; the first, {path}: {reason}")
     return count, unreadable
 
 

@@ -20,7 +20,7 @@ from simmim.finetune.label_study.task_study import OpenedLabels, TaskStudy, vali
 from simmim.finetune.label_study.unlabeled import find_unlabeled
 from simmim.finetune.self_training.unlabeled import check_channels
 from simmim.finetune.start import Start, find_reading, measure_training_images
-from simmim.messages import notify
+from simmim.messages import counted, notify
 from simmim.reading import AUTO
 
 Draw = Callable[[int | str, int], LabeledImages]
@@ -68,7 +68,7 @@ def available_labels(settings: StudySettings, counts: np.ndarray) -> dict[int | 
         if value == ALL:
             labels[value] = float(counts.mean())
         elif value > most:
-            print(f"left out   {value} labels per class: no class has more than {most} images")
+            print(f"left out   {counted(value, 'label')} per class: no class has more than {counted(most, 'image')}")
         elif value > counts.min():
             labels[value] = float(np.minimum(counts, value).mean())
             print(f"at most    {describe_shortage(counts, value)}")
@@ -76,7 +76,7 @@ def available_labels(settings: StudySettings, counts: np.ndarray) -> dict[int | 
             labels[value] = value
     if not labels:
         raise ValueError(
-            f"{asked[0]} labels per class asked for, no class has more than {most} training images: "
+            f"{counted(asked[0], 'label')} per class asked for, no class has more than {counted(most, 'training image')}: "
             f"give up to {most}, or {ALL}"
         )
     return dict(sorted(labels.items(), key=lambda item: item[1]))

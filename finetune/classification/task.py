@@ -25,6 +25,7 @@ from simmim.finetune.classification.settings import ClassificationSettings
 from simmim.finetune.self_training.unlabeled import check_channels
 from simmim.finetune.start import Start, find_reading, find_start, measure_training_images
 from simmim.finetune.task import Predictions, PreparedTask, ReportLine, Task
+from simmim.messages import counted
 from simmim.reading import AUTO, Reading
 from simmim.training.loggers import LossNames, log_picture
 
@@ -88,7 +89,7 @@ class Classification(Task):
         """Class and probabilities of each image, to a CSV file."""
         out = Path(out or "predictions.csv")
         count, unreadable = predict(run, images, out, batch_size, num_workers)
-        return Predictions(out, unreadable, f"{count:,} images classified, {len(unreadable):,} unreadable: {out}")
+        return Predictions(out, unreadable, f"{counted(count, 'image')} classified, {len(unreadable):,} unreadable: {out}")
 
 
 def read_labels(settings: ClassificationSettings, reading: Reading | None = None) -> LabeledImages:

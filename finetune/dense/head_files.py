@@ -18,6 +18,7 @@ from simmim.checkpoints.weight_files import read_safetensors, write_safetensors
 from simmim.files import read_json, write_json
 from simmim.finetune.dense.model import DenseModel
 from simmim.finetune.task import ReportLine
+from simmim.messages import counted
 
 Parsed = TypeVar("Parsed")
 
@@ -123,9 +124,9 @@ class HeadFiles:
         found, names = load(source)
         if names == tuple(classes) and found.shape == model.shape:
             load_head_state(model, found.head_state(), Path(source))
-            text = f"head of the same {len(classes)} classes loaded"
+            text = f"head of the same {counted(len(classes), 'class')} loaded"
         else:
-            text = f"head of {len(names)} classes replaced by a fresh one of {len(classes)}"
+            text = f"head of {counted(len(names), 'class')} replaced by a fresh one of {len(classes)}"
         if report_line:
             report_line(f"adapted    {text}")
 

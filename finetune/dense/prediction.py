@@ -20,6 +20,7 @@ from simmim.files import atomic_write
 from simmim.finetune.dense.head_files import SavedModel
 from simmim.finetune.dense.views import whole_picture
 from simmim.finetune.dense.windows import Size
+from simmim.messages import counted
 
 OVERLAYS = "overlays"  # folder of pictures
 MAX_BATCH_PIXELS = 2**22  # of the images of one batch at the model's scale
@@ -128,7 +129,7 @@ def check_any_read(count: int, unreadable: Mapping[str, str]) -> None:
     """
     if not count:
         path, reason = next(iter(unreadable.items()))
-        raise ValueError(f"none of {len(unreadable)} images can be read; the first, {path}: {reason}")
+        raise ValueError(f"none of {counted(len(unreadable), 'image')} can be read; the first, {path}: {reason}")
 
 
 def write_png(file: Path, image: Image.Image) -> None:

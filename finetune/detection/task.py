@@ -25,6 +25,7 @@ from simmim.finetune.detection.settings import BoxSettings, DetectionSettings
 from simmim.finetune.detection.views import BoxSamples, RandomBoxes, WholeImage
 from simmim.finetune.start import Start, find_reading, find_start, measure_training_images
 from simmim.finetune.task import Predictions, PreparedTask, ReportLine, Task
+from simmim.messages import counted
 from simmim.reading import AUTO
 from simmim.training.loggers import LossNames
 
@@ -83,7 +84,8 @@ class Detection(Task):
         """The boxes in each image, to a folder."""
         out = Path(out or "predictions")
         result = detect(run, images, out, batch_size, overlays)
-        counts = f"{result.count:,} images, {sum(result.boxes.values()):,} boxes, {len(result.unreadable):,} unreadable"
+        boxes = counted(sum(result.boxes.values()), "box")
+        counts = f"{counted(result.count, 'image')}, {boxes}, {len(result.unreadable):,} unreadable"
         listed = ", ".join(f"{name} {count:,}" for name, count in result.boxes.items())
         return Predictions(out, result.unreadable, f"{counts}: {out}\nboxes    {listed}")
 

@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 from simmim.finetune.label_study.results import Measure
 from simmim.finetune.start import Start
+from simmim.messages import counted
 
 if TYPE_CHECKING:
     import datasets
@@ -46,7 +47,7 @@ class OpenedLabels:
         """Which images judge."""
         part = f"of the {'test' if self.test_validates else 'validation'} part"
         origin = part if self.validation_seed is None else f"that seed {self.validation_seed} holds out once"
-        return f"{len(self.validation):,} images {origin}"
+        return f"{counted(len(self.validation), 'image')} {origin}"
 
 
 def no_check(arm: Arm, start: Start, opened: OpenedLabels, device: str) -> None:

@@ -8,6 +8,7 @@ from pathlib import Path
 
 from simmim.finetune.label_study.settings import ALL, PLAIN, SEMI, SemiStudyFields
 from simmim.finetune.self_training.unlabeled import Labels, UnlabeledImages, file_digests, open_unlabeled
+from simmim.messages import counted
 from simmim.reading import Reading
 
 Draw = Callable[[int | str, int], Labels]
@@ -62,14 +63,14 @@ def find_unlabeled(
     unlabeled = open_unlabeled(path, draw(next(iter(labels)), first), draw(ALL, first), reading, column)
     total = len(unlabeled.images) + unlabeled.num_labeled + unlabeled.num_judging
     judging = f"{unlabeled.num_judging:,} of them judge and are left out" if unlabeled.num_judging else "none of them judges"
-    print(f"unlabeled  {total:,} images; {judging}; each run also leaves out those whose labels it learns from")
+    print(f"unlabeled  {counted(total, 'image')}; {judging}; each run also leaves out those whose labels it learns from")
     used_up = tuple(value for value in labels if leaves_none(unlabeled, value, settings.all_seeds, draw))
     if used_up:
         numbers = f"{', '.join(map(str, used_up))} {unit}"
         print(f"left out   {SEMI} with {numbers}: all unlabeled images are labeled ones")
     if len(used_up) == len(labels) and PLAIN not in settings.recipes:
         raise ValueError(
-            f"data.unlabeled: all {total:,} images of {path!r} are labeled or judge: give others, or fewer labels"
+            f"data.unlabeled: all {counted(total, 'image')} of {path!r} are labeled or judge: give others, or fewer labels"
         )
     return FoundUnlabeled(unlabeled, unit, used_up)
 

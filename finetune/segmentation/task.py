@@ -29,6 +29,7 @@ from simmim.finetune.segmentation.views import RandomScene, SceneSamples, WholeS
 from simmim.finetune.self_training.unlabeled import check_channels
 from simmim.finetune.start import Start, find_reading, find_start, measure_training_images
 from simmim.finetune.task import Predictions, PreparedTask, ReportLine, Task
+from simmim.messages import counted
 from simmim.reading import AUTO, TileSettings
 from simmim.training.loggers import LossNames
 
@@ -111,7 +112,7 @@ def describe_result(result: SegmentedImages, out: Path) -> Predictions:
     """What the command says of label maps."""
     total = sum(result.pixels.values())
     shares = ", ".join(f"{name} {count / total:.1%}" for name, count in result.pixels.items() if count)
-    counts = f"{result.count:,} images segmented, {len(result.unreadable):,} unreadable"
+    counts = f"{counted(result.count, 'image')} segmented, {len(result.unreadable):,} unreadable"
     return Predictions(out, result.unreadable, f"{counts}: {out}\npixels   {shares}")
 
 

@@ -10,6 +10,7 @@ import numpy as np
 from simmim.data import measure_images, open_images
 from simmim.data.decode import STRETCHED
 from simmim.data.duplicates import RowDigests
+from simmim.messages import counted
 from simmim.reading import Reading
 
 if TYPE_CHECKING:
@@ -57,7 +58,7 @@ class UnlabeledImages:
         left_out = [
             f"{count:,} of the unlabeled images are {kind} ones and left out" for kind, count in counts.items() if count
         ]
-        return ["; ".join([f"{len(self.images):,} unlabeled images", *left_out])]
+        return ["; ".join([f"{counted(len(self.images), 'unlabeled image')}", *left_out])]
 
 
 def open_unlabeled(
@@ -89,7 +90,7 @@ def open_unlabeled(
     kept = np.flatnonzero(~is_labeled & ~is_judging)
     if not len(kept):
         raise ValueError(
-            f"data.unlabeled: all {len(images):,} images of {path!r} are labeled or validation images: give others"
+            f"data.unlabeled: all {counted(len(images), 'image')} of {path!r} are labeled or validation images: give others"
         )
     class_of = {}
     if "label" in everything.train.column_names:
@@ -112,8 +113,8 @@ def check_channels(unlabeled: UnlabeledImages, channels: int) -> None:
     """
     if unlabeled.channels != channels and not {unlabeled.channels, channels} <= {1, 3}:
         raise ValueError(
-            f"data.unlabeled has images of {unlabeled.channels} channels, the encoder reads {channels}: give unlabeled "
-            "images of the same kind as the labeled ones"
+            f"data.unlabeled has images of {counted(unlabeled.channels, 'channel')}, the encoder reads {channels}: give "
+            "unlabeled images of the same kind as the labeled ones"
         )
 
 

@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from simmim.encoders.base import Encoder, EncoderConfig, State
+from simmim.messages import counted
 from simmim.methods.registry import default_method
 from simmim.reading import Reading
 
@@ -53,7 +54,7 @@ class Preprocessing:
         height, width = self.image_size
         fit = f"central crop {self.crop:g}" if self.fit == "crop" else "squashed"
         values = self.reading_or_default.describe()
-        text = f"{len(self.mean)} channels, {height}×{width} px, {self.interpolation}, {fit}"
+        text = f"{counted(len(self.mean), 'channel')}, {height}×{width} px, {self.interpolation}, {fit}"
         return f"{text}, {values}" if values else text
 
 

@@ -17,6 +17,7 @@ from simmim.checkpoints.formats.registry import format_named
 from simmim.encoders import registry
 from simmim.encoders.base import Encoder, EncoderConfig, State, with_fields
 from simmim.encoders.heads import head_shapes
+from simmim.messages import counted
 from simmim.methods.registry import method_named
 
 
@@ -45,7 +46,7 @@ def build_encoder(checkpoint: Checkpoint, **overrides: Any) -> SavedEncoder:
         sum(value.numel() for value in state.values()),
         adapted=(*checkpoint.notes, *notes),
         missing=missing,
-        unexpected=(f"a head of {len(checkpoint.classes)} classes",) if checkpoint.head else (),
+        unexpected=(f"a head of {counted(len(checkpoint.classes), 'class')}",) if checkpoint.head else (),
     )
     return SavedEncoder(encoder_of(config, state).eval(), preprocessing, checkpoint.provenance, checkpoint, report)
 

@@ -12,6 +12,7 @@ from simmim.checkpoints.formats.base import Format
 from simmim.checkpoints.reading import read
 from simmim.encoders import registry
 from simmim.encoders.heads import is_attentive
+from simmim.messages import counted
 
 
 def inspect(path: str | Path, **overrides: Any) -> str:
@@ -52,7 +53,7 @@ def held_parts(checkpoint: Checkpoint) -> list[str]:
     if checkpoint.head:
         names = ", ".join(checkpoint.classes[:5]) + (", …" if len(checkpoint.classes) > 5 else "")
         kind = "attentive head" if is_attentive(checkpoint.head) else "head"
-        parts.append(f"{kind} of {len(checkpoint.classes)} classes: {names}")
+        parts.append(f"{kind} of {counted(len(checkpoint.classes), 'class')}: {names}")
     return parts
 
 

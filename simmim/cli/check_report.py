@@ -9,6 +9,8 @@ from dataclasses import asdict
 from itertools import pairwise
 from typing import TYPE_CHECKING
 
+from simmim.messages import counted
+
 if TYPE_CHECKING:
     from simmim.data.check import CheckReport, Suggestion
 
@@ -22,7 +24,7 @@ def render(report: CheckReport) -> str:
     """The report for a terminal."""
     num_unreadable = len(report.unreadable)
     lines = [
-        f"{report.path}: {plural(report.images, 'image')}, {size_text(report.mib)}, "
+        f"{report.path}: {counted(report.images, 'image')}, {size_text(report.mib)}, "
         f"{f'{num_unreadable:,} unreadable' if num_unreadable else 'all readable'}"
     ]
     if report.problem:
@@ -39,7 +41,7 @@ def render(report: CheckReport) -> str:
         "",
         f"formats      {counts_text(report.formats)}",
         f"modes        {counts_text(report.modes)}"
-        + (f"; a model sees {plural(report.channels, 'channel')}" if report.channels else ""),
+        + (f"; a model sees {counted(report.channels, 'channel')}" if report.channels else ""),
         f"orientation  {tags}",
         *turns_text(report),
         *values_text(report),
@@ -92,7 +94,7 @@ def turns_text(report: CheckReport) -> list[str]:
     """Which images have no up, and that turning them is suggested, or why it is not."""
     if not report.without_up:
         return []
-    kinds = ", ".join(plural(count, kind) for kind, count in report.without_up.items())
+    kinds = ", ".join(counted(count, kind) for kind, count in report.without_up.items())
     advice = "--data.turns true turns them by quarters" if report.suggestion.turns else "the other images may have one"
     return [f"turns        {kinds} by their metadata, which have no up: {advice}"]
 
@@ -152,8 +154,8 @@ def duplicates_text(report: CheckReport) -> list[str]:
     if not report.duplicate_groups:
         return ["duplicates   none"]
     lines = [
-        f"duplicates   {plural(report.duplicate_groups, 'group')} of identical files; "
-        f"{plural(report.duplicates_removable, 'image')} could be removed "
+        f"duplicates   {counted(report.duplicate_groups, 'group')} of identical files; "
+        f"{counted(report.duplicates_removable, 'image')} could be removed "
         f"({share(report.duplicates_removable, report.images)})"
     ]
     for group in report.duplicates[:MAX_LINES]:
@@ -167,10 +169,10 @@ def duplicates_text(report: CheckReport) -> list[str]:
 def loading_text(report: CheckReport) -> list[str]:
     """Loading speed, and the number of processes that a model needs."""
     side = report.suggestion.image_size_px
-    needs = ", ".join(f"{plural(workers, 'worker')} for {rate:,.6g}" for rate, workers in report.workers_needed.items())
+    needs = ", ".join(f"{counted(workers, 'worker')} for {rate:,.6g}" for rate, workers in report.workers_needed.items())
     lines = [
         f"loading      {report.images_per_second:,.4g} images/s per worker at {side} px, files in the disk's cache",
-        f"  a model's images/s need {needs}; this machine has {plural(report.cores, 'core')}",
+        f"  a model's images/s need {needs}; this machine has {counted(report.cores, 'core')}",
     ]
     # A single rate is the model's own.
     if len(report.workers_needed) == 1 and max(report.workers_needed.values()) > report.cores:
@@ -188,11 +190,6 @@ def kept_text(report: CheckReport) -> list[str]:
         f"cache        {taken}: at {side} px a run keeps images at about {height}×{width} px on disk, so that each is "
         "decoded once; --data.cache off keeps none"
     ]
-
-
-def plural(count: int, noun: str) -> str:
-    """1 image, 2 images."""
-    return f"{count:,} {noun}{'s' * (count != 1)}"
 
 
 def share(part: int, whole: int) -> str:

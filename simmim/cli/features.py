@@ -9,6 +9,7 @@ from functools import partial
 from typing import TYPE_CHECKING
 
 from simmim.cli.arguments import UsageError, parse
+from simmim.messages import counted
 
 if TYPE_CHECKING:
     from simmim.checkpoints.checkpoint import SavedEncoder
@@ -68,10 +69,10 @@ def run_embed(words: Sequence[str]) -> None:
     )
     print_unreadable(result.unreadable)
     noun = "images" if options.tile is None else "tiles"
-    empty = f"{result.num_empty:,} tiles of background left out, " if result.num_empty else ""
+    empty = f"{counted(result.num_empty, 'tile')} of background left out, " if result.num_empty else ""
     print(
-        f"{result.count:,} vectors of {result.dim:,} values, {empty}{len(result.unreadable):,} {noun} unreadable: "
-        f"{options.out}"
+        f"{counted(result.count, 'vector')} of {counted(result.dim, 'value')}, {empty}{len(result.unreadable):,} {noun} "
+        f"unreadable: {options.out}"
     )
 
 
@@ -199,7 +200,7 @@ def compare_stages(method: str, kind: type[CompareOptions], words: Sequence[str]
         print(f"\n{contest.table()}")
     unreadable = contest.reports[0].unreadable
     if unreadable:
-        print(f"\n{len(unreadable):,} images unreadable and left out")
+        print(f"\n{counted(len(unreadable), 'image')} unreadable and left out")
     if options.out:
         print(f"\nresults: {write_contest(contest, options.out)}")
 

@@ -308,7 +308,7 @@ def _read_channel_files(address: Address, max_pixels: int) -> StoredValues:
         stored = open_stored({"bytes": None, "path": file}, max_pixels, levels=True, reading=STRETCHED)
         assert stored is not None, "levels are asked for"
         if len(stored.values) != 1:
-            raise ValueError(f"{file}: has {len(stored.values)} channels, expected the one of its name")
+            raise ValueError(f"{file}: has {counted(len(stored.values), 'channel')}, expected the one of its name")
         planes.append(stored)
     if len(sizes := {plane.values.shape for plane in planes}) > 1:
         shown = ", ".join(f"{height}x{width}" for _, height, width in sorted(sizes))
@@ -334,4 +334,4 @@ def _stored_to_picture(stored: StoredValues, channels: int | None, reading: Read
 
 def _check_channels(stored: int, channels: int | None) -> None:
     if channels not in (None, stored) and not (stored in (1, 3) and channels in (1, 3)):
-        raise ValueError(f"has {stored} channels, expected {channels}")
+        raise ValueError(f"has {counted(stored, 'channel')}, expected {channels}")

@@ -17,6 +17,7 @@ from torch import Tensor
 from simmim.data.orientation import Box, Size
 from simmim.data.pictures import Picture
 from simmim.data.resizing import clip_box, get_interpolation, region_of
+from simmim.messages import counted
 from simmim.reading import Reading
 
 LUMA = (0.299, 0.587, 0.114)  # ITU-R 601-2, as Pillow's conversion of color to gray
@@ -76,6 +77,19 @@ class StoredValues:
         return channel
 
 
+class RangeLengthError(ValueError):
+    """Not one range for each channel.
+
+    Args:
+        ranges: that are given.
+        channels: of the image.
+    """
+
+    def __init__(self, ranges: int, channels: int) -> None:
+        self.ranges, self.channels = ranges, channels
+        super().__init__(f"has {counted(channels, 'channel')}, and data.range is for {ranges}")
+
+
 class DeepPicture(Picture):
     """Values as stored; `crop` returns float32 shares of each channel's range, NaN where there is no data.
 
@@ -85,7 +99,7 @@ class DeepPicture(Picture):
         channels: of what `crop` returns; the file's own by default. Gray and color stand in for one another.
 
     Raises:
-        ValueError: when there is not one range for each channel.
+        RangeLengthError: when there is not one range for each channel.
     """
 
     def __init__(self, stored: StoredValues, channels: int | None, reading: Reading) -> None:
@@ -95,7 +109,7 @@ class DeepPicture(Picture):
         self.channels = channels or planes
         self.loses_color = (planes, self.channels) == (3, 1)
         if len(reading.range) != self.channels:
-            raise ValueError(f"has {self.channels} channels, and data.range is for {len(reading.range)}")
+            raise RangeLengthError(len(reading.range), self.channels)
 
     def crop(self, box: Box, size: Size, interpolation: str = "bilinear") -> Tensor:
         """The part inside `box`, resized to `size`: (channels, height, width) float32, NaN where there is no data."""

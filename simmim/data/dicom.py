@@ -1,4 +1,4 @@
-"""DICOM files through pydicom: a frame is an image, in the units that slope and intercept give."""
+"""DICOM files through pydicom: a frame is an image, or a tile of a slide, in the units that slope and intercept give."""
 
 from __future__ import annotations
 
@@ -7,10 +7,12 @@ from typing import Any, BinaryIO
 import numpy as np
 
 from simmim.data.deep import StoredValues
-from simmim.data.file_checks import check_size, pick_image
+from simmim.data.dicom_slides import DicomSlide, is_slide, slide_size
+from simmim.data.file_checks import BY_TILES, check_size, pick_image
 from simmim.data.file_formats import MICROSCOPY, SLIDE, FileFormat
 from simmim.data.pillow_guard import silence_logger
 from simmim.data.records import Record
+from simmim.data.windows import WindowedImage
 from simmim.reading import Reading
 
 PREAMBLE_BYTES, MAGIC = 128, b"DICM"
@@ -29,6 +31,11 @@ class DicomFormat(FileFormat):
         return head[PREAMBLE_BYTES : PREAMBLE_BYTES + len(MAGIC)] == MAGIC
 
     def read(self, stream: BinaryIO, record: Record, reading: Reading, page: int | None, max_pixels: int) -> StoredValues:
+        dataset = read_dataset(stream, pixels=False)
+        if reads_slide(dataset, reading.pages):
+            height, width = slide_size(dataset)
+            check_size((height, width), max_pixels, BY_TILES)
+            return DicomSlide(stream, dataset, finish_frame).read(0, (0, 0, width, height))
         dataset = read_dataset(stream)
         if "Rows" not in dataset or "Columns" not in dataset:
             raise ValueError("a DICOM file without a picture")
@@ -38,11 +45,29 @@ class DicomFormat(FileFormat):
         return StoredValues(planes[0] if len(planes) == 1 else np.concatenate(planes))
 
     def count(self, stream: BinaryIO, reading: Reading) -> int:
-        return len(divide_frames(read_dataset(stream, pixels=False), reading.pages))
+        dataset = read_dataset(stream, pixels=False)
+        return 1 if reads_slide(dataset, reading.pages) else len(divide_frames(dataset, reading.pages))
 
     def kind_without_up(self, stream: BinaryIO) -> str | None:
         modality = read_dataset(stream, pixels=False).get("Modality")
         return {"SM": SLIDE, "GM": MICROSCOPY}.get(modality)  # slide and general microscopy
+
+    def open_windows(
+        self, stream: BinaryIO, record: Record, reading: Reading, page: int | None, max_pixels: int
+    ) -> WindowedImage:
+        try:
+            dataset = read_dataset(stream, pixels=False)
+            if reads_slide(dataset, reading.pages):
+                return DicomSlide(stream, dataset, finish_frame)
+        except BaseException:
+            stream.close()
+            raise
+        return super().open_windows(stream, record, reading, page, max_pixels)
+
+
+def reads_slide(dataset: Any, pages: str | None) -> bool:
+    """Whether a file is read as the slide whose tiles its frames are."""
+    return is_slide(dataset) and pages in (None, "first")
 
 
 def read_dataset(stream: BinaryIO, pixels: bool = True) -> Any:
@@ -77,9 +102,15 @@ def read_frame(dataset: Any, frame: int) -> np.ndarray:
     Raises:
         Exception: of pydicom, for files without pixels and compressions that nothing installed decodes.
     """
-    from pydicom.pixels import apply_color_lut, apply_modality_lut, pixel_array
+    from pydicom.pixels import pixel_array
 
-    values = pixel_array(dataset, index=frame)
+    return finish_frame(dataset, pixel_array(dataset, index=frame))
+
+
+def finish_frame(dataset: Any, values: np.ndarray) -> np.ndarray:
+    """A frame as pydicom decodes it, (height, width) or (height, width, 3), as of `read_frame`."""
+    from pydicom.pixels import apply_color_lut, apply_modality_lut
+
     if values.ndim == 3:
         return np.moveaxis(values, -1, 0)
     if dataset.PhotometricInterpretation == "PALETTE COLOR":

@@ -45,7 +45,7 @@ def hold_out(source: Source, amount: float, seed: int) -> HeldOut:
     total = source.num_images
     count = max(1, round(amount * total)) if amount < 1 else round(amount)
     if count >= total:
-        raise ValueError(f"data.validation is {amount:g} and there are {total:,} images: nothing is left to train on")
+        raise ValueError(f"data.validation is {amount:g}, of {counted(total, 'image')}: nothing is left to train on")
     generator = np.random.default_rng([seed, 0, HELD_OUT])
     files = number_files(source.head)
     is_held_out = np.zeros(total, bool)

@@ -8,12 +8,13 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from simmim.data.decode import MAX_PIXELS, STRETCHED, open_picture
+from simmim.data.deep import RangeLengthError
 from simmim.data.orientation import Size
 from simmim.data.pictures import Picture
 from simmim.data.pillow_guard import UNREADABLE, describe_error
 from simmim.data.records import Record, record_name
 from simmim.data.value_ranges import common_channels, settle_reading
-from simmim.messages import notify
+from simmim.messages import counted, notify
 from simmim.reading import AUTO, Reading
 
 if TYPE_CHECKING:
@@ -78,8 +79,8 @@ def measure_images(
         reading: how values become pictures; a range of auto or type is settled by the sample.
 
     Raises:
-        ValueError: if none of them can be read, with the first one's reason; if they differ in channels other than as gray
-            and color do, with two files' counts.
+        ValueError: if none of them can be read, with the first one's reason; if data.range is for another number of
+            channels; if they differ in channels other than as gray and color do, with two files' counts.
     """
     records = sample_records(source, num_samples)
     reading = settle_reading(reading, records, channels, max_pixels)
@@ -91,17 +92,17 @@ def measure_images(
             picture = open_picture(record, channels, max_pixels, reading)
             thumbnails.append(thumbnail(picture))
         except UNREADABLE as error:
-            first_error = first_error or f"{record['path']}: {describe_error(error)}"
+            first_error = first_error or (record_name(record, row), error)
             continue
         sizes.append(picture.size)
         paths.setdefault(picture.channels, []).append(record_name(record, row))
     if not sizes:
-        raise ValueError(f"none of {len(records)} sampled images can be read; the first, {first_error}")
+        raise no_image_error(len(records), *first_error)  # type: ignore[misc]
     found = common_channels(paths)
     if channels is None and found == 1 and len(records) < (num_images or len(source)):
         notify(
-            f"gray: decided from {len(sizes):,} of {num_images or len(source):,} images; color images among the others are "
-            "read as gray, and counted"
+            f"gray: decided from {len(sizes):,} of {counted(num_images or len(source), 'image')}; color images among the "
+            "others are read as gray, and counted"
         )
     values = pool_channels(thumbnails, found)
     mean, std = mean_and_deviation(values)
@@ -116,6 +117,22 @@ def measure_images(
         sizes=tuple(sizes),
         reading=reading,
         **(describe_values(values) if reading.is_deep else {}),  # type: ignore[arg-type]
+    )
+
+
+def no_image_error(num_images: int, name: str, error: Exception) -> ValueError:
+    """The error for a sample of which no image can be read.
+
+    Args:
+        name, error: of the first image.
+    """
+    if isinstance(error, RangeLengthError):
+        return ValueError(
+            f"data.range has {counted(error.ranges, 'range')} and the images have {counted(error.channels, 'channel')}, as "
+            f"{name}: give [low, high] for each channel, or auto"
+        )
+    return ValueError(
+        f"none of {counted(num_images, 'sampled image')} can be read; the first, {name}: {describe_error(error)}"
     )
 
 

@@ -1,8 +1,8 @@
 """Shrunk images on disk, so that each file is decoded once: by all processes, ranks and runs together.
 
-An entry is one file, written whole or not at all and mapped when it is read. It belongs to the content of its image's file:
-a file that has changed is read anew, and its entry replaced. What a sample looks like does not depend on the entries, as an
-image without one is shrunk in the same way each time.
+An entry is one file, which is mapped when it is read; one that is not whole is known by its digest, and is no entry. It
+belongs to the content of its image's file: a file that has changed is read anew, and its entry replaced. What a sample looks
+like does not depend on the entries, as an image without one is shrunk in the same way each time.
 """
 
 from __future__ import annotations
@@ -48,6 +48,8 @@ SUFFIX = ".kept"
 LEAST_GAIN = 4.0  # pixels of the files for one that is kept, from which keeping images pays
 HEAD_FILES, JPEG_ENDINGS = 16, (".jpg", ".jpeg", ".jfif")  # files that tell what most are
 CREDIT_BYTES, CREDIT_PARTS = 64 * 2**20, 64  # that a process reserves at a time, at most this part of what is left
+BINARY = getattr(os, "O_BINARY", 0)
+WRITE = os.O_WRONLY | os.O_CREAT | BINARY
 OLD_S = 3600.0  # a temporary file of that age belongs to no process
 
 
@@ -89,18 +91,18 @@ class KeptPictures:
             self.write(entry, shrunk.kept, stamp)
         return shrunk or picture
 
-    def entry(self, record: Record, stamp: list) -> Path:
+    def entry(self, record: Record, stamp: list) -> str:
         """The file of a record's entry."""
         name = hashlib.sha256((record["path"] or repr(stamp)).encode("utf-8", "surrogateescape")).hexdigest()[:32]
-        return Path(f"{self.folder}/{name[:2]}/{name}{SUFFIX}")
+        return f"{self.folder}/{name[:2]}/{name}{SUFFIX}"
 
-    def write(self, entry: Path, kept: Shrunk, stamp: list) -> None:
+    def write(self, entry: str, kept: Shrunk, stamp: list) -> None:
         """Write an entry if the budget allows it. A disk that is full or cannot be written is no error: nothing is kept from
         then on, which is a `Notice`."""
         parts = pack_entry(kept, stamp)
         try:
             if self.reserve(sum(map(len, parts))):
-                write_whole(entry, parts)
+                write_entry(entry, parts)
         except OSError as error:
             self.may_write = False
             if (get_worker_info() or FirstWorker).id == 0:
@@ -228,11 +230,17 @@ def pack_entry(kept: Shrunk, stamp: list) -> tuple[bytes, memoryview]:
     return HEAD.pack(MAGIC, digest.intdigest(), len(description)) + description, pixels
 
 
-def read_entry(entry: Path, stamp: list) -> Shrunk | None:
-    """What an entry keeps; None where there is none, it is torn, or its image's file has changed since."""
+def read_entry(entry: str, stamp: list) -> Shrunk | None:
+    """What an entry keeps; None where there is none, it is torn or not yet whole, or its image's file has changed since."""
     try:
-        with open(entry, "rb") as file:
-            data = memoryview(mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ))
+        handle = os.open(entry, os.O_RDONLY | BINARY)  # Python's file object would take longer than the call
+    except OSError:
+        return None
+    try:
+        try:
+            data = memoryview(mmap.mmap(handle, 0, access=mmap.ACCESS_READ))
+        finally:
+            os.close(handle)
         magic, digest, length = HEAD.unpack_from(data)
         if magic != MAGIC or xxhash.xxh3_64_intdigest(data[HEAD.size :]) != digest:
             return None
@@ -247,30 +255,48 @@ def read_entry(entry: Path, stamp: list) -> Shrunk | None:
         return None
 
 
-def write_whole(path: Path, parts: Sequence[bytes | memoryview]) -> None:
-    """Write a file that appears whole or not at all. It is not forced to the disk: one torn by a power cut is known by its
-    digest."""
+def write_entry(path: str, parts: Sequence[bytes | memoryview]) -> None:
+    """Write an entry where there is none, or take the place of one that is torn or outdated. It is not forced to the disk:
+    what a power cut or a killed process leaves is known by its digest.
+
+    Raises:
+        OSError: as of writing. Nothing is left then.
+    """
     folder, name = os.path.split(path)
-    temporary = f"{folder}/.{name}.{os.getpid()}.{threading.get_ident()}"
-    flags = os.O_WRONLY | os.O_CREAT | os.O_TRUNC | getattr(os, "O_BINARY", 0)
+    written = path
     try:
         try:
-            handle = os.open(temporary, flags, 0o644)
+            # Under its own name at once, which saves the change of names.
+            handle = os.open(path, WRITE | os.O_EXCL, 0o644)
         except FileNotFoundError:
             os.makedirs(folder, exist_ok=True)
-            handle = os.open(temporary, flags, 0o644)
+            handle = os.open(path, WRITE | os.O_EXCL, 0o644)
+    except FileExistsError:
+        # Others may have mapped it, so that it is never changed in place.
+        written = f"{folder}/.{name}.{os.getpid()}.{threading.get_ident()}"
+        handle = os.open(written, WRITE | os.O_TRUNC, 0o644)
+    try:
         try:
-            for part in parts:
-                left = memoryview(part)
-                while left:
-                    left = left[os.write(handle, left) :]
+            write_all(handle, parts)
         finally:
             os.close(handle)
-        os.replace(temporary, path)
+        if written != path:
+            os.replace(written, path)
     except BaseException:
         with contextlib.suppress(OSError):
-            os.unlink(temporary)
+            os.unlink(written)
         raise
+
+
+def write_all(handle: int, parts: Sequence[bytes | memoryview]) -> None:
+    """Write parts one after the other, in one call where the system has one."""
+    left = [memoryview(part) for part in parts]
+    while left:
+        written = os.writev(handle, left) if hasattr(os, "writev") else os.write(handle, left[0])
+        while left and written >= len(left[0]):
+            written -= len(left.pop(0))
+        if left:
+            left[0] = left[0][written:]
 
 
 # --- the budget ----------------------------------------------------------------------------------------------------------

@@ -171,12 +171,11 @@ def describe_shortage(counts: Sequence[int] | np.ndarray, labels_per_class: int 
         counts: training images of each class, before or after labels are drawn.
     """
     few = [] if labels_per_class is None else [int(count) for count in counts if count < labels_per_class]
-    if not few:
+    if labels_per_class is None or not few:
         return ""
     have, fewest = ("has" if len(few) == 1 else "have"), (f", the smallest {min(few)}" if len(few) > 1 else f", {few[0]}")
-    return (
-        f"{labels_per_class} labels per class: {len(few)} of {len(counts)} classes {have} fewer{fewest}, and all are taken"
-    )
+    asked = counted(labels_per_class, "label")
+    return f"{asked} per class: {len(few)} of {counted(len(counts), 'class')} {have} fewer{fewest}, and all are taken"
 
 
 def open_labeled_source(

@@ -23,6 +23,7 @@ from simmim.data.loading import ignore_signals
 from simmim.data.tiles import is_empty
 from simmim.encoders.base import Encoder
 from simmim.evaluate.features import AnyFeature, Feature
+from simmim.messages import counted
 from simmim.reading import Reading, TileSettings
 
 if TYPE_CHECKING:
@@ -295,4 +296,4 @@ def check_any_readable(num_readable: int, reasons: Mapping[str, str]) -> None:
     """
     if not num_readable:
         path, reason = next(iter(reasons.items()))
-        raise ValueError(f"none of {len(reasons)} images can be read; the first, {path}: {reason}")
+        raise ValueError(f"none of {counted(len(reasons), 'image')} can be read; the first, {path}: {reason}")

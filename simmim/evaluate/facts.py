@@ -12,6 +12,7 @@ from simmim.checkpoints.checkpoint import Checkpoint, Preprocessing
 from simmim.encoders import registry
 from simmim.encoders.base import EncoderConfig, Size
 from simmim.encoders.cost import Setup
+from simmim.messages import counted
 
 UNKNOWN = "–"
 
@@ -112,7 +113,7 @@ def trained_on(provenance: Mapping[str, Any]) -> str:
         known = f"tag {provenance['tag']}"
     if known is None and "data" in provenance:
         images = provenance.get("images")
-        known = str(provenance["data"]) + (f" ({images:,} images)" if isinstance(images, int) else "")
+        known = str(provenance["data"]) + (f" ({counted(images, 'image')})" if isinstance(images, int) else "")
     before = provenance.get("encoder")
     if isinstance(before, Mapping):
         earlier = trained_on(before)

@@ -28,7 +28,7 @@ from simmim.evaluate.single_files import suit_model
 from simmim.evaluate.untrained import score_untrained, untrained_encoder
 from simmim.evaluate.vectors import VectorFile
 from simmim.files import atomic_write
-from simmim.messages import did_you_mean
+from simmim.messages import counted, did_you_mean
 
 SUFFIXES = (".json", ".csv", ".md")
 
@@ -133,7 +133,7 @@ class Report:
     def table(self) -> str:
         """A line about the images, one about the encoder, then `scores_table`."""
         count, (train, test) = self.comparison.labels_per_class, self.counts
-        labels = "all labels" if count is None else f"{count} labels per class"
+        labels = "all labels" if count is None else f"{counted(count, 'label')} per class"
         draws = f", mean ± standard error over {len(self.draws)} draws" if len(self.draws) > 1 else ""
         table = scores_table(*self.draws, num_images=self.provenance.get("images"))
         return (

@@ -17,6 +17,7 @@ import torch
 from torch import Tensor
 
 from simmim.encoders.base import MAX_GROUPS
+from simmim.messages import counted
 
 
 @dataclass(frozen=True)
@@ -102,7 +103,7 @@ class BlockMasking:
         if seeds is None:
             noise.uniform_(generator=generator)
         elif len(seeds) != batch_size:
-            raise ValueError(f"{len(seeds)} seeds for {batch_size} images: give one per image")
+            raise ValueError(f"{len(seeds)} seeds for {counted(batch_size, 'image')}: give one per image")
         else:
             for row, seed in zip(noise, seeds, strict=True):
                 row.uniform_(generator=generator.manual_seed(seed))

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 
 from simmim.encoders.cost import Setup
 from simmim.growing_sizes import size_text
-from simmim.messages import length_text
+from simmim.messages import counted, length_text
 from simmim.planning.growing import GrowingPlan
 from simmim.planning.plan import GIB, USABLE_SHARE, Plan
 from simmim.planning.step import Memory
@@ -108,7 +108,7 @@ def time_line(training_flops: float, devices: int, rates: Rates) -> str:
     line = f"{per_second:,.0f} images/s at {rates.tflops:g} TFLOP/s on each device"
     if rates.images is None:
         return line
-    return f"{line}, {rates.images:,} images in {length_text(rates.images / per_second)}"
+    return f"{line}, {counted(rates.images, 'image')} in {length_text(rates.images / per_second)}"
 
 
 def time_text(flops: float, devices: int, rates: Rates) -> str:
@@ -165,6 +165,6 @@ def advice(plan: Plan) -> str:
     verdict = f"To fit, use {', '.join(changes)}." if changes else "It fits as requested."
     largest = plan.largest_batch
     return (
-        f"{verdict} The largest batch that then fits: {largest:,} images per device, "
+        f"{verdict} The largest batch that then fits: {counted(largest, 'image')} per device, "
         f"{largest * requested.devices:,} in total."
     )

@@ -9,6 +9,7 @@ import torch
 from torch.utils.data import Sampler
 
 from simmim.data import ImageSamples, IndexedSamples, SequentialBatchSampler, StreamedSamples, build_loader
+from simmim.messages import counted
 
 
 class StreamData(pl.LightningDataModule):
@@ -126,7 +127,7 @@ def per_device_batch(batch_size: int, world: int, accumulate: int) -> int:
     """
     if batch_size % (world * accumulate):
         raise ValueError(
-            f"a batch of {batch_size} images does not divide into {world} device{'s' * (world != 1)} × "
+            f"a batch of {counted(batch_size, 'image')} does not divide into {world} device{'s' * (world != 1)} × "
             f"{accumulate} accumulated batches: give a multiple of {world * accumulate}"
         )
     return batch_size // (world * accumulate)

@@ -15,7 +15,7 @@ from simmim.data.pillow_guard import UNREADABLE, describe_error
 from simmim.finetune.detection.labels.base import BoxReader, RawLabels, RawObject, RawScene, ReadingOptions, record_of
 from simmim.finetune.detection.labels.layout import IMAGE_FOLDERS, Pair, find_pairs, image_files, refuse_folder
 from simmim.finetune.detection.masks import PackedMask, pack
-from simmim.messages import notify
+from simmim.messages import counted, notify
 from simmim.reading import Reading
 
 FOLDER = "instances"
@@ -79,8 +79,8 @@ def read_part(pairs: Mapping[str, Pair], reading: Reading) -> list[RawScene]:
     missing = [stem for stem in images if stem not in stems]
     if missing:
         notify(
-            f"{len(missing):,} of {len(images):,} images in {str(pair.images)!r} have no instance map and count as images "
-            f"without objects, the first {missing[0]!r}"
+            f"{len(missing):,} of {counted(len(images), 'image')} in {str(pair.images)!r} have no instance map and count as "
+            f"images without objects, the first {missing[0]!r}"
         )
     return [
         read_scene(image, {name: files[stem] for name, files in maps.items() if stem in files})

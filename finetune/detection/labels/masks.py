@@ -11,6 +11,7 @@ import numpy as np
 from simmim.data.orientation import Size, turn_array_upright
 from simmim.finetune.detection.labels.base import RawScene
 from simmim.finetune.detection.masks import PackedMask, draw, from_counts, pack
+from simmim.messages import counted
 
 MIN_POINTS = 3  # of a polygon
 
@@ -143,7 +144,7 @@ def learns_masks(parts: Sequence[Sequence[RawScene]], wanted: bool | None, path:
         return bool(objects)
     if len(without) < len(objects) or wanted:
         raise ValueError(
-            f"{without[0].place} has no mask, as {len(without):,} of {len(objects):,} objects of {path!r}: give every "
-            "object one, or learn boxes alone with head.masks false"
+            f"{without[0].place} has no mask, as {len(without):,} of {counted(len(objects), 'object')} of {path!r}: give "
+            "every object one, or learn boxes alone with head.masks false"
         )
     return False

@@ -69,4 +69,6 @@ def explain_nothing(path: str) -> None:
     except ValueError:
         layouts = "; ".join(f"{reader.title}: {reader.layout}" for reader in READERS.values())
         raise ValueError(f"{path!r} holds no boxes in a known format. Known are {layouts}") from None
+    if not any(label_maps.iterdir()):
+        raise ValueError(f"{label_maps} is empty: put the boxes of the images there, or give data.format and where they are")
     raise ValueError(f"{label_maps} holds label maps and no boxes: use simmim finetune segmentation, or give boxes")

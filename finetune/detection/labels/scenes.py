@@ -25,7 +25,7 @@ from simmim.finetune.detection.labels.base import RawLabels, RawScene, ReadingOp
 from simmim.finetune.detection.labels.masks import filled_box, fills_box, learns_masks, read_mask, turn_mask
 from simmim.finetune.detection.labels.registry import find_reader
 from simmim.finetune.detection.masks import PackedMask
-from simmim.messages import did_you_mean, notify
+from simmim.messages import counted, did_you_mean, notify
 from simmim.reading import Reading
 
 if TYPE_CHECKING:
@@ -132,7 +132,7 @@ def read_boxed_scenes(
     use = validating_use(parts)
     num_clipped = sum(scene.num_clipped for scenes in parts.values() for scene in scenes)
     if num_clipped:
-        notify(f"{num_clipped:,} boxes of {path!r} reach out of their images and are clipped")
+        notify(f"clipped where they reach out of their images: {counted(num_clipped, 'box')} of {path!r}")
     everything, has_masks = parts["train"], parts["train"][0].objects.masks is not None
     statistics = [SceneStatistics("", scene.size, counts_of(scene.objects)) for scene in everything]
     files = files_of_pages([scene.raw.image["path"] for scene in everything])
@@ -169,7 +169,7 @@ def choose_classes(raw: RawLabels, given: Sequence[str], path: str) -> tuple[str
     objects = [found for scenes in raw.parts.values() for scene in scenes for found in scene.objects]
     if not any(not found.ignored for found in objects):
         num_images = sum(len(scenes) for scenes in raw.parts.values())
-        raise ValueError(f"{path!r} has no box in {num_images:,} images: give some")
+        raise ValueError(f"{path!r} has no box in {counted(num_images, 'image')}: give some")
     used = {found.category for found in objects}
     if given:
         if len(set(given)) < len(given):

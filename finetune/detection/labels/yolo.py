@@ -27,7 +27,7 @@ from simmim.finetune.detection.labels.layout import (
     image_files,
     read_text,
 )
-from simmim.messages import notify
+from simmim.messages import counted, notify
 from simmim.reading import Reading
 
 FOLDERS = ("labels", "annotations")
@@ -117,8 +117,8 @@ def read_pair(pair: Pair, names: dict[int, str], reading: Reading = STRETCHED) -
     missing = [stem for stem in images if stem not in files]
     if missing:
         notify(
-            f"{len(missing):,} of {len(images):,} images in {str(pair.images)!r} have no label file and count as images "
-            f"without objects, the first {missing[0]!r}"
+            f"{len(missing):,} of {counted(len(images), 'image')} in {str(pair.images)!r} have no label file and count as "
+            f"images without objects, the first {missing[0]!r}"
         )
     scenes = []
     for stem, image in images.items():

@@ -25,7 +25,7 @@ from simmim.checkpoints.source import CONFIG, DESCRIPTION, Source
 from simmim.encoders.base import Encoder, Size
 from simmim.encoders.heads import AttentiveHead, head_input, head_of
 from simmim.files import atomic_write, write_json
-from simmim.messages import did_you_mean
+from simmim.messages import counted, did_you_mean
 
 OUTPUTS = ("pooled", "stages", "logits")
 MAX_WEIGHT_BYTES = 2**31 - 2**24  # one protobuf message holds 2 GiB, of which the graph takes less than a MiB
@@ -217,8 +217,8 @@ def largest_difference(
             bound = check.tolerance * max(1.0, ours.abs().max().item())
             if not difference <= bound:  # so that NaN fails, too
                 raise ValueError(
-                    f"{output.name} of {batch} images of {size[0]} × {size[1]} pixels is off by {difference:.2g} in ONNX "
-                    f"Runtime, more than {bound:.2g}: no file was written"
+                    f"{output.name} of {counted(batch, 'image')} of {size[0]} × {size[1]} pixels is off by "
+                    f"{difference:.2g} in ONNX Runtime, more than {bound:.2g}: no file was written"
                 )
             largest = max(largest, difference)
     return largest
