@@ -13,7 +13,7 @@ from torch.utils.flop_counter import FlopCounterMode
 from simmim.data import EndlessBatchSampler
 from simmim.encoders.cost import Setup
 from simmim.encoders.swinv2 import PRESETS, SwinV2, SwinV2Config, kernels
-from simmim.methods.canvas import Canvas, CanvasSettings
+from simmim.methods.canvas import Canvas, CanvasSettings, default_decoder_dim
 from simmim.methods.masking import SharedCanvas
 from simmim.methods.pixels import masked_l1
 from simmim.methods.simmim import SimMIM
@@ -36,6 +36,15 @@ def canvas_of(config=CONFIG, size=SIZE, **settings):
 
 def images_of(count, size=SIZE, seed=1):
     return torch.randn(count, 3, *size, generator=torch.Generator().manual_seed(seed))
+
+
+def test_mask_tokens_begin_as_those_of_simmim():
+    """A normal distribution with a deviation of 0.02, as the authors draw theirs; 512 numbers."""
+    torch.manual_seed(0)
+    config = replace(CONFIG, embed_dim=512, num_heads=(16, 32))
+    settings = CanvasSettings(mask_unit=4, shared_stages=1).resolve(SIZE, config)
+    token = Canvas(prepared(config), settings).mask_token
+    assert token.shape == (512,) and token.std().item() == pytest.approx(0.02, rel=0.15) and token.mean().abs() < 0.004
 
 
 # --- who shows what -----------------------------------------------------------------------------------------------------
@@ -185,6 +194,12 @@ def test_defaults(preset, window, side, unit, dim):
     settings = CanvasSettings().resolve((side, side), config)
     assert (settings.mask_unit, settings.decoder_dim, settings.decoder_depth) == (unit, dim, 1)
     assert settings.images_per_input == settings.share == 3
+
+
+def test_decoder_channels_by_defaults_are_a_multiple_of_32():
+    """As many as the encoder ends with, at least 32, at most 256, or 512 after 1,024 and more."""
+    dims = {16: 32, 32: 32, 60: 32, 96: 96, 256: 256, 1023: 256, 1024: 512, 1536: 512}
+    assert {dim: default_decoder_dim(replace(CONFIG, embed_dim=dim, depths=(2,), num_heads=(1,))) for dim in dims} == dims
 
 
 @pytest.mark.parametrize(

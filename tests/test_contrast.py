@@ -272,6 +272,11 @@ def test_settings_out_of_range(setting, value, message):
         ContrastSettings(**{setting: value})
 
 
+def test_the_ends_of_a_range_are_in_it():
+    for momentum in (0.0, 1.0):
+        assert ContrastSettings(momentum=momentum).momentum == momentum
+
+
 def test_more_stages_than_there_are():
     with pytest.raises(ValueError, match="contrast_stages is 3 and the encoder has 2 stages"):
         ContrastSettings(contrast_stages=3).resolve(SIZE, CONFIG)
@@ -309,6 +314,23 @@ def test_the_plan_of_a_step(scale, checkpointed):
     assert predicted.parameters + predicted.optimizer == pytest.approx(fixed, rel=1e-4)
     real = live.peak + images.nbytes + views[0].nbytes
     assert predicted.peak - predicted.parameters - predicted.optimizer == pytest.approx(real, rel=0.1)
+
+
+def test_a_plan_counts_what_large_batches_cost():
+    """Similarities: a product of outputs with each image's of all devices, in both directions for the queries alone. Memory:
+    the outputs of all devices and two values of each similarity; and bfloat16 copies of the weights of the heads."""
+    size, outputs = (64, 64), SETTINGS.projection_dim
+    settings = SETTINGS.resolve(size, CONFIG)
+
+    def costs(batch, devices, precision="32-true"):
+        setup = Setup(batch, devices, precision, "ddp", False, device="cpu")
+        return Contrast.head_flops(CONFIG, settings, size, setup), Contrast.head_layers(CONFIG, settings, size, setup)[-1]
+
+    (one, on_one), (four, on_four) = costs(32, 1), costs(32, 4)
+    assert four.forward - one.forward == 2 * outputs * 32 * 3 and four.training - one.training == 2 * 2 * outputs * 32 * 3
+    assert on_four.kept - on_one.kept == 4 * 32 * 3 * (outputs + 2 * 32) and on_four.forward == on_one.forward
+    cast = costs(32, 1, "bf16-mixed")[1]
+    assert cast.kept - on_one.kept == 2 * on_one.parameters
 
 
 def test_a_plan_by_its_settings():

@@ -7,14 +7,19 @@ import shutil
 from contextlib import nullcontext
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
+from image_files import notices
 
 from simmim.cli import main
 from simmim.cli.train import study_settings
+from simmim.finetune import ClassificationSettings
 from simmim.finetune.classification.self_training.prepare import read_unlabeled
+from simmim.finetune.classification.study import STUDY
 from simmim.finetune.classification.task import read_labels
 from simmim.finetune.label_study import study as study_module
+from simmim.finetune.label_study.arms import Arm
 from simmim.finetune.label_study.contrasts import contrasts_of
 from simmim.finetune.label_study.report import plot, report
 from simmim.finetune.label_study.results import Rates, Side, StudyResult, Trial
@@ -58,6 +63,21 @@ def jobs_of(settings, tmp_path):
     seeds = range(settings.seed, settings.seed + settings.seeds)
     result = run_arms(prepared.arms, prepared.labels, seeds, tmp_path, 0, tuning, run=run, left_out=prepared.left_out)
     return jobs, replace(result, notes=prepared.notes)
+
+
+def test_what_no_run_has_is_said_before_the_runs(monkeypatch):
+    """Which are silent: without kornia none has RandAugment, where the images are large enough for it."""
+    runs = Arm("pre-trained", ClassificationSettings(data="x", out="run", init="encoder"))
+
+    def said(side_px, installed):
+        monkeypatch.setattr("simmim.finetune.classification.defaults.has_kornia", lambda: installed)
+        encoder, size = SimpleNamespace(config=SimpleNamespace(in_channels=3)), SimpleNamespace(image_size=(side_px,) * 2)
+        start = SimpleNamespace(settings=runs.settings, preprocessing=size, encoder=encoder)
+        return notices(STUDY.check_start, runs, start, None, "cpu")[1]
+
+    [line] = said(224, installed=False)
+    assert "kornia is not installed" in line and line.endswith("; none of the study's runs has it")
+    assert said(224, installed=True) == said(32, installed=False) == []
 
 
 # --- Which runs ------------------------------------------------------------------------------------------------------

@@ -24,7 +24,13 @@ from simmim.finetune.classification.balance import BalancedSamples, balanced_ord
 from simmim.finetune.classification.defaults import resolve_augmentation, resolve_settings
 from simmim.finetune.classification.metrics import ClassMetrics, class_rows
 from simmim.finetune.classification.module import ClassificationFinetuning
-from simmim.finetune.classification.report import class_table, confusion_picture, write_class_table
+from simmim.finetune.classification.report import (
+    class_table,
+    confusion_picture,
+    titled,
+    write_class_report,
+    write_class_table,
+)
 from simmim.finetune.early_stop import StopEarly
 from simmim.finetune.run import KeepBest
 from simmim.finetune.settings import EncoderSettings, OptimSettings
@@ -310,6 +316,18 @@ def test_the_confusion_picture_shows_shares_of_rows():
     assert tuple(picture[cell + cell // 2, cell + cell // 2]) == (8, 48, 107)
     named = confusion_picture(torch.eye(3).long() * 7, ["one", "two", "a very long name of a class"])
     assert named.size[0] == named.size[1] and 150 < named.size[0] < 400
+
+
+def test_the_confusion_picture_says_that_it_is_of_the_best_validation(tmp_path):
+    """And after which step; the file is the picture that is returned."""
+    counts, names = torch.eye(3).long() * 7, ["one", "two", "three"]
+    picture = np.asarray(write_class_report(tmp_path, counts, names, 1200))
+    expected, other = (
+        np.asarray(titled(confusion_picture(counts, names), f"the best validation, after {step} steps"))
+        for step in ("1,200", "1,300")
+    )
+    assert np.array_equal(picture, expected) and not np.array_equal(picture, other)
+    assert np.array_equal(np.asarray(Image.open(tmp_path / "confusions.png")), picture)
 
 
 def test_a_run_leaves_the_report_of_its_best_model(digits, encoder_folder, tmp_path, capsys):
