@@ -21,9 +21,11 @@ from simmim.data import (
     measure_images,
     open_source,
 )
+from simmim.data.channel_hints import hint_of
 from simmim.data.kept_pictures import KeptPictures
 from simmim.data.tiles import TilePlan, measure_tiles, plan_tiles
 from simmim.defaults import ENOUGH_IMAGES_SEEN, default_scales
+from simmim.messages import notify
 from simmim.pretrain.calibration import (
     DEFAULT_S,
     LONG_S,
@@ -230,7 +232,10 @@ def look(settings: PretrainSettings) -> Found:
         source, held_out = hold_out(source, data.validation, settings.seed)
     plan = tile_plan(data, source.images, reading)
     of_initial = data.range == "auto" and initial is not None
+    files = source.head
     source, images = measure_source(settings, source, plan, reading, measure_for_encoder if of_initial else measure_images)
+    if images.channels == 1 and not (reading.channel_files or data.streaming) and (hint := hint_of(files)):
+        notify(hint.describe("--data.channel_files"))
     keep_decoded = images.decoded_mib <= KEEP_DECODED_MIB and not source.streaming and plan is None
     return Found(source, held_out, plan, keep_decoded, images, initial, device_type())
 

@@ -42,6 +42,7 @@ def render(report: CheckReport) -> str:
         f"formats      {counts_text(report.formats)}",
         f"modes        {counts_text(report.modes)}"
         + (f"; a model sees {counted(report.channels, 'channel')}" if report.channels else ""),
+        *([f"channels     {report.channel_hint.describe('--channel-files')}"] if report.channel_hint else []),
         f"orientation  {tags}",
         *turns_text(report),
         *values_text(report),
@@ -68,6 +69,7 @@ def as_json(report: CheckReport) -> str:
         "workers_needed": {f"{rate:g}": workers for rate, workers in report.workers_needed.items()},
     }
     values["kept"] = None if report.kept is None else report.kept._asdict()
+    values["channel_hint"] = None if report.channel_hint is None else report.channel_hint._asdict()
     if report.suggestion is not None:
         values["suggestion"]["scales"] = [scale._asdict() for scale in report.suggestion.scales]
         values["suggestion"]["command"] = suggested_command(report)

@@ -18,6 +18,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from torch import Tensor
 
+from simmim.data.channel_hints import ChannelHint, hint_of
 from simmim.data.decode import MAX_PIXELS, open_picture
 from simmim.data.duplicates import find_duplicates, list_groups
 from simmim.data.image_statistics import ImageStatistics, measure_images
@@ -93,6 +94,7 @@ class CheckReport:
         empty_share: of the tiles drawn from all images, which are background.
         transform: of the values, in which histograms are.
         kept: what pre-training keeps of the images on disk, by itself; None where that does not pay.
+        channel_hint: the pattern by which gray files look like channels of images; None where their names tell nothing.
     """
 
     path: str
@@ -123,6 +125,7 @@ class CheckReport:
     empty_share: float | None = None
     transform: str = "none"
     kept: KeptEstimate | None = None
+    channel_hint: ChannelHint | None = None
 
     @property
     def sound(self) -> bool:
@@ -189,7 +192,13 @@ def check_images(
         tiles=None if plan is None else len(plan),
         empty_share=empty_share,
         kept=None if plan is not None else estimate_kept(source, measured, view, in_memory_mib),
+        channel_hint=None if not is_gray(measured) or reading.channel_files else hint_of(source),
     )
+
+
+def is_gray(measured: ImageStatistics | None) -> bool:
+    """Whether each image has one channel, as far as a sample tells."""
+    return measured is not None and measured.channels == 1
 
 
 def suggest(tally: Tally, device: str) -> Suggestion | None:

@@ -230,7 +230,7 @@ def _open_loaded(
         return Picture(image, channels)
     # Two or four channels may also be those of an image with alpha, or inks.
     if len(image.getbands()) != channels:
-        raise ValueError(f"has {len(image.getbands())} channels, expected {channels}")
+        raise ValueError(f"has {counted(len(image.getbands()), 'channel')}, expected {channels}")
     return ArrayPicture(np.array(image).transpose(2, 0, 1))
 
 
