@@ -180,6 +180,7 @@ def check_images(
         mib=round(float(sizes.sum()) / 2**20, 3),
         **tally_fields(tally),
         **channel_fields(measured),
+        channel_hint=hint_on(source, measured, reading),
         flags=(*reading_flags(reading), *tile_flags(tiles)),
         problem=problem,
         duplicate_groups=len(groups),
@@ -192,13 +193,12 @@ def check_images(
         tiles=None if plan is None else len(plan),
         empty_share=empty_share,
         kept=None if plan is not None else estimate_kept(source, measured, view, in_memory_mib),
-        channel_hint=None if not is_gray(measured) or reading.channel_files else hint_of(source),
     )
 
 
-def is_gray(measured: ImageStatistics | None) -> bool:
-    """Whether each image has one channel, as far as a sample tells."""
-    return measured is not None and measured.channels == 1
+def hint_on(source: datasets.Dataset, measured: ImageStatistics | None, reading: Reading) -> ChannelHint | None:
+    """The pattern by which files look like channels, where each image has one, as far as a sample tells."""
+    return hint_of(source) if measured and measured.channels == 1 and not reading.channel_files else None
 
 
 def suggest(tally: Tally, device: str) -> Suggestion | None:
