@@ -179,8 +179,7 @@ def check_images(
         images=len(source),
         mib=round(float(sizes.sum()) / 2**20, 3),
         **tally_fields(tally),
-        **channel_fields(measured),
-        channel_hint=hint_on(source, measured, reading),
+        **channel_fields(measured, source, reading),
         flags=(*reading_flags(reading), *tile_flags(tiles)),
         problem=problem,
         duplicate_groups=len(groups),
@@ -194,11 +193,6 @@ def check_images(
         empty_share=empty_share,
         kept=None if plan is not None else estimate_kept(source, measured, view, in_memory_mib),
     )
-
-
-def hint_on(source: datasets.Dataset, measured: ImageStatistics | None, reading: Reading) -> ChannelHint | None:
-    """The pattern by which files look like channels, where each image has one, as far as a sample tells."""
-    return hint_of(source) if measured and measured.channels == 1 and not reading.channel_files else None
 
 
 def suggest(tally: Tally, device: str) -> Suggestion | None:
@@ -259,7 +253,7 @@ def tally_fields(tally: Tally) -> dict[str, Any]:
     }
 
 
-def channel_fields(measured: ImageStatistics | None) -> dict[str, Any]:
+def channel_fields(measured: ImageStatistics | None, source: datasets.Dataset, reading: Reading) -> dict[str, Any]:
     """What a report says of the channels and their values."""
     if measured is None:
         return {"channels": None, "channel_names": (), "ranges": (), "histograms": (), "missing": (), "transform": "none"}
@@ -271,6 +265,7 @@ def channel_fields(measured: ImageStatistics | None) -> dict[str, Any]:
         "histograms": measured.histograms,
         "missing": measured.missing,
         "transform": measured.reading.transform,
+        "channel_hint": hint_of(source) if measured.channels == 1 and not reading.channel_files else None,
     }
 
 
