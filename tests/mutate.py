@@ -49,7 +49,7 @@ TESTS = {
     "finetune/averaging.py": "tests/test_training_parts.py -k average|decay",
     "finetune/augment/affine.py": "tests/test_augment.py",
     "finetune/augment/mixing.py": "tests/test_batch_changes.py",
-    "finetune/classification/folds.py": "tests/test_study.py tests/test_image_kinds.py -k folds|together",
+    "finetune/classification/folds.py": "tests/test_study.py tests/test_image_kinds.py -k folds|together|study_of_pages",
     "finetune/classification/balance.py": "tests/test_training_parts.py -k balance|weights",
     "finetune/dense/windows.py": "tests/test_sliding.py",
     "finetune/detection/ap.py": "tests/test_average_precision.py",

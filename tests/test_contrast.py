@@ -322,15 +322,51 @@ def test_a_plan_counts_what_large_batches_cost():
     size, outputs = (64, 64), SETTINGS.projection_dim
     settings = SETTINGS.resolve(size, CONFIG)
 
-    def costs(batch, devices, precision="32-true"):
+    def costs(batch, devices, precision="32-true", settings=settings):
         setup = Setup(batch, devices, precision, "ddp", False, device="cpu")
         return Contrast.head_flops(CONFIG, settings, size, setup), Contrast.head_layers(CONFIG, settings, size, setup)[-1]
 
     (one, on_one), (four, on_four) = costs(32, 1), costs(32, 4)
     assert four.forward - one.forward == 2 * outputs * 32 * 3 and four.training - one.training == 2 * 2 * outputs * 32 * 3
     assert on_four.kept - on_one.kept == 4 * 32 * 3 * (outputs + 2 * 32) and on_four.forward == on_one.forward
+    hidden, dim = settings.projector_dim, settings.features_dim(CONFIG)
+    wider, _ = costs(32, 1, settings=replace(settings, projector_dim=2 * hidden))
+    project, predict = 2 * hidden * (dim + outputs), 4 * hidden * outputs  # of two layers each, twice the multiply-adds
+    assert wider.forward - one.forward == 2 * project + predict
+    assert wider.training - one.training == project + 3 * (project + predict), "the momentum projector has no backward pass"
+    small = costs(32, 1, settings=replace(settings, view_scale=0.5))[1]
+    assert on_one.kept - small.kept == 32 * 3 * 4 * (64 * 64 - 32 * 32), "float32 of three channels of the other views"
     cast = costs(32, 1, "bf16-mixed")[1]
     assert cast.kept - on_one.kept == 2 * on_one.parameters
+
+
+@pytest.mark.usefixtures("reference_implementation")
+def test_the_plan_of_the_momentum_encoder_has_room_for_it():
+    """What its pass needs, which keeps nothing, and not half more: training keeps what this pass lets go."""
+    size, batch, config = (64, 64), 8, replace(CONFIG, embed_dim=32, drop_path_rate=0.0)
+    settings, views = SETTINGS.resolve(size, config), draw_images(*size, count=batch)
+    encoder = Contrast.build(registry.build(config), settings).train().momentum_encoder
+    benchmark.clear_caches()
+    with LiveBytes([*encoder.parameters(), views]) as live, torch.no_grad():
+        encoder(views)
+    planned = Contrast.head_layers(config, settings, size, Setup(batch, 1, "32-true", "ddp", False, device="cpu"))[-1]
+    assert live.peak <= planned.forward < 1.5 * live.peak
+
+
+def test_the_plan_of_the_heads_has_room_for_them():
+    """Projectors and predictor of many images, forward and backward: what they need, and not a quarter more."""
+    batch, config = 2048, replace(CONFIG, drop_path_rate=0.0)
+    settings = replace(SETTINGS, projector_dim=512, projection_dim=64).resolve(SIZE, config)
+    method, dim = Contrast.build(registry.build(config), settings).train(), settings.features_dim(config)
+    features, others = torch.randn(batch, dim, requires_grad=True), torch.randn(batch, dim)
+    with LiveBytes([*method.parameters(), features, others]) as live:
+        with torch.no_grad():
+            keys = method.momentum_projector(others)
+        queries = method.predictor(method.projector(features))
+        (F.normalize(queries, dim=1) * F.normalize(keys, dim=1)).sum().backward()
+    planned = Contrast.head_layers(config, settings, SIZE, Setup(batch, 1, "32-true", "ddp", False, device="cpu"))[-1].kept
+    planned -= 4 * batch * (3 * 32 * 32 + 64 + 2 * batch)  # views, keys of all devices, similarities
+    assert live.peak <= planned < 1.25 * live.peak
 
 
 def test_a_plan_by_its_settings():
