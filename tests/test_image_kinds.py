@@ -5,6 +5,7 @@ exported folder states, gives the vectors that `simmim embed` wrote.
 """
 
 import csv
+import itertools
 import json
 import re
 from collections.abc import Callable
@@ -371,7 +372,7 @@ def test_pages_of_a_file_are_held_out_together(tmp_path):
 
 def test_a_study_of_pages_says_which_classes_some_parts_lack(tmp_path, encoder_folder):
     """Once, whatever the number of arms and rates; and refuses what leaves no file to choose by, before a trial is run."""
-    for part, per_class in (("train", {"dark": 3, "bright": 2}), ("test", {"dark": 1, "bright": 1})):
+    for part, per_class in (("train", {"dark": 3, "bright": 2, "other": 3}), ("test", {"dark": 1, "bright": 1, "other": 1})):
         for name, count in per_class.items():
             (tmp_path / part / name).mkdir(parents=True)
             for number in range(count):
@@ -380,9 +381,9 @@ def test_a_study_of_pages_says_which_classes_some_parts_lack(tmp_path, encoder_f
     words = [f"--{name}={value}" for name, value in {**size, "init": encoder_folder, "out": tmp_path / "out"}.items()]
     with without_notices():
         opened = study_of("classification").open_labels(study_settings(words))
-        with pytest.raises(ValueError, match=r"pages of 3 files, held out whole, .* by 3 parts; give more files"):
-            (tmp_path / "train/dark/1.tif").unlink()
-            (tmp_path / "train/dark/2.tif").unlink()
+        with pytest.raises(ValueError, match=r"pages of 4 files, held out whole, .* by 3 parts; give more files"):
+            for name, number in itertools.product(("dark", "other"), (1, 2)):
+                (tmp_path / "train" / name / f"{number}.tif").unlink()
             study_of("classification").open_labels(study_settings(words))
         single = study_settings([*words, "--lr_factors=[1]", "--layer_decays=[]"])
         assert study_of("classification").open_labels(single).notes == ()

@@ -158,6 +158,28 @@ def test_commands_for_many_devices():
         assert not done.value.code, words
 
 
+def test_commands_of_the_benchmarks_are_known():
+    """Those that make the figures: every flag is one of its script, and every setting one of its command."""
+    text = (ROOT / "benchmarks/README.md").read_text(encoding="utf-8")
+    blocks = re.findall(r"^```\w+\n(.*?)^```$", text, re.S | re.M)
+    lines = [line.removeprefix("$ ") for block in blocks for line in block.replace("\\\n", " ").splitlines()]
+    lines += re.findall(r"`((?:benchmarks/)?\w+\.py --[^`]*)`", " ".join(text.split()))
+    num_scripts = num_commands = 0
+    for words in (shlex.split(line, comments=True) for line in lines):
+        if any(word.endswith("/simmim") for word in words):
+            with pytest.raises(SystemExit) as done:
+                main([*words[1:], "--print_config"])
+            assert not done.value.code, words
+            num_commands += 1
+        for script in (word for word in words if word.endswith(".py")):
+            source = (ROOT / "benchmarks" / Path(script).name).read_text(encoding="utf-8")
+            passed_on = ("--init", "--out") if "parse_known_args" in source else ()  # to the study that it calls
+            flags = [word.partition("=")[0] for word in words if word.startswith("--")]
+            assert all(f'"{flag}"' in source or flag in passed_on for flag in flags), words
+            num_scripts += 1
+    assert num_scripts >= 15 and num_commands == 3
+
+
 def test_every_block_is_known():
     """A block of another kind would run in no test."""
     assert set(re.findall(r"^```(\S+)$", TEXT, re.M)) == {"console", "sh", "python"}

@@ -62,6 +62,7 @@ def test_folds_are_stratified_and_even():
     assert (parts == assign_folds(labels, 3, seed=4)).all() and (parts != assign_folds(labels, 3, seed=5)).any()
     with pytest.raises(ValueError, match="no class has more than 7 labels, which cannot be divided into 8 parts"):
         assign_folds(labels, 8, seed=0)
+    assert sorted(assign_folds(labels, 7, seed=0)[:7]) == list(range(7))
 
 
 def test_folds_of_pages():
@@ -80,6 +81,8 @@ def test_folds_of_pages():
         assert (assign_folds(labels, 3, seed, np.arange(len(labels))) == assign_folds(labels, 3, seed)).all()
     with pytest.raises(ValueError, match=r"pages of 3 files, held out whole, .* too few to choose rates by 3 parts"):
         assign_folds(np.repeat([0, 1], [4, 3]), 3, 0, np.array([0, 0, 1, 1, 2, 2, 2]))
+    halves = assign_folds(np.repeat([0, 1], [4, 3]), 2, 0, np.array([0, 0, 1, 1, 2, 2, 2]))
+    assert sorted(halves.tolist()) == [-1, -1, -1, 0, 0, 1, 1]
 
 
 def test_folds_of_images_that_are_files_stay_as_they_were():
