@@ -70,7 +70,8 @@ class Reading:
         levels of channels without names."""
         if not self.is_deep:
             return f"channels {', '.join(self.channel_names)}" if self.channel_names else ""
-        names = self.channel_names or [""] * len(self.range)
+        # "1 0 to 4095" could not be read.
+        names = [f"channel {name}:" if name[:1].isdigit() else name for name in self.channel_names] or [""] * len(self.range)
         ranges = ", ".join(f"{name} {low:.6g} to {high:.6g}".strip() for name, (low, high) in zip(names, self.range))
         return f"values {ranges}" + (f", {self.transform}" if self.transform != "none" else "")
 
