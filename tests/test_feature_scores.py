@@ -25,7 +25,7 @@ from simmim.pretrain.model import build_method
 
 
 def test_scores_of_real_digits(digit_vectors):
-    _, train, train_labels, test, test_labels = digit_vectors
+    _, train, train_labels, test, test_labels, _ = digit_vectors
     reported = []
     scores = score_features(digit_vectors._replace(seed=1), k=5, progress=reported.append)
     assert [row.name for row in scores.rows] == list(train) and reported == list(scores.rows)
@@ -63,12 +63,12 @@ def test_the_best_feature_is_not_chosen_by_test_accuracy():
 
 
 def test_no_feature_is_chosen_with_a_single_label_per_class(digit_vectors):
-    _, train, train_labels, test, test_labels = digit_vectors
+    _, train, train_labels, test, test_labels, _ = digit_vectors
     chosen = [int(np.flatnonzero(train_labels == label)[0]) for label in range(10)]
     few = {name: vectors[chosen] for name, vectors in train.items()}
     scores = score_features(Split(0, few, train_labels[chosen], test, test_labels))
     assert scores.best is None and all(row.cross_validated is None for row in scores.rows)
-    last = "None is chosen: a class has a single label, which cross-validation cannot hold out."
+    last = "None is chosen: a class has a single label, or file, which cross-validation cannot hold out."
     assert scores_table(scores).splitlines()[-2:] == ["", last]
 
 
@@ -186,7 +186,7 @@ def test_the_untrained_encoder_chooses_by_training_vectors(digit_vectors):
     for method in ("knn", "probe"):
         untrained = score_untrained(digit_vectors, method, k=5)
         assert (untrained.name, untrained.knn) == (scores.best.name, scores.best.knn)
-    _, train, train_labels, test, test_labels = digit_vectors
+    _, train, train_labels, test, test_labels, _ = digit_vectors
     probe = linear_probe(train[untrained.name], train_labels, test[untrained.name], test_labels)
     assert untrained.accuracy == probe.accuracy
     chosen = [int(np.flatnonzero(train_labels == label)[0]) for label in range(10)]

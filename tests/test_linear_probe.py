@@ -25,7 +25,7 @@ def grid_search(vectors, labels, folds, seed):
 @pytest.mark.parametrize("name, seed", [("stage 0", 0), ("final", 3)])
 def test_same_choice_as_a_grid_search(digit_vectors, name, seed):
     """The same table, choice and predictions. Outliers in the features make a wrong standardization visible."""
-    _, train, train_labels, test, test_labels = digit_vectors
+    _, train, train_labels, test, test_labels, _ = digit_vectors
     vectors, others = np.copy(train[name]), test[name]
     vectors[np.arange(0, 240, 31), np.arange(8)] *= 100
     found = linear_probe(vectors, train_labels, others, test_labels, seed)
@@ -58,7 +58,7 @@ def test_more_values_than_vectors_give_the_same_classifier():
 
 
 def test_scale_and_test_labels_do_not_matter(digit_vectors):
-    _, train, train_labels, test, test_labels = digit_vectors
+    _, train, train_labels, test, test_labels, _ = digit_vectors
     vectors, others = train["final"], test["final"]
     found = linear_probe(vectors, train_labels, others, test_labels)
     scale, offset = np.logspace(-3, 3, 32), np.linspace(-5, 5, 32)
@@ -68,7 +68,7 @@ def test_scale_and_test_labels_do_not_matter(digit_vectors):
 
 
 def test_as_many_folds_as_labels_of_the_smallest_class(digit_vectors):
-    _, train, train_labels, test, test_labels = digit_vectors
+    _, train, train_labels, test, test_labels, _ = digit_vectors
     for smallest, folds in ((1, 0), (2, 2), (4, 4), (5, 5), (9, 5)):
         chosen = np.concatenate(
             [np.flatnonzero(train_labels == label)[: smallest if label == 3 else 10] for label in range(10)]
@@ -84,7 +84,7 @@ def test_as_many_folds_as_labels_of_the_smallest_class(digit_vectors):
 
 def test_some_of_the_classes(digit_vectors):
     """Two classes of ten keep their numbers. A test label that is not among the training labels counts as wrong."""
-    _, train, train_labels, test, test_labels = digit_vectors
+    _, train, train_labels, test, test_labels, _ = digit_vectors
     chosen = np.isin(train_labels, (4, 9))
     found = linear_probe(train["stage 0"][chosen], train_labels[chosen], test["stage 0"], test_labels)
     assert set(found.predictions) == {4, 9}
@@ -102,7 +102,7 @@ def test_equal_strengths_give_the_strongest_penalty():
 
 
 def test_fits_that_do_not_converge(digit_vectors, monkeypatch):
-    _, train, train_labels, test, test_labels = digit_vectors
+    _, train, train_labels, test, test_labels, _ = digit_vectors
     monkeypatch.setattr(probe, "MAX_ITERATIONS", 2)
     with warnings.catch_warnings():
         warnings.simplefilter("error")
@@ -124,3 +124,22 @@ def test_wrong_input(monkeypatch):
         monkeypatch.setitem(sys.modules, name, None)
     with pytest.raises(ValueError, match=r"needs scikit-learn.+: pip install 'simmim-toolkit\[probe\]'"):
         linear_probe(vectors, labels, vectors, labels)
+
+
+def test_pages_of_a_file_are_held_out_together(digit_vectors):
+    """Also of a file whose pages are of two classes; files of one page each are divided as labels are."""
+    labels, files = np.repeat([0, 1], [12, 10]), np.array([0, 0, 0, 1, 1, 1, 2, 2, 2, 3, 3, 3, 3, 4, 4, 4, 5, 5, 6, 6, 6, 7])
+    parts = list(probe.divide(labels, 4, 0, files))
+    assert len(parts) == 4 and sorted(np.concatenate([held_out for _, held_out in parts])) == list(range(22))
+    for fitted, held_out in parts:
+        for label in (0, 1):
+            sides = [set(files[rows[labels[rows] == label]]) for rows in (fitted, held_out)]
+            assert not sides[0] & sides[1] and len(sides[0]) >= 3 and len(sides[1]) >= 1
+    for one, other in zip(probe.divide(labels, 5, 3, np.arange(22)), probe.divide(labels, 5, 3)):
+        assert all(map(np.array_equal, one, other))
+    _, train, train_labels, test, test_labels, _ = digit_vectors
+    vectors = train["stage 0"].repeat(2, 0)
+    arguments = (vectors, train_labels.repeat(2), test["stage 0"], test_labels)
+    together = linear_probe(*arguments, files=np.arange(240).repeat(2))
+    assert together.folds == 5 and together.cross_validated < linear_probe(*arguments).cross_validated - 0.05, "by copies"
+    assert linear_probe(*arguments, files=np.where(train_labels.repeat(2) == 3, 0, np.arange(480))).folds == 0

@@ -9,7 +9,7 @@ from simmim.evaluate import held_out_knn_accuracy, knn_accuracy, knn_predict, ne
 
 @pytest.mark.parametrize("k, temperature", [(1, 0.07), (5, 0.07), (20, 0.07), (20, 0.5), (100, 0.01), (1000, 0.07)])
 def test_same_predictions_as_scikit_learn(digit_vectors, k, temperature):
-    _, train, train_labels, test, test_labels = digit_vectors
+    _, train, train_labels, test, test_labels, _ = digit_vectors
     for name in ("stage 0, 2x2", "final"):
         reference = KNeighborsClassifier(
             min(k, len(train_labels)),
@@ -29,7 +29,7 @@ def test_blocks_of_similarities(digit_vectors, monkeypatch, test_rows, train_row
     """Results do not depend on the number of similarities in memory. The votes are counted in float64; k exceeds a block."""
     monkeypatch.setattr(neighbors, "TEST_ROWS", test_rows)
     monkeypatch.setattr(neighbors, "TRAIN_ROWS", train_rows)
-    _, train, train_labels, test, _ = digit_vectors
+    _, train, train_labels, test, _, _ = digit_vectors
     for k, temperature in ((1, 0.07), (20, 0.07)):
         votes = np.zeros((len(test["stage 1"]), 10))
         for row, vector in enumerate(test["stage 1"].astype(np.float64)):
@@ -103,3 +103,17 @@ def test_held_out_neighbors(digit_vectors, monkeypatch, k, test_rows):
     assert held_out_knn_accuracy(vectors[:3], [0, 1, 0]) is None, "a class with a single label"
     with pytest.raises(ValueError, match="k is 0"):
         held_out_knn_accuracy(vectors, classes, 0)
+
+
+def test_pages_of_its_own_file_are_no_neighbors(digit_vectors):
+    """Each vector without all of its file, compared with one search per vector; pages that are equal tell nothing."""
+    chosen = np.arange(0, 240, 4)
+    vectors, labels = digit_vectors.train["stage 1, 2x2"][chosen].repeat(3, 0), digit_vectors.train_labels[chosen].repeat(3)
+    files, correct = np.arange(60).repeat(3), 0
+    for row in range(180):
+        others = files != files[row]
+        correct += knn_accuracy(vectors[others], labels[others], vectors[row : row + 1], labels[row : row + 1], 4)
+    assert held_out_knn_accuracy(vectors, labels, 4, files=files) == pytest.approx(correct / 180, abs=1e-9)
+    assert held_out_knn_accuracy(vectors, labels, 4) > correct / 180 + 0.1, "by copies of itself"
+    assert held_out_knn_accuracy(vectors, labels, 4, files=np.arange(180)) == held_out_knn_accuracy(vectors, labels, 4)
+    assert held_out_knn_accuracy(vectors[:9], [0, 0, 0, 1, 1, 1, 1, 1, 1], 4, files=files[:9]) is None, "a class of one file"

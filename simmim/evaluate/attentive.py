@@ -73,6 +73,7 @@ def attentive_probe(
     test_labels: Sequence[int] | np.ndarray,
     channels: int,
     seed: int = 0,
+    files: np.ndarray | None = None,
 ) -> ProbeResult:
     """M queries and a linear layer, fitted to standardized tokens by L-BFGS in float32.
 
@@ -83,6 +84,7 @@ def attentive_probe(
         train, test: (T, N · C) and (…, N · C), token by token.
         channels: C.
         seed: of the division into folds.
+        files: as of `linear_probe`.
 
     Raises:
         ValueError: as `linear_probe`.
@@ -91,7 +93,7 @@ def attentive_probe(
     def fits(vectors: np.ndarray, labels: np.ndarray, strengths: Sequence[float]):
         return attentive_fits(vectors, labels, strengths, channels)
 
-    return fit_and_test(train, train_labels, test, test_labels, seed, fits, STRENGTHS, np.float32)
+    return fit_and_test(train, train_labels, test, test_labels, seed, files, fits, STRENGTHS, np.float32)
 
 
 def first_queries(channels: int) -> Tensor:

@@ -13,6 +13,7 @@ import numpy as np
 
 from simmim.checkpoints.checkpoint import Preprocessing
 from simmim.data import LabeledSource
+from simmim.data.held_out import number_files
 from simmim.data.labels import describe_shortage
 from simmim.encoders.base import Encoder
 from simmim.evaluate.embeddings import DEFAULT_PASS, Embeddings, EncoderPass, collect_embeddings, embed_batches
@@ -80,6 +81,7 @@ class Split(NamedTuple):
         seed: of the draw.
         train, test: (T, D) and (N, D) by name of the feature.
         train_labels, test_labels: (T,) and (N,) class indices.
+        train_files: (T,), the file that each training image is a page of; None where each is a file of its own.
     """
 
     seed: int
@@ -87,6 +89,7 @@ class Split(NamedTuple):
     train_labels: Sequence[int] | np.ndarray
     test: Mapping[str, np.ndarray]
     test_labels: Sequence[int] | np.ndarray
+    train_files: np.ndarray | None = None
 
 
 @dataclass(frozen=True)
@@ -155,12 +158,14 @@ class Pools:
                 f"the training images of seed {draw.seed} that can be read are all of one class; of the others the "
                 f"first, {path}: {reason}"
             )
+        files = number_files(self.train.data)
         return Split(
             draw.seed,
             {name: vectors[positions] for name, vectors in train_embedded.vectors.items()},
             train_labels,
             {name: vectors[test_positions] for name, vectors in test_embedded.vectors.items()},
             draw.test.labels[test_readable],
+            None if files is None else files[np.searchsorted(self.train.rows, draw.train.rows[readable])],
         )
 
 

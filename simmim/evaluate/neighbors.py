@@ -12,7 +12,12 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from simmim.evaluate.validation import check_same_dim, validate_labeled_vectors, validate_vectors
+from simmim.evaluate.validation import (
+    check_same_dim,
+    size_of_smallest_class,
+    validate_labeled_vectors,
+    validate_vectors,
+)
 
 # The largest block of similarities in memory: 1,024 × 16,384 float32 are 64 MiB.
 TEST_ROWS, TRAIN_ROWS = 1024, 16384
@@ -90,26 +95,36 @@ def held_out_knn_accuracy(
     k: int = 20,
     temperature: float = 0.07,
     device: str | torch.device = "cpu",
+    files: np.ndarray | None = None,
 ) -> float | None:
     """Share of the vectors that their `k` nearest others classify correctly, in [0, 1].
 
-    It compares features by training vectors alone. None where a class has a single label: it could not be right.
+    It compares features by training vectors alone. None where a class has a single label, or file: it could not be right.
+
+    Args:
+        vectors: (T, D).
+        labels: (T,) class indices.
+        k, temperature, device: as of `knn_predict`.
+        files: (T,), the file that each image is a page of: pages of its own file, which resemble it, are no neighbors. None
+            where each is a file of its own.
 
     Raises:
         ValueError: as `knn_predict`.
     """
     vectors, labels = validate_labeled_vectors(vectors, labels, "train")
     check_knn_settings(k, temperature)
-    if np.unique(labels, return_counts=True)[1].min() < 2:
+    if size_of_smallest_class(labels, files) < 2:
         return None
     correct, label_of, num_classes = 0, torch.from_numpy(labels), int(labels.max()) + 1
+    file_of = torch.arange(len(labels)) if files is None else torch.from_numpy(files)
+    most_pages = int(file_of.unique(return_counts=True)[1].max())
     for first in range(0, len(vectors), TEST_ROWS):
         queries = vectors[first : first + TEST_ROWS]
-        similarity, neighbors = nearest_vectors(queries, vectors, k + 1, device)
-        own = neighbors == torch.arange(first, first + len(queries))[:, None]
-        # Among more than k duplicates a vector may not find itself; then the last neighbor is dropped.
-        own[:, -1] |= ~own.any(dim=1)
-        similarity, neighbors = (values[~own].reshape(len(queries), -1) for values in (similarity, neighbors))
+        similarity, neighbors = nearest_vectors(queries, vectors, k + most_pages, device)
+        own = file_of[neighbors] == file_of[first : first + len(queries), None]
+        # To the end and without a vote; who finds too few of its own, as among duplicates, has more than k others.
+        order = own.sort(dim=1, stable=True).indices[:, :k]
+        similarity, neighbors = (values.gather(1, order) for values in (similarity.masked_fill(own, -torch.inf), neighbors))
         predicted = vote(similarity, label_of[neighbors], temperature, num_classes)
         correct += int((predicted == labels[first : first + len(queries)]).sum())
     return correct / len(vectors)

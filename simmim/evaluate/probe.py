@@ -12,7 +12,7 @@ from typing import NamedTuple
 
 import numpy as np
 
-from simmim.evaluate.validation import check_same_dim, validate_labeled_vectors
+from simmim.evaluate.validation import check_same_dim, size_of_smallest_class, validate_labeled_vectors
 
 # Inverse strengths of the L2 penalty on standardized features. The default is for where cross-validation is not possible: at
 # 1, 2 and 5 labels per class of real digits it was the best or within a point of the best, for three features.
@@ -61,24 +61,27 @@ def linear_probe(
     test: np.ndarray,
     test_labels: Sequence[int] | np.ndarray,
     seed: int = 0,
+    files: np.ndarray | None = None,
 ) -> ProbeResult:
     """Logistic regression on standardized features, its penalty chosen by cross-validation on `train` alone.
 
-    Folds are stratified. There are as many as the smallest class has labels, at most 5. In each fold, features are
+    Folds are stratified. There are as many as the smallest class has labels, or files, at most 5. In each fold, features are
     standardized by the vectors that are fitted. Of strengths with equal accuracy the strongest penalty wins. Where a class
-    has a single label, no fold can be held out and C is `DEFAULT_STRENGTH`. Everything is computed in float64, which takes
-    8 · T · D bytes and some copies: suitable for T up to some ten thousand.
+    has a single label, or file, no fold can be held out and C is `DEFAULT_STRENGTH`. Everything is computed in float64,
+    which takes 8 · T · D bytes and some copies: suitable for T up to some ten thousand.
 
     Args:
         train, test: (T, D) and (N, D).
         train_labels, test_labels: (T,) and (N,) class indices; a test label without training vectors counts as wrong.
         seed: of the division into folds.
+        files: (T,), the file that each training image is a page of, whose pages are held out together: they resemble one
+            another. None where each is a file of its own.
 
     Raises:
         ValueError: for vectors that are no finite matrix, of different D, or that do not match their labels; fewer than
             two classes; scikit-learn not installed.
     """
-    return fit_and_test(train, train_labels, test, test_labels, seed, logistic_fits, STRENGTHS, np.float64)
+    return fit_and_test(train, train_labels, test, test_labels, seed, files, logistic_fits, STRENGTHS, np.float64)
 
 
 Fits = Callable[[np.ndarray, np.ndarray, Sequence[float]], Iterator[tuple[Callable[[np.ndarray], np.ndarray], bool]]]
@@ -90,6 +93,7 @@ def fit_and_test(
     test: np.ndarray,
     test_labels: Sequence[int] | np.ndarray,
     seed: int,
+    files: np.ndarray | None,
     fits: Fits,
     strengths: Sequence[float],
     dtype: type,
@@ -104,21 +108,18 @@ def fit_and_test(
         ValueError: as `linear_probe`.
     """
     check_scikit_learn()
-    from sklearn.model_selection import StratifiedKFold
-
     train, train_labels = validate_labeled_vectors(train, train_labels, "train", dtype)
     test, test_labels = validate_labeled_vectors(test, test_labels, "test", dtype)
     check_same_dim(train, test)
-    classes, counts = np.unique(train_labels, return_counts=True)
-    if len(classes) < 2:
-        raise ValueError(f"all train labels are {classes[0]}: give vectors of at least two classes")
-    folds = min(MAX_FOLDS, int(counts.min()))
+    if (train_labels == train_labels[0]).all():
+        raise ValueError(f"all train labels are {train_labels[0]}: give vectors of at least two classes")
+    folds = min(MAX_FOLDS, size_of_smallest_class(train_labels, files))
     folds = folds if folds > 1 else 0
     c = DEFAULT_STRENGTH
     table: tuple[CrossValidated, ...] = ()
     if folds:
         accuracies = []
-        for fitted, held_out in StratifiedKFold(folds, shuffle=True, random_state=seed).split(train, train_labels):
+        for fitted, held_out in divide(train_labels, folds, seed, files):
             found = fits(train[fitted], train_labels[fitted], strengths)
             accuracies.append([np.mean(predict(train[held_out]) == train_labels[held_out]) for predict, _ in found])
         means, stds = np.mean(accuracies, axis=0), np.std(accuracies, axis=0)
@@ -127,6 +128,27 @@ def fit_and_test(
     ((predict, converged),) = fits(train, train_labels, (c,))
     predictions = predict(test)
     return ProbeResult(float(np.mean(predictions == test_labels)), c, predictions, table, folds, converged)
+
+
+def divide(
+    labels: np.ndarray, folds: int, seed: int, files: np.ndarray | None = None
+) -> Iterator[tuple[np.ndarray, np.ndarray]]:
+    """Rows to fit and rows to hold out, of each of the folds: of each class as many labels in each, or files.
+
+    Args:
+        labels: (T,) class indices.
+        files: (T,) numbers, as of `linear_probe`.
+    """
+    from sklearn.model_selection import StratifiedKFold
+
+    kind = StratifiedKFold(folds, shuffle=True, random_state=seed)
+    if files is None:
+        yield from kind.split(labels, labels)
+        return
+    (classes, _), file_of = np.unique(np.stack([labels, files]), axis=1, return_inverse=True)
+    for _, held_out in kind.split(classes, classes):
+        is_held_out = np.isin(file_of.reshape(-1), held_out)
+        yield np.flatnonzero(~is_held_out), np.flatnonzero(is_held_out)
 
 
 def check_scikit_learn() -> None:

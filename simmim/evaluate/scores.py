@@ -33,7 +33,7 @@ class FeatureScore(NamedTuple):
         probe: of the linear probe on the test vectors; None where only k-NN was asked for.
         c: inverse strength of the probe's penalty; None where there is no probe.
         cross_validated: on the training vectors: of the probe by folds, or where there is no probe of k-NN, each vector held
-            out in turn; None where a class has a single label.
+            out in turn; None where a class has a single label, or pages of a single file.
         converged: as of `ProbeResult`.
     """
 
@@ -112,12 +112,12 @@ def score_features(
         knn = knn_accuracy(pooled[0], train_labels, pooled[1], test_labels, k, temperature, device=device)
         if method == "probe":
             if channels is None:
-                probe = linear_probe(train, train_labels, test, test_labels, split.seed)
+                probe = linear_probe(train, train_labels, test, test_labels, split.seed, split.train_files)
             else:
-                probe = attentive_probe(train, train_labels, test, test_labels, channels, split.seed)
+                probe = attentive_probe(train, train_labels, test, test_labels, channels, split.seed, split.train_files)
             row = FeatureScore(name, train.shape[1], knn, probe.accuracy, probe.c, probe.cross_validated, probe.converged)
         else:
-            held_out = held_out_knn_accuracy(pooled[0], train_labels, k, temperature, device)
+            held_out = held_out_knn_accuracy(pooled[0], train_labels, k, temperature, device, split.train_files)
             row = FeatureScore(name, train.shape[1], knn, None, None, held_out, True)
         rows.append(row)
         if progress:
@@ -238,7 +238,7 @@ def conclusions(
     """
     baseline = draws[0].baseline
     if best is None:
-        lines = ["None is chosen: a class has a single label, which cross-validation cannot hold out."]
+        lines = ["None is chosen: a class has a single label, or file, which cross-validation cannot hold out."]
         # The largest of many test accuracies is too high. Where even that is none above pixels, nothing is.
         largest = max((row.accuracy for row in rows if row.name != baseline), default=0.0)
         pixels = next((row.accuracy for row in rows if row.name == baseline), None)

@@ -44,7 +44,8 @@ def score_untrained(
         name: mean_token(vectors, attentive[name]) if name in attentive else vectors for name, vectors in split.train.items()
     }
     held_out = {
-        name: held_out_knn_accuracy(vectors, split.train_labels, k, temperature, device) for name, vectors in pooled.items()
+        name: held_out_knn_accuracy(vectors, split.train_labels, k, temperature, device, split.train_files)
+        for name, vectors in pooled.items()
     }
     by_accuracy = {name: accuracy for name, accuracy in held_out.items() if accuracy is not None}
     if not by_accuracy:

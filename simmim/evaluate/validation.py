@@ -46,6 +46,18 @@ def validate_labeled_vectors(
     return vectors, labels.astype(np.int64)
 
 
+def size_of_smallest_class(labels: np.ndarray, files: np.ndarray | None = None) -> int:
+    """Labels, or with `files` files, of the class that has the fewest.
+
+    Args:
+        labels: (T,) class indices.
+        files: (T,), the number of the file that each image is a page of.
+    """
+    if files is not None:
+        labels = np.unique(np.stack([labels, files]), axis=1)[0]
+    return int(np.unique(labels, return_counts=True)[1].min())
+
+
 def check_same_dim(train: np.ndarray, test: np.ndarray) -> None:
     """Check that training and test vectors have the same D.
 
