@@ -13,7 +13,7 @@ ROOT = Path(__file__).parents[1]
 PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md")), ROOT / "benchmarks/README.md"]
 RECIPES = sorted((ROOT / "configs").rglob("*.yaml"))
 COMMIT, DATE = r"\b(?=[0-9a-f]*[0-9])[0-9a-f]{7}\b", r"\b20\d\d-\d\d-\d\d\b"
-PROCESSOR = r"\bZen \d|\bprocessor(?:'s model)? was not noted|\bprocessor not noted"
+PROCESSOR = r"\bZen \d|\bXeon \(|\bprocessor(?:'s model)? was not noted|\bprocessor not noted"
 COMMAND = r"```(?:console|sh)$|`[^`]*\b(?:\w+\.py|make \w+|simmim \w+)\b[^`]*`|no script repeats|\[Commands"
 NOT_MEASURED = ("Stopping and resuming",)  # a table of exit codes
 FIGURE = r"\s*\**[+−]?\d[\d.,]*(?: | |%|×|±|\*|,|$)"

@@ -258,7 +258,8 @@ def run_jobs(
         metrics_of[job.name] = metrics
         trial = job.trial(metrics)
         fold = " held out" if trial.fold else ""
-        bar.set_postfix_str(f"{trial.arm}, {counted(trial.labels, 'label')}: {trial.score:.1%}{fold}")
+        labels = f"{trial.labels} labels" if isinstance(trial.labels, str) else counted(trial.labels, "label")
+        bar.set_postfix_str(f"{trial.arm}, {labels}: {trial.score:.1%}{fold}")
         bar.update()
     return {job.name: job.trial(metrics_of[job.name]) for job in jobs}
 
