@@ -226,7 +226,7 @@ def test_processes_divide_whole_canvases(digits):
     [
         (["--data.validation=0"], "data.validation is 0: give a share below 1"),
         (["--data.validation=2.5"], "data.validation is 2.5: give a share below 1"),
-        (["--data.validation=240"], "data.validation is 240 and there are 240 images: nothing is left"),
+        (["--data.validation=240"], "data.validation is 240, of 240 images: nothing is left"),
         (["--data.validation=0.1", "--data.streaming=true"], "leave out data.validation or data.streaming"),
         (["--validate_every_epochs=1"], "validate_every_epochs needs images to validate with"),
     ],
