@@ -76,7 +76,7 @@ def settings(box_folder, encoder_folder, out, **changes):
 def run(box_folder, encoder_folder, tmp_path_factory):
     """One run of the command, on ten images."""
     out = tmp_path_factory.mktemp("detection") / "run"
-    words = f"finetune detection --init {encoder_folder} --data {box_folder} --out {out} --steps 260 --batch-size 5 "
+    words = f"finetune detection --init {encoder_folder} --data {box_folder} --out {out} --steps 300 --batch-size 5 "
     words += (
         "--validations 2 --head.width 64 --head.convolutions 1 --optim.lr 1 --optim.layer-decay 1 --optim.warmup-epochs 5 "
     )
