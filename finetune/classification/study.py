@@ -9,6 +9,7 @@ from typing import Any
 import numpy as np
 
 from simmim.data import LabeledImages, open_labeled_source
+from simmim.data.held_out import number_files
 from simmim.data.labels import describe_shortage
 from simmim.finetune.classification.defaults import NO_RAND_AUGMENT, default_layer_decay, resolve_augmentation
 from simmim.finetune.classification.folds import fewest_files
@@ -42,7 +43,8 @@ def open_labels(settings: StudySettings) -> OpenedLabels:
     def draw(value: int | str, seed: int) -> LabeledImages:
         return source.draw(None if value == ALL else int(value), seed, validation_seed)
 
-    notes = (*shortage_notes(labels, counts), *few_files_notes(settings, labels, draw))
+    has_pages = number_files(images.train) is not None
+    notes = (*shortage_notes(labels, counts), *(few_files_notes(settings, labels, draw) if has_pages else ()))
     opened = OpenedLabels(images.train, images.validation, labels, validation_seed, source.test_validates, notes=notes)
     if data.unlabeled is None:
         return opened

@@ -5,6 +5,7 @@ Shape letters: N images, T of them to train on, D values of a feature vector. La
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, NamedTuple
@@ -104,6 +105,11 @@ class Pool:
     data: datasets.Dataset
     rows: np.ndarray
 
+    @functools.cached_property
+    def files(self) -> np.ndarray | None:
+        """The number of each row's file, (N,); None where each is a file of its own."""
+        return number_files(self.data)
+
     def locate(self, rows: np.ndarray, embedded: Embeddings) -> tuple[np.ndarray, np.ndarray]:
         """Where the vectors of some rows are.
 
@@ -158,7 +164,7 @@ class Pools:
                 f"the training images of seed {draw.seed} that can be read are all of one class; of the others the "
                 f"first, {path}: {reason}"
             )
-        files = number_files(self.train.data)
+        files = self.train.files
         return Split(
             draw.seed,
             {name: vectors[positions] for name, vectors in train_embedded.vectors.items()},
