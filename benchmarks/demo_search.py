@@ -27,6 +27,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
+import yaml
 from tqdm import tqdm
 
 from simmim.cli.demo import recipe_path
@@ -44,7 +45,7 @@ RECIPE = "recipe"
 
 def affine_words(factor: float) -> tuple[str, ...]:
     """The recipe's rotations, zooms, shears and shifts by a factor."""
-    recipe = {"degrees": 15, "zoom": 0.15, "shear": 0.2, "shift": 0.06}
+    recipe = yaml.safe_load(recipe_path("finetune/demo.yaml").read_text(encoding="utf-8"))["data"]["affine"]
     return tuple(word for name, value in recipe.items() for word in (f"--data.affine.{name}", f"{factor * value:g}"))
 
 
