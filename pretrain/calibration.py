@@ -6,19 +6,25 @@ import os
 import re
 import statistics
 import time
+from collections.abc import Callable
 
 import torch
 from pytorch_lightning.utilities import move_data_to_device
 
 from simmim.data import ImageSamples, collate
-from simmim.messages import length_text
+from simmim.messages import counted, length_text
 from simmim.pretrain.module import PretrainingModule
 from simmim.pretrain.settings import PretrainSettings
 from simmim.training.optim import adamw, parameter_groups
+from simmim.training.threads import FIRST_LOOK_S, Usage, cores_of_others, is_crowded, read_usage, threads_of_a_run
 
 UNITS_S = {"d": 86_400, "h": 3600, "m": 60, "s": 1}
 LENGTH = re.compile("".join(rf"(?:(?P<{unit}>\d+(?:\.\d+)?){unit})?" for unit in UNITS_S))
 MEASURED_S, MEASURED_BATCH = 3.0, 32  # on a CPU time grows with the batch, so that some images are enough
+# While other processes keep cores busy: how many measures, and the pause before each, so that a moment of theirs decides
+# nothing. A run shorter than that is measured once.
+NUM_MEASURES, PAUSE_S, WORTH_MEASURES_S = 3, 3.0, 600.0
+LEAST_LOADS, MOST_LOADS, LOADED_S = 2, 4, 1.0  # loads of the images, the first of which fills caches
 WARM_UP_STEPS = {"cuda": 3, "mps": 3, "cpu": 1}
 OTHER_SHARE = 0.05  # of a run's time: measures, pictures, checkpoints
 DEFAULT_S = 3600.0  # of a run on a CPU whose length nobody gives
@@ -70,12 +76,34 @@ def seconds_per_step(module: PretrainingModule, samples: ImageSamples, settings:
     share, images = settings.batch_size // settings.optim.accumulate, settings.model.images_per_input
     count = min(share, max(MEASURED_BATCH // images, 1) * images) if device == "cpu" else share
     keys = [(0, index % len(samples)) for index in range(count)]
-    for _ in range(2):  # the first time fills caches, those of the disk and of decoded images
+    loads: list[float] = []
+    while len(loads) < LEAST_LOADS or (len(loads) < MOST_LOADS and sum(loads) < LOADED_S):
         started = time.perf_counter()
         batch = collate([samples[key] for key in keys])
-        load_s = (time.perf_counter() - started) * settings.batch_size / count
-    step_s = compute_seconds(module, batch, settings.precision, device) * settings.batch_size / count
+        loads.append(time.perf_counter() - started)
+    load_s = min(loads[1:]) * settings.batch_size / count  # the first time fills caches, those of the disk and of images
+    is_long = settings.time is None or parse_length(settings.time) >= WORTH_MEASURES_S
+    most = (NUM_MEASURES if is_long else 1) if device == "cpu" else 0
+    step_s = beside_others(lambda: compute_seconds(module, batch, settings.precision, device), most)
+    step_s *= settings.batch_size / count
     return max(step_s, load_s / settings.workers) if settings.workers else step_s + load_s
+
+
+def beside_others(measure: Callable[[], float], most: int) -> float:
+    """A measure with as many threads as the run will have: two that wait for one another are up to ten times slower than one
+    beside a process that keeps a core busy. In that case the median of several.
+
+    Args:
+        most: measures at the most; 0 for one with the threads as they are, as on a GPU.
+    """
+    if not most:
+        return measure()
+    found, is_crowded = [], False
+    while not found or (is_crowded and len(found) < most):
+        with threads_of_a_run(PAUSE_S if found else FIRST_LOOK_S) as others:
+            found.append(measure())
+        is_crowded = is_crowded or others
+    return statistics.median(found)
 
 
 def compute_seconds(module: PretrainingModule, batch: dict, precision: str, device: str) -> float:
@@ -125,6 +153,26 @@ def chosen_line(settings: PretrainSettings, epochs: float, num_images: int, step
         f"chosen   {epochs:g} epochs: what this CPU does in an hour; --epochs {settings.epochs:g}, as on a GPU, would take "
         f"{whole}, --time 3h three times as many epochs"
     )
+
+
+def busy_lines(before: Usage | None, device: str, is_chosen: bool) -> list[str]:
+    """What other processes took of a CPU while steps were measured, a line or none.
+
+    Args:
+        before: what the cores had done by then.
+        is_chosen: whether the epochs were chosen by the measure.
+    """
+    after = read_usage()
+    others = cores_of_others(before, after) if before and after and device == "cpu" else 0.0
+    if not others or not is_crowded(others):
+        return []
+    then = (
+        "these epochs are what fits beside them. Once they end more would: begin again then, or give --epochs"
+        if is_chosen
+        else "without them the run is faster"
+    )
+    cores = counted(len(os.sched_getaffinity(0)), "core")
+    return [f"note     other processes kept {others:.1f} of {cores} busy while steps were measured: {then}"]
 
 
 def estimate_line(settings: PretrainSettings, num_images: int, step_s: float) -> str:

@@ -30,6 +30,7 @@ from simmim.pretrain.calibration import (
     DEFAULT_S,
     LONG_S,
     WARM_UP_STEPS,
+    busy_lines,
     chosen_line,
     epochs_in,
     estimate_line,
@@ -50,6 +51,7 @@ from simmim.pretrain.validation import default_steps_between
 from simmim.reading import AUTO, Reading
 from simmim.training.run import KEEP_DECODED_MIB
 from simmim.training.run_folder import CONFIG, checkpoints_folder
+from simmim.training.threads import read_usage
 from simmim.training.trainer import default_precision, device_type
 
 if TYPE_CHECKING:
@@ -69,6 +71,7 @@ class Resolved(NamedTuple):
         tiles: those of the images, where they are read by tiles.
         kept: images that are kept shrunk on disk; None where none are.
         statistics: of a sample of the images.
+        planned_s: the time for which the epochs were chosen; None where they were not.
     """
 
     settings: PretrainSettings
@@ -80,6 +83,7 @@ class Resolved(NamedTuple):
     tiles: TilePlan | None = None
     kept: KeptPictures | None = None
     statistics: ImageStatistics | None = None
+    planned_s: float | None = None
 
     @property
     def steps_per_epoch(self) -> float:
@@ -123,13 +127,14 @@ def resolve_length(settings: PretrainSettings) -> tuple[Resolved, list[str]]:
         stored = read_settings(settings.out)
         left_open = {name for name in ("epochs", "preset", "image_size") if getattr(settings, name) is None}
         left_open -= {"image_size"} if settings.image_sizes is not None else set()
-        return resolve_run(replace(settings, **{name: getattr(stored, name) for name in left_open})), []
+        resolved = resolve_run(replace(settings, **{name: getattr(stored, name) for name in left_open}))
+        return resolved._replace(planned_s=seconds), []
     if seconds is not None and settings.epochs is not None:
         raise ValueError(f"both time {settings.time} and epochs {settings.epochs:g} are given: give one of them")
     is_single = num_processes(settings, device) == 1
     if seconds is not None and not is_single:
         raise ValueError(f"time is {settings.time} and there are several devices, which it does not measure: give epochs")
-    found = look(settings)
+    found, usage = look(settings), read_usage()
     settings, scale, step_s = fit_scale(settings, found, seconds, device)
     resolved = fill_in(settings, found)
     num_images, batch_size = resolved.source.num_images, resolved.settings.batch_size
@@ -143,8 +148,9 @@ def resolve_length(settings: PretrainSettings) -> tuple[Resolved, list[str]]:
     if seconds is not None:
         epochs = epochs_in(seconds, step_s, batch_size, num_images)
         chosen = [*scale, chosen_line(resolved.settings, epochs, num_images, step_s)]
-        resolved = fill_in(replace(settings, epochs=epochs), found)
-    return resolved, [*chosen, f"time     {estimate_line(resolved.settings, num_images, step_s)}"]
+        resolved = fill_in(replace(settings, epochs=epochs), found)._replace(planned_s=seconds)
+    busy = busy_lines(usage, device, is_chosen=seconds is not None)
+    return resolved, [*chosen, f"time     {estimate_line(resolved.settings, num_images, step_s)}", *busy]
 
 
 def fit_scale(

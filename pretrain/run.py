@@ -22,6 +22,7 @@ from simmim.pretrain.keeping import prepare
 from simmim.pretrain.labeled_probe import LabeledProbe
 from simmim.pretrain.model import build_method, load_initial_weights
 from simmim.pretrain.module import PretrainingModule
+from simmim.pretrain.pace import PlanWatch
 from simmim.pretrain.preparation import Resolved, resolve_length, tile_plan
 from simmim.pretrain.reconstructions import Reconstructions
 from simmim.pretrain.samples import training_samples
@@ -160,6 +161,8 @@ def stage_callbacks(
         callbacks.append(Reconstructions(samples, folder, resolved.steps_in(settings.reconstruct_every_epochs)))
     if resolved.tiles is not None:
         callbacks.append(EmptyTiles(resolved.tiles.settings.max_background))
+    if resolved.planned_s is not None and settings.image_sizes is None:  # steps on small images are faster than the mean
+        callbacks.append(PlanWatch(resolved.planned_s, settings.epochs, settings.time))
     callbacks.append(ActivationMonitor(folder, resolved.steps_in(settings.activations_every_epochs)))
     return (*callbacks, *(part for part in (probe, validation) if part))
 

@@ -178,6 +178,7 @@ def test_a_plan_by_the_command(capsys):
 def test_a_measured_step_has_both_views(digits, tmp_path, monkeypatch):
     """As those of the run, so that --time counts them."""
     monkeypatch.setattr(calibration, "MEASURED_S", 0.0)
+    monkeypatch.setattr(calibration, "NUM_MEASURES", 1)
     seen, forward = [], Contrast.forward
     monkeypatch.setattr(Contrast, "forward", lambda self, *rest, **more: seen.append(more) or forward(self, *rest, **more))
     model = {"projector_dim": 16, "view_scale": 0.5, "encoder": {"embed_dim": 16, "depths": [1, 1], "num_heads": [1, 2]}}

@@ -16,10 +16,12 @@ from simmim.pretrain import (
     SimMIMSettings,
     calibration,
     load_pretrained,
+    pace,
     preparation,
     pretrain,
 )
 from simmim.pretrain.calibration import epochs_in, estimate_line, length_text, num_processes, parse_length, seconds_per_step
+from simmim.training import threads
 from simmim.training.run_folder import write_run_folder
 
 SMALL = SimMIMSettings(mask_unit=8, encoder={"embed_dim": 16, "depths": [1, 1], "num_heads": [1, 2], "drop_path_rate": 0.3})
@@ -77,7 +79,7 @@ def test_num_processes(monkeypatch):
 
 def test_a_step_is_computing_and_loading(monkeypatch):
     """96 images in three parts of 32 at 50 ms; loading takes 2 ms each, beside the steps where processes do it."""
-    monkeypatch.setattr(calibration, "compute_seconds", lambda module, batch, precision, device: 0.05)
+    monkeypatch.setattr(calibration, "beside_others", lambda measure, most: 0.05)
 
     class Slow:
         def __len__(self):
@@ -92,6 +94,7 @@ def test_a_step_is_computing_and_loading(monkeypatch):
             batch_size=96,
             workers=workers,
             precision="32-true",
+            time=None,
             optim=SimpleNamespace(accumulate=2),
             model=SimpleNamespace(images_per_input=3),
         )
@@ -108,6 +111,7 @@ def test_an_estimate_is_printed_and_changes_nothing(digits, tmp_path, monkeypatc
     assert "time     about" not in capsys.readouterr().out, "short runs are not measured"
     monkeypatch.setattr(calibration, "SHORT_PIXELS", 0.0)
     monkeypatch.setattr(calibration, "MEASURED_S", 0.05)
+    monkeypatch.setattr(calibration, "NUM_MEASURES", 1)
     measured = pretrain(settings(digits, tmp_path / "measured", epochs=0.6))
     assert "time     about" in capsys.readouterr().out
     first, second = (load_pretrained(folder)[0].state_dict() for folder in (plain, measured))
@@ -210,3 +214,154 @@ def test_wrong_input(digits, tmp_path, capsys, words, says):
     assert main(["pretrain", "--data", str(digits.unlabeled), "--out", str(tmp_path / "run"), *words]) == 2
     assert says in capsys.readouterr().err
     assert not (tmp_path / "run").exists()
+
+
+@pytest.fixture
+def two_cores(monkeypatch):
+    """`two_cores(others)`: of two cores other processes keep so many busy, a number for each look; the last one stays."""
+    for name in threads.CHOSEN_BY_USER:
+        monkeypatch.delenv(name, raising=False)
+    monkeypatch.setattr(threads.os, "sched_getaffinity", lambda process: {0, 1})
+    number, slept = [2], []
+    monkeypatch.setattr(threads.torch, "get_num_threads", lambda: number[0])
+    monkeypatch.setattr(threads.torch, "set_num_threads", lambda count: number.__setitem__(0, count))
+    monkeypatch.setattr(threads.time, "sleep", slept.append)
+
+    def of(others):
+        left = list(others)
+        for module in (threads, calibration, preparation):
+            monkeypatch.setattr(module, "read_usage", lambda: threads.Usage(0, 0, 0))
+
+        def look(*_):
+            return left.pop(0) if len(left) > 1 else left[0]
+
+        for module in (threads, calibration):
+            monkeypatch.setattr(module, "cores_of_others", look)
+        return number, slept
+
+    return of
+
+
+@pytest.mark.parametrize(
+    "others, most, times, expected, threads_then",
+    [
+        ([0.2], 3, [0.1], 0.1, [2]),
+        ([1.0], 3, [0.3, 0.2, 0.9], 0.3, [1, 1, 1]),
+        ([1.0, 0.0], 3, [5.0, 0.1, 0.1], 0.1, [1, 2, 2]),
+        ([1.0], 1, [0.3], 0.3, [1]),
+        ([1.0], 0, [0.3], 0.3, [2]),
+    ],
+)
+def test_steps_are_measured_with_the_threads_of_the_run(two_cores, others, most, times, expected, threads_then):
+    """Beside a process that keeps a core busy two threads would be measured as ten times slower than the run is; and a
+    moment in which others are busy does not decide."""
+    number, slept = two_cores(others)
+    left, seen = list(times), []
+
+    def measure():
+        seen.append(number[0])
+        return left.pop(0)
+
+    assert calibration.beside_others(measure, most) == expected
+    assert (seen, left, number) == (threads_then, [], [2])
+    assert slept == [threads.FIRST_LOOK_S, *[calibration.PAUSE_S] * (len(times) - 1)][: len(times) * (most > 0)]
+
+
+def test_threads_that_the_user_chose_are_measured(two_cores, monkeypatch):
+    number, _ = two_cores([1.0])
+    monkeypatch.setenv("OMP_NUM_THREADS", "2")
+    assert calibration.beside_others(lambda: number[0], 1) == 2
+
+
+@pytest.mark.parametrize("text, measures", [("20s", 1), ("1h", 3), (None, 3)])
+def test_a_short_run_is_measured_once(two_cores, monkeypatch, text, measures):
+    two_cores([1.0])
+    calls = []
+    monkeypatch.setattr(calibration, "compute_seconds", lambda *_: calls.append(1) or 0.1)
+    given = SimpleNamespace(
+        batch_size=2,
+        workers=1,
+        precision="32-true",
+        time=text,
+        optim=SimpleNamespace(accumulate=1),
+        model=SimpleNamespace(images_per_input=1),
+    )
+    seconds_per_step(None, Images(), given, "cpu")
+    assert len(calls) == measures
+
+
+class Images:
+    """One image, as often as asked for."""
+
+    def __len__(self):
+        return 1
+
+    def __getitem__(self, key):
+        return {"image": torch.zeros(1, 2, 2, dtype=torch.uint8), "seed": 0, "skipped": []}
+
+
+@pytest.mark.parametrize("busy", [False, True])
+def test_a_busy_machine_is_said(two_cores, digits, tmp_path, monkeypatch, busy):
+    two_cores([1.3 if busy else 0.1])
+    monkeypatch.setattr(calibration, "SHORT_PIXELS", 0.0)
+    monkeypatch.setattr(preparation, "measure_step", lambda resolved, device: 0.1)
+    says = "note     other processes kept 1.3 of 2 cores busy while steps were measured: "
+    for length, then in (
+        ({"time": "2s"}, "these epochs are what fits beside them"),
+        ({"epochs": 3.0}, "without them the run is"),
+    ):
+        _, lines = preparation.resolve_length(settings(digits, tmp_path / "run", **length))
+        said = [line for line in lines if line.startswith("note")]
+        assert len(said) == busy and all(line.startswith(says + then) for line in said)
+
+
+def watched(monkeypatch, planned_s, step_s, steps=1000, first=0):
+    """What `PlanWatch` says of a run whose steps take so long, and after which of them."""
+    now, said = [100.0], []
+    monkeypatch.setattr(pace, "time", SimpleNamespace(monotonic=lambda: now[0]))
+    monkeypatch.setattr(pace.tqdm, "write", lambda line: said.append((trainer.global_step, line)))
+    trainer = SimpleNamespace(global_step=first, max_steps=steps)
+    watch = pace.PlanWatch(planned_s, 12.0, "1h")
+    watch.on_train_start(trainer, None)
+    for step in range(first + 1, steps + 1):
+        trainer.global_step = step
+        now[0] += step_s(step)
+        watch.on_train_batch_end(trainer, None)
+    return said
+
+
+def test_a_run_that_is_much_faster_or_slower_than_planned_says_so_once(monkeypatch):
+    assert watched(monkeypatch, 3600, lambda step: 0.36) == [
+        (
+            32,
+            "the run is 10.0 times as fast as planned: it takes 6 min, not 1 h 0 min. 120 epochs would fit at this pace: "
+            "begin again with --overwrite --epochs 120 in place of --time 1h, or leave it as it is",
+        )
+    ]
+    assert (
+        "2.0 times as slow as planned: it takes 2 h 0 min, not 1 h 0 min. 6 epochs would fit"
+        in (watched(monkeypatch, 3600, lambda step: 7.2)[0][1])
+    )
+    assert not watched(monkeypatch, 3600, lambda step: 3.6 * 1.4) and not watched(monkeypatch, 3600, lambda step: 3.6 / 1.4)
+    assert not watched(monkeypatch, 3600, lambda step: 3.6 if step > 1 else 900), "the first steps compile"
+
+
+def test_when_a_pace_is_said(monkeypatch):
+    """After ten seconds at the earliest, in the first half, of a resumed run from where it goes on."""
+    assert watched(monkeypatch, 3600, lambda step: 0.036)[0][0] == 280
+    (said,) = watched(monkeypatch, 3600, lambda step: 3.6 if step < 200 else 0.36)
+    assert 300 < said[0] < 400, "others have ended"
+    assert not watched(monkeypatch, 3600, lambda step: 3.6 if step < 450 else 0.36)
+    assert watched(monkeypatch, 3600, lambda step: 0.36, first=300)[0][0] == 332
+
+
+def test_a_run_watches_its_plan(digits, tmp_path, monkeypatch, capsys):
+    """That was chosen by a measure, resumed or not; and no other run."""
+    monkeypatch.setattr(preparation, "measure_step", lambda resolved, device: 300.0)
+    monkeypatch.setattr(pace, "LEAST_S", 0.0)
+    pretrain(settings(digits, tmp_path / "run", time="1h"))
+    said = capsys.readouterr().out
+    assert said.count("times as fast as planned") == 1 and "in place of --time 1h" in said
+    with_epochs, _ = preparation.resolve_length(settings(digits, tmp_path / "epochs", epochs=3.0))
+    resumed, _ = preparation.resolve_length(settings(digits, tmp_path / "run", time="1h", resume=True))
+    assert (with_epochs.planned_s, resumed.planned_s) == (None, 3600.0)

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import contextlib
 import math
 import multiprocessing
 import os
 import time
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -68,6 +70,37 @@ def num_useful_threads(most: int, cores: int, others: float) -> int:
     return max(1, min(most, math.floor(cores - others + ROUNDING)))
 
 
+def are_threads_chosen() -> bool:
+    """Whether the user has set the number of threads."""
+    return any(os.environ.get(name) for name in CHOSEN_BY_USER)
+
+
+def is_crowded(others: float) -> bool:
+    """Whether other processes, which keep that many cores busy, leave this one fewer cores than it has threads."""
+    return torch.get_num_threads() + others - len(os.sched_getaffinity(0)) > ROUNDING
+
+
+@contextlib.contextmanager
+def threads_of_a_run(look_s: float = FIRST_LOOK_S) -> Iterator[bool]:
+    """Inside the block torch has as many threads as a run on a CPU would begin with (`LeaveBusyCores`). It yields whether
+    other processes take cores that this one could use.
+
+    Args:
+        look_s: for which others are observed before the block.
+    """
+    most, before = torch.get_num_threads(), read_usage()
+    time.sleep(look_s if before else 0.0)
+    after = read_usage()
+    others = cores_of_others(before, after) if before and after else 0.0
+    try:
+        crowded = after is not None and is_crowded(others)
+        if crowded and not are_threads_chosen():
+            torch.set_num_threads(num_useful_threads(most, len(os.sched_getaffinity(0)), others))
+        yield crowded
+    finally:
+        torch.set_num_threads(most)
+
+
 class LeaveBusyCores(pl.Callback):
     """Gives up threads of torch and the kernels for cores that other processes keep busy, and takes them back later.
 
@@ -88,9 +121,13 @@ class LeaveBusyCores(pl.Callback):
 
     def on_fit_start(self, trainer: pl.Trainer, module: pl.LightningModule) -> None:
         """Begin to observe, where there is something to decide."""
-        is_chosen = any(os.environ.get(name) for name in CHOSEN_BY_USER)
         self.most = torch.get_num_threads()
-        if self.most > 1 and not is_chosen and trainer.world_size == 1 and trainer.strategy.root_device.type == "cpu":
+        if (
+            self.most > 1
+            and not are_threads_chosen()
+            and trainer.world_size == 1
+            and trainer.strategy.root_device.type == "cpu"
+        ):
             self.last = read_usage()
 
     def on_train_batch_start(self, trainer: pl.Trainer, module: pl.LightningModule, batch, batch_index: int) -> None:
