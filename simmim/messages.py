@@ -63,3 +63,9 @@ def length_text(seconds: float) -> str:
     if hours >= 48:
         return f"{hours / 24:.1f} days"
     return f"{hours} h {minutes} min" if hours else f"{minutes} min"
+
+
+def gflops_text(flops: float) -> str:
+    """FLOPs in GFLOPs, three significant digits: 0.0136, 7.08, 21.2, 1,230."""
+    digits, exponent = f"{flops / 1e9:.2e}".split("e")
+    return f"{float(f'{digits}e{exponent}'):,.{max(0, 2 - int(exponent))}f}"

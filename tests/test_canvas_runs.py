@@ -167,7 +167,7 @@ def test_wrong_input(words, message, digits, tmp_path, capsys):
 
 def test_a_plan_by_the_command(capsys):
     simmim("plan", "--preset", "tiny", "--image", "192", "--method", "canvas", "--model.share", "4")
-    assert "1.9 GFLOPs per image forward" in capsys.readouterr().out
+    assert "1.86 GFLOPs per image forward" in capsys.readouterr().out
     assert main(["plan", "--preset", "tiny", "--image", "192", "--method", "canvas", "--model.mask_ratio", "0.6"]) == 2
     assert "model.share decides" in capsys.readouterr().err
     assert main(["plan", "--preset", "tiny", "--image", "192", "--model.share", "3"]) == 2

@@ -22,6 +22,8 @@ from simmim.encoders.cost import Flops, LayerCost, Setup
 from simmim.encoders.swin import Swin, SwinConfig
 from simmim.encoders.swinv2 import PRESETS, SwinV2, SwinV2Config
 from simmim.encoders.vit import ViT, ViTConfig
+from simmim.evaluate import EncoderFacts
+from simmim.messages import gflops_text
 from simmim.methods.base import Method
 from simmim.methods.registry import METHODS
 from simmim.methods.simmim import SimMIM
@@ -119,6 +121,25 @@ def test_recipes_state_their_flops(name):
     )
     planned = plan_for(preset, int(size), encoder={"window_size": int(window)}).training_flops / 1e9
     assert stated == f"{planned:.{len(stated.partition('.')[2])}f}"
+
+
+def test_flops_are_told_to_three_digits():
+    """Also those of the smallest networks; rounding up to the next power of ten takes no digit more."""
+    shown = {
+        45_123_456: "0.0451",
+        999_600_000: "1.00",
+        7.081e9: "7.08",
+        8.1e9: "8.10",
+        21.25e9: "21.2",
+        106.4e9: "106",
+        2_226.3e9: "2,230",
+    }
+    assert {flops: gflops_text(flops) for flops in shown} == shown
+    forward, training = re.search(
+        r"^(\S+) GFLOPs per image forward, (\S+) in training", render(plan_for("pico", 64)), re.M
+    ).groups()
+    assert re.fullmatch(r"0\.0[1-9]\d\d", forward) and re.fullmatch(r"0\.[1-9]\d\d", training)
+    assert "0.0451 GFLOPs an image of 64×64 px" in EncoderFacts("pico", None, 45_123_456, (64, 64)).sentence()
 
 
 # --- memory --------------------------------------------------------------------------------------------------------

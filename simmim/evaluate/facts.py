@@ -12,7 +12,7 @@ from simmim.checkpoints.checkpoint import Checkpoint, Preprocessing
 from simmim.encoders import registry
 from simmim.encoders.base import EncoderConfig, Size
 from simmim.encoders.cost import Setup
-from simmim.messages import counted
+from simmim.messages import counted, gflops_text
 
 UNKNOWN = "–"
 
@@ -40,13 +40,13 @@ class EncoderFacts:
         return [
             self.network,
             UNKNOWN if self.parameters is None else f"{self.parameters / 1e6:,.1f}",
-            UNKNOWN if self.flops is None else f"{self.flops / 1e9:,.2f}",
+            UNKNOWN if self.flops is None else gflops_text(self.flops),
             UNKNOWN if self.image_size is None else "×".join(map(str, self.image_size)),
             self.trained_on or "not recorded",
         ]
 
     def sentence(self) -> str:
-        """In words: "SwinV2 micro, 1.3 M parameters, 0.21 GFLOPs an image of 96×96 px, trained on photos"."""
+        """In words: "SwinV2 micro, 1.3 M parameters, 0.210 GFLOPs an image of 96×96 px, trained on photos"."""
         network, parameters, flops, size, trained_on = self.cells()
         parts = [network]
         if self.parameters is not None:

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 
 from simmim.encoders.cost import Setup
 from simmim.growing_sizes import size_text
-from simmim.messages import counted, length_text
+from simmim.messages import counted, gflops_text, length_text
 from simmim.planning.growing import GrowingPlan
 from simmim.planning.plan import GIB, USABLE_SHARE, Plan
 from simmim.planning.step import Memory
@@ -73,7 +73,7 @@ def render_growing(growing: GrowingPlan, rates: Rates = NO_RATES) -> str:
     sizes = ", ".join(size_text(stage.plan.image_size) for stage in growing.stages)
     first_line, parameters, _ = heading(last, f"images of {sizes} px in one run")
     mean = (
-        f"{growing.training_flops / 1e9:,.1f} GFLOPs per image in training as requested, the mean of the run: "
+        f"{gflops_text(growing.training_flops)} GFLOPs per image in training as requested, the mean of the run: "
         f"{growing.relative_flops:.2f} of those of {size_text(last.image_size)} px throughout"
     )
     time = [time_line(growing.training_flops, last.requested.devices, rates)] if rates.tflops else []
@@ -95,7 +95,7 @@ def stage_table(growing: GrowingPlan, rates: Rates) -> list[str]:
         follows += [f"mask unit {unit} px"] if unit else []
         flops = stage.share * one.training_flops
         time = [time_text(flops, one.requested.devices, rates)] if rates.tflops else []
-        numbers = (f"{stage.share:.0%}", f"{one.forward_flops / 1e9:,.1f}", f"{one.training_flops / 1e9:,.1f}")
+        numbers = (f"{stage.share:.0%}", gflops_text(one.forward_flops), gflops_text(one.training_flops))
         of_all = f"{flops / growing.training_flops:.0%}"
         size = f"{size_text(one.image_size)} px"
         cells.append((size, *numbers, of_all, f"{memory.peak / GIB:,.2f}", *time, ", ".join(follows)))
@@ -144,8 +144,8 @@ def heading(plan: Plan, images: str = "") -> list[str]:
         f"{plan.title}, {images or f'{plan.image_size[0]} × {plan.image_size[1]} px'}, {plan.config.describe()}, "
         f"{plan.requested.precision}, {devices}",
         f"{plan.encoder_parameters / 1e6:,.1f} M parameters in the encoder, {plan.head_parameters / 1e6:,.2f} M in the head",
-        f"{plan.forward_flops / 1e9:,.1f} GFLOPs per image forward, "
-        f"{plan.training_flops / 1e9:,.1f} in training as requested",
+        f"{gflops_text(plan.forward_flops)} GFLOPs per image forward, "
+        f"{gflops_text(plan.training_flops)} in training as requested",
     ]
 
 
