@@ -20,10 +20,10 @@ class BoxSettings(ScaledScenesSettings):
 
     Args:
         path: images with boxes: COCO JSON (a file, or a folder with annotations/train.json or
-            train/_annotations.coco.json; its masks are learned, too), YOLO text (images/ and labels/), Pascal VOC XML
-            (JPEGImages/ or images/, and Annotations/), a CSV file, or Parquet files, a saved datasets folder, a hub id with
-            columns image and objects. Or images/ and instances/ with instance maps, PNG or TIFF files whose pixel values
-            number the objects, in a folder for each class or in none.
+            train/_annotations.coco.json), YOLO text (images/ and labels/), Pascal VOC XML (JPEGImages/ or images/, and
+            Annotations/), a CSV file, or Parquet files, a saved datasets folder, a hub id with columns image and objects.
+            Or images/ and instances/ with instance maps, PNG or TIFF files whose pixel values number the objects, in a
+            folder for each class or in none. The masks of COCO, YOLO's polygons and instance maps are learned, too.
         format: coco, yolo, voc, csv, columns or instances; detected by default.
         box_format: what the four numbers of a box are: xyxy, xywh or cxcywh in pixels, voc (pixels from 1, the last one
             inside), or xyxy-shares, xywh-shares, cxcywh-shares. By default what the format fixes; columns need it.

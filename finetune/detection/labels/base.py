@@ -63,6 +63,7 @@ BOX_FORMATS: Mapping[str, Callable[[Box, Size], Box]] = {
     "xywh-shares": shares(corner_and_size),
     "cxcywh-shares": shares(center_and_size),
 }
+MAX_NUMBER = 1e9  # of a box; beyond is infinite, or a mistake
 MAX_SHARE = 1.5  # a share beyond is a number of pixels; edges a little outside are clipped
 
 
@@ -145,11 +146,13 @@ class RawLabels:
         parts: scenes by the keys of `Parts.used`.
         classes: names in order, as the format states them; None where names occur with the objects only.
         notes: what was inferred, a sentence each.
+        notes_on_masks: the same, told where masks are learned.
     """
 
     parts: Mapping[str, Sequence[RawScene]]
     classes: tuple[str, ...] | None = None
     notes: tuple[str, ...] = ()
+    notes_on_masks: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -208,6 +211,6 @@ def four_numbers(words: Sequence[object], place: str) -> Box:
         first, second, third, fourth = (float(word) for word in words)  # type: ignore[arg-type]
     except (TypeError, ValueError):
         raise ValueError(f"{place}: box {' '.join(map(str, words))!r}, expected four numbers") from None
-    if not all(abs(value) < 1e9 for value in (first, second, third, fourth)):  # so that NaN fails, too
+    if not all(abs(value) < MAX_NUMBER for value in (first, second, third, fourth)):  # so that NaN fails, too
         raise ValueError(f"{place}: box {' '.join(map(str, words))!r}, expected four finite numbers")
     return first, second, third, fourth

@@ -1,19 +1,42 @@
-"""Masks as labels state them: COCO's polygons and run lengths, to packed masks of upright images."""
+"""Masks as labels state them: COCO's polygons and run lengths, YOLO's polygons, to packed masks of upright images."""
 
 from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 
-from simmim.data.orientation import Size, turn_array_upright
+from simmim.data.orientation import Box, Size, turn_array_upright
 from simmim.finetune.detection.labels.base import RawScene
 from simmim.finetune.detection.masks import PackedMask, draw, from_counts, pack
 from simmim.messages import counted
 
 MIN_POINTS = 3  # of a polygon
+
+
+@dataclass(frozen=True, eq=False)
+class PolygonInShares:
+    """A polygon whose image's size is not known yet, as YOLO's text states it.
+
+    Attributes:
+        points: (N, 2) float64, x and y of each point in shares of width and height.
+    """
+
+    points: np.ndarray
+
+    @property
+    def box(self) -> Box:
+        """Center, width and height of the box around it, in shares."""
+        (left, top), (right, bottom) = self.points.min(axis=0).tolist(), self.points.max(axis=0).tolist()
+        return (left + right) / 2, (top + bottom) / 2, right - left, bottom - top
+
+    def in_pixels(self, size: Size) -> list[float]:
+        """As one of COCO's polygons, (x, y, x, y, …) in an image of `size`."""
+        height, width = size
+        return (self.points * (width, height)).ravel().tolist()
 
 
 def states_mask(segmentation: Any) -> bool:
@@ -26,7 +49,7 @@ def read_mask(segmentation: Any, size: Size, place: str) -> PackedMask:
 
     Args:
         segmentation: a list of polygons, (x, y, x, y, …) each, whose union it is; run lengths, a dict with size and counts,
-            a list or compressed to text; or a packed mask.
+            a list or compressed to text; a polygon in shares; or a packed mask.
         size: of the picture that they refer to.
         place: file and annotation, for error messages.
 
@@ -36,6 +59,8 @@ def read_mask(segmentation: Any, size: Size, place: str) -> PackedMask:
     """
     if isinstance(segmentation, PackedMask):
         return segmentation
+    if isinstance(segmentation, PolygonInShares):
+        segmentation = [segmentation.in_pixels(size)]
     if isinstance(segmentation, dict):
         return from_counts(run_lengths(segmentation, size, place), size)
     return from_polygons(segmentation, size, place)

@@ -143,6 +143,7 @@ def read_boxed_scenes(
     rows, held_out = source.choose(labels, seed, draw)
     train = [everything[row] for row in rows]
     validation = judging if held_out is None else [everything[row] for row in held_out]
+    notes = (*raw.notes, *notes_on_masks(raw, has_masks), *notes_on_counts(train, validation, classes))
     return BoxedScenes(
         records_of(train),
         records_of(validation),
@@ -150,7 +151,7 @@ def read_boxed_scenes(
         tuple(scene.objects for scene in validation),
         tuple(scene.size for scene in validation),
         classes,
-        (f"labels are {reader.title}", *raw.notes, *notes_on_masks(has_masks), *notes_on_counts(train, validation, classes)),
+        (f"labels are {reader.title}", *notes),
         use == "test",
         source,
         has_masks,
@@ -214,9 +215,11 @@ def total_counts(scenes: Sequence[Inspected]) -> Counter[int]:
     return total
 
 
-def notes_on_masks(has_masks: bool) -> list[str]:
-    """A sentence where masks are learned beside boxes."""
-    return ["masks of all objects are learned beside their boxes (head.masks false: boxes alone)"] * has_masks
+def notes_on_masks(raw: RawLabels, has_masks: bool) -> list[str]:
+    """Sentences where masks are learned beside boxes."""
+    if not has_masks:
+        return []
+    return ["masks of all objects are learned beside their boxes (head.masks false: boxes alone)", *raw.notes_on_masks]
 
 
 def notes_on_counts(train: Sequence[Inspected], validation: Sequence[Inspected], classes: Sequence[str]) -> list[str]:

@@ -1,15 +1,22 @@
-"""YOLO's text files: a line an object, a class number and center, width and height in shares; one file an image."""
+"""YOLO's text files: one file an image, a line an object, a class number and center, width and height in shares.
+
+Or the points of a polygon in place of these, which is the object's mask. An object of several parts is one polygon, whose
+parts tools join by bridges without width; they have no pixels.
+"""
 
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any, NamedTuple
 
+import numpy as np
 import yaml
 
 from simmim.data.decode import STRETCHED
 from simmim.data.index import is_image_name
 from simmim.data.label_map_sources import CLASSES_FILE
 from simmim.finetune.detection.labels.base import (
+    MAX_NUMBER,
     BoxReader,
     RawLabels,
     RawObject,
@@ -27,13 +34,15 @@ from simmim.finetune.detection.labels.layout import (
     image_files,
     read_text,
 )
+from simmim.finetune.detection.labels.masks import MIN_POINTS, PolygonInShares
 from simmim.messages import counted, notify
 from simmim.reading import Reading
 
 FOLDERS = ("labels", "annotations")
 NAMES_FILES = ("data.yaml", "dataset.yaml", "data.yml", "dataset.yml")
 LISTS = (CLASSES_FILE, "obj.names", "classes.names", "labels.txt")  # of names, one per line
-BOX_WORDS = 5  # class and box; more are the corners of a polygon
+BOX_WORDS = 5  # class and box; more are the points of a polygon
+ORIENTED_CORNERS = 4  # of an oriented box, which the format tells from no other polygon
 
 
 class YoloReader(BoxReader):
@@ -47,14 +56,29 @@ class YoloReader(BoxReader):
 
     def read(self, path: str, options: ReadingOptions) -> RawLabels:
         folder = Path(path).expanduser()
-        stated = read_names(folder)
-        names = stated or dict(enumerate(options.classes))
-        parts = {use: read_pair(pair, names, options.reading) for use, pair in find_text_pairs(folder).items()}
+        description = find_description(folder)
+        names = read_names(folder, description) or dict(enumerate(options.classes))
+        keypoints_by = description.file.name if description and description.content.get("kpt_shape") else ""
+        pairs = find_text_pairs(folder)
+        parts = {use: read_pair(pair, names, options.reading, keypoints_by) for use, pair in pairs.items()}
+        objects = [found for scenes in parts.values() for scene in scenes for found in scene.objects]
+        on_masks = notes_on_polygons(objects)
         if names:
-            return RawLabels(parts, tuple(names.values()))
-        numbers = sorted({int(found.category) for scenes in parts.values() for scene in scenes for found in scene.objects})
+            return RawLabels(parts, tuple(names.values()), notes_on_masks=on_masks)
+        numbers = sorted({int(found.category) for found in objects})
         note = "classes are the numbers that the label files hold: name them in classes.txt, or by data.classes"
-        return RawLabels(parts, tuple(map(str, numbers)), (note,))
+        return RawLabels(parts, tuple(map(str, numbers)), (note,), on_masks)
+
+
+def notes_on_polygons(objects: list[RawObject]) -> tuple[str, ...]:
+    """A sentence where polygons may be oriented boxes."""
+    polygons = [found.segmentation for found in objects if found.segmentation is not None]
+    if not polygons or any(len(polygon.points) != ORIENTED_CORNERS for polygon in polygons):
+        return ()
+    return (
+        "every polygon has four corners, as oriented boxes have: each is learned as a mask, and its angle is not "
+        "(head.masks false: the upright boxes around them)",
+    )
 
 
 def find_text_pairs(folder: Path) -> dict[str, Pair]:
@@ -71,24 +95,45 @@ def holds_labels(pair: Pair) -> bool:
     return any(file.stem in stems for file in files_in(pair.annotations, ".txt"))
 
 
-def read_names(folder: Path) -> dict[int, str]:
-    """Names by number, from data.yaml or from a list; empty if there is neither.
+class Description(NamedTuple):
+    """data.yaml: the file, and what it holds."""
+
+    file: Path
+    content: dict[str, Any]
+
+
+def find_description(folder: Path) -> Description | None:
+    """data.yaml of a folder; None if there is none.
 
     Raises:
-        ValueError: if the file holds no names.
+        ValueError: for a file that holds no YAML.
     """
     for name in NAMES_FILES:
         file = folder / name
         if file.is_file():
             try:
-                names = (yaml.safe_load(read_text(file)) or {}).get("names")
-            except (yaml.YAMLError, AttributeError) as error:
-                raise ValueError(f"{file} is no YAML file with names: give names: [first, second, …]") from error
-            if isinstance(names, list):
-                names = dict(enumerate(names))
-            if not isinstance(names, dict) or not names:
-                raise ValueError(f"{file} has no names: give names: [first, second, …]")
-            return {int(number): str(text) for number, text in sorted(names.items())}
+                content = yaml.safe_load(read_text(file)) or {}
+            except yaml.YAMLError:
+                content = None
+            if not isinstance(content, dict):
+                raise ValueError(f"{file} is no YAML file with names: give names: [first, second, …]")
+            return Description(file, content)
+    return None
+
+
+def read_names(folder: Path, description: Description | None) -> dict[int, str]:
+    """Names by number, from data.yaml or from a list; empty if there is neither.
+
+    Raises:
+        ValueError: if the file holds no names.
+    """
+    if description is not None:
+        names = description.content.get("names")
+        if isinstance(names, list):
+            names = dict(enumerate(names))
+        if not isinstance(names, dict) or not names:
+            raise ValueError(f"{description.file} has no names: give names: [first, second, …]")
+        return {int(number): str(text) for number, text in sorted(names.items())}
     for name in LISTS:
         for file in (folder / name, *(folder / part / name for part in FOLDERS)):
             if file.is_file():
@@ -99,11 +144,11 @@ def read_names(folder: Path) -> dict[int, str]:
     return {}
 
 
-def read_pair(pair: Pair, names: dict[int, str], reading: Reading = STRETCHED) -> list[RawScene]:
+def read_pair(pair: Pair, names: dict[int, str], reading: Reading = STRETCHED, keypoints_by: str = "") -> list[RawScene]:
     """The scenes of one part. An image without a text file has no objects, as for the tools that write this format.
 
     Args:
-        names: as of `read_objects`.
+        names, keypoints_by: as of `read_objects`.
         reading: which pages or files make an image.
 
     Raises:
@@ -122,16 +167,17 @@ def read_pair(pair: Pair, names: dict[int, str], reading: Reading = STRETCHED) -
         )
     scenes = []
     for stem, image in images.items():
-        objects = read_objects(files[stem], names) if stem in files else ()
+        objects = read_objects(files[stem], names, keypoints_by) if stem in files else ()
         scenes.append(RawScene(record_of(image), objects, "cxcywh-shares", None, str(files.get(stem, image))))
     return scenes
 
 
-def read_objects(file: Path, names: dict[int, str]) -> tuple[RawObject, ...]:
-    """The objects of one file; of a polygon the box around it.
+def read_objects(file: Path, names: dict[int, str], keypoints_by: str = "") -> tuple[RawObject, ...]:
+    """The objects of one file; of a polygon the mask, and the box around it.
 
     Args:
         names: by number; if empty, every number is a class.
+        keypoints_by: name of the file that says that labels hold keypoints; empty where none does.
 
     Raises:
         ValueError: naming file and line, for an unknown class and for anything but five numbers or a polygon.
@@ -147,21 +193,42 @@ def read_objects(file: Path, names: dict[int, str]) -> tuple[RawObject, ...]:
             raise ValueError(f"{place}: class {words[0]!r}, expected a whole number") from None
         if names and category not in names:
             raise ValueError(f"{place}: class {category} has no name: known are {min(names)} to {max(names)}")
-        if len(words) > BOX_WORDS and len(words) % 2:
-            values = around_polygon(words[1:], place)
-        elif len(words) == BOX_WORDS:
+        polygon = None
+        if len(words) == BOX_WORDS:
             values = four_numbers(words[1:], place)
         else:
-            raise ValueError(f"{place}: {len(words)} words, expected a class and four numbers")
-        objects.append(RawObject(values, names.get(category, str(category)), False, place))
+            check_words(words, place, keypoints_by)
+            polygon = read_polygon(words[1:], place)
+            values = polygon.box
+        objects.append(RawObject(values, names.get(category, str(category)), False, place, polygon))
     return tuple(objects)
 
 
-def around_polygon(words: list[str], place: str) -> tuple[float, float, float, float]:
-    """Center and size of the box around a polygon, x and y in turn."""
-    try:
-        numbers = [float(word) for word in words]
-    except ValueError:
-        raise ValueError(f"{place}: polygon {' '.join(words)!r}, expected numbers") from None
-    left, right, top, bottom = (f(numbers[axis::2]) for axis in (0, 1) for f in (min, max))
-    return (left + right) / 2, (top + bottom) / 2, right - left, bottom - top
+def check_words(words: list[str], place: str, keypoints_by: str) -> None:
+    """Refuse a line that holds neither a box nor a polygon; arguments as of `read_objects`.
+
+    Raises:
+        ValueError: naming file and line.
+    """
+    expected = f"{place}: {len(words)} words, expected a class and four numbers"
+    if keypoints_by:  # they have as many words as some polygons
+        raise ValueError(f"{expected}: {keypoints_by} has kpt_shape, and keypoints are not read: leave them out")
+    if len(words) < BOX_WORDS or not len(words) % 2:
+        raise ValueError(f"{expected}, or x and y of {MIN_POINTS} points or more of a polygon")
+
+
+def read_polygon(words: list[str], place: str) -> PolygonInShares:
+    """A polygon from x and y in turn.
+
+    Raises:
+        ValueError: naming file and line, for words that are no finite numbers.
+    """
+    numbers = []
+    for word in words:
+        try:
+            numbers.append(float(word))
+        except ValueError:
+            raise ValueError(f"{place}: {word!r} in a polygon, expected numbers") from None
+        if not abs(numbers[-1]) < MAX_NUMBER:  # so that NaN fails, too
+            raise ValueError(f"{place}: {word!r} in a polygon, expected finite numbers")
+    return PolygonInShares(np.array(numbers).reshape(-1, 2))
