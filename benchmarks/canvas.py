@@ -25,8 +25,9 @@ Each pre-training seed has draws of labels of its own, the same for all candidat
 pooling that cross-validation on the drawn labels chooses. The table has means over all, and differences to the first
 candidate with 95 % intervals over pre-training seeds, paired by seed (Student's t; none for one seed).
 
-A later call does not repeat what OUT holds. Two calls with different --only may work on one OUT at the same time; a call
-without it completes the rest and prints the table.
+--kinds leaves read-outs out: frozen features of many labels take longer than a pre-training of a few minutes. A later call
+does not repeat what OUT holds. Two calls with different --only may work on one OUT at the same time; a call without it
+completes the rest and prints the table.
 """
 
 from __future__ import annotations
@@ -51,13 +52,10 @@ CANDIDATES = {
     **{f"canvas, {share} images": f"--method canvas --model.share {share}" for share in (2, 3, 4)},
 }
 THEN = "then"
-KINDS = ("knn", "probe", "fine-tuned")
+KINDS = {"knn": "k-NN", "probe": "probe", "fine-tuned": "fine-tuned"}  # of scores, and their columns
 CHOICE_SEED = 1000  # of pre-trainings that choose rates and are not judged
 BUDGETS = ("images", "time")
-HEADER = (
-    "| candidate | at equal | steps | minutes | pre-training's rate | labels per class | fine-tuning's rate | k-NN | probe "
-    "| fine-tuned |\n| --- | --- | ---: | ---: | ---: | ---: | ---: | ---: | ---: | ---: |"
-)
+FIRST_COLUMNS = "candidate", "at equal", "steps", "minutes", "pre-training's rate", "labels per class", "fine-tuning's rate"
 
 
 @dataclass(frozen=True)
@@ -92,6 +90,7 @@ class Contest:
         draws: of labels for each pre-training.
         seeds: pre-trainings of a candidate.
         rounds: in which steps are measured.
+        kinds: of scores, some of `KINDS`.
     """
 
     search: Search
@@ -102,6 +101,7 @@ class Contest:
     draws: int
     seeds: int
     rounds: int
+    kinds: tuple[str, ...]
 
 
 def parse_candidate(search: Search, name: str, shared: str, text: str) -> Candidate:
@@ -219,21 +219,26 @@ def score_frozen(search: Search, run: Path, draws: int) -> dict[str, float]:
     return {method: row[method]["mean"] for method in ("knn", "probe")}
 
 
+def score(contest: Contest, run: Path, labels: int, rate: float, seed: int, kind: str) -> float:
+    """The score of one kind, the mean over the draws of labels that belong to a seed, from 0 to 1."""
+    if kind == "fine-tuned":
+        return statistics.fmean(accuracies(contest, contest.search.labeled, run, labels, rate, seed))
+    search = replace(contest.search, labels=labels, seed=seed * contest.draws)
+    file = Path(f"{run}-frozen-{labels}-draws-{contest.draws}.json")
+    return stored(file, lambda: in_process(score_frozen, search, run, contest.draws))[kind]
+
+
 def judge(contest: Contest, candidate: Candidate, steps: int, rates: tuple[float, dict[int, float]]) -> dict[str, Any]:
     """Minutes of the pre-trainings, and scores by number of labels and kind: one for each seed, from 0 to 1."""
     minutes = []
-    scores: dict[int, dict[str, list[float]]] = {labels: {kind: [] for kind in KINDS} for labels in contest.labels}
+    scores: dict[int, dict[str, list[float]]] = {labels: {kind: [] for kind in contest.kinds} for labels in contest.labels}
     for seed in range(contest.seeds):
         print(f"{candidate.name}: {steps:,} steps, seed {seed}", file=sys.stderr, flush=True)
         run, seconds = pretrained(contest, candidate, steps, rates[0], seed)
         minutes.append(seconds / 60)
         for labels, own in scores.items():
-            search = replace(contest.search, labels=labels, seed=seed * contest.draws)
-            file = Path(f"{run}-frozen-{labels}-draws-{contest.draws}.json")
-            frozen = stored(file, lambda: in_process(score_frozen, search, run, contest.draws))  # noqa: B023
-            tuned = accuracies(contest, contest.search.labeled, run, labels, rates[1][labels], seed)
-            for kind, value in {**frozen, "fine-tuned": statistics.fmean(tuned)}.items():
-                own[kind].append(value)
+            for kind in contest.kinds:
+                own[kind].append(score(contest, run, labels, rates[1][labels], seed, kind))
     return {"minutes": statistics.fmean(minutes), "scores": scores}
 
 
@@ -266,7 +271,7 @@ def rows_of(contest: Contest, rates: tuple[float, dict[int, float]], scores: dic
     rows = []
     for labels, own in scores.items():
         cells = [with_end(rates[0], contest.pretrain_rates), str(labels), with_end(rates[1][labels], contest.rates)]
-        cells += [score_cell(own[kind], None if scores is reference else reference[labels][kind]) for kind in KINDS]
+        cells += [score_cell(own[kind], None if scores is reference else reference[labels][kind]) for kind in own]
         rows.append("| " + " | ".join(cells) + " |")
     return rows
 
@@ -329,6 +334,7 @@ def build_parser() -> argparse.ArgumentParser:
     parser.add_argument("--steps", type=int, default=250, help="of a fine-tuning")
     parser.add_argument("--rates", type=float, nargs="+", default=[1.0, 3.0], help="factors to choose from, of fine-tuning")
     parser.add_argument("--rounds", type=int, default=3, help="in which steps are measured")
+    parser.add_argument("--kinds", nargs="+", choices=KINDS, default=list(KINDS), help="of scores")
     return parser
 
 
@@ -339,7 +345,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
     given = yaml.safe_load(options.candidates.read_text()) if options.candidates else CANDIDATES
     search = Search(options.data, options.labeled, options.out, options.minutes, options.batch_size, steps=options.steps)
     grids = (tuple(options.pretrain_rates), tuple(options.rates), tuple(options.labels))
-    contest = Contest(search, options.development, *grids, options.draws, options.seeds, options.rounds)
+    contest = Contest(
+        search, options.development, *grids, options.draws, options.seeds, options.rounds, tuple(options.kinds)
+    )
     if options.development == options.labeled:
         parser.error("--development is --labeled: what judges must not choose rates")
     if unknown := [name for name in options.only if name not in given]:
@@ -350,7 +358,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except ValueError as error:
         parser.error(str(error))
     if not options.only:
-        print(HEADER, flush=True)
+        columns = (*FIRST_COLUMNS, *(KINDS[kind] for kind in contest.kinds))
+        print(f"| {' | '.join(columns)} |\n| --- | --- |{' ---: |' * (len(columns) - 2)}", flush=True)
     for row in table(contest, candidates, options.only):
         print(row, flush=True)
     return 0

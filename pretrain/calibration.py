@@ -98,7 +98,8 @@ def beside_others(measure: Callable[[], float], most: int) -> float:
     """
     if not most:
         return measure()
-    found, is_crowded = [], False
+    found: list[float] = []
+    is_crowded = False
     while not found or (is_crowded and len(found) < most):
         with threads_of_a_run(PAUSE_S if found else FIRST_LOOK_S) as others:
             found.append(measure())

@@ -95,6 +95,11 @@ def test_rates_are_chosen_and_differences_are_paired(contest, digits, tmp_path, 
     monkeypatch.setattr(canvas, "in_process", None)
     monkeypatch.setattr(canvas, "measure_step", None)
     assert contest(*words) == 0 and capsys.readouterr().out == table, "nothing is done twice"
+    assert table.splitlines()[0].endswith("| fine-tuning's rate | k-NN | probe | fine-tuned |")
+    assert contest(*words, "--kinds", "fine-tuned") == 0
+    shorter = capsys.readouterr().out
+    assert shorter.splitlines()[0].endswith("| fine-tuning's rate | fine-tuned |")
+    assert rows_of(shorter) == [[*row[:7], row[9]] for row in rows]
 
 
 def test_a_tiny_contest(contest, tmp_path, monkeypatch, capsys):
