@@ -9,8 +9,6 @@ import os
 import random
 from pathlib import Path
 
-from simmim.defaults import IMAGENET_MEAN, IMAGENET_STD
-
 SIDE_PX = 192
 HEAP_EVERY = 32  # samples
 MALLOC_FIELDS = ("arena", "ordblks", "smblks", "hblks", "hblkhd", "usmblks", "fsmblks", "uordblks", "fordblks", "keepcost")
@@ -64,8 +62,9 @@ class UsualPipeline:
 
     def __init__(self, paths: list[str]) -> None:
         from simmim.data import RandomView
+        from simmim.defaults import IMAGENET_MEAN, IMAGENET_STD  # version 0.1 has none, whose samples are loaded too
 
-        self.paths, self.view = paths, RandomView((SIDE_PX, SIDE_PX))
+        self.paths, self.view, self.colors = paths, RandomView((SIDE_PX, SIDE_PX)), (IMAGENET_MEAN, IMAGENET_STD)
 
     def __len__(self) -> int:
         return len(self.paths)
@@ -82,7 +81,7 @@ class UsualPipeline:
         if random.random() < 0.5:
             image = image.transpose(Image.Transpose.FLIP_LEFT_RIGHT)
         pixels = torch.from_numpy(np.array(image, copy=True)).permute(2, 0, 1).contiguous()
-        mean, std = (torch.tensor(values).view(-1, 1, 1) for values in (IMAGENET_MEAN, IMAGENET_STD))
+        mean, std = (torch.tensor(values).view(-1, 1, 1) for values in self.colors)
         return pixels.to(torch.float32).div(255).sub_(mean).div_(std)
 
 
@@ -93,10 +92,13 @@ def toolkit_samples(paths: list[str], cache: Path | None = None):
         cache: folder in which images are kept shrunk; None keeps none.
     """
     from simmim.data import ImageSamples, RandomView
-    from simmim.data.kept_pictures import KeptPictures
 
     view = RandomView((SIDE_PX, SIDE_PX))
-    kept = KeptPictures([view], (3,), 10**11, cache) if cache else None
+    if not cache:
+        return ImageSamples(undecoded(paths), view, channels=3, seed=0)
+    from simmim.data.kept_pictures import KeptPictures
+
+    kept = KeptPictures([view], (3,), 10**11, cache)
     return ImageSamples(undecoded(paths), view, channels=3, seed=0, kept=kept)
 
 

@@ -1,4 +1,4 @@
-"""Writing whole slides in DICOM for tests: one level, in tiles that are frames."""
+"""Writing whole slides in DICOM for tests: levels, in tiles that are frames, and what scanners write beside them."""
 
 import io
 
@@ -74,6 +74,28 @@ def write_dicom_slide(path, paths, tile_px=16, jpeg=False, missing=None, offsets
         dataset["PixelData"].VR = "OB" if first.dtype == np.uint8 else "OW"
     pydicom.dcmwrite(path, dataset, enforce_file_format=True)
     return path
+
+
+def write_dicom_series(folder, pixels, reductions=(1, 2, 4), beside=("LABEL", "OVERVIEW", "THUMBNAIL"), **changes):
+    """Write the files of a slide: 1.dcm, 2.dcm, … of its levels, named by how much each is reduced, and label.dcm, ….
+
+    Args:
+        pixels: of the finest level.
+        beside: kinds of further pictures.
+        changes: as of `write_dicom_slide`.
+    """
+    folder.mkdir(parents=True, exist_ok=True)
+    whole = {"SeriesInstanceUID": generate_uid(), "FrameOfReferenceUID": generate_uid(), **changes}
+    for step in reductions:
+        kind = ["ORIGINAL" if step == 1 else "DERIVED", "PRIMARY", "VOLUME", "NONE" if step == 1 else "RESAMPLED"]
+        level = np.ascontiguousarray(pixels[::step, ::step])
+        write_dicom_slide(folder / f"{step}.dcm", [level], mm_per_px=0.0005 * step, ImageType=kind, **whole)
+    for name in beside:
+        kind = ["DERIVED" if name == "THUMBNAIL" else "ORIGINAL", "PRIMARY", name, "NONE"]
+        if name == "THUMBNAIL":
+            kind[-1] = "RESAMPLED"
+        write_dicom_slide(folder / f"{name.lower()}.dcm", [pixels[:16, :16]], ImageType=kind, **whole)
+    return folder
 
 
 def place_of(top, left):

@@ -57,6 +57,25 @@ def test_pixels_are_pillows_to_the_last_bit(resampler):
     assert orders == {False, True}
 
 
+@pytest.mark.parametrize("processor", ["x86-64", "x86-64-v2", "x86-64-v3", "x86-64-v4"])
+def test_processors_with_other_instructions_make_the_same_pixels(processor, tmp_path):
+    """Registers of 16, 32 and 64 bytes, as far as this processor has them."""
+    needed = {"x86-64": "sse2", "x86-64-v2": "sse4_1", "x86-64-v3": "avx2", "x86-64-v4": "avx512bw"}[processor]
+    if needed not in c_library.processor_features().split():
+        pytest.skip(f"this processor has no {needed}")
+    flags, file = [*resampling.FLAGS, f"-march={processor}"], tmp_path / "resample.so"
+    if not c_library.compile_library(c_library.find_compiler(), flags, [resampling.SOURCE], file):
+        pytest.skip(f"this compiler knows no {processor}")
+    made = resampling.Resampler(file)
+    assert made.is_pillows()
+    generator = np.random.default_rng(4)
+    for _ in range(60):
+        height, width, bands = *generator.integers(1, 200, 2), generator.choice([1, 3])
+        pixels = noise(generator, height, width, bands)
+        box, size = boxes_and_sizes(generator, height, width)
+        assert np.array_equal(made(pixels, box, size, (0, 0), (height, width)), by_pillow(pixels, box, size))
+
+
 def test_a_part_that_the_filter_looks_at_is_enough(monkeypatch):
     """Of a large image a small box is read, and its pixels are those of the whole; rows may be parts of longer ones."""
     generator = np.random.default_rng(1)

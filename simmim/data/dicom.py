@@ -7,6 +7,7 @@ from typing import Any, BinaryIO
 import numpy as np
 
 from simmim.data.deep import StoredValues
+from simmim.data.dicom_series import shows_beside
 from simmim.data.dicom_slides import DicomSlide, is_slide, slide_size
 from simmim.data.file_checks import BY_TILES, check_size, pick_image
 from simmim.data.file_formats import MICROSCOPY, SLIDE, FileFormat
@@ -77,7 +78,7 @@ def read_dataset(stream: BinaryIO, pixels: bool = True) -> Any:
         pixels: read them too.
 
     Raises:
-        ValueError: where pydicom is not installed.
+        ValueError: where pydicom is not installed; for what a slide's files show beside the specimen, as it may be a label.
     """
     try:
         import pydicom
@@ -85,7 +86,15 @@ def read_dataset(stream: BinaryIO, pixels: bool = True) -> Any:
         raise ValueError("a DICOM file: pip install 'simmim-toolkit[dicom]'") from None
     silence_logger("pydicom")
     stream.seek(0)
-    return pydicom.dcmread(stream, stop_before_pixels=not pixels)
+    dataset = pydicom.dcmread(stream, stop_before_pixels=not pixels)
+    if beside := shows_beside(dataset):
+        told = {
+            "ImageType": "\\".join(dataset.get("ImageType") or ()),
+            "SpecimenLabelInImage": dataset.get("SpecimenLabelInImage"),
+        }
+        facts = ", ".join(f"{name} {value}" for name, value in told.items() if value)
+        raise ValueError(f"the {beside} of a DICOM slide, which is never read ({facts}): give the files of slides")
+    return dataset
 
 
 def divide_frames(dataset: Any, pages: str | None) -> list[tuple[int, ...]]:

@@ -12,9 +12,11 @@ import os
 import time
 from collections import Counter
 from collections.abc import Iterable, Iterator
+from importlib.util import find_spec
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from simmim.data.dicom_series import find_aside
 from simmim.data.left_out import LeftOut
 from simmim.data.slide_files import belonging_files
 from simmim.data.zarr_folders import images_in_zarr, is_zarr
@@ -57,7 +59,7 @@ EXTENSIONS = frozenset(
         ".czi",
     ]
 )
-VERSION = 6
+VERSION = 7
 ROWS_AT_ONCE = 100_000
 # A folder that changed this shortly before its scan may change again within the same tick of its time stamp.
 TRUSTED_AGE_S = 2.0
@@ -67,12 +69,13 @@ class Scan:
     """Walks a folder in the order of its images' paths; afterwards holds the folders' time stamps and the other files.
 
     Symbolic links are followed, every folder is entered once, hidden files and folders are left out, and those that
-    belong to a slide. Of a Zarr folder the images are given, and nothing else is looked at.
+    belong to a slide, or are its label or a coarser level. Of a Zarr folder the images are given, and nothing else is looked
+    at.
 
     Attributes:
         stamps: time of the last change, in ns, of every folder entered, and of the files by which the images of Zarr folders
             are known; −1 for one that changed just before.
-        left_out: the folders that could not be read, and the files without an image's extension.
+        left_out: the folders that could not be read, the files without an image's extension, and parts of slides.
     """
 
     def __init__(self, folder: str | Path) -> None:
@@ -122,9 +125,11 @@ class Scan:
             return
         trusted = time.time() - status.st_mtime > TRUSTED_AGE_S
         self.stamps[folder] = status.st_mtime_ns if trusted else -1
-        belonging = belonging_files(path for _, path, is_folder in children if not is_folder)
+        files = [path for _, path, is_folder in children if not is_folder]
+        belonging, aside = belonging_files(files), find_aside(files)
+        self.left_out.slide_parts.update(aside.values())
         for name, path, is_folder in children:
-            if path in belonging:
+            if path in belonging or path in aside:
                 continue
             if is_folder:
                 yield from self._store(path) if is_zarr(path) else self._walk(path)
@@ -223,8 +228,9 @@ def build_index(stem: Path, root: str) -> tuple[datasets.Dataset, LeftOut]:
                 return read_arrow(file, in_memory=True), scan.left_out
             with atomic_write(stem.with_suffix(".arrow")) as complete:
                 file.replace(complete)
-        description = {"count": count, "stamps": scan.stamps, "endings": scan.left_out.endings}
-        write_json(stem.with_suffix(".json"), {"version": VERSION, "root": root, **description})
+        left_out = {"endings": scan.left_out.endings, "slide_parts": scan.left_out.slide_parts}
+        description = {"count": count, "stamps": scan.stamps, **left_out, **made_by()}
+        write_json(stem.with_suffix(".json"), {"root": root, **description})
         return read_arrow(stem.with_suffix(".arrow")), scan.left_out
     except OSError:  # the cache folder cannot be written: the index lives in memory, for this run
         scan = Scan(root)
@@ -274,6 +280,9 @@ def explain_no_images(folder: Path, left_out: LeftOut) -> str:
     if left_out.denied:
         path, reason = next(iter(left_out.denied.items()))
         problem = f"cannot be read ({path}: {reason})"
+    elif left_out.slide_parts:
+        named = ", ".join(counted(count, part) for part, count in left_out.slide_parts.items())
+        problem = f"holds no slide, but what lies beside DICOM slides: {named}"
     elif left_out.num_files:
         problem = f"holds {counted(left_out.num_files, 'file')} but no image"
     else:
@@ -296,14 +305,20 @@ def read_cached_index(stem: Path, root: str) -> tuple[datasets.Dataset, LeftOut]
     """
     try:
         description = json.loads(stem.with_suffix(".json").read_text(encoding="utf-8"))
-        if description["version"] != VERSION or description["root"] != root:
+        if description["root"] != root or not made_by().items() <= description.items():
             return None
         if any(os.stat(path).st_mtime_ns != stamp for path, stamp in description["stamps"].items()):
             return None
         index = read_arrow(stem.with_suffix(".arrow"))
-        return (index, LeftOut(endings=Counter(description["endings"]))) if len(index) == description["count"] else None
+        left_out = LeftOut(endings=Counter(description["endings"]), slide_parts=Counter(description["slide_parts"]))
+        return (index, left_out) if len(index) == description["count"] else None
     except (OSError, ValueError, KeyError):
         return None
+
+
+def made_by() -> dict[str, int | bool]:
+    """What an index depends on beside the folder: parts of DICOM slides are known where pydicom is installed."""
+    return {"version": VERSION, "knows_dicom": find_spec("pydicom") is not None}
 
 
 def read_arrow(file: Path, in_memory: bool = False) -> datasets.Dataset:

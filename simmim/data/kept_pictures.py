@@ -30,6 +30,7 @@ from torch.utils.data import get_worker_info
 from simmim.data.index import cache_folder
 from simmim.data.orientation import Size
 from simmim.data.pictures import Picture
+from simmim.data.pillow_guard import decoding
 from simmim.data.records import Record, contents_of, files_of
 from simmim.data.shrinking import Shrunk, ShrunkPicture, kept_size, shrink
 from simmim.data.slide_files import may_have_companions
@@ -85,8 +86,9 @@ class KeptPictures:
         kept = read_entry(entry, stamp)
         if kept is not None:
             return ShrunkPicture(kept)
-        picture = opened()
-        shrunk = shrink(picture, self.views)
+        with decoding():  # once for both, as its beginning and end take as long as opening the file
+            picture = opened()
+            shrunk = shrink(picture, self.views)
         if shrunk is not None and self.may_write:
             self.write(entry, shrunk.kept, stamp)
         return shrunk or picture

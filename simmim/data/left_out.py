@@ -22,16 +22,18 @@ class LeftOut:
         denied: folders, and links, that could not be read, with the reason.
         endings: number of files without an image's extension, by their ending; "no ending" where a name has none.
         num_side_files: files that lie beside images by habit and are not worth a line.
+        slide_parts: number of files of DICOM slides that are no slides of their own, by what they are.
     """
 
     denied: dict[str, str] = field(default_factory=dict)
     endings: Counter[str] = field(default_factory=Counter)
     num_side_files: int = 0
+    slide_parts: Counter[str] = field(default_factory=Counter)
 
     @property
     def num_files(self) -> int:
         """All files that are no images."""
-        return self.num_side_files + self.endings.total()
+        return self.num_side_files + self.endings.total() + self.slide_parts.total()
 
     def deny(self, path: str, error: OSError) -> None:
         """A folder or link that could not be read."""
@@ -51,9 +53,10 @@ class LeftOut:
         self.denied |= other.denied
         self.endings.update(other.endings)
         self.num_side_files += other.num_side_files
+        self.slide_parts.update(other.slide_parts)
 
     def report(self, source: str) -> None:
-        """A `Notice` for the folders, and one for the files.
+        """A `Notice` for the folders, one for the files, and one for parts of slides.
 
         Args:
             source: where they were found, as the user gave it.
@@ -72,3 +75,6 @@ class LeftOut:
                 named += f", others {sum(count for _, count in frequent[ENDINGS_NAMED:]):,}"
             verb = "is" if self.endings.total() == 1 else "are"
             notify(f"{counted(self.endings.total(), 'file')} in {source!r} {verb} not read: {named}")
+        if self.slide_parts:
+            named = ", ".join(counted(count, part) for part, count in self.slide_parts.most_common())
+            notify(f"of each DICOM slide in {source!r} the finest level is read; left aside: {named}")

@@ -16,6 +16,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from simmim.data.dicom_series import find_aside
 from simmim.data.index import dataset_from_paths, expand_stores, index_folder, is_image, is_image_name
 from simmim.data.left_out import LeftOut
 from simmim.data.parts import TRAINING, meaning_of
@@ -82,7 +83,7 @@ def locate(path: str) -> Location:
 
 def matching_images(pattern: str) -> list[str]:
     """The files and Zarr folders that a glob matches, in order, without what lies in a store, or belongs to a slide, that it
-    matches too."""
+    matches too. Parts of DICOM slides are left to `GlobReader`."""
     matches = sorted(glob.glob(pattern, recursive=True))
     stores = {path for path in matches if is_zarr(path) and os.path.isdir(path)}
     belonging = belonging_files(matches)
@@ -184,7 +185,12 @@ class GlobReader(Reader):
 
     def read(self, files: list[str]) -> datasets.Dataset:
         pattern, left_out, images = files[0], LeftOut(), []
-        for path in locate(pattern).entries:
+        entries = locate(pattern).entries
+        aside = find_aside(entries) if len(entries) > 1 else {}  # a file that is given alone is meant
+        left_out.slide_parts.update(aside.values())
+        for path in entries:
+            if path in aside:
+                continue
             if is_image_name(path):
                 images.append(path)
             else:

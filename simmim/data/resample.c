@@ -14,7 +14,17 @@
 #define LANES 4 /* of a pixel that is made along a row; 1 or 3 of them are used */
 #define ROWS 4 /* that are made at a time */
 
-typedef int32_t pixels __attribute__((vector_size(4 * ROWS * LANES)));
+/* As wide as the processor's registers: of vectors that are wider, compilers keep sums in memory. */
+#if defined(__AVX512F__)
+#define AT_ONCE 4 /* rows in a vector */
+#elif defined(__AVX2__)
+#define AT_ONCE 2
+#else
+#define AT_ONCE 1
+#endif
+#define PARTS (ROWS / AT_ONCE)
+
+typedef int32_t pixels __attribute__((vector_size(4 * AT_ONCE * LANES)));
 
 typedef struct {
     long size, most; /* results, and the pixels that one may look at */
@@ -79,21 +89,35 @@ static void mix_rows(const taps *t, long i, const uint8_t *in, long stride, long
         out[j] = (uint8_t)(sums[j] >> BITS);
 }
 
-/* A row of pixels, (width, bands), to numbers: (width, ROWS, LANES), of which it is row `row`. */
-static void widen_row(const uint8_t *in, long width, long bands, int32_t *restrict out, long row)
+/* ROWS rows of pixels, (width, bands), to numbers: (width, ROWS, LANES). */
+static void widen_rows(const uint8_t *const *rows, long width, long bands, int32_t *restrict out)
 {
     long x = 0;
-    out += row * LANES;
 #ifdef __SSE4_1__
-    for (; bands == 3 && x < width - 1; x++) { /* four bytes at once, which the last pixel does not have */
-        int32_t four;
-        memcpy(&four, in + x * 3, sizeof four);
-        _mm_store_si128((__m128i *)(out + x * ROWS * LANES), _mm_cvtepu8_epi32(_mm_cvtsi32_si128(four)));
-    }
+    for (; bands == 3 && x < width - 1; x++) /* four bytes at once, which the last pixel does not have */
+        for (long row = 0; row < ROWS; row++) {
+            int32_t four;
+            memcpy(&four, rows[row] + x * 3, sizeof four);
+            _mm_store_si128((__m128i *)out + x * ROWS + row, _mm_cvtepu8_epi32(_mm_cvtsi32_si128(four)));
+        }
 #endif
     for (; x < width; x++)
-        for (long lane = 0; lane < LANES; lane++)
-            out[x * ROWS * LANES + lane] = lane < bands ? in[x * bands + lane] : 0;
+        for (long row = 0; row < ROWS; row++)
+            for (long lane = 0; lane < LANES; lane++)
+                out[(x * ROWS + row) * LANES + lane] = lane < bands ? rows[row][x * bands + lane] : 0;
+}
+
+/* Numbers of a pixel in ROWS rows to bytes. */
+static void narrow(const int32_t *in, uint8_t *restrict out)
+{
+#ifdef __SSE4_1__
+    const __m128i *row = (const __m128i *)in;
+    __m128i low = _mm_packus_epi32(row[0], row[1]), high = _mm_packus_epi32(row[2], row[3]);
+    _mm_storeu_si128((__m128i *)out, _mm_packus_epi16(low, high));
+#else
+    for (long i = 0; i < ROWS * LANES; i++)
+        out[i] = (uint8_t)in[i];
+#endif
 }
 
 /* All results along ROWS rows, (width, bands), `stride` bytes apart, whose first pixels are those that the axis begins at:
@@ -102,18 +126,23 @@ static void mix_pixels(const taps *t, const uint8_t *in, long stride, long count
                        int32_t *restrict wide, uint8_t *restrict out)
 {
     long size = t->size;
+    const uint8_t *rows[ROWS];
     for (long row = 0; row < ROWS; row++)
-        widen_row(in + (row < count ? row : count - 1) * stride, width, bands, wide, row);
+        rows[row] = in + (row < count ? row : count - 1) * stride;
+    widen_rows(rows, width, bands, wide);
     for (long i = 0; i < size; i++) {
-        const pixels *from = (const pixels *)wide + t->first[i] - t->first[0];
+        const pixels *from = (const pixels *)wide + (t->first[i] - t->first[0]) * PARTS;
         const int32_t *weights = t->weights + i * t->most;
-        pixels sum = (pixels){} + HALF;
+        pixels sums[PARTS];
+        for (long part = 0; part < PARTS; part++)
+            sums[part] = (pixels){} + HALF;
         for (long k = 0; k < t->count[i]; k++)
-            sum += from[k] * weights[k];
-        sum >>= BITS;
+            for (long part = 0; part < PARTS; part++)
+                sums[part] += from[k * PARTS + part] * weights[k];
+        for (long part = 0; part < PARTS; part++)
+            sums[part] >>= BITS;
         uint8_t bytes[ROWS * LANES];
-        for (long lane = 0; lane < ROWS * LANES; lane++)
-            bytes[lane] = (uint8_t)((const int32_t *)&sum)[lane];
+        narrow((const int32_t *)sums, bytes);
         for (long row = 0; row < ROWS; row++)
             memcpy(out + (row * size + i) * LANES, bytes + row * LANES, LANES);
     }
@@ -152,7 +181,7 @@ int resample(const uint8_t *in, long stride, long bands, const long *origin, lon
     in += (top - origin[1]) * stride + (left - origin[0]) * bands;
     rows = malloc(columns_first ? ROWS * columns * bands : (count + ROWS - 1) * out_width * LANES);
     line = malloc(ROWS * out_width * LANES);
-    wide = aligned_alloc(sizeof(pixels), columns * sizeof(pixels));
+    wide = aligned_alloc(sizeof(pixels) * PARTS, columns * sizeof(pixels) * PARTS);
     sums = malloc(longest * LANES * sizeof(int32_t));
     if (!rows || !line || !wide || !sums)
         goto end;

@@ -20,6 +20,7 @@ from simmim.data.decode import MAX_PIXELS, STRETCHED, open_picture
 from simmim.data.kept_pictures import KeptPictures
 from simmim.data.pictures import Picture
 from simmim.data.pillow_guard import UNREADABLE, describe_error
+from simmim.data.rows import Rows
 from simmim.reading import Reading
 
 if TYPE_CHECKING:
@@ -108,6 +109,7 @@ class ImageSamples(IndexedSamples):
     ) -> None:
         self.max_pixels, self.reading, self.further, self.kept = max_pixels, reading, further, kept
         self.source, self.view, self.channels, self.seed = source, view, channels, seed
+        self.rows = Rows(source)
         self.labeled = "label" in source.column_names
         self.cache: dict[int, tuple[Picture, int | None]] | None = {} if keep_decoded else None
 
@@ -133,7 +135,7 @@ class ImageSamples(IndexedSamples):
                 sample = self.view_of(index, generator)
                 break
             except UNREADABLE as error:
-                skipped.append((self.source[self.source_row(index)]["image"]["path"], describe_error(error)))
+                skipped.append((self.rows[self.source_row(index)]["image"]["path"], describe_error(error)))
                 index = self.replacement(generator)
         else:
             raise ValueError(
@@ -159,13 +161,13 @@ class ImageSamples(IndexedSamples):
 
     def name_of(self, index: int) -> str:
         """The path of the image at `index` of the source, or its row."""
-        return self.source[index]["image"]["path"] or f"image {index}"
+        return self.rows[index]["image"]["path"] or f"image {index}"
 
     def load(self, index: int) -> tuple[Picture, int | None]:
         """The image at `index` and its label."""
         if self.cache is not None and index in self.cache:
             return self.cache[index]
-        row = self.source[index]
+        row = self.rows[index]
         how = (row["image"], self.channels, self.max_pixels, self.reading)
         picture = self.kept.open(row["image"], lambda: open_picture(*how)) if self.kept else open_picture(*how)
         if self.cache is not None:

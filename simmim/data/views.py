@@ -64,15 +64,21 @@ class RandomView:
 
     def enlarged_from(self, image_size: Size) -> float:
         """The factor by which an image of `image_size`, (height, width), can be resized before a crop is enlarged."""
-        height, width = image_size
-        low, high = self.crop_ratio
-        area = width * height * self.crop_scale[0]
-        ratio = min(max(width / height, low), high)  # of the crop that is taken where none of ten fits
-        # Whole pixels: the sides of a crop are rounded.
-        smallest_height = max(1, min(math.floor(math.sqrt(area / high)), height, round(width / ratio)))
-        smallest_width = max(1, min(math.floor(math.sqrt(area * low)), width, round(height * ratio)))
-        sizes = (self.size, self.size[::-1]) if self.turns else (self.size,)
-        return max(max(tall / smallest_height, wide / smallest_width) for tall, wide in sizes)
+        return enlarged_from(self, image_size)
+
+
+@lru_cache(maxsize=1024)  # most images of a collection have one of a few sizes
+def enlarged_from(view: RandomView, image_size: Size) -> float:
+    """As of `RandomView`."""
+    height, width = image_size
+    low, high = view.crop_ratio
+    area = width * height * view.crop_scale[0]
+    ratio = min(max(width / height, low), high)  # of the crop that is taken where none of ten fits
+    # Whole pixels: the sides of a crop are rounded.
+    smallest_height = max(1, min(math.floor(math.sqrt(area / high)), height, round(width / ratio)))
+    smallest_width = max(1, min(math.floor(math.sqrt(area * low)), width, round(height * ratio)))
+    sizes = (view.size, view.size[::-1]) if view.turns else (view.size,)
+    return max(max(tall / smallest_height, wide / smallest_width) for tall, wide in sizes)
 
 
 @dataclass(frozen=True)
