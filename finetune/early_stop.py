@@ -9,6 +9,8 @@ import torch
 from pytorch_lightning.callbacks import EarlyStopping
 from pytorch_lightning.trainer.states import TrainerFn
 
+from simmim.messages import counted
+
 
 class StopEarly(EarlyStopping):
     """Stops a run when `patience` validations in a row were not better than the best one.
@@ -46,6 +48,6 @@ class StopEarly(EarlyStopping):
         super().on_validation_end(trainer, module)
         if trainer.state.fn == TrainerFn.FITTING and trainer.is_global_zero and self.wait_count >= self.patience:
             print(
-                f"stopped early after {trainer.global_step:,} steps: {self.wait_count} validations without better "
-                f"{self.monitor} than {self.best_score.item():.1%}"
+                f"stopped early after {counted(trainer.global_step, 'step')}: {counted(self.wait_count, 'validation')} "
+                f"without better {self.monitor} than {self.best_score.item():.1%}"
             )

@@ -223,6 +223,12 @@ class KeepBest(pl.Callback):
             self.prepared.report(self.folder, module)
 
 
+def validations_of(num_steps: int, validations: int) -> int:
+    """How many validations a run has: those asked for, fewer where there are not as many steps, or where even distances
+    between them leave some out."""
+    return math.ceil(num_steps / math.ceil(num_steps / validations))
+
+
 def best_of(num_validations: int) -> str:
     """Of which validation a figure is."""
     return f"best of {num_validations} validations" if num_validations > 1 else "the only validation"
@@ -246,6 +252,11 @@ def provenance(prepared: PreparedTask) -> dict:
     }
 
 
+def trained_text(stages: int | None) -> str:
+    """For the summary, where a part of the encoder is trained: of the stages the last ones."""
+    return f", the last {'stage' if stages == 1 else counted(stages, 'stage')} trained" if stages else ""
+
+
 def summary(prepared: PreparedTask, num_steps: int, trainer: pl.Trainer, checkpoint: Path | None) -> str:
     """The resolved configuration, the run in a few lines, and the reasons of what was chosen.
 
@@ -257,7 +268,10 @@ def summary(prepared: PreparedTask, num_steps: int, trainer: pl.Trainer, checkpo
     encoder = cast(Encoder, model.encoder)
     parameters = sum(parameter.numel() for parameter in model.parameters() if parameter.requires_grad) / 1e6
     names = ", ".join(classes[:NAMED_CLASSES]) + (", …" if len(classes) > NAMED_CLASSES else "")
-    peak = settings.optim.lr * settings.batch_size / REFERENCE_BATCH
+    peak, planned = (
+        settings.optim.lr * settings.batch_size / REFERENCE_BATCH,
+        validations_of(num_steps, settings.validations),
+    )
     kind, _, values = prepared.validation.reading.describe().partition(" ")
     lines = [
         f"# {settings.out}/{CONFIG}",
@@ -266,10 +280,10 @@ def summary(prepared: PreparedTask, num_steps: int, trainer: pl.Trainer, checkpo
         f"labels   {counted(len(prepared.train), 'image')} to train on, {len(prepared.validation):,} to validate with, "
         f"{counted(len(classes), 'class')}: {names}",
         *([f"{kind:<8} {values}"] if values else []),
-        *([f"keeps    the best of {settings.validations} validations"] if settings.validations > 1 else []),
+        *([f"keeps    the {best_of(planned)}"] if planned > 1 else []),
         f"encoder  {'from scratch' if settings.init == 'none' else settings.init}"
         f"{', frozen' if settings.freeze else ''}"
-        f"{f', the last {settings.train_stages} stages trained' if settings.train_stages else ''}"
+        f"{trained_text(settings.train_stages)}"
         f", {parameters:.2f} M parameters trained",
         f"training {counted(settings.epochs, 'epoch')}, {counted(num_steps, 'step')} of "
         f"{counted(settings.batch_size, 'image')}, peak learning rate {peak:.3g}, "

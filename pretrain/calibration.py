@@ -148,11 +148,11 @@ def chosen_line(settings: PretrainSettings, epochs: float, num_images: int, step
     """
     rest = f"{OTHER_SHARE:.0%} of it left for measures and pictures"
     if settings.time is not None:
-        return f"chosen   {epochs:g} epochs: what this machine does in {settings.time}, {rest}"
+        return f"chosen   {counted(epochs, 'epoch')}: what this machine does in {settings.time}, {rest}"
     whole = length_text(run_seconds(settings, num_images, step_s))
     return (
-        f"chosen   {epochs:g} epochs: what this CPU does in an hour; --epochs {settings.epochs:g}, as on a GPU, would take "
-        f"{whole}, --time 3h three times as many epochs"
+        f"chosen   {counted(epochs, 'epoch')}: what this CPU does in an hour; --epochs {settings.epochs:g}, as on a GPU, "
+        f"would take {whole}, --time 3h three times as many epochs"
     )
 
 
@@ -183,4 +183,4 @@ def estimate_line(settings: PretrainSettings, num_images: int, step_s: float) ->
     line = f"about {length_text(seconds)} on this machine, {step_s:.2g} s a step as measured{of_sizes}"
     if seconds <= LONG_S or settings.time is not None:
         return line
-    return f"{line}; --time 1h would take {epochs_in(DEFAULT_S, step_s, settings.batch_size, num_images):g} epochs"
+    return f"{line}; --time 1h would take {counted(epochs_in(DEFAULT_S, step_s, settings.batch_size, num_images), 'epoch')}"

@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any
 from simmim.defaults import as_size
 from simmim.encoders.base import EncoderConfig, Size, with_fields
 from simmim.growing_sizes import as_given, check_count, check_growth, check_shares, naming, shares_of, size_text
-from simmim.messages import did_you_mean
+from simmim.messages import counted, did_you_mean
 from simmim.methods.base import MethodSettings
 from simmim.methods.registry import method_named
 
@@ -123,7 +123,7 @@ def describe_sizes(settings: PretrainSettings, num_steps: int) -> str:
         followed = [f"mask unit {unit} px"] if unit else []
         followed += [f"{name.removesuffix('_size')} {getattr(config, name)}" for name in config.changeable_fields]
         known = f" ({', '.join(followed)})" if followed else ""
-        parts.append(f"{size_text(part.size)} px for {after - first:,} steps{known}")
+        parts.append(f"{size_text(part.size)} px for {counted(after - first, 'step')}{known}")
     return ", then ".join(parts)
 
 

@@ -34,6 +34,7 @@ from simmim.evaluate import (
     verdict,
 )
 from simmim.evaluate.features import AnyFeature
+from simmim.messages import every
 from simmim.pretrain.module import PretrainingModule
 from simmim.pretrain.settings import ProbeSettings
 from simmim.training.sharding import gathered
@@ -128,7 +129,7 @@ class LabeledProbe(pl.Callback):
         method = {"knn": f"{self.settings.k}-NN", "probe": "logistic regression"}[self.settings.method]
         lines = (
             f"{method} on {train:,} of {of_train:,} labeled images, tested on {test:,} of {of_test:,}, "
-            f"every {self.every_steps:,} steps"
+            f"{every(self.every_steps, 'step')}"
         )
         if self.unreadable:
             path, why = next(iter(self.unreadable.items()))

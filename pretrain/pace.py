@@ -7,7 +7,7 @@ import time
 import pytorch_lightning as pl
 from tqdm import tqdm
 
-from simmim.messages import length_text
+from simmim.messages import counted, length_text
 
 FIRST_SHARE, LAST_SHARE = 0.03, 0.5  # of the steps, between which it is worth saying
 LEAST_S = 10.0  # of training, before which caches fill and workers start
@@ -63,5 +63,5 @@ class PlanWatch(pl.Callback):
         again = f"--overwrite --epochs {fitting}" + (f" in place of --time {self.given}" if self.given else "")
         return (
             f"the run is {pace} as planned: it takes {length_text(whole_s)}, not {length_text(self.planned_s)}. "
-            f"{fitting} epochs would fit at this pace: begin again with {again}, or leave it as it is"
+            f"{counted(float(fitting), 'epoch')} would fit at this pace: begin again with {again}, or leave it as it is"
         )

@@ -13,6 +13,7 @@ from torch.nn import functional as F
 
 COLUMNS = ("original", "masked", "prediction pasted", "full prediction")
 MASK_GRAY, GAP_PX, LABEL_PX = 0.5, 4, 14
+BRIGHT = 0.99  # of a composite's values, this share is shown below white
 MIN_CELL_PX = 96  # small images are enlarged, pixel by pixel, until a person can see them
 
 
@@ -26,16 +27,19 @@ def reconstruction_panels(
         mask: (B, H, W) bool at patch resolution, True = masked.
 
     Returns:
-        (B, 4, 3, height, width). One channel is shown as gray; two and more than three are a composite of colors.
+        (B, 4, 3, height, width). One channel is shown as gray; two and more than three are a composite of colors, as
+        bright as leaves the original's colors apart.
     """
     means, stds = (images.new_tensor(list(values)).view(-1, 1, 1) for values in (mean, std))
     images, prediction = ((pixels.float() * stds + means).clamp(0, 1) for pixels in (images, prediction))
     height, width = images.shape[-2:]
     scale = -(-height // mask.shape[-2])
     hidden = mask.repeat_interleave(scale, 1).repeat_interleave(scale, 2)[:, None, :height, :width]
+    images, prediction = composite(images), composite(prediction)
+    brightest = images.flatten(1).quantile(BRIGHT, dim=1).clamp(min=1).view(-1, 1, 1, 1)
+    images, prediction = ((pixels / brightest).clamp(max=1) for pixels in (images, prediction))
     masked = images.masked_fill(hidden, MASK_GRAY)
-    panels = torch.stack([images, masked, torch.where(hidden, prediction, images), prediction], dim=1)
-    return as_color(panels)
+    return torch.stack([images, masked, torch.where(hidden, prediction, images), prediction], dim=1)
 
 
 def as_color(pixels: Tensor) -> Tensor:
@@ -44,11 +48,16 @@ def as_color(pixels: Tensor) -> Tensor:
     One channel is gray and three are red, green and blue. Of other numbers each channel shines in a color of its own, as in
     pictures of fluorescence; the colors are evenly spaced hues.
     """
+    return composite(pixels).clamp(max=1)
+
+
+def composite(pixels: Tensor) -> Tensor:
+    """`as_color` with sums above 1, where several channels are bright."""
     channels = pixels.shape[-3]
     if channels in (1, 3):
         return pixels.expand(*pixels.shape[:-3], 3, *pixels.shape[-2:])
     colors = pixels.new_tensor([colorsys.hsv_to_rgb(channel / channels, 1.0, 1.0) for channel in range(channels)])
-    return torch.einsum("...chw,ck->...khw", pixels, colors).clamp(max=1)
+    return torch.einsum("...chw,ck->...khw", pixels, colors)
 
 
 def reconstruction_grid(

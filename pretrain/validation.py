@@ -13,7 +13,7 @@ import torch
 from torch.utils.data import DataLoader
 
 from simmim.data import ImageSamples, build_loader
-from simmim.messages import notify
+from simmim.messages import counted, every, notify
 from simmim.pretrain.module import PretrainingModule
 
 BATCH = 32  # images, on any number of devices: a batch that changed with it would change the order of sums
@@ -60,7 +60,8 @@ class HeldOutLoss(pl.Callback):
 
     def __str__(self) -> str:
         """For the summary of a run."""
-        return f"{len(self.samples):,} images that are held out, every {self.every_steps:,} steps and at the end"
+        images, verb = counted(len(self.samples), "image"), "is" if len(self.samples) == 1 else "are"
+        return f"{images} that {verb} held out, {every(self.every_steps, 'step')} and at the end"
 
     def state_dict(self) -> dict:
         """All measures so far."""

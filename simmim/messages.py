@@ -44,6 +44,11 @@ def counted(number: float, noun: str) -> str:
     return f"{shown} {noun if number == 1 else plural(noun)}"
 
 
+def every(number: int, noun: str) -> str:
+    """How often: every step, every 20 steps."""
+    return f"every {noun if number == 1 else counted(number, noun)}"
+
+
 def plural(noun: str) -> str:
     """Of a noun that has a regular one: images, classes, boxes."""
     return noun + ("es" if noun.endswith(("s", "x")) else "s")

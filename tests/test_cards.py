@@ -52,6 +52,7 @@ def test_the_model_card_and_the_printed_lines(format, tmp_path, monkeypatch):
     ).detach()
     if format == "safetensors":
         assert names["features"].shape == (1, 16)
+        assert names["classifier"].classes == checkpoint.classes and names["classes"][0] in checkpoint.classes
     if format == "official":
         assert same_tensors(names["state"], format_named("official").rows_for(SMALL).state(checkpoint, "classifier"))
     if format == "hf":

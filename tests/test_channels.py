@@ -197,7 +197,7 @@ def test_a_star_stands_for_what_does_not_matter():
         (("--data.channel_files", "{a}-{channel}"), "matches none of 8 files, such as "),
         (
             ("--data.channel_files", "{well}_s{site}_w{channel}"),
-            "1 of 4 images lack some of the channels 1, 2; the first, 'B2 2', has no 2",
+            "1 of 4 images lacks some of the channels 1, 2; the first, 'B2 2', has no 2",
         ),
         (("--data.channel_files", "{well}_*_w{channel}"), "are both channel 1 of one image: name in braces"),
         (("--data.channels_used", "[3]"), "data.channels_used: no channel 3; it has 1, from 0 on"),

@@ -15,7 +15,7 @@ import pytest
 from loading_pipelines import heap_mib
 from PIL import Image
 
-from simmim.cli.check_report import as_json, printable, render, suggested_command
+from simmim.cli.check_report import as_json, printable, render, suggested_command, unreadable_text
 from simmim.data import inspection, measure_images
 from simmim.data.check import SHORT_SIDES_PX, check_images, histogram, median_of
 from simmim.data.duplicates import find_duplicates, list_groups
@@ -234,6 +234,30 @@ def test_images_that_differ_in_channels_are_a_problem_and_still_read(tmp_path):
     assert not report.sound and not report.unreadable and report.channels is None
     assert "a.png has 3" in report.problem and "b.npy has 10" in report.problem
     assert report.problem in render(report) and report.modes == {"10 channels": 1, "RGB": 1}
+    assert "simmim pretrain" not in render(report), "it would refuse these images"
+    assert json.loads(as_json(report))["suggestion"]["command"] is None
+
+
+@pytest.mark.parametrize(
+    "count, images, says",
+    [
+        (1, 20, "; training replaces it by another image"),
+        (5, 100, "; training replaces them by other images"),
+        (
+            3,
+            22,
+            ", more than the 5% at which training stops: mend or remove them, or allow more (--data.max_skipped_share 0.14)",
+        ),
+        (
+            1,
+            3,
+            ", more than the 5% at which training stops: mend or remove it, or allow more (--data.max_skipped_share 0.34)",
+        ),
+    ],
+)
+def test_what_training_does_about_unreadable_images(count, images, says):
+    """It stops at more than data.max_skipped_share of them, by default 5 %."""
+    assert unreadable_text(count, images) == says
 
 
 def test_images_too_large_for_training_are_listed(corpus):

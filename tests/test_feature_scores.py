@@ -164,6 +164,17 @@ def test_verdict(others, num_images, says):
     assert all(part in verdict(0.5, others, num_images) for part in says)
 
 
+def test_a_verdict_where_nothing_could_be_better():
+    """More epochs would not help where plain pixels make no mistake."""
+    says = verdict(1.0, {"plain pixels": 1.0, "the same encoder untrained": 0.995}, 19)
+    assert "accuracy is 99.5% already by plain pixels and the same encoder untrained. Compare on harder ones" in says
+    assert "has not helped" not in says and "has not helped" in verdict(0.98, {"plain pixels": 0.98})
+    assert "100.0% already by plain pixels." in verdict(1.0, {"plain pixels": 1.0, "untrained": 0.9})
+    rows = [FeatureScore(name, 4, 1.0, None, None, 1.0, True) for name in ("a", "pixels")]
+    draw = FeatureScores(tuple(rows), None, "pixels")
+    assert "By k-NN it is as good as plain pixels" in scores_table(draw, draw)
+
+
 def test_the_untrained_encoder_is_that_of_the_first_step():
     """A pre-training of the same seed begins with it; and drawing it leaves the generators as they are."""
     config = SwinV2Config(16, (1, 1), (1, 2), window_size=4, in_channels=1)

@@ -1,6 +1,7 @@
 """Classification runs: where they start, what is trained, the best classifier, predictions."""
 
 import csv
+import math
 import threading
 from dataclasses import replace
 
@@ -16,7 +17,7 @@ from simmim.finetune.augment.batch import BatchChanges
 from simmim.finetune.classification.model import Classifier
 from simmim.finetune.classification.module import ClassificationFinetuning
 from simmim.finetune.registry import task_named
-from simmim.finetune.run import report_test_choice
+from simmim.finetune.run import report_test_choice, trained_text, validations_of
 from simmim.finetune.settings import OptimSettings
 
 
@@ -50,6 +51,21 @@ def test_the_best_classifier_is_kept(digits, finished):
     accuracy = (logits.argmax(dim=1) == torch.tensor(labels.validation["label"])).float().mean()
     assert accuracy.item() == pytest.approx(finished.best)
     assert finished.best >= finished.accuracy
+
+
+@pytest.mark.parametrize("steps, asked, count", [(6, 10, 6), (15, 10, 8), (100, 10, 10), (1, 10, 1), (9, 1, 1)])
+def test_the_summary_counts_the_validations_that_there_will_be(steps, asked, count):
+    """It told those that were asked for, of a run of fewer steps too."""
+    every_steps = math.ceil(steps / asked)
+    assert validations_of(steps, asked) == count == len({*range(every_steps, steps + 1, every_steps), steps})
+
+
+def test_the_part_that_is_trained():
+    assert [trained_text(stages) for stages in (None, 1, 2)] == [
+        "",
+        ", the last stage trained",
+        ", the last 2 stages trained",
+    ]
 
 
 @pytest.mark.parametrize("part, validations, count", [("test", 3, 1), ("test", 1, 0), ("val", 3, 0)])

@@ -138,7 +138,7 @@ def test_logistic_regression(digits, tmp_path, capsys):
     probe = {"method": "probe", "labels_per_class": None, "max_images": 40, "every_epochs": None}
     run = pretrain(settings(digits, tmp_path / "run", probe, epochs=2 * 32 / 240))
     out, err = capsys.readouterr()
-    assert "probe    logistic regression on 40 of 240 labeled images, tested on 40 of 60, every 1 steps" in out
+    assert "probe    logistic regression on 40 of 240 labeled images, tested on 40 of 60, every step" in out
     assert "probe=0." in err
     closing = (
         r"logistic regression on the labeled images: .*% by chosen features, plain pixels .*%, the same encoder untrained"

@@ -25,8 +25,9 @@ from simmim.encoders.vit import ViT, ViTConfig
 from simmim.evaluate import EncoderFacts
 from simmim.messages import gflops_text
 from simmim.methods.base import Method
-from simmim.methods.registry import METHODS
+from simmim.methods.registry import METHODS, method_named
 from simmim.methods.simmim import SimMIM
+from simmim.planning.growing import plan_growing
 from simmim.planning.plan import GIB, USABLE_SHARE, plan, plan_for
 from simmim.planning.report import render
 from simmim.planning.step import step_flops, step_memory
@@ -104,6 +105,32 @@ def test_flops_of_masked_cells(predicted):
         loss.backward()
     expected = flops(config, size, Setup(1, 1, "32-true"), predicted / 4)
     assert expected == (pytest.approx(forward, rel=1e-3), pytest.approx(counter.get_total_flops(), rel=0.01))
+
+
+@pytest.mark.parametrize("method, model", [("simmim", {"mask_unit": 16}), ("canvas", {"share": 2, "decoder_depth": 2})])
+def test_settings_of_the_model_are_planned(method, model):
+    """As pre-training has them: those of the encoder and how it is executed, which were left out, among them. Parameters and
+    FLOPs of the model that they build."""
+    model = {**model, "encoder": {"window_size": 4, "patch_size": 2}, "checkpoint_activations": True}
+    planned = plan_for("nano", 64, 1, 4, "32-true", method=method, model={**model, "sequential_attention": 2})
+    config = replace(PRESETS["nano"], **model["encoder"])
+    kind = method_named(method)
+    own = kind.settings_class(**model).resolve((64, 64), config)
+    with torch.device("meta"):
+        built = kind.build(SwinV2(config, True, 2), own).train()
+        images, masks = torch.zeros(4, 3, 64, 64), torch.zeros(4, 32, 32, dtype=torch.bool)
+    with FlopCounterMode(display=False) as counter:
+        loss = built(images, masks).loss
+        forward = counter.get_total_flops()
+        loss.backward()
+    assert planned.encoder_parameters == sum(parameter.numel() for parameter in built.encoder.parameters())
+    assert planned.encoder_parameters + planned.head_parameters == sum(each.numel() for each in built.parameters())
+    assert planned.forward_flops == pytest.approx(forward / 4, rel=1e-3)
+    assert planned.training_flops == pytest.approx(counter.get_total_flops() / 4, rel=0.01)
+    assert (planned.requested.checkpoint_activations, planned.requested.sequential_attention) == (True, 2)
+    growing = plan_growing("nano", [32, 64], None, 1, 4, "32-true", method=method, model={**model, "mask_unit": 8})
+    assert [stage.plan.config.patch_size for stage in growing.stages] == [2, 2]
+    assert growing.largest.requested.checkpoint_activations
 
 
 @pytest.mark.parametrize("name", ["swinv2-base-192", "tiny-one-gpu", "micro-laptop"])
@@ -356,6 +383,10 @@ def test_defaults_are_those_of_pretraining():
         ({"encoder": {"window_size": -1}}, "window_size is -1"),
         ({"encoder": {"window": 6}}, "unknown encoder setting 'window'; did you mean 'window_size'"),
         ({"method": "simim"}, "unknown method 'simim'; did you mean 'simmim'"),
+        ({"method": "canvas", "model": {"share": "x"}}, "model.share is 'x': give a whole number"),
+        ({"model": {"mask_ratio": True}}, "model.mask_ratio is True: give a number"),
+        ({"model": {"checkpoint_activations": 1}}, "model.checkpoint_activations is 1: give true or false"),
+        ({"model": {"encoder": 3}}, "model.encoder is 3: give keys and values"),
     ],
 )
 def test_settings_out_of_range(settings, message):

@@ -417,7 +417,7 @@ def any_page(folder):
     [
         ("files", both_named, r"the label maps 'B3_s1' and 'B3_s1_w2' are both of the image .*B3_s1_w1\.png\|.*: keep one"),
         ("files", no_label_map, r"image .*B3_s1_w1\.png\|.* has no label map: expected .*/masks/B3_s1\.png"),
-        ("files", no_channel, r"1 of 10 images lack some of the channels 1, 2, 3, 4, 5; the first, 'B3 1', has no 2"),
+        ("files", no_channel, r"1 of 10 images lacks some of the channels 1, 2, 3, 4, 5; the first, 'B3 1', has no 2"),
         ("files", no_image, r"label map .*B99_s1\.png has no image: expected .*/images/B99_s1\.jpg"),
         ("files", two_rows, r"the labels have .*B3_s1_w1\.png' and .*B3_s1_w2\.png', which are channels of one image: keep"),
         ("files", unknown_file, r"data\.channel_files .* does not match .*other\.png', which the labels name"),

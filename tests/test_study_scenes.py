@@ -119,7 +119,7 @@ def test_pools_of_as_many_scenes_as_classes():
     source = SceneSource("scenes", scenes, (0, 1), True)
     for seed in range(5):
         assert {row % 2 for row in source.choose(2, seed, SceneDraw()).train} == {0, 1}
-    with pytest.raises(ValueError, match="1 labeled scenes asked for, too few to have all 2 classes: give 2 or more"):
+    with pytest.raises(ValueError, match="1 labeled scene asked for, too few to have all 2 classes: give 2 or more"):
         source.choose(1, 0, SceneDraw())
 
 
@@ -249,7 +249,7 @@ def test_unlabeled_scenes_in_a_study(part, scene_folder, encoder_folder, tmp_pat
 @pytest.mark.parametrize(
     "task, more, said",
     [
-        ("segmentation", ("--labels", "1"), "1 labeled scenes asked for, too few to have all 3 classes: give 2 or more"),
+        ("segmentation", ("--labels", "1"), "1 labeled scene asked for, too few to have all 3 classes: give 2 or more"),
         ("detection", ("--labels", "31"), "31 labeled images asked for, there are 30 to train on: give up to 30, or all"),
         ("detection", ("--labels", "16", "--disjoint"), "there are 15 to train on for each of the seeds, which share none"),
         ("detection", ("--arms", "plain,semi"), "detection has no arm 'semi': it learns from labels alone"),

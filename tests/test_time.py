@@ -10,6 +10,7 @@ import yaml
 from PIL import Image
 
 from simmim.cli import main
+from simmim.messages import every
 from simmim.pretrain import (
     DataSettings,
     PretrainSettings,
@@ -49,6 +50,7 @@ def test_what_is_no_length(text):
 def test_arithmetic():
     """An hour less a twentieth at half a second a step: 6,840 steps of 64 images."""
     assert epochs_in(3600, 0.5, 64, 2640) == 166.0
+    assert [every(count, "step") for count in (1, 2, 1000)] == ["every step", "every 2 steps", "every 1,000 steps"]
     assert epochs_in(1, 60, 64, 64_000) == 0.001, "one step at least"
     given = SimpleNamespace(epochs=100.0, batch_size=64, time=None, image_sizes=None)
     line = estimate_line(given, 2640, 2.0)

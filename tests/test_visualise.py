@@ -75,6 +75,18 @@ def test_many_channels_are_a_composite():
     panels = reconstruction_panels(images, mask, images, [0.0] * 5, [1.0] * 5)
     red, magenta = panels[0, 0, :, 0, 0], panels[0, 0, :, 7, 0]
     assert torch.equal(red, torch.tensor([0.5, 0.0, 0.0])) and torch.allclose(magenta, torch.tensor([0.8, 0.0, 1.0]))
+    assert (panels[0, 1] == MASK_GRAY).all(), "five half bright channels would be white"
+
+
+def test_a_composite_of_bright_channels_is_not_white():
+    """As of satellites: colors are apart as long as the channels are, and the prediction is as bright as the original."""
+    images = torch.full((1, 5, 8, 8), 0.9)
+    images[0, 1, :4] = 0.5
+    mask = torch.zeros(1, 2, 2, dtype=torch.bool)
+    panels = reconstruction_panels(images, mask, images, [0.0] * 5, [1.0] * 5)
+    upper, lower = panels[0, 0, :, 0, 0], panels[0, 0, :, 7, 0]
+    assert lower.max() == 1.0 and (lower - upper).max() > 0.1
+    assert torch.equal(panels[0, 0], panels[0, 3]) and torch.equal(panels[0, 0], panels[0, 1])
 
 
 def cell(picture, row, column, view, size, block=0):

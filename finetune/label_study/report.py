@@ -22,6 +22,7 @@ from simmim.finetune.label_study.gains import (
 )
 from simmim.finetune.label_study.results import StudyResult, write_trials
 from simmim.finetune.label_study.settings import ALL, PLAIN, SCRATCH
+from simmim.messages import counted
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -152,7 +153,7 @@ def gain_sentence(result: StudyResult, labels: int | str, contrast: Contrast) ->
     against = f"training {other}" if other == SCRATCH else other
     text = (
         f"{condition}{contrast.given} {contrast.subject} {verb} {points:.1f} ± {gain.spread:.1f} points against {against} "
-        f"({test}{gain.num_seeds} seeds)"
+        f"({test}{counted(gain.num_seeds, 'seed')})"
     )
     if not gain.p < SIGNIFICANCE_LEVEL:
         return f"{text}, which may be chance."

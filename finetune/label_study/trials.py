@@ -119,8 +119,9 @@ def tuning_cost(
     """How many runs tune and how many are judged; `left_out` as of `run_arms`."""
     num_tuning = sum(len(jobs) for key, jobs in tuning.jobs(arms, labels, seeds).items() if key not in left_out)
     num_judged = len(arms) * len(labels) * len(seeds) - len(left_out) * len(seeds)
+    rates = counted(len(tuning.grid), "rate")
     return (
-        f"{num_tuning:,} to tune ({len(tuning.grid)} rates, up to {tuning.num_folds} parts of the labels held out in turn, "
+        f"{num_tuning:,} to tune ({rates}, up to {tuning.num_folds} parts of the labels held out in turn, "
         f"{len([arm for arm in tuning.arms or arms if not arm.rates_of])} arms), {num_judged:,} to judge"
     )
 

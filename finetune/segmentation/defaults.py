@@ -9,6 +9,7 @@ import torch
 from simmim.data.label_maps import LabeledScenes
 from simmim.finetune.dense.settings import Schedule, resolve_dense_schedule, resolve_published_lr, resolve_views
 from simmim.finetune.segmentation.settings import HeadSettings, SegmentationSettings
+from simmim.messages import counted
 
 MIN_IMAGES_FOR_BATCH_NORM = 4  # the statistics of fewer images are noise
 PUBLISHED_WIDTH, SMALL_WIDTH = 512, 64  # channels of the head; the latter for encoders of nano's and micro's width
@@ -50,7 +51,7 @@ def resolve_head(head: HeadSettings, num_images: int, small: bool) -> tuple[Head
     head = replace(head, width=head.width or (SMALL_WIDTH if small else PUBLISHED_WIDTH))
     if head.norm is None:
         head = replace(head, norm="batch" if num_images >= MIN_IMAGES_FOR_BATCH_NORM else "image")
-        reasons.append(f"head.norm {head.norm}: {num_images} images per device and forward pass")
+        reasons.append(f"head.norm {head.norm}: {counted(num_images, 'image')} per device and forward pass")
     elif head.norm == "batch" and num_images < 2:
         raise ValueError("head.norm is batch, with 1 image per device and forward pass: give more, or head.norm image")
     return head, reasons

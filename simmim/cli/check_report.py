@@ -30,7 +30,7 @@ def render(report: CheckReport) -> str:
     if report.problem:
         lines += ["", f"problem      {report.problem}"]
     if num_unreadable:
-        lines += ["", f"unreadable   {share(num_unreadable, report.images)}; training replaces them by other images"]
+        lines += ["", f"unreadable   {share(num_unreadable, report.images)}{unreadable_text(num_unreadable, report.images)}"]
         lines += [f"  {printable(path)}: {printable(reason)}" for path, reason in report.unreadable[:MAX_LINES]]
         if num_unreadable > MAX_LINES:
             lines.append(f"  … and {num_unreadable - MAX_LINES:,} more: --json lists all")
@@ -55,11 +55,24 @@ def render(report: CheckReport) -> str:
         "",
         *loading_text(report),
         *kept_text(report),
-        "",
-        f"suggested    {scales_text(report.suggestion)}",
-        f"  {printable(suggested_command(report))}",
     ]
+    if report.problem is None:  # with one pre-training refuses the images
+        lines += ["", f"suggested    {scales_text(report.suggestion)}", f"  {printable(suggested_command(report))}"]
     return "\n".join(lines)
+
+
+def unreadable_text(count: int, images: int) -> str:
+    """What training does about images that cannot be read: it goes on without them, or stops as they are too many."""
+    from simmim.pretrain.settings import DataSettings
+
+    most = DataSettings.max_skipped_share
+    if count <= most * images:
+        return f"; training replaces {'it by another image' if count == 1 else 'them by other images'}"
+    needed = math.ceil(100 * count / images) / 100
+    return (
+        f", more than the {most:.0%} at which training stops: mend or remove "
+        f"{'it' if count == 1 else 'them'}, or allow more (--data.max_skipped_share {needed:g})"
+    )
 
 
 def as_json(report: CheckReport) -> str:
@@ -72,7 +85,7 @@ def as_json(report: CheckReport) -> str:
     values["channel_hint"] = None if report.channel_hint is None else report.channel_hint._asdict()
     if report.suggestion is not None:
         values["suggestion"]["scales"] = [scale._asdict() for scale in report.suggestion.scales]
-        values["suggestion"]["command"] = suggested_command(report)
+        values["suggestion"]["command"] = None if report.problem else suggested_command(report)
     return json.dumps(values, indent=2)
 
 

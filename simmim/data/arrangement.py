@@ -138,10 +138,11 @@ def find_channel_groups(paths: Sequence[str], pattern: str) -> ChannelGroups:
     lacking = [(key, missing) for key, missing in lacking if missing]
     if lacking:
         key, missing = lacking[0]
+        verb = "lacks" if len(lacking) == 1 else "lack"
         raise ValueError(
-            f"data.channel_files {pattern!r}: {len(lacking):,} of {counted(len(groups), 'image')} lack some of the channels "
-            f"{', '.join(names)}; the first, {' '.join(key[1:]) or key[0]!r}, has no {', '.join(missing)}: add the files, "
-            "or leave the image out"
+            f"data.channel_files {pattern!r}: {len(lacking):,} of {counted(len(groups), 'image')} {verb} some of the "
+            f"channels {', '.join(names)}; the first, {' '.join(key[1:]) or key[0]!r}, has no {', '.join(missing)}: add the "
+            "files, or leave the image out"
         )
     if unmatched:
         notify(

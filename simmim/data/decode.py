@@ -222,7 +222,7 @@ def _open_loaded(
     if bands not in (1, 3) and channels in (None, bands):
         return _stored_to_picture(_read_by_format(stream, record, reading, None, max_pixels), channels, reading)
     if bands not in (1, 3) and (bands, channels) != (4, 3):
-        raise ValueError(f"has {bands} channels, expected {channels}")
+        raise ValueError(f"has {counted(bands, 'channel')}, expected {channels}")
     image.load()
     # After loading: a PNG's orientation is known only then, and Pillow has turned a TIFF itself.
     image = turn_upright(image, read_orientation(image))

@@ -115,7 +115,8 @@ def part_of(rows: Sequence[int], part: tuple[int, int], name: str, files: Sequen
     if len(together) < count:
         pages = "" if files is None else f", pages of {counted(len(together), 'file')},"
         raise ValueError(
-            f"{len(rows)} labeled scenes{pages} cannot be divided into {count} parts: give fewer parts, or more scenes"
+            f"{counted(len(rows), 'labeled scene')}{pages} cannot be divided into {count} parts: give fewer parts, "
+            "or more scenes"
         )
     order = random.Random(name).sample(list(together), len(together))
     return sorted(row for key in order[number::count] for row in together[key])
@@ -156,7 +157,9 @@ def draw_scenes(
         ValueError: if there are not as many, they are too few to have every class among them, or a class is in none.
     """
     if not 1 <= labels <= len(rows):
-        raise ValueError(f"{labels} labeled scenes asked for, there are {len(rows)} to train on: give 1 to {len(rows)}")
+        raise ValueError(
+            f"{counted(labels, 'labeled scene')} asked for, there are {len(rows)} to train on: give 1 to {len(rows)}"
+        )
     order = list(rows)
     generator.shuffle(order)
     rows_with = {value: [row for row in order if value in scenes[row].counts] for value in values}
@@ -164,13 +167,14 @@ def draw_scenes(
     for value in sorted(values, key=lambda value: (len(rows_with[value]), value)):
         if not rows_with[value]:
             raise ValueError(
-                f"{labels} labeled scenes asked for, and a class is in none of the {len(rows)}: give more scenes"
+                f"{counted(labels, 'labeled scene')} asked for, and a class is in none of the {len(rows)}: give more scenes"
             )
         if not any(value in scenes[row].counts for row in chosen):
             chosen.append(rows_with[value][0])
     if len(chosen) > labels:
         raise ValueError(
-            f"{labels} labeled scenes asked for, too few to have all {len(rows_with)} classes: give {len(chosen)} or more"
+            f"{counted(labels, 'labeled scene')} asked for, too few to have all {len(rows_with)} classes: give "
+            f"{len(chosen)} or more"
         )
     others = [row for row in order if row not in set(chosen)]
     return sorted(chosen + others[: labels - len(chosen)])

@@ -23,6 +23,7 @@ from simmim.planning.plan import (
     resolve_method,
     setup_of,
     setups_to_try,
+    take_apart,
 )
 from simmim.planning.step import cost_model, step_memory
 
@@ -97,7 +98,8 @@ def plan_growing(
         check_count("image_size_shares", image_size_shares, sizes)
     check_shares(image_size_shares)
     method = method or default_method()
-    parts = parts_at(preset, sizes, encoder or {}, method, model or {})
+    encoder, model, setup = take_apart(encoder or {}, model or {}, setup)
+    parts = parts_at(preset, sizes, encoder, method, model)
     config, settings = parts[-1]
     requested = setup_of(config, settings, devices, batch_size, precision, **setup)
     plans = []

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import math
+import types
+import typing
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, fields, replace
 from typing import Any
@@ -11,7 +13,7 @@ from simmim.defaults import as_size, default_batch_size
 from simmim.encoders.base import EncoderConfig, Size, with_fields
 from simmim.encoders.cost import Setup
 from simmim.encoders.registry import preset_config
-from simmim.messages import did_you_mean
+from simmim.messages import counted, did_you_mean
 from simmim.methods.base import MethodSettings
 from simmim.methods.registry import default_method, method_named
 from simmim.planning.step import Memory, cost_model, step_flops, step_memory
@@ -19,6 +21,8 @@ from simmim.planning.step import Memory, cost_model, step_flops, step_memory
 GIB = 2**30
 # Of a device's memory, what tensors may fill. The rest is for the driver, libraries' workspaces and gaps between tensors.
 USABLE_SHARE = 0.9
+EXECUTION = ("checkpoint_activations", "sequential_attention")  # of a method's settings, what is `Setup`'s in a plan
+TYPES = {bool: "true or false", int: "a whole number", float: "a number", str: "a name", dict: "keys and values"}
 MAX_BATCH = 2**16  # images per device; no larger batch is searched for
 
 
@@ -123,9 +127,10 @@ def check_plan(image_size: Size, device_memory_gib: float, requested: Setup, ima
     if device_memory_gib <= 0:
         raise ValueError(f"device_memory_gib is {device_memory_gib:g}: give a positive number")
     if requested.batch_per_device % images_per_input:
+        images, verb = counted(requested.batch_per_device, "image"), "does" if requested.batch_per_device == 1 else "do"
         raise ValueError(
-            f"{requested.batch_per_device} images per device do not divide by {images_per_input}, which the encoder takes "
-            f"as one: give a batch that is a multiple of {images_per_input * requested.devices}"
+            f"{images} per device {verb} not divide by {images_per_input}, which the encoder takes as one: give a batch "
+            f"that is a multiple of {images_per_input * requested.devices}"
         )
 
 
@@ -147,7 +152,7 @@ def plan_for(
         image_size: pixels, one number or (height, width).
         batch_size: images per optimizer step, over all devices.
         encoder: settings of the encoder that replace the preset's; those that follow from the image size do so by default.
-        model: settings of the method.
+        model: settings of the method, as `model` of pre-training: the encoder's and how it is executed among them.
         setup: `strategy`, `checkpoint_activations`, `sequential_attention` and `device` of `Setup`.
 
     Raises:
@@ -155,11 +160,43 @@ def plan_for(
             range, and for images that the method refuses.
     """
     size = as_size(image_size)
-    config = config_at(preset, size, encoder or {})
+    encoder, model, setup = take_apart(encoder or {}, model or {}, setup)
+    config = config_at(preset, size, encoder)
     method = method or default_method()
-    settings = resolve_method(method, model or {}, size, config)
+    settings = resolve_method(method, model, size, config)
     requested = setup_of(config, settings, devices, batch_size, precision, **setup)
     return plan(config, size, requested, device_memory_gib, title=preset, method=method, settings=settings)
+
+
+def take_apart(
+    encoder: Mapping[str, Any], model: Mapping[str, Any], setup: Mapping[str, Any]
+) -> tuple[dict[str, Any], dict[str, Any], dict[str, Any]]:
+    """Settings of the encoder, of the method alone, and of `Setup`: pre-training has all of them in `model`.
+
+    Raises:
+        ValueError: for a value of another type.
+    """
+    check_types(MethodSettings, model)
+    own = {name: value for name, value in model.items() if name not in ("encoder", *EXECUTION)}
+    executed = {name: model[name] for name in EXECUTION if name in model}
+    return {**model.get("encoder", {}), **encoder}, own, {**executed, **setup}
+
+
+def check_types(settings: type[MethodSettings], values: Mapping[str, Any]) -> None:
+    """Check the types of settings; the names are checked elsewhere.
+
+    Raises:
+        ValueError: naming what to give.
+    """
+    hints = typing.get_type_hints(settings)
+    for name, value in values.items():
+        hint = hints.get(name)
+        origin = typing.get_origin(hint)
+        allowed = typing.get_args(hint) if origin in (typing.Union, types.UnionType) else (origin or hint,)
+        expected = [words for kind, words in TYPES.items() if kind in allowed]
+        is_one = type(value) in allowed or (type(value) is int and float in allowed)  # true is no number
+        if expected and not is_one:
+            raise ValueError(f"model.{name} is {value!r}: give {' or '.join(expected)}")
 
 
 def config_at(preset: str, image_size: Size, encoder: Mapping[str, Any]) -> EncoderConfig:
@@ -203,6 +240,7 @@ def resolve_method(method: str, model: Mapping[str, Any], image_size: Size, conf
             raise ValueError(f"model.{name} is no setting of {method}: {kind.absent[name]}")
         if name not in known:
             raise ValueError(f"unknown setting 'model.{name}'{did_you_mean(name, known)}")
+    check_types(kind, model)
     return kind(**model).resolve(image_size, config)
 
 

@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from simmim.files import atomic_write
+from simmim.messages import counted
 from simmim.training.run_folder import LAST, checkpoints_folder
 from simmim.training.streams import StreamData
 
@@ -175,7 +176,8 @@ class NumericalGuard(pl.Callback):
     def on_train_end(self, trainer: pl.Trainer, *_) -> None:
         """Print the count at the end."""
         if self.skipped and trainer.is_global_zero:
-            print(f"{self.skipped} steps whose loss or gradient was not finite were skipped; see {self.path}")
+            verb = "was" if self.skipped == 1 else "were"
+            print(f"{counted(self.skipped, 'step')} whose loss or gradient was not finite {verb} skipped; see {self.path}")
 
 
 def describe_spike(past: Sequence[float], loss: float, mads: float) -> str:

@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from simmim.checkpoints.checkpoint import Checkpoint
-from simmim.checkpoints.formats.base import ExportOptions, Format
+from simmim.checkpoints.formats.base import CLASSIFIER, ExportOptions, Format
 from simmim.checkpoints.own_files import WEIGHTS, read_checkpoint, save_checkpoint
 from simmim.checkpoints.source import Source
 
@@ -34,6 +34,11 @@ class OwnFormat(Format):
         save_checkpoint(folder, checkpoint)
 
     def loading_code(self, checkpoint: Checkpoint, form: str, path: str) -> str:
+        classes = (
+            "\n\nfrom simmim.finetune import load_classifier\n\n"
+            f"classifier = load_classifier({path!r})\n"
+            "classes = [classifier.classes[number] for number in classifier.model(images).argmax(dim=1)]"
+        )
         return (
             "import torch\n"
             "from simmim.checkpoints import read_encoder\n\n"
@@ -42,4 +47,4 @@ class OwnFormat(Format):
             "# Your images, normalized by saved.preprocessing:\n"
             "images = torch.randn(1, saved.encoder.config.in_channels, height, width)\n"
             "features = saved.encoder.features(images)  # (batch, channels)"
-        )
+        ) + (classes if form == CLASSIFIER else "")
