@@ -41,6 +41,15 @@ def test_the_step_is_measured(fork_server, tmp_path):
     assert math.isfinite(figures["ours"]["loss"])
 
 
+def test_first_epochs_are_compared(fork_server):
+    """Of a checkout with itself, by small photographs."""
+    words = ("--old", BENCHMARKS.parent, "--new", BENCHMARKS.parent, "--images", 2, "--rounds", 3)
+    output = fork_server.run_script(BENCHMARKS / "first_epoch.py", *words)
+    assert output.count("\n| /") == 2 and "without keeping" in output
+    name, milliseconds, rate = table_row(output)
+    assert "keeps" in name and float(milliseconds) > 0 and float(rate.split()[0]) > 0
+
+
 def test_a_share_follows_from_the_figures_beside_it():
     """Also where rates and products vary from round to round: 16 images in 2 s of 21.4 GFLOP each are 171 of 200 GFLOP/s."""
     work = step.Work("tiny", 192, 12, 16, "float32", "cpu")
