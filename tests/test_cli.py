@@ -3,6 +3,7 @@
 import json
 import os
 import resource
+import shlex
 import subprocess
 import sys
 from pathlib import Path
@@ -16,6 +17,7 @@ from simmim.checkpoints.checkpoint import Preprocessing
 from simmim.checkpoints.own_files import save_encoder
 from simmim.cli import main
 from simmim.cli.main import COMMANDS
+from simmim.cli.train import next_steps, pretrain_settings
 from simmim.encoders.swinv2 import SwinV2, SwinV2Config
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -417,3 +419,12 @@ def test_exit_codes_of_check_data(place, monkeypatch, capsys):
     for words, text in (([], "missing: give --path"), (["absent"], "does not exist"), (["images", "--jsn"], "'json'?")):
         assert main(["check-data", *words]) == 2
         assert text in capsys.readouterr().err
+
+
+def test_next_commands_are_quoted_for_a_shell():
+    """A glob as the source, and a folder with a space, are one word each where the lines are pasted."""
+    settings = pretrain_settings(["--data", "my photos/*.png", "--out", "run 1"])
+    words = [shlex.split(line.removeprefix("next:")) for line in next_steps(settings, Path("run 1")).splitlines()]
+    assert words[0] == ["simmim", "reconstruct", "--run", "run 1", "--images", "my photos/*.png", "--out", "grid.png"]
+    assert [line[2:4] for line in words[1:]] == [["--run", "run 1"], ["classification", "--init"]]
+    assert words[2][-2:] == ["--out", "run 1-finetuned"]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shlex
 from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -27,14 +28,15 @@ def run_pretrain(words: Sequence[str]) -> None:
 
 
 def next_steps(settings: PretrainSettings, run: Path) -> str:
-    """The commands for which the run is ready."""
+    """The commands for which the run is ready, quoted for a shell: a source may be a glob."""
     from simmim.methods.registry import method_named
 
-    commands = [f"simmim finetune classification --init {run} --data LABELED_FOLDER --out {run}-finetuned"]
+    folder, labeled_run, images = map(shlex.quote, (str(run), f"{run}-finetuned", str(settings.data.path)))
+    commands = [f"simmim finetune classification --init {folder} --data LABELED_FOLDER --out {labeled_run}"]
     if settings.probe.data is None:  # else the run has measured it
-        commands.insert(0, f"simmim probe --run {run} --data LABELED_FOLDER")
+        commands.insert(0, f"simmim probe --run {folder} --data LABELED_FOLDER")
     if method_named(settings.method).predicts_pixels:
-        commands.insert(0, f"simmim reconstruct --run {run} --images {settings.data.path} --out grid.png")
+        commands.insert(0, f"simmim reconstruct --run {folder} --images {images} --out grid.png")
     return "next: " + "\n      ".join(commands)
 
 
@@ -112,7 +114,7 @@ def run_study(words: Sequence[str]) -> int | None:
     except KeyboardInterrupt:
         if not (Path(settings.out).expanduser() / CONFIG).is_file():
             raise
-        raise KeyboardInterrupt(f"simmim study --out {settings.out} --resume goes on") from None
+        raise KeyboardInterrupt(f"simmim study --out {shlex.quote(str(settings.out))} --resume goes on") from None
     print(f"\n{report(result)}\n\nplot and numbers: {settings.out}")
     return 0
 
