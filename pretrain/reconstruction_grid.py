@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import colorsys
+import math
 from collections.abc import Sequence
 
 import torch
@@ -36,7 +37,8 @@ def reconstruction_panels(
     scale = -(-height // mask.shape[-2])
     hidden = mask.repeat_interleave(scale, 1).repeat_interleave(scale, 2)[:, None, :height, :width]
     images, prediction = composite(images), composite(prediction)
-    brightest = images.flatten(1).quantile(BRIGHT, dim=1).clamp(min=1).view(-1, 1, 1, 1)
+    values = images.flatten(1)  # kthvalue, as quantile refuses large batches in older versions of torch
+    brightest = values.kthvalue(math.ceil(BRIGHT * values.shape[1]), dim=1).values.clamp(min=1).view(-1, 1, 1, 1)
     images, prediction = ((pixels / brightest).clamp(max=1) for pixels in (images, prediction))
     masked = images.masked_fill(hidden, MASK_GRAY)
     return torch.stack([images, masked, torch.where(hidden, prediction, images), prediction], dim=1)
