@@ -246,7 +246,7 @@ def test_the_command_compares_an_encoder_a_network_and_vectors(encoder_folder, d
     assert cells[2].startswith(f"{mean:+.1f} ± ") and cells[4:] == [
         "dinov2 of transformers",
         "0.1",
-        "0.01",
+        "0.0115",
         "64×64",
         "lvd142m",
     ]

@@ -169,6 +169,7 @@ def test_a_verdict_where_nothing_could_be_better():
     says = verdict(1.0, {"plain pixels": 1.0, "the same encoder untrained": 0.995}, 19)
     assert "accuracy is 99.5% already by plain pixels and the same encoder untrained. Compare on harder ones" in says
     assert "has not helped" not in says and "has not helped" in verdict(0.98, {"plain pixels": 0.98})
+    assert "has not helped" in verdict(0.98, {"plain pixels": 1.0}), "worse is told by any images"
     assert "100.0% already by plain pixels." in verdict(1.0, {"plain pixels": 1.0, "untrained": 0.9})
     rows = [FeatureScore(name, 4, 1.0, None, None, 1.0, True) for name in ("a", "pixels")]
     draw = FeatureScores(tuple(rows), None, "pixels")

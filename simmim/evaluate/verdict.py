@@ -19,8 +19,8 @@ def verdict(accuracy: float, others: Mapping[str, float], num_images: int | None
     unbeaten = [name for name, other in others.items() if accuracy - other < LEAST_GAIN]
     if not unbeaten:
         return f"Pre-training has helped: the features are better than {' and '.join(others)}."
-    if all(others[name] > 1 - LEAST_GAIN for name in unbeaten):  # nothing could be better
-        least = min(others[name] for name in unbeaten)
+    least = min(others[name] for name in unbeaten)
+    if least > 1 - LEAST_GAIN and accuracy > least - LEAST_GAIN:  # as good as what nothing could be better than
         return (
             f"These images do not tell whether pre-training has helped: accuracy is {least:.1%} already by "
             f"{' and '.join(unbeaten)}. Compare on harder ones, or with fewer labels."
