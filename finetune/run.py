@@ -268,10 +268,8 @@ def summary(prepared: PreparedTask, num_steps: int, trainer: pl.Trainer, checkpo
     encoder = cast(Encoder, model.encoder)
     parameters = sum(parameter.numel() for parameter in model.parameters() if parameter.requires_grad) / 1e6
     names = ", ".join(classes[:NAMED_CLASSES]) + (", …" if len(classes) > NAMED_CLASSES else "")
-    peak, planned = (
-        settings.optim.lr * settings.batch_size / REFERENCE_BATCH,
-        validations_of(num_steps, settings.validations),
-    )
+    peak = settings.optim.lr * settings.batch_size / REFERENCE_BATCH
+    planned = validations_of(num_steps, settings.validations)
     kind, _, values = prepared.validation.reading.describe().partition(" ")
     lines = [
         f"# {settings.out}/{CONFIG}",

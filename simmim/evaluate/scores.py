@@ -253,16 +253,12 @@ def conclusions(
     for name, (_, gain) in others.items():
         points = f"{100 * abs(gain.mean):.1f}" + ("" if gain.error is None else f" ± {100 * gain.error:.1f}")
         is_equal = gain.mean == 0 and not gain.error
-        comparisons.append(f"as good as {name}" if is_equal else f"{points} points {side(gain.mean)} {name}")
+        place = "as good as" if is_equal else f"{points} points {'above' if gain.mean > 0 else 'below'}"
+        comparisons.append(f"{place} {name}")
     if comparisons:
         lines.append(f"By {classifier} it is {', and '.join(comparisons)}.")
         lines.append(verdict(best.accuracy, {name: accuracy for name, (accuracy, _) in others.items()}, num_images))
     return lines
-
-
-def side(gain: float) -> str:
-    """On which side of the other one a gain lies."""
-    return "above" if gain > 0 else "below"
 
 
 def compared_with(best: str, draws: Sequence[FeatureScores]) -> dict[str, tuple[float, Estimate]]:
