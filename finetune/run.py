@@ -298,7 +298,7 @@ def closing_text(prepared: PreparedTask, result: FinetuneResult) -> str:
     look, table = best_of(result.num_validations), prepared.closing_text(result.run)
     heading = f"of the {look}, which is higher than new images would give:\n" if result.num_validations > 1 and table else ""
     return (
-        f"{result.monitor} {result.score:.1%} at the end, {result.best:.1%} {look}, on {len(prepared.validation):,} "
-        f"validation images\n{heading}{table}best model: {result.run / 'encoder'}\n"
+        f"{result.monitor} {result.score:.1%} at the end, {result.best:.1%} {look}, on "
+        f"{counted(len(prepared.validation), 'validation image')}\n{heading}{table}best model: {result.run / 'encoder'}\n"
         f"use it: simmim predict --run {result.run} --images PATH --out PREDICTIONS"
     )
