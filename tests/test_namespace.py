@@ -101,7 +101,7 @@ def test_the_wheel_holds_simmim_alone(wheel):
     here = files_of(ROOT / "simmim", "simmim") | files_of(ROOT / "pretrain", "simmim/pretrain")
     here |= files_of(ROOT / "finetune", "simmim/finetune") | files_of(ROOT / "configs", "simmim/configs")
     assert "simmim/py.typed" in here and "simmim/configs/pretrain/demo.yaml" in here
-    assert any(name.endswith("kernels/attention.c") for name in here) and any(name.endswith(".h") for name in here)
+    assert any(name.endswith("kernels/attention_forward.c") for name in here) and any(name.endswith(".h") for name in here)
     assert {name for name in names if ".dist-info/" not in name} == here
     (top_level,) = (name for name in names if name.endswith(".dist-info/top_level.txt"))
     with zipfile.ZipFile(wheel) as archive:

@@ -1,6 +1,7 @@
 """The two branches of a Swin V2 block, and patch merging, on a CPU: each is one autograd function.
 
-Matrix products are torch's. Everything between them is in attention.c, bias.c and pointwise.c.
+Matrix products are torch's, except the gradients of weights where a matrix unit computes them (gradients.c). Everything between
+them is in attention_forward.c, attention_backward.c, bias.c and pointwise.c.
 
 The mathematics is that of `simmim.encoders.swinv2.model`, which is easier to read and runs on every device. The kernels save
 memory and time: windows are never copied, attention weights are not kept, GELU is recomputed in the backward pass, and the
@@ -33,6 +34,7 @@ ONEDNN = (
     and not {"OMP_DYNAMIC", "OMP_THREAD_LIMIT"} & os.environ.keys()
 )
 
+TILE = 16  # rows and columns of a tile in tiles.h
 MANY_ROWS = 4  # times as many as columns
 
 
@@ -400,6 +402,11 @@ def add_product(grad: Tensor, left: Tensor, right: Tensor) -> Tensor:
 def weight_gradient(grad: Tensor, x: Tensor) -> Tensor:
     """gradᵀ @ x in float32, the gradient of a weight."""
     dim = grad.shape[1]
+    if x.dtype == torch.bfloat16 and get_kernels().has_weight_gradient and not dim % TILE and not x.shape[1] % TILE:
+        result = x.new_empty(dim, x.shape[1], dtype=torch.float32)
+        sizes = *grad.shape, x.shape[1], torch.get_num_threads()
+        get_kernels().call("weight_gradient", address(grad), address(x), address(result), *sizes)
+        return result
     # In bfloat16, of many rows, oneDNN is up to an eighth faster where the second factor is the wider one: see "Gradients of
     # weights" in benchmarks/README.md.
     if x.dtype == torch.bfloat16 and x.shape[1] < dim and dim * MANY_ROWS < len(x):

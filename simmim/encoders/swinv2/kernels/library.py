@@ -15,7 +15,8 @@ from simmim.encoders.shifted_windows.geometry import MASKED_LOGIT, OTHER_GROUP_L
 from simmim.encoders.swinv2.model import MAX_BIAS, SMALLEST_NORM
 from simmim.messages import first_line
 
-HEADERS, SOURCES = ("vectors.h", "share.h", "product.h"), ("share.c", "attention.c", "bias.c", "pointwise.c")
+HEADERS = ("vectors.h", "share.h", "tiles.h", "product.h", "attention.h")
+SOURCES = ("share.c", "attention_forward.c", "attention_backward.c", "bias.c", "gradients.c", "pointwise.c")
 # Contraction to fused multiply-adds is GCC's default. No flag lets a compiler reorder sums.
 FLAGS = (
     *("-O3", "-fPIC", "-shared", "-pthread", "-std=gnu11", "-ffp-contract=fast", "-fno-math-errno", "-fno-trapping-math"),
@@ -37,7 +38,7 @@ def fields(names: str, ctype: type) -> list[tuple[str, type]]:
 
 
 class Attention(ctypes.Structure):
-    """As in attention.c."""
+    """As in attention.h."""
 
     _fields_ = [
         *fields("qkv q_bias v_bias scale table offset_of token_of region_of", POINTER),
@@ -80,6 +81,8 @@ SIGNATURES = {
     "gelu_backward": [*[POINTER] * 5, LONG, LONG, INT, INT],
     "merging_forward": [ctypes.POINTER(Merging), POINTER, POINTER],
     "merging_backward": [ctypes.POINTER(Merging), POINTER, POINTER],
+    "has_weight_gradient": [],
+    "weight_gradient": [*[POINTER] * 3, LONG, LONG, LONG, INT],
 }
 
 
@@ -91,6 +94,8 @@ class KernelLibrary:
         for name, arguments in SIGNATURES.items():
             function = getattr(self.library, name)
             function.argtypes, function.restype = arguments, INT
+
+        self.has_weight_gradient = bool(self.library.has_weight_gradient())
 
     def call(self, name: str, *arguments) -> None:
         """Call one of `SIGNATURES`.
