@@ -1,7 +1,7 @@
 """The two branches of a Swin V2 block, and patch merging, on a CPU: each is one autograd function.
 
-Matrix products are torch's, except the gradients of weights where a matrix unit computes them (gradients.c). Everything between
-them is in attention_forward.c, attention_backward.c, bias.c and pointwise.c.
+Matrix products are torch's; those for the gradients of weights are in gradients.c where there is a matrix unit. Everything
+between products is in attention_forward.c, attention_backward.c, bias.c and pointwise.c.
 
 The mathematics is that of `simmim.encoders.swinv2.model`, which is easier to read and runs on every device. The kernels save
 memory and time: windows are never copied, attention weights are not kept, GELU is recomputed in the backward pass, and the

@@ -8,10 +8,11 @@
 #define TILE_FLOATS (TILE_ROWS * TILE_STEPS)
 #define GROUP (2 * TILE_STEPS)     /* rows of a tile */
 #define GROUPS_OF_PIECE 4          /* packed at once by a thread */
-#define BYTES_PACKED (1L << 21)    /* at a time, if that is not less than LEAST_ROWS */
-#define LEAST_ROWS 512
+#define BYTES_PACKED (1L << 19)    /* at a time, to stay in the cache, within these numbers of rows */
+#define LEAST_ROWS 256
 #define MOST_ROWS 4096
-#define BLOCK_TILES 6              /* columns of a block of the result, which one thread computes, in tiles; it has two rows of them */
+#define AHEAD 8                    /* rows that are fetched before they are packed */
+#define BLOCK_TILES 6              /* width of a block of the result, which one thread computes; it is two tiles high */
 
 typedef struct {
     const uint16_t *g, *x;
@@ -32,6 +33,7 @@ INLINE void pack_rows(
         for (long c = 0; c < columns; c += LANES) {
             float *place = to + c / TILE_ROWS * column_lanes + c % TILE_ROWS;
             wide_bits pairs = {0};
+            __builtin_prefetch(low + c + AHEAD * columns), __builtin_prefetch(high + c + AHEAD * columns);
             if (row < last) pairs |= widen(*(const loose_bf16_bits *)(low + c));
             if (row + 1 < last) pairs |= widen(*(const loose_bf16_bits *)(high + c)) << 16;
             store(place, (vec)pairs);
