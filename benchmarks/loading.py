@@ -42,6 +42,7 @@ class Scale:
     """Sizes and lengths of the measurements.
 
     Attributes:
+        reduction: by which the sides of the photographs are divided.
         photos: number of different files of each size.
         images: images of each size that each side loads in a round; fewer of large ones.
         step_images: batch size of the simulated step.
@@ -55,6 +56,7 @@ class Scale:
     """
 
     rounds: int = 5
+    reduction: int = 1
     photos: int = 8
     images: int = 64
     step_images: int = 16
@@ -70,6 +72,7 @@ class Scale:
 
 QUICK = Scale(
     rounds=1,
+    reduction=4,
     photos=1,
     images=1,
     step_images=1,
@@ -144,7 +147,7 @@ def measure_decoding(folder: Path, scale: Scale) -> list[dict]:
 
     rows = []
     for (size, goal), content in itertools.product(PHOTOS.items(), CONTENTS):
-        paths = photographs(folder, size, scale.photos, content)
+        paths = photographs(folder, reduced(size, scale), scale.photos, content)
         usual, ours = UsualPipeline(paths), toolkit_samples(paths)
         count = max(len(paths), round(scale.images * min(1.0, 1600 * 1200 / math.prod(size))))
 
@@ -191,6 +194,11 @@ def measure_decoding(folder: Path, scale: Scale) -> list[dict]:
     return rows
 
 
+def reduced(size: tuple[int, int], scale: Scale) -> tuple[int, int]:
+    """Height and width of the files that stand for photographs of a size: its own but in a smoke run."""
+    return size[0] // scale.reduction, size[1] // scale.reduction
+
+
 def levels_apart(direct, kept, key: tuple[int, int]) -> float:
     """The mean difference of a sample's pixels, 0 to 255, from its file and as it is kept."""
     return float((direct[key]["image"].float() - kept[key]["image"].float()).abs().mean())
@@ -223,7 +231,7 @@ def measure_waiting(folder: Path, scale: Scale) -> list[dict]:
 
     rows = []
     for size in PHOTOS:
-        paths = photographs(folder, size, scale.photos)
+        paths = photographs(folder, reduced(size, scale), scale.photos)
         for workers in (1, 2):
             samples = toolkit_samples(paths * 1000)  # an epoch of a realistic length
             loaders = {

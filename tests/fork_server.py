@@ -136,12 +136,16 @@ class ForkServer:
         first.others, second.others = [second], [first]
         return [first, second]
 
-    def run_script(self, file, *words, code=0):
-        """Run a Python file as a script, check its exit code, and return what it printed."""
+    def run_script(self, file, *words, code=0, forked_workers=False):
+        """Run a Python file as a script, check its exit code, and return what it printed.
+
+        Args:
+            forked_workers: the processes that a benchmark starts import nothing anew: forked_workers.py.
+        """
         file, words = Path(file), [str(word) for word in (file, *words)]
         prelude = (
             f"import runpy, sys\nsys.argv = {words!r}\nsys.path.insert(0, {str(file.parent)!r})\n"
-            f"runpy.run_path({str(file)!r}, run_name='__main__')"
+            f"{'import forked_workers' if forked_workers else ''}\nrunpy.run_path({str(file)!r}, run_name='__main__')"
         )
         return finish([self.start(prelude=prelude)], code)
 

@@ -33,7 +33,7 @@ def table_row(output):
 
 def test_the_step_is_measured(fork_server, tmp_path):
     words = (*SMALL.split(), "--contenders", "ours", "--json", tmp_path / "step.json")
-    output = fork_server.run_script(BENCHMARKS / "step.py", *words)
+    output = fork_server.run_script(BENCHMARKS / "step.py", *words, forked_workers=True)
     name, rate, _, ratio, *_ = table_row(output)
     assert name == "ours" and float(rate) > 0 and ratio == "1.00 ×"
     figures = json.loads((tmp_path / "step.json").read_text(encoding="utf-8"))["float32"]
@@ -43,8 +43,8 @@ def test_the_step_is_measured(fork_server, tmp_path):
 
 def test_first_epochs_are_compared(fork_server):
     """Of a checkout with itself, by small photographs."""
-    words = ("--old", BENCHMARKS.parent, "--new", BENCHMARKS.parent, "--images", 2, "--rounds", 3)
-    output = fork_server.run_script(BENCHMARKS / "first_epoch.py", *words)
+    words = ("--old", BENCHMARKS.parent, "--new", BENCHMARKS.parent, "--images", 2, "--rounds", 3, "--size", 300, 400)
+    output = fork_server.run_script(BENCHMARKS / "first_epoch.py", *words, forked_workers=True)
     assert output.count("\n| /") == 2 and "without keeping" in output
     name, milliseconds, rate = table_row(output)
     assert "keeps" in name and float(milliseconds) > 0 and float(rate.split()[0]) > 0
@@ -92,8 +92,8 @@ def test_a_gpu_is_named_and_takes_more_steps_in_a_round(monkeypatch, capsys):
 
 def test_canvases_are_measured(fork_server):
     """Images a second and peak memory of a batch of images, not of canvases."""
-    words = [*SMALL.split(), "--batch", 6, "--contenders", "ours", "canvas2", "canvas3"]
-    output = fork_server.run_script(BENCHMARKS / "step.py", *words)
+    words = [*SMALL.split(), "--rounds", 1, "--batch", 6, "--contenders", "ours", "canvas2", "canvas3"]
+    output = fork_server.run_script(BENCHMARKS / "step.py", *words, forked_workers=True)
     rows = [line.split("|") for line in output.splitlines() if line.startswith("| canvas")]
     assert [row[1].strip() for row in rows] == ["canvas2", "canvas3"]
     assert all(float(row[2]) > 0 and float(row[5].replace(",", "")) >= 0 for row in rows)
@@ -104,7 +104,7 @@ def test_canvases_are_measured(fork_server):
 def test_a_version_equals_itself(fork_server):
     """The losses of two processes with the same version are equal, step by step."""
     words = ("--old", BENCHMARKS.parent, "--new", BENCHMARKS.parent, *SMALL.split())
-    output = fork_server.run_script(BENCHMARKS / "compare_versions.py", *words)
+    output = fork_server.run_script(BENCHMARKS / "compare_versions.py", *words, forked_workers=True)
     precision, old, new, ratio, difference = table_row(output)
     assert precision == "float32" and min(float(old), float(new), float(ratio)) > 0 and difference == "0"
 
