@@ -79,9 +79,11 @@ def outputs(model, images):
 
 def save(timm, job):
     """Save a random model with timm, as a folder or as a bare state dict, and its outputs in each of the job's dtypes."""
-    from random_encoders import randomize
+    from random_encoders import randomize, without_draws
 
-    model = randomize(timm.create_model(job["name"], **job["arguments"])).eval()
+    with without_draws():
+        model = timm.create_model(job["name"], **job["arguments"])
+    randomize(model).eval()
     if "resized" in job:
         model.set_input_size(job["resized"])
     if "file" in job:
