@@ -19,13 +19,13 @@ def page_faults():
 # Aligned blocks leave slivers in glibc's thread cache, which holds seven of a size; until it is full, they part the
 # freed blocks from each other, and each next one grows the heap.
 for _ in range(24):
-    torch.ones(2**24)
+    torch.ones(9 * 2**20)
 before = page_faults()
 for _ in range(10):
-    torch.ones(2**24)
+    torch.ones(9 * 2**20)
 print(page_faults() - before)
 """
-PAGES = 2**24 * 4 // 4096  # of one of the tensors
+PAGES = 9 * 2**20 * 4 // 4096  # of one of the tensors, which are larger than all that glibc keeps by itself, 32 MiB
 
 
 def output_of(mode, **environment):

@@ -185,6 +185,7 @@ def test_a_giant_of_reduced_width_trains_sharded(start, tmp_path):
     """All 50 blocks of giant-3b with their extra norms, under FSDP, activation checkpoints and sequential attention."""
     words = (
         "--preset=giant-3b",
+        "--data.validation=4",
         "--image-size=64",
         "--epochs=0.02",
         "--batch-size=4",

@@ -112,21 +112,21 @@ def test_settings_of_the_model_are_planned(method, model):
     """As pre-training has them: those of the encoder and how it is executed, which were left out, among them. Parameters and
     FLOPs of the model that they build."""
     model = {**model, "encoder": {"window_size": 4, "patch_size": 2}, "checkpoint_activations": True}
-    planned = plan_for("nano", 64, 1, 4, "32-true", method=method, model={**model, "sequential_attention": 2})
+    planned = plan_for("nano", 32, 1, 2, "32-true", method=method, model={**model, "sequential_attention": 2})
     config = replace(PRESETS["nano"], **model["encoder"])
     kind = method_named(method)
-    own = kind.settings_class(**model).resolve((64, 64), config)
+    own = kind.settings_class(**model).resolve((32, 32), config)
     with torch.device("meta"):
         built = kind.build(SwinV2(config, True, 2), own).train()
-        images, masks = torch.zeros(4, 3, 64, 64), torch.zeros(4, 32, 32, dtype=torch.bool)
+        images, masks = torch.zeros(2, 3, 32, 32), torch.zeros(2, 16, 16, dtype=torch.bool)
     with FlopCounterMode(display=False) as counter:
         loss = built(images, masks).loss
         forward = counter.get_total_flops()
         loss.backward()
     assert planned.encoder_parameters == sum(parameter.numel() for parameter in built.encoder.parameters())
     assert planned.encoder_parameters + planned.head_parameters == sum(each.numel() for each in built.parameters())
-    assert planned.forward_flops == pytest.approx(forward / 4, rel=1e-3)
-    assert planned.training_flops == pytest.approx(counter.get_total_flops() / 4, rel=0.01)
+    assert planned.forward_flops == pytest.approx(forward / 2, rel=1e-3)
+    assert planned.training_flops == pytest.approx(counter.get_total_flops() / 2, rel=0.01)
     assert (planned.requested.checkpoint_activations, planned.requested.sequential_attention) == (True, 2)
     growing = plan_growing("nano", [32, 64], None, 1, 4, "32-true", method=method, model={**model, "mask_unit": 8})
     assert [stage.plan.config.patch_size for stage in growing.stages] == [2, 2]

@@ -28,7 +28,8 @@ SHORTER = {
     "console": {
         "pretrain": "--epochs 1 --batch-size 48 --workers 0 --model.encoder.embed_dim 16 --model.encoder.num_heads [1,2]",
         "finetune": "--epochs 1 --batch-size 40 --workers 0",
-        "study": "--labels 1,2 --seeds 2 --folds 2 --steps 2 --batch-size 20 --lr-factors [1] --layer-decays []",
+        "study": "--labels 2 --seeds 2 --folds 2 --steps 2 --batch-size 20 --lr-factors [1] --layer-decays []",
+        "probe": "--seeds 2",
     },
     "sh": {
         "pretrain": ONE_EPOCH,
