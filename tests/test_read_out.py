@@ -106,7 +106,7 @@ def test_scaling_brings_back_what_large_values_drown():
 
 def test_the_commands(digits, tmp_path, capsys):
     folder = save_encoder(tmp_path / "encoder", random_encoder(), GRAY, {})
-    words = ["--run", str(folder), "--data", str(digits.labeled), "--labels-per-class", "4", "--workers", "0"]
+    words = ["--run", str(folder), "--data", str(digits.labeled), "--labels-per-class", "2", "--workers", "0"]
     assert main(["probe", *words, "--stage", "1", "--head", "auto"]) == 0
     table = capsys.readouterr().out
     for name in ("stage 1 |", "stage 1, 2x2", "stage 1, attentive", "pixels", "untrained: stage 1"):
