@@ -1,5 +1,7 @@
 """Model cards, printed lines that load an export, and the text of `simmim inspect`."""
 
+from dataclasses import replace
+
 import numpy as np
 import pytest
 import torch
@@ -76,6 +78,10 @@ def test_inspect_says_what_a_file_is(tmp_path, capsys):
         assert rows["images"] == "3 channels, 64×64 px, bilinear, central crop 1"
         assert "method SimMIM, data hedgerow" in rows["from"] and "None" not in rows["from"]
         assert rows["exports"].startswith("as safetensors; official; timm; hf; onnx")
+    fine_tuned = replace(checkpoint, provenance={"images": 20, "encoder": {"images": 4000, "seed": None}, "steps": 50})
+    save_checkpoint(tmp_path / "fine-tuned", fine_tuned)
+    assert main(["inspect", str(tmp_path / "fine-tuned")]) == 0
+    assert "\nfrom       images 20, encoder (images 4000), steps 50\n" in capsys.readouterr().out
     assert main(["inspect", str(RELEASED)]) == 0
     out = capsys.readouterr().out
     assert (

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -28,7 +29,6 @@ def inspect(path: str | Path, **overrides: Any) -> str:
     saved = build_encoder(checkpoint, **overrides)
     config = saved.encoder.config
     family = registry.family_of(config)
-    known = [f"{name} {value}" for name, value in checkpoint.provenance.items() if value is not None]
     size = registry.preset_name(config) or "of no preset"
     stages = zip(config.channels, config.strides)
     rows = [
@@ -38,11 +38,20 @@ def inspect(path: str | Path, **overrides: Any) -> str:
         ("stages", ", ".join(f"{channels} channels at stride {stride} px" for channels, stride in stages)),
         ("settings", config.describe()),
         ("images", saved.preprocessing.describe()),
-        ("from", ", ".join(known) or "not recorded"),
+        ("from", origin_in_words(checkpoint.provenance) or "not recorded"),
         *saved.report.rows(),
         ("exports as", "; ".join(export_outlook(checkpoint, formats.format_named(name)) for name in formats.names())),
     ]
     return "\n".join(f"{name:<10} {text}" for name, text in rows)
+
+
+def origin_in_words(provenance: Mapping[str, Any]) -> str:
+    """Names and values of what is known, those of an earlier training in parentheses."""
+    known = {name: value for name, value in provenance.items() if value is not None}
+    return ", ".join(
+        f"{name} ({origin_in_words(value)})" if isinstance(value, Mapping) else f"{name} {value}"
+        for name, value in known.items()
+    )
 
 
 def held_parts(checkpoint: Checkpoint) -> list[str]:
