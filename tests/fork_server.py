@@ -9,6 +9,7 @@ Executed as a script, this file is the server.
 """
 
 import contextlib
+import ctypes
 import gc
 import importlib
 import json
@@ -170,7 +171,11 @@ def serve():
 
     for module in PRELOADED:
         importlib.import_module(module)
-    # What is imported is never garbage: a collection would copy its pages in each process, for seconds at its exit.
+    # What is imported is never garbage: a collection would copy its pages in each process, for seconds at its exit. Nor is
+    # it taken apart there, which took a third of the exit's time.
+    for module in list(sys.modules.values()):
+        for value in (module, *getattr(module, "__dict__", {}).values()):
+            ctypes.pythonapi.Py_IncRef(ctypes.py_object(value))
     gc.freeze()
     gc.enable()
     exit_codes = {}
