@@ -137,6 +137,12 @@ INLINE Head gather_any(const Attention *s, long job, const float *bias, float *m
     };
 }
 
+/* Loads queries, keys and values of a head of a window, with their biases. For padding they are the biases alone. */
+INLINE Head gather(const Attention *s, long job, const float *bias, float *memory, int for_gradient) {
+    if (s->head_dim == USUAL_HEAD_DIM) return gather_any(s, job, bias, memory, USUAL_HEAD_DIM, for_gradient);
+    return gather_any(s, job, bias, memory, s->head_dim, for_gradient);
+}
+
 /* Has what a job reads or writes fetched: the rows of its tokens in `x` (B, T, parts, h, D). They lie far from each other. */
 INLINE void fetch_tokens(const Attention *s, long job, const void *x, long parts, int write) {
     long n = s->window_tokens, d = s->head_dim, c = s->heads * d;
@@ -146,12 +152,6 @@ INLINE void fetch_tokens(const Attention *s, long job, const void *x, long parts
         if (token < 0) continue;
         for (long part = 0; part < parts; part++) fetch_row(x, offset + part * c, d, s->bf16, write);
     }
-}
-
-/* Loads queries, keys and values of a head of a window, with their biases. For padding they are the biases alone. */
-INLINE Head gather(const Attention *s, long job, const float *bias, float *memory, int for_gradient) {
-    if (s->head_dim == USUAL_HEAD_DIM) return gather_any(s, job, bias, memory, USUAL_HEAD_DIM, for_gradient);
-    return gather_any(s, job, bias, memory, s->head_dim, for_gradient);
 }
 
 /* Writes rows · other (BLOCK, N padded): the products of BLOCK rows (N, D) from `first` on with keys or values. */

@@ -21,17 +21,15 @@ typedef struct {
     long outputs, inputs, first, last, groups;
 } GradientCall;
 
-/* The rows from `first` on of a matrix (R, columns), as many as a tile has, as pairs of neighboring rows: a lane for each column
-   of a pair, at to[step · step_lanes + column · column_lanes] for the first of TILE_ROWS columns side by side. Rows beyond `last`
-   are zeros. Row by row, as the memory is read fastest. */
-INLINE void pack_rows(
-    const uint16_t *from, long first, long last, long columns, float *to, long step_lanes, long column_lanes
-) {
-    for (long step = 0; step < TILE_STEPS; step++, to += step_lanes) {
+/* The rows from `first` on of a matrix (R, columns), as many as a tile has, as pairs of neighboring rows: a tile (TILE_STEPS,
+   TILE_ROWS) for each TILE_ROWS columns, `tile_lanes` from one tile to the next. Rows beyond `last` are zeros. Row by row, as the
+   memory is read fastest. */
+INLINE void pack_rows(const uint16_t *from, long first, long last, long columns, float *to, long tile_lanes) {
+    for (long step = 0; step < TILE_STEPS; step++, to += TILE_ROWS) {
         long row = first + 2 * step;
         const uint16_t *low = from + row * columns, *high = low + columns;
         for (long c = 0; c < columns; c += LANES) {
-            float *place = to + c / TILE_ROWS * column_lanes + c % TILE_ROWS;
+            float *place = to + c / TILE_ROWS * tile_lanes + c % TILE_ROWS;
             wide_bits pairs = {0};
             __builtin_prefetch(low + c + AHEAD * columns), __builtin_prefetch(high + c + AHEAD * columns);
             if (row < last) pairs |= widen(*(const loose_bf16_bits *)(low + c));
@@ -47,8 +45,8 @@ static void pack_piece(const void *of, long piece, float *pairs) {
     long lanes = s->groups * TILE_FLOATS; /* between neighboring tiles of a row of them */
     for (long group = range.first; group < range.last; group++) {
         long first = s->first + group * GROUP;
-        pack_rows(s->x, first, s->last, s->inputs, s->x_tiles + group * TILE_FLOATS, TILE_ROWS, lanes);
-        pack_rows(s->g, first, s->last, s->outputs, pairs, TILE_ROWS, TILE_FLOATS);
+        pack_rows(s->x, first, s->last, s->inputs, s->x_tiles + group * TILE_FLOATS, lanes);
+        pack_rows(s->g, first, s->last, s->outputs, pairs, TILE_FLOATS);
         for (long tile = 0; tile < s->outputs / TILE_ROWS; tile++)
             transpose(pairs + tile * TILE_FLOATS, TILE_STEPS, TILE_ROWS, s->g_tiles + group * TILE_FLOATS + tile * lanes);
     }
