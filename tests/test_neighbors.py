@@ -105,6 +105,31 @@ def test_held_out_neighbors(digit_vectors, monkeypatch, k, test_rows):
         held_out_knn_accuracy(vectors, classes, 0)
 
 
+def test_some_of_many_vectors_are_held_out(digit_vectors, monkeypatch):
+    """As many as the limit, none twice, each with all others as neighbors, and the same ones every time."""
+    vectors, labels = digit_vectors.train["stage 1, 2x2"], digit_vectors.train_labels
+    asked = []
+
+    def search(queries, *arguments):
+        asked.extend(np.flatnonzero((vectors == query).all(axis=1)).item() for query in queries)
+        return nearest_vectors(queries, *arguments)
+
+    nearest_vectors = neighbors.nearest_vectors
+    monkeypatch.setattr(neighbors, "nearest_vectors", search)
+    monkeypatch.setattr(neighbors, "TEST_ROWS", 7)
+    monkeypatch.setattr(neighbors, "HELD_OUT_VECTORS", 50)
+    accuracy = held_out_knn_accuracy(vectors, labels, 5)
+    assert held_out_knn_accuracy(vectors, labels, 5) == accuracy and asked[:50] == asked[50:]
+    rows = asked[:50]
+    assert len(set(rows)) == 50 and len(set(labels[rows])) > 5
+    monkeypatch.undo()
+    expected = []
+    for row in rows:
+        others = np.arange(len(vectors)) != row
+        expected.append(knn_accuracy(vectors[others], labels[others], vectors[row : row + 1], labels[row : row + 1], 5))
+    assert accuracy == pytest.approx(np.mean(expected), abs=1e-9)
+
+
 def test_pages_of_its_own_file_are_no_neighbors(digit_vectors):
     """Each vector without all of its file, compared with one search per vector; pages that are equal tell nothing."""
     chosen = np.arange(0, 240, 4)
