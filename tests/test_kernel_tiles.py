@@ -42,6 +42,13 @@ def plain(tmp_path_factory):
         return compiled(tmp_path_factory.mktemp("kernels"), patch, "plain")
 
 
+@pytest.fixture(scope="module")
+def refused(tmp_path_factory):
+    """Kernels with tiles, which the system does not let them use."""
+    with pytest.MonkeyPatch.context() as patch:
+        return compiled(tmp_path_factory.mktemp("kernels"), patch, "refused", "-DEMULATED_TILES=0")
+
+
 def attention(kernels, case, groups=None, images=2, threads=1):
     """Output and gradients of attention in bfloat16, by name."""
     side, window, shift, heads, head_dim = case
@@ -81,6 +88,14 @@ def test_attention_by_tiles(case, emulated, plain):
         assert distance(actual[name], expected[name]) < (0.03 if name == "scale" else 6e-3), name
     again = attention(emulated, case, threads=3)
     assert all(torch.equal(again[name], actual[name]) for name in NAMES)
+
+
+def test_a_system_that_refuses_tiles(refused, plain):
+    """The ways of processors without a matrix unit, bit for bit."""
+    assert not refused.has_weight_gradient
+    for case in CASES:
+        actual, expected = attention(refused, case), attention(plain, case)
+        assert all(torch.equal(actual[name], expected[name]) for name in NAMES), case
 
 
 def test_tiles_keep_groups_apart(emulated, plain):
