@@ -150,7 +150,8 @@ def main() -> None:
     stream = batches(images, model.transform, options.batch_size, generator)
     steps = train(model, stream, options.minutes, optimizer_for(model, options.lr, options.batch_size), options.bf16)
     options.out.mkdir(parents=True, exist_ok=True)
-    save_file(backbone.state_dict(), options.out / "model.safetensors")
+    weights = {name: value.contiguous() for name, value in backbone.state_dict().items()}
+    save_file(weights, options.out / "model.safetensors")
     size = [3, options.image_size, options.image_size]
     preprocessing = {"input_size": size, "mean": [0.485, 0.456, 0.406], "std": [0.229, 0.224, 0.225], "num_classes": 0}
     config = {"architecture": "resnet18", "num_classes": 0, "num_features": 512, "pretrained_cfg": preprocessing}
