@@ -245,7 +245,7 @@ def conclusions(
         if pixels is not None and largest - pixels < LEAST_GAIN:
             lines.append(verdict(largest, {"plain pixels": pixels}, num_images))
         return lines
-    procedure = "cross-validation" if best.probe is not None else "holding out each in turn"
+    procedure = "cross-validation" if best.probe is not None else "holding out images in turn"
     lines = [f"Chosen by {procedure} on the training images alone: {best.name}."]
     kind = "attentive" if best.name.endswith("attentive") else "linear"
     classifier = f"{kind} probe" if best.probe is not None else "k-NN"
