@@ -39,6 +39,18 @@ def test_one_set_has_identical_boxes_in_every_format(format, tmp_path):
         assert not one.objects.ignored.any() and one.size == scene.size and one.num_clipped == 0
 
 
+@pytest.mark.parametrize("format, file", [("coco", "annotations/train.json"), ("csv", "boxes.csv")])
+def test_a_file_of_labels_needs_no_format(format, file, tmp_path):
+    """Whatever the case of its ending."""
+    WRITERS[format](tmp_path)
+    whole = tmp_path / file
+    upper = whole.with_suffix(whole.suffix.upper())
+    for path in (whole, upper):
+        whole.rename(path)
+        whole = path
+        assert len(read(path)[1]) == len(SCENES)
+
+
 def test_formats_of_four_numbers():
     for name, values in (
         ("xyxy", (10, 20, 30, 60)),

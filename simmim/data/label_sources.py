@@ -49,7 +49,7 @@ def read_labels(path: str, column: str | None, label_column: str | None) -> dict
 def is_csv(path: str) -> bool:
     """Whether `path` is a CSV file."""
     file = Path(path).expanduser()
-    return bool(path) and file.is_file() and file.suffix == ".csv"
+    return bool(path) and file.is_file() and file.suffix.lower() == ".csv"
 
 
 def is_plain_folder(path: str) -> bool:

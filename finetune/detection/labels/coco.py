@@ -39,7 +39,7 @@ class CocoReader(BoxReader):
 
     def detect(self, path: str) -> bool:
         folder = Path(path).expanduser()
-        return (folder.is_file() and folder.suffix == ".json") or bool(find_files(folder))
+        return (folder.is_file() and folder.suffix.lower() == ".json") or bool(find_files(folder))
 
     def read(self, path: str, options: ReadingOptions) -> RawLabels:
         source = Path(path).expanduser()

@@ -32,7 +32,12 @@ class ColumnsReader(BoxReader):
     layout = "rows with image and objects (bbox and category lists), in Parquet, a saved datasets folder or a hub id"
 
     def detect(self, path: str) -> bool:
-        return not is_csv(path) and not is_plain_folder(path) and detect_reader(path)[0].has_columns
+        if is_csv(path) or is_plain_folder(path):
+            return False
+        try:
+            return detect_reader(path)[0].has_columns
+        except ValueError:  # a file that holds no rows, as COCO's JSON
+            return False
 
     def read(self, path: str, options: ReadingOptions) -> RawLabels:
         if options.box_format is None:
