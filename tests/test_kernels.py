@@ -408,6 +408,21 @@ def test_no_images_no_features():
     assert build(SwinV2Config(16, (1,), (2,), window_size=4))(torch.zeros(0, 3, 32, 32)).pooled.shape == (0, 16)
 
 
+@pytest.mark.parametrize("half", [False, True], ids=["float32", "bfloat16"])
+def test_a_single_map_in_another_layout(half):
+    """Channels first in memory, as of a convolution: the rows of one such map, unlike those of two, are a view of it."""
+    block = randomized(SwinV2Config(16, (1,), (2,), window_size=4)).layers[0].blocks[0]
+    rows = torch.randn(1, 8, 8, 16, generator=torch.Generator().manual_seed(0))
+    found = []
+    for x in (rows, rows.permute(0, 3, 1, 2).contiguous().permute(0, 2, 3, 1)):
+        x = x.detach().requires_grad_()
+        with torch.autocast("cpu", torch.bfloat16, enabled=half):
+            assert eligibility.supports_block(block, x)
+            out = block(x)
+        found.append((out, *torch.autograd.grad(out.square().sum(), [x, *block.parameters()])))
+    assert all(torch.equal(*pair) for pair in zip(*found))
+
+
 def test_nan_of_one_image_stays_there():
     """In gradients too, with heads that fill no vector: rows of scratch serve one image after another."""
     config, size = CASES["padded, heads of 12"]

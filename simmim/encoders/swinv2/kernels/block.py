@@ -120,6 +120,7 @@ class AttentionBranch(Function):
         windows,
         dtype,
     ) -> tuple[Tensor, Tensor]:
+        x = x.contiguous()  # rows of one image of another layout would be a view of it
         tokens = as_rows(x).to(dtype)
         qkv_weight, proj_weight = qkv_weight.to(dtype), proj_weight.to(dtype)
         qkv = linear(tokens, qkv_weight)
