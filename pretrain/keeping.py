@@ -1,4 +1,4 @@
-"""Whether a run keeps its images shrunk on disk, and how much of the disk they may take."""
+"""Whether a run keeps its images decoded on disk, and how much of the disk they may take."""
 
 from __future__ import annotations
 
@@ -11,8 +11,8 @@ from dataclasses import replace
 from pathlib import Path
 
 from simmim.data import ImageStatistics, RandomView, Source
-from simmim.data.kept_pictures import LEAST_GAIN, KeptPictures, pictures_folder
-from simmim.pretrain.settings import DataSettings, PretrainSettings
+from simmim.data.kept_pictures import KeptPictures, is_worth_keeping, pictures_folder, way_to_keep
+from simmim.pretrain.settings import PretrainSettings
 
 BYTES = {"KB": 1e3, "MB": 1e6, "GB": 1e9, "TB": 1e12, "KIB": 2**10, "MIB": 2**20, "GIB": 2**30, "TIB": 2**40}
 BUDGET = re.compile(r"([0-9]+(?:\.[0-9]+)?) ?([KMGT]i?B)", re.IGNORECASE)
@@ -34,7 +34,7 @@ def parse_budget(text: str) -> int:
 def resolve_cache(
     settings: PretrainSettings, source: Source, images: ImageStatistics, views: Sequence[RandomView]
 ) -> tuple[PretrainSettings, KeptPictures | None]:
-    """Settings that say whether images are kept shrunk, and these.
+    """Settings that say whether images are kept decoded, and these.
 
     Args:
         views: of an image; none where images are not read from files, whole, time and again.
@@ -44,18 +44,15 @@ def resolve_cache(
     """
     cache, data = str(settings.data.cache), settings.data
     budget = parse_budget(cache) if cache not in ("auto", "off") else 0
+    way = way_to_keep(views, source.head, source.num_images, images) if views and cache != "off" else None
+    if way is None or (cache == "auto" and not is_worth_keeping(way, settings.epochs)):
+        return replace(settings, data=replace(data, cache="off")), None
     if cache == "auto":
-        pays = bool(views) and settings.epochs > 1 and keeps_images(data, source, images, views)
-        cache = default_budget() if pays else "off"
-        budget = parse_budget(cache) if pays else 0
-    settings = replace(settings, data=replace(data, cache=cache if views else "off"))
-    return settings, pictures_of(data, images, views, budget) if views and cache != "off" else None
-
-
-def keeps_images(data: DataSettings, source: Source, images: ImageStatistics, views: Sequence[RandomView]) -> bool:
-    """Whether auto keeps images: where their files have much more pixels than crops need. It follows from the images alone,
-    so that it is the same on every machine."""
-    return pictures_of(data, images, views, 0).estimate(source.head, source.num_images, images).gain >= LEAST_GAIN
+        cache = default_budget()
+        budget = parse_budget(cache)
+    how = (data.channels or images.channels, data.max_pixels, images.reading)
+    kept = KeptPictures(views, how, budget, whole=way.whole)
+    return replace(settings, data=replace(data, cache=cache)), kept
 
 
 def default_budget() -> str:
@@ -64,12 +61,6 @@ def default_budget() -> str:
     while not folder.exists() and folder != folder.parent:
         folder = folder.parent
     return f"{max(0.001, FREE_SHARE * shutil.disk_usage(folder).free / 1e9):.3g}GB"
-
-
-def pictures_of(data: DataSettings, images: ImageStatistics, views: Sequence[RandomView], budget: int) -> KeptPictures:
-    """The kept images of a collection."""
-    how = (data.channels or images.channels, data.max_pixels, images.reading)
-    return KeptPictures(views, how, budget)
 
 
 def prepare(kept: KeptPictures, source: Source, images: ImageStatistics) -> str:

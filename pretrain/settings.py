@@ -47,8 +47,8 @@ class DataSettings:
             {well}_s{site}_w{channel}. Files that agree but for {channel} are one image; * stands for what does not matter.
         channels_used: numbers, from 0, or names of the channels that are used, in this order; all by default.
         channel_names: of the channels that are used; those in the files by default.
-        cache: keep images whose files are much larger than crops need on disk, shrunk, beside the index, so that later
-            epochs and runs do not decode them again: auto where that pays, off, or at most a size, as 20GB.
+        cache: keep images decoded on disk beside the index, shrunk to what crops need, so that later epochs and runs do
+            not decode them again: auto where that pays, off, or at most a size, as 20GB.
         tile: side in pixels of tiles, of which images larger than a picture are read at random, never the whole file. An
             epoch has as many tiles of each image as cover its area. By default images are read whole.
         tile_level: level of the files' pyramids that tiles are of; by default 0, the full resolution.

@@ -1,4 +1,4 @@
-"""Images that are kept shrunk on disk: the same samples with and without entries, whatever happens to these."""
+"""Images that are kept decoded on disk: the same samples with and without entries, whatever happens to these."""
 
 import errno
 import json
@@ -9,6 +9,7 @@ import subprocess
 import sys
 import threading
 import time
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -22,9 +23,11 @@ from simmim.cli import main
 from simmim.cli.check_report import as_json, render
 from simmim.data import ImageSamples, RandomView, build_loader, dataset_from_paths, kept_pictures, open_images, open_picture
 from simmim.data.check import check_images
-from simmim.data.kept_pictures import KeptPictures, read_entry, stamp_of
+from simmim.data.image_statistics import ImageStatistics
+from simmim.data.kept_pictures import KeptPictures, is_worth_keeping, read_entry, stamp_of, way_to_keep
 from simmim.data.shrinking import kept_size, needed_scale
 from simmim.pretrain.keeping import parse_budget
+from simmim.pretrain.model import read_settings
 from simmim.pretrain.preparation import resolve_run
 from simmim.pretrain.settings import DataSettings, PretrainSettings
 from simmim.reading import AUTO, Reading, TileSettings
@@ -130,6 +133,31 @@ def test_crops_are_those_of_the_file(tmp_path, kind):
     assert np.mean(apart) < 1.5
     assert kind not in ("jpeg", "turned") or np.mean(apart) < 0.2
     assert len(entries(tmp_path / "kept")) == 1 and not (tmp_path / "none").exists()
+
+
+@pytest.mark.parametrize("kind", ["jpeg", "turned", "png", "gray", "channels"])
+def test_whole_images_have_the_pixels_of_the_file(tmp_path, kind):
+    """Images of which crops need nearly all: bit for bit the crops of the decoded file, cold and warm."""
+    path, channels, reading = as_file(tmp_path, kind)
+    how, view = (record_of(path), channels, 10**9, reading), RandomView((150, 150))
+    kept_in(tmp_path / "kept", views=(view,)).open(how[0], lambda: open_picture(*how))
+    assert not entries(tmp_path / "kept"), "not without being asked for"
+    kept = KeptPictures([view], (kind,), 10**9, tmp_path / "kept", whole=True)
+    assert kept.folder != kept_in(tmp_path / "kept", views=(view,), how=(kind,)).folder
+    for seed in range(8):
+        expected = view(open_picture(*how).decoded(), random.Random(seed))
+        cold_or_warm = view(kept.open(how[0], lambda: open_picture(*how)), random.Random(seed))
+        warm = view(kept.open(how[0], lambda: pytest.fail("the entry is there")), random.Random(seed))
+        if kind == "turned":  # a filter that looks over a turned crop's edges sums in another order
+            assert (expected.int() - warm.int()).abs().max() <= 1
+        else:
+            assert torch.equal(expected, warm)
+        assert torch.equal(cold_or_warm, warm)
+    [entry] = entries(tmp_path / "kept")
+    assert read_entry(str(entry), stamp_of(record_of(path))).values.shape == (
+        channels,
+        *((400, 300) if kind == "turned" else (300, 400)),
+    )
 
 
 def test_pixels_without_data_stay_so(tmp_path):
@@ -336,12 +364,56 @@ def test_runs_keep_images_where_it_pays(photos, tmp_path, monkeypatch, capsys):
     assert resolved(cache="2GB").kept.budget_bytes == 2 * 10**9
     off = resolved(cache="off")
     assert off.kept is None and off.settings.data.cache == "off" and resolved(cache=False).kept is None
-    assert resolved(crop_scale=(0.01, 1)).settings.data.cache == "off", "crops need all pixels"
+    assert resolved(crop_scale=(0.01, 1)).settings.data.cache == "off", "crops need all pixels, and epochs are few"
+
+
+def statistics(size=(100, 120), reading=AUTO):
+    return ImageStatistics(size[0], 3, 1000.0, (0.5,) * 3, (0.2,) * 3, (size,) * 4, reading)
+
+
+def test_small_collections_are_kept_whole(tmp_path):
+    """Up to 4 GB, from four epochs on, where files are compressed; where crops need little, images are shrunk as ever."""
+    for number in range(3):
+        Image.fromarray(photo(100, 120, seed=number)).save(tmp_path / f"{number}.jpg")
+    head, view = dataset_from_paths(sorted(map(str, tmp_path.glob("*.jpg")))), RandomView((64, 64))
+    whole = way_to_keep([view], head, 1000, statistics())
+    assert whole.whole and whole.size == (100, 120) and whole.num_bytes == 1000 * 100 * 120 * 3
+    assert is_worth_keeping(whole) and is_worth_keeping(whole, 4) and not is_worth_keeping(whole, 3.9)
+    most = int(4e9) // (100 * 120 * 3)
+    assert way_to_keep([view], head, most, statistics()).whole
+    many = way_to_keep([view], head, most + 1, statistics())
+    assert not many.whole and not is_worth_keeping(many)
+    deep = way_to_keep([view], head, 1000, statistics(reading=Reading([[0, 9]] * 3)))
+    assert not deep.whole and not is_worth_keeping(deep)
+    shrunk = way_to_keep([RandomView((16, 16))], head, 1000, statistics())
+    assert not shrunk.whole and shrunk.gain >= 4 and is_worth_keeping(shrunk, 2) and not is_worth_keeping(shrunk, 1)
+    Image.fromarray(photo(100, 120)).save(tmp_path / "0.bmp")
+    plain = way_to_keep([view], dataset_from_paths([str(tmp_path / "0.bmp")]), 1000, statistics())
+    assert not plain.whole and not is_worth_keeping(plain), "a file without compression is read as fast"
+
+
+def test_a_run_that_goes_on_keeps_images_as_it_did(tmp_path, monkeypatch, capsys):
+    """Whole images: said in a line, each decoded once; settings of a saved run, and a size that is given, lead to the same
+    entries."""
+    monkeypatch.setattr("simmim.pretrain.preparation.KEEP_DECODED_MIB", 0)
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    (folder := tmp_path / "photos").mkdir()
+    for number in range(6):
+        (folder / f"{number}.jpg").write_bytes(jpeg_bytes(photo(50, 60, seed=number)))
+    assert pretrain(folder, tmp_path / "run", "--epochs", "4") == 0
+    assert "cache    images are kept at about 50×60 px, 0.1 MB of at most" in capsys.readouterr().out
+    assert len(entries(tmp_path / "cache")) == 6
+    settings = read_settings(tmp_path / "run")
+    assert parse_budget(settings.data.cache) > 10**6
+    again = resolve_run(replace(settings, out=str(tmp_path / "other")))
+    given = resolve_run(replace(settings, out=str(tmp_path / "other"), epochs=1.0, data=replace(settings.data, cache="1GB")))
+    assert again.kept.whole and given.kept.whole
+    assert {again.kept.folder, given.kept.folder} == {entries(tmp_path / "cache")[0].parents[1]}
 
 
 def test_check_data_says_what_is_kept(tmp_path, monkeypatch):
     """The number that a run says, of the image size that is suggested; nothing where images stay in memory, are read by
-    tiles or are hardly larger than crops."""
+    tiles. Images that are hardly larger than crops are kept whole."""
     for folder, side in ((large := tmp_path / "large", 600), (small := tmp_path / "small", 150)):
         folder.mkdir()
         for number in range(2):
@@ -359,9 +431,11 @@ def test_check_data_says_what_is_kept(tmp_path, monkeypatch):
     for other in (
         check_images(source, workers=0, in_memory_mib=128),
         check_images(source, workers=0, tiles=TileSettings(64)),
-        check_images(open_images(small), workers=0),
     ):
         assert other.kept is None and "\ncache " not in render(other)
+    assert not report.kept.whole
+    whole = check_images(open_images(small), workers=0)
+    assert whole.kept.whole and whole.kept.size == (150, 200) and "at about 150×200 px" in render(whole)
 
 
 def test_a_size_that_is_none_is_refused(photos, tmp_path, capsys):

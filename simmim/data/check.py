@@ -23,7 +23,7 @@ from simmim.data.decode import MAX_PIXELS, open_picture
 from simmim.data.duplicates import find_duplicates, list_groups
 from simmim.data.image_statistics import ImageStatistics, measure_images
 from simmim.data.inspection import RowTallies, Tally, process_rows, whole_image
-from simmim.data.kept_pictures import LEAST_GAIN, KeptEstimate, KeptPictures
+from simmim.data.kept_pictures import KeptEstimate, is_worth_keeping, way_to_keep
 from simmim.data.loading import available_cores
 from simmim.data.pictures import Picture
 from simmim.data.records import Record
@@ -191,7 +191,7 @@ def check_images(
         suggestion=suggestion,
         tiles=None if plan is None else len(plan),
         empty_share=empty_share,
-        kept=None if plan is not None else estimate_kept(source, measured, view, in_memory_mib),
+        kept=None if plan is not None else kept_by_runs(source, measured, view, in_memory_mib),
     )
 
 
@@ -208,7 +208,7 @@ def suggest(tally: Tally, device: str) -> Suggestion | None:
     return Suggestion(tuple(scales), turns=2 * tally.without_up.total() > num_readable)
 
 
-def estimate_kept(
+def kept_by_runs(
     source: datasets.Dataset, measured: ImageStatistics | None, view: RandomView | None, in_memory_mib: float
 ) -> KeptEstimate | None:
     """What a run keeps of whole images on disk; None where that does not pay.
@@ -218,8 +218,8 @@ def estimate_kept(
     """
     if measured is None or view is None or measured.decoded_mib <= in_memory_mib:
         return None
-    estimate = KeptPictures([view], (), 0).estimate(source, len(source), measured)
-    return estimate if estimate.gain >= LEAST_GAIN else None
+    way = way_to_keep([view], source, len(source), measured)
+    return way if is_worth_keeping(way) else None
 
 
 def find_tiles(

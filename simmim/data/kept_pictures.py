@@ -1,4 +1,4 @@
-"""Shrunk images on disk, so that each file is decoded once: by all processes, ranks and runs together.
+"""Decoded images on disk, shrunk where that can be, so that each file is decoded once: by all processes, ranks and runs.
 
 An entry is one file, which is mapped when it is read; one that is not whole is known by its digest, and is no entry. It
 belongs to the content of its image's file: a file that has changed is read anew, and its entry replaced. What a sample looks
@@ -10,6 +10,7 @@ from __future__ import annotations
 import contextlib
 import hashlib
 import json
+import math
 import mmap
 import os
 import shutil
@@ -46,7 +47,11 @@ MAGIC, VERSION = b"simmimK1", 1
 HEAD = struct.Struct("<8sQI")  # magic, digest of all that follows, bytes of the description
 USAGE, LOCK, USED = "usage", "usage.lock", "used"
 SUFFIX = ".kept"
-LEAST_GAIN = 4.0  # pixels of the files for one that is kept, from which keeping images pays
+LEAST_GAIN = 4.0  # pixels of the files for one that is kept, from which keeping images pays at any number of them
+# Where crops need nearly all pixels, keeping saves decoding alone, and takes several times the files' space: for collections
+# of no more than this, which the system's file cache mostly holds, and files that are compressed to at most this share.
+WHOLE_BYTES, COMPRESSED_SHARE = 4e9, 0.8
+WHOLE_EPOCHS = 4  # from which writing them pays
 HEAD_FILES, JPEG_ENDINGS = 16, (".jpg", ".jpeg", ".jfif")  # files that tell what most are
 CREDIT_BYTES, CREDIT_PARTS = 64 * 2**20, 64  # that a process reserves at a time, at most this part of what is left
 BINARY = getattr(os, "O_BINARY", 0)
@@ -62,12 +67,20 @@ class KeptPictures:
         how: all else that pictures depend on, for the entries' names.
         budget_bytes: that all collections may take on this disk; 0 keeps nothing.
         folder: of all collections; by default beside the indices.
+        whole: keep images that are hardly larger than crops need, too, with all their pixels.
     """
 
-    def __init__(self, views: Sequence[RandomView], how: tuple, budget_bytes: int, folder: str | Path | None = None) -> None:
-        self.views, self.budget_bytes = tuple(views), budget_bytes
+    def __init__(
+        self,
+        views: Sequence[RandomView],
+        how: tuple,
+        budget_bytes: int,
+        folder: str | Path | None = None,
+        whole: bool = False,
+    ) -> None:
+        self.views, self.budget_bytes, self.whole = tuple(views), budget_bytes, whole
         self.root = Path(folder) if folder else pictures_folder()
-        rule = json.dumps([VERSION, [asdict(view) for view in self.views], *map(repr, how)])
+        rule = json.dumps([VERSION, [asdict(view) for view in self.views], *map(repr, how), *["whole"] * whole])
         self.folder = self.root / hashlib.sha256(rule.encode()).hexdigest()[:24]
         self.may_write = budget_bytes > 0
         self.credit = 0  # bytes that this process has reserved and not used
@@ -88,7 +101,7 @@ class KeptPictures:
             return ShrunkPicture(kept)
         with decoding():  # once for both, as its beginning and end take as long as opening the file
             picture = opened()
-            shrunk = shrink(picture, self.views)
+            shrunk = shrink(picture, self.views, self.whole)
         if shrunk is not None and self.may_write:
             self.write(entry, shrunk.kept, stamp)
         return shrunk or picture
@@ -152,24 +165,8 @@ class KeptPictures:
             return 0
 
     def estimate(self, head: datasets.Dataset, num_images: int, images: ImageStatistics) -> KeptEstimate:
-        """How much the images of a collection take.
-
-        Args:
-            head: some of them.
-            num_images: all of them.
-            images: their statistics.
-        """
-        paths, is_deep = [record["path"] or "" for record in head[:HEAD_FILES]["image"]], images.reading.is_deep
-        num_jpegs = sum(os.path.splitext(path)[1].lower() in JPEG_ENDINGS for path in paths)
-        is_jpeg, value_bytes = 2 * num_jpegs > len(paths) and not is_deep, 4 if is_deep else 1
-        kept = [(size, kept_size(self.views, size, is_jpeg)) for size in images.sizes]
-        worth = [(size, small) for size, small in kept if small is not None]
-        if not worth:
-            return KeptEstimate(0, 1.0, (0, 0))
-        mean = sum(small[0] * small[1] for _, small in worth) / len(kept)
-        gain = sum(size[0] * size[1] for size, _ in kept) / len(kept) / (mean or 1)
-        typical = sorted(small for _, small in worth)[len(worth) // 2]
-        return KeptEstimate(round(mean * images.channels * value_bytes * num_images), gain, typical)
+        """How much the images of a collection take, as `estimate_kept`."""
+        return estimate_kept(self.views, head, num_images, images, self.whole)
 
 
 class KeptEstimate(NamedTuple):
@@ -179,11 +176,75 @@ class KeptEstimate(NamedTuple):
         num_bytes: of all entries.
         gain: pixels of the files for one that is kept.
         size: of a typical entry, (height, width).
+        whole: whether images that are hardly larger than crops need are kept, too.
     """
 
     num_bytes: int
     gain: float
     size: Size
+    whole: bool = False
+
+
+def estimate_kept(
+    views: Sequence[RandomView], head: datasets.Dataset, num_images: int, images: ImageStatistics, whole: bool
+) -> KeptEstimate:
+    """How much the images of a collection take.
+
+    Args:
+        head: some of them.
+        num_images: all of them.
+        images: their statistics.
+        whole: as of `KeptPictures`.
+    """
+    paths, is_deep = [record["path"] or "" for record in head[:HEAD_FILES]["image"]], images.reading.is_deep
+    num_jpegs = sum(os.path.splitext(path)[1].lower() in JPEG_ENDINGS for path in paths)
+    is_jpeg, value_bytes = 2 * num_jpegs > len(paths) and not is_deep, 4 if is_deep else 1
+    kept = [(size, kept_size(views, size, is_jpeg, whole)) for size in images.sizes]
+    worth = [(size, small) for size, small in kept if small is not None]
+    if not worth:
+        return KeptEstimate(0, 1.0, (0, 0), whole)
+    mean = sum(small[0] * small[1] for _, small in worth) / len(kept)
+    gain = sum(size[0] * size[1] for size, _ in kept) / len(kept) / (mean or 1)
+    typical = sorted(small for _, small in worth)[len(worth) // 2]
+    return KeptEstimate(round(mean * images.channels * value_bytes * num_images), gain, typical, whole)
+
+
+def way_to_keep(
+    views: Sequence[RandomView], head: datasets.Dataset, num_images: int, images: ImageStatistics
+) -> KeptEstimate:
+    """How a collection is kept if it is: shrunk; or, where that saves little and all fits, also with all pixels. It follows
+    from the images alone, so that it is the same on every machine and in a run that is resumed.
+
+    Args:
+        head, num_images, images: as of `estimate_kept`.
+    """
+    shrunk = estimate_kept(views, head, num_images, images, whole=False)
+    if shrunk.gain >= LEAST_GAIN or not is_compressed(head, images):
+        return shrunk
+    whole = estimate_kept(views, head, num_images, images, whole=True)
+    return whole if whole.num_bytes <= WHOLE_BYTES else shrunk
+
+
+def is_worth_keeping(kept: KeptEstimate, epochs: float = math.inf) -> bool:
+    """Whether keeping saves time in a run that sees each image so many times."""
+    return (epochs > 1 and kept.gain >= LEAST_GAIN) or (kept.whole and epochs >= WHOLE_EPOCHS)
+
+
+def is_compressed(head: datasets.Dataset, images: ImageStatistics) -> bool:
+    """Whether files of 8-bit images are clearly smaller than their pixels, by some of them. Deep values take more space when
+    they are kept than in any file."""
+    if images.reading.is_deep or not images.sizes:
+        return False
+    pixels = sum(height * width for height, width in images.sizes) / len(images.sizes)
+    sizes = [file_bytes(record) for record in head[:HEAD_FILES]["image"]]
+    return sum(sizes) / len(sizes) <= COMPRESSED_SHARE * pixels * images.channels
+
+
+def file_bytes(record: Record) -> int:
+    """The size of a record's files; 0 for those that are missing."""
+    if record["bytes"] is not None:
+        return len(record["bytes"])
+    return sum(os.path.getsize(path) for path in files_of(record) if os.path.isfile(path))
 
 
 class FirstWorker:

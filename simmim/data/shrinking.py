@@ -2,7 +2,7 @@
 
 What is kept has `DECODED_PER_TARGET_PX` pixels for one of the smallest crop, along a side. A JPEG is kept as a decode that
 is no finer than that needs, so that crops are those of the file; other images are resized. The size follows from the image's
-size and the views alone.
+size and the views alone. An image of which crops need nearly all is kept with all its pixels, or not at all.
 
 Sizes are (height, width). Boxes are (left, top, right, bottom) in pixels.
 """
@@ -96,12 +96,13 @@ def needed_scale(views: Sequence[RandomView], size: Size) -> float:
     return min(1.0, DECODED_PER_TARGET_PX * max(view.enlarged_from(size) for view in views))
 
 
-def kept_size(views: Sequence[RandomView], size: Size, is_jpeg: bool) -> Size | None:
+def kept_size(views: Sequence[RandomView], size: Size, is_jpeg: bool, whole: bool = False) -> Size | None:
     """The size at which an image is kept; None where that is not worth it.
 
     Args:
         size: of the image.
         is_jpeg: whether a decoder reduces it.
+        whole: keep an image that is hardly larger than crops need, too, with all its pixels.
     """
     scale, (height, width) = needed_scale(views, size), size
     if is_jpeg:
@@ -109,17 +110,22 @@ def kept_size(views: Sequence[RandomView], size: Size, is_jpeg: bool) -> Size | 
         kept = math.ceil(height / reduction), math.ceil(width / reduction)
     else:
         kept = math.ceil(height * scale), math.ceil(width * scale)
-    return kept if kept[0] * kept[1] <= MOST_SHARE * height * width else None
+    if kept[0] * kept[1] <= MOST_SHARE * height * width:
+        return kept
+    return size if whole else None
 
 
-def shrink(picture: Picture, views: Sequence[RandomView]) -> ShrunkPicture | None:
+def shrink(picture: Picture, views: Sequence[RandomView], whole: bool = False) -> ShrunkPicture | None:
     """A picture that has been opened as what is kept of it; None where that is not worth it.
+
+    Args:
+        whole: as of `kept_size`.
 
     Raises:
         One of `UNREADABLE` if the file turns out to be broken.
     """
     is_jpeg = isinstance(picture, JpegPicture)
-    size = kept_size(views, picture.size, is_jpeg)
+    size = kept_size(views, picture.size, is_jpeg, whole)
     if size is None:
         return None
     height, width = picture.size
@@ -129,6 +135,6 @@ def shrink(picture: Picture, views: Sequence[RandomView]) -> ShrunkPicture | Non
         values = values[None] if values.ndim == 2 else values.transpose(2, 0, 1)
         turned = (picture.orientation, picture.channels, picture.loses_color)
         return ShrunkPicture(Shrunk(values, picture.size, reduction, reduction, *turned))
-    values = picture.crop((0, 0, width, height), size, SHRINK_BY).numpy()
+    values = picture.crop((0, 0, width, height), size, "nearest" if size == picture.size else SHRINK_BY).numpy()
     upright = (1, picture.channels, picture.loses_color)
     return ShrunkPicture(Shrunk(values, picture.size, width / size[1], height / size[0], *upright))
