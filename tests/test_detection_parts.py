@@ -18,7 +18,7 @@ from simmim.encoders.swinv2 import SwinV2Config
 from simmim.finetune.dense.pictures import enlarged
 from simmim.finetune.detection.assignment import BACKGROUND, assign_points
 from simmim.finetune.detection.boxes import generalized_overlaps, overlaps, suppress
-from simmim.finetune.detection.inference import find_boxes, is_cut
+from simmim.finetune.detection.inference import MAX_COUNTED, find_boxes, is_cut
 from simmim.finetune.detection.labels.scenes import Objects
 from simmim.finetune.detection.losses import centerness, focal_loss, inside_any, sum_losses
 from simmim.finetune.detection.model import Detector, HeadShape
@@ -55,8 +55,9 @@ def test_overlaps_equal_transformers():
     assert generalized_overlaps(torch.tensor([0.0, 0, 1, 1]), torch.tensor([3.0, 0, 4, 1])).item() == pytest.approx(-0.5)
 
 
-@pytest.mark.parametrize("threshold", [0.3, 0.6])
-def test_suppression_equals_kornia_class_by_class(threshold):
+@pytest.mark.parametrize("threshold, at_once", [(0.3, 1000), (0.6, 1000), (0.3, 70)])
+def test_suppression_equals_kornia_class_by_class(threshold, at_once, monkeypatch):
+    monkeypatch.setattr("simmim.finetune.detection.boxes.COMPARED_AT_ONCE", at_once)
     boxes, scores = random_boxes(300), torch.rand(300, generator=torch.Generator().manual_seed(2))
     classes = torch.arange(300) % 3
     kept = suppress(boxes, scores, classes, threshold)
@@ -371,6 +372,32 @@ def test_tiles_find_what_the_whole_image_shows():
     assert len(one.boxes) >= 2 and one.boxes[:, 0].min() == 10 and one.boxes[:, 2].max() == 150
     [automatic] = find_boxes(Blobs(), image, (64, 64))
     assert sorted(automatic.boxes.tolist()) == sorted(boxes)
+
+
+class Grid(nn.Module):
+    """Finds an object in each square of 8 px, by its four points, those to the right with more certainty."""
+
+    def forward(self, images):
+        sizes, strides = (tuple(side // 4 for side in images.shape[2:]),), (4,)
+        points, of_points = grid_points(sizes, strides)
+        corner = points // 8 * 8
+        distances, certain = torch.cat([points - corner, corner + 8 - points], dim=1), corner[:, 0] / 100
+        shape = (len(images), len(points))
+        return Predictions(
+            certain[None, :, None].repeat(len(images), 1, 1),
+            distances.expand(*shape, 4),
+            torch.zeros(shape),
+            points,
+            of_points,
+            sizes,
+        )
+
+
+@pytest.mark.parametrize("inference", ["whole", "tiles"])
+def test_as_many_objects_are_found_as_are_counted(inference):
+    """Each is found by several points, and by several tiles, which begin at multiples of 40 px."""
+    [found] = find_boxes(Grid(), torch.zeros(1, 1, 184, 304), (64, 64), inference, MAX_COUNTED)
+    assert sorted(found.boxes[:, :2].tolist()) == [[x, y] for x in range(0, 304, 8) for y in range(0, 184, 8)]
 
 
 def test_boxes_cut_by_inner_edges_alone_are_left_out():

@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import numpy as np
 import torch
 from torch import Tensor
+
+COMPARED_AT_ONCE = 1000  # boxes, for the memory of their overlaps
 
 
 def areas(boxes: Tensor) -> Tensor:
@@ -42,14 +45,21 @@ def suppress(boxes: Tensor, scores: Tensor, classes: Tensor, max_overlap: float)
         scores, classes: (N,).
     """
     order = scores.argsort(descending=True, stable=True)
-    boxes, classes = boxes[order], classes[order]
-    removes = (overlaps(boxes[:, None], boxes[None]) > max_overlap) & (classes[:, None] == classes[None])
-    # Row by row on the CPU: each decision depends on those before, and a GPU would wait for every one.
-    rows, removed = removes.cpu().numpy(), torch.zeros(len(boxes), dtype=torch.bool)
-    flags = removed.numpy()
-    kept = []
-    for row in range(len(rows)):
-        if not flags[row]:
-            kept.append(row)
-            flags |= rows[row]
-    return order[torch.tensor(kept, dtype=torch.long, device=order.device)]
+    remaining = order[:0]
+    for some in order.split(COMPARED_AT_ONCE):
+        some = some[~removes(boxes, classes, remaining, some, max_overlap).any(dim=0)]
+        # Row by row on the CPU: each decision depends on those before, and a GPU would wait for every one.
+        rows = removes(boxes, classes, some, some, max_overlap).cpu().numpy()
+        removed, kept = np.zeros(len(some), dtype=bool), []
+        for row in range(len(rows)):
+            if not removed[row]:
+                kept.append(row)
+                removed |= rows[row]
+        remaining = torch.cat([remaining, some[torch.tensor(kept, dtype=torch.long, device=order.device)]])
+    return remaining
+
+
+def removes(boxes: Tensor, classes: Tensor, first: Tensor, second: Tensor, max_overlap: float) -> Tensor:
+    """Whether each of some boxes removes each of others, (N, M) bool, by their indices, (N,) and (M,)."""
+    overlap = overlaps(boxes[first][:, None], boxes[second][None])
+    return (overlap > max_overlap) & (classes[first][:, None] == classes[second][None])

@@ -18,7 +18,8 @@ from simmim.finetune.detection.soft_masks import SoftMask, draw_masks, predict_m
 
 MIN_PROBABILITY = 0.01  # of a class, below which a box is not kept
 MAX_OVERLAP = 0.6  # of two boxes of one class, as in ATSS
-MAX_CANDIDATES = 1000  # of a level before suppression, as published
+MAX_CANDIDATES = 1000  # of a level before suppression, as published for 100 boxes
+CANDIDATES_PER_BOX = 10  # where more are asked for: about ten points find each object
 MAX_BOXES = 100  # of an image, as many as COCO's rules look at
 MAX_COUNTED = 1000  # of an image, where objects are counted
 EDGE_PX = 1.5  # a box that ends nearer to a tile's inner edge is taken to be cut there
@@ -100,7 +101,8 @@ def find_boxes(
     padded = pad_to(images, window)
     if inference == "whole":
         predictions = model(padded)
-        best = [one.take(suppression(one.found)[:max_boxes]) for one in candidates(predictions, size)]
+        most = most_candidates(max_boxes)
+        best = [one.take(suppression(one.found, most)[:max_boxes]) for one in candidates(predictions, size, most)]
         return [with_masks(one, predictions, row) for row, one in enumerate(best)]
     return in_tiles(model, padded, size, window, max_boxes)
 
@@ -116,11 +118,12 @@ def in_tiles(
         size: of the images without their padding.
     """
     merged: list[list[Found]] = [[] for _ in images]
+    most = most_candidates(max_boxes)
     for group, views in windows_of(images, window):
         predictions = model(views)
-        for number, one in enumerate(candidates(predictions, window)):
+        for number, one in enumerate(candidates(predictions, window, most)):
             (top, left), row = group[number // len(images)], number % len(images)
-            one = one.take(suppression(one.found))
+            one = one.take(suppression(one.found, most)[:MAX_CANDIDATES])
             one = one.take(~is_cut(one.found.boxes, (top, left), window, size))
             found = with_masks(one, predictions, number)
             moved = found.boxes + found.boxes.new_tensor([left, top, left, top])
@@ -128,7 +131,7 @@ def in_tiles(
             found = found._replace(boxes=clip_boxes(moved, size), masks=masks)
             merged[row].append(take(found, has_area(found.boxes)))
     whole = [concatenate(parts) for parts in merged]
-    return [take(one, suppression(one)[:max_boxes]) for one in whole]
+    return [take(one, suppression(one, most)[:max_boxes]) for one in whole]
 
 
 def with_masks(one: Candidates, predictions: Predictions, row: int) -> Found:
@@ -159,12 +162,18 @@ def is_cut(boxes: Tensor, corner: tuple[int, int], window: Size, size: Size) -> 
     return cut
 
 
-def candidates(predictions: Predictions, size: Size) -> list[Candidates]:
+def most_candidates(max_boxes: int) -> int:
+    """How many boxes of a level are looked at in search of `max_boxes`."""
+    return max(MAX_CANDIDATES, CANDIDATES_PER_BOX * max_boxes)
+
+
+def candidates(predictions: Predictions, size: Size, most: int = MAX_CANDIDATES) -> list[Candidates]:
     """Boxes of each image before suppression, clipped to `size`: of each level the best by class probability; their score is
     the geometric mean of class probability and centerness, as in FCOS's implementation.
 
     Args:
         size: of the image without its padding.
+        most: of a level.
     """
     probabilities, centerness = predictions.logits.sigmoid(), predictions.centerness.sigmoid()
     boxes = predictions.boxes()
@@ -174,7 +183,7 @@ def candidates(predictions: Predictions, size: Size) -> list[Candidates]:
         for height, width in predictions.sizes:
             level = slice(first, first + height * width)
             of_level = probabilities[row, level]
-            scores, order = of_level.flatten().topk(min(MAX_CANDIDATES, of_level.numel()))
+            scores, order = of_level.flatten().topk(min(most, of_level.numel()))
             order = order[scores > MIN_PROBABILITY]
             points, classes = order // of_level.shape[1], order % of_level.shape[1]
             score = (of_level[points, classes] * centerness[row, level][points]).sqrt()
@@ -197,9 +206,9 @@ def has_area(boxes: Tensor) -> Tensor:
     return (boxes[:, 2:] > boxes[:, :2]).all(dim=1)
 
 
-def suppression(found: Found) -> Tensor:
-    """Indices of the boxes that suppression leaves, by falling score; of more than `MAX_CANDIDATES` boxes the best."""
-    best = found.scores.argsort(descending=True, stable=True)[:MAX_CANDIDATES]
+def suppression(found: Found, most: int = MAX_CANDIDATES) -> Tensor:
+    """Indices of the boxes that suppression leaves, by falling score; of more than `most` boxes the best."""
+    best = found.scores.argsort(descending=True, stable=True)[:most]
     return best[suppress(found.boxes[best], found.scores[best], found.classes[best], MAX_OVERLAP)]
 
 
