@@ -56,7 +56,7 @@ def test_probabilities_of_pixels_in_parts_are_those_of_all():
     resized = torch.nn.functional.interpolate(logits.double(), (9, 8), mode="bilinear", align_corners=False)
     expected = torch.cat([one[:, place].T for one, place in zip(resized.softmax(1), inside)])
     for most in (1, 2 * CLASSES * 72, 2**20):
-        parts = PixelProbabilities(logits, inside, most)
+        parts = PixelProbabilities(logits, inside, max_scores=most)
         assert len([*parts]) == {1: 5, 2 * CLASSES * 72: 3, 2**20: 1}[most]
         torch.testing.assert_close(torch.cat([*parts]).double(), expected, rtol=1e-5, atol=1e-6)
 

@@ -97,6 +97,8 @@ def test_balanced_weights():
     weights = balanced_weights((900, 90, 10))
     assert sum(weight * share for weight, share in zip(weights, (0.9, 0.09, 0.01))) == pytest.approx(1)
     assert weights[2] / weights[0] == pytest.approx(math.sqrt(90))
+    first, none, last = balanced_weights((900, 0, 100))  # a class that another fold has
+    assert none == 0 and (first, last) == pytest.approx(balanced_weights((900, 100)))
 
 
 @pytest.mark.parametrize("weight", [0.0, 0.4, 1.5])

@@ -39,6 +39,25 @@ def test_one_window_is_the_whole_image(model, size):
     assert torch.equal(whole, slid)
 
 
+@pytest.mark.parametrize("inference", ["whole", "slide"])
+def test_padding_moves_no_pixel(model, inference):
+    """The encoder pads images to whole patches: who does it before has the same logits at the same places."""
+    images, window = torch.randn(1, 3, 30, 53), (30, 30)
+    padded = F.pad(images, (0, 3, 0, 2))
+    with torch.no_grad():
+        found = dense_logits(model, images, window, inference, model.stride)
+        if inference == "whole":
+            expected = dense_logits(model, padded, window, inference)
+        else:
+            views = (F.pad(images[..., left : left + 30], (0, 2, 0, 2)) for left in (0, 12, 23))
+            expected = torch.zeros(1, 3, 30, 53)
+            for left, view in zip((0, 12, 23), views):
+                expected[..., left : left + 30] += dense_logits(model, view, (32, 32), "whole")[..., :30, :30]
+            expected /= torch.tensor([1.0] * 12 + [2.0] * 11 + [3.0] * 7 + [2.0] * 12 + [1.0] * 11)
+    assert window_starts(53, 30) == [0, 12, 23]
+    torch.testing.assert_close(found, expected[..., :30, :53], atol=1e-6, rtol=1e-5)
+
+
 def test_overlapping_windows_are_averaged(model):
     """Against a plain loop over windows and pixels."""
     images = torch.randn(2, 3, 45, 70)
@@ -58,7 +77,7 @@ def test_overlapping_windows_are_averaged(model):
 def test_windows_per_forward_do_not_matter(model):
     images = torch.randn(1, 3, 50, 80)
     with torch.no_grad():
-        together, single = (sliding_logits(model, images, (32, 32), count) for count in (8, 1))
+        together, single = (sliding_logits(model, images, (32, 32), 4, count) for count in (8, 1))
     torch.testing.assert_close(single, together, atol=1e-6, rtol=1e-5)
 
 

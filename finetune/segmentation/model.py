@@ -56,7 +56,11 @@ class SegmenterOutput(NamedTuple):
 
 
 class Segmenter(DenseModel):
-    """An encoder, a norm on each stage's map, UPerNet on all maps, and in training an auxiliary head on one."""
+    """An encoder, a norm on each stage's map, UPerNet on all maps, and in training an auxiliary head on one.
+
+    Attributes:
+        stride, auxiliary_stride: pixels along a side of a cell of each head's logits.
+    """
 
     def __init__(self, encoder: Encoder, num_classes: int, shape: HeadShape) -> None:
         super().__init__(encoder, shape)
@@ -64,6 +68,7 @@ class Segmenter(DenseModel):
         self.auxiliary_stage = max(0, len(encoder.channels) - 2)
         channels = encoder.channels[self.auxiliary_stage]
         width = max(16, shape.width // 2)
+        self.stride, self.auxiliary_stride = encoder.strides[0], encoder.strides[self.auxiliary_stage]
         self.auxiliary = FCN(channels, num_classes, width, shape.norm, shape.dropout) if shape.auxiliary else None
 
     @property
@@ -107,7 +112,8 @@ class SavedSegmenter:
         """
         normalized = normalize(images, self.preprocessing.mean, self.preprocessing.std)
         with torch.inference_mode():
-            return dense_logits(self.model, normalized, self.preprocessing.image_size, self.inference)
+            window = self.preprocessing.image_size
+            return dense_logits(self.model, normalized, window, self.inference, self.model.stride)
 
 
 def save_segmenter(folder: Path, saved: SavedSegmenter, provenance: dict) -> None:

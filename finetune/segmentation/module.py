@@ -36,6 +36,7 @@ def pixel_loss(
     weights: Tensor | None = None,
     smoothing: float = 0.0,
     mean_of: Callable[[Tensor], Tensor] = of_this_process,
+    stride: int | None = None,
 ) -> Tensor:
     """Mean cross entropy over the pixels that are not ignored, weighted by their classes; 0 where all are ignored.
 
@@ -45,10 +46,11 @@ def pixel_loss(
         weights: (classes,).
         smoothing: share of the target that is spread over all classes.
         mean_of: the mean of a number over all processes, for a loss whose mean over them is that of all pixels.
+        stride: as of `resize_logits`.
     """
     label_maps = label_maps.long()
     total = F.cross_entropy(
-        resize_logits(logits, label_maps.shape[1:]),  # type: ignore[arg-type]
+        resize_logits(logits, label_maps.shape[1:], stride),  # type: ignore[arg-type]
         label_maps,
         weight=weights,
         ignore_index=ignored_id,
@@ -62,13 +64,14 @@ def pixel_loss(
 
 
 def balanced_weights(pixels: Sequence[int]) -> tuple[float, ...]:
-    """Per class one over the root of its share of the pixels, scaled to a mean of 1 over the pixels.
+    """Per class one over the root of its share of the pixels, scaled to a mean of 1 over the pixels; 0 for a class without a
+    pixel, as there may be in cross-validation.
 
     Args:
         pixels: training pixels of each class.
     """
     shares = [count / sum(pixels) for count in pixels]
-    weights = [1 / math.sqrt(share) for share in shares]
+    weights = [1 / math.sqrt(share) if share else 0.0 for share in shares]
     mean = sum(share * weight for share, weight in zip(shares, weights))
     return tuple(weight / mean for weight in weights)
 
@@ -133,9 +136,10 @@ class SegmentationFinetuning(TrainingModule):
         """Cross entropy of both heads over the pixels that are not ignored."""
         images = self.changed(batch["image"], batch["seed"], self.color)
         output = self.model(images, with_auxiliary=True)
-        loss = self.training_loss(output.logits, batch["label_map"])
+        loss = self.training_loss(output.logits, batch["label_map"], self.model.stride)
         if output.auxiliary is not None:
-            loss = loss + self.auxiliary * self.training_loss(output.auxiliary, batch["label_map"])
+            auxiliary = self.training_loss(output.auxiliary, batch["label_map"], self.model.auxiliary_stride)
+            loss = loss + self.auxiliary * auxiliary
         self.log("loss", loss, prog_bar=True, batch_size=len(images), sync_dist=True)
         return loss
 
@@ -150,11 +154,11 @@ class SegmentationFinetuning(TrainingModule):
             images = recolor(images, seeds, color.draw_changes(seeds, images.shape[1]), color, self.preprocessing.mean)
         return normalize(images, self.preprocessing.mean, self.preprocessing.std)
 
-    def training_loss(self, logits: Tensor, label_maps: Tensor) -> Tensor:
+    def training_loss(self, logits: Tensor, label_maps: Tensor, stride: int) -> Tensor:
         """`pixel_loss` with the weights and smoothing of training. The mean over several processes, whose crops have other
         numbers of pixels that count, is the loss of one process."""
         own = (self.scheme.ignored_id, self.class_weights, self.label_smoothing)
-        return pixel_loss(logits, label_maps, *own, self.mean_of_processes)
+        return pixel_loss(logits, label_maps, *own, self.mean_of_processes, stride)
 
     def mean_of_processes(self, value: Tensor) -> Tensor:
         """The mean of a number over all processes."""
@@ -170,7 +174,8 @@ class SegmentationFinetuning(TrainingModule):
         """Count pixels by labeled and predicted class at the label maps' own size."""
         images = normalize(batch["image"], self.preprocessing.mean, self.preprocessing.std)
         label_maps = batch["label_map"].long()
-        logits = dense_logits(self.model, images, self.preprocessing.image_size, self.inference)
+        window = self.preprocessing.image_size
+        logits = dense_logits(self.model, images, window, self.inference, self.model.stride)
         predicted = most_likely_class(logits, label_maps.shape[1:])
         self.pixels.update(predicted, label_maps)
         loss = pixel_loss(logits, label_maps, self.scheme.ignored_id)

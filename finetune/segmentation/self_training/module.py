@@ -60,19 +60,24 @@ class PseudoMaskTraining(SelfTrainingSteps, SegmentationFinetuning):
         output = self.model(images, with_auxiliary=True)
         label_maps = batch["label_map"][:num_labeled]
         labeled_loss = pseudo_loss = torch.zeros((), device=images.device)
-        for logits, weight in ((output.logits, 1.0), (output.auxiliary, self.auxiliary)):
+        heads = (
+            (output.logits, 1.0, self.model.stride),
+            (output.auxiliary, self.auxiliary, self.model.auxiliary_stride),
+        )
+        for logits, weight, stride in heads:
             if logits is not None:
-                labeled_loss = labeled_loss + weight * self.training_loss(logits[:num_labeled], label_maps)
-                pseudo_loss = pseudo_loss + weight * self.pseudo_loss(logits[num_labeled:], unlabeled)
+                labeled_loss = labeled_loss + weight * self.training_loss(logits[:num_labeled], label_maps, stride)
+                pseudo_loss = pseudo_loss + weight * self.pseudo_loss(logits[num_labeled:], unlabeled, stride)
         return self.log_losses(labeled_loss, pseudo_loss, num_labeled, len(batch["box"]))
 
-    def pseudo_loss(self, logits: Tensor, unlabeled: UnlabeledViews) -> Tensor:
+    def pseudo_loss(self, logits: Tensor, unlabeled: UnlabeledViews, stride: int) -> Tensor:
         """Cross entropy of the confident pixels over the number of all pixels; zero without any.
 
         Args:
             logits: (V, classes, h, w) at any resolution.
+            stride: as of `resize_logits`.
         """
-        resized = resize_logits(logits, unlabeled.masks.shape[1:])  # type: ignore[arg-type]
+        resized = resize_logits(logits, unlabeled.masks.shape[1:], stride)  # type: ignore[arg-type]
         total = F.cross_entropy(resized, unlabeled.masks, ignore_index=self.scheme.ignored_id, reduction="sum")
         return total / unlabeled.num_pixels.clamp(min=1)
 
@@ -111,8 +116,8 @@ class PseudoMaskTraining(SelfTrainingSteps, SegmentationFinetuning):
             logits = self.model(views)
         of_unlabeled, of_labeled = logits.split([len(images), len(labeled)])
         pseudo = self.labeler(
-            PixelProbabilities(of_unlabeled, inside),
-            PixelProbabilities(of_labeled, label_maps != self.scheme.ignored_id),
+            PixelProbabilities(of_unlabeled, inside, self.model.stride),
+            PixelProbabilities(of_labeled, label_maps != self.scheme.ignored_id, self.model.stride),
             self.total,
         )
         masks = torch.full(inside.shape, self.scheme.ignored_id, device=inside.device)

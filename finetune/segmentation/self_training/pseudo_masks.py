@@ -30,16 +30,17 @@ class PixelProbabilities:
     Args:
         logits: (B, K, h, w) at any resolution; resized to that of `inside`.
         inside: (B, height, width) bool, the pixels that count.
+        stride: as of `resize_logits`.
         max_scores: logits resized at a time.
     """
 
-    def __init__(self, logits: Tensor, inside: Tensor, max_scores: int = MAX_SCORES) -> None:
-        self.logits, self.inside = logits, inside
+    def __init__(self, logits: Tensor, inside: Tensor, stride: int | None = None, max_scores: int = MAX_SCORES) -> None:
+        self.logits, self.inside, self.stride = logits, inside, stride
         self.images_at_once = max(1, max_scores // (logits.shape[1] * math.prod(inside.shape[1:])))
 
     def __iter__(self) -> Iterator[Tensor]:
         for logits, inside in zip(self.logits.split(self.images_at_once), self.inside.split(self.images_at_once)):
-            probabilities = resize_logits(logits, inside.shape[1:]).softmax(dim=1)  # type: ignore[arg-type]
+            probabilities = resize_logits(logits, inside.shape[1:], self.stride).softmax(dim=1)  # type: ignore[arg-type]
             yield probabilities.permute(0, 2, 3, 1)[inside]
 
 
