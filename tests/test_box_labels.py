@@ -183,6 +183,51 @@ def test_annotations_may_all_lie_in_folders_of_folders(format, labels, tmp_path)
     }
 
 
+def test_lists_of_voc_without_one_to_train_on(tmp_path):
+    """What is tested or validated with is never trained on, and an empty list does not mean all images."""
+    write_voc(tmp_path, many(9))
+    lists = tmp_path / "ImageSets" / "Main"
+    lists.mkdir(parents=True)
+    (lists / "trainval.txt").write_text("".join(f"{number:03d}\n" for number in range(6)))
+    (lists / "test.txt").write_text("006\n007\n")
+    scenes = read_boxed_scenes(str(tmp_path), None, seed=0)
+    assert len(scenes.train) == 6 and len(scenes.validation) == 2 and scenes.test_validates
+    (lists / "val.txt").write_text("004\n005\n")
+    with pytest.warns(Notice, match="test .* left aside"):
+        scenes = read_boxed_scenes(str(tmp_path), None, seed=0)
+    assert len(scenes.train) == 4 and len(scenes.validation) == 2 and not scenes.test_validates
+    (lists / "val.txt").write_text("")
+    with pytest.raises(ValueError, match="has no image to validate with"), pytest.warns(Notice):
+        read_boxed_scenes(str(tmp_path), None, seed=0)
+
+
+@pytest.mark.parametrize(
+    "format, file, separated", [("coco", "annotations/train.json", "images"), ("csv", "boxes.csv", "pictures")]
+)
+def test_paths_written_on_windows(format, file, separated, tmp_path):
+    WRITERS[format](tmp_path)
+    text = (tmp_path / file).read_text()
+    if format == "csv":
+        text = text.replace("pictures/", "pictures\\")
+    else:
+        text = text.replace('"file_name": "', '"file_name": "images\\\\')
+    (tmp_path / file).write_text(text)
+    assert f"{separated}\\" in text and set(read(tmp_path / file)[1]) == {f"{scene.name}.png" for scene in SCENES}
+
+
+@pytest.mark.filterwarnings("ignore::simmim.messages.Notice")
+def test_names_beside_the_labels_of_each_part(tmp_path):
+    """As labelImg writes them. A class that is named later is in one list alone; other numbers are refused."""
+    for part, names in (("train", "cat\ndog\n"), ("val", "cat\n")):
+        folder = write_yolo(tmp_path / part, many(4))
+        (folder / "data.yaml").unlink()
+        (folder / "labels" / "classes.txt").write_text(names)
+    assert read_boxed_scenes(str(tmp_path), None, seed=0).classes == CLASSES
+    (folder / "labels" / "classes.txt").write_text("dog\ncat\n")
+    with pytest.raises(ValueError, match=r"classes differ between .*: 0 is 'cat' and 'dog'; number them alike"):
+        read_boxed_scenes(str(tmp_path), None, seed=0)
+
+
 def test_a_list_of_names_is_no_label(tmp_path):
     """Scenes of another task lie beside such a list, too."""
     path = write_yolo(tmp_path)
@@ -242,6 +287,8 @@ REFUSED = [
     ("coco", COCO, "[1, 2, 2, 2]", "[1, 2, NaN, 2]", {}, "expected four finite numbers"),
     ("coco", COCO, '"b.png"', '"z.png"', {}, r"there is no image 'z\.png' in "),
     ("coco", COCO, '"image_id": 1', '"image_id": 9', {}, "image_id 9 is no image of the file"),
+    ("coco", COCO, '"id": 3, "file_name"', '"id": 1, "file_name"', {}, "image id 1 occurs twice"),
+    ("coco", COCO, '"d.png"', '"a.png"', {}, r"images 0 and 3 are both .*a\.png: give it one id"),
     ("coco", COCO, '"categories": [', '"categories": {', {}, r"train\.json, line 1: no JSON"),
     ("yolo", "labels/a.txt", "1 ", "2 ", {}, r"a\.txt, line 1: class 2 has no name: known are 0 to 1"),
     ("yolo", "labels/a.txt", "0.1796875", "11.5", {}, r"a\.txt, line 1: box .* is in pixels, expected shares"),

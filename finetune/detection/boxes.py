@@ -50,7 +50,8 @@ def suppress(boxes: Tensor, scores: Tensor, classes: Tensor, max_overlap: float)
         some = some[~removes(boxes, classes, remaining, some, max_overlap).any(dim=0)]
         # Row by row on the CPU: each decision depends on those before, and a GPU would wait for every one.
         rows = removes(boxes, classes, some, some, max_overlap).cpu().numpy()
-        removed, kept = np.zeros(len(some), dtype=bool), []
+        removed: np.ndarray = np.zeros(len(some), dtype=bool)
+        kept: list[int] = []
         for row in range(len(rows)):
             if not removed[row]:
                 kept.append(row)

@@ -158,6 +158,8 @@ def read_scenes(content: Mapping[str, list], file: Path, source: Path, whole: Wh
     for number, image in enumerate(content["images"]):
         if "id" not in image or not image.get("file_name"):
             raise ValueError(f"{file}: image {number} has no id or no file_name")
+        if image["id"] in images:
+            raise ValueError(f"{file}: image id {image['id']} occurs twice")
         images[image["id"]] = image
     objects: dict[Any, list[RawObject]] = {key: [] for key in images}
     for number, annotation in enumerate(content["annotations"]):
@@ -173,10 +175,10 @@ def read_scenes(content: Mapping[str, list], file: Path, source: Path, whole: Wh
         segmentation = annotation.get("segmentation")
         mask = segmentation if states_mask(segmentation) else None
         objects[annotation["image_id"]].append(RawObject(values, names[annotation["category_id"]], ignored, place, mask))
-    folders = image_folders(file, source)
+    addresses = find_images(images, file, source, whole)
     return [
         RawScene(
-            record_of(whole.address_of(str(find_image(image["file_name"], folders, file)))),
+            record_of(addresses[key]),
             tuple(objects[key]),
             "xywh",
             (int(image["height"]), int(image["width"])) if image.get("height") and image.get("width") else None,
@@ -184,6 +186,21 @@ def read_scenes(content: Mapping[str, list], file: Path, source: Path, whole: Wh
         )
         for key, image in images.items()
     ]
+
+
+def find_images(images: Mapping[Any, Mapping[str, Any]], file: Path, source: Path, whole: WholeImages) -> dict[Any, str]:
+    """The record's path of each image by its id; arguments as of `read_scenes`.
+
+    Raises:
+        ValueError: for one that is not found, and for two that are the same: what one says is there, the other says is not.
+    """
+    folders, addresses, ids = image_folders(file, source), dict[Any, str](), dict[str, Any]()
+    for key, image in images.items():
+        address = whole.address_of(str(find_image(image["file_name"], folders, file)))
+        if address in ids:
+            raise ValueError(f"{file}: images {ids[address]} and {key} are both {address}: give it one id")
+        addresses[key], ids[address] = address, key
+    return addresses
 
 
 def image_folders(file: Path, source: Path) -> list[Path]:
@@ -200,7 +217,7 @@ def image_folders(file: Path, source: Path) -> list[Path]:
 
 
 def find_image(name: str, folders: list[Path], file: Path) -> Path:
-    """The image of that name, which may be the address of a page.
+    """The image of that name, which may be the address of a page, and may have been written on Windows.
 
     The folder that has it becomes the first of `folders`, as it likely has the next one, too.
 
@@ -208,7 +225,8 @@ def find_image(name: str, folders: list[Path], file: Path) -> Path:
         ValueError: if it is nowhere.
     """
     for folder in folders:
-        for candidate in (folder / name, folder / Path(name).name):
+        names = dict.fromkeys((name, name.replace("\\", "/")))
+        for candidate in (path for one in names for path in (folder / one, folder / Path(one).name)):
             if candidate.is_file() or os.path.isfile(file_of(str(candidate))):
                 folders.remove(folder)
                 folders.insert(0, folder)

@@ -63,6 +63,8 @@ class TableReader(BoxReader):
             if not name:
                 raise ValueError(f"{place} has no path")
             image = os.path.join(file.resolve().parent, name)
+            if "\\" in name and not is_image(file_of(image)):  # written on Windows
+                image = image.replace("\\", "/")
             if image not in scenes:
                 if not is_image(file_of(image)):
                     raise ValueError(f"{place}: there is no image {image}")

@@ -8,7 +8,7 @@ from pathlib import Path
 
 from simmim.data.decode import STRETCHED
 from simmim.data.orientation import Size
-from simmim.data.parts import assign_parts, meaning_of
+from simmim.data.parts import TRAINING, VALIDATION, assign_parts, meaning_of
 from simmim.finetune.detection.labels.base import (
     BoxReader,
     RawLabels,
@@ -22,6 +22,7 @@ from simmim.finetune.detection.labels.layout import Pair, annotations_by_stem, f
 from simmim.reading import Reading
 
 FOLDERS = ("Annotations", "annotations", "labels", "xmls")
+TRAINVAL = "trainval"  # the list of all that is in those of training and validation
 CORNERS = ("xmin", "ymin", "xmax", "ymax")
 
 
@@ -65,12 +66,19 @@ def counts_from_zero(scenes: list[RawScene]) -> bool:
 
 
 def read_lists(folder: Path) -> dict[str, list[str]]:
-    """Names by the keys of `Parts.used` from ImageSets/Main/train.txt and the like; empty if there are no such lists."""
+    """Names by the keys of `Parts.used` from ImageSets/Main/train.txt and the like; empty if there are no such lists.
+
+    Where there is no list to train on, but trainval.txt, it is that one, without what a list to validate with has.
+    """
     lists = {file.stem: file for file in files_in(folder / "ImageSets" / "Main", ".txt")}
-    parts = assign_parts([name for name in lists if meaning_of(name) or name == "trainval"], str(folder))
+    lists = {name: file for name, file in lists.items() if meaning_of(name) or name == TRAINVAL}
+    stems = {name: [line.split()[0] for line in read_text(lists[name]).splitlines() if line.strip()] for name in lists}
+    if TRAINVAL in stems and TRAINING not in map(meaning_of, stems):
+        validating = {stem for name, found in stems.items() if meaning_of(name) == VALIDATION for stem in found}
+        stems["train"] = [stem for stem in stems.pop(TRAINVAL) if stem not in validating]
+    parts = assign_parts(stems, str(folder))
     if parts is None:
         return {}
-    stems = {name: [line.split()[0] for line in read_text(lists[name]).splitlines() if line.strip()] for name in lists}
     aside = {name: len(stems[name]) for name in parts.left_aside}
     parts.report(str(folder), aside)
     return {use: stems[name] for use, name in parts.used.items()}
@@ -88,7 +96,8 @@ def read_pair(pair: Pair, stems: list[str] | None, reading: Reading = STRETCHED)
     """
     files = annotations_by_stem(pair.annotations, ".xml")
     images = image_files(pair, files, reading)
-    for stem in stems or images:
+    stems_read = list(images) if stems is None else stems
+    for stem in stems_read:
         if stem not in images:
             raise ValueError(f"there is no image {pair.images / stem}.jpg, .png, …, which the list of its part names")
         if stem not in files:
@@ -100,7 +109,7 @@ def read_pair(pair: Pair, stems: list[str] | None, reading: Reading = STRETCHED)
         for stem, file in files.items():
             if stem not in images:
                 raise ValueError(f"{file} has no image: expected {pair.images / stem}.jpg, .png, …")
-    return [read_file(files[stem], images[stem]) for stem in stems or images]
+    return [read_file(files[stem], images[stem]) for stem in stems_read]
 
 
 def read_file(file: Path, image: str) -> RawScene:

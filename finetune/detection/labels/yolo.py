@@ -6,6 +6,7 @@ parts tools join by bridges without width; they have no pixels.
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -57,9 +58,9 @@ class YoloReader(BoxReader):
     def read(self, path: str, options: ReadingOptions) -> RawLabels:
         folder = Path(path).expanduser()
         description = find_description(folder)
-        names = read_names(folder, description) or dict(enumerate(options.classes))
-        keypoints_by = description.file.name if description and description.content.get("kpt_shape") else ""
         pairs = find_text_pairs(folder)
+        names = read_names(folder, description) or names_beside_labels(pairs) or dict(enumerate(options.classes))
+        keypoints_by = description.file.name if description and description.content.get("kpt_shape") else ""
         parts = {use: read_pair(pair, names, options.reading, keypoints_by) for use, pair in pairs.items()}
         objects = [found for scenes in parts.values() for scene in scenes for found in scene.objects]
         on_masks = notes_on_polygons(objects)
@@ -137,11 +138,39 @@ def read_names(folder: Path, description: Description | None) -> dict[int, str]:
     for name in LISTS:
         for file in (folder / name, *(folder / part / name for part in FOLDERS)):
             if file.is_file():
-                lines = [line.strip() for line in read_text(file).splitlines() if line.strip()]
-                if not lines:
-                    raise ValueError(f"{file} names no classes: give one per line")
-                return dict(enumerate(lines))
+                return read_list(file)
     return {}
+
+
+def read_list(file: Path) -> dict[int, str]:
+    """Names by number from a list.
+
+    Raises:
+        ValueError: for an empty one.
+    """
+    lines = [line.strip() for line in read_text(file).splitlines() if line.strip()]
+    if not lines:
+        raise ValueError(f"{file} names no classes: give one per line")
+    return dict(enumerate(lines))
+
+
+def names_beside_labels(pairs: Mapping[str, Pair]) -> dict[int, str]:
+    """Names by number from the lists that lie beside the label files of each part, as labelImg writes them; of lists that go
+    on alike the longest. Empty if there are none.
+
+    Raises:
+        ValueError: if a number has another name in another list.
+    """
+    files = [file for pair in pairs.values() for name in LISTS if (file := pair.annotations / name).is_file()]
+    names: dict[int, str] = {}
+    for file in files:
+        for number, name in read_list(file).items():
+            if names.setdefault(number, name) != name:
+                raise ValueError(
+                    f"classes differ between {files[0]} and {file}: {number} is {names[number]!r} and {name!r}; number them "
+                    "alike"
+                )
+    return names
 
 
 def read_pair(pair: Pair, names: dict[int, str], reading: Reading = STRETCHED, keypoints_by: str = "") -> list[RawScene]:
