@@ -190,7 +190,8 @@ def read_folder_pair(images: Path, label_maps: Path, reading: Reading = STRETCHE
         raise ValueError(
             f"image {first.address} has no label map{others}: expected {label_maps / first.names[0]}.png{of_pages}"
         )
-    unused = [path for stem, path in paths.items() if stem not in {*names, *pages}]
+    used = {*names, *pages}
+    unused = [path for stem, path in paths.items() if stem not in used]
     if unused:
         others = f" (nor {len(unused) - 1:,} others)" if len(unused) > 1 else ""
         stem = os.path.splitext(os.path.relpath(unused[0], label_maps))[0]
@@ -215,8 +216,9 @@ def whole_label_maps(images: Sequence[NamedImage], names: Sequence[str | None], 
         ValueError: for one of another number of pages than its image's file has images.
     """
     of_file = Counter(image.whole for image, name in zip(images, names) if image.whole in paths and name is None)
+    address_of = {image.whole: image.address for image in images}
     for name, count in of_file.items():
-        check_pages(paths[name], count, next(image.address for image in images if image.whole == name))
+        check_pages(paths[name], count, address_of[name])
     return {*of_file} - {""}
 
 

@@ -176,5 +176,6 @@ def draw_scenes(
             f"{counted(labels, 'labeled scene')} asked for, too few to have all {len(rows_with)} classes: give "
             f"{len(chosen)} or more"
         )
-    others = [row for row in order if row not in set(chosen)]
+    drawn = set(chosen)
+    others = [row for row in order if row not in drawn]
     return sorted(chosen + others[: labels - len(chosen)])

@@ -5,6 +5,7 @@ from __future__ import annotations
 import csv
 import io
 import os
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
@@ -56,13 +57,13 @@ class TableReader(BoxReader):
         scenes: dict[str, list[RawObject]] = {}
         parts: dict[str, str] = {}
         sizes: dict[str, tuple[int, int] | None] = {}
-        whole = WholeImages(options.reading)
+        whole, folder = WholeImages(options.reading), file.resolve().parent
         for row in reader:
             place = f"{file}, line {reader.line_num}"
             name = row[columns.path]
             if not name:
                 raise ValueError(f"{place} has no path")
-            image = os.path.join(file.resolve().parent, name)
+            image = os.path.join(folder, name)
             if "\\" in name and not is_image(file_of(image)):  # written on Windows
                 image = image.replace("\\", "/")
             if image not in scenes:
@@ -84,7 +85,7 @@ class TableReader(BoxReader):
         }
         if columns.part is None:
             return RawLabels({"train": list(raw.values())})
-        used = assign_splits({name: list(parts.values()).count(name) for name in parts.values()}, str(file)).used
+        used = assign_splits(Counter(parts.values()), str(file)).used
         return RawLabels({use: [raw[image] for image in raw if parts[image] == name] for use, name in used.items()})
 
 
