@@ -11,19 +11,26 @@ from pathlib import Path
 
 
 @contextlib.contextmanager
-def atomic_write(path: Path) -> Iterator[Path]:
-    """A temporary path beside `path` that takes its place when the block ends well, and vanishes when it does not."""
+def atomic_write(path: Path, survives_power_cut: bool = True) -> Iterator[Path]:
+    """A temporary path beside `path` that takes its place when the block ends well, and vanishes when it does not.
+
+    Args:
+        survives_power_cut: wait until the file is on the disk. One of a hundred thousand that are easily made again need not
+            wait for it.
+    """
     path.parent.mkdir(parents=True, exist_ok=True)
     handle, name = tempfile.mkstemp(prefix=f".{path.name}.", dir=path.parent)
     os.close(handle)
     temporary = Path(name)
     try:
         yield temporary
-        with temporary.open("rb+") as file:
-            os.fsync(file.fileno())
+        if survives_power_cut:
+            with temporary.open("rb+") as file:
+                os.fsync(file.fileno())
         temporary.chmod(0o644)  # mkstemp's files are for their owner alone
         temporary.replace(path)
-        sync_folder(path.parent)
+        if survives_power_cut:
+            sync_folder(path.parent)
     finally:
         temporary.unlink(missing_ok=True)
 

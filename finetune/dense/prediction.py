@@ -133,8 +133,8 @@ def check_any_read(count: int, unreadable: Mapping[str, str]) -> None:
 
 
 def write_png(file: Path, image: Image.Image) -> None:
-    """Write a PNG file, whole or not at all."""
+    """Write a PNG file, whole or not at all, of a folder of them: predictions would wait for the disk at each."""
     data = io.BytesIO()
     image.save(data, format="png")
-    with atomic_write(file) as temporary:
+    with atomic_write(file, survives_power_cut=False) as temporary:
         temporary.write_bytes(data.getvalue())

@@ -13,6 +13,7 @@ from typing import Any, NamedTuple
 import torch
 
 from simmim.data import open_images
+from simmim.data.records import paths_of
 from simmim.evaluate.single_files import suit_model
 from simmim.files import atomic_write, write_json
 from simmim.finetune.dense.pictures import at_size
@@ -75,7 +76,7 @@ def detect(run: str | Path, images: str | Path, out: str | Path, batch_size: int
     saved, device = suit_model(load_detector(run), images), device_type()
     saved.model.to(device)
     source = open_images(images, reading=saved.preprocessing.reading_or_default)
-    paths = [source[row]["image"]["path"] for row in range(len(source))]
+    paths = paths_of(source)
     names = output_names(paths, Path(images))
     path_of = {name: None if path is None else label_path(path) for name, path in zip(names, paths)}
     unreadable: dict[str, str] = {}
@@ -123,29 +124,43 @@ class FoundIn(NamedTuple):
 
 def write_coco(out: Path, found: Sequence[FoundIn], classes: tuple[str, ...]) -> None:
     """Write all boxes and masks as COCO results, and what their ids refer to."""
-    results: list[dict[str, Any]] = []
-    for number, (_, size, one, masks) in enumerate(found, start=1):
-        shapes = [{}] * len(one.boxes) if masks is None else [{"segmentation": coco_rle(mask, size)} for mask in masks]
-        for (x1, y1, x2, y2), score, label, shape in zip(
-            one.boxes.tolist(), one.scores.tolist(), one.classes.tolist(), shapes
-        ):
-            results.append(
-                {
-                    "image_id": number,
-                    "category_id": label + 1,
-                    "bbox": [round(value, 3) for value in (x1, y1, x2 - x1, y2 - y1)],
-                    "score": round(score, 6),
-                    **shape,
-                }
-            )
     images = [
         {"id": number, "file_name": image.path, "height": image.size[0], "width": image.size[1]}
         for number, image in enumerate(found, start=1)
     ]
     categories = [{"id": number, "name": name} for number, name in enumerate(classes, start=1)]
-    with atomic_write(out / RESULTS) as temporary:
-        temporary.write_text(json.dumps(results), encoding="utf-8")  # a line, as there may be a hundred boxes an image
+    # A line, and a piece an image: there may be a hundred boxes an image, and millions would fill the memory.
+    with atomic_write(out / RESULTS) as temporary, temporary.open("w", encoding="utf-8") as text:
+        text.write("[")
+        before = ""
+        for number, image in enumerate(found, start=1):
+            if results := coco_results(number, image):
+                text.write(before + json.dumps(results)[1:-1])
+                before = ", "
+        text.write("]")
     write_json(out / IMAGES, {"images": images, "categories": categories, "annotations": []})
+
+
+def coco_results(number: int, image: FoundIn) -> list[dict[str, Any]]:
+    """The boxes and masks of one image as COCO results.
+
+    Args:
+        number: id of the image.
+    """
+    found, masks = image.found, image.masks
+    shapes = [{}] * len(found.boxes) if masks is None else [{"segmentation": coco_rle(mask, image.size)} for mask in masks]
+    return [
+        {
+            "image_id": number,
+            "category_id": label + 1,
+            "bbox": [round(value, 3) for value in (x1, y1, x2 - x1, y2 - y1)],
+            "score": round(score, 6),
+            **shape,
+        }
+        for (x1, y1, x2, y2), score, label, shape in zip(
+            found.boxes.tolist(), found.scores.tolist(), found.classes.tolist(), shapes
+        )
+    ]
 
 
 def write_table(file: Path, found: Sequence[FoundIn], saved: SavedDetector) -> Counter[str]:

@@ -12,6 +12,7 @@ from torch import Tensor
 
 from simmim.data import open_images
 from simmim.data.label_maps import CLASSES_FILE, ClassScheme
+from simmim.data.records import paths_of
 from simmim.evaluate.single_files import suit_model
 from simmim.files import atomic_write
 from simmim.finetune.dense.pictures import at_size, palette
@@ -67,7 +68,7 @@ def segment(
     saved, device = suit_model(load_segmenter(run), images), device_type()
     saved.model.to(device)
     source = open_images(images, reading=saved.preprocessing.reading_or_default)
-    names = output_names([source[row]["image"]["path"] for row in range(len(source))], Path(images))
+    names = output_names(paths_of(source), Path(images))
     unreadable: dict[str, str] = {}
     num_classes = len(saved.scheme.classes)
     counts, num_done = np.zeros(num_classes, dtype=np.int64), 0

@@ -18,7 +18,7 @@ from simmim.data import UNREADABLE, describe_error, open_images, open_picture
 from simmim.data.decode import open_windows
 from simmim.data.label_maps import CLASSES_FILE, ClassScheme
 from simmim.data.orientation import Size
-from simmim.data.records import Record, record_name
+from simmim.data.records import Record, paths_of, record_name
 from simmim.data.tiff_windows import PIXEL_SCALE
 from simmim.data.tiles import TiledImage, check_overlap, plan_tiles, tile_record
 from simmim.data.windows import WindowedImage
@@ -75,7 +75,7 @@ def segment_tiles(
     saved.model.to(device)
     reading = saved.preprocessing.reading_or_default
     source = open_images(images, reading=reading)
-    names = output_names([source[row]["image"]["path"] for row in range(len(source))], Path(images))
+    names = output_names(paths_of(source), Path(images))
     plan = plan_tiles(source, tiles, reading)
     for tiled in plan.images:
         piece_side(tiled.side, overlap)  # one that is too small is told before anything is predicted

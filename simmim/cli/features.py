@@ -6,6 +6,7 @@ import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
+from itertools import islice
 from typing import TYPE_CHECKING
 
 from simmim.cli.arguments import UsageError, parse
@@ -13,6 +14,8 @@ from simmim.messages import counted
 
 if TYPE_CHECKING:
     from simmim.checkpoints.checkpoint import SavedEncoder
+
+MAX_LINES = 20  # of images that cannot be read, on a terminal
 
 
 @dataclass(frozen=True)
@@ -218,6 +221,9 @@ def split_paths(text: str) -> list[str]:
 
 
 def print_unreadable(unreadable: Mapping[str, str]) -> None:
-    """Print on stderr which images could not be read, and why."""
-    for path, reason in unreadable.items():
+    """Print on stderr which images could not be read, and why; on a terminal the first of many."""
+    most = MAX_LINES if sys.stderr.isatty() else len(unreadable)
+    for path, reason in islice(unreadable.items(), most):
         print(f"not read: {path}: {reason}", file=sys.stderr)
+    if len(unreadable) > most:
+        print(f"not read: … and {len(unreadable) - most:,} more: simmim check-data --json lists all", file=sys.stderr)

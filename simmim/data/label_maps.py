@@ -18,6 +18,7 @@ from simmim.data.label_map_files import NUM_VALUES, SceneStatistics, inspect_sce
 from simmim.data.label_map_sources import CLASSES_FILE, read_class_names, read_scenes
 from simmim.data.orientation import Size
 from simmim.data.parts import validating_use
+from simmim.data.records import paths_of
 from simmim.data.scene_draws import AS_EVER, SceneDraw, SceneSource
 from simmim.reading import Reading
 
@@ -123,10 +124,7 @@ def read_labeled_scenes(
     statistics = {part: inspect_scenes(scenes, progress, reading) for part, scenes in parts.items()}
     scheme, notes = find_scheme(path, classes, values, ignore_index, [*statistics.values()])
     use, scenes = validating_use(parts), statistics["train"]
-    # Flattened, so that the files' bytes are not read with their paths.
-    files = files_of_pages(
-        parts["train"].select_columns(["image"]).flatten().select_columns(["image.path"])["image.path"][:]
-    )
+    files = files_of_pages(paths_of(parts["train"]))
     source = SceneSource(path, scenes, scheme.values, bool(use), files)
     rows, held_out = source.hold_out(seed, draw)
     if use:

@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from simmim.data.records import paths_of
 from simmim.evaluate.embeddings import Embeddings
 from simmim.evaluate.labeled import Pools
 from simmim.messages import name_some
@@ -47,13 +48,14 @@ class VectorFile:
         Raises:
             ValueError: when an image has no vector, or several rows could be its.
         """
-        wanted = [[row["image"]["path"] for row in part.data] for part in pools.parts]
-        nameless = sum(path is None for part in wanted for path in part)
+        found = [paths_of(part.data) for part in pools.parts]
+        nameless = sum(path is None for part in found for path in part)
         if nameless:
             raise ValueError(
                 f"{nameless:,} of the labeled images have no path, by which {self.source} could tell their vectors: give "
                 "images as files"
             )
+        wanted = [[path for path in part if path is not None] for part in found]
         rows = self.rows_of([path for part in wanted for path in part])
         return [
             Embeddings(np.arange(len(part)), tuple(part), {NAME: self.vectors[[rows[path] for path in part]]}, {})
