@@ -10,9 +10,10 @@ import torch
 from torch import Tensor
 
 from simmim.data import ImageSamples
+from simmim.data.labels import class_indices
 
 
-def class_weights(labels: Sequence[int], num_classes: int) -> Tensor:
+def class_weights(labels: Sequence[int] | np.ndarray, num_classes: int) -> Tensor:
     """Inverse frequencies, (classes,) float32, with a mean of 1 over the images, so that the scale of the loss stays.
 
     Args:
@@ -54,7 +55,7 @@ class BalancedSamples(ImageSamples):
     def __init__(self, source, view, channels: int, seed: int, **options) -> None:
         super().__init__(source, view, channels, seed, **options)
         rows: dict[int, list[int]] = {}
-        for row, label in enumerate(source["label"]):
+        for row, label in enumerate(class_indices(source).tolist()):
             rows.setdefault(label, []).append(row)
         self.rows_by_class = [rows[label] for label in sorted(rows)]
         self.orders: dict[int, list[tuple[int, int]]] = {}

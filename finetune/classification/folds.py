@@ -8,6 +8,7 @@ import numpy as np
 
 from simmim.data import LabeledImages
 from simmim.data.held_out import number_files
+from simmim.data.labels import class_indices
 from simmim.messages import counted
 
 NEVER_HELD_OUT = -1
@@ -65,7 +66,7 @@ def fewest_files(labels: LabeledImages, num_parts: int, seed: int) -> int | None
     Raises:
         ValueError: as `assign_folds`.
     """
-    files, classes = number_files(labels.train), np.asarray(labels.train["label"])
+    files, classes = number_files(labels.train), class_indices(labels.train)
     if files is None:
         return None
     assign_folds(classes, num_parts, seed, files)
@@ -78,6 +79,6 @@ def hold_out_fold(labels: LabeledImages, part: int, num_parts: int, seed: int) -
     Raises:
         ValueError: as `assign_folds`.
     """
-    part_of = assign_folds(np.asarray(labels.train["label"]), num_parts, seed, number_files(labels.train))
+    part_of = assign_folds(class_indices(labels.train), num_parts, seed, number_files(labels.train))
     train, validation = (np.flatnonzero(rows).tolist() for rows in (part_of != part, part_of == part))
     return LabeledImages(labels.train.select(train), labels.train.select(validation), labels.classes)

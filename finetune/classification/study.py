@@ -10,7 +10,7 @@ import numpy as np
 
 from simmim.data import LabeledImages, open_labeled_source
 from simmim.data.held_out import number_files
-from simmim.data.labels import describe_shortage
+from simmim.data.labels import class_indices, describe_shortage
 from simmim.finetune.classification.defaults import NO_RAND_AUGMENT, default_layer_decay, resolve_augmentation
 from simmim.finetune.classification.folds import fewest_files
 from simmim.finetune.classification.self_training.defaults import resolve_self_training
@@ -37,7 +37,7 @@ def open_labels(settings: StudySettings) -> OpenedLabels:
     source = open_labeled_source(data.path, data.column, data.label_column, find_reading(settings) or AUTO)
     validation_seed = validation_seed_of(settings, source.validation is not None)
     images = source.draw(None, settings.seed, validation_seed)
-    counts = np.bincount(images.train["label"], minlength=len(images.classes))
+    counts = np.bincount(class_indices(images.train), minlength=len(images.classes))
     labels = available_labels(settings, counts)
 
     def draw(value: int | str, seed: int) -> LabeledImages:

@@ -12,6 +12,7 @@ from torch import Tensor
 
 from simmim.checkpoints.checkpoint import Checkpoint
 from simmim.data import CenterView, ImageSamples, LabeledImages, RandomView, read_labeled_images
+from simmim.data.labels import class_indices
 from simmim.finetune.classification.balance import BalancedSamples, class_weights
 from simmim.finetune.classification.defaults import resolve_settings
 from simmim.finetune.classification.folds import hold_out_fold
@@ -133,7 +134,7 @@ def build_module(
     preprocessing = replace(start.preprocessing, crop=settings.data.evaluation_crop)
     weights: Tensor | None = None
     if settings.data.balance == "weights":
-        weights = class_weights(labels.train["label"], len(labels.classes))
+        weights = class_weights(class_indices(labels.train), len(labels.classes))
     learning_rate = settings.learning_rate(len(labels.train))
     return build(model, preprocessing, settings.data.changes(), learning_rate, settings.optim, weights)
 

@@ -10,6 +10,7 @@ import numpy as np
 from simmim.data import measure_images, open_images
 from simmim.data.decode import STRETCHED
 from simmim.data.duplicates import RowDigests
+from simmim.data.labels import class_indices
 from simmim.messages import counted
 from simmim.reading import Reading
 
@@ -94,7 +95,7 @@ def open_unlabeled(
         )
     class_of = {}
     if "label" in everything.train.column_names:
-        class_of = dict(zip(file_digests(everything.train), everything.train["label"]))
+        class_of = dict(zip(file_digests(everything.train), class_indices(everything.train).tolist()))
     known = [class_of.get(digest, UNKNOWN) for digest in digests]
     # In this order no image is copied.
     rows = images.add_column("label", known).select(kept)

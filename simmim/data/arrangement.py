@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 from simmim.data.addresses import address_channels, address_page
 from simmim.data.decode import count_images
 from simmim.data.pillow_guard import UNREADABLE
+from simmim.data.records import iterate_records, paths_of
 from simmim.data.zarr_folders import is_zarr
 from simmim.messages import counted, name_some, notify
 from simmim.reading import Reading
@@ -46,7 +47,7 @@ def divide_files(images: datasets.Dataset, reading: Reading) -> datasets.Dataset
     """A row for each image in a file of several."""
     rows: list[int] = []
     addresses: list[str | None] = []
-    for row, record in enumerate(images["image"]):
+    for row, record in enumerate(iterate_records(images)):
         count = images_in(record, reading)
         rows += [row] * count
         addresses += [record["path"]] if count == 1 else [address_page(record["path"], page) for page in range(count)]
@@ -77,12 +78,12 @@ def with_addresses(images: datasets.Dataset, rows: Sequence[int], addresses: Seq
     import datasets
 
     chosen = images.select(rows)
-    column = [{"bytes": record["bytes"], "path": path} for record, path in zip(chosen["image"], addresses)]
+    column = [{"bytes": record["bytes"], "path": path} for record, path in zip(iterate_records(chosen), addresses)]
     others = chosen.remove_columns("image")
     features = datasets.Features({"image": datasets.Image(decode=False)})
     arranged = datasets.Dataset.from_dict({"image": column}, features=features)
     for name in others.column_names:
-        arranged = arranged.add_column(name, others[name])
+        arranged = arranged.add_column(name, others[name][:])
     return arranged
 
 
@@ -98,7 +99,7 @@ def group_channels(images: datasets.Dataset, pattern: str) -> datasets.Dataset:
     Raises:
         ValueError: as `find_channel_groups`; when labels of an image's files differ.
     """
-    paths = [record["path"] or "" for record in images["image"]]
+    paths = [path or "" for path in paths_of(images)]
     groups = find_channel_groups(paths, pattern)
     check_labels(images, groups.rows)
     addresses = [address_channels([paths[row] for row in of_image], groups.names) for of_image in groups.rows]
@@ -241,7 +242,7 @@ def check_labels(images: datasets.Dataset, rows: Sequence[Sequence[int]]) -> Non
     """
     if "label" not in images.column_names:
         return
-    labels = images["label"]
+    labels = images["label"][:]
     for of_image in rows:
         if len({labels[row] for row in of_image}) > 1:
             raise ValueError(

@@ -26,7 +26,7 @@ from simmim.data.decode import count_images
 from simmim.data.index import find_images
 from simmim.data.left_out import LeftOut
 from simmim.data.pillow_guard import UNREADABLE, describe_error
-from simmim.data.records import Record
+from simmim.data.records import Record, iterate_records
 from simmim.messages import counted
 from simmim.reading import Reading
 
@@ -257,7 +257,7 @@ def check_rows_are_images(images: datasets.Dataset, reading: Reading, path: str)
         )
     if not reading.rearranges:
         return
-    for row, record in enumerate(images["image"]):
+    for row, record in enumerate(iterate_records(images)):
         if (count := images_in(record, reading)) > 1:
             raise ValueError(
                 f"row {row} of {path!r} holds {count} images, its pages, and labels of one: give each page a row, or "

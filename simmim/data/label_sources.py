@@ -87,7 +87,7 @@ def select_labels(rows, column: str | None, label_column: str | None, path: str)
         missing = f"no column {label_column!r}" if label_column else "no column of labels"
         raise ValueError(f"{path!r} has {missing}: its columns are {', '.join(names)}; give data.label_column")
     feature = rows.features[label_column]
-    labels = rows[label_column]
+    labels = rows[label_column][:]
     to_text = feature.int2str if isinstance(feature, datasets.ClassLabel) else str
     return select_images(rows, column or detect_image_column(rows.features), path), [to_text(label) for label in labels]
 

@@ -159,7 +159,7 @@ def read_labeled_images(
             image; for fewer than 1 label per class.
     """
     images = open_labeled_source(path, column, label_column, reading).draw(labels_per_class, seed, validation_seed)
-    if shortage := describe_shortage(np.bincount(images.train["label"]), labels_per_class):
+    if shortage := describe_shortage(np.bincount(class_indices(images.train)), labels_per_class):
         notify(shortage)
     return images
 
@@ -221,8 +221,18 @@ def group_by_class(images: datasets.Dataset, labels: list[str]) -> tuple[dataset
 
 def select_labeled_rows(images: datasets.Dataset, rows: dict[str, list[int]], names: list[str]) -> datasets.Dataset:
     """The given rows of each class with a column `label`, the index of the class in `names`. No image is copied."""
-    labels = [-1] * len(images)
+    # Arrays: `datasets` makes a fingerprint of what it is given, for which it visits each number of a list by itself.
+    labels = np.full(len(images), -1)
     for label, name in enumerate(names):
-        for row in rows[name]:
-            labels[row] = label
-    return images.add_column("label", labels).select([row for name in names for row in rows[name]])
+        labels[list(rows[name])] = label
+    chosen = np.array([row for name in names for row in rows[name]], dtype=np.int64)
+    return images.add_column("label", labels).select(chosen)
+
+
+def class_indices(images: datasets.Dataset) -> np.ndarray:
+    """The column `label`, (rows,) int64, read at once: a column of `datasets` that is gone through gives one row at a time.
+
+    Args:
+        images: with a column `label` of indices.
+    """
+    return np.asarray(images["label"][:], dtype=np.int64)

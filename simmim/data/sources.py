@@ -12,7 +12,7 @@ from simmim.data.arrangement import arrange, match_channels
 from simmim.data.decode import STRETCHED, count_images
 from simmim.data.pillow_guard import UNREADABLE
 from simmim.data.readers import detect_reader, known_kinds
-from simmim.data.records import Record
+from simmim.data.records import Record, iterate_records
 from simmim.data.tiff import UnexplainedPages
 from simmim.messages import notify
 from simmim.reading import Reading
@@ -119,7 +119,9 @@ def suit_reading(path: str | Path | Sequence[str], known: Reading) -> Reading:
     try:
         parts = [str(path)] if isinstance(path, str | os.PathLike) else list(map(str, path))
         found = [detect_reader(part) for part in parts]
-        records = [record for reader, files in found if not reader.has_columns for record in reader.read(files)["image"]]
+        records = [
+            record for reader, files in found if not reader.has_columns for record in iterate_records(reader.read(files))
+        ]
     except ValueError:
         return known  # said where they are opened, or they are labels that name images
     paths = [record["path"] or "" for record in records]

@@ -10,6 +10,7 @@ from torch import Tensor
 
 from simmim.data import ImageSamples, LabeledImages, RandomView, read_labeled_images
 from simmim.data.decode import STRETCHED
+from simmim.data.labels import class_indices
 from simmim.finetune.augment.affine import AffineSettings
 from simmim.finetune.augment.batch import BatchChanges
 from simmim.finetune.augment.color import ColorSettings
@@ -41,7 +42,7 @@ def read_unlabeled(settings: ClassificationSettings, labels: LabeledImages, read
     """
     data = settings.data
     assert data.unlabeled is not None
-    missing = sorted(set(range(len(labels.classes))) - set(labels.train["label"]))
+    missing = sorted(set(range(len(labels.classes))) - set(class_indices(labels.train).tolist()))
     if missing:
         raise ValueError(
             f"{len(labels.train)} labels for {len(labels.classes)} classes: class {labels.classes[missing[0]]!r} has none "
@@ -77,7 +78,7 @@ def target_shares(alignment: str, labels: LabeledImages) -> Tensor | None:
         return None
     if alignment == "uniform":
         return torch.full((num_classes,), 1 / num_classes)
-    counts = torch.bincount(torch.tensor(labels.train["label"]), minlength=num_classes).float()
+    counts = torch.bincount(torch.from_numpy(class_indices(labels.train)), minlength=num_classes).float()
     return counts / counts.sum()
 
 
