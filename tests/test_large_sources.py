@@ -14,13 +14,15 @@ from image_files import write_empty
 from PIL import Image
 
 from simmim.cli.features import print_unreadable
-from simmim.data import dataset_from_paths, read_labeled_images
+from simmim.data import dataset_from_paths, read_labeled_images, tiles
+from simmim.data.addresses import Tile
 from simmim.data.arrangement import check_labels
 from simmim.data.label_map_files import SceneStatistics
 from simmim.data.label_map_sources import read_folder_pair
 from simmim.data.labels import class_indices, select_labeled_rows
 from simmim.data.records import iterate_records, paths_of
 from simmim.data.scene_draws import draw_scenes
+from simmim.data.tiles import TiledImage, TilePlan, TileWalk
 from simmim.evaluate.labeled import Pools, pool_rows
 from simmim.evaluate.vectors import VectorFile
 from simmim.files import atomic_write
@@ -30,6 +32,7 @@ from simmim.finetune.detection.inference import Found
 from simmim.finetune.detection.labels import table
 from simmim.finetune.detection.labels.base import ReadingOptions
 from simmim.finetune.detection.prediction import FoundIn
+from simmim.reading import TileSettings
 
 calls = Counter()
 
@@ -198,3 +201,15 @@ def test_predictions_do_not_wait_for_the_disk(tmp_path, monkeypatch):
     with atomic_write(tmp_path / "classes.txt") as temporary:
         temporary.write_text("cat")
     assert calls["synced"] == 2  # the file and its folder
+
+
+def test_tiles_are_made_where_they_are_asked_for(monkeypatch):
+    """A walk over slides of a hundred million tiles neither lists them nor reads an image."""
+    monkeypatch.setattr(tiles, "tile_record", lambda record, tile: calls.update(["tiles"]) or (record["path"], tile))
+    images = dataset_from_paths([f"{number}.svs" for number in range(500)])
+    slide = TiledImage((100_000, 80_000), 0, (100_000, 80_000), 224)
+    walk = TileWalk(images, TilePlan(TileSettings(224), range(500), [slide] * 500), 0.25)
+    assert len(walk) == 500 * 595 * 476 and not calls["tiles"]
+    assert walk.place(len(walk) - 1) == (79_776, 99_776, 224, 224)
+    assert walk[595 * 476]["image"] == ("1.svs", Tile(0, 0, 0, 224, 224)) and calls["tiles"] == 1
+    assert walk[476]["image"] == ("0.svs", Tile(0, 0, 168, 224, 224)) and walk[475]["image"][1].left == 79_776

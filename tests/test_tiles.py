@@ -25,7 +25,7 @@ from simmim.data.addresses import Tile, address_tile, parse_address, without_til
 from simmim.data.decode import open_stored, open_windows
 from simmim.data.headers import file_stamps
 from simmim.data.kept_pictures import stamp_of
-from simmim.data.tiles import TiledSamples, background_share, plan_tiles, tile_starts, walk_tiles
+from simmim.data.tiles import TiledSamples, TileWalk, background_share, plan_tiles, tile_starts
 from simmim.reading import AUTO, Reading, TileSettings
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -400,9 +400,13 @@ def test_a_walk_covers_everything(length, side, overlap):
 
 def test_a_walk_names_places(mosaic):
     source = open_images(mosaic, reading=AUTO)
-    tiles = list(walk_tiles(source, plan_tiles(source, TileSettings(64), AUTO), 0))
-    assert len(tiles) == 37
-    assert [tile.place for tile in tiles[:2]] == [(0, 0, 64, 64), (64, 0, 64, 64)] and tiles[36].path == f"{mosaic}/2.tif"
+    walk = TileWalk(source, plan_tiles(source, TileSettings(64), AUTO), 0)
+    assert len(walk) == 37 == len(list(walk))
+    assert [walk.place(number) for number in (0, 1)] == [(0, 0, 64, 64), (64, 0, 64, 64)]
+    assert walk[0]["image"]["path"] == f"{mosaic}/0.tif#tile=0,0,0,64,64"
+    assert walk[36]["image"]["path"].startswith(f"{mosaic}/2.tif#tile=0,")
+    with pytest.raises(IndexError):
+        walk[37]
 
 
 # --- the commands ----------------------------------------------------------------------------------------------------------

@@ -11,7 +11,7 @@ from __future__ import annotations
 import functools
 import math
 import random
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from importlib.util import find_spec
 from typing import TYPE_CHECKING, NamedTuple
@@ -27,6 +27,7 @@ from simmim.data.orientation import Size
 from simmim.data.pictures import Picture
 from simmim.data.pillow_guard import UNREADABLE, describe_error
 from simmim.data.records import Record, record_name
+from simmim.data.rows import Rows
 from simmim.data.samples import ImageSamples, View, further_views
 from simmim.data.sources import dataset_of
 from simmim.messages import counted, notify
@@ -368,28 +369,47 @@ class TiledSamples(ImageSamples):
         return sample | further_views(tile.picture, self.further, generator)
 
 
-class PlacedTile(NamedTuple):
-    """A tile of a walk.
+class TileWalk:
+    """The tiles that cover each image of a source, row by row, as rows of records, by their numbers. A tile is made where
+    it is asked for: the slides of a study have millions.
 
-    Attributes:
-        record: of it.
-        path: of its image.
-        place: (x, y, width, height) in pixels of the full resolution.
+    Args:
+        source: of the images that the plan was made for.
+        plan: their tiles.
+        overlap: of neighbors, as a share of their sides, or more.
     """
 
-    record: Record
-    path: str
-    place: tuple[int, int, int, int]
+    def __init__(self, source: datasets.Dataset, plan: TilePlan, overlap: float) -> None:
+        self.rows, self.plan = Rows(source), plan
+        self.starts = [
+            tuple(tile_starts(length, image.side, overlap) for length in image.level_size) for image in plan.images
+        ]
+        self.ends = np.cumsum([len(tops) * len(lefts) for tops, lefts in self.starts])
 
+    def __len__(self) -> int:
+        return int(self.ends[-1])
 
-def walk_tiles(source: datasets.Dataset, plan: TilePlan, overlap: float) -> Iterator[PlacedTile]:
-    """The tiles that cover each image, row by row, neighbors overlapping by `overlap` of their sides or more."""
-    for row, image in zip(plan.rows, plan.images):
-        record = source[row]["image"]
-        for top in tile_starts(image.level_size[0], image.side, overlap):
-            for left in tile_starts(image.level_size[1], image.side, overlap):
-                tile = image.at(top, left)
-                yield PlacedTile(tile_record(record, tile), record_name(record, row), image.full_resolution(tile))
+    def __getitem__(self, number: int) -> dict[str, Record]:
+        image, tile = self.find(number)
+        return {"image": tile_record(self.rows[self.plan.rows[image]]["image"], tile)}
+
+    def place(self, number: int) -> tuple[int, int, int, int]:
+        """(x, y, width, height) of a tile in pixels of the full resolution."""
+        image, tile = self.find(number)
+        return self.plan.images[image].full_resolution(tile)
+
+    def find(self, number: int) -> tuple[int, Tile]:
+        """The number of a tile's image, and the tile.
+
+        Raises:
+            IndexError: beyond the last one.
+        """
+        if not 0 <= number < len(self):
+            raise IndexError(f"tile {number} of {len(self)}")
+        image = int(np.searchsorted(self.ends, number, side="right"))
+        tops, lefts = self.starts[image]
+        down, across = divmod(number - (int(self.ends[image - 1]) if image else 0), len(lefts))
+        return image, self.plan.images[image].at(tops[down], lefts[across])
 
 
 def check_overlap(overlap: float) -> None:

@@ -14,8 +14,7 @@ from tqdm import tqdm
 from simmim.checkpoints.checkpoint import SavedEncoder
 from simmim.data import open_images
 from simmim.data.addresses import without_tile
-from simmim.data.sources import dataset_of
-from simmim.data.tiles import check_overlap, plan_tiles, walk_tiles
+from simmim.data.tiles import TileWalk, check_overlap, plan_tiles
 from simmim.encoders.registry import config_as_dict
 from simmim.evaluate.embeddings import DEFAULT_PASS, EncoderPass, check_any_readable, embed_batches, record_unreadable
 from simmim.evaluate.features import Feature
@@ -85,9 +84,9 @@ def write_embeddings(
     if not hasattr(images, "column_names"):
         saved = suit_model(saved, images)
         source = open_images(images, reading=saved.preprocessing.reading_or_default)
-    places = None
+    walk = None
     if tiles is not None:
-        source, places = tile_rows(source, tiles, overlap, saved.preprocessing.reading_or_default)
+        source = walk = walk_over(source, tiles, overlap, saved.preprocessing.reading_or_default)
     batches = embed_batches(saved.encoder, saved.preprocessing, source, (feature,), options, tiles)
     schema = embeddings_schema(saved, feature, tiles)
     written = WrittenEmbeddings(0, dim, {})
@@ -103,7 +102,7 @@ def write_embeddings(
                 written = replace(
                     written, count=written.count + len(batch.rows), num_empty=written.num_empty + batch.num_empty
                 )
-                rows.add(batch.paths, batch.vectors[feature.name], None if places is None else places[batch.rows])
+                rows.add(batch.paths, batch.vectors[feature.name], None if walk is None else places_of(walk, batch.rows))
                 bar.update(len(batch.rows) + len(batch.unreadable) + batch.num_empty)
             rows.write()
         if written.num_empty and not written.count:
@@ -126,19 +125,19 @@ def check_new_file(out: str | Path) -> Path:
     return out
 
 
-def tile_rows(
-    source: datasets.Dataset, tiles: TileSettings, overlap: float, reading: Reading
-) -> tuple[datasets.Dataset, np.ndarray]:
-    """The tiles that cover the images of a source, as rows of records, and their places: (rows, 4) int32 of x, y, width and
-    height.
+def walk_over(source: datasets.Dataset, tiles: TileSettings, overlap: float, reading: Reading) -> TileWalk:
+    """The tiles that cover the images of a source.
 
     Raises:
         ValueError: for an overlap out of range, and as `plan_tiles`.
     """
-    check_overlap(overlap)
-    placed = list(walk_tiles(source, plan_tiles(source, tiles, reading), overlap))
-    places = np.array([tile.place for tile in placed], np.int32)
-    return dataset_of([{"image": tile.record} for tile in placed]), places
+    check_overlap(overlap)  # before files are opened
+    return TileWalk(source, plan_tiles(source, tiles, reading), overlap)
+
+
+def places_of(walk: TileWalk, numbers: np.ndarray) -> np.ndarray:
+    """The places of tiles, (B, 4) int32 of x, y, width and height in pixels of the full resolution."""
+    return np.array([walk.place(number) for number in numbers.tolist()], np.int32).reshape(-1, len(PLACE))
 
 
 def embeddings_schema(saved: SavedEncoder, feature: Feature, tiles: TileSettings | None = None) -> pa.Schema:
