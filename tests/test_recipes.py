@@ -47,6 +47,7 @@ def test_there_are_recipes_for_each_stage():
         "vit-base-224",
         "scenes",
         "tiny-canvas",
+        "refine-small",
     }
     assert {path.stem for path in FINETUNE} == own | {"swinv2-base-224", "swin-base-224", "vit-base-224", "demo-unlabeled"}
 
