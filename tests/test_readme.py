@@ -123,7 +123,7 @@ def write_groceries(folder):
 
 
 def test_commands_then_python(place, fork_server, monkeypatch):
-    assert run_commands("console", place, monkeypatch) == 27
+    assert run_commands("console", place, monkeypatch) == 28
     assert (place / "grid.png").is_file()
     assert (place / "predictions.csv").is_file()
     blocks = re.findall(r"```python\n(.*?)```", TEXT, re.S)
