@@ -30,7 +30,8 @@ def training_samples(resolved: Resolved, num_steps: int) -> ImageSamples | Strea
         view, *further = random_views(settings)
         return StreamedSamples(source.images, view, *options, further)
     views = [random_views(part) for part in parts]
-    return GrowingStream(source.images, views, first_batches, settings.batch_size, *options)
+    at_once = settings.batch_size // settings.optim.accumulate
+    return GrowingStream(source.images, views, first_batches, at_once, *options)
 
 
 def samples_at(resolved: Resolved, settings: PretrainSettings) -> ImageSamples:

@@ -309,6 +309,14 @@ def test_a_stream_grows_by_batches(workers):
             assert torch.equal(ours["image"], theirs["image"]) and ours["seed"] == theirs["seed"]
 
 
+def test_a_stream_grows_by_steps(digits, tmp_path):
+    """Of two accumulated batches each: both are of the step's size."""
+    data, optim = DataSettings(str(digits.unlabeled), streaming=True, shuffle_buffer=10), OptimSettings(accumulate=2)
+    samples = training_samples(resolved_of(digits, tmp_path, data=data, optim=optim), 6)
+    loader = iter(build_loader(samples.part(0, 1, 0, {}), 0, batch_size=12))
+    assert [next(loader)["image"].shape[-1] for _ in range(10)] == [16] * 4 + [32] * 4 + [48] * 2
+
+
 def encoded(picture):
     buffer = io.BytesIO()
     picture.save(buffer, "png")

@@ -71,7 +71,7 @@ class GrowingStream(StreamedSamples):
         stream, channels, seed, options: as of `StreamedSamples`.
         views: the views of each size, the first of which is the sample's image.
         first_batches: the first batch of each size, ascending from 0.
-        batch_size: samples of a batch over all ranks.
+        batch_size: samples of a batch over all ranks; of one of several that are accumulated in a step.
     """
 
     def __init__(
