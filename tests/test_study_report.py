@@ -7,6 +7,7 @@ import pytest
 from scipy.stats import t as student
 from scipy.stats import ttest_rel
 
+from simmim.evaluate.contest import paired_difference
 from simmim.evaluate.paired import mean_and_error, t_interval
 from simmim.finetune.label_study.chosen_rates import edge_warning
 from simmim.finetune.label_study.gains import equivalent_interval, equivalent_labels, paired_gain
@@ -86,6 +87,19 @@ def test_p_is_the_paired_t_test_s():
     trials = [trial("a", 1, seed, value) for seed, value in enumerate(ours)]
     trials += [trial("b", 1, seed, value) for seed, value in enumerate(theirs)]
     assert paired_gain(trials, "a", "b", 1).p == pytest.approx(ttest_rel(ours, theirs).pvalue, rel=1e-9)
+
+
+@pytest.mark.parametrize("kind", [float, np.float32])
+def test_gains_that_rounding_alone_tells_apart_have_no_p(kind):
+    """One image of ten with each of three seeds, as 90 − 80, 80 − 70 and 70 − 60 percent: accuracies are logged in float32."""
+    pairs = [(kind(ours / 10), kind((ours - 1) / 10)) for ours in (9, 8, 7)]
+    trials = [trial(arm, 1, seed, float(pair[arm == "b"])) for seed, pair in enumerate(pairs) for arm in "ab"]
+    gain = paired_gain(trials, "a", "b", 1)
+    assert math.isnan(gain.p) and gain.mean == pytest.approx(10, abs=1e-4)
+    difference = paired_difference(*([float(pair[which]) for pair in pairs] for which in range(2)))
+    assert math.isnan(difference.p) and difference.cell() == "+10.0 ± 0.0"
+    sentence = gain_sentences(StudyResult(("a", "b"), tuple(trials), (), {1: 1}))[0]
+    assert sentence.endswith("10.0 ± 0.0 points against b (3 seeds), which may be chance.")
 
 
 def test_equivalent_labels():

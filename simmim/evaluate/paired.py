@@ -8,6 +8,9 @@ from collections.abc import Sequence
 
 SIGNIFICANCE_LEVEL = 0.05  # the usual one; a difference above it is called possible chance
 CONFIDENCE = 1 - SIGNIFICANCE_LEVEL
+# Percentage points. Accuracies are logged in float32, whose steps make equal differences differ by up to 1e-5; one image of a
+# million is 1e-4.
+ROUNDING = 5e-5
 
 
 def mean_and_error(values: Sequence[float]) -> tuple[float, float]:
@@ -32,12 +35,17 @@ def t_quantile(count: int) -> float:
 
 
 def p_value(differences: Sequence[float]) -> float:
-    """Two-sided p of Student's t-test that the mean of the differences is 0; nan for a single or for equal differences."""
-    mean, error = mean_and_error(differences)
-    if not error > 0:  # nan too
+    """Two-sided p of Student's t-test that the mean of the differences is 0; nan for a single or for equal differences.
+
+    Args:
+        differences: of accuracies in percent. Those that rounding alone tells apart are equal: by its noise, divided by which
+            any gain is large, the smallest p of all would come of a difference of one image that all seeds have.
+    """
+    if len(differences) < 2 or max(differences) - min(differences) < ROUNDING:
         return math.nan
     from scipy.stats import t
 
+    mean, error = mean_and_error(differences)
     return float(2 * t.sf(abs(mean) / error, len(differences) - 1))
 
 
