@@ -241,6 +241,20 @@ def test_a_continued_run_outlives_what_it_began_from(start, uninterrupted, tmp_p
     assert_same_end(*runs)
 
 
+def test_a_command_that_is_stopped_leaves_no_half_file(uninterrupted, fork_server, digits, tmp_path):
+    """SIGTERM while vectors are written: one line, the signal's code, and nothing in the folder."""
+    (tmp_path / "out").mkdir()
+    prelude = """
+import os, signal
+from simmim.evaluate.parquet import RowGroupWriter
+RowGroupWriter.add = lambda *given: os.kill(os.getpid(), signal.SIGTERM)
+"""
+    words = ("embed", "--run", uninterrupted("in-memory"), "--images", digits.unlabeled, "--workers=1")
+    code, output = fork_server.start(*words, "--out", tmp_path / "out" / "v.parquet", prelude=prelude).wait()
+    assert list((tmp_path / "out").iterdir()) == []
+    assert code == 143 and output.splitlines()[-1] == "simmim: stopped by SIGTERM" and "Traceback" not in output
+
+
 # --- Damage ----------------------------------------------------------------------------------------------------------
 
 

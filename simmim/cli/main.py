@@ -8,12 +8,14 @@ import os
 import re
 import sys
 from collections.abc import Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass
 from importlib import import_module
 
 from simmim.cli.allocator import keep_freed_memory
 from simmim.cli.arguments import UsageError, nearest
 from simmim.cli.notices import notices_as_lines
+from simmim.cli.termination import Terminated, raised_on_sigterm
 from simmim.cli.waiting import let_waiting_threads_sleep
 
 DESCRIPTION = "Pre-train an encoder on your own images without labels, look at it, export it, fine-tune it on few labels."
@@ -28,11 +30,13 @@ class Command:
         purpose: its line in the overview.
         home: module of `simmim.cli` and function, which takes the remaining words and returns the exit code, or None for 0.
             The module is imported when the command runs.
+        trains: whether it answers SIGTERM itself, at the end of a step.
     """
 
     name: str
     purpose: str
     home: str
+    trains: bool = False
 
     def run(self, words: Sequence[str]) -> int:
         """Run the command with the words after its name and return the exit code."""
@@ -41,12 +45,12 @@ class Command:
 
 
 COMMANDS = (
-    Command("demo", "the whole story on real digits, a few minutes on a laptop", "demo:run_demo"),
+    Command("demo", "the whole story on real digits, a few minutes on a laptop", "demo:run_demo", trains=True),
     Command("check-data", "what a folder holds, what cannot be read, and what to type next", "images:run_check_data"),
-    Command("pretrain", "stage 1: learn from a folder of unlabeled images", "train:run_pretrain"),
+    Command("pretrain", "stage 1: learn from a folder of unlabeled images", "train:run_pretrain", trains=True),
     Command("reconstruct", "pictures of what a pre-trained model fills in", "images:run_reconstruct"),
-    Command("finetune", "stage 2: transfer the encoder to a labeled task", "train:run_finetune"),
-    Command("study", "accuracy by labels per class: pre-trained, from scratch, other encoders", "train:run_study"),
+    Command("finetune", "stage 2: transfer the encoder to a labeled task", "train:run_finetune", trains=True),
+    Command("study", "accuracy by labels per class: pre-trained, from scratch, other encoders", "train:run_study", trains=True),
     Command("predict", "classify or segment images, or find objects, with a fine-tuned encoder", "images:run_predict"),
     Command("export", "the encoder or classifier for other libraries", "models:run_export"),
     Command("inspect", "what a weight file is, whether it loads and what it can be exported as", "models:run_inspect"),
@@ -61,7 +65,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     """Run one command and return the exit code.
 
     0: done. 1: check-data found something wrong. 2: wrong input or a full disk. 130, 138 or 143: stopped by Ctrl-C, SIGUSR1
-    or SIGTERM with everything saved. 141: the reader of the output has closed it.
+    or SIGTERM, a training with everything saved. 141: the reader of the output has closed it.
     """
     words = list(sys.argv[1:] if arguments is None else arguments)
     # At its exit Python would search everything for garbage, for a second or two.
@@ -78,7 +82,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
             command = command_named(words[0])
             keep_freed_memory()
             let_waiting_threads_sleep()
-            with notices_as_lines(print_notice):
+            with notices_as_lines(print_notice), nullcontext() if command.trains else raised_on_sigterm():
                 code = command.run(words[1:])
             sys.stdout.flush()
             return code
@@ -90,7 +94,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except KeyboardInterrupt as error:
         print_error("; ".join(("interrupted", *map(str, error.args))))
         return 130
-    except Exception as error:
+    except (Exception, Terminated) as error:
         if not hasattr(error, "exit_code"):
             raise
         print_error(error)
