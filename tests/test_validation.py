@@ -22,6 +22,7 @@ from simmim.methods.registry import METHODS
 from simmim.pretrain import DataSettings, PretrainSettings, SimMIMSettings, load_pretrained, pretrain
 from simmim.pretrain.module import PretrainingModule
 from simmim.pretrain.validation import HeldOutLoss, default_steps_between, trend
+from simmim.training.saving import CheckpointWriter
 
 # With stochastic depth, an extra random draw would change the losses.
 SMALL = SimMIMSettings(mask_unit=8, encoder={"embed_dim": 16, "depths": [1, 1], "num_heads": [1, 2], "drop_path_rate": 0.3})
@@ -159,6 +160,21 @@ def test_the_best_checkpoint_and_the_encoder_are_those_of_the_lowest_loss(digits
     assert "validate 48 images that are held out, every 4 steps and at the end" in lines
     assert "validation loss 2 at the end and 1 at step 8: rising." in lines
     assert f"{run / 'encoder'} is of the lowest validation loss, 1 at step 8" in lines
+
+
+def test_a_kill_before_the_best_is_named_loses_nothing(digits, tmp_path, monkeypatch, power_cut):
+    """The checkpoint of step 8 is on the disk, and the process ends before it is best.ckpt and the encoder."""
+    losses, write = iter((3.0, 1.0, 2.0)), CheckpointWriter.write
+    monkeypatch.setattr(HeldOutLoss, "loss", lambda self, trainer, module: next(losses))
+    with monkeypatch.context() as patch, power_cut(after_step=9):
+        patch.setattr(CheckpointWriter, "write", lambda self, *given: write(self, *given[:3], given[3] and given[2].step < 8))
+        pretrain(settings(digits.unlabeled, tmp_path / "run"))
+    run = pretrain(settings(digits.unlabeled, tmp_path / "run", resume=True))
+    best = torch.load(run / "checkpoints" / "best.ckpt", weights_only=True)
+    origin = json.loads((run / "encoder" / "config.json").read_text())["provenance"]
+    assert (best["global_step"], origin["steps"], origin["validation_loss"]) == (8, 8, 1.0)
+    exported = load_encoder(run).state_dict()
+    assert all(torch.equal(value, best["state_dict"][f"model.encoder.{name}"]) for name, value in exported.items())
 
 
 @pytest.mark.parametrize(

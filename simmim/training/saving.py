@@ -16,7 +16,7 @@ from collections.abc import Callable
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import pytorch_lightning as pl
 import torch
@@ -152,7 +152,7 @@ class CheckpointWriter(TorchCheckpointIO):
     def save_checkpoint(self, checkpoint: dict, path, storage_options=None) -> None:
         """Take a copy of `checkpoint` and begin to write it; waits for the one before."""
         self.wait()
-        copied = apply_to_collection(checkpoint, Tensor, lambda value: value.detach().to("cpu", copy=True))
+        copied = on_the_cpu(checkpoint)
         saved = SavedModel(copied["state_dict"], copied["global_step"], self.mean_loss, self.validation_loss)
         self.pending = self.pool.submit(self.write, copied, Path(path), saved, self.is_best)
 
@@ -167,6 +167,10 @@ class CheckpointWriter(TorchCheckpointIO):
         with atomic_write(path) as temporary:
             torch.save(checkpoint, temporary)
         link_as(path, path.with_name(LAST))
+        self.name_and_export(path, saved, is_best)
+
+    def name_and_export(self, path: Path, saved: SavedModel, is_best: bool) -> None:
+        """What follows once the file is there: best.ckpt, the deletion of the oldest files, the export."""
         if is_best:
             link_as(path, path.with_name(BEST))
         for old in list(saved_steps(self.run).values())[self.policy.keep :]:
@@ -174,6 +178,14 @@ class CheckpointWriter(TorchCheckpointIO):
         waits_for_best = self.policy.judge is not None and not is_best and path.with_name(BEST).exists()
         if self.policy.export and not waits_for_best:
             self.policy.export(saved)
+
+    def repeat_for_best(self, saved: SavedModel) -> None:
+        """Begin to do once more what follows the best checkpoint, with which a run goes on: the process that wrote it may
+        have ended before."""
+        self.wait()
+        path = step_file(self.run, saved.step)
+        path = path if path.is_file() else path.with_name(LAST)
+        self.pending = self.pool.submit(self.name_and_export, path, on_the_cpu(saved), True)
 
     def wait(self) -> None:
         """Wait until the pending checkpoint is on the disk.
@@ -198,6 +210,11 @@ class CheckpointWriter(TorchCheckpointIO):
         if self.pending is not None:
             with contextlib.suppress(Exception):
                 self.pending.result()
+
+
+def on_the_cpu(values: Any) -> Any:
+    """Nested values with copies of their tensors."""
+    return apply_to_collection(values, Tensor, lambda value: value.detach().to("cpu", copy=True))
 
 
 def in_model_order(state: dict, optimizer: torch.optim.Optimizer, module: torch.nn.Module) -> dict:
@@ -235,22 +252,28 @@ class SaveRun(pl.Callback):
     def __init__(self, run: Path, policy: SavePolicy) -> None:
         self.run, self.policy = run, policy
         self.writer = CheckpointWriter(run, policy)
-        self.saved_step, self.best = -1, float("inf")
+        self.saved_step, self.best, self.best_step = -1, float("inf"), -1
         self.mean_loss: float | None = None
         self.losses: list[Tensor] = []
         self.between_steps = True
 
     def state_dict(self) -> dict:
-        """The mean loss up to this checkpoint since the one before, and the loss of the best checkpoint."""
-        return {"best": self.best, "mean_loss": self.mean_loss}
+        """The mean loss up to this checkpoint since the one before, and the loss and step of the best checkpoint."""
+        return {"best": self.best, "best_step": self.best_step, "mean_loss": self.mean_loss}
 
     def load_state_dict(self, state: dict) -> None:
         """Go on from them."""
         self.best, self.mean_loss = state["best"], state["mean_loss"]
+        self.best_step = state.get("best_step", -1)  # earlier checkpoints have none
 
     def on_train_start(self, trainer: pl.Trainer, *_) -> None:
-        """Start the clock."""
+        """Start the clock. Where the run goes on with its best checkpoint, see that it is known as such."""
         self.saved_at, self.seen_step = time.monotonic(), trainer.global_step
+        if trainer.global_step == self.best_step:
+            weights = trainer.strategy.lightning_module_state_dict()  # by all processes, which hold parts of it
+            if trainer.is_global_zero:
+                validation_loss = self.best if self.policy.judge else None
+                self.writer.repeat_for_best(SavedModel(weights, self.best_step, self.mean_loss, validation_loss))
 
     def on_train_batch_start(self, trainer: pl.Trainer, *_) -> None:
         """Save the step before this batch if it is time to. Not at that step's own end, where its metrics are not logged and
@@ -312,7 +335,7 @@ class SaveRun(pl.Callback):
             judged = validation_loss
         self.writer.is_best = self.is_best(judged)
         if self.writer.is_best and judged is not None:
-            self.best = judged
+            self.best, self.best_step = judged, trainer.global_step
         self.writer.mean_loss, self.writer.validation_loss = self.mean_loss, validation_loss
         # First the metrics: a row of a step before the checkpoint would never be logged again.
         for logger in trainer.loggers:
