@@ -14,6 +14,7 @@ from image_files import notices
 
 from simmim.cli import main
 from simmim.cli.train import study_settings
+from simmim.data import read_labeled_images
 from simmim.finetune import ClassificationSettings
 from simmim.finetune.classification.self_training.prepare import read_unlabeled
 from simmim.finetune.classification.study import STUDY
@@ -128,6 +129,26 @@ def test_unlabeled_images_that_are_all_labeled_at_a_number_leave_semi_out(digits
     text = report(result)
     (every,) = [line for line in text.splitlines() if line.startswith("| all |") and "±" in line][:1]
     assert every.count("–") >= 2 and "With all labels per class none of these images is unlabeled." in text
+
+
+def test_what_the_first_seed_labels_is_unlabeled_in_the_others(digits, encoder_folder, tmp_path, capsys):
+    """The training folder as unlabeled images, of which each seed labels all but one a class: what seed 0 leaves is labeled
+    by others, which leave what it has."""
+    images = str(digits.labeled / "train")
+    call = words(digits, encoder_folder, tmp_path / "out", "--unlabeled", images, "--labels", "23", "--seeds", "5")
+    prepared = prepare_study(study_settings(call[1:]))
+    assert not prepared.left_out and "left out" not in capsys.readouterr().out
+
+
+def test_unlabeled_images_that_are_all_labeled_in_some_run_of_every_number_are_refused(digits, encoder_folder, tmp_path):
+    """Seed 0 has not drawn them, others have: before the runs, not in a plot of an arm without any."""
+    (tmp_path / "images").mkdir()
+    first = {row["image"]["path"] for row in read_labeled_images(digits.labeled, 12, seed=0).train}
+    other = next(path for path in sorted((digits.labeled / "train").rglob("*.png")) if str(path) not in first)
+    shutil.copy(other, tmp_path / "images")
+    call = words(digits, encoder_folder, tmp_path / "out", "--labels", "12", "--seeds", "5")
+    with pytest.raises(ValueError, match=r"all 1 image of .* are labeled or judge: give others, or fewer labels"):
+        prepare_study(study_settings([*call[1:], "--unlabeled", str(tmp_path / "images")]))
 
 
 def test_judging_images_are_among_no_unlabeled_ones(digits, encoder_folder, tmp_path, capsys):

@@ -2,14 +2,18 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass
 from pathlib import Path
+from typing import TYPE_CHECKING
 
-from simmim.finetune.label_study.settings import ALL, PLAIN, SEMI, SemiStudyFields
+from simmim.finetune.label_study.settings import ALL, SEMI, SemiStudyFields
 from simmim.finetune.self_training.unlabeled import Labels, UnlabeledImages, file_digests, open_unlabeled
 from simmim.messages import counted
 from simmim.reading import Reading
+
+if TYPE_CHECKING:
+    import datasets
 
 Draw = Callable[[int | str, int], Labels]
 
@@ -54,7 +58,7 @@ def find_unlabeled(
         unit: what a number of labels counts.
 
     Raises:
-        ValueError: as `open_unlabeled`; where no number of labels leaves unlabeled images and there is no other arm.
+        ValueError: as `open_unlabeled`; where no number of labels leaves unlabeled images.
     """
     path = settings.unlabeled
     assert path is not None
@@ -64,23 +68,32 @@ def find_unlabeled(
     total = len(unlabeled.images) + unlabeled.num_labeled + unlabeled.num_judging
     judging = f"{unlabeled.num_judging:,} of them judge and are left out" if unlabeled.num_judging else "none of them judges"
     print(f"unlabeled  {counted(total, 'image')}; {judging}; each run also leaves out those whose labels it learns from")
-    used_up = tuple(value for value in labels if leaves_none(unlabeled, value, settings.all_seeds, draw))
+    used_up = numbers_that_leave_none(settings, unlabeled.digests, labels, draw)
     if used_up:
         numbers = f"{', '.join(map(str, used_up))} {unit}"
         print(f"left out   {SEMI} with {numbers}: all unlabeled images are labeled ones")
-    if len(used_up) == len(labels) and PLAIN not in settings.recipes:
+    if len(used_up) == len(labels):
         raise ValueError(
             f"data.unlabeled: all {counted(total, 'image')} of {path!r} are labeled or judge: give others, or fewer labels"
         )
     return FoundUnlabeled(unlabeled, unit, used_up)
 
 
-def leaves_none(unlabeled: UnlabeledImages, labels: int | str, seeds: range, draw: Draw) -> bool:
-    """Whether all unlabeled images are labeled ones in the run of some seed."""
-    for seed in seeds:
-        train = draw(labels, seed).train
-        if len(train) < len(unlabeled.images):
-            return False  # some are left, whichever are labeled
-        if set(file_digests(unlabeled.images)) <= set(file_digests(train)):
-            return True
-    return False
+def numbers_that_leave_none(
+    settings: SemiStudyFields, digests: Collection[bytes], labels: Mapping[int | str, float], draw: Draw
+) -> tuple[int | str, ...]:
+    """The numbers of labels at which all unlabeled images are labeled ones in the run of some seed.
+
+    Args:
+        digests: of the unlabeled images, whichever are labeled in some run.
+        labels, draw: as of `find_unlabeled`.
+    """
+
+    def all_in(train: datasets.Dataset) -> bool:
+        return len(train) >= len(digests) and set(file_digests(train)).issuperset(digests)
+
+    first: int = settings.seed  # type: ignore[attr-defined]
+    # All training images are read once, not those of each draw; seeds that share none have no draw of all.
+    if not settings.disjoint and not all_in(draw(ALL, first).train):
+        return ()
+    return tuple(value for value in labels if any(all_in(draw(value, seed).train) for seed in settings.all_seeds))

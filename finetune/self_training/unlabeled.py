@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Protocol
 
 import numpy as np
@@ -45,6 +45,7 @@ class UnlabeledImages:
         num_judging: images left out because they are validation images.
         channels: of the images.
         decoded_mib: estimated size of all images decoded.
+        digests: hashes of the files of all images of the source that do not judge, those left out as labeled among them.
     """
 
     images: datasets.Dataset
@@ -52,6 +53,7 @@ class UnlabeledImages:
     num_judging: int
     channels: int
     decoded_mib: float
+    digests: frozenset[bytes] = field(default=frozenset(), repr=False)
 
     def lines(self) -> list[str]:
         """Their number and what was left out, for the user to read."""
@@ -100,7 +102,8 @@ def open_unlabeled(
     # In this order no image is copied.
     rows = images.add_column("label", known).select(kept)
     measured = measure_images(rows, reading=reading)
-    return UnlabeledImages(rows, int(is_labeled.sum()), int(is_judging.sum()), measured.channels, measured.decoded_mib)
+    counts = int(is_labeled.sum()), int(is_judging.sum())
+    return UnlabeledImages(rows, *counts, measured.channels, measured.decoded_mib, frozenset(digests) - judging)
 
 
 def check_channels(unlabeled: UnlabeledImages, channels: int) -> None:
