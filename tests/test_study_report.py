@@ -91,7 +91,7 @@ def test_p_is_the_paired_t_test_s():
 
 @pytest.mark.parametrize("kind", [float, np.float32])
 def test_gains_that_rounding_alone_tells_apart_have_no_p(kind):
-    """One image of ten with each of three seeds, as 90 − 80, 80 − 70 and 70 − 60 percent: accuracies are logged in float32."""
+    """One image of ten with each of three seeds, as 90 − 80, 80 − 70 and 70 − 60 percent, logged in float32."""
     pairs = [(kind(ours / 10), kind((ours - 1) / 10)) for ours in (9, 8, 7)]
     trials = [trial(arm, 1, seed, float(pair[arm == "b"])) for seed, pair in enumerate(pairs) for arm in "ab"]
     gain = paired_gain(trials, "a", "b", 1)

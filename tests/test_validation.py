@@ -167,7 +167,9 @@ def test_a_kill_before_the_best_is_named_loses_nothing(digits, tmp_path, monkeyp
     losses, write = iter((3.0, 1.0, 2.0)), CheckpointWriter.write
     monkeypatch.setattr(HeldOutLoss, "loss", lambda self, trainer, module: next(losses))
     with monkeypatch.context() as patch, power_cut(after_step=9):
-        patch.setattr(CheckpointWriter, "write", lambda self, *given: write(self, *given[:3], given[3] and given[2].step < 8))
+        patch.setattr(
+            CheckpointWriter, "write", lambda self, *given: write(self, *given[:3], given[3] and given[2].step < 8)
+        )
         pretrain(settings(digits.unlabeled, tmp_path / "run"))
     run = pretrain(settings(digits.unlabeled, tmp_path / "run", resume=True))
     best = torch.load(run / "checkpoints" / "best.ckpt", weights_only=True)

@@ -50,7 +50,9 @@ COMMANDS = (
     Command("pretrain", "stage 1: learn from a folder of unlabeled images", "train:run_pretrain", trains=True),
     Command("reconstruct", "pictures of what a pre-trained model fills in", "images:run_reconstruct"),
     Command("finetune", "stage 2: transfer the encoder to a labeled task", "train:run_finetune", trains=True),
-    Command("study", "accuracy by labels per class: pre-trained, from scratch, other encoders", "train:run_study", trains=True),
+    Command(
+        "study", "accuracy by labels per class: pre-trained, from scratch, other encoders", "train:run_study", trains=True
+    ),
     Command("predict", "classify or segment images, or find objects, with a fine-tuned encoder", "images:run_predict"),
     Command("export", "the encoder or classifier for other libraries", "models:run_export"),
     Command("inspect", "what a weight file is, whether it loads and what it can be exported as", "models:run_inspect"),

@@ -8,8 +8,8 @@ from collections.abc import Sequence
 
 SIGNIFICANCE_LEVEL = 0.05  # the usual one; a difference above it is called possible chance
 CONFIDENCE = 1 - SIGNIFICANCE_LEVEL
-# Percentage points. Accuracies are logged in float32, whose steps make equal differences differ by up to 1e-5; one image of a
-# million is 1e-4.
+# Percentage points. Accuracies are logged in float32, whose steps make equal differences differ by up to 1e-5; one image of
+# a million is 1e-4.
 ROUNDING = 5e-5
 
 
@@ -38,8 +38,8 @@ def p_value(differences: Sequence[float]) -> float:
     """Two-sided p of Student's t-test that the mean of the differences is 0; nan for a single or for equal differences.
 
     Args:
-        differences: of accuracies in percent. Those that rounding alone tells apart are equal: by its noise, divided by which
-            any gain is large, the smallest p of all would come of a difference of one image that all seeds have.
+        differences: of accuracies in percent. Those that rounding alone tells apart are equal: any gain is large beside its
+            noise, and one image more with each seed would have the smallest p of all.
     """
     if len(differences) < 2 or max(differences) - min(differences) < ROUNDING:
         return math.nan
