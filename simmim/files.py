@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import json
 import os
+import re
 import tempfile
 from collections.abc import Iterator
 from pathlib import Path
@@ -33,6 +34,16 @@ def atomic_write(path: Path, survives_power_cut: bool = True) -> Iterator[Path]:
             sync_folder(path.parent)
     finally:
         temporary.unlink(missing_ok=True)
+
+
+TEMPORARY = re.compile(r"\..+\.[a-z0-9_]{8}")  # as `atomic_write` names them
+
+
+def remove_temporary_files(folder: Path) -> None:
+    """Delete what `atomic_write` left in a folder of processes that were killed, where no other process writes now."""
+    for path in folder.glob(".*"):
+        if TEMPORARY.fullmatch(path.name) and path.is_file():
+            path.unlink(missing_ok=True)
 
 
 def sync_folder(folder: Path) -> None:

@@ -49,6 +49,18 @@ def test_an_export_that_fails_without_a_text_is_named(tmp_path):
         writer.wait()
 
 
+def test_halves_of_files_go_when_a_run_is_resumed(tmp_path):
+    """Of a process that was killed while it wrote a checkpoint or the encoder, and nothing else."""
+    run = open_run_folder(Settings(str(tmp_path / "run")))
+    (run / "encoder").mkdir()
+    kept = [checkpoints_folder(run) / "step-00000004.ckpt", run / "encoder" / ".notes", run / ".mine.abcdefgh"]
+    halves = [checkpoints_folder(run) / ".step-00000008.ckpt.k3_0zz1a", run / "encoder" / ".encoder.safetensors.x1y2z3_4"]
+    for path in (*kept, *halves):
+        path.write_bytes(b"half")
+    open_run_folder(Settings(str(run), resume=True))
+    assert [path.is_file() for path in (*kept, *halves)] == [True] * 3 + [False] * 2
+
+
 def open_run_folder(settings):
     with locked_run_folder(settings) as run:
         return run

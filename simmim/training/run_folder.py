@@ -11,10 +11,11 @@ from pathlib import Path
 import yaml
 from filelock import FileLock, Timeout
 
-from simmim.files import atomic_write
+from simmim.files import atomic_write, remove_temporary_files
 from simmim.renamed_settings import with_current_names
 
 CONFIG, CHECKPOINTS, LAST, BEST = "config.yaml", "checkpoints", "last.ckpt", "best.ckpt"
+ENCODER = "encoder"
 LOCK = ".lock"
 # Settings that do not change the result of a run, so that a resumed run may have other ones. A settings class may add to
 # them by `may_change_on_resume`, dotted keys too.
@@ -143,6 +144,8 @@ def write_run_folder(run: Path, settings) -> None:
         with atomic_write(config) as temporary:
             temporary.write_text(as_yaml(settings), encoding="utf-8")
     checkpoints_folder(run).mkdir(exist_ok=True)
+    for folder in (checkpoints_folder(run), run / ENCODER):  # of a process that was killed: as large as a checkpoint
+        remove_temporary_files(folder)
 
 
 def differences(old, new, prefix: str = "") -> list[str]:
