@@ -15,7 +15,6 @@ from pytorch_lightning.strategies import ModelParallelStrategy
 from torch import nn
 
 from simmim.checkpoints.own_files import update_provenance
-from simmim.data import ImageSamples
 from simmim.encoders.base import Encoder
 from simmim.finetune.averaging import AverageWeights, whole
 from simmim.finetune.early_stop import StopEarly
@@ -100,8 +99,9 @@ def finetune(settings: TransferSettings, quiet: bool = False) -> FinetuneResult:
 
 def report_shared_images(prepared: PreparedTask) -> None:
     """Notices of validation images that are also among the training images, or among those that the encoder has seen."""
-    train, init = prepared.train, prepared.settings.init
-    others = {"the training images": train.source} if isinstance(train, ImageSamples) else {}
+    init = prepared.settings.init
+    # The labeled ones alone: from unlabeled images those that validate are left out.
+    others = {"the training images": prepared.train.sources[0]}
     if init != "none":
         others[f"the pre-training images of {init}"] = pretraining_images(init)
     report_shared(prepared.validation.source, others)

@@ -10,6 +10,7 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 import torch
+from image_files import notices
 from PIL import Image
 from torch import nn
 
@@ -29,10 +30,12 @@ from simmim.finetune.classification.self_training.settings import SelfTrainingSe
 from simmim.finetune.label_study.arms import build_arms
 from simmim.finetune.label_study.settings import StudySettings
 from simmim.finetune.registry import task_named
+from simmim.finetune.run import report_shared_images
 from simmim.finetune.self_training.pseudo_labels import PseudoLabeler
 from simmim.finetune.self_training.teacher import Teacher
 from simmim.finetune.self_training.unlabeled import open_unlabeled
 from simmim.finetune.settings import OptimSettings
+from simmim.training.same_images import SameImages
 
 LABELED, UNLABELED, CLASSES = 4, 6, 3
 
@@ -234,6 +237,27 @@ def test_in_cross_validation_neither_judge_is_unlabeled(digits, encoder_folder, 
     labels = read_labeled_images(digits.labeled, run.labels_per_class, run.seed)
     assert len(files) == 300 - 40 - 60
     assert not files & {row["image"]["path"] for part in (labels.train, labels.validation) for row in part}
+
+
+def test_a_judging_image_that_is_labeled_too_and_other_unlabeled_images_are_told(digits, encoder_folder, tmp_path):
+    """As without unlabeled images: before the run, and when it goes on."""
+    shutil.copytree(digits.labeled, labeled := tmp_path / "labeled")
+    (unlabeled := tmp_path / "unlabeled").mkdir()
+    for level in range(3):
+        Image.new("L", (28, 28), level).save(unlabeled / f"{level}.png")
+    judging = next(iter(sorted((labeled / "test" / "3").glob("*.png"))))
+    shutil.copy(judging, labeled / "train" / "3" / "copy.png")
+    data = LabeledSettings(str(labeled), unlabeled=str(unlabeled))
+    run = settings(digits, encoder_folder, tmp_path / "run", data=data, labels_per_class=None)
+    prepared = task_named("classification").prepare(run, "cpu")
+    [line] = notices(report_shared_images, prepared)[1]
+    assert line.startswith("1 of 60 validation images is also among the training images")
+    state = SameImages(prepared.train.num_images, prepared.train).state_dict()
+    assert notices(SameImages(prepared.train.num_images, prepared.train).load_state_dict, state)[1] == []
+    (unlabeled / "0.png").rename(unlabeled / "another-name.png")
+    again = task_named("classification").prepare(run, "cpu").train
+    [line] = notices(SameImages(again.num_images, again).load_state_dict, state)[1]
+    assert f"{state['count']} then and now, with other names" in line
 
 
 # --- runs ----------------------------------------------------------------------------------------------------------------

@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from typing import NamedTuple
+from typing import TYPE_CHECKING, NamedTuple
 
 from torch.utils.data import Sampler
 
 from simmim.data import ImageSamples, IndexedSamples
+
+if TYPE_CHECKING:
+    import datasets
 
 
 class Key(NamedTuple):
@@ -36,6 +39,10 @@ class SelfTrainingSamples(IndexedSamples):
     @property
     def num_images(self) -> int:
         return len(self.labeled) + len(self.unlabeled)
+
+    @property
+    def sources(self) -> tuple[datasets.Dataset, ...]:
+        return (*self.labeled.sources, *self.unlabeled.sources)
 
     def part(self, key: Key) -> ImageSamples:
         """The samples that a key is of."""

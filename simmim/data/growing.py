@@ -56,6 +56,10 @@ class GrowingSamples(IndexedSamples):
     def batches(self, batch_size: int, rank: int = 0, world_size: int = 1, start: int = 0) -> SizedBatches:
         return SizedBatches(self.by_size[0].batches(batch_size, rank, world_size, start), start, self.first_batches)
 
+    @property
+    def sources(self) -> tuple[datasets.Dataset, ...]:
+        return self.by_size[0].sources
+
     def path_of(self, key: tuple[int, Any]) -> str:
         return self.by_size[0].path_of(key[1])
 

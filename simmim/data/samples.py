@@ -74,6 +74,11 @@ class IndexedSamples(Dataset, ABC):
         """All images that may be read."""
         return len(self)
 
+    @property
+    @abstractmethod
+    def sources(self) -> tuple[datasets.Dataset, ...]:
+        """The images, undecoded: those that make an epoch, then further ones."""
+
 
 class ImageSamples(IndexedSamples):
     """Samples by (epoch, index), each a function of that and the seed.
@@ -118,6 +123,10 @@ class ImageSamples(IndexedSamples):
 
     def batches(self, batch_size: int, rank: int = 0, world_size: int = 1, start: int = 0) -> Sampler:
         return EndlessBatchSampler(len(self), batch_size, self.seed, rank, world_size, start)
+
+    @property
+    def sources(self) -> tuple[datasets.Dataset, ...]:
+        return (self.source,)
 
     def row_of(self, key: tuple[int, int]) -> int:
         """The source's row of a key."""

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytorch_lightning as pl
 
-from simmim.data import GrowingSamples, ImageSamples, IndexedSamples, StreamedSamples
+from simmim.data import IndexedSamples, StreamedSamples
 from simmim.data.records import digest_paths
 from simmim.messages import notify
 
@@ -19,7 +19,9 @@ class SameImages(pl.Callback):
 
     def __init__(self, count: int, samples: IndexedSamples | StreamedSamples) -> None:
         self.count = count
-        self.digest = digest_paths(samples.source) if isinstance(samples, ImageSamples | GrowingSamples) else None
+        digests = [digest_paths(source) for source in samples.sources] if isinstance(samples, IndexedSamples) else []
+        known = [digest for digest in digests if digest is not None]
+        self.digest = " ".join(known) if known and len(known) == len(digests) else None
 
     def state_dict(self) -> dict:
         """What the images are known by."""
