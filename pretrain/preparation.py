@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
-from typing import TYPE_CHECKING, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 
@@ -124,10 +124,7 @@ def resolve_length(settings: PretrainSettings) -> tuple[Resolved, list[str]]:
     device = str(settings.trainer.get("accelerator", "auto"))
     device = device if device in WARM_UP_STEPS else device_type()
     if settings.resume and (Path(settings.out).expanduser() / CONFIG).is_file():
-        stored = read_settings(settings.out)
-        left_open = {name for name in ("epochs", "preset", "image_size") if getattr(settings, name) is None}
-        left_open -= {"image_size"} if settings.image_sizes is not None else set()
-        resolved = resolve_run(replace(settings, **{name: getattr(stored, name) for name in left_open}))
+        resolved = resolve_run(as_chosen(settings, read_settings(settings.out)))
         return resolved._replace(planned_s=seconds), []
     if seconds is not None and settings.epochs is not None:
         raise ValueError(f"both time {settings.time} and epochs {settings.epochs:g} are given: give one of them")
@@ -151,6 +148,24 @@ def resolve_length(settings: PretrainSettings) -> tuple[Resolved, list[str]]:
         resolved = fill_in(replace(settings, epochs=epochs), found)._replace(planned_s=seconds)
     busy = busy_lines(usage, device, is_chosen=seconds is not None)
     return resolved, [*chosen, f"time     {estimate_line(resolved.settings, num_images, step_s)}", *busy]
+
+
+def as_chosen(settings: PretrainSettings, stored: PretrainSettings) -> PretrainSettings:
+    """The settings of a run that is resumed, where what they leave open is as in those that it was started with: what a
+    measure, the disk's free space, or an encoder that is no longer read has decided."""
+    left_open = {name for name in ("epochs", "preset", "image_size") if getattr(settings, name) is None}
+    left_open -= {"image_size"} if settings.image_sizes is not None else set()
+    chosen: dict[str, Any] = {name: getattr(stored, name) for name in left_open}
+    data = {name: getattr(stored.data, name) for name in ("channels", "mean", "std") if getattr(settings.data, name) is None}
+    if settings.data.cache == "auto":
+        data["cache"] = stored.data.cache
+    chosen["data"] = replace(settings.data, **data)
+    if settings.init != "none" and settings.method == stored.method:
+        encoder = {**stored.model.encoder, **settings.model.encoder}
+        chosen["model"] = replace(settings.model, encoder=encoder)
+        if settings.image_sizes is not None and settings.model_by_size is None:
+            chosen["model_by_size"] = stored.model_by_size
+    return replace(settings, **chosen)
 
 
 def fit_scale(

@@ -1,6 +1,7 @@
 """Training goes on from a checkpoint of any format."""
 
 import csv
+import shutil
 from dataclasses import replace
 
 import pytest
@@ -11,6 +12,9 @@ from simmim.checkpoints import read
 from simmim.checkpoints.export import export
 from simmim.checkpoints.own_files import save_checkpoint
 from simmim.cli import main
+from simmim.pretrain import DataSettings, PretrainSettings, preparation
+from simmim.pretrain.preparation import resolve_length
+from simmim.training.run_folder import CONFIG, LAST, as_yaml, checkpoints_folder
 
 # Steps that are too small to change a float32 value: a run exports the weights that it began with.
 STANDING_STILL = ("--optim.lr", "1e-30")
@@ -88,6 +92,23 @@ def test_pretraining_adapts_another_channel_count(gray_checkpoint, digits, tmp_p
     weight = gray_checkpoint.encoder["patch_embed.proj.weight"]
     torch.testing.assert_close(after.encoder["patch_embed.proj.weight"], weight.repeat(1, 3, 1, 1) / 3)
     assert after.pretraining["decoder.weight"].shape == (8 * 8 * 3, 16)
+
+
+@pytest.mark.parametrize("growing", [{}, {"image_sizes": (16, 32)}])
+def test_resumed_settings_are_complete_without_the_encoder(growing, gray_checkpoint, digits, tmp_path, monkeypatch):
+    """In Python, where a script gives the same settings again: architecture, and room on the disk, are those of the run."""
+    begun = export(gray_checkpoint, "safetensors", tmp_path / "source", "encoder").folder
+    data, out = DataSettings(str(digits.unlabeled)), tmp_path / "run"
+    given = PretrainSettings(data=data, out=str(out), init=str(begun), epochs=1.0, **growing)
+    first = resolve_length(given)[0].settings
+    first = replace(first, data=replace(first.data, cache="3GB"))
+    checkpoints_folder(out).mkdir(parents=True)
+    (out / CONFIG).write_text(as_yaml(first), encoding="utf-8")
+    (checkpoints_folder(out) / LAST).touch()
+    shutil.rmtree(begun)
+    monkeypatch.setattr(preparation, "resolve_cache", lambda settings, *others: (settings, None))  # digits are not kept
+    resumed = resolve_length(replace(given, resume=True))[0].settings
+    assert as_yaml(resumed) == as_yaml(first)
 
 
 def test_a_preset_and_an_encoder_exclude_each_other(digits, tmp_path, capsys):
