@@ -131,6 +131,22 @@ def test_unlabeled_images_that_are_all_labeled_at_a_number_leave_semi_out(digits
     assert every.count("–") >= 2 and "With all labels per class none of these images is unlabeled." in text
 
 
+def test_judging_images_that_are_labeled_too_are_told(digits, encoder_folder, tmp_path):
+    """As a single run tells it: the runs of a study are silent. Those that any encoder was pre-trained with, too."""
+    shutil.copytree(digits.labeled, labeled := tmp_path / "labeled")
+    for name in ("one", "two"):
+        shutil.copy(next((labeled / "test" / "3").glob("*.png")), labeled / "train" / "3" / f"{name}.png")
+    shutil.copytree(encoder_folder, other := tmp_path / "other")
+    config = {"data": {"path": str(labeled / "test" / "4")}, "model": {}}
+    (other / "config.yaml").write_text(json.dumps(config))
+    call = words(digits, encoder_folder, tmp_path / "out", "--data", str(labeled), "--against", str(other))
+    lines = notices(prepare_study, study_settings(call[1:]))[1]
+    assert [line.partition(":")[0] for line in lines] == [
+        "1 of 60 validation images is also among the training images",
+        f"6 of 60 validation images are also among the pre-training images of {other}",
+    ]
+
+
 def test_what_the_first_seed_labels_is_unlabeled_in_the_others(digits, encoder_folder, tmp_path, capsys):
     """The training folder as unlabeled images, of which each seed labels all but one a class: what seed 0 leaves is labeled
     by others, which leave what it has."""

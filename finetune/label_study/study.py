@@ -72,7 +72,7 @@ def prepare_study(settings: StudyFields) -> PreparedStudy:
     """Read labels and encoders, and check that every run can start.
 
     Prints which images judge, which numbers of labels are left out because there are too few images, and what is left out
-    of unlabeled images.
+    of unlabeled images; notifies of judging images that are elsewhere too.
 
     Args:
         settings: of the study of any task.
@@ -94,7 +94,8 @@ def prepare_study(settings: StudyFields) -> PreparedStudy:
     arms = build_arms(judged_alike, fingerprints)
     tuned = [arm for arm in arms if not arm.rates_of] or build_arms(judged_alike, fingerprints, (PLAIN,))
     check_starts(arms, opened, task, device)
-    report_shared(opened.validation, {f"the pre-training images of {run.init}": pretraining_images(run.init)})
+    seen = {f"the pre-training images of {path}": pretraining_images(path) for path in settings.start_names().values()}
+    report_shared(opened.validation, {"the training images": opened.train, **seen})
     left_out = {(arm.name, value) for arm in arms if arm.recipe == SEMI for value in opened.used_up}
     return PreparedStudy(
         settings,
