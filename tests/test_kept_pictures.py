@@ -201,6 +201,16 @@ def test_a_file_that_changed_is_read_anew(tmp_path):
         kept.open(record_of(path), lambda: pytest.fail("not opened"))
 
 
+def test_images_of_one_name_have_an_entry_each(tmp_path):
+    """As of Parquet that was made of a folder for each class."""
+    records = [{"bytes": jpeg_bytes(photo(300, 400, seed=seed)), "path": "0001.jpg"} for seed in range(2)]
+    kept, decoded = kept_in(tmp_path / "kept"), []
+    for _ in range(2):
+        for number, record in enumerate(records):
+            kept.open(record, lambda record=record, number=number: decoded.append(number) or open_picture(record, 3))
+    assert decoded == [0, 1] and len(entries(tmp_path / "kept")) == 2
+
+
 @pytest.mark.parametrize("harm", ["cut", "flipped", "empty", "other"])
 def test_a_torn_entry_is_written_again(photos, tmp_path, harm):
     samples = samples_of(photos, kept_in(tmp_path))

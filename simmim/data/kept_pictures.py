@@ -107,8 +107,9 @@ class KeptPictures:
         return shrunk or picture
 
     def entry(self, record: Record, stamp: list) -> str:
-        """The file of a record's entry."""
-        name = hashlib.sha256((record["path"] or repr(stamp)).encode("utf-8", "surrogateescape")).hexdigest()[:32]
+        """The file of a record's entry. In Parquet and tar, images of several folders may have one name."""
+        known_by = [record["path"] or "", *([] if record["bytes"] is None else [repr(stamp)])]
+        name = hashlib.sha256("".join(known_by).encode("utf-8", "surrogateescape")).hexdigest()[:32]
         return f"{self.folder}/{name[:2]}/{name}{SUFFIX}"
 
     def write(self, entry: str, kept: Shrunk, stamp: list) -> None:
