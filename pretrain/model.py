@@ -35,7 +35,9 @@ def load_initial_weights(method: Method, source: Checkpoint) -> str:
     if source.pretraining and source.method != method.name:
         report += f"\nadapted    {method.own_parts} are fresh: the source was trained by {source.method}"
     elif source.pretraining and shapes != {name: tuple(value.shape) for name, value in method.own_state().items()}:
-        report += f"\nadapted    {method.own_parts} are fresh: those of the source are for other channels"
+        is_same = source.config.in_channels == config.in_channels
+        what = "have other shapes" if is_same else "are for other channels"
+        report += f"\nadapted    {method.own_parts} are fresh: those of the source {what}"
     elif source.pretraining:
         report += f"\nloaded     {method.load_own_state(source.pretraining, source.provenance)}"
     method.weights_loaded()
