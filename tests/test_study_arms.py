@@ -233,6 +233,7 @@ def test_a_study_grows_by_the_unlabeled_images(digits, encoder_folder, tmp_path,
         (("--semi-steps", "0", "--unlabeled", "x"), "semi_steps is 0: give 1 or more"),
         (("--self-training.ratio", "2"), "self_training is about unlabeled images"),
         (("--unlabeled", "no/such/images"), "no/such/images"),
+        (("--unlabeled", "digits", "--self-training.start", "0.9"), "start is 0.9: of 3 steps none is left for"),
         (("--unlabeled", "digits", "--optim.ema", "0"), "optim.ema is 0: with data.unlabeled the average"),
     ],
 )

@@ -29,7 +29,7 @@ def resolve_teacher(
         ratio: unlabeled images per labeled one, and why.
 
     Raises:
-        ValueError: where the weights are not to be averaged.
+        ValueError: where the weights are not to be averaged; as `start_step`.
     """
     if settings.optim.ema == 0:
         raise ValueError(
@@ -43,6 +43,7 @@ def resolve_teacher(
         epochs = settings.epochs or settings.steps * settings.batch_size / num_labels
         settings = replace(settings, optim=replace(settings.optim, warmup_epochs=WARMUP * epochs))
         reasons.append(f"warm-up over {WARMUP:.0%} of the steps: epochs of a few labels say little")
+    start_step(settings, num_labels)
     return settings, reasons
 
 
@@ -69,7 +70,7 @@ def resolve_length(
 
 
 def start_step(settings: Any, num_labels: int) -> int:
-    """The first step with pseudo-labels, once resolved.
+    """The first step with pseudo-labels, of settings whose length is resolved.
 
     Args:
         num_labels: training images with labels.
@@ -77,7 +78,7 @@ def start_step(settings: Any, num_labels: int) -> int:
     Raises:
         ValueError: when the run ends before it.
     """
-    num_steps = settings.num_steps(num_labels)
+    num_steps = settings.steps or settings.num_steps(num_labels)
     start = round(settings.self_training.start * num_steps)
     if start >= num_steps:
         raise ValueError(
