@@ -199,6 +199,7 @@ PROBE, KNN = "probe --run encoder --data split", "knn --run encoder --data split
         (f"{PROBE} --seed -1", ["seed is -1: give 0 or more"]),
         (f"{PROBE} --labels-per-class -3", ["labels_per_class is -3: give 1 or more"]),
         (f"{PROBE} --seeds 3", ["every draw is the same: give labels_per_class, or one seed"]),
+        (f"{KNN} --seeds 3 --labels-per-class 9", ["every draw is the same: give labels_per_class below", ", or one seed"]),
         (f"{PROBE} --batch-size 0", ["batch_size is 0"]),
         ("knn --run encoder --data one", ["has 1 class folder: give at least two"]),
         ("knn --run encoder --data absent", ["labeled folder 'absent' does not exist"]),

@@ -314,10 +314,13 @@ def draw_all(source: LabeledSource, comparison: Comparison) -> list[Draw]:
     Raises:
         ValueError: when all draws would be the same; as `draw_labels`.
     """
-    if comparison.seeds > 1 and comparison.labels_per_class is None and source.validation is not None:
+    most = max(map(len, source.rows.values()))
+    takes_all = comparison.labels_per_class is None or comparison.labels_per_class >= most
+    if comparison.seeds > 1 and takes_all and source.validation is not None:
+        fewer = "labels_per_class" if comparison.labels_per_class is None else f"labels_per_class below {most:,}"
         raise ValueError(
             f"seeds is {comparison.seeds}, but with all labels of {comparison.data!r} and its own test images every draw is "
-            "the same: give labels_per_class, or one seed"
+            f"the same: give {fewer}, or one seed"
         )
     seeds = range(comparison.seed, comparison.seed + comparison.seeds)
     return [draw_labels(source, comparison.labels_per_class, seed) for seed in seeds]
