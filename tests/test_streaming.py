@@ -112,6 +112,24 @@ def test_unreadable_rows_are_replaced_and_listed(tmp_path, numbered):
 MODEL = SimMIMSettings(mask_unit=8, encoder={"embed_dim": 16, "depths": [1, 1], "num_heads": [1, 2], "drop_path_rate": 0.1})
 
 
+def test_resuming_among_unreadable_rows_is_exact(numbered, monkeypatch):
+    """An image stands in for several that follow it, and does so where the stream is resumed between them."""
+    readable = [row["image"] for row in open_source(numbered).images.select(range(4))]
+    broken = {"bytes": b"no image", "path": "broken.png"}
+    rows = [{"image": image} for image in (readable[0], broken, broken, broken, readable[1], broken, *readable[2:])]
+    stream = stream_of(numbered, 1)
+    monkeypatch.setattr(StreamedSamples, "rows", lambda self, epoch, node, num_nodes: iter(rows))
+
+    def samples(positions):
+        taken = itertools.islice(stream.part(0, 1, 0, positions), 2 * len(rows))
+        return [(sample["stream_position"], sample["seed"], int(sample["image"][0, 0, 0])) for sample in taken]
+
+    whole = samples({})
+    assert [number for *_, number in whole[: len(rows)]] == [0, 0, 0, 0, 1, 1, 2, 3]
+    for stop in range(1, len(rows)):
+        assert samples({0: (0, stop)})[: len(rows)] == whole[stop : stop + len(rows)], stop
+
+
 @pytest.mark.parametrize("workers", [0, 2])
 def test_a_streaming_run_resumes_exactly(digits, tmp_path, power_cut, workers):
     data = DataSettings(str(digits.unlabeled), streaming=True, shuffle_buffer=50)

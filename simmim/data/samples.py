@@ -6,9 +6,11 @@ only, so that batches do not depend on the number of workers or devices, and a r
 
 from __future__ import annotations
 
+import contextlib
 import copy
 import random
 from abc import ABC, abstractmethod
+from collections import deque
 from collections.abc import Callable, Iterator, Sequence
 from typing import TYPE_CHECKING, Any
 
@@ -234,17 +236,21 @@ class StreamedSamples(IterableDataset):
         worker = (turn + self.batches_done) % num_workers
         node, num_nodes = self.rank * num_workers + worker, self.world_size * num_workers
         epoch, num_taken = self.positions.get(worker, (0, 0))
-        latest = None
+        latest, before = None, deque[dict](maxlen=MAX_REPLACEMENTS)
         while True:
             is_empty = True
             for number, row in enumerate(self.rows(epoch, node, num_nodes)):
                 is_empty = False
                 # The last row before the position is read again: an unreadable first row is replaced by it.
                 if number < num_taken - 1:
+                    before.append(row)
                     continue
                 generator = random.Random(f"{self.seed}/{epoch}/{node}/{number}")
                 name = f"row {number} of part {node}"
                 sample, skipped, latest = self.view_or_replacement(row, latest, generator, name)
+                if latest is None and before:  # that row is unreadable too, and one before it stood in
+                    latest = self.last_readable(before)
+                before.clear()
                 if sample is None or latest is None or number < num_taken:
                     continue
                 yield {
@@ -257,6 +263,14 @@ class StreamedSamples(IterableDataset):
             if is_empty:
                 raise ValueError(f"a part of the stream (worker {node} of {num_nodes}) holds no images: use fewer workers")
             epoch, num_taken = epoch + 1, 0
+
+    def last_readable(self, rows: Sequence[dict]) -> dict | None:
+        """The last row whose image can be read; None where there is none."""
+        for row in reversed(rows):
+            with contextlib.suppress(*UNREADABLE):
+                self.view_of(row, random.Random(0), "")
+                return row
+        return None
 
     def view_or_replacement(
         self, row: dict, latest: dict | None, generator: random.Random, name: str
