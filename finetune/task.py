@@ -150,6 +150,25 @@ class Task(ABC):
         """
         raise ValueError(f"{type(self).__name__} has no predictions to write: load its model in Python")
 
+    def predict_views(
+        self,
+        run: str | Path,
+        images: str | Path,
+        out: str | Path | None,
+        batch_size: int,
+        num_workers: int | None,
+        views: int,
+    ) -> Predictions:
+        """As `predict`, by another number of crops of each image than in validation.
+
+        Args:
+            views: 1, 5 or 10, as of `simmim.data.evaluation_views`.
+
+        Raises:
+            ValueError: as `predict`, for another number, and for a task whose predictions are places in images.
+        """
+        raise ValueError(f"{run} finds places in images, and sees them whole: leave out views")
+
     def predict_tiles(
         self,
         run: str | Path,

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import torch
 
-from simmim.data import UNREADABLE, CenterView, describe_error, normalize, open_images, open_picture
+from simmim.data import UNREADABLE, EvaluationView, describe_error, normalize, open_images, open_picture
 from simmim.data.tiles import plan_tiles, sample_tiles
 from simmim.files import atomic_write
 from simmim.messages import counted
@@ -35,7 +35,7 @@ def reconstruct(run: str | Path, images: str | Path, out: str | Path, count: int
         plan = plan_tiles(source, settings.data.tiles, settings.data.reading, settings.data.max_pixels)
         how = (settings.data.channels, settings.data.max_pixels, settings.data.reading)
         source, _ = sample_tiles(source, plan, count, seed, how)
-    view = CenterView(settings.size)
+    view = EvaluationView(settings.size)
     order = random.Random(seed).sample(range(len(source)), len(source))
     pixels, first_error = [], None
     for row in order:

@@ -11,7 +11,7 @@ from pytorch_lightning.strategies import ModelParallelStrategy
 from simmim.checkpoints.checkpoint import Checkpoint, Preprocessing
 from simmim.checkpoints.own_files import save_checkpoint
 from simmim.data import (
-    CenterView,
+    EvaluationView,
     ImageSamples,
 )
 from simmim.data.label_map_sources import note_on_label_maps
@@ -156,7 +156,7 @@ def stage_callbacks(
     callbacks: list[pl.Callback] = []
     if method.predicts_pixels:
         data = settings.data
-        view, options = CenterView(settings.size), (False, data.max_pixels, data.reading)
+        view, options = EvaluationView(settings.size), (False, data.max_pixels, data.reading)
         samples = ImageSamples(resolved.source.head, view, data.channels, settings.seed, *options)
         callbacks.append(Reconstructions(samples, folder, resolved.steps_in(settings.reconstruct_every_epochs)))
     if resolved.tiles is not None:
@@ -215,7 +215,7 @@ def held_out_loss(resolved: Resolved) -> HeldOutLoss | None:
     if plan := tile_plan(data, images, data.reading):
         how = (data.channels, data.max_pixels, data.reading)
         images, _ = sample_tiles(images, plan, VALIDATION_TILES, settings.seed, how)
-    view = CenterView(settings.size)
+    view = EvaluationView(settings.size)
     samples = ImageSamples(images, view, data.channels, settings.seed, False, data.max_pixels, data.reading)
     every_steps = resolved.steps_in(settings.validate_every_epochs)
     return HeldOutLoss(samples, every_steps, settings.model.images_per_input, settings.workers)

@@ -14,7 +14,7 @@ from simmim.checkpoints import read_encoder
 from simmim.checkpoints.checkpoint import Preprocessing
 from simmim.checkpoints.own_files import save_encoder
 from simmim.cli import main
-from simmim.data import CenterView, open_images, open_labeled_source, open_picture, read_labeled_images
+from simmim.data import EvaluationView, open_images, open_labeled_source, open_picture, read_labeled_images
 from simmim.encoders.swinv2 import SwinV2, SwinV2Config
 from simmim.evaluate import (
     Comparison,
@@ -164,7 +164,7 @@ def test_pixels(saved, digits):
     """The normalized image, and of a larger image the means of blocks of pixels, computed by hand."""
     source = open_images(digits.unlabeled).select(range(3))
     found = embeddings(saved.encoder, source, (Pixels((32, 32)),)).vectors["pixels, 32×32"]
-    views = [CenterView((32, 32))(open_picture(row["image"], 1)).numpy() for row in source]
+    views = [EvaluationView((32, 32))(open_picture(row["image"], 1)).numpy() for row in source]
     expected = (np.stack(views).reshape(3, -1) / 255 - 0.13) / 0.31
     assert np.allclose(found, expected, atol=1e-5)
     images = torch.randn(2, 3, 128, 16)

@@ -11,7 +11,7 @@ import pytest
 import torch
 from PIL import Image
 
-from simmim.data import CenterView, Picture, RandomView, open_picture
+from simmim.data import EvaluationView, Picture, RandomView, open_picture
 from simmim.data.image_statistics import thumbnail
 from simmim.data.orientation import ORIENTATIONS
 
@@ -111,9 +111,9 @@ def test_views_show_the_parts_they_say(name):
     picture, expected = PICTURES[name]
     channels = picture.channels
     # The largest central part of the view's shape: 15 pixels are left out on either side, or 6 above and below.
-    assert np.array_equal(CenterView((37, 31))(picture), expected[:, :, 15:46])
-    assert np.array_equal(CenterView((25, 61))(picture), expected[:, 6:31])
-    assert np.array_equal(CenterView((37, 61), fit="squash")(picture), expected)
+    assert np.array_equal(EvaluationView((37, 31))(picture), expected[:, :, 15:46])
+    assert np.array_equal(EvaluationView((25, 61))(picture), expected[:, 6:31])
+    assert np.array_equal(EvaluationView((37, 61), fit="squash")(picture), expected)
     assert thumbnail(picture).shape == (channels, HEIGHT, WIDTH)
     view = RandomView((20, 48), crop_scale=(0.05, 0.6), crop_ratio=(0.3, 3.0), flip=0.0)
     for seed in range(8):

@@ -10,7 +10,7 @@ from image_files import notices
 from PIL import Image
 
 from simmim.data import (
-    CenterView,
+    EvaluationView,
     ImageSamples,
     StreamedSamples,
     collate,
@@ -68,14 +68,14 @@ def test_a_picture_tells_whether_it_loses_its_color(folder):
 @pytest.mark.parametrize("keep_decoded", [False, True])
 def test_samples_name_their_color_images(folder, keep_decoded):
     source = dataset_from_paths(find_images(folder))
-    samples = ImageSamples(source, CenterView((4, 4)), 1, seed=0, keep_decoded=keep_decoded)
+    samples = ImageSamples(source, EvaluationView((4, 4)), 1, seed=0, keep_decoded=keep_decoded)
     for epoch in range(2):
         batch = collate([samples[epoch, index] for index in range(len(samples))])
         assert names(batch["gray_copies"]) == IN_COLOR
-    assert "gray_copies" not in collate([ImageSamples(source, CenterView((4, 4)), 3, seed=0)[0, 1]])
+    assert "gray_copies" not in collate([ImageSamples(source, EvaluationView((4, 4)), 3, seed=0)[0, 1]])
     rows = [{"image": {"path": path, "bytes": None}} for path in find_images(folder)]
     stream = datasets.Dataset.from_list(rows).to_iterable_dataset(num_shards=1)
-    streamed = StreamedSamples(stream, CenterView((4, 4)), 1, seed=0, buffer=2)
+    streamed = StreamedSamples(stream, EvaluationView((4, 4)), 1, seed=0, buffer=2)
     taken = [sample for _, sample in zip(range(13), streamed)]
     assert sorted(names(collate(taken)["gray_copies"])) == IN_COLOR
 

@@ -11,7 +11,7 @@ from torch import nn
 from simmim.checkpoints import read, read_encoder
 from simmim.checkpoints.export import export
 from simmim.cli import main
-from simmim.data import CenterView, normalize, open_images, open_picture
+from simmim.data import EvaluationView, normalize, open_images, open_picture
 from simmim.encoders.heads import AttentiveHead, attend, build_head, head_input, head_of
 from simmim.finetune import ClassificationSettings, LabeledSettings, finetune, load_classifier
 from simmim.finetune.classification.model import Classifier
@@ -64,7 +64,7 @@ def run(digits, encoder_folder, tmp_path_factory):
 
 def logits_of(run, paths):
     saved = load_classifier(run)
-    view = CenterView(saved.preprocessing.image_size, saved.preprocessing.crop)
+    view = EvaluationView(saved.preprocessing.image_size, saved.preprocessing.crop)
     images = torch.stack([view(open_picture({"bytes": None, "path": str(path)}, 1)) for path in paths])
     with torch.no_grad():
         return saved, saved.model(normalize(images, saved.preprocessing.mean, saved.preprocessing.std))

@@ -25,7 +25,7 @@ from simmim import load_encoder
 from simmim.checkpoints import read, read_encoder
 from simmim.checkpoints.export import export
 from simmim.checkpoints.fitting import build_encoder
-from simmim.data import CenterView, normalize, open_picture
+from simmim.data import EvaluationView, normalize, open_picture
 from simmim.encoders.swinv2 import SwinV2, SwinV2Config
 from simmim.methods.simmim import SimMIM
 
@@ -265,7 +265,7 @@ def test_transformers_preprocesses_alike(side, crop, interpolation, fit, levels,
     path = matplotlib.cbook.get_sample_data("grace_hopper.jpg", asfileobj=False)
     processor = transformers.AutoImageProcessor.from_pretrained(folder)
     theirs = processor(Image.open(path), return_tensors="pt")["pixel_values"]
-    view = CenterView(size, crop, interpolation, fit)(open_picture({"path": str(path), "bytes": None}, 3))
+    view = EvaluationView(size, crop, interpolation, fit)(open_picture({"path": str(path), "bytes": None}, 3))
     ours = normalize(view[None], preprocessing.mean, preprocessing.std)
     assert theirs.shape == ours.shape
     difference = (theirs - ours).abs() * torch.tensor(preprocessing.std).view(3, 1, 1) * 255

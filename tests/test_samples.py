@@ -11,8 +11,8 @@ from image_files import write_images
 from PIL import Image
 
 from simmim.data import (
-    CenterView,
     EndlessBatchSampler,
+    EvaluationView,
     ImageSamples,
     Picture,
     RandomView,
@@ -65,7 +65,7 @@ def test_samples_follow_from_seed_epoch_and_index(image_folder):
 
 def test_labels_come_with_their_images(image_folder):
     labels = [index * 3 % 7 for index in range(10)]
-    samples = samples_of(image_folder, labels=labels, view=CenterView((28, 36)))
+    samples = samples_of(image_folder, labels=labels, view=EvaluationView((28, 36)))
     for index, path in enumerate(find_images(image_folder)):
         assert samples[0, index]["label"] == labels[index]
         assert np.array_equal(samples[0, index]["image"].permute(1, 2, 0), np.asarray(Image.open(path)))
@@ -88,12 +88,12 @@ def damaged_folder(tmp_path_factory):
 
 def test_unreadable_images_are_replaced(damaged_folder):
     """By the same image each time, by others in other epochs, with the replacement's label; and they are listed."""
-    samples = samples_of(damaged_folder, labels=range(10), view=CenterView((32, 32)))
+    samples = samples_of(damaged_folder, labels=range(10), view=EvaluationView((32, 32)))
     paths = find_images(damaged_folder)
     replacements = set()
     for epoch in range(12):
         sample = samples[epoch, 3]
-        assert same_sample(samples_of(damaged_folder, labels=range(10), view=CenterView((32, 32)))[epoch, 3], sample)
+        assert same_sample(samples_of(damaged_folder, labels=range(10), view=EvaluationView((32, 32)))[epoch, 3], sample)
         assert sample["skipped"][0] == (paths[3], "empty file")
         assert {path for path, _ in sample["skipped"]} <= {paths[3], paths[4]}
         shown = np.asarray(Image.open(paths[sample["label"]]))

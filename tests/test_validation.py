@@ -15,7 +15,7 @@ from PIL import Image
 
 from simmim import load_encoder
 from simmim.cli import main
-from simmim.data import CenterView, ImageSamples, hold_out, normalize, open_source
+from simmim.data import EvaluationView, ImageSamples, hold_out, normalize, open_source
 from simmim.encoders.swinv2 import SwinV2, SwinV2Config
 from simmim.methods.canvas import Canvas, CanvasSettings
 from simmim.methods.registry import METHODS
@@ -127,7 +127,7 @@ def test_the_loss_is_that_of_the_model_on_all_of_them(digits, validated):
     assert [int(step) for step, _ in measured] == [3, 7, 11]
     model, resolved = load_pretrained(validated)
     held_out = hold_out(open_source(str(digits.unlabeled)), 0.2, 0).images
-    samples = [ImageSamples(held_out, CenterView(resolved.size), 1, 0)[0, row] for row in range(HELD_OUT)]
+    samples = [ImageSamples(held_out, EvaluationView(resolved.size), 1, 0)[0, row] for row in range(HELD_OUT)]
     images = normalize(torch.stack([sample["image"] for sample in samples]), resolved.data.mean, resolved.data.std)
     drawn = model.draw(resolved.size, [sample["seed"] for sample in samples], torch.device("cpu"))
     with torch.no_grad():
@@ -214,7 +214,7 @@ def test_every_method_is_validated(digits, tmp_path, monkeypatch):
 def test_processes_divide_whole_canvases(digits):
     """70 images, three on a canvas: batches of 33, 33 and 4 on any number of processes, and the same mean over all."""
     source = open_source(str(digits.unlabeled)).head
-    samples = ImageSamples(source.select(range(70)), CenterView((32, 32)), 1, 0)
+    samples = ImageSamples(source.select(range(70)), EvaluationView((32, 32)), 1, 0)
     torch.manual_seed(0)
     encoder = SwinV2(SwinV2Config(16, (1, 1), (1, 2), window_size=4, in_channels=1))
     module = PretrainingModule(Canvas(encoder, CanvasSettings(mask_unit=8)), (0.13,), (0.31,), lambda step: 0.0, 0.0, 1.0)

@@ -11,7 +11,7 @@ import torch
 from image_files import noise
 from PIL import Image, ImageOps
 
-from simmim.data import CenterView, RandomView, normalize, open_picture
+from simmim.data import EvaluationView, RandomView, normalize, open_picture
 from simmim.data.decode import Picture
 from simmim.data.resizing import INTERPOLATIONS
 
@@ -204,13 +204,13 @@ def test_overshoot_ends_at_the_range():
 )
 def test_fits(filter, image_size, size, share, fit, box):
     image = Image.fromarray(photo(*image_size))
-    view = CenterView(size, share, filter, fit)(Picture(image))
+    view = EvaluationView(size, share, filter, fit)(Picture(image))
     assert is_pillows(view, pillow(image.crop(box), size, filter), filter)
 
 
 def test_squashed_parts_of_pixels():
     image = Image.fromarray(photo(50, 75))
-    view = CenterView((32, 32), 0.875, "bicubic", "squash")(Picture(image))
+    view = EvaluationView((32, 32), 0.875, "bicubic", "squash")(Picture(image))
     box = (75 / 16, 50 / 16, 75 - 75 / 16, 50 - 50 / 16)
     assert np.array_equal(view.numpy(), pillow(image, (32, 32), "bicubic", box))
 
@@ -226,18 +226,18 @@ def test_squash_is_what_transformers_does(filter, image_size):
     )
     image = Image.fromarray(photo(*image_size))
     expected = np.asarray(processor(image)["pixel_values"][0])
-    view = CenterView((224, 192), interpolation=filter, fit="squash")(open_picture(saved(image), 3))
+    view = EvaluationView((224, 192), interpolation=filter, fit="squash")(open_picture(saved(image), 3))
     assert is_pillows(view, expected, filter)
 
 
 def test_unknown_settings_are_refused():
     with pytest.raises(ValueError, match=r"unknown interpolation 'cubic': give one of nearest, bilinear, bicubic, lanczos$"):
-        CenterView((32, 32), interpolation="cubic")
+        EvaluationView((32, 32), interpolation="cubic")
     with pytest.raises(ValueError, match=r"unknown fit 'pad': give one of crop, squash$"):
-        CenterView((32, 32), fit="pad")
+        EvaluationView((32, 32), fit="pad")
     for share in (0, -0.5, 1.01, float("nan")):
         with pytest.raises(ValueError, match=r"share of the image is .+: give a number above 0, at most 1"):
-            CenterView((32, 32), share)
+            EvaluationView((32, 32), share)
     six = open_picture(written(lambda file: np.save(file, np.zeros((9, 9, 6), np.uint8))), 6)
     jpeg = open_picture(saved(Image.new("RGB", (9, 9)), "JPEG"), 3)
     for picture in (Picture(Image.new("L", (9, 9))), jpeg, six):
@@ -337,7 +337,7 @@ def test_whole_image_crop_changes_nothing():
 def test_center_view(image_size, size, share, box):
     image = Image.fromarray(noise(*image_size, 3))
     expected = image.crop(box).resize(size[::-1], Image.Resampling.BILINEAR)
-    assert within_1(CenterView(size, share)(Picture(image)), as_view(expected))
+    assert within_1(EvaluationView(size, share)(Picture(image)), as_view(expected))
 
 
 def test_tensors_and_normalizing():

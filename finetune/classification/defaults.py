@@ -11,7 +11,10 @@ from simmim.finetune.classification.settings import ClassificationSettings, Labe
 from simmim.finetune.settings import PUBLISHED_LAYER_DECAY, resolve_schedule
 from simmim.messages import counted
 
-THUMBNAIL_PX = 64  # images up to this side are thumbnails, which evaluation sees whole
+THUMBNAIL_PX = 64  # images up to this side are thumbnails
+# Share of the sides that evaluation sees where training crops. Things are larger in crops than in whole images, and an
+# encoder of few labels knows them as it saw them (arXiv 1906.06423).
+EVALUATION_CROP = 0.875
 # With few labels the first layers stay nearer to their pre-trained weights: of 1 to 0.5, 0.65 was the best at 5 and 10
 # labels per class of real digits (configs/finetune/demo.yaml).
 FEW_PER_CLASS, FEW_LABELS_LAYER_DECAY = 20, 0.65
@@ -86,7 +89,7 @@ def schedule_reasons(
 def resolve_augmentation(
     data: LabeledSettings, side_px: int, channels: int, per_class: float
 ) -> tuple[LabeledSettings, list[str]]:
-    """Data settings with augmentation and evaluation crop resolved, and the reasons.
+    """Data settings with augmentation and evaluation's crop resolved, and the reasons.
 
     Args:
         side_px: the shorter side of the images.
@@ -94,6 +97,8 @@ def resolve_augmentation(
         per_class: training images per class.
     """
     defaults = default_augmentation(side_px, channels, per_class)
+    crops = data.crop_scale or defaults["crop_scale"]
+    defaults["evaluation_crop"] = 1.0 if crops == (1.0, 1.0) else EVALUATION_CROP
     needs_kornia = defaults["rand_augment"] > 0 and data.rand_augment is None and not has_kornia()
     if needs_kornia:
         defaults["rand_augment"] = 0.0
@@ -133,7 +138,6 @@ def default_augmentation(side_px: int, channels: int, per_class: float) -> dict[
         chosen |= {"rand_augment": 9.0 if channels == 3 else 5.0, "erasing": 0.25 if many else 0.0}
     mixed = many and not thumbnail
     chosen |= {"color_jitter": 0.0, "mixup": 0.8 if mixed else 0.0, "cutmix": 1.0 if mixed else 0.0}
-    chosen["evaluation_crop"] = 1.0 if thumbnail else 0.875
     return chosen
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 
+import torch
 import torch.nn.functional as F
 from torch import Tensor
 
@@ -77,8 +78,10 @@ class ClassificationFinetuning(TrainingModule):
         return soft_cross_entropy(logits, targets, self.label_smoothing, self.class_weights)
 
     def validation_step(self, batch: dict, batch_idx: int) -> None:
-        """Log the loss and the rates of `ClassMetrics` over all validation images."""
-        logits = self.model(normalize(batch["image"], self.preprocessing.mean, self.preprocessing.std)).float()
+        """Log the loss and the rates of `ClassMetrics` over all validation images, by mean logits over an image's views."""
+        mean, std = self.preprocessing.mean, self.preprocessing.std
+        views = [batch["image"], *batch.get("views", ())]
+        logits = torch.stack([self.model(normalize(view, mean, std)).float() for view in views]).mean(0)
         self.metrics.update(logits, batch["label"])
         for name, metric in self.metrics.rates.items():
             self.log(name, metric, on_epoch=True, prog_bar=name == "accuracy", batch_size=len(logits))  # type: ignore[arg-type]

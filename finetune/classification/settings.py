@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import ClassVar
 
+from simmim.data import check_num_views
 from simmim.encoders.heads import HEADS
 from simmim.finetune.augment.affine import AffineSettings
 from simmim.finetune.augment.batch import BatchChanges
@@ -45,7 +46,9 @@ class LabeledSettings(LabeledDataSettings):
             image size and labels.
         cutmix: the same for a box of one image that is pasted into another.
         mix_probability: share of the images that are mixed.
-        evaluation_crop: share of the sides that validation sees; by default 0.875, and 1 for images up to 64 px.
+        evaluation_crop: share of the sides that evaluation sees; by default 0.875, and 1 where training sees whole images.
+        evaluation_views: crops over which evaluation averages: 1, the central one; 5, also those in the corners; 10, also
+            all of them mirrored. It costs as many times the inference, of validation and of predictions.
         fold: cross-validation, as (part, number of parts): train on the labels of all parts but this one, counted from 0,
             and validate with it. The validation images are not used.
         validation_seed: draws the fifth of each class to validate with, where the images have no validation part; by default
@@ -69,6 +72,7 @@ class LabeledSettings(LabeledDataSettings):
     cutmix: float | None = None
     mix_probability: float = 1.0
     evaluation_crop: float | None = None
+    evaluation_views: int = 1
     fold: tuple[int, int] | None = None
     validation_seed: int | None = None
 
@@ -103,6 +107,7 @@ class LabeledSettings(LabeledDataSettings):
         check_unlabeled_column(self.unlabeled, self.unlabeled_column)
         if self.evaluation_crop is not None and not 0 < self.evaluation_crop <= 1:
             raise ValueError(f"data.evaluation_crop is {self.evaluation_crop}: give a share of the sides in (0, 1]")
+        check_num_views(self.evaluation_views, "data.evaluation_views")
 
     def changes(self) -> BatchChanges:
         """The random changes of training batches, once resolved."""

@@ -11,7 +11,7 @@ from typing import cast
 from torch import Tensor
 
 from simmim.checkpoints.checkpoint import Checkpoint
-from simmim.data import CenterView, ImageSamples, LabeledImages, RandomView, read_labeled_images
+from simmim.data import ImageSamples, LabeledImages, RandomView, evaluation_views, read_labeled_images
 from simmim.data.labels import class_indices
 from simmim.finetune.classification.balance import BalancedSamples, class_weights
 from simmim.finetune.classification.defaults import resolve_settings
@@ -88,9 +88,37 @@ class Classification(Task):
         overlays: bool = True,
     ) -> Predictions:
         """Class and probabilities of each image, to a CSV file."""
-        out = Path(out or "predictions.csv")
-        count, unreadable = predict(run, images, out, batch_size, num_workers)
-        return Predictions(out, unreadable, f"{counted(count, 'image')} classified, {len(unreadable):,} unreadable: {out}")
+        return write_predictions(run, images, out, batch_size, num_workers)
+
+    def predict_views(
+        self,
+        run: str | Path,
+        images: str | Path,
+        out: str | Path | None,
+        batch_size: int,
+        num_workers: int | None,
+        views: int,
+    ) -> Predictions:
+        """As `predict`, by the mean over some crops of each image."""
+        return write_predictions(run, images, out, batch_size, num_workers, views)
+
+
+def write_predictions(
+    run: str | Path,
+    images: str | Path,
+    out: str | Path | None,
+    batch_size: int,
+    num_workers: int | None,
+    views: int | None = None,
+) -> Predictions:
+    """Class and probabilities of each image, to a CSV file, and what the command says of them.
+
+    Args:
+        views: of each image; by default as the classifier was judged.
+    """
+    out = Path(out or "predictions.csv")
+    count, unreadable = predict(run, images, out, batch_size, num_workers, views)
+    return Predictions(out, unreadable, f"{counted(count, 'image')} classified, {len(unreadable):,} unreadable: {out}")
 
 
 def read_labels(settings: ClassificationSettings, reading: Reading | None = None) -> LabeledImages:
@@ -131,7 +159,8 @@ def build_module(
     model = Classifier(start.encoder, len(labels.classes), settings.head).train()
     if settings.init != "none" and start.source.head:
         load_head(model, start.source, labels.classes, report_line)
-    preprocessing = replace(start.preprocessing, crop=settings.data.evaluation_crop)
+    data = settings.data
+    preprocessing = replace(start.preprocessing, crop=data.evaluation_crop, views=data.evaluation_views)
     weights: Tensor | None = None
     if settings.data.balance == "weights":
         weights = class_weights(class_indices(labels.train), len(labels.classes))
@@ -156,15 +185,15 @@ def load_head(model: Classifier, source: Checkpoint, classes: tuple[str, ...], r
 def build_samples(
     settings: ClassificationSettings, labels: LabeledImages, channels: int, start: Start
 ) -> tuple[ImageSamples, ImageSamples]:
-    """Training samples, cropped and flipped at random, and validation samples, cropped in the center."""
+    """Training samples, cropped and flipped at random, and validation samples, cropped in the center or in all places."""
     data = settings.data
     train_view = RandomView(settings.size, data.crop_scale, data.crop_ratio, data.flip)
     train_class = BalancedSamples if data.balance == "sampling" else ImageSamples
-    validation_view = CenterView(settings.size, data.evaluation_crop)
+    validation_view, *further = evaluation_views(settings.size, data.evaluation_crop, data.evaluation_views)
     shared = {"keep_decoded": start.keep_decoded, "reading": start.preprocessing.reading_or_default}
     return (
         train_class(labels.train, train_view, channels, settings.seed, **shared),  # type: ignore[arg-type]
-        ImageSamples(labels.validation, validation_view, channels, settings.seed, **shared),  # type: ignore[arg-type]
+        ImageSamples(labels.validation, validation_view, channels, settings.seed, further=further, **shared),  # type: ignore[arg-type]
     )
 
 

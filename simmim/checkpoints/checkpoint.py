@@ -22,6 +22,7 @@ class Preprocessing:
         interpolation: how images are resized: nearest, bilinear, bicubic or lanczos, antialiased.
         crop: share of the sides of the largest central crop that evaluation uses.
         fit: crop, to keep the image's proportions; squash, to resize the whole image to `image_size`.
+        views: of an image over which evaluation averages, as of `simmim.data.evaluation_views`: 1, 5 or 10.
         reading: how files become pictures; None where the file does not say, which means as version 0.1 read them, and in
             fine-tuning as suits the labeled images.
     """
@@ -33,6 +34,7 @@ class Preprocessing:
     crop: float = 1.0
     fit: str = "crop"
     reading: Reading | None = None
+    views: int = 1
 
     def __post_init__(self) -> None:
         for name in ("image_size", "mean", "std"):
@@ -47,12 +49,14 @@ class Preprocessing:
 
     def as_dict(self) -> dict[str, Any]:
         """Plain values for a file, of which `Preprocessing(**values)` is equal to this."""
-        return {name: value for name, value in asdict(self).items() if name != "reading" or value is not None}
+        left_out = {"reading": None, "views": 1}  # as in files of before these fields
+        return {name: value for name, value in asdict(self).items() if name not in left_out or value != left_out[name]}
 
     def describe(self) -> str:
         """Channels, size, resizing and values in a few words: "3 channels, 224×224 px, bicubic, central crop 0.875"."""
         height, width = self.image_size
-        fit = f"central crop {self.crop:g}" if self.fit == "crop" else "squashed"
+        crop = "central crop" if self.views == 1 else f"{self.views} crops of"
+        fit = f"{crop} {self.crop:g}" if self.fit == "crop" else "squashed"
         values = self.reading_or_default.describe()
         text = f"{counted(len(self.mean), 'channel')}, {height}×{width} px, {self.interpolation}, {fit}"
         return f"{text}, {values}" if values else text

@@ -119,6 +119,8 @@ class PredictOptions:
             detection. Must not exist yet.
         batch_size: images per forward pass.
         workers: processes that load images, in classification; by default what suits the machine.
+        views: in classification, crops of each image over which the prediction is averaged: 1, 5 or 10, as
+            data.evaluation_views of finetune, whose number is the default.
         overlays: in segmentation and detection, write the label maps' colors or the boxes over the images too.
         tile: in segmentation, side in pixels of tiles, by which images of any size are read and label maps written, as TIFF
             in tiles; by default images are read whole.
@@ -132,6 +134,7 @@ class PredictOptions:
     out: str | None = None
     batch_size: int = 64
     workers: int | None = None
+    views: int | None = None
     overlays: bool = True
     tile: int | None = None
     overlap: float = 0.25
@@ -147,7 +150,13 @@ def run_predict(words: Sequence[str]) -> None:
 
     task = task_of_model(options.run)
     tiles = tile_settings(options.tile, options.tile_level, options.pixel_size)
-    if tiles is None:
+    if options.views is not None:
+        if tiles is not None:
+            raise ValueError("views are crops of whole images, tile reads parts of them: give one of the two")
+        predictions = task.predict_views(
+            options.run, options.images, options.out, options.batch_size, options.workers, options.views
+        )
+    elif tiles is None:
         predictions = task.predict(
             options.run, options.images, options.out, options.batch_size, options.workers, options.overlays
         )

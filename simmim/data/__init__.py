@@ -16,13 +16,21 @@ from simmim.data.loading import available_cores, build_loader, collate, default_
 from simmim.data.pillow_guard import UNREADABLE, describe_error
 from simmim.data.samples import ImageSamples, IndexedSamples, StreamedSamples
 from simmim.data.sources import Source, open_images, open_source
-from simmim.data.views import CenterView, RandomView, normalize, valid_pixels, without_holes
+from simmim.data.views import (
+    EvaluationView,
+    RandomView,
+    check_num_views,
+    evaluation_views,
+    normalize,
+    valid_pixels,
+    without_holes,
+)
 
 __all__ = [
     "EXTENSIONS",
     "UNREADABLE",
-    "CenterView",
     "EndlessBatchSampler",
+    "EvaluationView",
     "GrowingSamples",
     "GrowingStream",
     "HeldOut",
@@ -38,10 +46,12 @@ __all__ = [
     "StreamedSamples",
     "available_cores",
     "build_loader",
+    "check_num_views",
     "collate",
     "dataset_from_paths",
     "default_num_workers",
     "describe_error",
+    "evaluation_views",
     "find_images",
     "hold_out",
     "index_folder",

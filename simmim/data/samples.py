@@ -92,7 +92,7 @@ class ImageSamples(IndexedSamples):
 
     Args:
         source: column `image`, undecoded, and `label` if there are labels.
-        view: `RandomView` or `CenterView`.
+        view: `RandomView` or `EvaluationView`.
         channels: of the samples.
         seed: of everything random.
         keep_decoded: hold decoded images in memory, for small data sets.

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 import random
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import lru_cache
 
 import torch
@@ -16,6 +16,8 @@ from simmim.data.pictures import Picture
 from simmim.data.resizing import get_interpolation
 
 FITS = ("crop", "squash")
+NUM_VIEWS = (1, 5, 10)  # of an image that evaluation averages over
+CORNERS = ((0.0, 0.0), (0.0, 1.0), (1.0, 0.0), (1.0, 1.0))  # down, across
 
 
 @dataclass(frozen=True)
@@ -82,8 +84,8 @@ def enlarged_from(view: RandomView, image_size: Size) -> float:
 
 
 @dataclass(frozen=True)
-class CenterView:
-    """The view for evaluation: the central crop of the target's aspect ratio, or the whole image resized to it.
+class EvaluationView:
+    """A view for evaluation: a crop of the target's aspect ratio, the central one for instance, or the whole image resized.
 
     Args:
         size: (height, width) of the result in pixels.
@@ -91,6 +93,8 @@ class CenterView:
         interpolation: nearest, bilinear, bicubic or lanczos.
         fit: crop keeps the image's aspect ratio and loses what is outside the target's; squash keeps the whole image and
             changes its aspect ratio, as transformers' `ViTImageProcessor` does.
+        place: where the crop lies, down and across: 0 at the top or left edge, 1 at the bottom or right one.
+        mirrored: left and right.
 
     Raises:
         ValueError: for an unknown interpolation or fit, and a share out of range.
@@ -100,6 +104,8 @@ class CenterView:
     share: float = 1.0
     interpolation: str = "bilinear"
     fit: str = "crop"
+    place: tuple[float, float] = (0.5, 0.5)
+    mirrored: bool = False
 
     def __post_init__(self) -> None:
         # Checked here: while images are read, a ValueError counts as a broken image.
@@ -110,7 +116,7 @@ class CenterView:
             raise ValueError(f"share of the image is {self.share}: give a number above 0, at most 1")
 
     def __call__(self, picture: Picture, generator: random.Random | None = None) -> Tensor:
-        """The central view, (channels, height, width), uint8 or float32 as the picture's crops; draws nothing."""
+        """The view, (channels, height, width), uint8 or float32 as the picture's crops; draws nothing."""
         image_height, image_width = picture.size
         if self.fit == "squash":
             height, width = image_height * self.share, image_width * self.share
@@ -118,8 +124,44 @@ class CenterView:
             height, width = self.size
             scale = min(image_width / width, image_height / height) * self.share
             height, width = height * scale, width * scale
-        left, top = (image_width - width) / 2, (image_height - height) / 2
-        return picture.crop((left, top, left + width, top + height), self.size, self.interpolation)
+        top, left = (image_height - height) * self.place[0], (image_width - width) * self.place[1]
+        view = picture.crop((left, top, left + width, top + height), self.size, self.interpolation)
+        return view.flip(-1) if self.mirrored else view
+
+
+def evaluation_views(
+    size: Size, share: float = 1.0, count: int = 1, interpolation: str = "bilinear", fit: str = "crop"
+) -> tuple[EvaluationView, ...]:
+    """The views of an image over which evaluation averages: the central crop; of 5 also those in the corners; of 10 also all
+    of them mirrored, as in Krizhevsky et al. (2012).
+
+    Args:
+        size, share, interpolation, fit: as of `EvaluationView`.
+        count: 1, 5 or 10.
+
+    Raises:
+        ValueError: for another number, and as `EvaluationView`.
+    """
+    check_num_views(count)
+    center = EvaluationView(size, share, interpolation, fit)
+    corners = [replace(center, place=place) for place in CORNERS] if count > 1 else []
+    views = (center, *corners)
+    return views + tuple(replace(view, mirrored=True) for view in views) if count > 5 else views
+
+
+def check_num_views(count: int, name: str = "number of views") -> None:
+    """Check how many views evaluation averages over.
+
+    Args:
+        name: of the number, for the message.
+
+    Raises:
+        ValueError: for another number than 1, 5 and 10.
+    """
+    if count not in NUM_VIEWS:
+        raise ValueError(
+            f"{name} is {count}: give 1 for the central crop, 5 for it and the corners, 10 for these and their mirror images"
+        )
 
 
 def normalize(images: Tensor, mean: Sequence[float], std: Sequence[float]) -> Tensor:

@@ -1,4 +1,5 @@
-"""Images to feature vectors: read, cropped and scaled as in evaluation, encoded. One pass gives several features.
+"""Images to feature vectors: read, cropped and scaled as in evaluation, encoded. One pass gives several features. Where
+evaluation looks at several views of an image, its vector is their mean.
 
     embeddings = collect_embeddings(embed_batches(encoder, preprocessing, open_images("photos")))
 
@@ -18,7 +19,15 @@ from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
 from simmim.checkpoints.checkpoint import Preprocessing
-from simmim.data import UNREADABLE, CenterView, default_num_workers, describe_error, normalize, open_picture
+from simmim.data import (
+    UNREADABLE,
+    EvaluationView,
+    default_num_workers,
+    describe_error,
+    evaluation_views,
+    normalize,
+    open_picture,
+)
 from simmim.data.loading import ignore_signals
 from simmim.data.tiles import is_empty
 from simmim.encoders.base import Encoder
@@ -166,7 +175,7 @@ def encode_views(
     needs_stages = any(feature.stage is not None for feature in features)
     no_vectors = {feature.name: np.empty((0, feature.dim(encoder.config)), np.float32) for feature in features}
 
-    def encode(images: Tensor) -> dict[str, np.ndarray]:
+    def encode(images: Tensor) -> dict[str, Tensor]:
         """(B, channels, height, width), uint8 or float32, to vectors by name."""
         # The context is not around the loop: it would hold in the caller too between two batches. It is not inference mode:
         # training must be able to use what the pass leaves behind, of a sharded encoder for instance.
@@ -174,13 +183,20 @@ def encode_views(
             images = normalize(images.to(device, non_blocking=True), preprocessing.mean, preprocessing.std)
             with torch.autocast(device.type, dtype=options.autocast) if options.autocast else contextlib.nullcontext():
                 output = encoder(images.to(dtype), return_stages=needs_stages)
-            return {feature.name: feature.extract(images, output).cpu().numpy() for feature in features}
+            return {feature.name: feature.extract(images, output) for feature in features}
+
+    def encode_all(images: Tensor) -> dict[str, np.ndarray]:
+        """(B, views, channels, height, width) to the means over views, by name. One view at a time, for memory's sake."""
+        vectors = [encode(view) for view in images.unbind(1)]
+        if len(vectors) == 1:
+            return {name: values.cpu().numpy() for name, values in vectors[0].items()}
+        return {name: torch.stack([one[name] for one in vectors]).mean(0).cpu().numpy() for name in vectors[0]}
 
     try:
         encoder.eval()
         with encoder.fixed_weights():
             for batch in views:
-                vectors = encode(batch.images) if batch.rows else no_vectors
+                vectors = encode_all(batch.images) if batch.rows else no_vectors
                 rows = np.array(batch.rows, np.int64)
                 yield EmbeddedBatch(rows, batch.paths, vectors, batch.unreadable, batch.num_empty)
     finally:
@@ -191,7 +207,7 @@ def encode_views(
 
 
 class ViewBatch(NamedTuple):
-    """Images as the encoder sees them: `images` (B, channels, height, width), uint8 or float32; the rest as in
+    """Images as the encoder sees them: `images` (B, views, channels, height, width), uint8 or float32; the rest as in
     `EmbeddedBatch`."""
 
     rows: list[int]
@@ -221,10 +237,11 @@ def load_views(
         raise ValueError("the source holds no images: give one with at least one")
     count, size, device = len(source), options.batch_size, torch.device(options.device)
     ranges = [range(first, min(first + size, count)) for first in range(0, count, size)]
-    view = CenterView(preprocessing.image_size, preprocessing.crop, preprocessing.interpolation, preprocessing.fit)
+    how = preprocessing
+    views = evaluation_views(how.image_size, how.crop, how.views, how.interpolation, how.fit)
     workers = default_num_workers(device.type) if options.workers is None else options.workers
     return DataLoader(
-        ViewDataset(source, view, channels, preprocessing.reading_or_default, tiles),
+        ViewDataset(source, views, channels, preprocessing.reading_or_default, tiles),
         batch_size=None,
         sampler=ranges,
         num_workers=min(workers, len(ranges)),
@@ -241,12 +258,12 @@ class ViewDataset(Dataset):
     def __init__(
         self,
         source: datasets.Dataset,
-        view: CenterView,
+        views: Sequence[EvaluationView],
         channels: int,
         reading: Reading,
         tiles: TileSettings | None = None,
     ) -> None:
-        self.source, self.view, self.channels, self.reading, self.tiles = source, view, channels, reading, tiles
+        self.source, self.views, self.channels, self.reading, self.tiles = source, views, channels, reading, tiles
 
     def __getitem__(self, rows: range) -> ViewBatch:
         readable, paths, views, unreadable, num_empty = [], [], [], [], 0
@@ -258,13 +275,14 @@ class ViewDataset(Dataset):
                 if self.tiles and is_empty(picture, self.tiles):
                     num_empty += 1
                     continue
-                views.append(self.view(picture))
+                views.append(torch.stack([view(picture) for view in self.views]))
             except UNREADABLE as error:
                 unreadable.append((path, describe_error(error)))
                 continue
             readable.append(row)
             paths.append(path)
-        images = torch.stack(views) if views else torch.empty((0, self.channels, *self.view.size), dtype=torch.uint8)
+        empty = (0, len(self.views), self.channels, *self.views[0].size)
+        images = torch.stack(views) if views else torch.empty(empty, dtype=torch.uint8)
         return ViewBatch(readable, paths, images, unreadable, num_empty)
 
 

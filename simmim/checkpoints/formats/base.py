@@ -161,6 +161,8 @@ class Format(ABC):
             notes.append(f"left out: {method_named(checkpoint.method).own_parts}")
         if checkpoint.head and form != CLASSIFIER:
             notes.append("left out: the classifier's head")
+        if (views := checkpoint.preprocessing.views) > 1 and form == CLASSIFIER:
+            notes.append(f"simmim predict classifies, and validation judged, by the mean over {views} crops of an image")
         return tuple(notes)
 
     @abstractmethod

@@ -1,0 +1,88 @@
+"""Evaluation that averages over several crops of an image: which they are, and that every command sees the same."""
+
+import csv
+from dataclasses import replace
+
+import numpy as np
+import pytest
+import torch
+from image_files import noise
+from PIL import Image
+from random_encoders import GRAY, random_encoder
+from short_runs import metrics
+
+from simmim.checkpoints import read, read_encoder
+from simmim.checkpoints.export import export
+from simmim.cli import main
+from simmim.data import evaluation_views, open_images
+from simmim.data.decode import Picture
+from simmim.evaluate import EncoderPass, collect_embeddings, embed_batches
+from simmim.finetune import ClassificationSettings, LabeledSettings, finetune
+
+HERE = EncoderPass(workers=0)
+
+
+def test_places():
+    """The middle and the corners of 40 × 60 pixels at half of the largest square, and their mirror images."""
+    pixels = noise(40, 60, 3)
+    corners = [(10, 20), (0, 0), (0, 40), (20, 0), (20, 40)]
+    crops = [pixels[top : top + 20, left : left + 20] for top, left in corners]
+    expected = [torch.from_numpy(crop.copy()).permute(2, 0, 1) for crop in crops + [crop[:, ::-1] for crop in crops]]
+    for count in (1, 5, 10):
+        views = evaluation_views((20, 20), 0.5, count)
+        assert len(views) == count
+        for view, crop in zip(views, expected):
+            assert torch.equal(view(Picture(Image.fromarray(pixels))), crop)
+    with pytest.raises(ValueError, match="number of views is 3: give 1 for the central crop, 5 for it and the corners, 10"):
+        evaluation_views((20, 20), count=3)
+
+
+def test_vectors_are_the_mean_over_the_views(tmp_path):
+    encoder, preprocessing = random_encoder(), replace(GRAY, crop=0.75, views=10)
+    pixels = noise(64, 48)
+    Image.fromarray(pixels).save(tmp_path / "whole.png")
+    found = collect_embeddings(embed_batches(encoder, preprocessing, open_images(tmp_path), options=HERE)).vectors["final"]
+    (tmp_path / "crops").mkdir()
+    for number, (top, left) in enumerate([(14, 6), (0, 0), (0, 12), (28, 0), (28, 12)]):
+        crop = pixels[top : top + 36, left : left + 36]
+        Image.fromarray(crop).save(tmp_path / "crops" / f"{number}.png")
+        Image.fromarray(np.ascontiguousarray(crop[:, ::-1])).save(tmp_path / "crops" / f"{number} mirrored.png")
+    crops = collect_embeddings(embed_batches(encoder, GRAY, open_images(tmp_path / "crops"), options=HERE)).vectors["final"]
+    assert len(crops) == 10 and np.ptp(crops, axis=0).max() > 0.01, "the crops differ"
+    assert np.allclose(found[0], crops.mean(axis=0), rtol=1e-5, atol=1e-6)
+
+
+@pytest.fixture(scope="module")
+def run(digits, encoder_folder, tmp_path_factory):
+    """A classifier that is judged by five crops."""
+    out = tmp_path_factory.mktemp("views") / "run"
+    data = LabeledSettings(str(digits.labeled), evaluation_crop=0.75, evaluation_views=5)
+    common = {"steps": 12, "batch_size": 40, "validations": 1, "workers": 0, "labels_per_class": 12}
+    finetune(ClassificationSettings(data=data, out=str(out), init=str(encoder_folder), **common))
+    return out
+
+
+def test_predict_scores_as_validation_did(run, digits, tmp_path):
+    accuracy = float(metrics(run)["accuracy"][-1])
+    images = digits.labeled / "test"
+    scores = {}
+    for name, views in (("five", 5), ("one", 1)):
+        saved = read_encoder(run)
+        assert saved.preprocessing.views == 5 and saved.preprocessing.crop == 0.75
+        out = tmp_path / f"{name}.csv"
+        assert main(["predict", "--run", str(run), "--images", str(images), "--out", str(out), "--views", str(views)]) == 0
+        with out.open(newline="") as file:
+            rows = list(csv.DictReader(file))
+        scores[name] = [float(row["probability 0"]) for row in rows]
+        if views == 5:
+            assert np.mean([row["class"] in row["path"].split("/")[-2] for row in rows]) == pytest.approx(accuracy)
+    assert np.abs(np.subtract(scores["five"], scores["one"])).max() > 1e-3, "one crop is another question"
+
+
+def test_exports_say_what_they_lack(run, tmp_path):
+    checkpoint = read(run)
+    export(checkpoint, "safetensors", tmp_path / "own")
+    assert read(tmp_path / "own").preprocessing.views == 5
+    exported = export(checkpoint, "timm", tmp_path / "timm", "classifier")
+    assert any("by the mean over 5 crops of an image" in note for note in exported.notes)
+    assert "5 crops" in (tmp_path / "timm" / "README.md").read_text()
