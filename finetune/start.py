@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sized
 from dataclasses import fields, replace
 from typing import TYPE_CHECKING, Any, NamedTuple, NoReturn
 
@@ -33,6 +33,9 @@ from simmim.training.trainer import default_precision
 if TYPE_CHECKING:
     import datasets
 
+# As KEEP_DECODED_MIB, where no further process loads. Few labels are seen hundreds of times, and to decode photographs of
+# 192 px takes as much processor time as a step of a small encoder on them at 64 px.
+KEEP_DECODED_ALONE_MIB = 512
 # Fields of an encoder's configuration that fine-tuning may change. An encoder need not have them.
 OPTIONAL_FIELDS = ("window_size", "drop_path_rate")
 
@@ -45,7 +48,8 @@ class Start(NamedTuple):
         preprocessing: the preprocessing of its images.
         settings: with image size, encoder, workers and precision resolved.
         source: what encoder or architecture were read from; None for a preset.
-        keep_decoded: whether decoded images fit into memory.
+        keep_decoded: whether decoded training images fit into memory.
+        room_for: how many further images fit too, for each training image.
     """
 
     encoder: Encoder
@@ -53,6 +57,11 @@ class Start(NamedTuple):
     settings: TransferSettings
     source: Checkpoint | None
     keep_decoded: bool
+    room_for: float = 0.0
+
+    def keeps(self, validation: Sized, train: Sized) -> bool:
+        """Whether decoded validation images fit into memory beside those of training."""
+        return self.keep_decoded and len(validation) <= self.room_for * len(train)
 
 
 def find_start(
@@ -75,14 +84,16 @@ def find_start(
     else:
         checkpoint = read(source, **given_fields(settings.encoder))
         encoder, preprocessing, settings = start_from_checkpoint(settings, checkpoint, images, report_line)
-    keep_decoded = images.decoded_mib <= KEEP_DECODED_MIB
+    limit_mib = KEEP_DECODED_ALONE_MIB if device == "cpu" and not settings.workers else KEEP_DECODED_MIB
+    keep_decoded = images.decoded_mib <= limit_mib
+    room_for = limit_mib / max(images.decoded_mib, 1e-9) - 1
     workers = settings.workers
     if workers is None:
         # Images in memory are cropped faster than they could be sent between processes.
         workers = 0 if keep_decoded and device == "cpu" else default_num_workers(device)
     precision = settings.precision or default_precision(device, encoder.config)
     settings = replace(settings, workers=workers, precision=precision)
-    return Start(encoder, preprocessing, settings, checkpoint, keep_decoded)
+    return Start(encoder, preprocessing, settings, checkpoint, keep_decoded, room_for)
 
 
 def find_reading(settings: TransferSettings) -> Reading | None:

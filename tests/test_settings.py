@@ -23,6 +23,7 @@ from simmim.encoders.swinv2 import PRESETS
 from simmim.finetune.classification.settings import ClassificationSettings, LabeledSettings
 from simmim.finetune.settings import EncoderSettings
 from simmim.finetune.settings import OptimSettings as FinetuneOptimSettings
+from simmim.finetune.start import find_start
 from simmim.methods.simmim import SimMIMSettings
 from simmim.pretrain.resolve import resolve_settings
 from simmim.pretrain.settings import DataSettings, OptimSettings, PretrainSettings
@@ -369,3 +370,13 @@ def test_default_lengths():
     assert {count: default_pretraining_epochs(count) for count in counts} == counts
     lengths = {(50, 25): 250, (100, 100): 500, (1000, 64): 100, (320, 64): 100, (319, 64): 101, (20_001, 64): 30}
     assert {key: default_finetuning_epochs(*key) for key in lengths} == lengths
+
+
+def test_validation_images_stay_in_memory_only_beside_those_of_training():
+    """512 MiB hold three times the images of training: twice as many validation images fit, more do not."""
+    images = replace(THUMBNAILS, decoded_mib=512 / 3)
+    start = find_start(ClassificationSettings(data="x", out="y", encoder=EncoderSettings(preset="pico")), images, "cpu")
+    assert start.keep_decoded and start.settings.workers == 0
+    assert start.keeps(range(20), range(10)) and not start.keeps(range(21), range(10))
+    loaded = find_start(replace(start.settings, workers=2), images, "cpu")
+    assert not loaded.keep_decoded and not loaded.keeps(range(1), range(10)), "each loading process would hold them"

@@ -356,21 +356,30 @@ def test_a_run_leaves_the_report_of_its_best_model(digits, encoder_folder, tmp_p
 @pytest.mark.parametrize(
     "side, channels, per_class, expected",
     [
-        (32, 1, 10, (0.0, 0.0, 0.0, 0.0, 0.0, 1.0)),
-        (32, 3, 5000, (0.5, 0.0, 0.0, 0.0, 0.0, 0.875)),
-        (224, 3, 10, (0.5, 9.0, 0.0, 0.0, 0.0, 0.875)),
-        (224, 3, 1300, (0.5, 9.0, 0.8, 1.0, 0.25, 0.875)),
-        (128, 1, 1300, (0.5, 5.0, 0.8, 1.0, 0.25, 0.875)),
+        (32, 1, 10, (0.0, 0.0, 0.0, 0.0, 0.0, 1.0, 1)),
+        (32, 3, 5000, (0.5, 0.0, 0.0, 0.0, 0.0, 1.0, 1)),
+        (64, 3, 40, (0.5, 0.0, 0.0, 0.0, 0.0, 0.75, 5)),
+        (224, 3, 10, (0.5, 9.0, 0.0, 0.0, 0.0, 0.75, 5)),
+        (224, 3, 1300, (0.5, 9.0, 0.8, 1.0, 0.25, 0.875, 1)),
+        (128, 1, 1300, (0.5, 5.0, 0.8, 1.0, 0.25, 0.875, 1)),
     ],
 )
 def test_augmentation_follows_from_size_and_labels(side, channels, per_class, expected):
     data, reasons = resolve_augmentation(LabeledSettings("x"), side, channels, per_class)
-    assert (data.flip, data.rand_augment, data.mixup, data.cutmix, data.erasing, data.evaluation_crop) == expected
+    evaluation = data.evaluation_crop, data.evaluation_views
+    assert (data.flip, data.rand_augment, data.mixup, data.cutmix, data.erasing, *evaluation) == expected
     assert len(reasons) == 1 and f"{side} px" in reasons[0] and f"{per_class:,} labels per class" in reasons[0]
-    given = LabeledSettings("x", flip=0.25, mixup=0.1, evaluation_crop=0.5)
+    given = LabeledSettings("x", flip=0.25, mixup=0.1, evaluation_crop=0.5, evaluation_views=10)
     kept, _ = resolve_augmentation(given, side, channels, per_class)
-    assert (kept.flip, kept.mixup, kept.evaluation_crop) == (0.25, 0.1, 0.5), "what is given wins"
+    assert (kept.flip, kept.mixup, kept.evaluation_crop, kept.evaluation_views) == (0.25, 0.1, 0.5, 10), "what is given wins"
     assert resolve_augmentation(data, side, channels, per_class) == (data, []), "what is resolved stays so"
+
+
+def test_whole_images_are_seen_once():
+    """Five crops of all of an image would mostly be the same."""
+    for whole in (LabeledSettings("x", evaluation_crop=1.0), LabeledSettings("x", crop_scale=(1.0, 1.0))):
+        data, _ = resolve_augmentation(whole, 64, 3, 10)
+        assert (data.evaluation_crop, data.evaluation_views) == (1.0, 1)
 
 
 def test_without_kornia(monkeypatch, digits, encoder_folder, tmp_path):

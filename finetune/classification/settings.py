@@ -46,9 +46,10 @@ class LabeledSettings(LabeledDataSettings):
             image size and labels.
         cutmix: the same for a box of one image that is pasted into another.
         mix_probability: share of the images that are mixed.
-        evaluation_crop: share of the sides that evaluation sees; by default 0.875, and 1 where training sees whole images.
+        evaluation_crop: share of the sides of the crops that evaluation sees; by default 0.75 with few labels, 1 where
+            training sees whole images, else as published: 0.875, and 1 for images up to 64 px.
         evaluation_views: crops over which evaluation averages: 1, the central one; 5, also those in the corners; 10, also
-            all of them mirrored. It costs as many times the inference, of validation and of predictions.
+            all of them mirrored. Validation and predictions take as many times the inference. By default 5 with few labels.
         fold: cross-validation, as (part, number of parts): train on the labels of all parts but this one, counted from 0,
             and validate with it. The validation images are not used.
         validation_seed: draws the fifth of each class to validate with, where the images have no validation part; by default
@@ -72,7 +73,7 @@ class LabeledSettings(LabeledDataSettings):
     cutmix: float | None = None
     mix_probability: float = 1.0
     evaluation_crop: float | None = None
-    evaluation_views: int = 1
+    evaluation_views: int | None = None
     fold: tuple[int, int] | None = None
     validation_seed: int | None = None
 
@@ -107,7 +108,8 @@ class LabeledSettings(LabeledDataSettings):
         check_unlabeled_column(self.unlabeled, self.unlabeled_column)
         if self.evaluation_crop is not None and not 0 < self.evaluation_crop <= 1:
             raise ValueError(f"data.evaluation_crop is {self.evaluation_crop}: give a share of the sides in (0, 1]")
-        check_num_views(self.evaluation_views, "data.evaluation_views")
+        if self.evaluation_views is not None:
+            check_num_views(self.evaluation_views, "data.evaluation_views")
 
     def changes(self) -> BatchChanges:
         """The random changes of training batches, once resolved."""

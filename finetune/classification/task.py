@@ -160,7 +160,7 @@ def build_module(
     if settings.init != "none" and start.source.head:
         load_head(model, start.source, labels.classes, report_line)
     data = settings.data
-    preprocessing = replace(start.preprocessing, crop=data.evaluation_crop, views=data.evaluation_views)
+    preprocessing = replace(start.preprocessing, crop=data.evaluation_crop, views=data.evaluation_views or 1)
     weights: Tensor | None = None
     if settings.data.balance == "weights":
         weights = class_weights(class_indices(labels.train), len(labels.classes))
@@ -189,11 +189,12 @@ def build_samples(
     data = settings.data
     train_view = RandomView(settings.size, data.crop_scale, data.crop_ratio, data.flip)
     train_class = BalancedSamples if data.balance == "sampling" else ImageSamples
-    validation_view, *further = evaluation_views(settings.size, data.evaluation_crop, data.evaluation_views)
-    shared = {"keep_decoded": start.keep_decoded, "reading": start.preprocessing.reading_or_default}
+    validation_view, *further = evaluation_views(settings.size, data.evaluation_crop, data.evaluation_views or 1)
+    how, reading = (channels, settings.seed), start.preprocessing.reading_or_default
+    keep_validation = start.keeps(labels.validation, labels.train)
     return (
-        train_class(labels.train, train_view, channels, settings.seed, **shared),  # type: ignore[arg-type]
-        ImageSamples(labels.validation, validation_view, channels, settings.seed, further=further, **shared),  # type: ignore[arg-type]
+        train_class(labels.train, train_view, *how, keep_decoded=start.keep_decoded, reading=reading),
+        ImageSamples(labels.validation, validation_view, *how, keep_validation, reading=reading, further=further),
     )
 
 

@@ -141,10 +141,12 @@ def build_samples(settings: DetectionSettings, labels: BoxedScenes, start: Start
     fill = mean_color(start.preprocessing)
     mask_stride = target_stride(start.encoder.strides[0])
     train_view = RandomBoxes(settings.size, data.short_side, data.scale, data.flip, fill, mask_stride)
-    shared = (channels, settings.seed, start.keep_decoded, MAX_PIXELS, start.preprocessing.reading_or_default)
+    how, limits = (channels, settings.seed), (MAX_PIXELS, start.preprocessing.reading_or_default)
+    keep_validation = start.keeps(labels.validation, labels.train)
+    whole = WholeImage(data.short_side)
     return (
-        BoxSamples(labels.train, labels.train_objects, train_view, *shared),
-        BoxSamples(labels.validation, labels.validation_objects, WholeImage(data.short_side), *shared),
+        BoxSamples(labels.train, labels.train_objects, train_view, *how, start.keep_decoded, *limits),
+        BoxSamples(labels.validation, labels.validation_objects, whole, *how, keep_validation, *limits),
     )
 
 

@@ -184,10 +184,11 @@ def build_samples(settings: SegmentationSettings, labels: LabeledScenes, start: 
     """Training samples, scaled, cropped and flipped at random, and whole validation images."""
     scheme, channels = labels.scheme, start.encoder.config.in_channels
     reading = start.preprocessing.reading_or_default
-    shared = (scheme, channels, settings.seed, start.keep_decoded, MAX_PIXELS, reading)
+    how, limits = (scheme, channels, settings.seed), (MAX_PIXELS, reading)
+    keep_validation = start.keeps(labels.validation, labels.train)
     return (
-        SceneSamples(labels.train, train_view(settings, scheme, start), *shared),
-        SceneSamples(labels.validation, WholeScene(settings.data.short_side), *shared),
+        SceneSamples(labels.train, train_view(settings, scheme, start), *how, start.keep_decoded, *limits),
+        SceneSamples(labels.validation, WholeScene(settings.data.short_side), *how, keep_validation, *limits),
     )
 
 
