@@ -157,17 +157,18 @@ class Task(ABC):
         out: str | Path | None,
         batch_size: int,
         num_workers: int | None,
-        views: int,
+        views: int | None,
+        crop: float | None,
     ) -> Predictions:
-        """As `predict`, by another number of crops of each image than in validation.
+        """As `predict`, by other crops of each image than in validation.
 
         Args:
-            views: 1, 5 or 10, as of `simmim.data.evaluation_views`.
+            views, crop: their number and their share of the sides, as of `simmim.evaluate.see_crops`.
 
         Raises:
-            ValueError: as `predict`, for another number, and for a task whose predictions are places in images.
+            ValueError: as `predict`, for values out of range, and for a task whose predictions are places in images.
         """
-        raise ValueError(f"{run} finds places in images, and sees them whole: leave out views")
+        raise ValueError(f"{run} finds places in images, and sees them whole: leave out views and crop")
 
     def predict_tiles(
         self,

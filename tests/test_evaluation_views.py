@@ -4,6 +4,7 @@ import csv
 from dataclasses import replace
 
 import numpy as np
+import pyarrow.parquet as pq
 import pytest
 import torch
 from image_files import noise
@@ -16,8 +17,9 @@ from simmim.checkpoints.export import export
 from simmim.cli import main
 from simmim.data import evaluation_views, open_images
 from simmim.data.decode import Picture
-from simmim.evaluate import EncoderPass, collect_embeddings, embed_batches
+from simmim.evaluate import EncoderPass, collect_embeddings, embed_batches, see_crops
 from simmim.finetune import ClassificationSettings, LabeledSettings, finetune
+from simmim.finetune.registry import task_named
 
 HERE = EncoderPass(workers=0)
 
@@ -77,6 +79,43 @@ def test_predict_scores_as_validation_did(run, digits, tmp_path):
         if views == 5:
             assert np.mean([row["class"] in row["path"].split("/")[-2] for row in rows]) == pytest.approx(accuracy)
     assert np.abs(np.subtract(scores["five"], scores["one"])).max() > 1e-3, "one crop is another question"
+
+
+def test_embed_and_knn_see_the_same_crops(run, digits, tmp_path, capsys):
+    saved = replace(read_encoder(run), preprocessing=replace(read_encoder(run).preprocessing, views=1, crop=1.0))
+    assert see_crops(saved, 10, None).preprocessing.crop == 0.75, "several crops of a whole image would be one"
+    assert see_crops(saved, None, 0.5).preprocessing == replace(saved.preprocessing, crop=0.5)
+    five = see_crops(saved, 5, 0.9)
+    expected = collect_embeddings(
+        embed_batches(five.encoder, five.preprocessing, open_images(digits.labeled / "test"), options=HERE)
+    )
+    words = ["--run", str(run), "--views", "5", "--crop", "0.9", "--workers", "0"]
+    images = ["--images", str(digits.labeled / "test"), "--out", str(tmp_path / "e.parquet")]
+    assert main(["embed", *words, *images]) == 0
+    vectors = np.stack(pq.read_table(tmp_path / "e.parquet")["vector"].to_pylist())
+    assert np.allclose(vectors, expected.vectors["final"], rtol=1e-5, atol=1e-6)
+    tables = []
+    for crops in (words[:2], words):
+        capsys.readouterr()
+        assert main(["knn", *crops, "--data", str(digits.labeled), "--untrained", "false", "--pooling", "mean"]) == 0
+        tables.append(capsys.readouterr().out)
+    assert tables[0] != tables[1]
+
+
+def test_wrong_crops_are_refused(run, digits, tmp_path, capsys):
+    images = ["--run", str(run), "--images", str(digits.labeled / "test"), "--out", str(tmp_path / "out.csv")]
+    for command, words, told in (
+        ("predict", ["--views", "3"], "views is 3: give 1 for the central crop"),
+        ("predict", ["--crop", "1.5"], "crop is 1.5: give a share of the sides above 0, at most 1"),
+        ("predict", ["--views", "5", "--tile", "64"], "views and crop are of whole images, tile reads parts of them"),
+        ("embed", ["--views", "5", "--tile", "64"], "views and crop are of whole images, tile reads parts of them"),
+    ):
+        assert main([command, *images, *words]) == 2
+        error = capsys.readouterr().err.strip()
+        assert told in error and "\n" not in error
+    assert not list(tmp_path.iterdir()), "nothing is written"
+    with pytest.raises(ValueError, match="finds places in images, and sees them whole: leave out views and crop"):
+        task_named("segmentation").predict_views("run", "images", None, 1, None, 5, None)
 
 
 def test_exports_say_what_they_lack(run, tmp_path):

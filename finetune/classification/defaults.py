@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import replace
 from typing import Any
 
+from simmim.data import SEVERAL_VIEWS_CROP
 from simmim.encoders.base import EncoderConfig
 from simmim.finetune.augment.color import check_kornia, has_kornia
 from simmim.finetune.classification.settings import ClassificationSettings, LabeledSettings
@@ -12,10 +13,9 @@ from simmim.finetune.settings import PUBLISHED_LAYER_DECAY, resolve_schedule
 from simmim.messages import counted
 
 THUMBNAIL_PX = 64  # images up to this side are thumbnails
-# With few labels evaluation averages over five crops of this share of the sides. Things are larger in the crops of training
-# than in whole images (arXiv 1906.06423), and what one crop leaves in doubt others settle. Of 0.87, 0.8, 0.75 and 0.7 it was
-# the best on photographs of groceries and on CIFAR-10 together (docs/results.md).
-FEW_LABELS_CROP, FEW_LABELS_VIEWS = 0.75, 5
+# With few labels evaluation averages over crops: things are larger in the crops of training than in whole images
+# (arXiv 1906.06423), and what one crop leaves in doubt others settle.
+FEW_LABELS_VIEWS = 5
 # With few labels the first layers stay nearer to their pre-trained weights: of 1 to 0.5, 0.65 was the best at 5 and 10
 # labels per class of real digits (configs/finetune/demo.yaml).
 FEW_PER_CLASS, FEW_LABELS_LAYER_DECAY = 20, 0.65
@@ -121,7 +121,7 @@ def default_evaluation(data: LabeledSettings, crop_scale: Any, side_px: int, per
         crop_scale: of training by default.
         side_px, per_class: as of `resolve_augmentation`.
     """
-    crop, views = FEW_LABELS_CROP, FEW_LABELS_VIEWS
+    crop, views = SEVERAL_VIEWS_CROP, FEW_LABELS_VIEWS
     if per_class >= MANY_PER_CLASS:
         crop, views = (1.0 if side_px <= THUMBNAIL_PX else 0.875), 1
     if (data.crop_scale or crop_scale) == (1.0, 1.0):

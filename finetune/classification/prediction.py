@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import csv
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 from typing import ClassVar
 
@@ -12,11 +12,11 @@ import torch
 from torch import Tensor, nn
 from tqdm import tqdm
 
-from simmim.data import check_num_views, open_images
+from simmim.data import open_images
 from simmim.encoders.base import EncoderConfig, EncoderOutput
 from simmim.encoders.heads import head_input
 from simmim.evaluate import EncoderPass, embed_batches
-from simmim.evaluate.single_files import suit_model
+from simmim.evaluate.single_files import see_crops, suit_model
 from simmim.files import atomic_write
 from simmim.finetune.classification.model import SavedClassifier, load_classifier
 from simmim.messages import counted
@@ -30,6 +30,7 @@ def predict(
     batch_size: int = 64,
     workers: int | None = None,
     views: int | None = None,
+    crop: float | None = None,
 ) -> tuple[int, dict[str, str]]:
     """Classify every image of a source and write path, class and probabilities to `out`, a row per image, in the source's
     order.
@@ -40,8 +41,8 @@ def predict(
         out: CSV file to write, whole or not at all; must not exist yet.
         batch_size: images per forward pass.
         workers: processes that load images; by default what suits the machine.
-        views: crops of each image over which logits are averaged, as of `simmim.data.evaluation_views`; by default as the
-            classifier was judged.
+        views, crop: the crops of each image over which logits are averaged, as of `see_crops`; by default as the classifier
+            was judged.
 
     Returns:
         The number of classified images, and by path why each other image could not be read.
@@ -53,11 +54,7 @@ def predict(
     if out.exists():
         raise ValueError(f"{str(out)!r} exists: give a new file")
     encoder_pass = EncoderPass(batch_size, workers, device_type())
-    if views is not None:
-        check_num_views(views, "views")
-    saved = suit_model(load_classifier(run), images)
-    if views is not None:
-        saved = replace(saved, preprocessing=replace(saved.preprocessing, views=views))
+    saved = see_crops(suit_model(load_classifier(run), images), views, crop)
     source = open_images(images, reading=saved.preprocessing.reading_or_default)
     count = 0
     unreadable: dict[str, str] = {}

@@ -97,10 +97,11 @@ class Classification(Task):
         out: str | Path | None,
         batch_size: int,
         num_workers: int | None,
-        views: int,
+        views: int | None,
+        crop: float | None,
     ) -> Predictions:
         """As `predict`, by the mean over some crops of each image."""
-        return write_predictions(run, images, out, batch_size, num_workers, views)
+        return write_predictions(run, images, out, batch_size, num_workers, views, crop)
 
 
 def write_predictions(
@@ -110,14 +111,15 @@ def write_predictions(
     batch_size: int,
     num_workers: int | None,
     views: int | None = None,
+    crop: float | None = None,
 ) -> Predictions:
     """Class and probabilities of each image, to a CSV file, and what the command says of them.
 
     Args:
-        views: of each image; by default as the classifier was judged.
+        views, crop: of each image; by default as the classifier was judged.
     """
     out = Path(out or "predictions.csv")
-    count, unreadable = predict(run, images, out, batch_size, num_workers, views)
+    count, unreadable = predict(run, images, out, batch_size, num_workers, views, crop)
     return Predictions(out, unreadable, f"{counted(count, 'image')} classified, {len(unreadable):,} unreadable: {out}")
 
 

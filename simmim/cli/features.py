@@ -30,6 +30,9 @@ class EmbedOptions:
         pooling: mean of the map, or 2x2 for the means of its quarters.
         batch_size: images per forward pass.
         workers: processes that load images; by default what suits the machine.
+        views: crops of each image over which its vector is averaged: 1, by default; 5, the central one and those in the
+            corners; 10, these and their mirror images.
+        crop: share of the sides of each; by default the encoder's, and 0.75 where that is 1 and views are several.
         tile: side in pixels of tiles, each of which gets a vector, with columns x, y, width and height in pixels of the full
             resolution; by default images are read whole.
         overlap: of neighboring tiles, as a share of their sides.
@@ -45,6 +48,8 @@ class EmbedOptions:
     pooling: str = "mean"
     batch_size: int = 64
     workers: int | None = None
+    views: int | None = None
+    crop: float | None = None
     tile: int | None = None
     overlap: float = 0.25
     tile_level: int | None = None
@@ -56,12 +61,14 @@ def run_embed(words: Sequence[str]) -> None:
     """simmim embed"""
     options = parse("embed", EmbedOptions, words)
     from simmim.checkpoints import read_encoder
-    from simmim.evaluate import EncoderPass, write_embeddings
+    from simmim.evaluate import EncoderPass, see_crops, write_embeddings
     from simmim.reading import tile_settings
     from simmim.training.trainer import device_type
 
+    if options.tile is not None and (options.views, options.crop) != (None, None):
+        raise UsageError("views and crop are of whole images, tile reads parts of them: give one or the other")
     result = write_embeddings(
-        read_encoder(options.run),
+        see_crops(read_encoder(options.run), options.views, options.crop),
         options.images,
         options.out,
         stage=options.stage,
@@ -101,6 +108,9 @@ class CompareOptions:
         workers: processes that load images; by default what suits the machine.
         column: holds the images, in sources with columns; detected by default.
         label_column: holds the labels; detected by default.
+        views: crops of each image over which its features are averaged: 1, by default; 5, the central one and those in the
+            corners; 10, these and their mirror images. Plain pixels are averaged alike.
+        crop: share of the sides of each; by default the encoder's, and 0.75 where that is 1 and views are several.
         untrained: compare with the same encoder with random weights, which doubles the time of encoding.
         scaling: of the pooled features by the training images: none, standardized, whitened; or auto for the one that
             cross-validation on the training labels chooses. Logistic regression standardizes in any case.
@@ -121,6 +131,8 @@ class CompareOptions:
     workers: int | None = None
     column: str | None = None
     label_column: str | None = None
+    views: int | None = None
+    crop: float | None = None
     untrained: bool = True
     scaling: str = "none"
 
@@ -168,6 +180,7 @@ def compare_stages(method: str, kind: type[CompareOptions], words: Sequence[str]
         compare_vectors,
         names_of,
         read_vectors,
+        see_crops,
         write_contest,
     )
     from simmim.training.trainer import device_type
@@ -193,7 +206,7 @@ def compare_stages(method: str, kind: type[CompareOptions], words: Sequence[str]
         check_scipy()
     encoder_pass = EncoderPass(options.batch_size, options.workers, device_type())
     # All are read before the first is used: a wrong path must not cost the time of the others.
-    reads = [partial(compare, encoder_of(path)) for path in encoders]
+    reads = [partial(compare, see_crops(encoder_of(path), options.views, options.crop)) for path in encoders]
     reads += [partial(compare_vectors, read_vectors(path)) for path in files]
     contest = Contest(names_of([*encoders, *files]), tuple(read(comparison, encoder_pass) for read in reads))
     for report in contest.reports:

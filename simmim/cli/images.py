@@ -120,7 +120,9 @@ class PredictOptions:
         batch_size: images per forward pass.
         workers: processes that load images, in classification; by default what suits the machine.
         views: in classification, crops of each image over which the prediction is averaged: 1, 5 or 10, as
-            data.evaluation_views of finetune, whose number is the default.
+            data.evaluation_views of finetune, which is the default.
+        crop: in classification, share of the sides of each; by default as data.evaluation_crop of finetune, and 0.75 where
+            that is 1 and views are several.
         overlays: in segmentation and detection, write the label maps' colors or the boxes over the images too.
         tile: in segmentation, side in pixels of tiles, by which images of any size are read and label maps written, as TIFF
             in tiles; by default images are read whole.
@@ -135,6 +137,7 @@ class PredictOptions:
     batch_size: int = 64
     workers: int | None = None
     views: int | None = None
+    crop: float | None = None
     overlays: bool = True
     tile: int | None = None
     overlap: float = 0.25
@@ -150,11 +153,12 @@ def run_predict(words: Sequence[str]) -> None:
 
     task = task_of_model(options.run)
     tiles = tile_settings(options.tile, options.tile_level, options.pixel_size)
-    if options.views is not None:
+    of_crops = (options.views, options.crop)
+    if any(value is not None for value in of_crops):
         if tiles is not None:
-            raise ValueError("views are crops of whole images, tile reads parts of them: give one of the two")
+            raise ValueError("views and crop are of whole images, tile reads parts of them: give one or the other")
         predictions = task.predict_views(
-            options.run, options.images, options.out, options.batch_size, options.workers, options.views
+            options.run, options.images, options.out, options.batch_size, options.workers, *of_crops
         )
     elif tiles is None:
         predictions = task.predict(

@@ -17,6 +17,7 @@ from simmim.data.pillow_guard import UNREADABLE, describe_error
 from simmim.data.samples import ImageSamples, IndexedSamples, StreamedSamples
 from simmim.data.sources import Source, open_images, open_source
 from simmim.data.views import (
+    SEVERAL_VIEWS_CROP,
     EvaluationView,
     RandomView,
     check_num_views,
@@ -28,6 +29,7 @@ from simmim.data.views import (
 
 __all__ = [
     "EXTENSIONS",
+    "SEVERAL_VIEWS_CROP",
     "UNREADABLE",
     "EndlessBatchSampler",
     "EvaluationView",

@@ -35,6 +35,7 @@ from simmim.evaluate.probe import (
 from simmim.evaluate.report import Comparison, Report, check_report_file, compare, compare_vectors, write_report
 from simmim.evaluate.scaling import SCALINGS, scaled_split, scaling_named
 from simmim.evaluate.scores import FeatureScore, FeatureScores, score_features, scores_table
+from simmim.evaluate.single_files import see_crops
 from simmim.evaluate.untrained import score_untrained, untrained_encoder
 from simmim.evaluate.vectors import VectorFile, read_vectors
 from simmim.evaluate.verdict import verdict
@@ -95,6 +96,7 @@ __all__ = [
     "score_features",
     "score_untrained",
     "scores_table",
+    "see_crops",
     "select_features",
     "subsample",
     "untrained_encoder",
