@@ -189,7 +189,9 @@ def test_from_pretraining_to_an_exported_file(tmp_path, name):
     run("reconstruct", "--run", pretrained, "--images", folder, "--out", tmp_path / "grid.png", "--count", 2)
     assert np.asarray(Image.open(tmp_path / "grid.png")).std() > 0
     run("finetune", "classification", "--data", folder, "--init", pretrained, "--out", tuned, *of_run)
-    run("predict", "--run", tuned, "--images", folder, "--out", tmp_path / "classes.csv", "--workers", 0)
+    # Once and whole, as the exported file sees them.
+    whole = ("--views", 1, "--crop", 1)
+    run("predict", "--run", tuned, "--images", folder, "--out", tmp_path / "classes.csv", "--workers", 0, *whole)
     run("embed", "--run", pretrained, "--images", folder, "--out", tmp_path / "vectors.parquet", "--workers", 0)
     run("export", "--run", pretrained, "--out", tmp_path / "encoder", "--format", "onnx")
     run("export", "--run", tuned, "--out", tmp_path / "classifier", "--format", "onnx", "--form", "classifier")

@@ -249,12 +249,14 @@ def test_refused(more, said, digits, encoder_folder, tmp_path, capsys):
 
 
 def result_of(scores, labels=(10, 20, 40), seeds=4):
-    """A study of arms whose scores, a list by labels, are the same with all seeds but for a small shared noise."""
+    """A study of arms whose scores, a list by labels, are the same with all seeds but for small
+    noises, one shared and one of the arm."""
     trials = []
     for arm, values in scores.items():
         for value, score in zip(labels, values):
             for seed in range(seeds):
-                noise = 0.002 * seed + 0.001 * (seed % 2) * (arm == "pre-trained")
+                own = {"pre-trained": seed % 2, "pre-trained semi": seed // 2, "from scratch semi": 2 * (seed // 2)}
+                noise = 0.002 * seed + 0.001 * own.get(arm, 0)
                 trials.append(Trial(arm, value, seed, Rates(1.0, None), score + noise, 1.0))
     sides = {arm: Side(arm.removesuffix(" semi"), "semi" if arm.endswith(" semi") else "plain") for arm in scores}
     return StudyResult(tuple(scores), tuple(trials), (), {value: value for value in labels}, sides=sides)

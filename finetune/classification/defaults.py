@@ -115,19 +115,19 @@ def resolve_augmentation(
 
 def default_evaluation(data: LabeledSettings, crop_scale: Any, side_px: int, per_class: float) -> dict[str, Any]:
     """How evaluation sees images, by names of `LabeledSettings`: as published with many labels, whole where training sees
-    whole images, else by five crops.
+    whole images, else by five crops. Where the user gives the crop it is one, as in runs of before there were several.
 
     Args:
         crop_scale: of training by default.
         side_px, per_class: as of `resolve_augmentation`.
     """
-    crop, views = SEVERAL_VIEWS_CROP, FEW_LABELS_VIEWS
-    if per_class >= MANY_PER_CLASS:
-        crop, views = (1.0 if side_px <= THUMBNAIL_PX else 0.875), 1
+    if data.evaluation_crop is not None:
+        return {}
     if (data.crop_scale or crop_scale) == (1.0, 1.0):
-        crop = 1.0
-    crop = data.evaluation_crop or crop
-    return {"evaluation_crop": crop, "evaluation_views": 1 if crop == 1 else views}
+        return {"evaluation_crop": 1.0}
+    if per_class >= MANY_PER_CLASS:
+        return {"evaluation_crop": 1.0 if side_px <= THUMBNAIL_PX else 0.875}
+    return {"evaluation_crop": SEVERAL_VIEWS_CROP, "evaluation_views": FEW_LABELS_VIEWS}
 
 
 def images_of(channels: int) -> str:

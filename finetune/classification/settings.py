@@ -49,7 +49,8 @@ class LabeledSettings(LabeledDataSettings):
         evaluation_crop: share of the sides of the crops that evaluation sees; by default 0.75 with few labels, 1 where
             training sees whole images, else as published: 0.875, and 1 for images up to 64 px.
         evaluation_views: crops over which evaluation averages: 1, the central one; 5, also those in the corners; 10, also
-            all of them mirrored. Validation and predictions take as many times the inference. By default 5 with few labels.
+            all of them mirrored. Validation and predictions take as many times the inference. By default 5 with few labels
+            where evaluation_crop is not given, else 1.
         fold: cross-validation, as (part, number of parts): train on the labels of all parts but this one, counted from 0,
             and validate with it. The validation images are not used.
         validation_seed: draws the fifth of each class to validate with, where the images have no validation part; by default
