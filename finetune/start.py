@@ -231,7 +231,7 @@ def start_from_checkpoint(
     encoder.save_memory(chosen.checkpoint_activations, chosen.sequential_attention)
     # Training views are bilinear, whatever the encoder was trained on before; so is the view that evaluates them.
     preprocessing = replace(
-        saved.preprocessing, image_size=settings.size, interpolation="bilinear", fit="crop", reading=images.reading
+        saved.preprocessing, image_size=settings.size, interpolation="bilinear", fit="crop", reading=images.reading, views=1
     )
     known = checkpoint.preprocessing.reading_or_default
     same_scale = (known.range, known.transform) == (images.reading.range, images.reading.transform)

@@ -30,8 +30,8 @@ class EmbedOptions:
         pooling: mean of the map, or 2x2 for the means of its quarters.
         batch_size: images per forward pass.
         workers: processes that load images; by default what suits the machine.
-        views: crops of each image over which its vector is averaged: 1, by default; 5, the central one and those in the
-            corners; 10, these and their mirror images.
+        views: crops of each image over which its vector is averaged: 1; 5, the central one and those in the corners; 10,
+            these and their mirror images. By default the encoder's, which is 1 after pre-training.
         crop: share of the sides of each; by default the encoder's, and 0.75 where that is 1 and views are several.
         tile: side in pixels of tiles, each of which gets a vector, with columns x, y, width and height in pixels of the full
             resolution; by default images are read whole.
@@ -108,8 +108,9 @@ class CompareOptions:
         workers: processes that load images; by default what suits the machine.
         column: holds the images, in sources with columns; detected by default.
         label_column: holds the labels; detected by default.
-        views: crops of each image over which its features are averaged: 1, by default; 5, the central one and those in the
-            corners; 10, these and their mirror images. Plain pixels are averaged alike.
+        views: crops of each image over which its features are averaged: 1; 5, the central one and those in the corners; 10,
+            these and their mirror images. By default the encoder's, which is 1 after pre-training. Plain pixels are averaged
+            alike.
         crop: share of the sides of each; by default the encoder's, and 0.75 where that is 1 and views are several.
         untrained: compare with the same encoder with random weights, which doubles the time of encoding.
         scaling: of the pooled features by the training images: none, standardized, whitened; or auto for the one that
