@@ -88,7 +88,7 @@ class Classification(Task):
         overlays: bool = True,
     ) -> Predictions:
         """Class and probabilities of each image, to a CSV file."""
-        return write_predictions(run, images, out, batch_size, num_workers)
+        return self.predict_views(run, images, out, batch_size, num_workers, None, None)
 
     def predict_views(
         self,
@@ -100,27 +100,10 @@ class Classification(Task):
         views: int | None,
         crop: float | None,
     ) -> Predictions:
-        """As `predict`, by the mean over some crops of each image."""
-        return write_predictions(run, images, out, batch_size, num_workers, views, crop)
-
-
-def write_predictions(
-    run: str | Path,
-    images: str | Path,
-    out: str | Path | None,
-    batch_size: int,
-    num_workers: int | None,
-    views: int | None = None,
-    crop: float | None = None,
-) -> Predictions:
-    """Class and probabilities of each image, to a CSV file, and what the command says of them.
-
-    Args:
-        views, crop: of each image; by default as the classifier was judged.
-    """
-    out = Path(out or "predictions.csv")
-    count, unreadable = predict(run, images, out, batch_size, num_workers, views, crop)
-    return Predictions(out, unreadable, f"{counted(count, 'image')} classified, {len(unreadable):,} unreadable: {out}")
+        """As `predict`, by the mean over some crops of each image; None for as the classifier was judged."""
+        out = Path(out or "predictions.csv")
+        count, unreadable = predict(run, images, out, batch_size, num_workers, views, crop)
+        return Predictions(out, unreadable, f"{counted(count, 'image')} classified, {len(unreadable):,} unreadable: {out}")
 
 
 def read_labels(settings: ClassificationSettings, reading: Reading | None = None) -> LabeledImages:
