@@ -102,6 +102,27 @@ def test_embed_and_knn_see_the_same_crops(run, digits, tmp_path, capsys):
     assert tables[0] != tables[1]
 
 
+def test_a_tile_is_seen_once_and_whole(run, tmp_path):
+    """By the encoder of a classifier that is judged by five crops, too."""
+    pixels = noise(32, 64)
+    Image.fromarray(pixels).save(tmp_path / "two.png")
+    for number in range(2):
+        (tmp_path / str(number)).mkdir()
+        Image.fromarray(pixels[:, 32 * number :][:, :32]).save(tmp_path / str(number) / "one.png")
+    words = ["--run", str(run), "--workers", "0"]
+    tiles = ["--tile", "32", "--overlap", "0", "--max-background", "1"]
+    out = tmp_path / "tiles.parquet"
+    assert main(["embed", *words, *tiles, "--images", str(tmp_path / "two.png"), "--out", str(out)]) == 0
+    found = np.stack(pq.read_table(out)["vector"].to_pylist())
+    whole = see_crops(read_encoder(run), 1, 1.0)
+    halves = [open_images(tmp_path / str(number)) for number in range(2)]
+    expected = [
+        collect_embeddings(embed_batches(whole.encoder, whole.preprocessing, half, options=HERE)).vectors["final"][0]
+        for half in halves
+    ]
+    assert np.allclose(found, expected, rtol=1e-5, atol=1e-6)
+
+
 def test_wrong_crops_are_refused(run, digits, tmp_path, capsys):
     images = ["--run", str(run), "--images", str(digits.labeled / "test"), "--out", str(tmp_path / "out.csv")]
     for command, words, told in (

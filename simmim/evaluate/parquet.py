@@ -18,7 +18,7 @@ from simmim.data.tiles import TileWalk, check_overlap, plan_tiles
 from simmim.encoders.registry import config_as_dict
 from simmim.evaluate.embeddings import DEFAULT_PASS, EncoderPass, check_any_readable, embed_batches, record_unreadable
 from simmim.evaluate.features import Feature
-from simmim.evaluate.single_files import suit_model
+from simmim.evaluate.single_files import see_crops, suit_model
 from simmim.files import atomic_write
 from simmim.reading import Reading, TileSettings
 
@@ -86,6 +86,8 @@ def write_embeddings(
         source = open_images(images, reading=saved.preprocessing.reading_or_default)
     walk = None
     if tiles is not None:
+        if saved.preprocessing.views > 1:  # of whole images; a tile is a crop already
+            saved = see_crops(saved, 1, 1.0)
         source = walk = walk_over(source, tiles, overlap, saved.preprocessing.reading_or_default)
     batches = embed_batches(saved.encoder, saved.preprocessing, source, (feature,), options, tiles)
     schema = embeddings_schema(saved, feature, tiles)
