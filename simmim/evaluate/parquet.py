@@ -62,9 +62,8 @@ def write_embeddings(
     """Write the vector of every image to the Parquet file `out`, whole or not at all.
 
     Columns are `path`, text, and `vector`, a list of D float32; of tiles also `x`, `y`, `width` and `height`, their place in
-    pixels of the full resolution. Rows are in the order of the images. Vectors of about 32 MiB
-    are in memory, whatever the number of images. The schema's metadata has a key `simmim`, whose JSON names encoder,
-    preprocessing and feature.
+    pixels of the full resolution. Rows are in the order of the images. Vectors of about 32 MiB are in memory, whatever the
+    number of images. The schema's metadata has a key `simmim`, whose JSON names encoder, preprocessing and feature.
 
     Args:
         images: as of `simmim.data.open_images`, or a dataset that it has opened.
@@ -86,8 +85,7 @@ def write_embeddings(
         source = open_images(images, reading=saved.preprocessing.reading_or_default)
     walk = None
     if tiles is not None:
-        if saved.preprocessing.views > 1:  # of whole images; a tile is a crop already
-            saved = see_crops(saved, 1, 1.0)
+        saved = see_crops(saved, 1, 1.0 if saved.preprocessing.views > 1 else None)  # a tile is a crop already
         source = walk = walk_over(source, tiles, overlap, saved.preprocessing.reading_or_default)
     batches = embed_batches(saved.encoder, saved.preprocessing, source, (feature,), options, tiles)
     schema = embeddings_schema(saved, feature, tiles)
