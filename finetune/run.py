@@ -23,6 +23,7 @@ from simmim.finetune.registry import task_named
 from simmim.finetune.settings import TransferSettings
 from simmim.finetune.task import PreparedTask
 from simmim.messages import counted, notify, without_notices
+from simmim.training.devices import device_type
 from simmim.training.module import TrainingModule
 from simmim.training.optim import REFERENCE_BATCH
 from simmim.training.run import TrainingRun, check_before_start, run_training
@@ -30,7 +31,7 @@ from simmim.training.run_folder import CONFIG, as_yaml
 from simmim.training.saving import SavePolicy
 from simmim.training.shared_images import pretraining_images, report_shared
 from simmim.training.streams import ValidatedStreamData
-from simmim.training.trainer import device_type, is_first_process, machine
+from simmim.training.trainer import is_first_process, machine
 
 MIN_STEPS_PER_CHECKPOINT = 50
 NAMED_CLASSES = 8  # in the summary

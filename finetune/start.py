@@ -27,8 +27,8 @@ from simmim.encoders.base import Encoder, EncoderConfig, with_fields
 from simmim.finetune.settings import EncoderSettings, Settings, TransferSettings
 from simmim.messages import without_notices
 from simmim.reading import AUTO, Reading
-from simmim.training.run import KEEP_DECODED_MIB
-from simmim.training.trainer import default_precision
+from simmim.training.devices import default_precision
+from simmim.training.settings import KEEP_DECODED_MIB
 
 if TYPE_CHECKING:
     import datasets

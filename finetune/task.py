@@ -8,18 +8,18 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar, Protocol
 
-import pytorch_lightning as pl
-
 from simmim.checkpoints.checkpoint import Checkpoint
 from simmim.data.samples import ImageSamples, IndexedSamples
-from simmim.finetune.averaging import AverageWeights
 from simmim.finetune.settings import TransferSettings
 from simmim.reading import TileSettings
-from simmim.training.loggers import LossNames
-from simmim.training.module import TrainingModule
 
 if TYPE_CHECKING:
+    import pytorch_lightning as pl
+
     from simmim.checkpoints.export import Exported
+    from simmim.finetune.averaging import AverageWeights
+    from simmim.training.loggers import LossNames
+    from simmim.training.module import TrainingModule
 
 ReportLine = Callable[[str], object]  # prints or logs one line of text
 

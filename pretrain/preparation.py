@@ -49,10 +49,10 @@ from simmim.pretrain.samples import random_views
 from simmim.pretrain.settings import DataSettings, PretrainSettings
 from simmim.pretrain.validation import default_steps_between
 from simmim.reading import AUTO, Reading
-from simmim.training.run import KEEP_DECODED_MIB
+from simmim.training.devices import default_precision, device_type
 from simmim.training.run_folder import CONFIG, checkpoints_folder
+from simmim.training.settings import KEEP_DECODED_MIB
 from simmim.training.threads import read_usage
-from simmim.training.trainer import default_precision, device_type
 
 if TYPE_CHECKING:
     import datasets

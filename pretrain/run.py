@@ -30,13 +30,14 @@ from simmim.pretrain.settings import PretrainSettings
 from simmim.pretrain.summary import closing_lines, provenance, size_reason, summary
 from simmim.pretrain.validation import HeldOutLoss
 from simmim.training.activations import ActivationMonitor
+from simmim.training.devices import device_type
 from simmim.training.empty_tiles import EmptyTiles
 from simmim.training.loggers import LossNames
 from simmim.training.run import TrainingRun, check_before_start, run_training
 from simmim.training.saving import SavedModel, SavePolicy
 from simmim.training.shared_images import report_shared
 from simmim.training.streams import StreamData
-from simmim.training.trainer import device_type, is_first_process
+from simmim.training.trainer import is_first_process
 
 VALIDATION_TILES = 1024  # of the images held out, at most: they are measured up to fifty times
 

@@ -41,9 +41,9 @@ PRELOADED = (
     "simmim.encoders.registry",
     "simmim.evaluate.report",
     "simmim.finetune.run",
-    "simmim.finetune.classification.task",
-    "simmim.finetune.segmentation.task",
-    "simmim.finetune.detection.task",
+    "simmim.finetune.classification.preparation",
+    "simmim.finetune.segmentation.preparation",
+    "simmim.finetune.detection.preparation",
     "simmim.methods.registry",
     "simmim.pretrain.run",
 )

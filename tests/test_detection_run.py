@@ -26,8 +26,8 @@ from simmim.finetune.detection.defaults import resolve_settings
 from simmim.finetune.detection.inference import trusted
 from simmim.finetune.detection.labels.scenes import read_boxed_scenes
 from simmim.finetune.detection.model import save_detector
+from simmim.finetune.detection.preparation import read_labels
 from simmim.finetune.detection.settings import BoxSettings, HeadSettings
-from simmim.finetune.detection.task import read_labels
 from simmim.finetune.settings import EncoderSettings, OptimSettings
 from simmim.reading import Reading
 

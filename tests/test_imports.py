@@ -193,6 +193,7 @@ def test_the_command_imports_lazily():
 
 MODEL = ("torch", "numpy")  # torch itself imports numpy
 FILES_TOO = (*MODEL, "safetensors", "PIL")
+DATA_TOO = (*FILES_TOO, "datasets", "pyarrow", "pandas")
 # Statements that one process executes in turn, and which of what is large or optional is loaded after each.
 STEPS = (
     ("import simmim, simmim.pretrain, simmim.finetune, simmim.cli, simmim.defaults", ()),
@@ -204,6 +205,10 @@ STEPS = (
     ("import simmim.pretrain.settings, simmim.finetune.settings, simmim.data", FILES_TOO),
     ("import simmim.evaluate", FILES_TOO),
     ("import simmim.checkpoints.formats.onnx, simmim.checkpoints.formats.swinv2.onnx", FILES_TOO),
+    # Lightning takes seconds, which predictions do not need.
+    ("from simmim.finetune import predict, segment, detect; from simmim.finetune.registry import TASKS, task_named", DATA_TOO),
+    ("for task in TASKS: task_named(task)", DATA_TOO),
+    ("import simmim.training.devices, simmim.training.settings", DATA_TOO),
 )
 
 

@@ -22,12 +22,12 @@ from simmim.finetune.augment.color import ColorSettings
 from simmim.finetune.registry import task_named
 from simmim.finetune.segmentation.model import HeadShape, Segmenter
 from simmim.finetune.segmentation.module import SegmentationFinetuning
+from simmim.finetune.segmentation.preparation import read_labels
 from simmim.finetune.segmentation.self_training.module import PseudoMaskTraining
 from simmim.finetune.segmentation.self_training.prepare import read_unlabeled
 from simmim.finetune.segmentation.self_training.pseudo_masks import PixelLabeler, PixelProbabilities, paste_boxes
 from simmim.finetune.segmentation.self_training.settings import PseudoMaskSettings
 from simmim.finetune.segmentation.settings import HeadSettings, SceneSettings
-from simmim.finetune.segmentation.task import read_labels
 from simmim.finetune.self_training.pseudo_labels import PseudoLabeler
 from simmim.finetune.self_training.teacher import Teacher
 from simmim.finetune.settings import EncoderSettings, OptimSettings

@@ -21,9 +21,9 @@ from simmim.data.tiff_windows import pixel_size_of
 from simmim.encoders.swinv2 import SwinV2
 from simmim.finetune import SegmentationSettings, finetune, load_segmenter
 from simmim.finetune.segmentation.defaults import resolve_settings
+from simmim.finetune.segmentation.preparation import read_labels
 from simmim.finetune.segmentation.settings import HeadSettings, SceneSettings
 from simmim.finetune.segmentation.sliding import most_likely_class
-from simmim.finetune.segmentation.task import read_labels
 from simmim.finetune.segmentation.tiled_prediction import piece_places, segment_tiles
 from simmim.finetune.settings import EncoderSettings, OptimSettings
 from simmim.reading import TileSettings

@@ -104,7 +104,7 @@ def test_classes_with_fewer_labels_than_folds():
 
 def test_a_class_with_fewer_labels_than_asked_for(digits, encoder_folder, tmp_path, capsys):
     """It gives what it has, also in the parts of the cross-validation; the others' draws are as without it."""
-    from simmim.finetune.classification.task import read_labels
+    from simmim.finetune.classification.preparation import read_labels
 
     for name, count in (("0", 1), ("1", 4), ("2", 24), ("3", 24)):
         for part in ("train", "test"):
@@ -164,7 +164,7 @@ def test_arms_of_similar_names_have_files_of_their_own(tmp_path):
 
 
 def test_a_fold_sees_none_of_the_validation_images(digits):
-    from simmim.finetune.classification.task import read_labels
+    from simmim.finetune.classification.preparation import read_labels
 
     settings = ClassificationSettings(data=LabeledSettings(str(digits.labeled)), out="unused", labels_per_class=5, seed=3)
     chosen = read_labeled_images(settings.data.path, 5, 3)
@@ -180,7 +180,7 @@ def test_a_fold_sees_none_of_the_validation_images(digits):
 
 def images_of(job):
     """Paths of the images that a job trains on, and of those that it is validated with."""
-    from simmim.finetune.classification.task import read_labels
+    from simmim.finetune.classification.preparation import read_labels
 
     labels = read_labels(job.settings)
     return tuple({row["image"]["path"] for row in part} for part in (labels.train, labels.validation))

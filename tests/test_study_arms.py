@@ -16,9 +16,9 @@ from simmim.cli import main
 from simmim.cli.train import study_settings
 from simmim.data import read_labeled_images
 from simmim.finetune import ClassificationSettings
+from simmim.finetune.classification.preparation import read_labels
 from simmim.finetune.classification.self_training.prepare import read_unlabeled
 from simmim.finetune.classification.study import STUDY
-from simmim.finetune.classification.task import read_labels
 from simmim.finetune.label_study import study as study_module
 from simmim.finetune.label_study.arms import Arm
 from simmim.finetune.label_study.contrasts import contrasts_of

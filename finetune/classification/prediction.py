@@ -20,7 +20,7 @@ from simmim.evaluate.single_files import see_crops, suit_model
 from simmim.files import atomic_write
 from simmim.finetune.classification.model import SavedClassifier, load_classifier
 from simmim.messages import counted
-from simmim.training.trainer import device_type
+from simmim.training.devices import device_type
 
 
 def predict(

@@ -32,7 +32,7 @@ from simmim.finetune.detection.inference import MAX_COUNTED, Found, best_or_trus
 from simmim.finetune.detection.masks import PackedMask, coco_rle
 from simmim.finetune.detection.model import SavedDetector, load_detector
 from simmim.finetune.detection.pictures import draw_boxes, palette, tint_masks
-from simmim.training.trainer import device_type
+from simmim.training.devices import device_type
 
 RESULTS, IMAGES, TABLE, COUNTS = "results.json", "images.json", "boxes.csv", "counts.csv"
 COLUMNS = ("path", "class", "score", "xmin", "ymin", "xmax", "ymax")

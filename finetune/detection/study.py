@@ -7,8 +7,8 @@ from typing import Any, ClassVar
 
 from simmim.finetune.dense.study import SceneStudyFields, scene_study
 from simmim.finetune.detection.defaults import LAYER_DECAY
+from simmim.finetune.detection.preparation import read_labels
 from simmim.finetune.detection.settings import DetectionSettings
-from simmim.finetune.detection.task import read_labels
 from simmim.finetune.label_study.results import SCENES, Measure
 from simmim.finetune.label_study.settings import DEFAULT, MAY_GROW
 from simmim.finetune.settings import PUBLISHED_LAYER_DECAY

@@ -20,9 +20,9 @@ from simmim.finetune.label_study.trials import LeftOut, Tuning, run_arms, tuning
 from simmim.finetune.registry import study_of
 from simmim.finetune.settings import TransferSettings
 from simmim.finetune.start import find_start, measure_training_images
+from simmim.training.devices import device_type
 from simmim.training.run_folder import check_run_folder, locked_run_folder
 from simmim.training.shared_images import pretraining_images, report_shared
-from simmim.training.trainer import device_type
 
 
 def study(settings: StudyFields) -> StudyResult:

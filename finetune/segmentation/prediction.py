@@ -28,7 +28,7 @@ from simmim.finetune.dense.prediction import (
 from simmim.finetune.segmentation.model import load_segmenter
 from simmim.finetune.segmentation.overlays import overlay
 from simmim.finetune.segmentation.sliding import most_likely_class
-from simmim.training.trainer import device_type
+from simmim.training.devices import device_type
 
 LABEL_MAPS = "masks"  # folder, called as in the training data
 

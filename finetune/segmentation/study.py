@@ -17,9 +17,9 @@ from simmim.finetune.label_study.results import SCENES, Measure
 from simmim.finetune.label_study.settings import ALL, SEMI, SemiStudyFields
 from simmim.finetune.label_study.task_study import OpenedLabels, TaskStudy
 from simmim.finetune.label_study.unlabeled import find_unlabeled
+from simmim.finetune.segmentation.preparation import read_labels
 from simmim.finetune.segmentation.self_training.defaults import resolve_self_training
 from simmim.finetune.segmentation.settings import SegmentationSettings
-from simmim.finetune.segmentation.task import read_labels
 from simmim.finetune.self_training.unlabeled import check_channels
 from simmim.finetune.start import Start, measure_training_images
 

@@ -31,7 +31,7 @@ from simmim.finetune.segmentation.model import SavedSegmenter, load_segmenter
 from simmim.finetune.segmentation.prediction import LABEL_MAPS, SegmentedImages
 from simmim.finetune.segmentation.sliding import most_likely_class
 from simmim.reading import TileSettings
-from simmim.training.trainer import device_type
+from simmim.training.devices import device_type
 
 MULTIPLE_PX = 16  # of the sides of a TIFF's tiles
 TIE_POINTS, TRANSFORMATION = 33922, 34264

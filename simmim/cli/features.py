@@ -63,7 +63,7 @@ def run_embed(words: Sequence[str]) -> None:
     from simmim.checkpoints import read_encoder
     from simmim.evaluate import EncoderPass, see_crops, write_embeddings
     from simmim.reading import tile_settings
-    from simmim.training.trainer import device_type
+    from simmim.training.devices import device_type
 
     if options.tile is not None and (options.views, options.crop) != (None, None):
         raise UsageError("views and crop are of whole images, tile reads parts of them: give one or the other")
@@ -184,7 +184,7 @@ def compare_stages(method: str, kind: type[CompareOptions], words: Sequence[str]
         see_crops,
         write_contest,
     )
-    from simmim.training.trainer import device_type
+    from simmim.training.devices import device_type
 
     comparison = Comparison(
         options.data,

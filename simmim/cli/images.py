@@ -56,8 +56,8 @@ def run_check_data(words: Sequence[str]) -> int:
     from simmim.data.check import check_images
     from simmim.data.label_map_sources import note_on_label_maps
     from simmim.reading import Reading, tile_settings
-    from simmim.training.run import KEEP_DECODED_MIB
-    from simmim.training.trainer import device_type
+    from simmim.training.devices import device_type
+    from simmim.training.settings import KEEP_DECODED_MIB
 
     reading = Reading(
         options.range, options.transform, options.pages, options.channel_files, channels_used=options.channels_used

@@ -18,6 +18,9 @@ if TYPE_CHECKING:
 def run_pretrain(words: Sequence[str]) -> None:
     """simmim pretrain"""
     settings = pretrain_settings(words)
+    from simmim.data.readers import check_sources_exist
+
+    check_sources_exist(settings.data.path)  # before Lightning is imported, which takes a while
     from simmim.pretrain import pretrain
 
     run = pretrain(settings)

@@ -112,6 +112,18 @@ def detect_reader(path: str) -> tuple[Reader, list[str]]:
     raise ValueError(f"{path!r} does not exist: give {known_kinds()}")
 
 
+def check_sources_exist(paths: str | Path | Sequence[str]) -> None:
+    """Check that something may be at each path. Nothing is read, no glob is matched and no hub asked.
+
+    Raises:
+        ValueError: as `detect_reader`, for a path that can be no glob and no id either.
+    """
+    for path in [str(paths)] if isinstance(paths, str | os.PathLike) else map(str, paths):
+        glob_or_hub_id = any(sign in path for sign in "*?[") or (path.count("/") == 1 and path[0] not in "/~.")
+        if not glob_or_hub_id and not os.path.lexists(os.path.expanduser(path)):
+            detect_reader(path)
+
+
 def known_kinds() -> str:
     """All kinds of sources, for an error message."""
     *others, last = (reader.description for reader in READERS.values())

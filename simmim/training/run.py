@@ -30,8 +30,6 @@ from simmim.training.streams import StreamData, TrackStreamPosition, per_device_
 from simmim.training.threads import LeaveBusyCores
 from simmim.training.trainer import build_trainer, check_trainer_keys, is_first_process
 
-KEEP_DECODED_MIB = 128  # images that decode to less stay in memory, in each loading process
-
 
 @dataclass(frozen=True, kw_only=True)
 class TrainingRun:

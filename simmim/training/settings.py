@@ -6,6 +6,8 @@ from collections.abc import Iterable
 from dataclasses import dataclass, field
 from typing import Any, ClassVar
 
+KEEP_DECODED_MIB = 128  # images that decode to less stay in memory, in each loading process
+
 
 @dataclass(frozen=True)
 class OptimizerSettings:

@@ -1,4 +1,4 @@
-"""Lightning's Trainer as both stages use it, and what is asked of the machine before there is one."""
+"""Lightning's Trainer as both stages use it."""
 
 from __future__ import annotations
 
@@ -8,13 +8,12 @@ from pathlib import Path
 from typing import Any
 
 import pytorch_lightning as pl
-import torch
 from pytorch_lightning.loggers import Logger
 from pytorch_lightning.plugins.io import CheckpointIO
 from pytorch_lightning.utilities import rank_zero_only
 from pytorch_lightning.utilities.exceptions import MisconfigurationException
 
-from simmim.encoders.base import Encoder, EncoderConfig
+from simmim.encoders.base import Encoder
 from simmim.messages import did_you_mean, first_line
 from simmim.training.sharding import strategy_named
 
@@ -65,24 +64,6 @@ def check_trainer_keys(extra: Mapping[str, Any]) -> None:
 def is_first_process() -> bool:
     """Whether this is the process that takes the run folder and speaks; of several, each of which runs the whole program."""
     return not getattr(rank_zero_only, "rank", 0)
-
-
-def device_type() -> str:
-    """The kind of device a run uses unless told otherwise: cuda, mps or cpu."""
-    if torch.cuda.is_available():
-        return "cuda"
-    return "mps" if torch.backends.mps.is_available() else "cpu"
-
-
-def default_precision(device: str, encoder: EncoderConfig) -> str:
-    """bf16-mixed where the hardware has it, else full precision; and that for nano, which is too small to gain by it."""
-    small = max(encoder.channels) <= 96
-    if device == "cuda":
-        has_bf16 = torch.cuda.is_bf16_supported(including_emulation=False)  # emulation is far slower than float32
-    else:
-        has = torch.cpu.get_capabilities() if device == "cpu" and hasattr(torch.cpu, "get_capabilities") else {}
-        has_bf16 = (has.get("avx512_bf16") or has.get("amx_bf16")) and not small
-    return "bf16-mixed" if has_bf16 else "32-true"
 
 
 def build_trainer(
