@@ -51,6 +51,21 @@ def test_a_file_of_labels_needs_no_format(format, file, tmp_path):
         assert len(read(path)[1]) == len(SCENES)
 
 
+def test_csv_of_a_spreadsheet_with_decimal_commas(tmp_path):
+    """Semicolons or tabs are between its fields then. Where commas are, one in a number is none."""
+    scenes = [Scene("a", (32, 64), (("dog", 3.5, 5.25, 20, 30),)), Scene("b", (16, 16), ())]
+    file = write_csv(tmp_path, scenes)
+    expected = [read(file)[1][f"{name}.png"].objects for name in "ab"]
+    plain = file.read_text()
+    for separator in ";\t":
+        file.write_text(plain.replace(",", separator).replace(".5", ",5").replace(".25", ",25"))
+        for name, objects in zip("ab", expected):
+            assert read(file)[1][f"{name}.png"].objects.boxes.tolist() == objects.boxes.tolist()
+    file.write_text(plain.replace("3.5", '"3,5"'))
+    with pytest.raises(ValueError, match=r"line 2: box .*, expected four numbers"):
+        read(file)
+
+
 def test_formats_of_four_numbers():
     for name, values in (
         ("xyxy", (10, 20, 30, 60)),

@@ -209,6 +209,7 @@ def test_labels_from_csv_parquet_and_splits_are_those_of_the_folders(tmp_path):
     rows = [(path, path.parent.name) for path in sorted((tmp_path / "folders").rglob("*.png"))]
     lines = [f"{path.relative_to(tmp_path)},{label}" for path, label in rows]
     (tmp_path / "labels.csv").write_text("\n".join(["file,class", *lines]))
+    (tmp_path / "spreadsheet.csv").write_text("\n".join(["\ufefffile;class", *(line.replace(",", ";") for line in lines)]))
     data = datasets.Dataset.from_dict(
         {
             "image": [{"bytes": Path(path).read_bytes(), "path": None} for path, _ in rows],
@@ -220,7 +221,7 @@ def test_labels_from_csv_parquet_and_splits_are_those_of_the_folders(tmp_path):
     data.to_parquet(tmp_path / "labels.parquet")
     data.save_to_disk(tmp_path / "saved")
     expected = None
-    for source in ("folders", "labels.csv", "labels.parquet", "saved"):
+    for source in ("folders", "labels.csv", "spreadsheet.csv", "labels.parquet", "saved"):
         labels = read_labeled_images(tmp_path / source, labels_per_class=3, seed=7)
         assert labels.classes == ("even", "odd")
         assert [value % 2 for value in values(labels.train)] == labels.train["label"]

@@ -8,7 +8,7 @@ from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, TextIO
 
 from simmim.data.index import count_images, dataset_from_paths, find_images, is_image_name
 from simmim.data.left_out import LeftOut
@@ -111,6 +111,17 @@ class CsvColumn:
     usual_names: tuple[str, ...] = ()
 
 
+def csv_rows(text: TextIO) -> csv.DictReader:
+    """Rows of a CSV file with a header, from its beginning, by column.
+
+    Commas, semicolons or tabs are between the fields: those of which the header has most. Spreadsheets write semicolons
+    where a comma is the decimal sign.
+    """
+    header = text.readline()
+    text.seek(0)
+    return csv.DictReader(text, delimiter=max(",;\t", key=header.count))
+
+
 def read_csv(file: Path, columns: Sequence[CsvColumn]) -> list[tuple[str, ...]]:
     """The fields of `columns`, row by row, of a CSV file with a header.
 
@@ -118,7 +129,7 @@ def read_csv(file: Path, columns: Sequence[CsvColumn]) -> list[tuple[str, ...]]:
         ValueError: if a column is missing, with those there are, if there are no rows, or if a row lacks a field.
     """
     with file.open(newline="", encoding="utf-8-sig") as text:
-        reader = csv.DictReader(text)
+        reader = csv_rows(text)
         present = reader.fieldnames or []
         names = []
         for column in columns:
@@ -166,7 +177,7 @@ def divide_rows(file: Path, rows: Sequence[tuple[str, ...]]) -> dict[str, list[t
         ValueError: if a row of that column says anything but a usual name of a part, or no row says train.
     """
     with file.open(encoding="utf-8-sig", newline="") as lines:
-        reader = csv.DictReader(lines)
+        reader = csv_rows(lines)
         column = next((name for name in PART_COLUMNS if name in (reader.fieldnames or ())), None)
         names = [row[column] or "" for row in reader] if column else []
     if column is None:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import csv
 import io
 import os
 from collections import Counter
@@ -11,7 +10,7 @@ from pathlib import Path
 
 from simmim.data.image_names import WholeImages, file_of
 from simmim.data.index import is_image
-from simmim.data.label_sources import LABEL_COLUMNS, PART_COLUMNS, PATH_COLUMNS
+from simmim.data.label_sources import LABEL_COLUMNS, PART_COLUMNS, PATH_COLUMNS, csv_rows
 from simmim.data.parts import EXPECTED, assign_splits, meaning_of
 from simmim.finetune.detection.labels.base import (
     BoxReader,
@@ -50,10 +49,11 @@ class TableReader(BoxReader):
 
     def read(self, path: str, options: ReadingOptions) -> RawLabels:
         file = Path(path).expanduser()
-        reader = csv.DictReader(io.StringIO(read_text(file), newline=""))
+        reader = csv_rows(io.StringIO(read_text(file), newline=""))
         present = [name.strip() for name in reader.fieldnames or []]
         reader.fieldnames = present
         columns = find_columns(file, present, options)
+        columns.decimal_comma = reader.reader.dialect.delimiter != ","
         scenes: dict[str, list[RawObject]] = {}
         parts: dict[str, str] = {}
         sizes: dict[str, tuple[int, int] | None] = {}
@@ -98,7 +98,10 @@ class Columns:
         box_format: that they state.
         size: height and width of the image; None if the file does not have them.
         part: None if the file tells no parts.
+        decimal_comma: whether 12,5 is twelve and a half, as where semicolons are between the fields.
     """
+
+    decimal_comma = False
 
     def __init__(self, path: str, category: str, box: Sequence[str], box_format: str, present: Sequence[str]) -> None:
         self.path, self.category, self.box, self.box_format = path, category, tuple(box), box_format
@@ -149,4 +152,7 @@ def read_object(row: Mapping[str, str], columns: Columns, place: str) -> RawObje
     """
     if not row[columns.category]:
         raise ValueError(f"{place} has a box and no class")
-    return RawObject(four_numbers([row[name] or "" for name in columns.box], place), row[columns.category], False, place)
+    numbers = [row[name] or "" for name in columns.box]
+    if columns.decimal_comma:
+        numbers = [number.replace(",", ".") for number in numbers]
+    return RawObject(four_numbers(numbers, place), row[columns.category], False, place)
