@@ -206,8 +206,8 @@ STEPS = (
     ("import simmim.evaluate", FILES_TOO),
     ("import simmim.checkpoints.formats.onnx, simmim.checkpoints.formats.swinv2.onnx", FILES_TOO),
     # Lightning takes seconds, which predictions do not need.
-    ("from simmim.finetune import predict, segment, detect; from simmim.finetune.registry import TASKS, task_named", DATA_TOO),
-    ("for task in TASKS: task_named(task)", DATA_TOO),
+    ("from simmim.finetune import predict, segment, detect", DATA_TOO),
+    ("from simmim.finetune.registry import TASKS, task_named; [task_named(task) for task in TASKS]", DATA_TOO),
     ("import simmim.training.devices, simmim.training.settings", DATA_TOO),
 )
 
