@@ -15,6 +15,7 @@ from pytorch_lightning.strategies import ModelParallelStrategy
 from torch import nn
 
 from simmim.checkpoints.own_files import update_provenance
+from simmim.data.duplicates import report_shared
 from simmim.encoders.base import Encoder
 from simmim.finetune.averaging import AverageWeights, whole
 from simmim.finetune.early_stop import StopEarly
@@ -29,7 +30,7 @@ from simmim.training.optim import REFERENCE_BATCH
 from simmim.training.run import TrainingRun, check_before_start, run_training
 from simmim.training.run_folder import CONFIG, as_yaml
 from simmim.training.saving import SavePolicy
-from simmim.training.shared_images import pretraining_images, report_shared
+from simmim.training.shared_images import pretraining_images
 from simmim.training.streams import ValidatedStreamData
 from simmim.training.trainer import is_first_process, machine
 

@@ -14,6 +14,7 @@ from simmim.data import (
     EvaluationView,
     ImageSamples,
 )
+from simmim.data.duplicates import report_shared
 from simmim.data.label_map_sources import note_on_label_maps
 from simmim.data.tiles import sample_tiles
 from simmim.methods.base import Method
@@ -35,7 +36,6 @@ from simmim.training.empty_tiles import EmptyTiles
 from simmim.training.loggers import LossNames
 from simmim.training.run import TrainingRun, check_before_start, run_training
 from simmim.training.saving import SavedModel, SavePolicy
-from simmim.training.shared_images import report_shared
 from simmim.training.streams import StreamData
 from simmim.training.trainer import is_first_process
 

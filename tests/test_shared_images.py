@@ -9,9 +9,10 @@ import pytest
 import yaml
 from image_files import notices
 
-from simmim.data import dataset_from_paths, find_images
-from simmim.data.duplicates import RowDigests, count_shared
-from simmim.training.shared_images import pretraining_images, report_shared
+from simmim.data import dataset_from_paths, find_images, open_labeled_source
+from simmim.data.duplicates import RowDigests, count_shared, report_shared
+from simmim.evaluate.report import Comparison, draw_all
+from simmim.training.shared_images import pretraining_images
 
 
 def write(folder, **contents):
@@ -85,3 +86,22 @@ def test_pretraining_images_of_a_run(sources, tmp_path):
     assert pretraining_images(str(run)) is None, "a fine-tuning"
     (run / "config.yaml").write_text("[no settings")
     assert pretraining_images(str(run)) is pretraining_images(str(tmp_path / "nothing")) is None
+
+
+def test_probe_and_knn_say_when_test_images_are_among_the_training_ones(tmp_path):
+    """Of the images that are drawn, in parts of their own and held out of the training part."""
+    for number in range(6):
+        for part in ("train", "test"):
+            for label in "ab":
+                content = f"{label} {number if part == 'train' or number < 2 else number + 10}".encode()
+                path = tmp_path / "parts" / part / label / f"{number}.png"
+                path.parent.mkdir(parents=True, exist_ok=True)
+                path.write_bytes(content)
+    (tmp_path / "one").mkdir()
+    for label in "ab":
+        write(tmp_path / "one" / label, **{name: b"equal of " + label.encode() for name in "pqrs"})
+    for folder, text in (("parts", "4 of 12 test images are also among the training images"), ("one", "2 of 2 test images")):
+        source = open_labeled_source(str(tmp_path / folder))
+        comparison = Comparison(str(tmp_path / folder), "knn", None if folder == "parts" else 2, 0, 1)
+        _, [line] = notices(draw_all, source, comparison)
+        assert line.startswith(text)

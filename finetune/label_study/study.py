@@ -9,6 +9,7 @@ from itertools import product
 from simmim.checkpoints import read
 from simmim.checkpoints.checkpoint import Checkpoint
 from simmim.data import available_cores
+from simmim.data.duplicates import report_shared
 from simmim.evaluate import facts_of_checkpoint, facts_table
 from simmim.finetune.freezing import frozen_parts
 from simmim.finetune.label_study.arms import Arm, build_arms, fingerprint_of
@@ -22,7 +23,7 @@ from simmim.finetune.settings import TransferSettings
 from simmim.finetune.start import find_start, measure_training_images
 from simmim.training.devices import device_type
 from simmim.training.run_folder import check_run_folder, locked_run_folder
-from simmim.training.shared_images import pretraining_images, report_shared
+from simmim.training.shared_images import pretraining_images
 
 
 def study(settings: StudyFields) -> StudyResult:

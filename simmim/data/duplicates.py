@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import time
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from typing import TYPE_CHECKING, NamedTuple
 
 import numpy as np
@@ -13,6 +13,7 @@ from torch.utils.data import Dataset
 from simmim.data.addresses import parse_address
 from simmim.data.inspection import process_rows
 from simmim.data.records import contents_of, num_bytes, record_name
+from simmim.messages import notify
 
 if TYPE_CHECKING:
     import datasets
@@ -126,6 +127,34 @@ def count_shared(first: datasets.Dataset, second: datasets.Dataset, seconds: flo
             rows_by_size[size] = []
             shared.update(rows_by_digest.get(digests_of.digest(row), ()))
     return Shared(len(shared), complete)
+
+
+def report_shared(
+    validation: datasets.Dataset, others: Mapping[str, datasets.Dataset | None], noun: str = "validation images"
+) -> None:
+    """A `Notice` for each other set that holds images of `validation`: files of equal content, under whatever names.
+
+    Args:
+        validation: with a column `image`, undecoded.
+        others: the other sets by what they are, for the text. None for one that cannot be opened, which is passed over.
+        noun: what `validation` holds, for the text.
+    """
+    for name, other in others.items():
+        if other is None:
+            continue
+        shared = count_shared(other, validation)
+        if shared.num_shared:
+            verb = "is" if shared.num_shared == 1 else "are"
+            least = "" if shared.complete else "at least "
+            notify(
+                f"{least}{shared.num_shared:,} of {len(validation):,} {noun} {verb} also among {name}: files of equal "
+                "content, so that the score says less of images that were never seen"
+            )
+        elif not shared.complete:
+            notify(
+                f"whether {noun} are also among {name} is open: {COMPARE_S:g} s were not enough to compare all, and "
+                "none was found by then"
+            )
 
 
 def file_sizes(source: datasets.Dataset) -> Iterator[int]:

@@ -13,6 +13,7 @@ from tqdm import tqdm
 
 from simmim.checkpoints.checkpoint import SavedEncoder
 from simmim.data import LabeledSource, open_labeled_source
+from simmim.data.duplicates import report_shared
 from simmim.encoders.base import Encoder, EncoderConfig, Size
 from simmim.encoders.heads import HEADS
 from simmim.evaluate.attentive import Tokens
@@ -309,7 +310,7 @@ def score_draws(
 
 
 def draw_all(source: LabeledSource, comparison: Comparison) -> list[Draw]:
-    """The draws of a comparison.
+    """The draws of a comparison. Test images that are also among the training images of the first one are a `Notice`.
 
     Raises:
         ValueError: when all draws would be the same; as `draw_labels`.
@@ -323,7 +324,11 @@ def draw_all(source: LabeledSource, comparison: Comparison) -> list[Draw]:
             f"the same: give {fewer}, or one seed"
         )
     seeds = range(comparison.seed, comparison.seed + comparison.seeds)
-    return [draw_labels(source, comparison.labels_per_class, seed) for seed in seeds]
+    draws = [draw_labels(source, comparison.labels_per_class, seed) for seed in seeds]
+    test = source.train if source.validation is None else source.validation
+    train, tested = source.train.select(draws[0].train.rows), test.select(draws[0].test.rows)
+    report_shared(tested, {"the training images": train}, "test images")
+    return draws
 
 
 def check_report_file(out: str | Path) -> Path:

@@ -1,50 +1,20 @@
-"""Images that are in two places: in pre-training and in validation, in training and in validation."""
+"""The images that an encoder has been pre-trained on."""
 
 from __future__ import annotations
 
 import os
-from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 import yaml
 
 from simmim.data import open_images
-from simmim.data.duplicates import COMPARE_S, count_shared
-from simmim.messages import notify, without_notices
+from simmim.messages import without_notices
 from simmim.renamed_settings import with_current_names
 from simmim.training.run_folder import CONFIG
 
 if TYPE_CHECKING:
     import datasets
-
-
-def report_shared(
-    validation: datasets.Dataset, others: Mapping[str, datasets.Dataset | None], noun: str = "validation images"
-) -> None:
-    """A `Notice` for each other set that holds images of `validation`: files of equal content, under whatever names.
-
-    Args:
-        validation: with a column `image`, undecoded.
-        others: the other sets by what they are, for the text. None for one that cannot be opened, which is passed over.
-        noun: what `validation` holds, for the text.
-    """
-    for name, other in others.items():
-        if other is None:
-            continue
-        shared = count_shared(other, validation)
-        if shared.num_shared:
-            verb = "is" if shared.num_shared == 1 else "are"
-            least = "" if shared.complete else "at least "
-            notify(
-                f"{least}{shared.num_shared:,} of {len(validation):,} {noun} {verb} also among {name}: files of equal "
-                "content, so that the score says less of images that were never seen"
-            )
-        elif not shared.complete:
-            notify(
-                f"whether {noun} are also among {name} is open: {COMPARE_S:g} s were not enough to compare all, and "
-                "none was found by then"
-            )
 
 
 def pretraining_images(init: str) -> datasets.Dataset | None:
