@@ -1,7 +1,9 @@
 """The kernels for a GPU, against the encoder's own lines in float64. test_gpu_attention.py runs this file in a process of
 its own: on a GPU, or, where there is none, interpreted, which Triton decides when it is imported."""
 
+import functools
 import os
+from dataclasses import replace
 from typing import NamedTuple
 
 import numpy as np
@@ -54,7 +56,7 @@ class Case(NamedTuple):
 
 
 CASES = {
-    "one block": Case((8, 12), (4, 4), heads=2, images=2),
+    "one block": Case((4, 8), (4, 4), heads=2, images=2),
     "fewer tokens than a block": Case((2, 6), (2, 3), (0, 1), head_dim=8, images=2),
     "two blocks, padded, shifted": Case((7, 9), (5, 5), (2, 2), heads=2, head_dim=12),
     "shifted before padding": Case((7, 9), (5, 5), (2, 2), heads=1, head_dim=12, shift_before_padding=True),
@@ -143,20 +145,23 @@ def distance(actual, expected):
 def _few_heads_in_a_trial(monkeypatch):
     """Interpreted, each takes its time. By how many a trial judges is tested in test_gpu_attention.py."""
     if INTERPRETED:
-        monkeypatch.setattr(self_test, "HEADS", 2)
+        monkeypatch.setattr(self_test, "HEADS", 1)
 
 
 @pytest.fixture(autouse=True)
 def _products_as_on_a_gpu(monkeypatch):
     """Products as a GPU computes them. Triton's interpreter (3.7) multiplies bfloat16 as integers and truncates where
-    GPUs round; numpy's order of summation depends on the processor and on which operand is transposed."""
+    GPUs round; numpy's order of summation depends on the processor and on which operand is transposed. What takes a third of
+    the time to no effect is left out."""
     if not INTERPRETED:
         return
     import triton.language as tl
     from triton.runtime import interpreter
 
     builder = interpreter.InterpreterBuilder
-    cast = builder.cast_impl
+    cast, numpy_type = builder.cast_impl, functools.cache(interpreter._get_np_dtype)
+    # Without `debug` nothing looks at whether integers overflowed.
+    options = replace(interpreter.interpreter_builder.options, sanitize_overflow=False)
 
     def values(x):
         if x.dtype.scalar == tl.bfloat16:
@@ -184,6 +189,11 @@ def _products_as_on_a_gpu(monkeypatch):
         return interpreter._LangPatchScope() if is_patched else patch(function)
 
     monkeypatch.setattr(interpreter, "_patch_lang", patch_lang)
+    # The table of types, made at each call anew.
+    monkeypatch.setattr(
+        interpreter, "_get_np_dtype", lambda kind: np.dtype(np.uint64) if kind.scalar.is_ptr() else numpy_type(kind.scalar)
+    )
+    monkeypatch.setattr(interpreter.interpreter_builder, "options", options)
     monkeypatch.setattr(builder, "cast_impl", cast_impl)
     monkeypatch.setattr(builder, "create_dot", create_dot)
 
@@ -263,7 +273,7 @@ def test_however_the_work_is_shared(programs, monkeypatch):
 
 
 def test_the_same_every_time():
-    case = CASES["two blocks, padded, shifted"]
+    case = CASES["two blocks, padded, shifted"]._replace(heads=1)
     first, second = (by_kernels(case, numbers_of(case, torch.bfloat16)) for _ in range(2))
     for what in first:
         assert torch.equal(first[what], second[what]), what
@@ -306,9 +316,9 @@ def test_the_operator_is_what_it_says(name):
 
 
 ENCODERS = {
-    "shifted": SwinV2Config(32, (2, 2), (2, 4), window_size=4),
-    "padded": SwinV2Config(24, (2,), (2,), window_size=5),
-    "shifted before padding": SwinV2Config(24, (2,), (2,), window_size=5, shift_before_padding=True),
+    "shifted": SwinV2Config(16, (2, 2), (1, 2), window_size=4),
+    "padded": SwinV2Config(12, (2,), (1,), window_size=5),
+    "shifted before padding": SwinV2Config(12, (2,), (1,), window_size=5, shift_before_padding=True),
 }
 
 
@@ -352,8 +362,9 @@ def test_encoder(name, seen):
 def test_encoder_compiled():
     """The trial is made while the compiler traces, and leaves nothing in the graph."""
     encoder = encoder_of(SwinV2Config(16, (2,), (1,), window_size=4))
-    images = torch.randn(1, 3, 32, 32).to(DEVICE)
-    expected = encoded(encoder, images)
+    images = torch.randn(1, 3, 16, 32).to(DEVICE)
+    with kernels.disabled():
+        expected = encoded(encoder, images)
     self_test.passes_self_test.cache_clear()
     torch._dynamo.reset()
     for block in encoder.layers[0].blocks:
@@ -373,9 +384,11 @@ def test_encoder_listened_to(seen):
     assert seen == [True, False, True, True]
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
-def test_a_trial_passes(dtype):
-    assert self_test.find_difference(DEVICE, dtype, 20, 12, attend) == ""
+@pytest.mark.parametrize("dtype, tokens", [(torch.float32, 20), (torch.bfloat16, 16), (torch.float16, 16)])
+def test_a_trial_passes(dtype, tokens, monkeypatch):
+    if INTERPRETED:
+        monkeypatch.setattr(self_test, "HEADS", 2)
+    assert self_test.find_difference(DEVICE, dtype, tokens, 12, attend) == ""
 
 
 def test_a_trial_that_fails_is_told_once(seen, monkeypatch):
@@ -412,9 +425,8 @@ def test_a_trial_compares_groups(monkeypatch):
         return window_attention(*given[:-1], labels if labels is None else labels[: len(given[-2])], images=images)
 
     monkeypatch.setattr(self_test, "window_attention", same_for_all)
-    assert "differs from that of the reference implementation" in self_test.find_difference(
-        DEVICE, torch.float32, 20, 12, attend
-    )
+    found = self_test.find_difference(DEVICE, torch.float32, 16, 12, attend)
+    assert "differs from that of the reference implementation" in found
 
 
 def test_other_groups_change_no_bit():
