@@ -96,6 +96,25 @@ def find_start(
     return Start(encoder, preprocessing, settings, checkpoint, keep_decoded, room_for)
 
 
+def larger_size(settings: TransferSettings, side_px: int, images: ImageStatistics, device: str) -> bool:
+    """Whether a square of this side is larger than the images that `find_start` takes where the user gives no size, those
+    of the encoder or as suits a preset, and the encoder takes it.
+
+    Raises:
+        ValueError: as `find_start`.
+    """
+    source = settings.init if settings.init != "none" else settings.encoder.like
+    if source is None:
+        return side_px > default_image_size(images.short_side_px, device)
+    checkpoint = read(source, **given_fields(settings.encoder))
+    trained_size = checkpoint.preprocessing.image_size
+    try:
+        checkpoint.config.for_fine_tuning().adapt_to_size(trained_size, (side_px, side_px))
+    except ValueError:  # a network of another library, for images of one size
+        return False
+    return side_px > min(trained_size)
+
+
 def find_reading(settings: TransferSettings) -> Reading | None:
     """How the images are read: as the settings say, and in what they leave open as the encoder's images were. None where
     neither tells.

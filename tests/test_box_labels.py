@@ -13,7 +13,7 @@ from simmim.data.label_map_sources import read_scenes
 from simmim.data.label_sources import read_labels
 from simmim.finetune.detection.labels.base import ReadingOptions, convert_box
 from simmim.finetune.detection.labels.registry import READERS, find_reader
-from simmim.finetune.detection.labels.scenes import choose_classes, inspect, read_boxed_scenes, read_header
+from simmim.finetune.detection.labels.scenes import choose_classes, inspect, read_boxed_scenes, read_header, smallest_class
 from simmim.messages import Notice
 
 
@@ -49,6 +49,15 @@ def test_a_file_of_labels_needs_no_format(format, file, tmp_path):
         whole.rename(path)
         whole = path
         assert len(read(path)[1]) == len(SCENES)
+
+
+def test_the_class_with_the_smallest_objects(tmp_path):
+    """By the median over boxes of the side of a square of equal area, in shares of the image's shorter side."""
+    write_coco(tmp_path)
+    classes, scenes = read(tmp_path)
+    smallest = smallest_class(list(scenes.values()), classes)
+    assert smallest.name == "dog" and smallest.share == pytest.approx(np.sqrt(1 * 22) / 32)
+    assert smallest.short_side_px == 32
 
 
 def test_csv_of_a_spreadsheet_with_decimal_commas(tmp_path):

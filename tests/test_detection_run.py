@@ -7,6 +7,7 @@ import json
 import re
 import shutil
 from dataclasses import replace
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -17,18 +18,21 @@ from pycocotools.coco import COCO
 from pycocotools.cocoeval import COCOeval
 
 from simmim import load_encoder
+from simmim.checkpoints import read_encoder
 from simmim.checkpoints.own_files import save_encoder
 from simmim.cli import main
 from simmim.data import normalize, open_picture
 from simmim.finetune import DetectionSettings, finetune, load_detector
 from simmim.finetune.detection.ap import Judged, average_precision
-from simmim.finetune.detection.defaults import resolve_settings
+from simmim.finetune.detection.defaults import resolve_image_size, resolve_settings
 from simmim.finetune.detection.inference import trusted
-from simmim.finetune.detection.labels.scenes import read_boxed_scenes
+from simmim.finetune.detection.labels.scenes import ClassSize, read_boxed_scenes
 from simmim.finetune.detection.model import save_detector
 from simmim.finetune.detection.preparation import read_labels
 from simmim.finetune.detection.settings import BoxSettings, HeadSettings
+from simmim.finetune.registry import task_named
 from simmim.finetune.settings import EncoderSettings, OptimSettings
+from simmim.finetune.start import larger_size
 from simmim.reading import Reading
 
 
@@ -101,6 +105,41 @@ def test_defaults_of_few_images(device, batch_size, steps, line, box_folder, tmp
     resolved, reasons = resolve_settings(given, read_labels(given), small=True, device=device)
     assert (resolved.batch_size, resolved.num_steps(10), resolved.optim.layer_decay) == (5, 7, 0.9)
     assert not any("batch size" in reason or "epochs" in reason for reason in reasons)
+
+
+@pytest.mark.parametrize(
+    ("share", "short_side_px", "device", "side"),
+    [
+        (0.0822, 480, "cpu", 288),  # 24 / 0.0822 = 292, and the nearest multiple of 32
+        (0.01, 2000, "cpu", 320),
+        (0.01, 2000, "cuda", 800),
+        (0.05, 250, "cuda", 224),  # the images are no larger
+    ],
+)
+def test_size_of_images_by_the_smallest_objects(share, short_side_px, device, side, box_folder, tmp_path):
+    opened = settings(box_folder, "none", tmp_path, labels=None, image_size=None)
+    labels = replace(read_labels(opened), smallest=ClassSize("mite", share, short_side_px))
+    resolved, [reason] = resolve_image_size(opened, labels, device)
+    assert resolved == replace(opened, image_size=side)
+    assert reason.startswith(f"image size {side}: a usual mite, the smallest objects, is {round(side * share)} px there")
+    assert ("--image-size" in reason) == (share == 0.01)
+    for given in (replace(opened, image_size=64), replace(opened, data=replace(opened.data, short_side=0))):
+        assert resolve_image_size(given, labels, device) == (given, [])
+
+
+def test_small_objects_make_images_larger_than_the_encoder_s(encoder_folder, tmp_path):
+    """Where it takes them, and never smaller. The reason stands in the summary."""
+    rng = np.random.default_rng(0)
+    objects = [("cat", *(corner := rng.integers(0, 100, 2).tolist()), *(place + 8 for place in corner)) for _ in range(12)]
+    write_coco(tmp_path / "mites", [Scene(name, (128, 160), (object,)) for name, object in zip("abcdefghijkl", objects)])
+    opened = settings(tmp_path / "mites", encoder_folder, tmp_path / "run", labels=None, image_size=None)
+    prepared = task_named("detection").prepare(opened, "cpu")
+    assert prepared.settings.image_size == 128 and prepared.settings.data.short_side == 128
+    assert prepared.reasons[0].startswith("image size 128: a usual cat, the smallest objects, is 8 px there")
+    trained_px = min(read_encoder(encoder_folder).preprocessing.image_size)
+    assert not larger_size(opened, trained_px, SimpleNamespace(short_side_px=128), "cpu")
+    assert larger_size(replace(opened, init="none"), 128, SimpleNamespace(short_side_px=128), "cpu")
+    assert not larger_size(replace(opened, init="none"), 96, SimpleNamespace(short_side_px=128), "cpu")
 
 
 def judge(saved, folder, images="images/val", labels="annotations/instances_val2017.json"):

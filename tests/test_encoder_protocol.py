@@ -286,3 +286,10 @@ def test_sizes_and_texts(config):
     assert config.with_training_size((64, 96)).without_training_size() == config
     assert str(config.patch_size) in config.describe()
     assert config.is_small and 0 <= config.default_drop_path < 1
+
+
+def test_windows_grow_with_images_up_to_the_largest_published():
+    """12 at 192 px is 14 at 224 px and 24 at 384 px; larger images have windows of 24, or of what an encoder has already."""
+    for trained, side, window, expected in ((192, 224, 12, 14), (192, 384, 12, 24), (192, 800, 12, 24), (64, 288, 30, 30)):
+        config = SwinV2Config(window_size=window)
+        assert config.adapt_to_size((trained, trained), (side, side)).window_size == expected

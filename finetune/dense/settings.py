@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import NamedTuple, TypeVar
@@ -94,12 +95,14 @@ class Schedule(NamedTuple):
         batch_reason: why, for the user.
         least_steps: of a run of few images.
         layer_decay: of the learning rate.
+        epochs: where they make `least_steps`; None for as `default_finetuning_epochs`.
     """
 
     batch_size: int = 16
     batch_reason: str = "as published"
     least_steps: int = LEAST_STEPS
     layer_decay: float = PUBLISHED_LAYER_DECAY
+    epochs: float | None = None
 
 
 def resolve_dense_schedule(
@@ -113,13 +116,18 @@ def resolve_dense_schedule(
     Raises:
         ValueError: as `resolve_schedule`.
     """
-    size, _, least_steps, layer_decay = schedule
-    resolved = resolve_schedule(settings, num_images, device, small, size, least_steps, layer_decay)
+    size, least_steps, epochs = schedule.batch_size, schedule.least_steps, settings.epochs
+    if schedule.epochs and epochs is None and settings.steps is None:
+        batch_size = settings.batch_size or min(size, num_images)
+        epochs = float(max(math.ceil(least_steps * batch_size / num_images), schedule.epochs))
+    how = (num_images, device, small, size, least_steps, schedule.layer_decay)
+    resolved = resolve_schedule(replace(settings, epochs=epochs), *how)
     reasons = []
     if settings.batch_size is None:
         reason = schedule.batch_reason if resolved.batch_size == size else "all training images"
         reasons.append(f"batch size {resolved.batch_size}: {reason}")
     if settings.epochs is None and settings.steps is None:
-        reason = {100.0: "as published for few images", 30.0: "for more than 20,000 images"}.get(resolved.epochs)
+        known = {100.0: "as published for few images", 30.0: "for more than 20,000 images", schedule.epochs: "as published"}
+        reason = known.get(resolved.epochs)
         reasons.append(f"{resolved.epochs:g} epochs: {reason or f'{least_steps:,} steps'}")
     return resolved, reasons

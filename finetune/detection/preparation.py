@@ -11,7 +11,7 @@ from simmim.checkpoints.checkpoint import Preprocessing
 from simmim.data.decode import MAX_PIXELS
 from simmim.finetune.dense.views import mean_color, validation_batch_size
 from simmim.finetune.detection.ap import check_installed
-from simmim.finetune.detection.defaults import SIDE_FOR_LEVEL_ABOVE_PX, resolve_settings
+from simmim.finetune.detection.defaults import SIDE_FOR_LEVEL_ABOVE_PX, resolve_image_size, resolve_settings
 from simmim.finetune.detection.labels.base import ReadingOptions
 from simmim.finetune.detection.labels.scenes import BoxedScenes, read_boxed_scenes
 from simmim.finetune.detection.losses import target_stride
@@ -20,7 +20,7 @@ from simmim.finetune.detection.module import DetectionFinetuning
 from simmim.finetune.detection.report import LogBoxes, closing_text, report_validation
 from simmim.finetune.detection.settings import BoxSettings, DetectionSettings
 from simmim.finetune.detection.views import BoxSamples, RandomBoxes, WholeImage
-from simmim.finetune.start import Start, find_reading, find_start, measure_training_images
+from simmim.finetune.start import Start, find_reading, find_start, larger_size, measure_training_images
 from simmim.finetune.task import PreparedTask, ReportLine
 from simmim.reading import AUTO
 from simmim.training.loggers import LossNames
@@ -33,7 +33,13 @@ def prepare(settings: DetectionSettings, device: str, report_line: ReportLine | 
     """Images with boxes, a pyramid head on the encoder's stages, losses per positive point."""
     check_installed()
     labels = read_labels(settings)
-    start = find_start(settings, measure_training_images(settings, labels.train), device, report_line)
+    images = measure_training_images(settings, labels.train)
+    larger, of_size = resolve_image_size(settings, labels, device)
+    if of_size and larger_size(settings, min(larger.size), images, device):
+        settings = larger
+    else:
+        of_size = []
+    start = find_start(settings, images, device, report_line)
     start.encoder.config.check_maps()
     settings, reasons = resolve_settings(start.settings, labels, start.encoder.config.is_small, device)  # type: ignore[arg-type]
     train, validation = build_samples(settings, labels, start)
@@ -53,7 +59,7 @@ def prepare(settings: DetectionSettings, device: str, report_line: ReportLine | 
         loss=MASK_LOSS if labels.has_masks else LOSS,
         save=partial(save_model, module=module, data=settings.data, preprocessing=start.preprocessing),
         provenance={"labels": settings.labels},
-        reasons=tuple(reasons),
+        reasons=(*of_size, *reasons),
         callbacks=(LogBoxes(),),
         report=report_validation,  # type: ignore[arg-type]
         closing_text=closing_text,

@@ -6,6 +6,7 @@ from collections import Counter
 from collections.abc import Iterable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
+from statistics import median
 from typing import TYPE_CHECKING, NamedTuple
 
 import numpy as np
@@ -53,6 +54,20 @@ class Objects(NamedTuple):
     masks: tuple[PackedMask, ...] | None = None
 
 
+class ClassSize(NamedTuple):
+    """How large the objects of a class are.
+
+    Attributes:
+        name: of the class.
+        share: side of the square of a box's area in shares of its image's shorter side, the median over the boxes.
+        short_side_px: of the images with such boxes, the median.
+    """
+
+    name: str
+    share: float
+    short_side_px: int
+
+
 @dataclass(frozen=True)
 class BoxedScenes:
     """Labeled images to train on and to validate with.
@@ -66,6 +81,7 @@ class BoxedScenes:
         test_validates: whether `validation` is a part that is called test.
         source: all training images, from which others may be chosen.
         has_masks: whether every object has a mask.
+        smallest: the class with the smallest objects among all images that may be trained on, drawn or not.
     """
 
     train: datasets.Dataset
@@ -78,6 +94,7 @@ class BoxedScenes:
     test_validates: bool = False
     source: SceneSource | None = None
     has_masks: bool = False
+    smallest: ClassSize | None = None
 
 
 class Inspected(NamedTuple):
@@ -140,6 +157,7 @@ def read_boxed_scenes(
     rows, held_out = source.hold_out(seed, draw)
     judging = parts[use] if use else [everything[row] for row in held_out or ()]
     check_boxes([everything[row] for row in rows], judging, classes, path)
+    smallest = smallest_class([everything[row] for row in rows], classes)
     rows, held_out = source.choose(labels, seed, draw)
     train = [everything[row] for row in rows]
     validation = judging if held_out is None else [everything[row] for row in held_out]
@@ -155,6 +173,7 @@ def read_boxed_scenes(
         use == "test",
         source,
         has_masks,
+        smallest,
     )
 
 
@@ -213,6 +232,21 @@ def total_counts(scenes: Sequence[Inspected]) -> Counter[int]:
     for scene in scenes:
         total.update(counts_of(scene.objects))
     return total
+
+
+def smallest_class(scenes: Sequence[Inspected], classes: Sequence[str]) -> ClassSize | None:
+    """The class with the smallest objects; None where no image with objects can be read."""
+    shares: dict[int, list[float]] = {}
+    sides: dict[int, list[int]] = {}
+    for scene in scenes:
+        if scene.size is None:
+            continue
+        widths, heights = (scene.objects.boxes[:, 2:] - scene.objects.boxes[:, :2]).T
+        for number, share in zip(scene.objects.classes.tolist(), np.sqrt(widths * heights) / min(scene.size)):
+            shares.setdefault(number, []).append(float(share))
+            sides.setdefault(number, []).append(min(scene.size))
+    sizes = [ClassSize(classes[number], median(shares[number]), round(median(sides[number]))) for number in shares]
+    return min(sizes, key=lambda size: size.share, default=None)
 
 
 def notes_on_masks(raw: RawLabels, has_masks: bool) -> list[str]:

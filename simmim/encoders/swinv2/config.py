@@ -14,6 +14,7 @@ from simmim.encoders.swinv2.weights import infer_architecture
 from simmim.messages import did_you_mean
 
 WHOLE_MAP = 2**15  # a window that is larger than every map
+LARGEST_WINDOW = 24  # to which larger images make a window grow, as published; attention's cost grows with its square
 
 
 @dataclass(frozen=True)
@@ -113,8 +114,9 @@ class SwinV2Config(ShiftedWindowConfig):
         return {"window_size": max(min(image_size) // self.patch_size // share, 4)}
 
     def adapt_to_size(self, trained_size: Size, image_size: Size) -> SwinV2Config:
-        """A copy whose window covers the same share of the image: 12 at 192 px, 14 at 224 px."""
-        return replace(self, window_size=max(1, round(self.window_size * min(image_size) / min(trained_size))))
+        """A copy whose window covers the same share of the image, 12 at 192 px, 14 at 224 px, up to `LARGEST_WINDOW`."""
+        window = max(1, round(self.window_size * min(image_size) / min(trained_size)))
+        return replace(self, window_size=min(window, max(self.window_size, LARGEST_WINDOW)))
 
     def with_training_size(self, image_size: Size) -> SwinV2Config:
         """A copy that records the windows of pre-training, unless they are recorded already.
