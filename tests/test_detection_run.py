@@ -112,7 +112,8 @@ def test_defaults_of_few_images(device, batch_size, steps, line, box_folder, tmp
     [
         (0.0822, 480, "cpu", 288),  # 24 / 0.0822 = 292, and the nearest multiple of 32
         (0.01, 2000, "cpu", 320),
-        (0.01, 2000, "cuda", 800),
+        (0.01, 2000, "cuda", 512),
+        (0.01, 330, "cpu", 320),  # they could be no larger
         (0.05, 250, "cuda", 224),  # the images are no larger
     ],
 )
@@ -122,7 +123,7 @@ def test_size_of_images_by_the_smallest_objects(share, short_side_px, device, si
     resolved, [reason] = resolve_image_size(opened, labels, device)
     assert resolved == replace(opened, image_size=side)
     assert reason.startswith(f"image size {side}: a usual mite, the smallest objects, is {round(side * share)} px there")
-    assert ("--image-size" in reason) == (share == 0.01)
+    assert ("(--image-size 1984)" in reason) == (short_side_px == 2000)
     for given in (replace(opened, image_size=64), replace(opened, data=replace(opened.data, short_side=0))):
         assert resolve_image_size(given, labels, device) == (given, [])
 

@@ -241,8 +241,9 @@ def smallest_class(scenes: Sequence[Inspected], classes: Sequence[str]) -> Class
     for scene in scenes:
         if scene.size is None:
             continue
-        widths, heights = (scene.objects.boxes[:, 2:] - scene.objects.boxes[:, :2]).T
-        for number, share in zip(scene.objects.classes.tolist(), np.sqrt(widths * heights) / min(scene.size)):
+        boxes, classes_of = (values[~scene.objects.ignored] for values in scene.objects[:2])
+        widths, heights = (boxes[:, 2:] - boxes[:, :2]).T
+        for number, share in zip(classes_of.tolist(), np.sqrt(widths * heights) / min(scene.size)):
             shares.setdefault(number, []).append(float(share))
             sides.setdefault(number, []).append(min(scene.size))
     sizes = [ClassSize(classes[number], median(shares[number]), round(median(sides[number]))) for number in shares]
