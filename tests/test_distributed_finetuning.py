@@ -91,18 +91,32 @@ def test_two_processes_equal_one(start, alone, tmp_path, strategy):
     assert (run / "classes.csv").read_text() == (alone / "classes.csv").read_text()
 
 
-@pytest.mark.parametrize("strategy", ["ddp", "fsdp"])
-def test_self_training_by_two_processes_equals_one(start, digits, tmp_path, strategy):
-    """Teacher, running means and counts too, which are over all unlabeled images of a step."""
+@pytest.fixture(scope="module")
+def start_self_training(start, digits):
+    """start_self_training(out, strategy): as `start`, with unlabeled images."""
     more = (f"--unlabeled={digits.unlabeled}", "--self-training.ratio=2", "--self-training.start=0.2")
-    for name, kind in (("alone", None), ("pair", strategy)):
-        finish(start(tmp_path / name, kind, *more))
-    ours, theirs = (torch.load(tmp_path / name / "checkpoints/last.ckpt", weights_only=True) for name in ("pair", "alone"))
+    return lambda out, strategy: start(out, strategy, *more)
+
+
+@pytest.fixture(scope="module")
+def self_trained_alone(start_self_training, tmp_path_factory):
+    run = tmp_path_factory.mktemp("self-trained") / "run"
+    finish(start_self_training(run, None))
+    return run
+
+
+@pytest.mark.two_processes
+@pytest.mark.parametrize("strategy", ["ddp", "fsdp"])
+def test_self_training_by_two_processes_equals_one(start_self_training, self_trained_alone, tmp_path, strategy):
+    """Teacher, running means and counts too, which are over all unlabeled images of a step."""
+    runs = tmp_path / "run", self_trained_alone
+    finish(start_self_training(runs[0], strategy))
+    ours, theirs = (torch.load(run / "checkpoints/last.ckpt", weights_only=True) for run in runs)
     assert theirs["state_dict"]["labeler.num_batches"] == 5
     torch.testing.assert_close(ours["state_dict"], theirs["state_dict"], rtol=0, atol=1e-5)
     averages = [end["callbacks"]["AverageWeights"]["average"] for end in (ours, theirs)]
     torch.testing.assert_close(*averages, rtol=0, atol=1e-5)
-    first, second = ((tmp_path / name / "pseudo-labels.csv").read_text() for name in ("pair", "alone"))
+    first, second = ((run / "pseudo-labels.csv").read_text() for run in runs)
     assert first == second and first.count("\n") > 2
 
 
