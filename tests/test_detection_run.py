@@ -124,6 +124,8 @@ def test_size_of_images_by_the_smallest_objects(share, short_side_px, device, si
     assert resolved == replace(opened, image_size=side)
     assert reason.startswith(f"image size {side}: a usual mite, the smallest objects, is {round(side * share)} px there")
     assert ("(--image-size 1984)" in reason) == (short_side_px == 2000)
+    for few in (ClassSize("mite", 0.1, 20), ClassSize("mite", 2.0, 480)):
+        assert resolve_image_size(opened, replace(labels, smallest=few), device) == (opened, [])
     for given in (replace(opened, image_size=64), replace(opened, data=replace(opened.data, short_side=0))):
         assert resolve_image_size(given, labels, device) == (given, [])
 

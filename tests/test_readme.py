@@ -37,6 +37,7 @@ SHORTER = {
         "benchmarks/fashion_mnist.py": "--source source --test 20",
         "benchmarks/scenes.py": "--objects digits --photos sklearn --unlabeled 20 --train 36 --validation 4",
         "benchmarks/segmentation.py": "--labels 16 --seeds 2 --lr-factors [1] --layer-decays [] --steps 1",
+        "benchmarks/detection.py": "--labels 16 --seeds 2 --steps 1",
     },
 }
 NOT_RUN = {
@@ -138,10 +139,10 @@ def test_commands_of_the_tables(tmp_path, monkeypatch, capsys):
     labels = np.arange(40, dtype=np.uint8) % 10
     write_idx_files(tmp_path / "source", {name: (noise(40, 28, 28), labels) for name in ("train", "t10k")})
     write_groceries(tmp_path / "GroceryStoreDataset" / "dataset")
-    assert run_commands("sh", tmp_path, monkeypatch) == 9
+    assert run_commands("sh", tmp_path, monkeypatch) == 10
     assert (tmp_path / "runs/fashion-study/results.csv").is_file()
     assert (tmp_path / "runs/groceries-study/results.csv").is_file()
-    assert re.search(r"^\| 16 \| .* \| .* \| .* \| 2 \|", capsys.readouterr().out, re.M)
+    assert len(re.findall(r"^\| 16 \| .* \| .* \| .* \| 2 \|", capsys.readouterr().out, re.M)) == 2  # masks, boxes
 
 
 def test_commands_for_many_devices():
@@ -178,7 +179,7 @@ def test_commands_of_the_benchmarks_are_known():
             flags = [word.partition("=")[0] for word in words if word.startswith("--")]
             assert all(f'"{flag}"' in source or flag in passed_on for flag in flags), words
             num_scripts += 1
-    assert num_scripts >= 15 and num_commands == 3
+    assert num_scripts >= 15 and num_commands == 4
 
 
 def test_every_block_is_known():

@@ -65,6 +65,8 @@ def resolve_image_size(settings: DetectionSettings, labels: BoxedScenes, device:
     wanted = SIDE_MULTIPLE_PX * min(
         round(OBJECT_SIDE_PX / smallest.share / SIDE_MULTIPLE_PX), smallest.short_side_px // SIDE_MULTIPLE_PX
     )
+    if not wanted:  # smaller images than the multiple, or objects that are larger than their images' shorter side
+        return settings, []
     side = min(wanted, LARGEST_CPU_SIDE_PX if device == "cpu" else LARGEST_SIDE_PX)
     reason = f"image size {side}: a usual {smallest.name}, the smallest objects, is {round(side * smallest.share)} px there"
     if side < wanted:

@@ -125,8 +125,7 @@ def read_boxed_scenes(
 ) -> BoxedScenes:
     """Read labels in any known format, and choose what to train on and what to validate with.
 
-    If there is no validation part, a fifth of the images, drawn by `seed`, is held out before labels are chosen, as in
-    segmentation.
+    Without a validation part a fifth of the images, drawn by `seed`, is held out before labels are chosen.
 
     Args:
         labels: keep this number of training images, drawn by `seed` so that every class is among them; None keeps all.
@@ -147,8 +146,7 @@ def read_boxed_scenes(
         if not scenes:
             raise ValueError(f"{path!r} has no image to {'train on' if part == 'train' else 'validate with'}")
     use = validating_use(parts)
-    num_clipped = sum(scene.num_clipped for scenes in parts.values() for scene in scenes)
-    if num_clipped:
+    if num_clipped := sum(scene.num_clipped for scenes in parts.values() for scene in scenes):
         notify(f"clipped where they reach out of their images: {counted(num_clipped, 'box')} of {path!r}")
     everything, has_masks = parts["train"], parts["train"][0].objects.masks is not None
     statistics = [SceneStatistics("", scene.size, counts_of(scene.objects)) for scene in everything]
