@@ -163,9 +163,10 @@ class TransferSettings(RunSettings):
         init: pre-training run or exported encoder to start from, or none for the from-scratch twin.
         freeze: train the head alone.
         train_stages: train the head, the final norm and the last `train_stages` stages of the encoder; all by default.
-        image_size: pixels, one number or height and width; the encoder's own by default.
-        epochs: passes over the training images; by default 100, and for a few labels enough for 500 steps (1,200 steps of
-            detection on a CPU).
+        image_size: pixels, one number or height and width; the encoder's own by default, in detection a larger one where
+            objects would be too small in it.
+        epochs: passes over the training images; by default 100, in detection 36, and for a few labels enough for 500 steps
+            (1,200 steps of detection on a CPU).
         steps: length in optimizer steps, in place of epochs.
         seed: seed of everything random, the choice of labels included.
         validations: number of validations in the course of the run.
