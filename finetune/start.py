@@ -96,7 +96,7 @@ def find_start(
     return Start(encoder, preprocessing, settings, checkpoint, keep_decoded, room_for)
 
 
-def larger_size(settings: TransferSettings, side_px: int, images: ImageStatistics, device: str) -> bool:
+def takes_larger_images(settings: TransferSettings, side_px: int, images: ImageStatistics, device: str) -> bool:
     """Whether a square of this side is larger than the images that `find_start` takes where the user gives no size, those
     of the encoder or as suits a preset, and the encoder takes it.
 

@@ -32,7 +32,7 @@ from simmim.finetune.detection.preparation import read_labels
 from simmim.finetune.detection.settings import BoxSettings, HeadSettings
 from simmim.finetune.registry import task_named
 from simmim.finetune.settings import EncoderSettings, OptimSettings
-from simmim.finetune.start import larger_size
+from simmim.finetune.start import takes_larger_images
 from simmim.reading import Reading
 
 
@@ -140,9 +140,9 @@ def test_small_objects_make_images_larger_than_the_encoder_s(encoder_folder, tmp
     assert prepared.settings.image_size == 128 and prepared.settings.data.short_side == 128
     assert prepared.reasons[0].startswith("image size 128: a usual cat, the smallest objects, is 8 px there")
     trained_px = min(read_encoder(encoder_folder).preprocessing.image_size)
-    assert not larger_size(opened, trained_px, SimpleNamespace(short_side_px=128), "cpu")
-    assert larger_size(replace(opened, init="none"), 128, SimpleNamespace(short_side_px=128), "cpu")
-    assert not larger_size(replace(opened, init="none"), 96, SimpleNamespace(short_side_px=128), "cpu")
+    assert not takes_larger_images(opened, trained_px, SimpleNamespace(short_side_px=128), "cpu")
+    assert takes_larger_images(replace(opened, init="none"), 128, SimpleNamespace(short_side_px=128), "cpu")
+    assert not takes_larger_images(replace(opened, init="none"), 96, SimpleNamespace(short_side_px=128), "cpu")
 
 
 def judge(saved, folder, images="images/val", labels="annotations/instances_val2017.json"):

@@ -20,7 +20,7 @@ from simmim.finetune.detection.module import DetectionFinetuning
 from simmim.finetune.detection.report import LogBoxes, closing_text, report_validation
 from simmim.finetune.detection.settings import BoxSettings, DetectionSettings
 from simmim.finetune.detection.views import BoxSamples, RandomBoxes, WholeImage
-from simmim.finetune.start import Start, find_reading, find_start, larger_size, measure_training_images
+from simmim.finetune.start import Start, find_reading, find_start, measure_training_images, takes_larger_images
 from simmim.finetune.task import PreparedTask, ReportLine
 from simmim.reading import AUTO
 from simmim.training.loggers import LossNames
@@ -35,7 +35,7 @@ def prepare(settings: DetectionSettings, device: str, report_line: ReportLine | 
     labels = read_labels(settings)
     images = measure_training_images(settings, labels.train)
     larger, of_size = resolve_image_size(settings, labels, device)
-    if of_size and larger_size(settings, min(larger.size), images, device):
+    if of_size and takes_larger_images(settings, min(larger.size), images, device):
         settings = larger
     else:
         of_size = []
