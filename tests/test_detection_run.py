@@ -122,7 +122,8 @@ def test_size_of_images_by_the_smallest_objects(share, short_side_px, device, si
     labels = replace(read_labels(opened), smallest=ClassSize("mite", share, short_side_px))
     resolved, [reason] = resolve_image_size(opened, labels, device)
     assert resolved == replace(opened, image_size=side)
-    assert reason.startswith(f"image size {side}: a usual mite, the smallest objects, is {round(side * share)} px there")
+    said = f"image size {side}: the usual object of mite, the smallest class, is {round(side * share)} px there"
+    assert reason.startswith(said)
     assert ("(--image-size 1984)" in reason) == (short_side_px == 2000)
     for few in (ClassSize("mite", 0.1, 20), ClassSize("mite", 2.0, 480)):
         assert resolve_image_size(opened, replace(labels, smallest=few), device) == (opened, [])
@@ -138,7 +139,7 @@ def test_small_objects_make_images_larger_than_the_encoder_s(encoder_folder, tmp
     opened = settings(tmp_path / "mites", encoder_folder, tmp_path / "run", labels=None, image_size=None)
     prepared = task_named("detection").prepare(opened, "cpu")
     assert prepared.settings.image_size == 128 and prepared.settings.data.short_side == 128
-    assert prepared.reasons[0].startswith("image size 128: a usual cat, the smallest objects, is 8 px there")
+    assert prepared.reasons[0] == "image size 128: the usual object of cat, the smallest class, is 8 px there"
     trained_px = min(read_encoder(encoder_folder).preprocessing.image_size)
     assert not takes_larger_images(opened, trained_px, SimpleNamespace(short_side_px=128), "cpu")
     assert takes_larger_images(replace(opened, init="none"), 128, SimpleNamespace(short_side_px=128), "cpu")

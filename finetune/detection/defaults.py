@@ -68,7 +68,8 @@ def resolve_image_size(settings: DetectionSettings, labels: BoxedScenes, device:
     if not wanted:  # smaller images than the multiple, or objects that are larger than their images' shorter side
         return settings, []
     side = min(wanted, LARGEST_CPU_SIDE_PX if device == "cpu" else LARGEST_SIDE_PX)
-    reason = f"image size {side}: a usual {smallest.name}, the smallest objects, is {round(side * smallest.share)} px there"
+    object_px = round(side * smallest.share)
+    reason = f"image size {side}: the usual object of {smallest.name}, the smallest class, is {object_px} px there"
     if side < wanted:
         reason += f"; no larger one is chosen, for its time and memory (--image-size {wanted})"
     return replace(settings, image_size=side), [reason]
