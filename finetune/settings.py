@@ -246,6 +246,7 @@ def resolve_schedule(
     batch_size: int | None = None,
     least_steps: int = LEAST_STEPS,
     layer_decay: float = PUBLISHED_LAYER_DECAY,
+    usual_epochs: float | None = None,
 ) -> Settings:
     """Settings with length, batch size, peak learning rate, layer decay, warm-up and averaging resolved.
 
@@ -253,14 +254,14 @@ def resolve_schedule(
         num_images: training images.
         device: cuda, mps or cpu.
         small: whether the encoder is of nano's or micro's width.
-        batch_size, least_steps, layer_decay: the task's own, where the user gave none; by default as `default_batch_size`
-            and `default_finetuning_epochs` say.
+        batch_size, least_steps, layer_decay, usual_epochs: the task's own, where the user gave none; by default as
+            `default_batch_size` and `default_finetuning_epochs` say.
 
     Raises:
         ValueError: when both epochs and steps are given and differ.
     """
     batch_size = settings.batch_size or min(batch_size or default_batch_size(device, small), num_images)
-    epochs = settings.epochs or default_finetuning_epochs(num_images, batch_size, least_steps)
+    epochs = settings.epochs or default_finetuning_epochs(num_images, batch_size, least_steps, usual_epochs)
     if settings.steps:
         epochs = settings.steps * batch_size / num_images
         if settings.epochs and round(settings.epochs * num_images / batch_size) != settings.steps:

@@ -108,11 +108,13 @@ def takes_larger_images(settings: TransferSettings, side_px: int, images: ImageS
         return side_px > default_image_size(images.short_side_px, device)
     checkpoint = read(source, **given_fields(settings.encoder))
     trained_size = checkpoint.preprocessing.image_size
+    if side_px <= min(trained_size):
+        return False
     try:
         checkpoint.config.for_fine_tuning().adapt_to_size(trained_size, (side_px, side_px))
     except ValueError:  # a network of another library, for images of one size
         return False
-    return side_px > min(trained_size)
+    return True
 
 
 def find_reading(settings: TransferSettings) -> Reading | None:

@@ -117,9 +117,11 @@ def default_pretraining_epochs(num_images: int) -> float:
 LEAST_STEPS = 500  # of a fine-tuning
 
 
-def default_finetuning_epochs(num_images: int, batch_size: int, least_steps: int = LEAST_STEPS) -> float:
-    """100 as published, 30 for more than 20,000 images; more where those make fewer than `least_steps`."""
-    return float(max(math.ceil(least_steps * batch_size / num_images), 30 if num_images > 20_000 else 100))
+def default_finetuning_epochs(
+    num_images: int, batch_size: int, least_steps: int = LEAST_STEPS, usual: float | None = None
+) -> float:
+    """`usual`, else 100 as published, 30 for more than 20,000 images; more where those make fewer than `least_steps`."""
+    return float(max(math.ceil(least_steps * batch_size / num_images), usual or (30 if num_images > 20_000 else 100)))
 
 
 def default_ema(steps: int) -> float:

@@ -107,6 +107,9 @@ def test_defaults_of_few_images(device, batch_size, steps, line, box_folder, tmp
     assert not any("batch size" in reason or "epochs" in reason for reason in reasons)
 
 
+IMAGES = SimpleNamespace(short_side_px=480)  # of their statistics, what a size by default follows from
+
+
 @pytest.mark.parametrize(
     ("share", "short_side_px", "device", "side"),
     [
@@ -120,15 +123,15 @@ def test_defaults_of_few_images(device, batch_size, steps, line, box_folder, tmp
 def test_size_of_images_by_the_smallest_objects(share, short_side_px, device, side, box_folder, tmp_path):
     opened = settings(box_folder, "none", tmp_path, labels=None, image_size=None)
     labels = replace(read_labels(opened), smallest=ClassSize("mite", share, short_side_px))
-    resolved, [reason] = resolve_image_size(opened, labels, device)
+    resolved, [reason] = resolve_image_size(opened, labels, IMAGES, device)
     assert resolved == replace(opened, image_size=side)
     said = f"image size {side}: the usual object of mite, the smallest class, is {round(side * share)} px there"
     assert reason.startswith(said)
     assert ("(--image-size 1984)" in reason) == (short_side_px == 2000)
     for few in (ClassSize("mite", 0.1, 20), ClassSize("mite", 2.0, 480)):
-        assert resolve_image_size(opened, replace(labels, smallest=few), device) == (opened, [])
+        assert resolve_image_size(opened, replace(labels, smallest=few), IMAGES, device) == (opened, [])
     for given in (replace(opened, image_size=64), replace(opened, data=replace(opened.data, short_side=0))):
-        assert resolve_image_size(given, labels, device) == (given, [])
+        assert resolve_image_size(given, labels, IMAGES, device) == (given, [])
 
 
 def test_small_objects_make_images_larger_than_the_encoder_s(encoder_folder, tmp_path):
@@ -141,9 +144,9 @@ def test_small_objects_make_images_larger_than_the_encoder_s(encoder_folder, tmp
     assert prepared.settings.image_size == 128 and prepared.settings.data.short_side == 128
     assert prepared.reasons[0] == "image size 128: the usual object of cat, the smallest class, is 8 px there"
     trained_px = min(read_encoder(encoder_folder).preprocessing.image_size)
-    assert not takes_larger_images(opened, trained_px, SimpleNamespace(short_side_px=128), "cpu")
-    assert takes_larger_images(replace(opened, init="none"), 128, SimpleNamespace(short_side_px=128), "cpu")
-    assert not takes_larger_images(replace(opened, init="none"), 96, SimpleNamespace(short_side_px=128), "cpu")
+    assert not takes_larger_images(opened, trained_px, IMAGES, "cpu")
+    assert takes_larger_images(replace(opened, init="none"), 128, IMAGES, "cpu")
+    assert not takes_larger_images(replace(opened, init="none"), 96, IMAGES, "cpu")
 
 
 def judge(saved, folder, images="images/val", labels="annotations/instances_val2017.json"):

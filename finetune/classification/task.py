@@ -9,8 +9,6 @@ from simmim.finetune.classification.settings import ClassificationSettings
 from simmim.finetune.task import Predictions, PreparedTask, ReportLine, Task
 from simmim.messages import counted
 
-VALIDATION_BATCH_SIZE = 64
-
 
 class Classification(Task):
     """One class per image."""

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import NamedTuple, TypeVar
@@ -95,7 +94,7 @@ class Schedule(NamedTuple):
         batch_reason: why, for the user.
         least_steps: of a run of few images.
         layer_decay: of the learning rate.
-        epochs: where they make `least_steps`; None for as `default_finetuning_epochs`.
+        epochs: as `usual` of `default_finetuning_epochs`.
     """
 
     batch_size: int = 16
@@ -116,18 +115,14 @@ def resolve_dense_schedule(
     Raises:
         ValueError: as `resolve_schedule`.
     """
-    size, least_steps, epochs = schedule.batch_size, schedule.least_steps, settings.epochs
-    if schedule.epochs and epochs is None and settings.steps is None:
-        batch_size = settings.batch_size or min(size, num_images)
-        epochs = float(max(math.ceil(least_steps * batch_size / num_images), schedule.epochs))
-    how = (num_images, device, small, size, least_steps, schedule.layer_decay)
-    resolved = resolve_schedule(replace(settings, epochs=epochs), *how)
+    size, _, least_steps, layer_decay, epochs = schedule
+    resolved = resolve_schedule(settings, num_images, device, small, size, least_steps, layer_decay, epochs)
     reasons = []
     if settings.batch_size is None:
         reason = schedule.batch_reason if resolved.batch_size == size else "all training images"
         reasons.append(f"batch size {resolved.batch_size}: {reason}")
     if settings.epochs is None and settings.steps is None:
-        known = {100.0: "as published for few images", 30.0: "for more than 20,000 images", schedule.epochs: "as published"}
+        known = {100.0: "as published for few images", 30.0: "for more than 20,000 images", epochs: "as published"}
         reason = known.get(resolved.epochs)
         reasons.append(f"{resolved.epochs:g} epochs: {reason or f'{least_steps:,} steps'}")
     return resolved, reasons

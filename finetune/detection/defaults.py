@@ -4,9 +4,11 @@ from __future__ import annotations
 
 from dataclasses import replace
 
+from simmim.data import ImageStatistics
 from simmim.finetune.dense.settings import Schedule, resolve_dense_schedule, resolve_published_lr, resolve_views
 from simmim.finetune.detection.labels.scenes import BoxedScenes
 from simmim.finetune.detection.settings import DetectionSettings, HeadSettings
+from simmim.finetune.start import takes_larger_images
 
 PUBLISHED_WIDTH, SMALL_WIDTH = 256, 64  # channels of the head; the latter for encoders of nano's and micro's width
 PUBLISHED_CONVOLUTIONS, SMALL_CONVOLUTIONS = 4, 2
@@ -49,15 +51,21 @@ def resolve_settings(
     return replace(settings, data=data, head=head), [*labels.notes, *schedule_reasons, *reasons]
 
 
-def resolve_image_size(settings: DetectionSettings, labels: BoxedScenes, device: str) -> tuple[DetectionSettings, list[str]]:
+def resolve_image_size(
+    settings: DetectionSettings, labels: BoxedScenes, images: ImageStatistics, device: str
+) -> tuple[DetectionSettings, list[str]]:
     """Settings with an image size at which the smallest objects can be seen, and why, where the user leaves size and scale
     open.
 
     An encoder's own size is what it was pre-trained at, often crops of 64 px that an object fills. Here whole images are
-    seen, of which it is a small part. The size is at most that of the images themselves.
+    seen, of which it is a small part. The size is at most that of the images themselves and never below the encoder's own.
 
     Args:
+        images: statistics of the training images.
         device: cuda, mps or cpu.
+
+    Raises:
+        ValueError: as `find_start`.
     """
     smallest = labels.smallest
     if settings.image_size is not None or settings.data.short_side is not None or smallest is None:
@@ -65,9 +73,9 @@ def resolve_image_size(settings: DetectionSettings, labels: BoxedScenes, device:
     wanted = SIDE_MULTIPLE_PX * min(
         round(OBJECT_SIDE_PX / smallest.share / SIDE_MULTIPLE_PX), smallest.short_side_px // SIDE_MULTIPLE_PX
     )
-    if not wanted:  # smaller images than the multiple, or objects that are larger than their images' shorter side
-        return settings, []
     side = min(wanted, LARGEST_CPU_SIDE_PX if device == "cpu" else LARGEST_SIDE_PX)
+    if not takes_larger_images(settings, side, images, device):
+        return settings, []
     object_px = round(side * smallest.share)
     reason = f"image size {side}: the usual object of {smallest.name}, the smallest class, is {object_px} px there"
     if side < wanted:

@@ -20,7 +20,7 @@ from simmim.finetune.detection.module import DetectionFinetuning
 from simmim.finetune.detection.report import LogBoxes, closing_text, report_validation
 from simmim.finetune.detection.settings import BoxSettings, DetectionSettings
 from simmim.finetune.detection.views import BoxSamples, RandomBoxes, WholeImage
-from simmim.finetune.start import Start, find_reading, find_start, measure_training_images, takes_larger_images
+from simmim.finetune.start import Start, find_reading, find_start, measure_training_images
 from simmim.finetune.task import PreparedTask, ReportLine
 from simmim.reading import AUTO
 from simmim.training.loggers import LossNames
@@ -34,11 +34,7 @@ def prepare(settings: DetectionSettings, device: str, report_line: ReportLine | 
     check_installed()
     labels = read_labels(settings)
     images = measure_training_images(settings, labels.train)
-    larger, of_size = resolve_image_size(settings, labels, device)
-    if of_size and takes_larger_images(settings, min(larger.size), images, device):
-        settings = larger
-    else:
-        of_size = []
+    settings, of_size = resolve_image_size(settings, labels, images, device)
     start = find_start(settings, images, device, report_line)
     start.encoder.config.check_maps()
     settings, reasons = resolve_settings(start.settings, labels, start.encoder.config.is_small, device)  # type: ignore[arg-type]

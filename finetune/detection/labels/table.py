@@ -52,8 +52,7 @@ class TableReader(BoxReader):
         reader = csv_rows(io.StringIO(read_text(file), newline=""))
         present = [name.strip() for name in reader.fieldnames or []]
         reader.fieldnames = present
-        columns = find_columns(file, present, options)
-        columns.decimal_comma = reader.reader.dialect.delimiter != ","
+        columns = find_columns(file, present, options, reader.reader.dialect.delimiter != ",")
         scenes: dict[str, list[RawObject]] = {}
         parts: dict[str, str] = {}
         sizes: dict[str, tuple[int, int] | None] = {}
@@ -101,15 +100,22 @@ class Columns:
         decimal_comma: whether 12,5 is twelve and a half, as where semicolons are between the fields.
     """
 
-    decimal_comma = False
-
-    def __init__(self, path: str, category: str, box: Sequence[str], box_format: str, present: Sequence[str]) -> None:
+    def __init__(
+        self,
+        path: str,
+        category: str,
+        box: Sequence[str],
+        box_format: str,
+        present: Sequence[str],
+        decimal_comma: bool,
+    ) -> None:
+        self.decimal_comma = decimal_comma
         self.path, self.category, self.box, self.box_format = path, category, tuple(box), box_format
         self.size = IMAGE_SIZE if set(IMAGE_SIZE) <= set(present) and not set(IMAGE_SIZE) & set(box) else None
         self.part = next((name for name in PART_COLUMNS if name in present), None)
 
 
-def find_columns(file: Path, present: Sequence[str], options: ReadingOptions) -> Columns:
+def find_columns(file: Path, present: Sequence[str], options: ReadingOptions, decimal_comma: bool) -> Columns:
     """The columns to read.
 
     Raises:
@@ -121,7 +127,7 @@ def find_columns(file: Path, present: Sequence[str], options: ReadingOptions) ->
     for found, content in ((path, "of paths (path)"), (category, "of classes (class)"), (box, "xmin, ymin, xmax, ymax")):
         if found is None or (isinstance(found, str) and found not in present):
             raise ValueError(f"{file} has no columns {content}: its columns are {', '.join(present)}")
-    return Columns(path, category, *box, present)
+    return Columns(path, category, *box, present, decimal_comma)
 
 
 def part_of(row: Mapping[str, str], columns: Columns, place: str) -> str:
